@@ -1,0 +1,83 @@
+"""Nested dictionaries to frozen dataclasses and back, refusing what is unknown."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _describe_type(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint)
+
+
+def _check_value(hint: Any, value: Any, path: str) -> Any:
+    """Return ``value`` as ``hint`` wants it, or raise a sentence naming ``path``."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
+        return _check_value(hint, value, path)
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            inner = typing.get_args(hint)
+            kinds = [inner[0]] * len(value) if inner[-1:] == (Ellipsis,) else list(inner)
+            if len(kinds) == len(value):
+                return tuple(
+                    _check_value(h, v, f"{path}[{i}]")
+                    for i, (h, v) in enumerate(zip(kinds, value, strict=True))
+                )
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError(f"Config field {path}={value!r} must be of type {_describe_type(hint)}.")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Build dataclass ``cls`` from a nested mapping (such as a ``ConfigDict``).
+
+    Args:
+      cls: a dataclass whose fields are numbers, strings, bools, tuples, optionals or dataclasses.
+      values: one entry per field; fields with defaults may be left out.
+      path: prefix for names in error messages.
+
+    Raises:
+      KeyError: an unknown or a missing field, each named by its full path.
+      TypeError: a value of another type than the field declares.
+    """
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise TypeError(f"Config section {path or cls.__name__}={values!r} must be a mapping.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    prefix = f"{path}." if path else ""
+    given = dict(values.items())
+    for name in given:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(fields)}."
+            raise KeyError(f"Unknown config key {prefix}{name}; {hint}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise KeyError(f"Config key {prefix}{name} is missing; {cls.__name__} needs it.")
+    return cls(**{name: _check_value(hints[name], value, prefix + name) for name, value in given.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of :func:`from_dict`: plain JSON-ready dictionaries (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))

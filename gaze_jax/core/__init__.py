@@ -1,0 +1,1 @@
+"""The mechanism as pure functions on arrays: no model, no I/O."""

@@ -1,0 +1,217 @@
+"""Routing: score the regions, select the Top-K, stably and without gradient.
+
+A strategy is a value (:class:`Routing`) that says where scores come from; selection itself is one
+piece of code. Training selects by *mask* (every region gets a verdict), decoding by *index* (J slots
+to fetch); both order regions in the same way: highest score first, ties to the region whose first
+token comes first, NaN below every number, -0.0 equal to 0.0.
+
+Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for share "head" and K for share "group".
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+STRATEGIES = ("descriptor", "random", "forced")
+_UNSEEN = jnp.iinfo(jnp.int32).min
+_NAN = _UNSEEN + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Where a query's region scores come from.
+
+    Attributes:
+      strategy: "descriptor": q . mean key (the paper); "random": a hash of seed, sample, order, layer,
+        head and region; "forced": the regions listed by the caller, and no other.
+      seed: of "random".
+    """
+
+    strategy: str = "descriptor"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"Routing.strategy={self.strategy!r} must be one of {STRATEGIES}.")
+
+
+def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
+    """Score every region for every query (paper: s = q . d).
+
+    Args:
+      q: [B, T, H, D] post-RoPE queries.
+      descriptors: [B, K, R, D].
+      share: "head" scores per query head, "group" adds the scores of a kv head's G query heads.
+
+    Returns:
+      float32 [B, T, Hs, R].
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads = descriptors.shape[1]
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
+    if share == "group":
+        # The sum of scores is the score of the sum; add in float32.
+        summed = jnp.sum(grouped.astype(jnp.float32), axis=3)
+        return jnp.einsum(
+            "BTKD,BKRD->BTKR",
+            summed,
+            descriptors.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+    scores = jnp.einsum(
+        "BTKGD,BKRD->BTKGR",
+        grouped,
+        descriptors,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return scores.reshape(batch, queries, heads, -1)
+
+
+def _mix(x: Array) -> Array:
+    """Avalanche a uint32 (the finaliser of MurmurHash3): every input bit reaches every output bit."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def random_scores(
+    seed: int, sample: Array, order: Array, layer: Array, heads: int, region_first: Array
+) -> Array:
+    """Scores that depend on nothing but the names of query and region.
+
+    They are the same whatever else is in the batch, however it is stored, and whether the query is
+    prefilled or decoded.
+
+    Args:
+      seed: any integer.
+      sample: int32, broadcastable to [B, T].
+      order: int32 [B, T] of the queries.
+      layer: int32 scalar.
+      heads: Hs.
+      region_first: int32 [B, R], the order of each region's first token.
+
+    Returns:
+      float32 [B, T, Hs, R], uniform in [0, 1) on a grid of 2**-24.
+    """
+    batch, queries = order.shape
+    state = _mix(jnp.uint32(seed & 0xFFFFFFFF) + jnp.uint32(0x9E3779B9))
+    names = (
+        jnp.broadcast_to(sample, (batch, queries))[:, :, None, None],
+        order[:, :, None, None],
+        jnp.asarray(layer, jnp.int32).reshape(1, 1, 1, 1),
+        jnp.arange(heads, dtype=jnp.int32)[None, None, :, None],
+        region_first[:, None, None, :],
+    )
+    for name in names:
+        state = _mix(state ^ _mix(name.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
+    return (state >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def forced_scores(forced: Array, num_regions: int) -> tuple[Array, Array]:
+    """Scores that select exactly the listed regions, the first listed highest.
+
+    Args:
+      forced: int32 [B, T, Hs, J] region indices, -1 in unused places; duplicates count once.
+      num_regions: R.
+
+    Returns:
+      float32 [B, T, Hs, R] scores and bool [B, T, Hs, R], the regions that are listed.
+    """
+    hits = forced[..., :, None] == jnp.arange(num_regions, dtype=jnp.int32)
+    listed = jnp.any(hits, axis=-2)
+    place = jnp.argmax(hits, axis=-2)
+    return -place.astype(jnp.float32), listed
+
+
+def _sortable(scores: Array, visible: Array) -> Array:
+    """Map float32 scores to int32 keys of the same order: unseen < NaN < -inf < ... < inf."""
+    # -0.0 and 0.0 differ in their bits but must tie.
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
+    # Flip the magnitude of negatives so that integer order is float order.
+    keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    keys = jnp.where(jnp.isnan(scores), _NAN, keys)
+    return jnp.where(visible, keys, _UNSEEN)
+
+
+def tie_permutation(region_first: Array) -> Array:
+    """Regions by their first token: int32 [B, R]. Ties are broken in this order, not by storage."""
+    return jnp.argsort(region_first, axis=-1, stable=True).astype(jnp.int32)
+
+
+def _permuted(scores: Array, visible: Array, permutation: Array) -> Array:
+    keys = _sortable(jax.lax.stop_gradient(scores), visible)
+    return jnp.take_along_axis(keys, permutation[:, None, None, :], axis=-1)
+
+
+def select_mask(scores: Array, visible: Array, top_k: Array, permutation: Array) -> Array:
+    """The Top-K regions of each query, as a mask.
+
+    Args:
+      scores: float32 [B, T, Hs, R].
+      visible: bool, broadcastable to [B, T, Hs, R].
+      top_k: int32, broadcastable to [B, T]; more than R means all, less than 1 means none.
+      permutation: int32 [B, R] from :func:`tie_permutation`.
+
+    Returns:
+      bool [B, T, Hs, R] with min(top_k, visible) regions set per query. It carries no gradient.
+    """
+    batch, queries, heads, regions = scores.shape
+    keys = _permuted(scores, visible, permutation)
+    budget = jnp.broadcast_to(top_k, (batch, queries))[:, :, None, None]
+    # Everything above the K-th key is in; of those equal to it, the first ones by tie order fill up.
+    at = jnp.broadcast_to(jnp.clip(regions - budget, 0, regions - 1), (batch, queries, heads, 1))
+    cut = jnp.take_along_axis(jnp.sort(keys, axis=-1), at, axis=-1)
+    above = keys > cut
+    ties = keys == cut
+    room = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    chosen = above | (ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= room))
+    chosen &= (keys > _UNSEEN) & (budget >= 1)
+    inverse = jnp.argsort(permutation, axis=-1).astype(jnp.int32)
+    return jnp.take_along_axis(chosen, inverse[:, None, None, :], axis=-1)
+
+
+def select_indices(scores: Array, visible: Array, top_k: Array, capacity: int, permutation: Array) -> Array:
+    """The Top-K regions of each query, as J slots, best first.
+
+    Args:
+      scores, visible, top_k, permutation: as in :func:`select_mask`.
+      capacity: J, static; the budget is min(top_k, J).
+
+    Returns:
+      int32 [B, T, Hs, J] region indices; -1 in the slots beyond the budget or the visible count.
+
+    Raises:
+      ValueError: ``capacity`` is less than 1.
+    """
+    if capacity < 1:
+        raise ValueError(f"Selection capacity J={capacity} must be at least 1.")
+    batch, queries, heads, regions = scores.shape
+    width = min(capacity, regions)
+    # lax.top_k puts the lower index first among equals, which the permutation made the earlier region.
+    keys, places = jax.lax.top_k(_permuted(scores, visible, permutation), width)
+    indices = jnp.take_along_axis(
+        jnp.broadcast_to(permutation[:, None, None, :], scores.shape), places, axis=-1
+    )
+    budget = jnp.broadcast_to(top_k, (batch, queries))[:, :, None, None]
+    keep = (keys > _UNSEEN) & (jnp.arange(width, dtype=jnp.int32) < budget)
+    indices = jnp.where(keep, indices, -1)
+    return jnp.pad(indices, ((0, 0),) * 3 + ((0, capacity - width),), constant_values=-1)
+
+
+def budget_from_keep(keep: Array | float, visible: Array) -> Array:
+    """Turn a fraction of the regions in sight into a count, so that unequal samples share one setting.
+
+    Args:
+      keep: float, broadcastable to [B, T]; 1 keeps everything.
+      visible: bool [B, T, R].
+
+    Returns:
+      int32 [B, T]: round(keep * visible regions), but at least 1.
+    """
+    count = jnp.sum(visible, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    wanted = jnp.round(jnp.asarray(keep, jnp.float32) * count).astype(jnp.int32)
+    return jnp.maximum(wanted, 1)

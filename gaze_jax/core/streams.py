@@ -1,0 +1,92 @@
+"""The two token streams that enter the decoder.
+
+Visual tokens are permuted once, at the door, into *region-major* order and carry their place in the
+sequence with them; everything else (text, newlines, context tokens) stays in a second, dense stream.
+Every layer's keys are then contiguous per region and no layer permutes anything.
+
+Axis letters, used in every shape of this project::
+
+    B batch        T queries            S keys of the dense stream   F units
+    R regions      P slots per region   J capacity of a selection    C context tokens per unit
+    K kv heads     G query heads per kv head (H = K * G)             D head dim
+    M model width  L layers             V vocabulary
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+IGNORE = -100
+"""Target of a position that is not trained on."""
+
+EMPTY = -1
+"""An unused slot: of ``visual_src``, of any segment or unit id."""
+
+
+class Kind(enum.IntEnum):
+    """What a token of the dense stream is."""
+
+    PAD = 0
+    TEXT = 1
+    NEWLINE = 2
+    CONTEXT = 3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """One batch of token streams; every field is int32.
+
+    ``order`` is a token's index in the spliced sequence of its own sample (it restarts at 0 in every
+    segment) and makes masks; ``pos`` feeds RoPE and nothing else. The order in which regions, slots
+    and dense tokens are *stored* has no meaning.
+
+    Attributes:
+      visual_src: [B, R, P] index into the sample's tower output, flattened over units and tokens;
+        -1 marks an empty slot.
+      visual_order: [B, R, P] index in the spliced sequence; -1 in empty slots.
+      visual_pos: [B, R, P] RoPE position; 0 in empty slots.
+      visual_unit: [B, R, P] unit (image view or frame) of the token, unique within the row; -1 if empty.
+      region_segment: [B, R] packed sample the region belongs to; -1 for an empty region.
+      tokens: [B, S] vocabulary id of text, index 0..C-1 of a context token, 0 for newline and padding.
+      kind: [B, S] one of :class:`Kind`.
+      dense_order: [B, S] index in the spliced sequence; -1 for padding.
+      dense_pos: [B, S] RoPE position; 0 for padding.
+      dense_segment: [B, S] packed sample the token belongs to; -1 for padding.
+      dense_unit: [B, S] unit of a context token or of a newline inside a unit; -1 otherwise.
+      targets: [B, S] the text token that follows *in order*, or -100. Already shifted: a trainer
+        compares ``logits[:, s]`` with ``targets[:, s]``.
+    """
+
+    visual_src: Array
+    visual_order: Array
+    visual_pos: Array
+    visual_unit: Array
+    region_segment: Array
+    tokens: Array
+    kind: Array
+    dense_order: Array
+    dense_pos: Array
+    dense_segment: Array
+    dense_unit: Array
+    targets: Array
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> "Streams":
+        """Take this class's fields out of a batch of named arrays.
+
+        Raises:
+          KeyError: a field is missing from ``batch``.
+        """
+        return cls(**{field.name: batch[field.name] for field in dataclasses.fields(cls)})
+
+    @property
+    def visual_valid(self) -> Array:
+        """[B, R, P] bool: the slot holds a token."""
+        return jnp.asarray(self.visual_src) >= 0

@@ -1,0 +1,19 @@
+"""Decoder, tower and the multimodal model that joins them."""
+
+from gaze_jax.models.cache import Cache
+from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
+from gaze_jax.models.decoder import Step
+from gaze_jax.models.dummy import DUMMY, dummy
+from gaze_jax.models.mllm import MLLM
+
+__all__ = [
+    "DUMMY",
+    "MLLM",
+    "Cache",
+    "DecoderConfig",
+    "GazeConfig",
+    "MLLMConfig",
+    "Step",
+    "VisionConfig",
+    "dummy",
+]

@@ -1,0 +1,181 @@
+"""Frozen model configurations: the single description of an architecture.
+
+Field names are the keys of a config file (``configs/*.py``) and of a checkpoint's ``config.json``.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.spec import SHARES
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SCOPES = ("all", "unit")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Qwen3 / Qwen2.5-shaped decoder.
+
+    Attributes:
+      vocab_size: V, rows of the embedding table.
+      width: M, the residual stream.
+      depth: L, number of blocks.
+      num_heads: H query heads.
+      num_kv_heads: K key-value heads; H must be a multiple.
+      head_dim: D; H * D need not equal M (Qwen3).
+      mlp_dim: hidden width of the gated MLP.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of every RMSNorm.
+      qk_norm: RMSNorm over D on queries and keys before RoPE (Qwen3).
+      qkv_bias: biases on the q, k and v projections (Qwen2, Qwen2.5).
+      tie_embeddings: the output head is the transposed embedding table.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"decoder.num_heads={self.num_heads} must be a multiple of "
+            f"decoder.num_kv_heads={self.num_kv_heads}.",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"decoder.head_dim={self.head_dim} must be even: RoPE rotates pairs of channels.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP-shaped tower: square images, learned absolute positions, no class token.
+
+    Attributes:
+      image_size: side of the input in pixels.
+      patch_size: side of a patch; a remainder at the right and bottom is dropped, as SigLIP does.
+      width: channels.
+      depth: encoder blocks that are *run* (the penultimate feature of a 27-layer SigLIP is depth 26).
+      num_heads: attention heads; must divide ``width``.
+      mlp_dim: hidden width of the MLP.
+      norm_eps: epsilon of every LayerNorm.
+      post_norm: apply the final LayerNorm to the features (MLLMs leave it out).
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float = 1e-6
+    post_norm: bool = False
+
+    def __post_init__(self):
+        _require(
+            self.width % self.num_heads == 0,
+            f"vision.width={self.width} must be a multiple of vision.num_heads={self.num_heads}.",
+        )
+        _require(
+            self.image_size >= self.patch_size,
+            f"vision.image_size={self.image_size} must be at least vision.patch_size={self.patch_size}.",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Side of the token grid."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class GazeConfig:
+    """How the decoder looks at visual tokens.
+
+    Attributes:
+      region: (r_h, r_w) target size of a region in tokens; sides are balanced (``core.regions``).
+      context_tokens: C learnable tokens after each unit; 0 for parity with a dense checkpoint.
+      top_k: regions a query selects when the caller does not say; None is dense attention.
+      share: "head" selects per query head, "group" once per kv head.
+      visual_scope: "all" lets a visual token see everything earlier, "unit" only its own unit's
+        visual tokens (prefill linear in frames).
+      visual_causal: False lets a visual token also see later tokens of its own unit.
+      implementation: of the attention ops; see ``pallas_kernels``.
+      query_block: queries that the XLA prefill handles at once; bounds its memory.
+    """
+
+    region: tuple[int, int] = (6, 6)
+    context_tokens: int = 4
+    top_k: int | None = None
+    share: str = "head"
+    visual_scope: str = "all"
+    visual_causal: bool = True
+    implementation: str = "xla"
+    query_block: int = 512
+
+    def __post_init__(self):
+        object.__setattr__(self, "region", tuple(self.region))
+        _require(
+            len(self.region) == 2 and min(self.region) >= 1,
+            f"gaze.region={self.region} must be two sizes (r_h, r_w) of at least 1 token.",
+        )
+        _require(
+            self.context_tokens >= 0, f"gaze.context_tokens={self.context_tokens} must not be negative."
+        )
+        _require(
+            self.top_k is None or self.top_k >= 1,
+            f"gaze.top_k={self.top_k} must be at least 1 region; use None for dense attention.",
+        )
+        _require(self.share in SHARES, f"gaze.share={self.share!r} must be one of {SHARES}.")
+        _require(
+            self.visual_scope in SCOPES, f"gaze.visual_scope={self.visual_scope!r} must be one of {SCOPES}."
+        )
+        _require(self.query_block >= 1, f"gaze.query_block={self.query_block} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLLMConfig:
+    """Tower, projector, decoder and gaze of one multimodal model.
+
+    Attributes:
+      decoder: the language model.
+      vision: the image tower.
+      gaze: attention over visual tokens.
+      dtype: of activations and the KV cache; "float32" or "bfloat16".
+      param_dtype: of the parameters.
+      remat: recompute a block's activations in the backward pass.
+    """
+
+    decoder: DecoderConfig
+    vision: VisionConfig
+    gaze: GazeConfig = GazeConfig()
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            _require(value in DTYPES, f"{name}={value!r} must be one of {tuple(DTYPES)}.")
+        r_h, r_w = self.gaze.region
+        grid = self.vision.grid
+        _require(
+            max(r_h, r_w) <= grid,
+            f"gaze.region={self.gaze.region} is larger than the tower's {grid}x{grid} token grid "
+            f"(image_size {self.vision.image_size} / patch_size {self.vision.patch_size}); "
+            "choose a smaller region or a larger image.",
+        )

@@ -1,0 +1,346 @@
+"""A Qwen-shaped decoder whose attention over visual tokens selects, then attends.
+
+Axis letters as in :mod:`gaze_jax.core.streams`; N = R * P + S tokens of both streams, visual first.
+Training, prefill and cached decoding run the same modules. Dense attention is ``top_k=None``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gaze_jax.core import routing
+from gaze_jax.core.routing import Routing
+from gaze_jax.models.attention import Plan, gaze_attention, region_scores
+from gaze_jax.models.cache import Cache, decode_spec
+from gaze_jax.models.config import DTYPES, MLLMConfig
+from gaze_jax.models.layers import RMSNorm, apply_rope, dense, logical, rope_angles
+from pallas_kernels import gaze_decode
+
+Array = jax.Array
+Angles = tuple[Array, Array]
+PER_LAYER_SCAN = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+
+class Attention(nn.Module):
+    """Projections around the attention; the attention itself is a function."""
+
+    config: MLLMConfig
+
+    def setup(self) -> None:
+        c = self.config.decoder
+        dtype, param_dtype = DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q_proj = dense(heads, ("embed", "heads"), use_bias=c.qkv_bias, name="q_proj", **kinds)
+        self.k_proj = dense(kv, ("embed", "kv_heads"), use_bias=c.qkv_bias, name="k_proj", **kinds)
+        self.v_proj = dense(kv, ("embed", "kv_heads"), use_bias=c.qkv_bias, name="v_proj", **kinds)
+        self.o_proj = dense(c.width, ("heads", "embed"), use_bias=False, name="o_proj", **kinds)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.norm_eps, dtype, param_dtype)
+            self.k_norm = RMSNorm(c.norm_eps, dtype, param_dtype)
+
+    def qkv(self, x: Array, angles: Angles) -> tuple[Array, Array, Array]:
+        """[B, N, M] to post-RoPE queries [B, N, H, D] and keys and values [B, N, K, D]."""
+        c = self.config.decoder
+
+        def heads(a: Array) -> Array:
+            return a.reshape(*a.shape[:-1], -1, c.head_dim)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, angles), apply_rope(k, angles), v
+
+    def merge(self, heads: Array) -> Array:
+        """[B, N, H, D] to [B, N, M]."""
+        return self.o_proj(heads.reshape(*heads.shape[:-2], -1))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: MLLMConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, N, M] -> [B, N, M]."""
+        c = self.config.decoder
+        kinds = {"dtype": DTYPES[self.config.dtype], "param_dtype": DTYPES[self.config.param_dtype]}
+        gate = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="gate_proj", **kinds)(x)
+        up = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="up_proj", **kinds)(x)
+        return dense(c.width, ("mlp", "embed"), use_bias=False, name="down_proj", **kinds)(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; one method per way to run it."""
+
+    config: MLLMConfig
+
+    def setup(self) -> None:
+        eps, dtype = self.config.decoder.norm_eps, DTYPES[self.config.dtype]
+        param_dtype = DTYPES[self.config.param_dtype]
+        self.input_norm = RMSNorm(eps, dtype, param_dtype)
+        self.self_attn = Attention(self.config)
+        self.post_attention_norm = RMSNorm(eps, dtype, param_dtype)
+        self.mlp = GatedMLP(self.config)
+
+    def _around(self, x: Array, angles: Angles, attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, Any]:
+        q, k, v = self.self_attn.qkv(self.input_norm(x), angles)
+        heads, out = attend(q, k, v)
+        x = x + self.self_attn.merge(heads)
+        return x + self.mlp(self.post_attention_norm(x)), out
+
+    def forward(self, x: Array, angles: Angles, plan: Plan, **options: Any) -> tuple[Array, dict[str, Any]]:
+        """All tokens at once, [B, N, M]; options of :func:`gaze_jax.models.attention.gaze_attention`."""
+        x = nn.with_logical_constraint(x, ("batch", "tokens", "width"))
+        return self._around(
+            x, angles, lambda q, k, v: gaze_attention(q, k, v, plan, gaze=self.config.gaze, **options)
+        )
+
+    def decode(
+        self,
+        x: Array,
+        cache: Cache,
+        angles: Angles,
+        step: "Step",
+        *,
+        layer: Array,
+        top_k: Array | None,
+        forced: Array | None,
+        route: Routing,
+        capacity: int | None,
+    ) -> tuple[tuple[Array, Cache], dict[str, Array]]:
+        """One token per row, [B, 1, M]: append its key and value, select regions, attend."""
+        gaze, spec = self.config.gaze, decode_spec(self.config.gaze, self.config.decoder.head_dim)
+        new_cache = cache
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
+            nonlocal new_cache
+            new_cache = _append(cache, k, v, layer, step.slot)
+            indices, out = None, {}
+            if top_k is not None and cache.visual_order.shape[1] > 0:
+                visible = (cache.last >= 0) & (cache.last <= step.order[:, None])
+                descriptors = jax.lax.dynamic_index_in_dim(cache.descriptors, layer, keepdims=False)
+                scores, seen = region_scores(
+                    q,
+                    descriptors,
+                    visible[:, None, :],
+                    gaze=gaze,
+                    route=route,
+                    sample=step.sample[:, None],
+                    order=step.order[:, None],
+                    first=cache.first,
+                    layer=layer,
+                    forced=forced,
+                )
+                permutation = routing.tie_permutation(cache.first)
+                slots = capacity or cache.visual_order.shape[1]
+                indices = routing.select_indices(scores, seen, top_k, slots, permutation)[:, 0]
+                out = {"indices": indices, "scores": scores[:, 0]}
+            order = step.order[:, None]
+            heads = gaze_decode(
+                q[:, 0],
+                new_cache.visual,
+                new_cache.dense_k,
+                new_cache.dense_v,
+                layer,
+                indices,
+                (cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None]),
+                (new_cache.dense_order >= 0) & (new_cache.dense_order <= order),
+                spec=spec,
+                implementation=gaze.implementation,
+            )
+            return heads[:, None], out
+
+        x, out = self._around(x, angles, attend)
+        return (x, new_cache), out
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where the token that is being decoded stands.
+
+    Attributes:
+      order: int32 [B] index in the spliced sequence.
+      slot: int32 scalar, the dense slot that it takes in every row.
+      sample: int32 [B], names the sample for random routing.
+    """
+
+    order: Array
+    slot: Array
+    sample: Array
+
+
+def _append(cache: Cache, k: Array, v: Array, layer: Array, slot: Array) -> Cache:
+    """Write one token's [B, 1, K, D] key and value in place."""
+
+    def write(stack: Array, new: Array) -> Array:
+        new = jnp.moveaxis(new, 1, 2)[None].astype(stack.dtype)
+        zero = jnp.zeros((), jnp.int32)
+        return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, slot, zero))
+
+    return dataclasses.replace(cache, dense_k=write(cache.dense_k, k), dense_v=write(cache.dense_v, v))
+
+
+def _per_layer(value: Array | None, layers: int, trailing: int) -> Array | None:
+    """Give ``value`` a leading layer axis, if it has only its ``trailing`` axes or fewer."""
+    if value is None:
+        return None
+    value = jnp.asarray(value, jnp.int32)
+    if value.ndim <= trailing:
+        value = value.reshape((1,) * (trailing + 1 - value.ndim) + value.shape)
+    return jnp.broadcast_to(value, (layers, *value.shape[1:]))
+
+
+class Decoder(nn.Module):
+    """Embedding, L scanned blocks, final norm and head."""
+
+    config: MLLMConfig
+
+    def setup(self) -> None:
+        c, dtype = self.config.decoder, DTYPES[self.config.dtype]
+        param_dtype = DTYPES[self.config.param_dtype]
+        init = logical(nn.initializers.normal(c.width**-0.5), "vocab", "embed")
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.width), param_dtype)
+        self.layers = Block(self.config)
+        self.norm = RMSNorm(c.norm_eps, dtype, param_dtype)
+        if not c.tie_embeddings:
+            self.lm_head = dense(
+                c.vocab_size,
+                ("embed", "vocab"),
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                name="lm_head",
+            )
+
+    def embed(self, tokens: Array) -> Array:
+        """int32 [...] token ids to [..., M]."""
+        return jnp.take(self.embedding, tokens, axis=0).astype(DTYPES[self.config.dtype])
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., M] to float32 [..., V]."""
+        if not self.config.decoder.tie_embeddings:
+            return self.lm_head(hidden).astype(jnp.float32)
+        table = self.embedding.astype(hidden.dtype)
+        return jnp.einsum("...M,VM->...V", hidden, table, preferred_element_type=jnp.float32)
+
+    def forward(
+        self,
+        x: Array,
+        pos: Array,
+        plan: Plan,
+        *,
+        top_k: Array | None,
+        route: Routing,
+        forced: Array | None,
+        collect: bool,
+        keep_kv: bool,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Training or prefill over both streams.
+
+        Args:
+          x: [B, N, M] embedded tokens.
+          pos: int32 [B, N] RoPE positions.
+          plan: of the batch.
+          top_k: int32 broadcastable to [L, B, S]; None is dense attention.
+          route: where scores come from.
+          forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
+          collect: return scores and selections.
+          keep_kv: return keys, values and descriptors.
+
+        Returns:
+          [B, N, M] after the final norm, and a dict of arrays stacked over layers.
+        """
+        c = self.config.decoder
+        angles = rope_angles(pos, c.head_dim, c.rope_theta)
+        per_layer = (
+            jnp.arange(c.depth, dtype=jnp.int32),
+            _per_layer(top_k, c.depth, 2),
+            _per_layer(forced, c.depth, 4),
+        )
+
+        def body(block: Block, x: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
+            layer, top_k, forced = inputs
+            x, out = block.forward(
+                x, angles, plan, route=route, layer=layer, top_k=top_k, forced=forced, collect=collect
+            )
+            wanted = {"scores", "selected"} if collect else set()
+            if keep_kv:
+                wanted |= set(out) - {"scores", "selected"}
+            return x, {name: out[name] for name in sorted(wanted & set(out))}
+
+        if self.config.remat:
+            body = nn.remat(body, prevent_cse=False)
+        scan = nn.scan(
+            body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN
+        )
+        x, out = scan(self.layers, x, per_layer)
+        return self.norm(x), out
+
+    def decode(
+        self,
+        x: Array,
+        pos: Array,
+        cache: Cache,
+        step: Step,
+        *,
+        top_k: Array | None,
+        route: Routing,
+        forced: Array | None,
+        capacity: int | None,
+    ) -> tuple[Array, Cache, dict[str, Array]]:
+        """One token per row with the cache.
+
+        Args:
+          x: [B, M] embedded tokens.
+          pos: int32 [B] RoPE positions.
+          cache: of the rows.
+          step: where the tokens stand; ``step.slot`` must be free.
+          top_k: int32 broadcastable to [L, B, 1]; None is dense attention.
+          route: where scores come from.
+          forced: int32 broadcastable to [L, B, 1, Hs, J], for strategy "forced".
+          capacity: J; None allows all R regions.
+
+        Returns:
+          [B, M] after the final norm, the cache with the token in it, and, if routed, "indices" int32
+          [L, B, Hs, J] and "scores" float32 [L, B, Hs, R].
+        """
+        c = self.config.decoder
+        angles = rope_angles(pos[:, None], c.head_dim, c.rope_theta)
+        zero = jnp.zeros((), jnp.int32)
+        dense_order = jax.lax.dynamic_update_slice(cache.dense_order, step.order[:, None], (zero, step.slot))
+        cache = dataclasses.replace(cache, dense_order=dense_order)
+        per_layer = (
+            jnp.arange(c.depth, dtype=jnp.int32),
+            _per_layer(top_k, c.depth, 2),
+            _per_layer(forced, c.depth, 4),
+        )
+        # Only what changes is carried; the visual cache is closed over and never copied.
+        still = cache
+
+        def body(block: Block, carry: Any, inputs: Any) -> tuple[Any, dict[str, Array]]:
+            x, dense_k, dense_v = carry
+            layer, top_k, forced = inputs
+            (x, now), out = block.decode(
+                x,
+                dataclasses.replace(still, dense_k=dense_k, dense_v=dense_v),
+                angles,
+                step,
+                layer=layer,
+                top_k=top_k,
+                forced=forced,
+                route=route,
+                capacity=capacity,
+            )
+            return (x, now.dense_k, now.dense_v), out
+
+        scan = nn.scan(body, length=c.depth, **PER_LAYER_SCAN)
+        (x, dense_k, dense_v), out = scan(self.layers, (x[:, None], cache.dense_k, cache.dense_v), per_layer)
+        cache = dataclasses.replace(cache, dense_k=dense_k, dense_v=dense_v)
+        return self.norm(x)[:, 0], cache, out

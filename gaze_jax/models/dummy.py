@@ -1,0 +1,29 @@
+"""A tiny model with every feature, for tests, documentation and dry runs."""
+
+import dataclasses
+
+from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
+
+DUMMY = MLLMConfig(
+    decoder=DecoderConfig(
+        vocab_size=64,
+        width=32,
+        depth=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=48,
+        rope_theta=1e4,
+        qk_norm=True,
+        qkv_bias=True,
+        tie_embeddings=False,
+    ),
+    vision=VisionConfig(image_size=20, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40),
+    gaze=GazeConfig(region=(2, 2), context_tokens=2, top_k=2, share="head"),
+)
+"""Grid 5x5 in regions of 2x2: nine balanced regions, five of them partial."""
+
+
+def dummy(**gaze: object) -> MLLMConfig:
+    """:data:`DUMMY` with other gaze settings, e.g. ``dummy(share="group")``."""
+    return dataclasses.replace(DUMMY, gaze=dataclasses.replace(DUMMY.gaze, **gaze))

@@ -1,0 +1,85 @@
+"""Small modules that the decoder, the tower and the projector share.
+
+Every parameter names its logical axes; ``gaze_jax.parallel.rules`` maps them to mesh axes.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Names = tuple[str | None, ...]
+
+
+def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
+    """Attach logical axis names to the parameter that ``init`` makes."""
+    return nn.with_logical_partitioning(init, names)
+
+
+def dense(
+    features: int, names: tuple[str, str], *, use_bias: bool, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str
+) -> nn.Dense:
+    """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=logical(nn.initializers.lecun_normal(), *names),
+        bias_init=logical(nn.initializers.zeros_init(), names[1]),
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32, as Qwen and Llama define it."""
+
+    eps: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., M] -> [..., M]."""
+        weight = self.param("weight", logical(nn.initializers.ones_init(), "norm"), x.shape[-1:], self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        # Qwen rounds to the activation dtype before it multiplies by the weight.
+        return wide.astype(self.dtype) * weight.astype(self.dtype)
+
+
+def layer_norm(eps: float, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm with scale and bias, statistics in float32."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        scale_init=logical(nn.initializers.ones_init(), "norm"),
+        bias_init=logical(nn.initializers.zeros_init(), "norm"),
+        name=name,
+    )
+
+
+def rope_angles(pos: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines of rotate-half RoPE.
+
+    Args:
+      pos: int32 [...] positions.
+      head_dim: D.
+      theta: base of the frequencies theta ** (-2i / D).
+
+    Returns:
+      Two float32 [..., D / 2].
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    # Float32 throughout: bfloat16 cannot tell position 257 from 256.
+    angles = pos[..., None].astype(jnp.float32) * (theta**-exponent)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Array, angles: tuple[Array, Array]) -> Array:
+    """Rotate channel i with channel i + D/2: [..., heads, D] by angles [..., D / 2]."""
+    cos, sin = (a[..., None, :] for a in angles)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)

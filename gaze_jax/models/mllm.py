@@ -1,0 +1,164 @@
+"""The multimodal model: tower, projector and decoder joined on the two streams."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gaze_jax.core.regions import to_regions
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.streams import Kind, Streams
+from gaze_jax.models.attention import make_plan
+from gaze_jax.models.cache import Cache, build_cache
+from gaze_jax.models.config import DTYPES, MLLMConfig
+from gaze_jax.models.decoder import Decoder, Step
+from gaze_jax.models.layers import logical
+from gaze_jax.models.vision import Projector, VisionTower
+
+Array = jax.Array
+
+
+class MLLM(nn.Module):
+    """Image tower -> projector -> decoder.
+
+    Methods take ``top_k`` (int32, traced; None is dense attention), ``route`` and ``forced`` as
+    :class:`gaze_jax.models.decoder.Decoder` describes them.
+    """
+
+    config: MLLMConfig
+
+    def setup(self) -> None:
+        c, param_dtype = self.config, DTYPES[self.config.param_dtype]
+        width = c.decoder.width
+        self.vision = VisionTower(c)
+        self.projector = Projector(c)
+        self.decoder = Decoder(c)
+        init = nn.initializers.normal(width**-0.5)
+        self.newline = self.param("newline", logical(init, "norm"), (width,), param_dtype)
+        if c.gaze.context_tokens:
+            shape = (c.gaze.context_tokens, width)
+            self.context = self.param("context", logical(init, None, "norm"), shape, param_dtype)
+
+    def encode(self, images: Array) -> Array:
+        """Images float32 [B, F, height, width, 3] to projected features [B, F * grid * grid, M]."""
+        batch, units = images.shape[:2]
+        features = self.projector(self.vision(images.reshape(batch * units, *images.shape[2:])))
+        return features.reshape(batch, -1, features.shape[-1])
+
+    def _embed_dense(self, streams: Streams) -> Array:
+        """Text from the table; newlines and context tokens from their own parameters; padding is 0."""
+        dtype = DTYPES[self.config.dtype]
+        is_text = (streams.kind == Kind.TEXT)[..., None]
+        x = jnp.where(is_text, self.decoder.embed(jnp.where(is_text[..., 0], streams.tokens, 0)), 0)
+        is_newline = (streams.kind == Kind.NEWLINE)[..., None]
+        x = jnp.where(is_newline, self.newline.astype(dtype), x)
+        if self.config.gaze.context_tokens:
+            is_context = streams.kind == Kind.CONTEXT
+            which = jnp.where(is_context, streams.tokens, 0)
+            x = jnp.where(is_context[..., None], self.context.astype(dtype)[which], x)
+        return x
+
+    def _forward(
+        self, images: Array, streams: Streams, sample_id: Array | None, **options: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        batch, regions, slots = streams.visual_src.shape
+        visual = to_regions(self.encode(images), streams.visual_src).reshape(batch, regions * slots, -1)
+        x = jnp.concatenate([visual, self._embed_dense(streams)], axis=1)
+        pos = jnp.concatenate([streams.visual_pos.reshape(batch, -1), streams.dense_pos], axis=1)
+        plan = make_plan(streams, self.config.gaze, sample_id)
+        hidden, out = self.decoder.forward(x, pos, plan, **options)
+        return hidden[:, regions * slots :], out
+
+    def __call__(
+        self,
+        images: Array,
+        streams: Streams,
+        *,
+        top_k: Array | None,
+        route: Routing = Routing(),
+        forced: Array | None = None,
+        sample_id: Array | None = None,
+        collect: bool = False,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Teacher-forced pass.
+
+        Args:
+          images: float32 [B, F, image_size, image_size, 3] in [-1, 1].
+          streams: the batch.
+          top_k: int32 broadcastable to [L, B, S]; None is dense attention.
+          route: where region scores come from.
+          forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
+          sample_id: int32 [B], matters to random routing only.
+          collect: return what the routing saw.
+
+        Returns:
+          float32 logits [B, S, V] of the dense stream, and a dict: with ``collect`` and ``top_k``,
+          "scores" float32 and "selected" bool, both [L, B, S, Hs, R].
+        """
+        hidden, out = self._forward(
+            images,
+            streams,
+            sample_id,
+            top_k=top_k,
+            route=route,
+            forced=forced,
+            collect=collect,
+            keep_kv=False,
+        )
+        return self.decoder.logits(hidden), out
+
+    def prefill(
+        self,
+        images: Array,
+        streams: Streams,
+        *,
+        room: int,
+        top_k: Array | None,
+        route: Routing = Routing(),
+        forced: Array | None = None,
+        sample_id: Array | None = None,
+    ) -> tuple[Array, Cache, dict[str, Array]]:
+        """Read prompts (one sample per row) and make a cache with ``room`` free dense slots.
+
+        Returns:
+          float32 logits [B, V] at each row's last token in order, the cache, and "selected" bool
+          [L, B, Hs, R] of that token (absent if dense).
+        """
+        hidden, layers = self._forward(
+            images,
+            streams,
+            sample_id,
+            top_k=top_k,
+            route=route,
+            forced=forced,
+            collect=True,
+            keep_kv=True,
+        )
+        last = jnp.argmax(jnp.where(streams.dense_segment >= 0, streams.dense_order, -1), axis=1)
+        at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        out = {}
+        if "selected" in layers:
+            selected = jnp.take_along_axis(layers["selected"], last[None, :, None, None, None], axis=2)
+            out["selected"] = selected[:, :, 0]
+        cache = build_cache(layers, streams, self.config.gaze, room=room)
+        return self.decoder.logits(at_last), cache, out
+
+    def decode(
+        self,
+        tokens: Array,
+        pos: Array,
+        cache: Cache,
+        step: Step,
+        *,
+        top_k: Array | None,
+        route: Routing = Routing(),
+        forced: Array | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Array, Cache, dict[str, Array]]:
+        """Feed one token per row, int32 [B]; see :meth:`Decoder.decode`. Logits are float32 [B, V]."""
+        x = self.decoder.embed(tokens)
+        hidden, cache, out = self.decoder.decode(
+            x, pos, cache, step, top_k=top_k, route=route, forced=forced, capacity=capacity
+        )
+        return self.decoder.logits(hidden), cache, out

@@ -1,0 +1,103 @@
+"""A SigLIP-shaped image tower and the two-layer projector into the decoder's width."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gaze_jax.models.config import DTYPES, MLLMConfig
+from gaze_jax.models.decoder import PER_LAYER_SCAN
+from gaze_jax.models.layers import dense, layer_norm, logical
+
+Array = jax.Array
+
+
+class EncoderBlock(nn.Module):
+    """Pre-LayerNorm self-attention over all patches of one image, and an MLP with tanh GELU."""
+
+    config: MLLMConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, N, M] -> [B, N, M]."""
+        c = self.config.vision
+        dtype, param_dtype = DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
+        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+
+        def project(x: Array, name: str) -> Array:
+            return dense(c.width, ("embed", "heads"), use_bias=True, name=name, **kinds)(x)
+
+        h = layer_norm(c.norm_eps, dtype, param_dtype, "layer_norm1")(x)
+        q, k, v = (
+            project(h, name).reshape(*h.shape[:2], c.num_heads, -1) for name in ("q_proj", "k_proj", "v_proj")
+        )
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + dense(c.width, ("heads", "embed"), use_bias=True, name="out_proj", **kinds)(h)
+        h = layer_norm(c.norm_eps, dtype, param_dtype, "layer_norm2")(x)
+        h = dense(c.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1", **kinds)(h)
+        h = nn.gelu(h, approximate=True)
+        return x + dense(c.width, ("mlp", "embed"), use_bias=True, name="fc2", **kinds)(h)
+
+
+class VisionTower(nn.Module):
+    """Patches, learned positions, encoder blocks."""
+
+    config: MLLMConfig
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Encode images.
+
+        Args:
+          images: float32 [B, image_size, image_size, 3], normalised to [-1, 1].
+
+        Returns:
+          [B, grid * grid, M] features in raster order.
+        """
+        c = self.config.vision
+        dtype, param_dtype = DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
+        x = nn.Conv(
+            c.width,
+            (c.patch_size, c.patch_size),
+            strides=(c.patch_size, c.patch_size),
+            padding="VALID",  # a remainder at the right and bottom is dropped
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=logical(nn.initializers.lecun_normal(), None, None, None, "embed"),
+            bias_init=logical(nn.initializers.zeros_init(), "norm"),
+            name="patch_embedding",
+        )(images.astype(dtype))
+        x = x.reshape(x.shape[0], -1, c.width)
+        table = self.param(
+            "position_embedding",
+            logical(nn.initializers.normal(c.width**-0.5), None, "embed"),
+            (c.grid**2, c.width),
+            param_dtype,
+        )
+        x = x + table.astype(dtype)[None]
+
+        def body(block: EncoderBlock, x: Array, _: None) -> tuple[Array, None]:
+            return block(x), None
+
+        if self.config.remat:
+            body = nn.remat(body, prevent_cse=False)
+        scan = nn.scan(body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN)
+        x, _ = scan(EncoderBlock(self.config, name="layers"), x, None)
+        if c.post_norm:
+            x = layer_norm(c.norm_eps, dtype, param_dtype, "post_layernorm")(x)
+        return x
+
+
+class Projector(nn.Module):
+    """Two linear layers with the exact GELU between them (``mlp2x_gelu``)."""
+
+    config: MLLMConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., vision width] -> [..., M]."""
+        width = self.config.decoder.width
+        kinds = {"dtype": DTYPES[self.config.dtype], "param_dtype": DTYPES[self.config.param_dtype]}
+        x = dense(width, ("embed", "mlp"), use_bias=True, name="linear_1", **kinds)(x)
+        return dense(width, ("mlp", "embed"), use_bias=True, name="linear_2", **kinds)(
+            nn.gelu(x, approximate=False)
+        )

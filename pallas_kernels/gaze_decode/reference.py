@@ -1,0 +1,64 @@
+"""gaze_decode as its definition reads: float32, one head at a time, every region under a mask.
+
+The oracle of the shared suite. It deliberately shares no code with the other implementations.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.spec import GazeSpec
+
+Packed = tuple[jax.Array, jax.Array]
+
+
+def supports(spec: GazeSpec) -> str | None:
+    """Every spec, everywhere."""
+    del spec
+    return None
+
+
+def pack(k: jax.Array, v: jax.Array) -> Packed:
+    """Keep [L, B, K, R, P, D] as it is."""
+    return k, v
+
+
+def unpack(packed: Packed) -> Packed:
+    """Keep [L, B, K, R, P, D] as it is."""
+    return packed
+
+
+def gaze_decode(
+    q: jax.Array,
+    visual: Packed,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    layer: jax.Array,
+    indices: jax.Array | None,
+    visual_seen: jax.Array,
+    dense_seen: jax.Array,
+    *,
+    spec: GazeSpec,
+) -> jax.Array:
+    """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
+    batch, heads, dim = q.shape
+    per_kv = heads // dense_k.shape[2]
+    regions, slots = visual_seen.shape[1:]
+
+    def one(b: jax.Array, h: jax.Array) -> jax.Array:
+        kv = h // per_kv
+        seen = visual_seen[b]
+        if indices is not None:
+            listed = indices[b, h if spec.share == "head" else kv]
+            seen &= jnp.isin(jnp.arange(regions), listed)[:, None]
+        seen = jnp.concatenate([seen.reshape(-1), dense_seen[b]])
+        k = jnp.concatenate([visual[0][layer, b, kv].reshape(regions * slots, dim), dense_k[layer, b, kv]])
+        v = jnp.concatenate([visual[1][layer, b, kv].reshape(regions * slots, dim), dense_v[layer, b, kv]])
+        k = jnp.where(seen[:, None], k.astype(jnp.float32), 0.0)
+        v = jnp.where(seen[:, None], v.astype(jnp.float32), 0.0)
+        logits = jnp.dot(k, q[b, h].astype(jnp.float32), precision="highest") * spec.scale
+        some = jnp.any(seen)
+        weights = jax.nn.softmax(jnp.where(some, jnp.where(seen, logits, -jnp.inf), 0.0))
+        return jnp.dot(jnp.where(some, weights, 0.0), v, precision="highest")
+
+    b, h = jnp.indices((batch, heads)).reshape(2, -1)
+    return jax.vmap(one)(b, h).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,1 @@
+"""Many queries, each with its own selection of regions; see ``api.py``."""

@@ -1,0 +1,76 @@
+"""gaze_prefill: attention of many queries, forward and backward.
+
+A key is seen by query t and head h if it is valid, of the query's segment, inside the query's window
+and, for a *routed* query and a visual key, in a region that ``selected`` marks for that head. The
+output is one softmax over all seen keys; a query that sees nothing outputs 0. K and V of tokens that
+no query sees may hold anything, NaN included, and get a gradient of exactly 0.
+"""
+
+from types import MappingProxyType
+
+import jax
+
+from pallas_kernels.dispatch import check_shape, pick
+from pallas_kernels.gaze_prefill import reference, xla
+from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
+
+IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla})
+
+
+def supports(implementation: str, spec: GazeSpec) -> str | None:
+    """None if ``implementation`` can run ``spec`` here, else the reason why not."""
+    return IMPLEMENTATIONS[implementation].supports(spec)
+
+
+def gaze_prefill(
+    q: jax.Array,
+    visual_k: jax.Array,
+    visual_v: jax.Array,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    queries: Windows,
+    places: KeyPlaces,
+    selected: jax.Array | None,
+    *,
+    spec: GazeSpec,
+    implementation: str,
+) -> jax.Array:
+    """Attend to windows of both streams, routed queries to their selected regions only.
+
+    Args:
+      q: [B, T, H, D].
+      visual_k, visual_v: [B, K, R, P, D].
+      dense_k, dense_v: [B, K, S, D].
+      queries: [B, T] windows.
+      places: where the keys stand.
+      selected: bool [B, T, Hs, R]; None routes nobody: every query attends to its whole window.
+      spec: static choices.
+      implementation: a key of ``IMPLEMENTATIONS``.
+
+    Returns:
+      [B, T, H, D] in ``q.dtype``; the softmax is computed in float32.
+
+    Raises:
+      ValueError: a shape does not fit, or the implementation's name is unknown.
+      NotImplementedError: the named implementation cannot run this spec here.
+    """
+    op = "gaze_prefill"
+    module = pick(op, IMPLEMENTATIONS, implementation, spec)
+    batch, length, heads, dim = q.shape
+    kv_heads, regions, slots = visual_k.shape[1:4]
+    dense = dense_k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{op}: {heads} query heads are not a multiple of {kv_heads} kv heads.")
+    for name, array in (("visual_k", visual_k), ("visual_v", visual_v)):
+        check_shape(op, name, array, (batch, kv_heads, regions, slots, dim))
+    for name, array in (("dense_k", dense_k), ("dense_v", dense_v)):
+        check_shape(op, name, array, (batch, kv_heads, dense, dim))
+    check_shape(op, "queries.segment", queries.segment, (batch, length))
+    check_shape(op, "places.visual_order", places.visual_order, (batch, regions, slots))
+    check_shape(op, "places.dense_order", places.dense_order, (batch, dense))
+    if selected is not None:
+        shared = heads if spec.share == "head" else kv_heads
+        check_shape(op, f"selected (share {spec.share!r})", selected, (batch, length, shared, regions))
+    return module.gaze_prefill(
+        q, visual_k, visual_v, dense_k, dense_v, queries, places, selected, spec=spec
+    )

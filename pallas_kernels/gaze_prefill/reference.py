@@ -1,0 +1,70 @@
+"""gaze_prefill as its definition reads: float32, one head and one query at a time, no tiling.
+
+The oracle of the shared suite. It deliberately shares no code with the other implementations.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
+
+
+def supports(spec: GazeSpec) -> str | None:
+    """Every spec, everywhere."""
+    del spec
+    return None
+
+
+def gaze_prefill(
+    q: jax.Array,
+    visual_k: jax.Array,
+    visual_v: jax.Array,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    queries: Windows,
+    places: KeyPlaces,
+    selected: jax.Array | None,
+    *,
+    spec: GazeSpec,
+) -> jax.Array:
+    """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`."""
+    heads = q.shape[2]
+    kv_heads, regions, slots, dim = visual_k.shape[1:]
+    per_kv = heads // kv_heads
+
+    def one(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        seen: jax.Array,
+    ) -> jax.Array:
+        """[D] query over [N, D] keys of which ``seen`` [N] count."""
+        k = jnp.where(seen[:, None], k.astype(jnp.float32), 0.0)
+        v = jnp.where(seen[:, None], v.astype(jnp.float32), 0.0)
+        logits = jnp.dot(k, q.astype(jnp.float32), precision="highest") * spec.scale
+        logits = jnp.where(seen, logits, -jnp.inf)
+        weights = jnp.where(jnp.any(seen), jax.nn.softmax(jnp.where(jnp.any(seen), logits, 0.0)), 0.0)
+        return jnp.dot(weights, v, precision="highest")
+
+    def row(b: int, t: int, h: int) -> jax.Array:
+        w = jax.tree.map(lambda a: a[b, t], queries)
+        order, segment = places.visual_order[b], places.region_segment[b][:, None]
+        seen = (order >= 0) & (segment == w.segment) & (w.segment >= 0)
+        seen &= (w.visual_lo <= order) & (order <= w.visual_hi)
+        if selected is not None:
+            mine = selected[b, t, h if spec.share == "head" else h // per_kv]
+            seen &= ~w.routed | mine[:, None]
+        d_order, d_segment = places.dense_order[b], places.dense_segment[b]
+        d_seen = (d_order >= 0) & (d_segment == w.segment) & (w.segment >= 0)
+        d_seen &= (w.dense_lo <= d_order) & (d_order <= w.dense_hi)
+        kv = h // per_kv
+        return one(
+            q[b, t, h],
+            jnp.concatenate([visual_k[b, kv].reshape(regions * slots, dim), dense_k[b, kv]]),
+            jnp.concatenate([visual_v[b, kv].reshape(regions * slots, dim), dense_v[b, kv]]),
+            jnp.concatenate([seen.reshape(-1), d_seen]),
+        )
+
+    index = jnp.indices(q.shape[:3]).reshape(3, -1)
+    out = jax.vmap(row)(*index)
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,171 @@
+"""gaze_prefill in plain XLA: dense matmuls under a mask, in blocks of queries.
+
+Memory is bounded by ``spec.query_block``: logits exist for one block at a time and the backward pass
+recomputes them. It skips no FLOPs, which at 10 % kept regions a block of queries could not do either:
+together its queries leave almost no region untouched.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
+
+
+_EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
+
+
+def supports(spec: GazeSpec) -> str | None:
+    """Every spec, everywhere."""
+    del spec
+    return None
+
+
+def _inside(queries: Windows, lo: jax.Array, hi: jax.Array, order: jax.Array, segment: jax.Array) -> jax.Array:
+    """bool [B, T, N]: key n is in query t's segment and interval; order -1 is no key."""
+    segment_of = queries.segment[:, :, None]
+    order, segment = order[:, None, :], segment[:, None, :]
+    near = (segment == segment_of) & (segment_of >= 0)
+    return near & (order >= jnp.maximum(lo, 0)[:, :, None]) & (order <= hi[:, :, None])
+
+
+def _seen(
+    queries: Windows, places: KeyPlaces, selected: jax.Array | None, heads: int
+) -> tuple[jax.Array, jax.Array]:
+    """Masks of visual and dense keys: bool [B, T, Hs or 1, R, P] and [B, T, 1, S]."""
+    batch, regions, slots = places.visual_order.shape
+    visual = _inside(
+        queries,
+        queries.visual_lo,
+        queries.visual_hi,
+        places.visual_order.reshape(batch, -1),
+        jnp.repeat(places.region_segment, slots, axis=1),
+    ).reshape(batch, -1, 1, regions, slots)
+    dense = _inside(queries, queries.dense_lo, queries.dense_hi, places.dense_order, places.dense_segment)
+    if selected is not None:
+        open_to = selected | ~queries.routed[:, :, None, None]
+        visual = visual & open_to[..., None]
+    return visual, dense[:, :, None, :]
+
+
+def _attend(
+    q: jax.Array,
+    visual_k: jax.Array,
+    visual_v: jax.Array,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    visual: jax.Array,
+    dense: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """One softmax over both streams for one block of queries; the masks say what counts."""
+    batch, length, heads, dim = q.shape
+    kv_heads, tokens = visual_k.shape[1:3]
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+
+    def by_group(mask: jax.Array) -> jax.Array:
+        """[B, T, 1 | K | H, N] to [B, K or 1, G or 1, T, N]."""
+        shared = mask.shape[2]
+        if shared == heads:
+            mask = mask.reshape(batch, length, kv_heads, heads // kv_heads, -1)
+        else:
+            mask = mask[:, :, :, None]
+        return jnp.moveaxis(mask, 1, 3)
+
+    def logits(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        product = jnp.einsum("BTKGD,BKND->BKGTN", grouped, keys, precision=_EXACT, preferred_element_type=jnp.float32)
+        return jnp.where(by_group(mask), product * scale, -jnp.inf)
+
+    both = jnp.concatenate([logits(visual_k, visual), logits(dense_k, dense)], axis=-1)
+    top = jax.lax.stop_gradient(jnp.max(both, axis=-1, keepdims=True))
+    weights = jnp.exp(both - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+
+    def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "BKGTN,BKND->BTKGD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
+        )
+
+    out = weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], dense_v)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _blocked(tree: object, count: int, block: int) -> object:
+    """Pad axis 1 of every leaf to count * block and move the blocks to the front."""
+
+    def leaf(a: jax.Array) -> jax.Array:
+        pad = [(0, 0)] * a.ndim
+        pad[1] = (0, count * block - a.shape[1])
+        a = jnp.pad(a, pad)
+        return jnp.moveaxis(a.reshape(a.shape[0], count, block, *a.shape[2:]), 1, 0)
+
+    return jax.tree.map(leaf, tree)
+
+
+def gaze_prefill(
+    q: jax.Array,
+    visual_k: jax.Array,
+    visual_v: jax.Array,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    queries: Windows,
+    places: KeyPlaces,
+    selected: jax.Array | None,
+    *,
+    spec: GazeSpec,
+) -> jax.Array:
+    """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`."""
+    batch, length, heads, dim = q.shape
+    kv_heads, regions, slots = visual_k.shape[1:4]
+    block = min(spec.query_block, length)
+    count = -(-length // block)
+
+    def masks(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        visual, dense = _seen(queries, places, selected, heads)
+        return visual.reshape(*visual.shape[:3], regions * slots), dense
+
+    def touched(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Keys that anybody sees: bool [B, K, R * P] and [B, 1, S]."""
+        visual, dense = masks(queries, selected)
+        if visual.shape[2] == heads:
+            visual = visual.reshape(batch, -1, kv_heads, heads // kv_heads, regions * slots).any(3)
+        visual = jnp.broadcast_to(visual.any(1), (batch, kv_heads, regions * slots))
+        return visual, dense.any(1)
+
+    if count == 1:
+        blocks, used = None, touched(queries, selected)
+    else:
+        blocks = _blocked((q, queries, selected), count, block)
+        # Padding queries come from zeros; mark them as such so that they see nothing.
+        alive = (jnp.arange(count * block) < length).reshape(count, 1, block)
+        blocks = (
+            blocks[0],
+            dataclasses.replace(blocks[1], segment=jnp.where(alive, blocks[1].segment, -1)),
+            blocks[2],
+        )
+        used = jax.tree.map(
+            lambda a: a.any(0), jax.lax.map(lambda xs: touched(xs[1], xs[2]), blocks)
+        )
+
+    def clean(array: jax.Array, used: jax.Array) -> jax.Array:
+        # 0 * NaN is NaN: what nobody sees must not reach a matmul, in either direction.
+        return jnp.where(used[..., None], array, jnp.zeros((), array.dtype))
+
+    flat = (batch, kv_heads, regions * slots, dim)
+    keys_and_values = (
+        clean(visual_k.reshape(flat), used[0]),
+        clean(visual_v.reshape(flat), used[0]),
+        clean(dense_k, used[1]),
+        clean(dense_v, used[1]),
+    )
+    if blocks is None:
+        return _attend(q, *keys_and_values, *masks(queries, selected), spec.scale)
+
+    @jax.checkpoint
+    def one_block(xs: tuple[jax.Array, Windows, jax.Array | None]) -> jax.Array:
+        return _attend(xs[0], *keys_and_values, *masks(xs[1], xs[2]), spec.scale)
+
+    out = jax.lax.map(one_block, blocks)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, dim)[:, :length]

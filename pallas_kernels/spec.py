@@ -1,0 +1,72 @@
+"""Static choices and integer metadata shared by the attention ops.
+
+Axis letters: B batch, T queries, S dense keys, R regions, P token slots per region, J selection
+capacity, K kv heads, G query heads per kv head, H = K * G, D head dim, L layers.
+"""
+
+import dataclasses
+
+import jax
+
+SHARES = ("head", "group")
+
+
+@dataclasses.dataclass(frozen=True)
+class GazeSpec:
+    """What an implementation may specialise on; hashable, so it can be a static jit argument.
+
+    Attributes:
+      scale: multiplies the logits (usually ``head_dim ** -0.5``); it never changes a selection.
+      share: "head": a selection per query head (Hs = H); "group": one per kv head (Hs = K).
+      query_block: most queries that ``gaze_prefill`` may hold logits of at once.
+    """
+
+    scale: float
+    share: str = "head"
+    query_block: int = 512
+
+    def __post_init__(self):
+        if self.share not in SHARES:
+            raise ValueError(f"GazeSpec.share={self.share!r} must be one of {SHARES}.")
+        if self.query_block < 1:
+            raise ValueError(f"GazeSpec.query_block={self.query_block} must be at least 1.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """What each query may see, as inclusive intervals of ``order`` inside its own segment.
+
+    A query whose interval is empty everywhere (``segment`` -1) outputs 0.
+
+    Attributes:
+      segment: int32 [B, T] packed sample of the query; -1 for padding, which sees nothing.
+      visual_lo, visual_hi: int32 [B, T] visible visual tokens.
+      dense_lo, dense_hi: int32 [B, T] visible dense tokens.
+      routed: bool [B, T] the query attends to its selected regions only.
+    """
+
+    segment: jax.Array
+    visual_lo: jax.Array
+    visual_hi: jax.Array
+    dense_lo: jax.Array
+    dense_hi: jax.Array
+    routed: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyPlaces:
+    """Where the keys stand in their sequences; empty slots and padding have order -1.
+
+    Attributes:
+      visual_order: int32 [B, R, P].
+      region_segment: int32 [B, R].
+      dense_order: int32 [B, S].
+      dense_segment: int32 [B, S].
+    """
+
+    visual_order: jax.Array
+    region_segment: jax.Array
+    dense_order: jax.Array
+    dense_segment: jax.Array

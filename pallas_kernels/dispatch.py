@@ -6,6 +6,13 @@ from types import ModuleType
 from pallas_kernels.spec import GazeSpec
 
 
+def find(op: str, implementations: Mapping[str, ModuleType], name: str) -> ModuleType:
+    """Return the module called ``name``, or raise a ValueError that lists the names there are."""
+    if name not in implementations:
+        raise ValueError(f"{op} has no implementation {name!r}; choose one of {tuple(implementations)}.")
+    return implementations[name]
+
+
 def pick(op: str, implementations: Mapping[str, ModuleType], name: str, spec: GazeSpec) -> ModuleType:
     """Return the module that implements ``op`` under ``name``.
 
@@ -13,9 +20,7 @@ def pick(op: str, implementations: Mapping[str, ModuleType], name: str, spec: Ga
       ValueError: no implementation has that name.
       NotImplementedError: it exists but cannot do what ``spec`` asks; nothing else is tried.
     """
-    if name not in implementations:
-        raise ValueError(f"{op} has no implementation {name!r}; choose one of {tuple(implementations)}.")
-    module = implementations[name]
+    module = find(op, implementations, name)
     reason = module.supports(spec)
     if reason is not None:
         raise NotImplementedError(f"{op} implementation {name!r} cannot run here: {reason}")

@@ -72,6 +72,8 @@ def to_regions(features: Array, visual_src: Array) -> Array:
       [B, R, P, M]; empty slots are 0.
     """
     batch = features.shape[0]
+    if features.shape[1] == 0:  # text only: there is nothing to index, and every slot is empty
+        return jnp.zeros((*visual_src.shape, features.shape[2]), features.dtype)
     flat = visual_src.reshape(batch, -1, 1)
     moved = jnp.take_along_axis(features, jnp.maximum(flat, 0), axis=1)
     moved = jnp.where(flat >= 0, moved, jnp.zeros((), features.dtype))

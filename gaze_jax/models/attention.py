@@ -45,7 +45,7 @@ class Plan:
 
 
 def make_plan(streams: Streams, gaze: GazeConfig, sample: Array | None = None) -> Plan:
-    """Derive the plan of a batch; ``sample`` is int32 [B] (default 0) and matters to random routing only."""
+    """Derive the plan of a batch; ``sample`` is int32 [B] or [B, S] (default 0), of random routing."""
     visual, dense = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
     places = masks.key_places(streams)
     first, last = regions.region_span(places.visual_order)
@@ -147,7 +147,7 @@ def gaze_attention(
 
     def split(a: Array) -> tuple[Array, Array]:
         a = jnp.moveaxis(a, 2, 1)
-        return a[:, :, :tokens].reshape(batch, -1, num_regions, slots, dim), a[:, :, tokens:]
+        return a[:, :, :tokens].reshape(batch, a.shape[1], num_regions, slots, dim), a[:, :, tokens:]
 
     (visual_k, dense_k), (visual_v, dense_v) = split(k), split(v)
     out: dict[str, Any] = {

@@ -138,7 +138,7 @@ class Block(nn.Module):
                     forced=forced,
                 )
                 permutation = routing.tie_permutation(cache.first)
-                slots = capacity or cache.visual_order.shape[1]
+                slots = cache.visual_order.shape[1] if capacity is None else capacity
                 indices = routing.select_indices(scores, seen, top_k, slots, permutation)[:, 0]
                 out = {"indices": indices, "scores": scores[:, 0]}
             order = step.order[:, None]
@@ -191,10 +191,21 @@ def _per_layer(value: Array | None, layers: int, trailing: int) -> Array | None:
     """Give ``value`` a leading layer axis, if it has only its ``trailing`` axes or fewer."""
     if value is None:
         return None
+    if not jnp.issubdtype(jnp.asarray(value).dtype, jnp.integer):
+        raise TypeError(
+            f"top_k and forced regions must be integers, got {jnp.asarray(value).dtype}; "
+            "core.routing.budget_from_keep turns a fraction into a count."
+        )
     value = jnp.asarray(value, jnp.int32)
     if value.ndim <= trailing:
         value = value.reshape((1,) * (trailing + 1 - value.ndim) + value.shape)
     return jnp.broadcast_to(value, (layers, *value.shape[1:]))
+
+
+def _check_forced(top_k: Array | None, route: Routing, forced: Array | None) -> None:
+    """Raise a ValueError where dense attention would silently ignore a steered selection."""
+    if top_k is None and (forced is not None or route.strategy == "forced"):
+        raise ValueError("Forced regions need top_k: dense attention (top_k=None) reads every region.")
 
 
 class Decoder(nn.Module):
@@ -257,6 +268,7 @@ class Decoder(nn.Module):
         Returns:
           [B, N, M] after the final norm, and a dict of arrays stacked over layers.
         """
+        _check_forced(top_k, route, forced)
         c = self.config.decoder
         angles = rope_angles(pos, c.head_dim, c.rope_theta)
         per_layer = (
@@ -311,6 +323,7 @@ class Decoder(nn.Module):
           [B, M] after the final norm, the cache with the token in it, and, if routed, "indices" int32
           [L, B, Hs, J] and "scores" float32 [L, B, Hs, R].
         """
+        _check_forced(top_k, route, forced)
         c = self.config.decoder
         angles = rope_angles(pos[:, None], c.head_dim, c.rope_theta)
         zero = jnp.zeros((), jnp.int32)

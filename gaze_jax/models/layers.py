@@ -48,16 +48,27 @@ class RMSNorm(nn.Module):
         return wide.astype(self.dtype) * weight.astype(self.dtype)
 
 
-def layer_norm(eps: float, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm with scale and bias, statistics in float32."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        scale_init=logical(nn.initializers.ones_init(), "norm"),
-        bias_init=logical(nn.initializers.zeros_init(), "norm"),
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32.
+
+    Flax's own does not run on bfloat16 under strict dtype promotion, and its variance E[x^2] - E[x]^2
+    cancels where the mean is large.
+    """
+
+    eps: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., M] -> [..., M]."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", logical(nn.initializers.ones_init(), "norm"), shape, self.param_dtype)
+        bias = self.param("bias", logical(nn.initializers.zeros_init(), "norm"), shape, self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
 
 def rope_angles(pos: Array, head_dim: int, theta: float) -> tuple[Array, Array]:

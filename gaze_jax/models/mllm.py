@@ -44,7 +44,7 @@ class MLLM(nn.Module):
         """Images float32 [B, F, height, width, 3] to projected features [B, F * grid * grid, M]."""
         batch, units = images.shape[:2]
         features = self.projector(self.vision(images.reshape(batch * units, *images.shape[2:])))
-        return features.reshape(batch, -1, features.shape[-1])
+        return features.reshape(batch, units * features.shape[1], features.shape[2])
 
     def _embed_dense(self, streams: Streams) -> Array:
         """Text from the table; newlines and context tokens from their own parameters; padding is 0."""
@@ -63,7 +63,8 @@ class MLLM(nn.Module):
         self, images: Array, streams: Streams, sample_id: Array | None, **options: Any
     ) -> tuple[Array, dict[str, Array]]:
         batch, regions, slots = streams.visual_src.shape
-        visual = to_regions(self.encode(images), streams.visual_src).reshape(batch, regions * slots, -1)
+        visual = to_regions(self.encode(images), streams.visual_src)
+        visual = visual.reshape(batch, regions * slots, visual.shape[-1])
         x = jnp.concatenate([visual, self._embed_dense(streams)], axis=1)
         pos = jnp.concatenate([streams.visual_pos.reshape(batch, -1), streams.dense_pos], axis=1)
         plan = make_plan(streams, self.config.gaze, sample_id)
@@ -89,7 +90,8 @@ class MLLM(nn.Module):
           top_k: int32 broadcastable to [L, B, S]; None is dense attention.
           route: where region scores come from.
           forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
-          sample_id: int32 [B], matters to random routing only.
+          sample_id: int32 [B], or [B, S] to name each token's sample in packed rows; matters to random
+            routing only.
           collect: return what the routing saw.
 
         Returns:

@@ -6,9 +6,18 @@ import jax.numpy as jnp
 
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.decoder import PER_LAYER_SCAN
-from gaze_jax.models.layers import dense, layer_norm, logical
+from gaze_jax.models.layers import LayerNorm, dense, logical
 
 Array = jax.Array
+
+
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    """Full attention of [B, N, heads, D], softmax in float32."""
+    # jax.nn.dot_product_attention does not run on bfloat16 under strict dtype promotion.
+    logits = jnp.einsum("BTHD,BNHD->BHTN", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    out = jnp.einsum("BHTN,BNHD->BHTD", weights, v, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out, 1, 2).astype(q.dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -26,13 +35,14 @@ class EncoderBlock(nn.Module):
         def project(x: Array, name: str) -> Array:
             return dense(c.width, ("embed", "heads"), use_bias=True, name=name, **kinds)(x)
 
-        h = layer_norm(c.norm_eps, dtype, param_dtype, "layer_norm1")(x)
+        h = LayerNorm(c.norm_eps, dtype, param_dtype, name="layer_norm1")(x)
         q, k, v = (
-            project(h, name).reshape(*h.shape[:2], c.num_heads, -1) for name in ("q_proj", "k_proj", "v_proj")
+            project(h, name).reshape(*h.shape[:2], c.num_heads, c.width // c.num_heads)
+            for name in ("q_proj", "k_proj", "v_proj")
         )
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = _attend(q, k, v).reshape(x.shape)
         x = x + dense(c.width, ("heads", "embed"), use_bias=True, name="out_proj", **kinds)(h)
-        h = layer_norm(c.norm_eps, dtype, param_dtype, "layer_norm2")(x)
+        h = LayerNorm(c.norm_eps, dtype, param_dtype, name="layer_norm2")(x)
         h = dense(c.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1", **kinds)(h)
         h = nn.gelu(h, approximate=True)
         return x + dense(c.width, ("mlp", "embed"), use_bias=True, name="fc2", **kinds)(h)
@@ -66,7 +76,7 @@ class VisionTower(nn.Module):
             bias_init=logical(nn.initializers.zeros_init(), "norm"),
             name="patch_embedding",
         )(images.astype(dtype))
-        x = x.reshape(x.shape[0], -1, c.width)
+        x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], c.width)
         table = self.param(
             "position_embedding",
             logical(nn.initializers.normal(c.width**-0.5), None, "embed"),
@@ -83,7 +93,7 @@ class VisionTower(nn.Module):
         scan = nn.scan(body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN)
         x, _ = scan(EncoderBlock(self.config, name="layers"), x, None)
         if c.post_norm:
-            x = layer_norm(c.norm_eps, dtype, param_dtype, "post_layernorm")(x)
+            x = LayerNorm(c.norm_eps, dtype, param_dtype, name="post_layernorm")(x)
         return x
 
 

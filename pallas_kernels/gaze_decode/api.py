@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import check_shape, pick
+from pallas_kernels.dispatch import check_shape, find, pick
 from pallas_kernels.gaze_decode import reference, xla
 from pallas_kernels.spec import GazeSpec
 
@@ -22,7 +22,7 @@ IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla})
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:
     """None if ``implementation`` can run ``spec`` here, else the reason why not."""
-    return IMPLEMENTATIONS[implementation].supports(spec)
+    return find("gaze_decode", IMPLEMENTATIONS, implementation).supports(spec)
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:
@@ -86,6 +86,10 @@ def gaze_decode(
     for name, array in (("dense_k", dense_k), ("dense_v", dense_v)):
         check_shape(op, name, array, (layers, batch, kv_heads, dense, dim))
     check_shape(op, "dense_seen", dense_seen, (batch, dense))
+    cached = (layers, batch, kv_heads, *visual_seen.shape[1:], dim)
+    for name, array in zip("kv", jax.eval_shape(module.unpack, visual), strict=True):
+        check_shape(op, f"visual cache {name} (next to visual_seen {visual_seen.shape})", array, cached)
+    check_shape(op, "visual_seen", visual_seen, (batch, *cached[3:5]))
     if indices is not None:
         shared = heads if spec.share == "head" else kv_heads
         check_shape(op, f"indices (share {spec.share!r})", indices, (batch, shared, indices.shape[-1]))

@@ -62,7 +62,7 @@ def gaze_decode(
     regions, slots = visual_seen.shape[1:]
     grouped = q.reshape(batch, kv_heads, per_kv, dim)
 
-    if indices is None:
+    if indices is None or regions == 0:
         k, v = (
             jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).reshape(
                 batch, kv_heads, 1, regions * slots, dim

@@ -6,11 +6,12 @@ output is one softmax over all seen keys; a query that sees nothing outputs 0. K
 no query sees may hold anything, NaN included, and get a gradient of exactly 0.
 """
 
+import dataclasses
 from types import MappingProxyType
 
 import jax
 
-from pallas_kernels.dispatch import check_shape, pick
+from pallas_kernels.dispatch import check_shape, find, pick
 from pallas_kernels.gaze_prefill import reference, xla
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
@@ -19,7 +20,7 @@ IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla})
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:
     """None if ``implementation`` can run ``spec`` here, else the reason why not."""
-    return IMPLEMENTATIONS[implementation].supports(spec)
+    return find("gaze_prefill", IMPLEMENTATIONS, implementation).supports(spec)
 
 
 def gaze_prefill(
@@ -65,9 +66,12 @@ def gaze_prefill(
         check_shape(op, name, array, (batch, kv_heads, regions, slots, dim))
     for name, array in (("dense_k", dense_k), ("dense_v", dense_v)):
         check_shape(op, name, array, (batch, kv_heads, dense, dim))
-    check_shape(op, "queries.segment", queries.segment, (batch, length))
+    for field in dataclasses.fields(queries):
+        check_shape(op, f"queries.{field.name}", getattr(queries, field.name), (batch, length))
     check_shape(op, "places.visual_order", places.visual_order, (batch, regions, slots))
+    check_shape(op, "places.region_segment", places.region_segment, (batch, regions))
     check_shape(op, "places.dense_order", places.dense_order, (batch, dense))
+    check_shape(op, "places.dense_segment", places.dense_segment, (batch, dense))
     if selected is not None:
         shared = heads if spec.share == "head" else kv_heads
         check_shape(op, f"selected (share {spec.share!r})", selected, (batch, length, shared, regions))

@@ -41,7 +41,7 @@ def _seen(
         queries.visual_hi,
         places.visual_order.reshape(batch, -1),
         jnp.repeat(places.region_segment, slots, axis=1),
-    ).reshape(batch, -1, 1, regions, slots)
+    ).reshape(batch, queries.segment.shape[1], 1, regions, slots)
     dense = _inside(queries, queries.dense_lo, queries.dense_hi, places.dense_order, places.dense_segment)
     if selected is not None:
         open_to = selected | ~queries.routed[:, :, None, None]
@@ -68,7 +68,7 @@ def _attend(
         """[B, T, 1 | K | H, N] to [B, K or 1, G or 1, T, N]."""
         shared = mask.shape[2]
         if shared == heads:
-            mask = mask.reshape(batch, length, kv_heads, heads // kv_heads, -1)
+            mask = mask.reshape(batch, length, kv_heads, heads // kv_heads, mask.shape[-1])
         else:
             mask = mask[:, :, :, None]
         return jnp.moveaxis(mask, 1, 3)
@@ -84,12 +84,13 @@ def _attend(
     weights = (weights / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
 
     def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+        # In the order that the dot produces: XLA on CPU refuses bfloat16 dots that also transpose.
         return jnp.einsum(
-            "BKGTN,BKND->BTKGD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
+            "BKGTN,BKND->BKGTD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
         )
 
     out = weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], dense_v)
-    return out.reshape(q.shape).astype(q.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
 def _blocked(tree: object, count: int, block: int) -> object:
@@ -130,7 +131,8 @@ def gaze_prefill(
         """Keys that anybody sees: bool [B, K, R * P] and [B, 1, S]."""
         visual, dense = masks(queries, selected)
         if visual.shape[2] == heads:
-            visual = visual.reshape(batch, -1, kv_heads, heads // kv_heads, regions * slots).any(3)
+            by_kv = (batch, visual.shape[1], kv_heads, heads // kv_heads, regions * slots)
+            visual = visual.reshape(by_kv).any(3)
         visual = jnp.broadcast_to(visual.any(1), (batch, kv_heads, regions * slots))
         return visual, dense.any(1)
 

@@ -1,0 +1,206 @@
+"""What a query attends to, what a decoding step reads, and what attention costs: counts by formula.
+
+*Entries* are valid keys attended, a mean over heads where their selections differ. *Reads* are bytes of
+the slots that must come from memory: the padding slots of a selected region are read too, and a region
+that several query heads of one kv head select is read once, so the union over the group is measured.
+Both speak of one query of one layer. Evaluation, benchmarks and documentation quote this module.
+
+Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H or K, as in :mod:`gaze_jax.core.routing`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gaze_jax.core.streams import Kind
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """Valid keys attended by one query in one layer; each float32 [...]."""
+
+    visual: Array
+    newline: Array
+    context: Array
+    text: Array
+
+    @property
+    def total(self) -> Array:
+        """All of them: the length of the softmax."""
+        return self.visual + self.newline + self.context + self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """Bytes read by one decoding step in one layer, over all kv heads.
+
+    Attributes:
+      descriptors: of every region; 0 under dense attention.
+      visual: keys and values of the selected regions, every slot of them.
+      dense: keys and values of the dense stream.
+    """
+
+    descriptors: Array | float
+    visual: Array | float
+    dense: Array | float
+
+    @property
+    def total(self) -> Array | float:
+        """All of them."""
+        return self.descriptors + self.visual + self.dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating point operations of one query in one layer (a multiply-add is two)."""
+
+    attention: Array | float
+    routing: Array | float
+
+    @property
+    def total(self) -> Array | float:
+        """Attention and routing."""
+        return self.attention + self.routing
+
+
+def mask_from_indices(indices: Array, num_regions: int) -> Array:
+    """int32 [..., J] to bool [..., R]: -1 names no region and a region listed twice counts once."""
+    return jnp.any(indices[..., None] == jnp.arange(num_regions, dtype=jnp.int32), axis=-2)
+
+
+def _selection(selected: Array | None, indices: Array | None, num_regions: int) -> Array | None:
+    if selected is not None and indices is not None:
+        raise ValueError(
+            "accounting takes selected or indices, not both; leave both out for dense attention."
+        )
+    return selected if indices is None else mask_from_indices(indices, num_regions)
+
+
+def entries(
+    valid: Array,
+    dense_seen: Array,
+    kind: Array,
+    *,
+    selected: Array | None = None,
+    indices: Array | None = None,
+) -> Entries:
+    """Count the keys that routed queries attend to.
+
+    Leading axes broadcast: a decoded step has selections [L, B, Hs, J] and ``valid`` [B, R, P]; for all
+    tokens of a batch, [L, B, S, Hs, R], pass ``valid[:, None]``.
+
+    Args:
+      valid: bool [..., R, P] slots that hold a token the query may see.
+      dense_seen: bool [..., S] dense keys that it sees.
+      kind: int32 [..., S] of :class:`gaze_jax.core.streams.Kind`.
+      selected: bool [..., Hs, R]; or
+      indices: int32 [..., Hs, J], -1 in unused slots. Without either, attention is dense.
+    """
+    tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)
+    chosen = _selection(selected, indices, tokens.shape[-1])
+    if chosen is None:
+        visual = jnp.sum(tokens, axis=-1).astype(jnp.float32)
+    else:
+        per_head = jnp.sum(jnp.where(chosen, tokens[..., None, :], 0), axis=-1)
+        visual = jnp.mean(per_head.astype(jnp.float32), axis=-1)
+
+    def count(wanted: Kind) -> Array:
+        return jnp.sum(dense_seen & (kind == wanted), axis=-1, dtype=jnp.int32).astype(jnp.float32)
+
+    return Entries(visual, count(Kind.NEWLINE), count(Kind.CONTEXT), count(Kind.TEXT))
+
+
+def union_over_group(selected: Array, kv_heads: int) -> Array:
+    """Regions that each kv head must read for its query heads: bool [..., Hs, R] to float32 [..., K]."""
+    heads, regions = selected.shape[-2:]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} selections are not a multiple of {kv_heads} kv heads.")
+    grouped = selected.reshape(*selected.shape[:-2], kv_heads, heads // kv_heads, regions)
+    return jnp.sum(jnp.any(grouped, axis=-2), axis=-1, dtype=jnp.int32).astype(jnp.float32)
+
+
+def reads(
+    valid: Array,
+    dense_seen: Array,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    selected: Array | None = None,
+    indices: Array | None = None,
+) -> Reads:
+    """Bytes that decoding steps must read, with the union over a group's query heads as measured.
+
+    Args:
+      valid, dense_seen, selected, indices: as in :func:`entries`.
+      kv_heads: K.
+      head_dim: D.
+      itemsize: bytes per cached element.
+
+    Returns:
+      float32 [...] each; the mean union in :func:`decode_floor` gives the same total.
+    """
+    regions, slots = valid.shape[-2:]
+    chosen = _selection(selected, indices, regions)
+    dense = jnp.sum(dense_seen, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    if chosen is None:
+        floor = decode_floor(kv_heads, head_dim, itemsize, None, slots, regions, dense)
+    else:
+        union = jnp.mean(union_over_group(chosen, kv_heads), axis=-1)
+        floor = decode_floor(kv_heads, head_dim, itemsize, regions, slots, union, dense)
+    return floor
+
+
+def decode_floor(
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    regions: int | None,
+    slots: int,
+    union: Array | float,
+    dense: Array | float,
+) -> Reads:
+    """The least bytes that one decoding step of one layer can read: K * (bDR + 2bDPU + 2bDS).
+
+    Args:
+      kv_heads: K.
+      head_dim: D.
+      itemsize: b, bytes per cached element.
+      regions: R, whose descriptors are read; None for dense attention, which reads none.
+      slots: P.
+      union: U, regions read per kv head (a mean over kv heads); R under dense attention.
+      dense: S, dense keys, context tokens among them.
+    """
+    vector = kv_heads * itemsize * head_dim
+    return Reads(
+        descriptors=float(vector * (regions or 0)),
+        visual=2.0 * vector * slots * union,
+        dense=2.0 * vector * dense,
+    )
+
+
+def attention_flops(
+    heads: int,
+    head_dim: int,
+    attended: Array | float,
+    *,
+    regions: int = 0,
+    kv_heads: int | None = None,
+) -> Flops:
+    """Operations of one query in one layer: q . k and weight * v for each entry, q . descriptor per region.
+
+    Args:
+      heads: H.
+      head_dim: D.
+      attended: entries, all kinds.
+      regions: R that are scored; 0 for dense attention.
+      kv_heads: K for share "group", which adds a group's queries and scores once; None for "head".
+    """
+    if kv_heads is None:
+        routing = 2.0 * heads * head_dim * regions
+    else:
+        routing = (2.0 * kv_heads * regions + (heads - kv_heads)) * head_dim if regions else 0.0
+    return Flops(attention=4.0 * heads * head_dim * attended, routing=routing)

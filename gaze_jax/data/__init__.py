@@ -1,0 +1,1 @@
+"""Samples, tokens, packing and the input pipeline: numpy in, numpy out."""

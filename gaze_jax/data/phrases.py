@@ -1,0 +1,62 @@
+"""Questions about a grid of digits, their answers, and a tokenizer for exactly this language."""
+
+import functools
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from gaze_jax.data.tokenizer import END, PAD, START, Tokenizer
+
+FAMILIES = ("transcribe", "read", "where")
+"""Question families; a family's id is its index."""
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "transcribe": (
+        "Read every digit, row by row.",
+        "List all the digits, row by row.",
+        "Write down the digits in the image.",
+        "Transcribe the digits from top to bottom.",
+    ),
+    "read": (
+        "Which digit is in row {row}, column {column}?",
+        "What is the digit in row {row}, column {column}?",
+        "Read the digit at row {row}, column {column}.",
+        "Name the digit at row {row}, column {column}.",
+    ),
+    "where": (
+        "Where is the only {digit}?",
+        "Find the only {digit} in the image.",
+        "In which row and column is the only {digit}?",
+        "Give the position of the only {digit}.",
+    ),
+}
+PLACE = "row {row}, column {column}"
+"""Answer of the family "where"; rows and columns count from 1."""
+
+# A digit is one token, with the space before it if there is one; so is a word; all else is one character.
+_PIECES = r" ?\d| ?[A-Za-z]+|[^A-Za-z\d]"
+
+
+@functools.cache
+def build_tokenizer() -> Tokenizer:
+    """The tokenizer of the digit scenes: one token per word or digit, fewer than 256 in all.
+
+    The vocabulary is written down rather than trained, so that it is the same everywhere. Single
+    printable ASCII characters are in it too: any English sentence can be typed, and decodes to itself.
+    """
+    specials = (PAD, START, END)
+    splitter = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    pieces = {str(d) for d in range(10)} | {f" {d}" for d in range(10)}
+    for sentence in (*(q for family in QUESTIONS.values() for q in family), PLACE):
+        filled = sentence.format(row=1, column=1, digit=1)
+        pieces |= {piece for piece, _ in splitter.pre_tokenize_str(filled)}
+    characters = {"\n", *map(chr, range(32, 127))}
+    # A Unigram model takes the split of highest score: a known word before its letters.
+    vocabulary = [(token, 0.0) for token in specials]
+    vocabulary += [(piece, -1.0) for piece in sorted(pieces)]
+    vocabulary += [(char, -10.0) for char in sorted(characters - pieces)]
+    backend = Backend(models.Unigram(vocabulary, unk_id=None))
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return Tokenizer(backend.to_str())

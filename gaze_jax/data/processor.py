@@ -1,0 +1,316 @@
+"""Samples to arrays: tokenisation, region-major placement, targets, padding to fixed sizes.
+
+The sequence of a sample is its parts in order. A text contributes its tokens to the dense stream; an
+image contributes ``grid * grid`` visual tokens in raster order, then C context tokens in the dense
+stream. ``order`` and ``pos`` count through both. With a 2x2 grid, regions of 1x2, C = 1 and a sample
+Image, Text("Q\\n"), supervised Text("7<|im_end|>")::
+
+    visual   region 0: order 0 1    region 1: order 2 3
+    dense    order     4        5     6     7     8
+             token     context  Q     \\n    7     end
+             target    -100     -100  7     end   -100
+
+The field names are those of :class:`gaze_jax.core.streams.Streams`, without the batch axis.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.streams import EMPTY, IGNORE, Kind
+from gaze_jax.data.sample import Image, Sample, Text
+from gaze_jax.data.tokenizer import END, Tokenizer
+
+Arrays = dict[str, np.ndarray]
+
+# Field -> (the axis that a bucket fixes, value of what is padded).
+PADDING: dict[str, tuple[str, int]] = {
+    "visual_src": ("regions", EMPTY),
+    "visual_order": ("regions", EMPTY),
+    "visual_pos": ("regions", 0),
+    "visual_unit": ("regions", EMPTY),
+    "region_segment": ("regions", EMPTY),
+    "tokens": ("dense", 0),
+    "kind": ("dense", int(Kind.PAD)),
+    "dense_order": ("dense", EMPTY),
+    "dense_pos": ("dense", 0),
+    "dense_segment": ("dense", EMPTY),
+    "dense_unit": ("dense", EMPTY),
+    "targets": ("dense", IGNORE),
+    "target_box": ("dense", -1),
+    "target_unit": ("dense", EMPTY),
+    "images": ("units", 0),
+}
+ANSWER_PADDING = {"answer": IGNORE, "answer_box": -1, "answer_unit": EMPTY}
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Turns a :class:`Sample` into arrays; ``processor(sample)`` is :func:`process`.
+
+    Attributes:
+      layout: of the tower and its regions.
+      tokenizer: of the language model.
+      families: names of question families; a family's id is its index.
+      resize: squash images to the tower's size with bicubic filtering, as SigLIP does, and scale
+        boxes with them; otherwise an image of another size is an error.
+    """
+
+    layout: VisualLayout
+    tokenizer: Tokenizer
+    families: tuple[str, ...]
+    resize: bool = False
+
+    def __call__(self, sample: Sample) -> Arrays:
+        return process(self, sample)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """Tokens of one text: ids int32 [n], boxes float32 [n, 4] and their units int32 [n] (-1: none)."""
+
+    ids: np.ndarray
+    boxes: np.ndarray
+    units: np.ndarray
+
+
+def _fit_image(processor: Processor, image: np.ndarray, name: str) -> np.ndarray:
+    """Normalised float32 [image_size, image_size, 3] in [-1, 1]."""
+    size = processor.layout.image_size
+    if image.shape[:2] != (size, size):
+        if not processor.resize:
+            raise ValueError(
+                f"{name} is {image.shape[0]}x{image.shape[1]} pixels but the tower takes {size}x{size}; "
+                "set processor.resize=True or produce images of that size."
+            )
+        resized = PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC)
+        image = np.asarray(resized)
+    return image.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+
+
+def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int, int]) -> _Tokens:
+    """Tokenise ``text``; a token takes the box of the characters it overlaps.
+
+    ``units`` maps an image of the sample to the unit that last showed it.
+    """
+    ids, offsets = processor.tokenizer.encode(text.text)
+    boxes = np.full((len(ids), 4), -1, np.float32)
+    box_units = np.full(len(ids), EMPTY, np.int32)
+    spans = np.asarray(offsets).reshape(-1, 2)
+    for box in text.boxes:
+        inside = (spans[:, 0] < box.end) & (spans[:, 1] > box.start)
+        if (clash := inside & (box_units >= 0)).any():
+            start, end = offsets[int(np.argmax(clash))]
+            raise ValueError(
+                f"Token {text.text[start:end]!r} of sample {sample.id} overlaps two boxes; box characters "
+                "that the tokenizer keeps apart."
+            )
+        height, width = sample.images[box.image].shape[:2]
+        size = processor.layout.image_size
+        scale = np.array([size / width, size / height] * 2)
+        boxes[inside] = np.array(box.corners) * scale
+        box_units[inside] = units[box.image]
+    return _Tokens(np.asarray(ids, np.int32), boxes, box_units)
+
+
+def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Concatenate on axis 0; ``shape`` is the result for no pieces."""
+    return np.concatenate(pieces) if pieces else np.zeros(shape, dtype)
+
+
+def _visual(processor: Processor, starts: Sequence[int]) -> Arrays:
+    """Visual fields of units whose first tokens have the orders ``starts``."""
+    layout = processor.layout
+    units = np.arange(len(starts), dtype=np.int32)[:, None, None]
+    first = np.asarray(starts, np.int32).reshape(-1, 1, 1)
+    table = np.broadcast_to(layout.table, (len(starts), *layout.table.shape))
+    valid = table >= 0
+    shape = (-1, layout.slots)
+
+    def place(values: np.ndarray, empty: int) -> np.ndarray:
+        return np.where(valid, values, empty).astype(np.int32).reshape(shape)
+
+    return {
+        "visual_src": place(table + units * layout.tokens, EMPTY),
+        "visual_order": place(table + first, EMPTY),
+        "visual_pos": place(table + first, 0),
+        "visual_unit": place(units, EMPTY),
+        "region_segment": np.zeros(len(starts) * layout.regions, np.int32),
+    }
+
+
+def _dense(pieces: list[Arrays]) -> Arrays:
+    """Dense fields of pieces of the sequence, each with ids, kind, order, unit, supervised, boxes, units."""
+
+    def join(name: str, shape: tuple[int, ...] = (0,), dtype: type = np.int32) -> np.ndarray:
+        return _concatenate([piece[name] for piece in pieces], shape, dtype)
+
+    ids, order, supervised = join("ids"), join("order"), join("supervised", dtype=bool)
+    boxes, box_units = join("boxes", (0, 4), np.float32), join("units")
+    size = len(ids)
+    targets = np.full(size, IGNORE, np.int32)
+    target_box = np.full((size, 4), -1, np.float32)
+    target_unit = np.full(size, EMPTY, np.int32)
+    # Pieces come in order, so the next dense token is the next of the sequence unless an image is between.
+    (at,) = np.nonzero(supervised[1:] & (order[1:] == order[:-1] + 1))
+    targets[at] = ids[at + 1]
+    target_box[at] = boxes[at + 1]
+    target_unit[at] = box_units[at + 1]
+    if len(at) != supervised.sum():
+        raise ValueError(
+            "Supervised text starts the sample or directly follows an image without context tokens, so no "
+            "text position can predict its first token; put unsupervised text before it."
+        )
+    return {
+        "tokens": ids,
+        "kind": join("kind"),
+        "dense_order": order,
+        "dense_pos": order.copy(),
+        "dense_segment": np.zeros(size, np.int32),
+        "dense_unit": join("unit"),
+        "targets": targets,
+        "target_box": target_box,
+        "target_unit": target_unit,
+    }
+
+
+def _piece(
+    tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY, supervised: bool = False
+) -> Arrays:
+    size = len(tokens.ids)
+    return {
+        "ids": tokens.ids,
+        "boxes": tokens.boxes,
+        "units": tokens.units,
+        "kind": np.full(size, kind, np.int32),
+        "order": np.arange(start, start + size, dtype=np.int32),
+        "unit": np.full(size, unit, np.int32),
+        "supervised": np.full(size, supervised),
+    }
+
+
+def _process_parts(
+    processor: Processor, sample: Sample, parts: Sequence[Image | Text]
+) -> tuple[Arrays, dict[int, int]]:
+    """Arrays of ``parts``, and which unit shows each image."""
+    layout = processor.layout
+    context = layout.context_tokens
+    no_box = np.full((context, 4), -1, np.float32)
+    context_tokens = _Tokens(
+        np.arange(context, dtype=np.int32), no_box, np.full(context, EMPTY, np.int32)
+    )
+    order, starts, images = 0, [], []
+    pieces: list[Arrays] = []
+    units: dict[int, int] = {}
+    for part in parts:
+        if isinstance(part, Image):
+            unit = len(starts)
+            units[part.index] = unit
+            name = f"Image {part.index} of sample {sample.id}"
+            images.append(_fit_image(processor, sample.images[part.index], name))
+            starts.append(order)
+            order += layout.tokens
+            pieces.append(_piece(context_tokens, order, Kind.CONTEXT, unit=unit))
+            order += context
+        else:
+            tokens = _tokenise(processor, sample, part, units)
+            pieces.append(_piece(tokens, order, Kind.TEXT, supervised=part.supervised))
+            order += len(tokens.ids)
+    if sample.family not in processor.families:
+        raise ValueError(
+            f"Family {sample.family!r} of sample {sample.id} is not one of processor.families="
+            f"{processor.families}."
+        )
+    size = layout.image_size
+    arrays = _visual(processor, starts) | _dense(pieces)
+    arrays["images"] = np.stack(images) if images else np.zeros((0, size, size, 3), np.float32)
+    arrays["sample_id"] = np.int32(sample.id)
+    arrays["family"] = np.int32(processor.families.index(sample.family))
+    return arrays, units
+
+
+def process(processor: Processor, sample: Sample) -> Arrays:
+    """Arrays of one sample, unpadded.
+
+    Returns:
+      The fields of ``Streams`` without their batch axis, int32, and ``images`` float32
+      [F, image_size, image_size, 3] in [-1, 1]; ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) in
+      pixels of the tower's input that the *target* token speaks of, and ``target_unit`` int32 [S], the
+      unit it lies in, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
+
+    Raises:
+      ValueError: an image does not fit the tower, text cannot be tokenised, a token overlaps two
+        boxes, supervised text has no predecessor, or the family is unknown.
+    """
+    return _process_parts(processor, sample, sample.parts)[0]
+
+
+def prompt(processor: Processor, sample: Sample) -> Arrays:
+    """Arrays for free-running evaluation: everything before the first answer, and that answer.
+
+    Returns:
+      What :func:`process` returns for the parts before the first supervised text (so no targets),
+      and ``answer`` int32 [A], the answer's tokens with the end token; ``answer_box`` float32 [A, 4]
+      and ``answer_unit`` int32 [A], what they speak of, -1 where nothing.
+
+    Raises:
+      ValueError: the sample has no answer, its answer does not end in the end token, or as
+        :func:`process`.
+    """
+    supervised = [isinstance(part, Text) and part.supervised for part in sample.parts]
+    if True not in supervised:
+        raise ValueError(f"Sample {sample.id} has no supervised text, so there is no answer to wait for.")
+    first = supervised.index(True)
+    rest = [*supervised[first:], False]
+    texts = [p for p in sample.parts[first : first + rest.index(False)] if isinstance(p, Text)]
+    arrays, units = _process_parts(processor, sample, sample.parts[:first])
+    answer = [_tokenise(processor, sample, text, units) for text in texts]
+    arrays["answer"] = np.concatenate([tokens.ids for tokens in answer])
+    arrays["answer_box"] = np.concatenate([tokens.boxes for tokens in answer])
+    arrays["answer_unit"] = np.concatenate([tokens.units for tokens in answer])
+    if arrays["answer"][-1] != processor.tokenizer.end_id:
+        raise ValueError(f"The first answer of sample {sample.id} must end in {END}; write it into the text.")
+    return arrays
+
+
+def _pad(values: np.ndarray, size: int, fill: int, name: str, hint: str) -> np.ndarray:
+    """Pad axis 0 of ``values`` to ``size``."""
+    if len(values) > size:
+        raise ValueError(f"{name} needs {len(values)} but {hint}={size}; raise {hint} to fit.")
+    out = np.full((size, *values.shape[1:]), fill, values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+def pad_to(arrays: Arrays, *, regions: int, dense: int, units: int) -> Arrays:
+    """Pad the arrays of one row to a bucket, so that rows stack and nothing recompiles.
+
+    Args:
+      arrays: from :func:`process`, :func:`prompt` or ``packing.pack``; other fields pass through.
+      regions, dense, units: sizes of the R, S and F axes.
+
+    Raises:
+      ValueError: something does not fit. Nothing is ever cut off.
+    """
+    sizes = {"regions": regions, "dense": dense, "units": units}
+    out = dict(arrays)
+    for name, (axis, fill) in PADDING.items():
+        label = f"Field {name} of sample {int(arrays['sample_id'])}"
+        out[name] = _pad(arrays[name], sizes[axis], fill, label, axis)
+    return out
+
+
+def pad_answers(arrays: Arrays, *, length: int) -> Arrays:
+    """Pad the answer fields of :func:`prompt` to ``length``: -100 for tokens, -1 for boxes and units.
+
+    Raises:
+      ValueError: the answer is longer than ``length``.
+    """
+    out = dict(arrays)
+    for name, fill in ANSWER_PADDING.items():
+        label = f"Field {name} of sample {int(arrays['sample_id'])}"
+        out[name] = _pad(arrays[name], length, fill, label, "length")
+    return out

@@ -1,0 +1,121 @@
+"""The sample contract: what a source of data hands to the processor.
+
+A sample is a list of images and a sequence of parts that shows them between pieces of text::
+
+    Sample(
+        id=0,
+        images=(pixels,),
+        parts=(
+            Image(0),
+            Text("Which digit is in row 2, column 3?\\n"),
+            Text("7<|im_end|>", supervised=True, boxes=(Box(0, 1, (20.0, 10.0, 28.0, 18.0)),)),
+        ),
+        family="read",
+    )
+
+Special tokens are written out in the text; the processor adds nothing.
+"""
+
+import dataclasses
+
+import numpy as np
+
+Corners = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """Characters ``start`` to ``end`` (exclusive) of a text speak of a rectangle of an image.
+
+    Characters and not tokens: the sample is made without knowing the tokenizer, and every token that
+    overlaps the characters gets the box.
+
+    Attributes:
+      start, end: character range in the text.
+      corners: (x0, y0, x1, y1) in pixels of the sample's image, x1 and y1 exclusive.
+      image: index into the sample's images.
+    """
+
+    start: int
+    end: int
+    corners: Corners
+    image: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """Show image number ``index`` of the sample; showing it makes a unit."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A piece of text, tokenised by itself, so that no token crosses its ends.
+
+    Attributes:
+      text: not empty.
+      supervised: its tokens are training targets.
+      boxes: what its characters refer to; ranges must not overlap.
+
+    Raises:
+      ValueError: the text is empty, or a box lies outside it.
+    """
+
+    text: str
+    supervised: bool = False
+    boxes: tuple[Box, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("Text part is empty; leave the part out.")
+        for box in self.boxes:
+            if not 0 <= box.start < box.end <= len(self.text):
+                raise ValueError(
+                    f"Box of characters {box.start}..{box.end} lies outside the text {self.text!r} "
+                    f"of {len(self.text)} characters; give 0 <= start < end <= length."
+                )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One training or evaluation example.
+
+    Attributes:
+      id: names the sample within its source, a non-negative int32.
+      images: uint8 [height, width, 3] each.
+      parts: images and texts in reading order.
+      family: the kind of question, for per-family metrics.
+
+    Raises:
+      ValueError: an image has another shape or dtype, an index points to no image, a box refers to
+        an image that no part shows, or the id does not fit int32.
+    """
+
+    id: int
+    images: tuple[np.ndarray, ...]
+    parts: tuple[Image | Text, ...]
+    family: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.id <= np.iinfo(np.int32).max:
+            raise ValueError(f"Sample id {self.id} must be a non-negative 32-bit integer.")
+        for i, image in enumerate(self.images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(
+                    f"Image {i} of sample {self.id} is {image.dtype}{list(image.shape)}; "
+                    "it must be uint8 [height, width, 3] with at least one pixel."
+                )
+        shown = set()
+        for part in self.parts:
+            if isinstance(part, Image):
+                if not 0 <= part.index < len(self.images):
+                    raise ValueError(
+                        f"Sample {self.id} shows image {part.index} but holds {len(self.images)} images."
+                    )
+                shown.add(part.index)
+            elif missing := {box.image for box in part.boxes} - shown:
+                raise ValueError(
+                    f"A box of text {part.text!r} in sample {self.id} refers to image {min(missing)}, "
+                    "which no earlier part shows; show the image before the text."
+                )

@@ -1,0 +1,355 @@
+"""A contact sheet of one answer: a panel per generated token, its selected regions clear, the rest veiled.
+
+Axes: T generated tokens; h, w the token grid of the image, row-major from the top left; H, W image pixels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+Box = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
+
+_PAPER: Colour = (250, 250, 247)
+_INK: Colour = (33, 35, 40)
+_MUTED: Colour = (120, 124, 132)
+# Blue and vermilion, near the Okabe-Ito palette: apart for every kind of colour vision, on light and on dark.
+_SELECTED: Colour = (0, 133, 202)
+_TARGET: Colour = (230, 97, 0)
+
+_MARGIN = 28
+_GAP = 18
+_LABEL = 34
+_SWATCH = 14
+_LEGEND_ROW = 22
+_ENTRY_GAP = 22
+_CREDIT_ROW = 20
+# One or two panels are narrower than a question is long.
+_LEAST_WIDTH = 480
+_LEAST_PANEL = 48
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# A veiled pixel keeps this share of its colour and of its brightness.
+_VEIL_COLOUR = 0.15
+_VEIL_LIGHT = 0.36
+
+
+def contact_sheet(
+    image: np.ndarray,
+    tokens: Sequence[str],
+    selected: np.ndarray,
+    *,
+    title: str,
+    panel: int = 192,
+    columns: int = 6,
+    boxes: Sequence[Box | None] | None = None,
+    credit: str | None = None,
+    font: Path | None = None,
+) -> Image.Image:
+    """Draws, for every generated token, which parts of the image it attended to.
+
+    Args:
+        image: uint8 [H, W, 3], RGB. One whose longer side fits a panel twice is enlarged by a whole factor,
+            pixel by pixel; any other is resampled to the panel.
+        tokens: T strings, printed under the panels: a space as a raised dot, line ends and whatever else the
+            font cannot draw as Python escapes.
+        selected: bool [T, h, w], or floating in [0, 1]: the share of heads that selected the token's region;
+            the veil is proportional to the share that did not. The grid spans the whole image.
+        title: The question and the answer; the first line is printed larger. Long lines wrap.
+        panel: Longest side of a panel's picture, in pixels.
+        columns: Panels in a row.
+        boxes: T boxes (x0, y0, x1, y1) in image pixels, or None for a token without a target.
+        credit: Whose image it is.
+        font: A TrueType file for scripts that the built-in font lacks, which draws little more than ASCII.
+
+    Returns:
+        An RGB picture, the same for the same arguments.
+
+    Raises:
+        ValueError: if shapes, types, lengths or values do not fit the description.
+        OSError: if ``font`` cannot be read as a font.
+    """
+    image, selected, boxes = _validated(image, tokens, selected, panel, columns, boxes)
+    fonts = _Fonts.load(font)
+    picture, factor = _fitted(image, panel)
+    width, height = picture.size
+
+    across = min(columns, len(tokens))
+    down = -(-len(tokens) // across)
+    inner = max(across * (width + _GAP) - _GAP, _LEAST_WIDTH)
+    heading = _heading(title, inner, fonts)
+    legend = _legend(selected.dtype == np.bool_, any(box is not None for box in boxes), fonts)
+    legend_rows = _legend_rows(legend, inner, fonts)
+    credit_lines = _wrapped(_drawable(credit, fonts.small), inner, fonts.small) if credit else []
+
+    panels_top = _MARGIN + sum(leading for _, _, _, leading in heading) + 12
+    legend_top = panels_top + down * (height + _LABEL + _GAP) - _GAP + 14
+    credit_top = legend_top + _LEGEND_ROW * len(legend_rows)
+    bottom = credit_top + _CREDIT_ROW * len(credit_lines) + _MARGIN - 6
+    sheet = Image.new("RGB", (inner + 2 * _MARGIN, bottom), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    y = _MARGIN
+    for text, face, colour, leading in heading:
+        draw.text((_MARGIN, y + leading - 8), text, colour, face, anchor="ls")
+        y += leading
+
+    for index, (token, mask, box) in enumerate(zip(tokens, selected, boxes, strict=True)):
+        row, column = divmod(index, across)
+        at = (_MARGIN + column * (width + _GAP), panels_top + row * (height + _LABEL + _GAP))
+        _paste_panel(sheet, at, picture, mask)
+        if box is not None:
+            _draw_target(draw, at, box, factor)
+        _draw_label(draw, (at[0], at[1] + height), width, token, float(mask.mean()), fonts)
+
+    _draw_legend(draw, legend_top, legend_rows, fonts)
+    for index, line in enumerate(credit_lines):
+        draw.text((_MARGIN, credit_top + _CREDIT_ROW * index + 14), line, _MUTED, fonts.small, anchor="ls")
+    return sheet
+
+
+def _validated(
+    image: np.ndarray,
+    tokens: Sequence[str],
+    selected: np.ndarray,
+    panel: int,
+    columns: int,
+    boxes: Sequence[Box | None] | None,
+) -> tuple[np.ndarray, np.ndarray, Sequence[Box | None]]:
+    """The arrays as NumPy arrays and the boxes as a sequence of T, or a ValueError saying what is wrong."""
+    image, selected = np.asarray(image), np.asarray(selected)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}.")
+    if not tokens:
+        raise ValueError("tokens is empty: a contact sheet needs at least one generated token.")
+    if selected.ndim != 3 or selected.shape[0] != len(tokens) or 0 in selected.shape:
+        raise ValueError(
+            f"selected must be [{len(tokens)}, h, w] for {len(tokens)} tokens, got {list(selected.shape)}."
+        )
+    if selected.dtype != np.bool_:
+        if not np.issubdtype(selected.dtype, np.floating):
+            raise ValueError(f"selected must be bool, or floating for shares of heads, got {selected.dtype}.")
+        if not ((selected >= 0) & (selected <= 1)).all():
+            raise ValueError("selected must lie in [0, 1]: it is the share of heads that selected a region.")
+    if panel < _LEAST_PANEL:
+        raise ValueError(f"panel must be at least {_LEAST_PANEL} pixels, got {panel}.")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}.")
+    boxes = [None] * len(tokens) if boxes is None else boxes
+    if len(boxes) != len(tokens):
+        raise ValueError(f"boxes must hold one entry per token, got {len(boxes)} for {len(tokens)} tokens.")
+    height, width = image.shape[:2]
+    for box in boxes:
+        if box is not None and not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+            raise ValueError(f"box {tuple(box)} is empty or leaves the image of {width} x {height} pixels.")
+    return image, selected, boxes
+
+
+def _fitted(image: np.ndarray, panel: int) -> tuple[Image.Image, float]:
+    """The picture of a panel, its longest side at most ``panel``, and its size over the image's."""
+    source = Image.fromarray(image)
+    longest = max(source.size)
+    if 2 * longest <= panel:
+        # A whole factor, so that every pixel of a tiny image is a square of the same size.
+        whole = panel // longest
+        return source.resize((source.width * whole, source.height * whole), Image.Resampling.NEAREST), float(
+            whole
+        )
+    factor = panel / longest
+    size = (max(1, round(source.width * factor)), max(1, round(source.height * factor)))
+    return source.resize(size, Image.Resampling.LANCZOS), factor
+
+
+def _enlarged(mask: np.ndarray, width: int, height: int) -> np.ndarray:
+    """[h, w] cells as [height, width] pixels, cell borders rounded down to a pixel."""
+    rows = np.arange(height) * mask.shape[0] // height
+    columns = np.arange(width) * mask.shape[1] // width
+    return mask[rows][:, columns]
+
+
+def _veiled(pixels: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Darkens and greys pixels by what ``share`` lacks to 1.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        share: floating [H, W] in [0, 1]; 1 leaves a pixel exactly as it is.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    colour = pixels.astype(np.float32)
+    grey = (colour @ _LUMA)[..., None]
+    veil = _VEIL_LIGHT * (_VEIL_COLOUR * colour + (1 - _VEIL_COLOUR) * grey)
+    clear = share.astype(np.float32)[..., None]
+    return np.rint(clear * colour + (1 - clear) * veil).astype(np.uint8)
+
+
+def _paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, mask: np.ndarray) -> None:
+    """Puts one veiled picture at ``at`` and outlines what at least half of the heads selected.
+
+    The outline lies outside the selected cells, in the veil or in the margin, and hides no selected pixel.
+    """
+    width, height = picture.size
+    share = _enlarged(mask.astype(np.float32), width, height)
+    sheet.paste(Image.fromarray(_veiled(np.asarray(picture), share)), at)
+
+    line = 2
+    most = Image.new("L", (width + 2 * line, height + 2 * line), 0)
+    most.paste(Image.fromarray(np.where(share >= 0.5, np.uint8(255), np.uint8(0))), (line, line))
+    outline = np.asarray(most.filter(ImageFilter.MaxFilter(2 * line + 1))) & ~np.asarray(most)
+    sheet.paste(_SELECTED, (at[0] - line, at[1] - line), Image.fromarray(outline))
+
+
+def _draw_target(draw: ImageDraw.ImageDraw, at: tuple[int, int], box: Box, factor: float) -> None:
+    """Outlines a box given in image pixels from outside, with a light rim that shows on any picture."""
+    x0, y0 = at[0] + round(box[0] * factor), at[1] + round(box[1] * factor)
+    # A box that covers less than a pixel of the panel still gets a mark.
+    x1, y1 = max(x0, at[0] + round(box[2] * factor) - 1), max(y0, at[1] + round(box[3] * factor) - 1)
+    draw.rectangle((x0 - 4, y0 - 4, x1 + 4, y1 + 4), outline=_PAPER, width=4)
+    draw.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), outline=_TARGET, width=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fonts:
+    """One face in the sheet's four sizes."""
+
+    heading: ImageFont.FreeTypeFont
+    body: ImageFont.FreeTypeFont
+    token: ImageFont.FreeTypeFont
+    small: ImageFont.FreeTypeFont
+
+    @classmethod
+    def load(cls, path: Path | None) -> "_Fonts":
+        """The face in ``path``, or the one that Pillow brings."""
+
+        def face(size: int) -> ImageFont.FreeTypeFont:
+            loaded = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+            assert isinstance(loaded, ImageFont.FreeTypeFont)
+            return loaded
+
+        return cls(heading=face(22), body=face(16), token=face(16), small=face(12))
+
+
+def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text with a Python escape for every character that the font has no glyph for."""
+    # The last code point is assigned to nothing, so every font draws its "missing" glyph for it.
+    missing = bytes(font.getmask("\U0010ffff"))
+
+    def shown(character: str) -> str:
+        known = character.isprintable() and (character.isascii() or bytes(font.getmask(character)) != missing)
+        return character if known else character.encode("unicode_escape").decode()
+
+    return "".join(shown(character) for character in text)
+
+
+def _token_text(token: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """The token with its white space visible, cut with an ellipsis where it exceeds ``room`` pixels."""
+    text = _drawable(token.replace(" ", "·"), font) if token else '""'
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "…") > room:
+        text = text[:-1]
+    return text + "…"
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, share: float, fonts: _Fonts
+) -> None:
+    """Prints the token on the left under a panel and the share of the image it attended to on the right."""
+    baseline = at[1] + 22
+    note = f"{100 * share:.0f} %"
+    draw.text((at[0] + width, baseline), note, _MUTED, fonts.small, anchor="rs")
+    room = width - fonts.small.getlength(note) - 8
+    draw.text((at[0], baseline), _token_text(token, fonts.token, room), _INK, fonts.token, anchor="ls")
+
+
+def _wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """The text broken at spaces into lines of at most ``room`` pixels; a longer word gets its own line."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= room:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _heading(title: str, room: float, fonts: _Fonts) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:
+    """The title's lines, each with its face, its colour and the pixels it takes downwards."""
+    first, *rest = title.split("\n")
+    lines = [
+        (line, fonts.heading, _INK, 30)
+        for line in _wrapped(_drawable(first, fonts.heading), room, fonts.heading)
+    ]
+    for text in rest:
+        lines += [
+            (line, fonts.body, _INK, 24) for line in _wrapped(_drawable(text, fonts.body), room, fonts.body)
+        ]
+    return lines
+
+
+# A swatch's pixels across, what draws it at (x, y), and what it means.
+_Entry = tuple[int, Callable[[ImageDraw.ImageDraw, int, int], None], str]
+
+
+def _legend(boolean: bool, targets: bool, fonts: _Fonts) -> list[_Entry]:
+    """What the marks in the panels mean, each with a swatch of it."""
+    sample = (214, 206, 178)
+    last = _SWATCH - 1
+
+    def outlined(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        draw.rectangle((x, y, x + last, y + last), sample, _SELECTED, 2)
+
+    def veiled(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        shares = np.zeros((1, _SWATCH)) if boolean else np.linspace(0, 1, 3 * _SWATCH)[None]
+        colours = _veiled(np.full((*shares.shape, 3), sample, np.uint8), shares)[0]
+        for offset, (red, green, blue) in enumerate(colours.tolist()):
+            draw.line((x + offset, y, x + offset, y + last), (red, green, blue))
+
+    def boxed(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        draw.rectangle((x, y, x + last, y + last), None, _TARGET, 2)
+
+    def percent(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        draw.text((x, y + last - 2), "%", _MUTED, fonts.small, anchor="ls")
+
+    if boolean:
+        entries: list[_Entry] = [(_SWATCH, outlined, "attended to"), (_SWATCH, veiled, "not selected")]
+    else:
+        entries = [
+            (3 * _SWATCH, veiled, "selected by no head ... by all"),
+            (_SWATCH, outlined, "by at least half of them"),
+        ]
+    if targets:
+        entries.append((_SWATCH, boxed, "what the token names"))
+    return [
+        *entries,
+        (_SWATCH, percent, "share of the image attended to" + ("" if boolean else ", mean of the heads")),
+    ]
+
+
+def _legend_rows(entries: list[_Entry], room: float, fonts: _Fonts) -> list[list[_Entry]]:
+    """The entries in as many rows as they need."""
+    rows: list[list[_Entry]] = [[]]
+    used = 0.0
+    for entry in entries:
+        needed = entry[0] + 7 + fonts.small.getlength(entry[2])
+        if rows[-1] and used + needed > room:
+            rows.append([])
+            used = 0.0
+        rows[-1].append(entry)
+        used += needed + _ENTRY_GAP
+    return rows
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int, rows: list[list[_Entry]], fonts: _Fonts) -> None:
+    """Draws the rows from ``top`` downwards."""
+    for index, row in enumerate(rows):
+        x, y = _MARGIN, top + _LEGEND_ROW * index
+        for across, swatch, text in row:
+            swatch(draw, x, y)
+            x += across + 7
+            draw.text((x, y + _SWATCH - 3), text, _MUTED, fonts.small, anchor="ls")
+            x += round(fonts.small.getlength(text)) + _ENTRY_GAP

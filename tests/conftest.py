@@ -1,0 +1,55 @@
+"""What every test runs under: eight fake CPU devices, strict dtype promotion, no compilation cache.
+
+Unless ``JAX_PLATFORMS`` says otherwise the tests use the CPU, whatever the machine has:
+``JAX_PLATFORMS=cuda pytest -m gpu`` runs the GPU tests.
+"""
+
+import importlib.util
+import os
+
+# Before the first import of jax, which reads the environment once. A value that is set already stays.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # libtpu compiles for topologies here: without these it looks for the machine it believes to run on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores already; a thread pool per worker and library on top only makes them wait.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A test that passes because yesterday's program was still on disk has tested yesterday's program.
+jax.config.update("jax_enable_compilation_cache", False)
+
+hypothesis.settings.register_profile("gaze", derandomize=True, max_examples=15, deadline=None)
+hypothesis.settings.load_profile("gaze")
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    """Relaxes dtype promotion where a test is marked so: optax raises floats to int32 step counts."""
+    marked = request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if marked else "strict"):
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests for hardware or a compiler that is not here, saying what would run them."""
+    skips = {}
+    if jax.config.jax_platforms.split(",")[0] not in ("cuda", "gpu"):
+        skips["gpu"] = pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda")
+    if importlib.util.find_spec("libtpu") is None:
+        skips["tpu_aot"] = pytest.mark.skip(reason="needs the tpu-aot extra (libtpu); no TPU")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)

@@ -1,0 +1,73 @@
+"""The stream container, and the toy builder that the other tests trust."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gaze_jax.core.streams import IGNORE, Kind, Streams
+from tests.helpers.streams import Newline, Text, Unit, batch, find, pack, pad, prefix, sample, shuffle
+
+PARTS = [Text(3), Unit(3, 5, newlines=True), Text(2), Newline(), Unit(2, 3), Text(4)]
+
+
+def test_from_batch_takes_its_fields_and_names_the_missing_one():
+    """Other entries are left alone; a missing field is a KeyError with its name."""
+    fields = {f.name: i for i, f in enumerate(dataclasses.fields(Streams))}
+    assert Streams.from_batch(fields | {"images": None}).targets == fields["targets"]
+    del fields["dense_unit"]
+    with pytest.raises(KeyError, match="dense_unit"):
+        Streams.from_batch(fields)
+
+
+def test_streams_are_a_pytree_of_int32():
+    """They cross jit boundaries, and every field is int32."""
+    streams = batch([sample(PARTS)])
+    assert len(jax.tree.leaves(streams)) == len(dataclasses.fields(Streams))
+    assert {a.dtype for a in jax.tree.leaves(streams)} == {jnp.dtype("int32")}
+    valid = jax.jit(lambda s: s.visual_valid)(streams)
+    assert int(valid.sum()) == 21 and valid.shape == streams.visual_src.shape
+
+
+def _orders(row, segment):
+    visual = (row["visual_order"] >= 0) & (row["region_segment"] == segment)[:, None]
+    return sorted([*row["visual_order"][visual], *row["dense_order"][row["dense_segment"] == segment]])
+
+
+@pytest.mark.parametrize("change", ["built", "padded", "shuffled", "packed"])
+def test_toy_rows_splice_to_one_sequence(change):
+    """Every order from 0 on occurs exactly once per segment, whatever the storage."""
+    row = sample(PARTS)
+    if change == "packed":
+        row = pack([sample([Unit(2, 2), Text(1)]), row])
+    if change != "built":
+        row = pad(row, regions=20, slots=6, dense=40)
+    if change in ("shuffled", "packed"):
+        row = shuffle(row, seed=0)
+    segment = int(change == "packed")
+    orders = _orders(row, segment)
+    assert orders == list(range(3 + 18 + 2 + 2 + 1 + 6 + 2 + 4))
+    at = find(row, segment)
+    assert row["dense_order"][at].tolist() == sorted(row["dense_order"][at])
+    assert len(np.unique(row["visual_src"][row["visual_src"] >= 0])) == (row["visual_src"] >= 0).sum()
+
+
+def test_toy_targets_are_the_next_text_token_in_order():
+    """-100 before images, newlines and context; after an image's context the next text token."""
+    row = sample([Text(2), Unit(2, 2), Text(2), Newline(), Text(1)], context=1)
+    a, b, _, c, d, _, e = row["tokens"].tolist()
+    assert row["kind"].tolist() == [1, 1, 3, 1, 1, 2, 1]
+    assert row["dense_order"].tolist() == [0, 1, 6, 7, 8, 9, 10]
+    assert row["targets"].tolist() == [b, IGNORE, c, d, IGNORE, e, IGNORE]
+    assert a != IGNORE
+
+
+def test_toy_prefix_keeps_whole_units():
+    """A prompt is a prefix in order; one that cuts an image is refused."""
+    row = sample(PARTS)
+    cut = prefix(row, 36)
+    assert cut["dense_order"].max() == 35 and (cut["kind"] == Kind.TEXT).sum() == 7
+    with pytest.raises(ValueError, match="whole units"):
+        prefix(row, 10)

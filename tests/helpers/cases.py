@@ -1,0 +1,145 @@
+"""Inputs of the attention ops, cut from toy streams so that they have every irregularity at once."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gaze_jax.core import masks
+from pallas_kernels import GazeSpec
+from tests.helpers.streams import Newline, Row, Text, Unit, batch, pack, pad, sample, shuffle
+
+ARRAYS = ("q", "visual_k", "visual_v", "dense_k", "dense_v")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Arguments of ``gaze_prefill``; ``spec`` is static."""
+
+    q: Any
+    visual_k: Any
+    visual_v: Any
+    dense_k: Any
+    dense_v: Any
+    queries: Any
+    places: Any
+    selected: Any
+    spec: GazeSpec = dataclasses.field(metadata={"static": True})
+
+    def arrays(self) -> tuple[Any, ...]:
+        """What gradients are taken of."""
+        return tuple(getattr(self, name) for name in ARRAYS)
+
+    def with_arrays(self, arrays: tuple[Any, ...]) -> "Prefill":
+        return dataclasses.replace(self, **dict(zip(ARRAYS, arrays, strict=True)))
+
+
+def rows() -> list[Row]:
+    """Partial regions, two units, newlines in and outside of units, packing, padding and shuffled storage."""
+    one = sample([Text(2), Unit(3, 5, newlines=True), Text(2), Newline(), Unit(2, 3), Text(3)], context=2)
+    two = pack([sample([Unit(2, 3), Text(2)], context=1), sample([Text(1), Unit(3, 2), Text(3)], context=1)])
+    return [one, shuffle(pad(two, regions=8, dense=18), seed=1)]
+
+
+def prefill(
+    rows: list[Row],
+    *,
+    kv_heads: int = 2,
+    group: int = 2,
+    dim: int = 8,
+    share: str = "head",
+    query_block: int = 512,
+    dtype: Any = jnp.float32,
+    scope: str = "all",
+    causal: bool = True,
+    seed: int = 0,
+) -> Prefill:
+    """All tokens of the rows as queries, with random values and a random selection of about half."""
+    streams = batch(rows)
+    rng = np.random.default_rng(seed)
+    size, regions, slots = streams.visual_src.shape
+    dense = streams.tokens.shape[1]
+    visual, dense_windows = masks.windows(streams, visual_scope=scope, visual_causal=causal)
+    queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), visual, dense_windows)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
+
+    heads = kv_heads * group
+    shared = heads if share == "head" else kv_heads
+    length = regions * slots + dense
+    return Prefill(
+        q=normal(size, length, heads, dim),
+        visual_k=normal(size, kv_heads, regions, slots, dim),
+        visual_v=normal(size, kv_heads, regions, slots, dim),
+        dense_k=normal(size, kv_heads, dense, dim),
+        dense_v=normal(size, kv_heads, dense, dim),
+        queries=queries,
+        places=masks.key_places(streams),
+        selected=jnp.asarray(rng.random((size, length, shared, regions)) < 0.5),
+        spec=GazeSpec(scale=dim**-0.5, share=share, query_block=query_block),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Arguments of ``gaze_decode``, with the cache unpacked: ``k`` and ``v`` are [L, B, K, R, P, D]."""
+
+    q: Any
+    k: Any
+    v: Any
+    dense_k: Any
+    dense_v: Any
+    layer: Any
+    indices: Any
+    visual_seen: Any
+    dense_seen: Any
+    spec: GazeSpec = dataclasses.field(metadata={"static": True})
+
+
+def decode(
+    *,
+    layers: int = 3,
+    size: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    regions: int = 7,
+    slots: int = 5,
+    dense: int = 11,
+    dim: int = 8,
+    capacity: int | None = 4,
+    share: str = "head",
+    dtype: Any = jnp.float32,
+    seed: int = 0,
+) -> Decode:
+    """Random distinct indices with -1 among them, partial regions and half of the dense stream."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
+
+    heads = kv_heads * group
+    indices = None
+    if capacity is not None:
+        shared = heads if share == "head" else kv_heads
+        wide = max(regions, capacity)
+        order = rng.permuted(np.broadcast_to(np.arange(wide), (size, shared, wide)), axis=-1)
+        picks = np.where(order < regions, order, -1)[..., :capacity]
+        indices = jnp.asarray(np.where(rng.random(picks.shape) < 0.25, -1, picks), jnp.int32)
+    seen = rng.random((size, regions, slots)) < 0.7
+    return Decode(
+        q=normal(size, heads, dim),
+        k=normal(layers, size, kv_heads, regions, slots, dim),
+        v=normal(layers, size, kv_heads, regions, slots, dim),
+        dense_k=normal(layers, size, kv_heads, dense, dim),
+        dense_v=normal(layers, size, kv_heads, dense, dim),
+        layer=jnp.int32(layers // 2),
+        indices=indices,
+        visual_seen=jnp.asarray(seen),
+        dense_seen=jnp.asarray(rng.random((size, dense)) < 0.6),
+        spec=GazeSpec(scale=dim**-0.5, share=share),
+    )

@@ -1,0 +1,86 @@
+"""The attention ops in float64, one query, head and key set at a time; shares no code with the ops.
+
+Keys that are not seen are not even indexed, so NaN there cannot matter.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def _softmax_average(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+    """[D] query, [N, D] keys and values that all count."""
+    if len(keys) == 0:
+        return np.zeros_like(q)
+    logits = keys @ q * scale
+    weights = np.exp(logits - logits.max())
+    return weights @ values / weights.sum()
+
+
+def prefill_seen(queries: Any, places: Any, selected: Any, b: int, t: int, shared: int) -> tuple[Any, Any]:
+    """Masks bool [R, P] and [S] of what one query sees; ``shared`` indexes ``selected``'s head axis."""
+    segment = int(queries.segment[b, t])
+    lo, hi = int(queries.visual_lo[b, t]), int(queries.visual_hi[b, t])
+    order = np.asarray(places.visual_order[b])
+    visual = (
+        (np.asarray(places.region_segment[b]) == segment)[:, None] & (order >= max(lo, 0)) & (order <= hi)
+    )
+    if selected is not None and bool(queries.routed[b, t]):
+        visual &= np.asarray(selected[b, t, shared])[:, None]
+    lo, hi = int(queries.dense_lo[b, t]), int(queries.dense_hi[b, t])
+    order = np.asarray(places.dense_order[b])
+    dense = (np.asarray(places.dense_segment[b]) == segment) & (order >= max(lo, 0)) & (order <= hi)
+    if segment < 0:
+        return np.zeros_like(visual), np.zeros_like(dense)
+    return visual, dense
+
+
+def prefill(case: Any) -> np.ndarray:
+    """float64 [B, T, H, D] for a :class:`tests.helpers.cases.Prefill`."""
+    q, visual_k, visual_v, dense_k, dense_v = (np.asarray(a).astype(np.float64) for a in case.arrays())
+    queries, places, selected = jax.tree.map(np.asarray, (case.queries, case.places, case.selected))
+    spec = case.spec
+    out = np.zeros_like(q)
+    group = q.shape[2] // visual_k.shape[1]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        kv = h // group
+        visual, dense = prefill_seen(queries, places, selected, b, t, h if spec.share == "head" else kv)
+        keys = np.concatenate([visual_k[b, kv][visual], dense_k[b, kv][dense]])
+        values = np.concatenate([visual_v[b, kv][visual], dense_v[b, kv][dense]])
+        out[b, t, h] = _softmax_average(q[b, t, h], keys, values, spec.scale)
+    return out
+
+
+def decode(case: Any) -> np.ndarray:
+    """float64 [B, H, D] for a :class:`tests.helpers.cases.Decode`."""
+    arrays = case.q, case.k, case.v, case.dense_k, case.dense_v
+    q, k, v, dense_k, dense_v = (np.asarray(a).astype(np.float64) for a in arrays)
+    spec, layer, indices = case.spec, int(case.layer), case.indices
+    visual_seen, dense_seen = np.asarray(case.visual_seen), np.asarray(case.dense_seen)
+    out = np.zeros_like(q)
+    group = q.shape[1] // k.shape[2]
+    for b, h in np.ndindex(*q.shape[:2]):
+        kv = h // group
+        seen, dense = visual_seen[b].copy(), dense_seen[b]
+        if indices is not None:
+            listed = {int(i) for i in np.asarray(indices)[b, h if spec.share == "head" else kv]}
+            seen[[r not in listed for r in range(len(seen))]] = False
+        keys = np.concatenate([k[layer, b, kv][seen], dense_k[layer, b, kv][dense]])
+        values = np.concatenate([v[layer, b, kv][seen], dense_v[layer, b, kv][dense]])
+        out[b, h] = _softmax_average(q[b, h], keys, values, spec.scale)
+    return out
+
+
+def numeric_gradient(function: Any, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    """Central differences of a scalar float64 function."""
+    x = np.array(x, np.float64)
+    out = np.zeros_like(x)
+    for i in np.ndindex(*x.shape):
+        kept = x[i]
+        x[i] = kept + step
+        above = function(x)
+        x[i] = kept - step
+        out[i] = (above - function(x)) / (2 * step)
+        x[i] = kept
+    return out

@@ -1,0 +1,277 @@
+"""What every implementation of ``gaze_decode`` must pass; see ``test_decode.py`` for the subclasses.
+
+Edge cases carry the numbers of ``prefill_suite``.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gaze_decode
+from pallas_kernels.gaze_decode import api
+from tests.helpers import cases
+from tests.helpers.compile import quick_jit
+
+
+def _call(case, implementation):
+    packed = api.pack(case.k, case.v, spec=case.spec, implementation=implementation)
+    return gaze_decode(
+        case.q,
+        packed,
+        case.dense_k,
+        case.dense_v,
+        case.layer,
+        case.indices,
+        case.visual_seen,
+        case.dense_seen,
+        spec=case.spec,
+        implementation=implementation,
+    )
+
+
+@functools.cache
+def _program(implementation):
+    """One jitted function per implementation, so that equal shapes compile once for all tests."""
+    return quick_jit(lambda case: _call(case, implementation))
+
+
+def _close(got, expected, tolerance):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(
+        got, expected, rtol=tolerance, atol=tolerance * max(np.abs(expected).max(), 1e-3)
+    )
+
+
+def _unread(case):
+    """bool [B, K, R, P]: no query head of the kv head reads the slot."""
+    kv_heads, regions = case.k.shape[2:4]
+    picks = np.asarray(case.indices)
+    listed = (picks[..., None] == np.arange(regions)).any(2)
+    listed = listed.reshape(listed.shape[0], kv_heads, -1, regions).any(2)
+    return ~(listed[..., None] & np.asarray(case.visual_seen)[:, None])
+
+
+class DecodeSuite:
+    """Subclass, name the implementation, and switch off what it cannot do."""
+
+    implementation = ""
+    has_vmap = True
+    shards_heads = True
+    tolerance = 2e-5
+    bf16_tolerance = 2e-2
+
+    def run(self, case):
+        return _program(self.implementation)(case)
+
+    def expected(self, case):
+        """The reference implementation; its own subclass is checked against float64 loops instead."""
+        return _program("reference")(case)
+
+    # Values
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_values(self, share, seed):
+        """Partial regions, -1 inside the list, half of the dense stream."""
+        case = cases.decode(share=share, seed=seed)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    def test_dense_without_indices(self):
+        """``indices=None`` reads every region."""
+        case = cases.decode(capacity=None)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    def test_every_layer_is_reached_by_its_index(self):
+        """The layer is traced: one program, another result for each layer."""
+        case = cases.decode()
+        outs = []
+        for layer in range(3):
+            at = dataclasses.replace(case, layer=jnp.int32(layer))
+            outs.append(np.asarray(self.run(at)))
+            _close(outs[-1], self.expected(at), self.tolerance)
+        assert np.abs(outs[0] - outs[1]).max() > 0.01 and np.abs(outs[1] - outs[2]).max() > 0.01
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
+    def test_edge_12_group_sizes(self, group, share):
+        """G = 1, 4, 5, 7, 8: query head h reads kv head h // G, and K = 3 is no power of two either."""
+        case = cases.decode(kv_heads=3, group=group, share=share, dim=4)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    @pytest.mark.parametrize("capacity", [1, 3, 7, 9])
+    def test_edge_13_odd_capacities(self, capacity):
+        """J = 1, 3, R and more than R."""
+        case = cases.decode(capacity=capacity)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    @pytest.mark.parametrize(
+        "sizes", [{"slots": 1}, {"dense": 1}, {"dim": 20, "size": 3}, {"slots": 36, "layers": 1}]
+    )
+    def test_odd_sizes(self, sizes):
+        """One slot per region, one dense key, D = 20 with three rows, 36 slots in a single layer."""
+        case = cases.decode(**sizes)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    def test_bf16(self, share):
+        """bfloat16 cache and query: near the float32 result of the same rounded inputs."""
+        case = cases.decode(share=share, dtype=jnp.bfloat16)
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, case)
+        got = self.run(case)
+        assert got.dtype == jnp.bfloat16
+        _close(got, _program("reference")(wide), self.bf16_tolerance)
+
+    def test_large_logits(self):
+        """Logits of +-10,000 neither overflow nor lose the maximum."""
+        case = cases.decode()
+        case = dataclasses.replace(case, q=case.q * 1e4)
+        assert np.isfinite(self.run(case)).all()
+        _close(self.run(case), self.expected(case), 1e-3)
+
+    def test_unpack_inverts_pack(self):
+        """K and V come back bit for bit from the implementation's layout."""
+        case = cases.decode()
+        options = {"spec": case.spec, "implementation": self.implementation}
+        k, v = api.unpack(api.pack(case.k, case.v, **options), **options)
+        np.testing.assert_array_equal(k, case.k)
+        np.testing.assert_array_equal(v, case.v)
+
+    # Edge cases
+
+    def test_edge_01_the_order_of_the_list_does_not_matter(self):
+        """The same regions listed in another order give the same softmax."""
+        case = cases.decode()
+        turned = dataclasses.replace(case, indices=case.indices[..., ::-1])
+        _close(self.run(turned), self.run(case), 1e-6)
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    def test_edge_02_listing_every_region_equals_dense(self, share):
+        """All R regions by index and no indices at all agree to one rounding."""
+        case = cases.decode(capacity=7, share=share)
+        everything = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[::-1], case.indices.shape)
+        listed = self.run(dataclasses.replace(case, indices=everything))
+        _close(listed, self.run(dataclasses.replace(case, indices=None)), 5e-7)
+
+    @pytest.mark.parametrize("capacity", [None, 2])
+    @pytest.mark.parametrize("regions", [0, 1])
+    def test_edge_03_no_region_or_one(self, regions, capacity):
+        """R = 0 (text only, nothing but -1 listed) and R = 1."""
+        case = cases.decode(regions=regions, capacity=capacity)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    def test_edge_05_law_5_nan_in_unread_slots_changes_nothing(self):
+        """NaN in unselected regions, other layers, invalid slots and unseen dense keys: the same bits."""
+        case = cases.decode()
+        layer = np.arange(3)[:, None, None, None, None] != int(case.layer)
+        bad = jnp.asarray(layer | _unread(case)[None])[..., None]
+        dense_bad = jnp.asarray(
+            (np.arange(3)[:, None, None] != int(case.layer)) | ~np.asarray(case.dense_seen)[None]
+        )[:, :, None, :, None]
+        poisoned = dataclasses.replace(
+            case,
+            k=jnp.where(bad, jnp.nan, case.k),
+            v=jnp.where(bad, jnp.nan, case.v),
+            dense_k=jnp.where(dense_bad, jnp.nan, case.dense_k),
+            dense_v=jnp.where(dense_bad, jnp.nan, case.dense_v),
+        )
+        assert np.isnan(poisoned.k).mean() > 0.5 and np.isnan(poisoned.dense_v).any()
+        got = np.asarray(self.run(poisoned))
+        assert np.isfinite(got).all()
+        np.testing.assert_array_equal(got, self.run(case))
+
+    def test_edge_06_a_query_that_sees_nothing_outputs_zero(self):
+        """An all -1 list without dense keys, and listed regions without valid slots: 0."""
+        case = cases.decode()
+        blind = dataclasses.replace(case, dense_seen=jnp.zeros_like(case.dense_seen))
+        none = dataclasses.replace(blind, indices=jnp.full_like(case.indices, -1))
+        assert (np.asarray(self.run(none)) == 0).all()
+        empty = dataclasses.replace(blind, visual_seen=jnp.zeros_like(case.visual_seen))
+        assert (np.asarray(self.run(empty)) == 0).all()
+        one_row = dataclasses.replace(none, dense_seen=case.dense_seen.at[1].set(False))
+        got = np.asarray(self.run(one_row))
+        assert (got[1] == 0).all() and (got[0] != 0).any(-1).all()
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    def test_edge_07_minus_one_and_duplicates(self, share):
+        """-1 anywhere in the list reads nothing, and a region listed three times counts once."""
+        case = cases.decode(share=share, capacity=6)
+        heads = case.indices.shape[1]
+        spread = jnp.asarray([[[3, -1, 3, 5, -1, 3]] * heads, [[-1, 0, 0, -1, 6, 0]] * heads], jnp.int32)
+        plain = jnp.asarray([[[3, 5, -1, -1, -1, -1]] * heads, [[0, 6, -1, -1, -1, -1]] * heads], jnp.int32)
+        spread = dataclasses.replace(case, indices=spread)
+        _close(self.run(spread), self.expected(spread), self.tolerance)
+        _close(self.run(spread), self.run(dataclasses.replace(case, indices=plain)), 1e-6)
+
+    def test_edge_07_the_region_in_a_clamped_slot_is_not_read(self):
+        """-1 must not fall back to region 0 or to the last region: NaN there stays out."""
+        case = cases.decode(capacity=3)
+        indices = jnp.broadcast_to(jnp.array([-1, 2, -1], jnp.int32), case.indices.shape)
+        k, v = (a.at[:, :, :, jnp.array([0, 6])].set(jnp.nan) for a in (case.k, case.v))
+        clean = self.run(dataclasses.replace(case, indices=indices))
+        got = self.run(dataclasses.replace(case, indices=indices, k=k, v=v))
+        np.testing.assert_array_equal(got, clean)
+        assert np.isfinite(got).all()
+
+    def test_edge_15_sharded_over_kv_heads(self):
+        """Heads on two devices: the unsharded values, and an output that stays sharded over heads."""
+        if not self.shards_heads:
+            pytest.skip(f"{self.implementation} is not partitioned by the compiler")
+        case = cases.decode()
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
+
+        def over(axis, a):
+            spec = jax.P(*[None] * axis, "tensor")
+            return jax.device_put(a, jax.sharding.NamedSharding(mesh, spec))
+
+        split = dataclasses.replace(
+            case,
+            q=over(1, case.q),
+            indices=over(1, case.indices),
+            **{name: over(2, getattr(case, name)) for name in ("k", "v", "dense_k", "dense_v")},
+        )
+        got = self.run(split)
+        _close(got, self.run(case), 1e-6)
+        assert got.sharding.is_equivalent_to(split.q.sharding, got.ndim)
+
+    def test_edge_16_the_scale_changes_the_output(self):
+        """Twice the scale equals twice the query, and differs from once."""
+        case = cases.decode()
+        doubled = dataclasses.replace(case, spec=dataclasses.replace(case.spec, scale=2 * case.spec.scale))
+        _close(self.run(doubled), self.run(dataclasses.replace(case, q=2 * case.q)), 1e-6)
+        assert np.abs(np.asarray(self.run(doubled)) - np.asarray(self.run(case))).max() > 1e-2
+
+    def test_edge_17_twice_is_bitwise_equal(self):
+        """The output has the same bits when run again."""
+        case = cases.decode()
+        np.testing.assert_array_equal(self.run(case), self.run(case))
+
+    def test_vmap(self):
+        """A mapped axis in front of every argument equals one call per entry."""
+        if not self.has_vmap:
+            pytest.skip(f"{self.implementation} has no batching rule")
+        pair = [cases.decode(seed=seed) for seed in (0, 1)]
+        both = jax.tree.map(lambda *a: jnp.stack(a), *pair)
+        got = quick_jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)
+        for one, case in zip(got, pair, strict=True):
+            _close(one, self.run(case), 1e-6)
+
+    def test_rows_are_independent(self):
+        """A row's result has the same bits whatever the other row holds."""
+        case, other = cases.decode(seed=0), cases.decode(seed=3)
+
+        def mixed(mine, theirs):
+            if mine.ndim == 0:
+                return mine
+            axis = 1 if mine.shape[0] == 3 else 0
+            return jnp.concatenate([jnp.take(mine, 0, axis)[None], jnp.take(theirs, 1, axis)[None]]).swapaxes(
+                0, axis
+            )
+
+        got = self.run(jax.tree.map(mixed, case, other))
+        np.testing.assert_array_equal(got[0], self.run(case)[0])
+        np.testing.assert_array_equal(got[1], self.run(dataclasses.replace(other, layer=case.layer))[1])

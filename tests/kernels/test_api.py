@@ -1,0 +1,192 @@
+"""The ops' front doors: names, shapes and static choices, refused in one sentence each."""
+
+import ast
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels
+from pallas_kernels import GazeSpec, dispatch, gaze_decode, gaze_prefill
+from pallas_kernels.gaze_decode import api as decode_api
+from pallas_kernels.gaze_prefill import api as prefill_api
+from tests.helpers import cases
+
+
+def _prefill(case, implementation="reference"):
+    def call(case):
+        return gaze_prefill(
+            *case.arrays(),
+            case.queries,
+            case.places,
+            case.selected,
+            spec=case.spec,
+            implementation=implementation,
+        )
+
+    return jax.eval_shape(call, case)
+
+
+def _decode(case, implementation="reference"):
+    def call(case):
+        return gaze_decode(
+            case.q,
+            (case.k, case.v),
+            case.dense_k,
+            case.dense_v,
+            case.layer,
+            case.indices,
+            case.visual_seen,
+            case.dense_seen,
+            spec=case.spec,
+            implementation=implementation,
+        )
+
+    return jax.eval_shape(call, case)
+
+
+def test_unknown_implementations_are_refused_by_name():
+    """One sentence lists what there is; nothing falls back."""
+    with pytest.raises(
+        ValueError, match=r"gaze_prefill has no implementation 'cuda'; choose one of \('reference', "
+    ):
+        _prefill(cases.prefill(cases.rows()), "cuda")
+    with pytest.raises(ValueError, match="gaze_decode has no implementation ''"):
+        _decode(cases.decode(), "")
+    for api in (prefill_api, decode_api):
+        with pytest.raises(ValueError, match="has no implementation 'fast'"):
+            api.supports("fast", GazeSpec(1.0))
+    with pytest.raises(ValueError, match="gaze_decode has no implementation 'fast'"):
+        decode_api.pack(None, None, spec=GazeSpec(1.0), implementation="fast")
+
+
+def test_what_an_implementation_cannot_do_is_refused_with_its_reason():
+    """``supports`` decides; no other implementation is tried."""
+
+    class Picky:
+        @staticmethod
+        def supports(spec):
+            return "it wants share 'group'." if spec.share == "head" else None
+
+    table = {"picky": Picky, "xla": None}
+    assert dispatch.pick("op", table, "picky", GazeSpec(1.0, "group")) is Picky
+    with pytest.raises(NotImplementedError, match="op implementation 'picky' cannot run here: it wants"):
+        dispatch.pick("op", table, "picky", GazeSpec(1.0, "head"))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_supports_says_none_for_what_runs(implementation):
+    """Both general implementations run every spec."""
+    for share in ("head", "group"):
+        assert prefill_api.supports(implementation, GazeSpec(1.0, share)) is None
+        assert decode_api.supports(implementation, GazeSpec(1.0, share)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"share": "token"}, "GazeSpec.share='token' must be one of"),
+        ({"query_block": 0}, "query_block=0 must be at"),
+    ],
+)
+def test_spec_refuses_nonsense(options, match):
+    """A share that does not exist and an empty block raise one sentence."""
+    with pytest.raises(ValueError, match=match):
+        GazeSpec(1.0, **options)
+
+
+def test_spec_is_hashable_and_compares_by_value():
+    """It is a static jit argument."""
+    assert GazeSpec(0.5, "head", 4) == GazeSpec(0.5, "head", 4)
+    assert (
+        len({GazeSpec(0.5), GazeSpec(0.5), GazeSpec(0.25), GazeSpec(0.5, "group"), GazeSpec(0.5, "head", 4)})
+        == 4
+    )
+
+
+def _cut(array, axis):
+    return jnp.take(array, jnp.arange(array.shape[axis] - 1), axis=axis)
+
+
+PREFILL_FIELDS = ["visual_k", "visual_v", "dense_k", "dense_v", "selected"]
+
+
+@pytest.mark.parametrize("name", PREFILL_FIELDS)
+def test_prefill_names_the_array_of_a_wrong_shape(name):
+    """Each array that disagrees with the others is named with both shapes."""
+    case = cases.prefill(cases.rows())
+    axis = {"selected": 3}.get(name, 2)
+    changed = dataclasses.replace(case, **{name: _cut(getattr(case, name), axis)})
+    # visual_k and dense_k say what R and S are, so a cut of theirs is found at their partner.
+    found = {"visual_k": "visual_v", "dense_k": "dense_v"}.get(name, name)
+    with pytest.raises(ValueError, match=rf"gaze_prefill: {found}.* has shape \(.*expected \("):
+        _prefill(changed)
+
+
+@pytest.mark.parametrize("group", ["queries", "places"])
+def test_prefill_checks_every_window_and_place(group):
+    """No field of Windows or KeyPlaces may have another length: nothing broadcasts silently."""
+    case = cases.prefill(cases.rows())
+    for field in dataclasses.fields(getattr(case, group)):
+        inner = getattr(case, group)
+        broken = dataclasses.replace(inner, **{field.name: getattr(inner, field.name)[:1]})
+        with pytest.raises(ValueError, match=rf"gaze_prefill: {group}\.{field.name} has shape"):
+            _prefill(dataclasses.replace(case, **{group: broken}))
+
+
+def test_share_decides_the_head_axis():
+    """A selection per head is refused under share "group", and the reverse."""
+    for share, other in (("head", "group"), ("group", "head")):
+        case = cases.prefill(cases.rows(), share=share)
+        spec = dataclasses.replace(case.spec, share=other)
+        with pytest.raises(ValueError, match=rf"selected \(share '{other}'\) has shape"):
+            _prefill(dataclasses.replace(case, spec=spec))
+        case = cases.decode(share=share)
+        spec = dataclasses.replace(case.spec, share=other)
+        with pytest.raises(ValueError, match=rf"indices \(share '{other}'\) has shape"):
+            _decode(dataclasses.replace(case, spec=spec))
+
+
+def test_query_heads_must_be_a_multiple_of_kv_heads():
+    """3 query heads over 2 kv heads: one sentence, from both ops."""
+    case = cases.prefill(cases.rows())
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 kv heads"):
+        _prefill(dataclasses.replace(case, q=case.q[:, :, :3]))
+    case = cases.decode()
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 kv heads"):
+        _decode(dataclasses.replace(case, q=case.q[:, :3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "found"),
+    [
+        ("dense_v", 3, "dense_v"),
+        ("dense_seen", 1, "dense_seen"),
+        ("k", 3, "visual cache k"),
+        ("v", 4, "visual cache v"),
+        ("k", 0, "visual cache k"),
+        ("visual_seen", 1, "visual cache k"),
+        ("visual_seen", 0, "visual_seen"),
+        ("indices", 0, "indices"),
+    ],
+)
+def test_decode_names_the_array_of_a_wrong_shape(name, axis, found):
+    """A cache of another R, P or L than the masks and the dense stream say is refused, not misread."""
+    case = cases.decode()
+    with pytest.raises(ValueError, match=f"gaze_decode: {found}.* has shape"):
+        _decode(dataclasses.replace(case, **{name: _cut(getattr(case, name), axis)}))
+
+
+def test_the_package_imports_jax_and_numpy_only():
+    """``pallas_kernels`` can be vendored: no module of it imports flax or gaze_jax."""
+    found = set()
+    for path in pathlib.Path(pallas_kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").split(".")[0])
+    assert found - set(sys.stdlib_module_names) <= {"jax", "numpy", "pallas_kernels"}

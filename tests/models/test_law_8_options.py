@@ -1,0 +1,207 @@
+"""Law 8: no option is ignored. One table: field -> an observable that changes with it."""
+
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.schedule import Schedule
+from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
+from gaze_jax.models.attention import region_scores
+from pallas_kernels import GazeSpec, gaze_prefill
+from tests.helpers import cases, models
+from tests.helpers.compile import quick_jit
+from tests.helpers.streams import Text, Unit, batch, sample
+
+
+def _toy(config):
+    grid = config.vision.grid
+    parts = [Text(2), Unit(grid, grid, newlines=True), Text(2), Unit(grid, grid), Text(3)]
+    return models.images(1, 2, config=config), batch([sample(parts)])
+
+
+def _parameters(config):
+    """Names, shapes and dtypes of the parameters."""
+    images, streams = _toy(config)
+    shapes = jax.eval_shape(
+        lambda key: MLLM(config).init(key, images, streams, top_k=None), jax.random.key(0)
+    )
+    return str(nn.meta.unbox(shapes))
+
+
+def _logits(config):
+    """Values of the routed forward with the dummy's parameters."""
+    images, streams = _toy(config)
+    logits, _ = models.forward(config)(models.parameters(DUMMY), images, streams, jnp.int32(2))
+    return np.asarray(logits)
+
+
+def _program(config):
+    """The traced program of the routed forward."""
+    images, streams = _toy(config)
+    traced = jax.make_jaxpr(lambda v: MLLM(config).apply(v, images, streams, top_k=jnp.int32(2)))(
+        models.parameters(DUMMY)
+    )
+    return re.sub(r"0x[0-9a-f]+|\bid=\d+", "", str(traced))
+
+
+def _cache(config):
+    """Shapes and dtypes of a prefilled cache and its logits."""
+    images, streams = _toy(config)
+    shapes = jax.eval_shape(
+        lambda v: MLLM(config).apply(v, images, streams, top_k=None, room=2, method="prefill"),
+        models.parameters(DUMMY),
+    )
+    return str(shapes)
+
+
+def _layout(config):
+    """The table by which the data pipeline cuts the tower's grid."""
+    size, patch = config.vision.image_size, config.vision.patch_size
+    return VisualLayout(size, patch, config.gaze.region, config.gaze.context_tokens).table
+
+
+MODEL = {
+    "decoder.vocab_size": (_parameters, 65),
+    "decoder.width": (_parameters, 40),
+    "decoder.depth": (_parameters, 2),
+    "decoder.num_heads": (_parameters, 2),
+    "decoder.num_kv_heads": (_parameters, 1),
+    "decoder.head_dim": (_parameters, 10),
+    "decoder.mlp_dim": (_parameters, 50),
+    "decoder.rope_theta": (_logits, 100.0),
+    "decoder.norm_eps": (_logits, 0.1),
+    "decoder.qk_norm": (_parameters, False),
+    "decoder.qkv_bias": (_parameters, False),
+    "decoder.tie_embeddings": (_parameters, True),
+    "vision.image_size": (_parameters, 24),
+    "vision.patch_size": (_parameters, 5),
+    "vision.width": (_parameters, 27),
+    "vision.depth": (_parameters, 1),
+    "vision.num_heads": (_logits, 2),
+    "vision.mlp_dim": (_parameters, 41),
+    "vision.norm_eps": (_logits, 0.1),
+    "vision.post_norm": (_parameters, True),
+    "gaze.region": (_layout, (2, 3)),
+    "gaze.context_tokens": (_parameters, 0),
+    "gaze.share": (_logits, "group"),
+    "gaze.visual_scope": (_logits, "unit"),
+    "gaze.visual_causal": (_logits, False),
+    "gaze.implementation": (_program, "reference"),
+    "gaze.query_block": (_program, 7),
+    "dtype": (_cache, "bfloat16"),
+    "param_dtype": (_parameters, "bfloat16"),
+    "remat": (_program, True),
+}
+# Read by the programs that call the model, which takes top_k as an argument; tested with them.
+ELSEWHERE = {"gaze.top_k"}
+
+
+def test_the_table_names_every_field_of_the_model():
+    """A new field of any config fails this test until the table says what it changes."""
+    sections = {"decoder": DecoderConfig, "vision": VisionConfig, "gaze": GazeConfig}
+    names = {f.name for f in dataclasses.fields(MLLMConfig)} - set(sections)
+    names |= {f"{section}.{f.name}" for section, cls in sections.items() for f in dataclasses.fields(cls)}
+    assert names == set(MODEL) | ELSEWHERE
+
+
+@functools.cache
+def _of_the_dummy(observe):
+    return observe(DUMMY)
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_model_field(name):
+    """The observable differs between the dummy and the dummy with one field changed."""
+    observe, value = MODEL[name]
+    section, _, field = name.rpartition(".")
+    config = models.changed(DUMMY, **({section: {field: value}} if section else {field: value}))
+    assert config != DUMMY
+    before, after = _of_the_dummy(observe), observe(config)
+    if isinstance(before, np.ndarray):
+        assert np.isfinite(after).all()
+        assert before.shape != after.shape or np.abs(after - before).max() > 1e-3
+    else:
+        assert after != before
+
+
+def _op(spec):
+    """Values of the prefill op; with share "group" the first head of each group selects for it."""
+    case = cases.prefill([sample([Text(1), Unit(3, 3), Text(2)])])
+    selected = case.selected if spec.share == "head" else case.selected[:, :, ::2]
+    run = quick_jit(
+        lambda c, s: gaze_prefill(*c.arrays(), c.queries, c.places, s, spec=spec, implementation="xla")
+    )
+    return np.asarray(run(case, selected))
+
+
+def _op_program(spec):
+    case = cases.prefill([sample([Text(1), Unit(3, 3), Text(2)])])
+    return str(
+        jax.make_jaxpr(
+            lambda c: gaze_prefill(
+                *c.arrays(), c.queries, c.places, c.selected, spec=spec, implementation="xla"
+            )
+        )(case)
+    )
+
+
+def _scores(route):
+    """Region scores under a strategy."""
+    rng = np.random.default_rng(0)
+    q, keys = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 4, 8), (1, 2, 5, 8)))
+    order, first = jnp.arange(3, dtype=jnp.int32)[None] + 20, jnp.arange(5, dtype=jnp.int32)[None]
+    scores, _ = region_scores(
+        q,
+        keys,
+        jnp.ones((1, 3, 5), bool),
+        gaze=DUMMY.gaze,
+        route=route,
+        sample=jnp.zeros((1, 1), jnp.int32),
+        order=order,
+        first=first,
+        layer=jnp.int32(0),
+        forced=None,
+    )
+    return np.asarray(scores)
+
+
+def _keep(schedule):
+    return np.asarray(schedule.keep(0.3, 0.1))
+
+
+OTHERS = {
+    "GazeSpec.scale": (_op, GazeSpec(0.3), GazeSpec(0.9)),
+    "GazeSpec.share": (_op, GazeSpec(0.3), GazeSpec(0.3, share="group")),
+    "GazeSpec.query_block": (_op_program, GazeSpec(0.3), GazeSpec(0.3, query_block=3)),
+    "Routing.strategy": (_scores, Routing(), Routing("random")),
+    "Routing.seed": (_scores, Routing("random"), Routing("random", seed=1)),
+    "Schedule.dense_until": (_keep, Schedule(), Schedule(dense_until=0.0)),
+    "Schedule.sparse_from": (_keep, Schedule(), Schedule(sparse_from=0.9)),
+}
+
+
+def test_the_table_names_every_field_of_the_small_configs():
+    """GazeSpec, Routing and Schedule, complete by ``dataclasses.fields``."""
+    classes = (GazeSpec, Routing, Schedule)
+    assert {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)} == set(OTHERS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_small_config_field(name):
+    """Two values that differ in one field give another result."""
+    observe, base, other = OTHERS[name]
+    field = name.partition(".")[2]
+    assert dataclasses.replace(other, **{field: getattr(base, field)}) == base
+    before, after = observe(base), observe(other)
+    if isinstance(before, str):
+        assert before != after
+    else:
+        assert np.abs(before - after).max() > 1e-3

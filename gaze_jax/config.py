@@ -52,7 +52,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
       KeyError: an unknown or a missing field, each named by its full path.
       TypeError: a value of another type than the field declares.
     """
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+    # A ConfigDict walks like a mapping but is not registered as one.
+    if not hasattr(values, "items"):
         raise TypeError(f"Config section {path or cls.__name__}={values!r} must be a mapping.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}

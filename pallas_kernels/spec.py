@@ -25,7 +25,7 @@ class GazeSpec:
     share: str = "head"
     query_block: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.share not in SHARES:
             raise ValueError(f"GazeSpec.share={self.share!r} must be one of {SHARES}.")
         if self.query_block < 1:

@@ -33,7 +33,7 @@ class Routing:
     strategy: str = "descriptor"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"Routing.strategy={self.strategy!r} must be one of {STRATEGIES}.")
 
@@ -189,7 +189,7 @@ def select_indices(scores: Array, visible: Array, top_k: Array, capacity: int, p
     """
     if capacity < 1:
         raise ValueError(f"Selection capacity J={capacity} must be at least 1.")
-    batch, queries, heads, regions = scores.shape
+    batch, queries, _, regions = scores.shape
     width = min(capacity, regions)
     # lax.top_k puts the lower index first among equals, which the permutation made the earlier region.
     keys, places = jax.lax.top_k(_permuted(scores, visible, permutation), width)

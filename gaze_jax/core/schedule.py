@@ -23,7 +23,7 @@ class Schedule:
     dense_until: float = 0.1
     sparse_from: float = 0.6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0.0 <= self.dense_until <= self.sparse_from <= 1.0:
             raise ValueError(
                 f"Schedule needs 0 <= dense_until <= sparse_from <= 1, got dense_until={self.dense_until} "

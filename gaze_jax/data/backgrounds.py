@@ -23,7 +23,11 @@ def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
     weights = rng.dirichlet(np.full(len(octaves), 0.7)) ** 0.5
     field = sum(w * _noise(rng, side, cells) for w, cells in zip(weights, octaves, strict=True))
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    angle, wavelength, warp = rng.uniform(0, np.pi), np.exp(rng.uniform(np.log(4), np.log(60))), rng.uniform(0, 2)
+    angle, wavelength, warp = (
+        rng.uniform(0, np.pi),
+        np.exp(rng.uniform(np.log(4), np.log(60))),
+        rng.uniform(0, 2),
+    )
     stripes = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + warp * field)
     slope = rng.uniform(0, 2 * np.pi)
     gradient = (x * np.cos(slope) + y * np.sin(slope)) * (2 / side)

@@ -43,7 +43,7 @@ def _originals() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_indices(split: str, test_fraction: float) -> np.ndarray:
-    """Sorted indices of the digit images of "train" or "test": disjoint, stratified, the same in every run."""
+    """Sorted indices of the digit images of "train" or "test": disjoint, stratified, fixed."""
     _, labels = _originals()
     rng = np.random.Generator(np.random.PCG64(_SPLIT_SEED))
     chosen = []
@@ -82,7 +82,7 @@ def ink_boxes(alpha: np.ndarray) -> np.ndarray:
     """(x0, y0, x1, y1) of the pixels above the ink threshold, int32 [..., 4] for alpha [..., side, side]."""
     marked = alpha > _INK
     side = alpha.shape[-1]
-    columns, rows = marked.any(axis=-2), marked.any(axis=-1)
+    columns, rows = np.asarray(marked.any(axis=-2)), np.asarray(marked.any(axis=-1))
     corners = (
         columns.argmax(axis=-1),
         rows.argmax(axis=-1),

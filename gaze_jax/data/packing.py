@@ -55,12 +55,13 @@ def pack(samples: Sequence[Arrays]) -> Arrays:
             "region_segment": segment,
             "dense_segment": segment,
         }
-        rows.append({name: _shift(arrays[name], shifts[name]) if name in shifts else arrays[name]
-                     for name in PADDING})
+        rows.append(
+            {name: _shift(arrays[name], shifts[name]) if name in shifts else arrays[name] for name in PADDING}
+        )
         tower_tokens += used
         units += len(arrays["images"])
     packed = {name: np.concatenate([row[name] for row in rows]) for name in PADDING}
     families = {int(arrays["family"]) for arrays in samples}
     packed["sample_id"] = samples[0]["sample_id"]
-    packed["family"] = samples[0]["family"] if len(families) == 1 else np.int32(MIXED)
+    packed["family"] = samples[0]["family"] if len(families) == 1 else np.asarray(MIXED, np.int32)
     return packed

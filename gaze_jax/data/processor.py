@@ -177,9 +177,7 @@ def _dense(pieces: list[Arrays]) -> Arrays:
     }
 
 
-def _piece(
-    tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY, supervised: bool = False
-) -> Arrays:
+def _piece(tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY, supervised: bool = False) -> Arrays:
     size = len(tokens.ids)
     return {
         "ids": tokens.ids,
@@ -199,10 +197,9 @@ def _process_parts(
     layout = processor.layout
     context = layout.context_tokens
     no_box = np.full((context, 4), -1, np.float32)
-    context_tokens = _Tokens(
-        np.arange(context, dtype=np.int32), no_box, np.full(context, EMPTY, np.int32)
-    )
-    order, starts, images = 0, [], []
+    context_tokens = _Tokens(np.arange(context, dtype=np.int32), no_box, np.full(context, EMPTY, np.int32))
+    order, images = 0, []
+    starts: list[int] = []
     pieces: list[Arrays] = []
     units: dict[int, int] = {}
     for part in parts:
@@ -227,8 +224,8 @@ def _process_parts(
     size = layout.image_size
     arrays = _visual(processor, starts) | _dense(pieces)
     arrays["images"] = np.stack(images) if images else np.zeros((0, size, size, 3), np.float32)
-    arrays["sample_id"] = np.int32(sample.id)
-    arrays["family"] = np.int32(processor.families.index(sample.family))
+    arrays["sample_id"] = np.asarray(sample.id, np.int32)
+    arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
     return arrays, units
 
 

@@ -95,20 +95,25 @@ class Tokenizer:
         """One more than the largest token id, the fewest rows an embedding table needs."""
         return max(_backend(self.json).get_vocab(with_added_tokens=True).values()) + 1
 
+    def _special(self, token: str) -> int:
+        found = _backend(self.json).token_to_id(token)
+        assert found is not None, f"{token} was there when the tokenizer was made"
+        return found
+
     @property
     def pad_id(self) -> int:
         """Id of ``<|pad|>``."""
-        return _backend(self.json).token_to_id(PAD)
+        return self._special(PAD)
 
     @property
     def start_id(self) -> int:
         """Id of ``<|im_start|>``."""
-        return _backend(self.json).token_to_id(START)
+        return self._special(START)
 
     @property
     def end_id(self) -> int:
         """Id of ``<|im_end|>``, which ends an answer."""
-        return _backend(self.json).token_to_id(END)
+        return self._special(END)
 
     @property
     def digest(self) -> str:

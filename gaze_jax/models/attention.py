@@ -141,7 +141,7 @@ def gaze_attention(
       "dense_v" [B, K, S, D] and "descriptors" [B, K, R, D]; with ``collect`` and routing also "scores"
       float32 and "selected" bool [B, S, Hs, R].
     """
-    batch, _, heads, dim = q.shape
+    batch, _, _, dim = q.shape
     num_regions, slots = plan.valid.shape[1:]
     tokens = num_regions * slots
 

@@ -68,7 +68,9 @@ def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *,
     pad = ((0, 0),) * 3 + ((0, room), (0, 0))
     dense_order = jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY)
     return Cache(
-        visual=api.pack(layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.implementation),
+        visual=api.pack(
+            layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.implementation
+        ),
         descriptors=layers["descriptors"],
         dense_k=jnp.pad(layers["dense_k"], pad),
         dense_v=jnp.pad(layers["dense_v"], pad),

@@ -50,7 +50,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     tie_embeddings: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"decoder.num_heads={self.num_heads} must be a multiple of "
@@ -86,7 +86,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     post_norm: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(
             self.width % self.num_heads == 0,
             f"vision.width={self.width} must be a multiple of vision.num_heads={self.num_heads}.",
@@ -127,15 +127,13 @@ class GazeConfig:
     implementation: str = "xla"
     query_block: int = 512
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))
         _require(
             len(self.region) == 2 and min(self.region) >= 1,
             f"gaze.region={self.region} must be two sizes (r_h, r_w) of at least 1 token.",
         )
-        _require(
-            self.context_tokens >= 0, f"gaze.context_tokens={self.context_tokens} must not be negative."
-        )
+        _require(self.context_tokens >= 0, f"gaze.context_tokens={self.context_tokens} must not be negative.")
         _require(
             self.top_k is None or self.top_k >= 1,
             f"gaze.top_k={self.top_k} must be at least 1 region; use None for dense attention.",
@@ -167,7 +165,7 @@ class MLLMConfig:
     param_dtype: str = "float32"
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
             _require(value in DTYPES, f"{name}={value!r} must be one of {tuple(DTYPES)}.")

@@ -22,7 +22,7 @@ from pallas_kernels import gaze_decode
 
 Array = jax.Array
 Angles = tuple[Array, Array]
-PER_LAYER_SCAN = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+PER_LAYER_SCAN: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 
 
 class Attention(nn.Module):
@@ -88,7 +88,9 @@ class Block(nn.Module):
         self.post_attention_norm = RMSNorm(eps, dtype, param_dtype)
         self.mlp = GatedMLP(self.config)
 
-    def _around(self, x: Array, angles: Angles, attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, Any]:
+    def _around(
+        self, x: Array, angles: Angles, attend: Callable[..., tuple[Array, Any]]
+    ) -> tuple[Array, Any]:
         q, k, v = self.self_attn.qkv(self.input_norm(x), angles)
         heads, out = attend(q, k, v)
         x = x + self.self_attn.merge(heads)
@@ -289,9 +291,7 @@ class Decoder(nn.Module):
 
         if self.config.remat:
             body = nn.remat(body, prevent_cse=False)
-        scan = nn.scan(
-            body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN
-        )
+        scan = nn.scan(body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN)
         x, out = scan(self.layers, x, per_layer)
         return self.norm(x), out
 

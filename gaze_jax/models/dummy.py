@@ -1,6 +1,7 @@
 """A tiny model with every feature, for tests, documentation and dry runs."""
 
 import dataclasses
+from typing import Any
 
 from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 
@@ -24,6 +25,6 @@ DUMMY = MLLMConfig(
 """Grid 5x5 in regions of 2x2: nine balanced regions, five of them partial."""
 
 
-def dummy(**gaze: object) -> MLLMConfig:
+def dummy(**gaze: Any) -> MLLMConfig:
     """:data:`DUMMY` with other gaze settings, e.g. ``dummy(share="group")``."""
     return dataclasses.replace(DUMMY, gaze=dataclasses.replace(DUMMY.gaze, **gaze))

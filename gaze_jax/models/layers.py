@@ -17,7 +17,13 @@ def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initial
 
 
 def dense(
-    features: int, names: tuple[str, str], *, use_bias: bool, dtype: jnp.dtype, param_dtype: jnp.dtype, name: str
+    features: int,
+    names: tuple[str, str],
+    *,
+    use_bias: bool,
+    dtype: jnp.dtype,
+    param_dtype: jnp.dtype,
+    name: str,
 ) -> nn.Dense:
     """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias."""
     return nn.Dense(
@@ -41,7 +47,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., M] -> [..., M]."""
-        weight = self.param("weight", logical(nn.initializers.ones_init(), "norm"), x.shape[-1:], self.param_dtype)
+        weight = self.param(
+            "weight", logical(nn.initializers.ones_init(), "norm"), x.shape[-1:], self.param_dtype
+        )
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         # Qwen rounds to the activation dtype before it multiplies by the weight.

@@ -93,6 +93,4 @@ def gaze_decode(
     if indices is not None:
         shared = heads if spec.share == "head" else kv_heads
         check_shape(op, f"indices (share {spec.share!r})", indices, (batch, shared, indices.shape[-1]))
-    return module.gaze_decode(
-        q, visual, dense_k, dense_v, layer, indices, visual_seen, dense_seen, spec=spec
-    )
+    return module.gaze_decode(q, visual, dense_k, dense_v, layer, indices, visual_seen, dense_seen, spec=spec)

@@ -84,9 +84,7 @@ def gaze_decode(
     zero = jnp.zeros((), q.dtype)
     k, v = (jnp.where(seen[..., None], a, zero) for a in (k, v))
     dk, dv = (
-        jnp.where(
-            dense_seen[:, None, :, None], jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), zero
-        )
+        jnp.where(dense_seen[:, None, :, None], jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), zero)
         for a in (dense_k, dense_v)
     )
 
@@ -94,9 +92,7 @@ def gaze_decode(
     rows = grouped.reshape(batch, kv_heads, k.shape[2], -1, dim)
     logits = jnp.einsum("BKNGD,BKNAD->BKNGA", rows, k, precision=_EXACT, preferred_element_type=jnp.float32)
     logits = jnp.where(seen[:, :, :, None, :], logits * spec.scale, -jnp.inf)
-    dense = jnp.einsum(
-        "BKGD,BKSD->BKGS", grouped, dk, precision=_EXACT, preferred_element_type=jnp.float32
-    )
+    dense = jnp.einsum("BKGD,BKSD->BKGS", grouped, dk, precision=_EXACT, preferred_element_type=jnp.float32)
     dense = jnp.where(dense_seen[:, None, None, :], dense * spec.scale, -jnp.inf)
 
     both = jnp.concatenate([logits.reshape(batch, kv_heads, per_kv, -1), dense], axis=-1)

@@ -75,6 +75,4 @@ def gaze_prefill(
     if selected is not None:
         shared = heads if spec.share == "head" else kv_heads
         check_shape(op, f"selected (share {spec.share!r})", selected, (batch, length, shared, regions))
-    return module.gaze_prefill(
-        q, visual_k, visual_v, dense_k, dense_v, queries, places, selected, spec=spec
-    )
+    return module.gaze_prefill(q, visual_k, visual_v, dense_k, dense_v, queries, places, selected, spec=spec)

@@ -6,12 +6,12 @@ together its queries leave almost no region untouched.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
-
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
 
@@ -22,7 +22,9 @@ def supports(spec: GazeSpec) -> str | None:
     return None
 
 
-def _inside(queries: Windows, lo: jax.Array, hi: jax.Array, order: jax.Array, segment: jax.Array) -> jax.Array:
+def _inside(
+    queries: Windows, lo: jax.Array, hi: jax.Array, order: jax.Array, segment: jax.Array
+) -> jax.Array:
     """bool [B, T, N]: key n is in query t's segment and interval; order -1 is no key."""
     segment_of = queries.segment[:, :, None]
     order, segment = order[:, None, :], segment[:, None, :]
@@ -74,7 +76,9 @@ def _attend(
         return jnp.moveaxis(mask, 1, 3)
 
     def logits(keys: jax.Array, mask: jax.Array) -> jax.Array:
-        product = jnp.einsum("BTKGD,BKND->BKGTN", grouped, keys, precision=_EXACT, preferred_element_type=jnp.float32)
+        product = jnp.einsum(
+            "BTKGD,BKND->BKGTN", grouped, keys, precision=_EXACT, preferred_element_type=jnp.float32
+        )
         return jnp.where(by_group(mask), product * scale, -jnp.inf)
 
     both = jnp.concatenate([logits(visual_k, visual), logits(dense_k, dense)], axis=-1)
@@ -93,7 +97,7 @@ def _attend(
     return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
-def _blocked(tree: object, count: int, block: int) -> object:
+def _blocked(tree: Any, count: int, block: int) -> Any:
     """Pad axis 1 of every leaf to count * block and move the blocks to the front."""
 
     def leaf(a: jax.Array) -> jax.Array:
@@ -147,9 +151,7 @@ def gaze_prefill(
             dataclasses.replace(blocks[1], segment=jnp.where(alive, blocks[1].segment, -1)),
             blocks[2],
         )
-        used = jax.tree.map(
-            lambda a: a.any(0), jax.lax.map(lambda xs: touched(xs[1], xs[2]), blocks)
-        )
+        used = jax.tree.map(lambda a: a.any(0), jax.lax.map(lambda xs: touched(xs[1], xs[2]), blocks))
 
     def clean(array: jax.Array, used: jax.Array) -> jax.Array:
         # 0 * NaN is NaN: what nobody sees must not reach a matmul, in either direction.

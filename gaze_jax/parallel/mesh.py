@@ -1,0 +1,61 @@
+"""The device mesh: its axes, their sizes, and nothing about what is sharded over them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from gaze_jax.errors import UserError
+
+AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices.
+
+    Attributes:
+      data: copies of the parameters, each with its share of the batch; -1 is what ``fsdp`` leaves.
+      fsdp: devices that share one copy of the parameters, each with its share of the batch; -1 is what
+        ``data`` leaves.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Resolve -1 and check the product.
+
+    Raises:
+      UserError: the sizes do not multiply to ``devices``, or more than one is -1.
+    """
+    sizes = {name: getattr(config, name) for name in AXES}
+    written = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"Mesh sizes must be positive and at most one of them -1, got {written}.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and devices % known == 0:
+        sizes[open_axes[0]] = devices // known
+    if math.prod(sizes.values()) != devices:
+        raise UserError(
+            f"The mesh {written} does not fit {devices} device{'s' * (devices != 1)}; the product of its sizes "
+            f"must be {devices}, with one -1 for what the others leave."
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes :data:`AXES` over ``devices`` (default: all).
+
+    Raises:
+      UserError: see :func:`axis_sizes`.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    # Auto: the compiler places activations. Explicit axes, jax's default, reject an embedding look-up.
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)

@@ -1,0 +1,131 @@
+"""One strict table from logical axes, which the models name, to mesh axes, which the hardware has."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gaze_jax.errors import UserError
+
+Tree = Any
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "tokens": (),
+    "width": (),
+    "heads": (),
+    "kv_heads": (),
+    "mlp": (),
+    "vocab": (),
+    "norm": (),
+    "layers": (),
+}
+"""Logical axis -> the mesh axes that it is split over, in order; () keeps it whole."""
+
+
+def flax_rules() -> list[tuple[str, tuple[str, ...] | None]]:
+    """The table as ``nn.logical_axis_rules`` wants it, for constraints on activations."""
+    return [(name, axes or None) for name, axes in RULES.items()]
+
+
+def partition_spec(names: Sequence[str | None], label: str = "array") -> PartitionSpec:
+    """Where the axes of one array go.
+
+    Args:
+      names: a logical name per axis; None keeps the axis whole.
+      label: names the array in error messages.
+
+    Raises:
+      ValueError: an unknown logical name, or a mesh axis that two axes of the array ask for.
+    """
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(
+                f"Logical axis {name!r} of {label} is not in the table; known are {', '.join(RULES)}."
+            )
+        axes = () if name is None else RULES[name]
+        for axis in axes:
+            if axis in used:
+                raise ValueError(
+                    f"Axes {used[axis]!r} and {name!r} of {label} are both split over mesh axis {axis!r}; "
+                    "an array can be split over a mesh axis once."
+                )
+            used[axis] = str(name)
+        entries.append(axes or None)
+    return PartitionSpec(*entries)
+
+
+def _check_divides(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec, label: str) -> None:
+    for dim, (size, axes) in enumerate(zip(shape, spec, strict=True)):
+        parts = math.prod(mesh.shape[axis] for axis in axes or ())
+        if size % parts:
+            raise UserError(
+                f"Axis {dim} of {label} has size {size}, which mesh axes {'*'.join(axes)}={parts} do not divide; "
+                "choose a mesh that divides it."
+            )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_shardings(mesh: Mesh, abstract_boxed: Tree) -> Tree:
+    """The sharding of every parameter.
+
+    Args:
+      mesh: of the run.
+      abstract_boxed: ``jax.eval_shape`` of a linen ``init``: every leaf boxed with its logical names.
+
+    Returns:
+      The same tree without boxes, of ``NamedSharding``.
+
+    Raises:
+      ValueError: a parameter without logical names, or names that the table refuses.
+      UserError: a mesh axis that does not divide a parameter; nothing is silently replicated.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        label = f"parameter {_name(path)}"
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            raise ValueError(
+                f"{label.capitalize()} has no logical axis names; give it some where it is made."
+            )
+        spec = partition_spec(leaf.names, label)
+        _check_divides(mesh, leaf.value.shape, spec, label)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(
+        sharding, abstract_boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays of a batch: the first axis over all devices, the others whole."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def bytes_per_device(abstract: Tree, shardings: Tree) -> dict[str, int]:
+    """Bytes that one device holds of each leaf, by name, largest first.
+
+    Args:
+      abstract: a tree of arrays or ``jax.ShapeDtypeStruct``.
+      shardings: the same tree of shardings.
+    """
+
+    def size(leaf: Any, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    sizes = jax.tree.map(size, abstract, shardings)
+    named = {_name(path): count for path, count in jax.tree_util.tree_leaves_with_path(sizes)}
+    return dict(sorted(named.items(), key=lambda item: -item[1]))

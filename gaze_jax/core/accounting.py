@@ -18,6 +18,7 @@ from gaze_jax.core.streams import Kind
 Array = jax.Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Entries:
     """Valid keys attended by one query in one layer; each float32 [...]."""

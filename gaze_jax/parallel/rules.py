@@ -62,12 +62,14 @@ def partition_spec(names: Sequence[str | None], label: str = "array") -> Partiti
 
 
 def _check_divides(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec, label: str) -> None:
-    for dim, (size, axes) in enumerate(zip(shape, spec, strict=True)):
-        parts = math.prod(mesh.shape[axis] for axis in axes or ())
+    for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
+        # PartitionSpec turns a tuple of one name into the name.
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             raise UserError(
-                f"Axis {dim} of {label} has size {size}, which mesh axes {'*'.join(axes)}={parts} do not divide; "
-                "choose a mesh that divides it."
+                f"Axis {dim} of {label} has size {size}, which mesh.{' * mesh.'.join(axes)} = {parts} does not "
+                "divide; choose mesh sizes that divide it."
             )
 
 

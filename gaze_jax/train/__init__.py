@@ -1,1 +1,1 @@
-"""Optimiser, training step, loop and checkpoints."""
+"""From an experiment to trained parameters: step, optimizer, loop, checkpoint."""

@@ -1,0 +1,150 @@
+"""The grain pipeline: a random-access source of samples to an endless, resumable stream of batches."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import absl.flags
+import grain
+import numpy as np
+
+from gaze_jax.data.processor import Arrays, Processor, pad_to
+from gaze_jax.data.sample import Sample
+
+
+class Source(Protocol):
+    """Samples by index; ``repr`` names everything that decides their content."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The static sizes of a batch.
+
+    Attributes:
+      regions, dense, units: R, S and F of every row.
+    """
+
+    regions: int
+    dense: int
+    units: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """What decides the order and grouping of samples.
+
+    Attributes:
+      batch_size: rows of a batch over all processes.
+      seed: of the shuffle.
+      bucket: static sizes of a row.
+    """
+
+    batch_size: int
+    seed: int
+    bucket: Bucket
+
+
+class _ProcessAndPad(grain.transforms.Map):
+    """Sample -> padded arrays; a class because grain pickles it into worker processes."""
+
+    def __init__(self, processor: Processor, bucket: Bucket):
+        self.processor = processor
+        self.bucket = bucket
+
+    def map(self, element: Sample) -> Arrays:
+        return pad_to(self.processor(element), **dataclasses.asdict(self.bucket))
+
+
+def training_iterator(
+    source: Source,
+    processor: Processor,
+    config: PipelineConfig,
+    *,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """This process's share of an endless, shuffled stream of batches.
+
+    Args:
+      source: of samples.
+      processor: makes arrays of them.
+      config: order and grouping.
+      num_workers: worker processes that prepare batches; 0 uses threads of this process. The batches
+        are the same.
+      process_index, process_count: of this process.
+
+    Returns:
+      An iterator of dicts of numpy arrays with a leading axis of batch_size / process_count; its
+      state is saved with ``grain.checkpoint.CheckpointSave``.
+
+    Raises:
+      ValueError: the batch does not divide by the processes, or the source is smaller than a batch.
+    """
+    if config.batch_size % process_count:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of the {process_count} processes."
+        )
+    if len(source) < config.batch_size:
+        raise ValueError(f"{source!r} has {len(source)} samples, fewer than batch_size={config.batch_size}.")
+    dataset = grain.MapDataset.source(source).shuffle(seed=config.seed).repeat()
+    dataset = dataset[process_index::process_count]
+    dataset = dataset.map(_ProcessAndPad(processor, config.bucket))
+    dataset = dataset.batch(config.batch_size // process_count)
+    # Few threads: making a sample is Python, and the cores belong to the training step.
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    if num_workers:
+        # grain reads an absl flag when it starts workers, which fails outside of absl.app.
+        if not absl.flags.FLAGS.is_parsed():
+            absl.flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(batches)
+
+
+def fingerprint(
+    source: Source, processor: Processor, config: PipelineConfig, *, process_count: int = 1
+) -> dict[str, Any]:
+    """Everything that decides which arrays come in which order; JSON-ready.
+
+    A grain iterator's saved state is little more than a counter and is accepted by any pipeline; this
+    is what tells whether the counter still means the same.
+    """
+    return {
+        "source": repr(source),
+        "length": len(source),
+        "layout": json.loads(json.dumps(dataclasses.asdict(processor.layout))),
+        "families": list(processor.families),
+        "resize": processor.resize,
+        "tokenizer": processor.tokenizer.digest,
+        "pipeline": dataclasses.asdict(config),
+        "process_count": process_count,
+    }
+
+
+def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue on other data.
+
+    Raises:
+      ValueError: one sentence that names what changed.
+    """
+    changed = [
+        f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"The checkpoint's data pipeline differs: {'; '.join(changed)}. Restore the old setting, or "
+            "start in a new workdir."
+        )
+
+
+def stack(rows: list[Arrays]) -> Arrays:
+    """Stack padded rows into a batch."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,147 @@
+"""Free-running generation: prefill, then one compiled loop of cached decoding steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gaze_jax.core.accounting import Entries, entries, mask_from_indices
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.streams import IGNORE, Kind, Streams
+from gaze_jax.models import MLLM, Cache, Step
+
+Array = jax.Array
+Params = dict[str, object]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What a model said and where it looked.
+
+    Attributes:
+      tokens: int32 [A, B]; -100 after a row's end token.
+      selected: bool [A, L, B, Hs, R], the regions that the query *emitting* each token attended to;
+        None under dense attention.
+      entries: what those queries attended to, float32 [A, L, B] each (mean over heads).
+    """
+
+    tokens: Array
+    selected: Array | None
+    entries: Entries
+
+
+def next_token(logits: Array, temperature: Array, key: Array) -> Array:
+    """Greedy at temperature 0, else a sample: float32 [B, V] to int32 [B]."""
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    drawn = jax.random.categorical(key, scaled, axis=-1)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Compiled generation for one model; a new batch shape compiles once.
+
+    Attributes:
+      model: the network.
+      length: A, the most tokens to generate.
+      end_id: the token that ends an answer.
+      route: where region scores come from.
+    """
+
+    model: MLLM
+    length: int
+    end_id: int
+    route: Routing = Routing()
+
+    def __call__(
+        self,
+        params: Params,
+        images: Array,
+        streams: Streams,
+        *,
+        top_k: int | None,
+        sample_id: Array | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generation:
+        """Answer a batch of prompts, one per row.
+
+        Args:
+          params: of the model.
+          images: float32 [B, F, image_size, image_size, 3].
+          streams: prompts, one sample per row, any padding.
+          top_k: regions per query, traced; None is dense attention.
+          sample_id: int32 [B], matters to random routing only.
+          temperature: 0 is greedy.
+          seed: of the sampling.
+        """
+        sample = jnp.zeros(streams.tokens.shape[0], jnp.int32) if sample_id is None else sample_id
+        budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
+        heat = jnp.asarray(temperature, jnp.float32)
+        return _run(self, params, images, streams, budget, sample, heat, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    generator: Generator,
+    params: Params,
+    images: Array,
+    streams: Streams,
+    top_k: Array | None,
+    sample: Array,
+    temperature: Array,
+    key: Array,
+) -> Generation:
+    model, route, length = generator.model, generator.route, generator.length
+    variables = {"params": params}
+    logits, cache, out = model.apply(
+        variables,
+        images,
+        streams,
+        room=length,
+        top_k=top_k,
+        route=route,
+        sample_id=sample,
+        method="prefill",
+    )
+    slots = streams.tokens.shape[1]
+    last = jnp.max(jnp.where(streams.dense_segment >= 0, streams.dense_order, -1), axis=1)
+    last_pos = jnp.max(jnp.where(streams.dense_segment >= 0, streams.dense_pos, -1), axis=1)
+    # Whatever is decoded is text.
+    kind = jnp.pad(streams.kind, ((0, 0), (0, length)), constant_values=Kind.TEXT)
+
+    def count(cache: Cache, order: Array, selected: Array | None) -> Entries:
+        valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
+        seen = (cache.dense_order >= 0) & (cache.dense_order <= order[:, None])
+        found = entries(valid, seen, kind, selected=selected)
+        layers = model.config.decoder.depth
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape[-1:])), found)
+
+    def step(carry: tuple[Cache, Array, Array], t: Array) -> tuple[tuple[Cache, Array, Array], Generation]:
+        cache, token, done = carry
+        order = last + 1 + t
+        logits, cache, out = model.apply(
+            variables,
+            jnp.maximum(token, 0),
+            last_pos + 1 + t,
+            cache,
+            Step(order=order, slot=slots + t, sample=sample),
+            top_k=top_k,
+            route=route,
+            method="decode",
+        )
+        indices = out.get("indices")
+        regions = cache.visual_order.shape[1]
+        selected = None if indices is None else mask_from_indices(indices, regions)
+        new = next_token(logits, temperature, jax.random.fold_in(key, t + 1))
+        done = done | (token == generator.end_id)
+        new = jnp.where(done, IGNORE, new)
+        return (cache, new, done), Generation(new, selected, count(cache, order, selected))
+
+    first = next_token(logits, temperature, jax.random.fold_in(key, 0))
+    begun = Generation(first, out.get("selected"), count(cache, last, out.get("selected")))
+    carry = (cache, first, jnp.zeros(first.shape, bool))
+    _, rest = jax.lax.scan(step, carry, jnp.arange(length - 1, dtype=jnp.int32))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), begun, rest)

@@ -1,0 +1,148 @@
+"""What one training run is: a frozen description, read strictly and checked before anything starts."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gaze_jax.config import from_dict
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.schedule import Schedule
+from gaze_jax.data.digits import DigitsConfig, build_tokenizer
+from gaze_jax.errors import UserError
+from gaze_jax.models import MLLMConfig
+from gaze_jax.parallel.mesh import MeshConfig
+from gaze_jax.train.optimizer import OptimizerConfig
+
+ARMS = ("gaze", "dense_context", "dense", "sparse_start")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation after training.
+
+    Attributes:
+      samples: of each family of questions.
+      batch_size: samples that are answered at once.
+    """
+
+    samples: int = 256
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run. A config file holds these fields, nested, and nothing else.
+
+    Attributes:
+      model: architecture; ``model.gaze.top_k`` is what the run ends with.
+      data: the scenes and the questions about them.
+      seed: of the parameters and of the order of the data.
+      arm: "gaze"; "dense_context" attends everything and keeps the context tokens; "dense" attends
+        everything without them (the baseline); "sparse_start" is gaze without the schedule. One field
+        changes the arm: :func:`resolve` derives the rest.
+      steps: optimizer steps.
+      batch_size: samples per step, over all devices.
+      optimizer: how parameters are updated.
+      schedule: fraction of the regions to keep, from everything to ``top_k``.
+      mesh: sizes of the device mesh.
+      checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+      keep_checkpoints: the newest that stay on disk.
+      log_every: steps that a progress line and a row of metrics.jsonl sum up.
+      num_workers: processes that make batches; 0 makes them in the training process.
+      eval: evaluation after training.
+    """
+
+    model: MLLMConfig
+    data: DigitsConfig
+    seed: int = 0
+    arm: str = "gaze"
+    steps: int = 3000
+    batch_size: int = 32
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: Schedule = Schedule()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 50
+    num_workers: int = 0
+    eval: EvalConfig = EvalConfig()
+
+
+def visual_layout(model: MLLMConfig) -> VisualLayout:
+    """How the model turns one image into tokens."""
+    return VisualLayout(
+        model.vision.image_size, model.vision.patch_size, model.gaze.region, model.gaze.context_tokens
+    )
+
+
+def parse(config: Mapping[str, Any]) -> Experiment:
+    """Read an experiment from a ``ConfigDict`` or a nested dictionary and :func:`resolve` it.
+
+    Raises:
+      UserError: an unknown or missing key, a value of another type, or one out of range.
+    """
+    try:
+        experiment = from_dict(Experiment, config)
+    except (KeyError, TypeError, ValueError) as error:
+        # A KeyError prints its message in quotes; args[0] is the sentence itself.
+        raise UserError(str(error.args[0])) from error
+    return resolve(experiment)
+
+
+def _apply_arm(experiment: Experiment) -> Experiment:
+    gaze, schedule = experiment.model.gaze, experiment.schedule
+    if experiment.arm in ("dense", "dense_context"):
+        gaze = dataclasses.replace(gaze, top_k=None)
+    if experiment.arm == "dense":
+        gaze = dataclasses.replace(gaze, context_tokens=0)
+    if experiment.arm == "sparse_start":
+        schedule = Schedule(0.0, 0.0)
+    model = dataclasses.replace(experiment.model, gaze=gaze)
+    return dataclasses.replace(experiment, model=model, schedule=schedule)
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """Apply the arm and check what no single field can check. Resolving twice changes nothing.
+
+    Raises:
+      UserError: fields that do not fit together.
+    """
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    require(experiment.arm in ARMS, f"arm={experiment.arm!r} must be one of {ARMS}.")
+    experiment = _apply_arm(experiment)
+    for name in ("steps", "batch_size", "keep_checkpoints", "log_every"):
+        value = getattr(experiment, name)
+        require(value >= 1, f"{name}={value} must be at least 1.")
+    for name in ("samples", "batch_size"):
+        value = getattr(experiment.eval, name)
+        require(value >= 1, f"eval.{name}={value} must be at least 1.")
+    for name in ("checkpoint_every", "num_workers", "seed"):
+        value = getattr(experiment, name)
+        require(value >= 0, f"{name}={value} must not be negative.")
+    require(experiment.seed < 2**32, f"seed={experiment.seed} must be less than 2**32.")
+    require(
+        experiment.optimizer.warmup_steps < experiment.steps,
+        f"optimizer.warmup_steps={experiment.optimizer.warmup_steps} must be less than "
+        f"steps={experiment.steps}.",
+    )
+    gaze, layout = experiment.model.gaze, visual_layout(experiment.model)
+    if experiment.arm in ("gaze", "sparse_start"):
+        require(
+            gaze.top_k is not None,
+            f"arm={experiment.arm!r} needs model.gaze.top_k, the number of regions that a query selects.",
+        )
+        require(
+            gaze.top_k is None or gaze.top_k <= layout.regions,
+            f"model.gaze.top_k={gaze.top_k} must be at most {layout.regions}, the regions of one image.",
+        )
+    vocabulary = build_tokenizer().vocab_size
+    require(
+        experiment.model.decoder.vocab_size >= vocabulary,
+        f"model.decoder.vocab_size={experiment.model.decoder.vocab_size} must be at least {vocabulary}, "
+        "the tokenizer's size.",
+    )
+    return experiment

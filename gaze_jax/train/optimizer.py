@@ -1,0 +1,124 @@
+"""The optimizer: Muon or AdamW from optax, warmup and decay, clipping by the global norm."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+NAMES = ("muon", "adamw")
+DECAYS = ("linear", "cosine")
+
+# Kernels that are tables or filters rather than maps between hidden vectors.
+_NOT_HIDDEN = ("lm_head", "patch_embedding")
+# RMS of an orthogonalised update, chosen to match AdamW's, so that both take the same learning rate.
+_MUON_RMS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters are updated.
+
+    Attributes:
+      name: "muon" orthogonalises the updates of hidden weight matrices and leaves the rest (embeddings,
+        head, norms, biases, positions, context tokens, patches) to Adam; "adamw" is AdamW throughout.
+      learning_rate: at the peak.
+      adam_learning_rate: at the peak, of what "muon" leaves to Adam; None is ``learning_rate``.
+      warmup_steps: steps of linear growth from ``learning_rate / warmup_steps``.
+      decay: from the peak to the end, "linear" or "cosine".
+      final_fraction: of the peak, where the decay ends: one step after the last.
+      weight_decay: of hidden weight matrices, multiplied by the learning rate.
+      b2: decay of Adam's second moment.
+      clip_norm: largest global norm of the gradient; None does not clip.
+    """
+
+    name: str = "muon"
+    learning_rate: float = 2e-3
+    adam_learning_rate: float | None = None
+    warmup_steps: int = 100
+    decay: str = "linear"
+    final_fraction: float = 0.0
+    weight_decay: float = 0.01
+    b2: float = 0.99
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for field, known in (("name", NAMES), ("decay", DECAYS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"optimizer.{field}={getattr(self, field)!r} must be one of {known}.")
+        for field in ("learning_rate", "adam_learning_rate", "clip_norm"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"optimizer.{field}={value} must be positive.")
+        if self.warmup_steps < 0 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} and optimizer.weight_decay={self.weight_decay} "
+                "must not be negative."
+            )
+        if not 0 <= self.final_fraction <= 1 or not 0 < self.b2 < 1:
+            raise ValueError(
+                f"optimizer.final_fraction={self.final_fraction} and optimizer.b2={self.b2} must lie "
+                "between 0 and 1."
+            )
+        if self.adam_learning_rate is not None and self.name != "muon":
+            raise ValueError(
+                "optimizer.adam_learning_rate is for name='muon'; adamw has learning_rate alone."
+            )
+
+
+def _is_hidden(path: Any) -> bool:
+    names = [key.key for key in path]
+    return names[-1] == "kernel" and not set(names) & set(_NOT_HIDDEN)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """What "muon" orthogonalises: the same tree with the two axes of each hidden matrix, or None.
+
+    Leading axes are layers (of scanned kernels [L, in, out]) and are treated one by one.
+    """
+
+    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if _is_hidden(path) else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def hidden_matrices(params: Any) -> Any:
+    """The same tree with True for the weight matrices between hidden vectors: what weight decay acts on."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_hidden(path), params)
+
+
+def learning_rate(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Warmup, then decay so that step ``steps`` (one after the last) would reach the final fraction."""
+    falling = max(steps - config.warmup_steps, 1)
+    if config.decay == "linear":
+        decay = optax.linear_schedule(peak, peak * config.final_fraction, falling)
+    else:
+        decay = optax.cosine_decay_schedule(peak, falling, alpha=config.final_fraction)
+    if not config.warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The update rule and its learning rate (that of the hidden matrices) as a function of the step."""
+    schedule = learning_rate(config.learning_rate, config, steps)
+    if config.name == "muon":
+        rest = config.learning_rate if config.adam_learning_rate is None else config.adam_learning_rate
+        update = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b2=config.b2,
+            adam_learning_rate=learning_rate(rest, config, steps),
+            muon_weight_dimension_numbers=muon_dimensions,
+            consistent_rms=_MUON_RMS,
+        )
+    else:
+        update = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=hidden_matrices)
+    if config.clip_norm is None:
+        return update, schedule
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update), schedule

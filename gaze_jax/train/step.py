@@ -1,0 +1,223 @@
+"""The train state, the loss and the one step that a run repeats."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gaze_jax.core.routing import budget_from_keep
+from gaze_jax.core.streams import IGNORE, Streams
+from gaze_jax.models import MLLM, MLLMConfig
+from gaze_jax.models.attention import make_plan
+from gaze_jax.parallel import rules
+from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.optimizer import make_optimizer
+
+Array = jax.Array
+Tree = Any
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+BATCH_FIELDS = (*(field.name for field in dataclasses.fields(Streams)), "images", "sample_id")
+"""What a step reads; a batch may hold more."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: of the model.
+      opt_state: of the optimizer.
+    """
+
+    step: Array
+    params: Tree
+    opt_state: Tree
+
+
+def init_variables(config: MLLMConfig, key: Array) -> Tree:
+    """Boxed parameters of the model; only their shapes depend on ``config``, not on any batch."""
+    size = config.vision.image_size
+    shapes = {name: (1, 1, 1) if name.startswith("visual_") else (1, 1) for name in BATCH_FIELDS}
+    fields = (field.name for field in dataclasses.fields(Streams))
+    streams = Streams(**{name: jnp.zeros(shapes[name], jnp.int32) for name in fields})
+    return MLLM(config).init(key, jnp.zeros((1, 1, size, size, 3)), streams, top_k=None)["params"]
+
+
+def _init(experiment: Experiment, seed: Array) -> TrainState:
+    params = nn.meta.unbox(init_variables(experiment.model, jax.random.key(seed)))
+    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without computing it.
+
+    Raises:
+      UserError: the mesh does not divide a parameter.
+    """
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    shapes = jax.eval_shape(lambda seed: _init(experiment, seed), seed)
+    boxed = jax.eval_shape(lambda seed: init_variables(experiment.model, jax.random.key(seed)), seed)
+    params = rules.param_shardings(mesh, boxed)
+    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
+    whole = rules.replicated(mesh)
+    # Moments live where their parameters do; counters are everywhere.
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    shardings = TrainState(whole, params, opt_state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def shardings_of(abstract: Tree) -> Tree:
+    """The shardings of a tree of arrays or abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """A fresh state, computed where it lives: a sharded parameter is never whole on one device."""
+    shardings = shardings_of(abstract_state(experiment, mesh))
+    make = jax.jit(lambda seed: _init(experiment, seed), out_shardings=shardings)
+    return make(np.uint32(experiment.seed))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+    """This process's rows of a batch onto the mesh; fields that a step does not read stay behind."""
+    sharding = rules.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, np.asarray(batch[name]))
+        for name in BATCH_FIELDS
+    }
+
+
+def masked_mean(values: Array, mask: Array) -> Array:
+    """Mean of ``values`` where ``mask``, in float32; 0 if nowhere."""
+    total = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0))
+    return total / jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(jnp.float32)
+
+
+def loss_and_metrics(
+    params: Tree, batch: Batch, keep: Array | None, config: MLLMConfig
+) -> tuple[Array, Metrics]:
+    """Teacher-forced cross entropy, a mean over the supervised tokens of the whole batch.
+
+    Args:
+      params: of the model.
+      batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 [B, F, height, width, 3].
+      keep: float32 scalar, fraction of the regions in sight that a query selects; None is dense attention.
+      config: of the model.
+
+    Returns:
+      float32 loss and metrics, means over supervised queries: "loss", "accuracy", "top_k" (regions that
+      the query selects) and "visual_entries" (visual keys that it attends, a mean over layers and heads).
+    """
+    streams = Streams.from_batch(batch)
+    sample = batch["sample_id"]
+    visible = make_plan(streams, config.gaze, sample).visible
+    top_k = None if keep is None else budget_from_keep(keep, visible)
+    logits, out = MLLM(config).apply(
+        {"params": params}, batch["images"], streams, top_k=top_k, sample_id=sample, collect=True
+    )
+    supervised = streams.targets != IGNORE
+    targets = jnp.where(supervised, streams.targets, 0)
+    loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), supervised)
+    # [L, B, S, Hs, R]; without a routed query to select anything, everything in sight is attended.
+    chosen = out.get("selected", visible[None, :, :, None])
+    share = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
+    region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    in_sight = jnp.sum(visible, axis=-1, dtype=jnp.int32)
+    return loss, {
+        "loss": loss,
+        "accuracy": masked_mean(jnp.argmax(logits, axis=-1) == targets, supervised),
+        "top_k": masked_mean(in_sight if top_k is None else jnp.minimum(top_k, in_sight), supervised),
+        "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", share, region_tokens), supervised),
+    }
+
+
+def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
+    """Fraction of the regions in sight that a query selects at ``step``; None for dense arms.
+
+    It ends at ``top_k`` of one image's regions, so that samples with more images keep as many of each.
+    """
+    top_k = experiment.model.gaze.top_k
+    if top_k is None:
+        return None
+    progress = step.astype(jnp.float32) / jnp.float32(max(experiment.steps - 1, 1))
+    final = min(top_k / visual_layout(experiment.model).regions, 1.0)
+    return experiment.schedule.keep(progress, final)
+
+
+def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One optimizer step, to be jitted: (state, batch) -> (state, metrics).
+
+    Metrics are float32 scalars: those of :func:`loss_and_metrics`, "grad_norm" before clipping,
+    "param_norm" after the update (finite exactly if the new parameters are), and "lr".
+    """
+    optimizer, schedule = make_optimizer(experiment.optimizer, experiment.steps)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        keep = keep_fraction(experiment, state.step)
+        grad = jax.grad(loss_and_metrics, has_aux=True)
+        grads, metrics = grad(state.params, batch, keep, experiment.model)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def compile_step(
+    experiment: Experiment, mesh: Mesh, batch: Batch
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile :func:`step_function` for batches of the shapes of ``batch``, once and for all.
+
+    Everything that changes during a run is traced, so that one program serves the whole of it. The state
+    that a call is given is used up.
+
+    Returns:
+      The compiled step; a batch of other shapes raises a ValueError instead of compiling again.
+    """
+    abstract = abstract_state(experiment, mesh)
+    step = jax.jit(
+        step_function(experiment),
+        donate_argnums=0,
+        out_shardings=(shardings_of(abstract), rules.replicated(mesh)),
+    )
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
+        compiled = step.lower(abstract, batch).compile()
+    wanted = {name: (array.shape, array.dtype) for name, array in batch.items()}
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        for name, (shape, dtype) in wanted.items():
+            array = batch[name]
+            if (array.shape, array.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"Batch field {name} is {array.dtype}{list(array.shape)} but the step was compiled for "
+                    f"{dtype}{list(shape)}; pad every batch to the same sizes."
+                )
+        return compiled(state, batch)
+
+    return run

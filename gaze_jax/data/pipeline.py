@@ -1,7 +1,6 @@
 """The grain pipeline: a random-access source of samples to an endless, resumable stream of batches."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, Protocol

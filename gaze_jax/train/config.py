@@ -7,7 +7,8 @@ from typing import Any
 from gaze_jax.config import from_dict
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.schedule import Schedule
-from gaze_jax.data.digits import DigitsConfig, build_tokenizer
+from gaze_jax.data.digits import DigitsConfig
+from gaze_jax.data.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
 from gaze_jax.parallel.mesh import MeshConfig
@@ -139,6 +140,12 @@ def resolve(experiment: Experiment) -> Experiment:
             gaze.top_k is None or gaze.top_k <= layout.regions,
             f"model.gaze.top_k={gaze.top_k} must be at most {layout.regions}, the regions of one image.",
         )
+    size = experiment.data.image_size
+    require(
+        size == experiment.model.vision.image_size,
+        f"model.vision.image_size={experiment.model.vision.image_size} must be {size}, the size of a scene: "
+        f"data.rows={experiment.data.rows} cells of data.cell={experiment.data.cell} pixels.",
+    )
     vocabulary = build_tokenizer().vocab_size
     require(
         experiment.model.decoder.vocab_size >= vocabulary,

@@ -50,6 +50,15 @@ def parameters(config: MLLMConfig, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def indifferent(variables: Any) -> Any:
+    """The same parameters with queries of 0: every region of every layer scores 0, and all tie."""
+    zeroed = jax.tree.map(jnp.zeros_like, variables["params"]["decoder"]["layers"]["self_attn"]["q_proj"])
+    attention = {**variables["params"]["decoder"]["layers"]["self_attn"], "q_proj": zeroed}
+    layers = {**variables["params"]["decoder"]["layers"], "self_attn": attention}
+    decoder = {**variables["params"]["decoder"], "layers": layers}
+    return {"params": {**variables["params"], "decoder": decoder}}
+
+
 def _pixels(config: MLLMConfig) -> tuple[int, int, int]:
     return config.vision.image_size, config.vision.image_size, 3
 

@@ -115,6 +115,24 @@ def test_decode_reports_indices_best_first_with_their_scores():
         np.testing.assert_array_equal(ranked[..., 0], best)
 
 
+def test_edge_01_ties_go_to_the_regions_that_come_first():
+    """All scores 0: decoding lists the three earliest regions, in order, though they are stored shuffled."""
+    rows = _rows()
+    config = models.changed(DUMMY, gaze={"share": "head"})
+    variables, images = models.indifferent(models.parameters(DUMMY)), models.images(2, 2)
+    prompts = _prompts(rows)
+    _, cache, _ = models.prefill(config, STEPS)(
+        variables, images, batch(prompts), jnp.int32(3), None, SAMPLE_ID
+    )
+    step = models.step([70, 71], 20, SAMPLE_ID)
+    _, _, out = models.decode(config, 5)(variables, jnp.array([1, 2]), step.order, cache, step, jnp.int32(3))
+    for b, start in enumerate((2, 1)):
+        order = prompts[b]["visual_order"]
+        first = np.where(order >= 0, order, 10**6).min(1)
+        listed = np.asarray(out["indices"])[:, b, :, :3]
+        assert (first[listed] == [start, start + 2, start + 4]).all()
+
+
 def test_decode_with_top_k_of_all_regions_equals_dense_decode():
     """Law 1 in the decode op of the whole model."""
     rows = _rows()

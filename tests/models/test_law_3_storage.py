@@ -48,12 +48,14 @@ def _row(names, *, shuffled=None, garbage=7):
     return row, pixels, np.where(segment >= 0, np.array(ids)[segment], -1)
 
 
-def _run(rows, run, top_k):
+def _run(rows, run, top_k, variables=None):
     """Logits of each (row, segment) in order, and the chosen regions by the order of their first token."""
     built, pixels, ids = zip(*rows, strict=True)
     streams = batch(built)
     sample_id = jnp.asarray(np.stack(ids), jnp.int32)
-    logits, out = run(models.parameters(DUMMY), jnp.stack(pixels), streams, top_k, None, sample_id)
+    logits, out = run(
+        variables or models.parameters(DUMMY), jnp.stack(pixels), streams, top_k, None, sample_id
+    )
 
     def of(row, segment):
         at = find(built[row], segment)
@@ -127,6 +129,18 @@ def test_bucket_size(sizes):
         assert not np.asarray(out["selected"])[..., 18:].any()
     models.close(results[1][0], results[0][0])
     np.testing.assert_array_equal(results[1][1], results[0][1])
+
+
+def test_edge_01_ties_go_to_the_regions_that_come_first():
+    """All scores 0: the three regions with the earliest first tokens win, wherever they are stored."""
+    config, route, top_k = CONFIGS["gaze"]
+    rows = [_row(["two images"]), _row(["two images"], shuffled=5), _row(["text", "two images"], shuffled=6)]
+    variables = models.indifferent(models.parameters(DUMMY))
+    got = _run(rows, models.forward(config, route, collect=True), jnp.int32(top_k), variables)
+    for row, segment in ((0, 0), (1, 0), (2, 1)):
+        chosen = {tuple(names) for names in got(row, segment)[1]}
+        # The first image starts at order 2; its regions of 2x2 start 2, 4 and 6 tokens into it.
+        assert chosen == {(), (2, 4, 6)}
 
 
 def test_random_choices_are_keyed_by_the_sample_id():

@@ -1,0 +1,39 @@
+"""The data of an experiment: processor, sizes of a batch, iterator and fingerprint."""
+
+from typing import Any
+
+import grain
+import jax
+
+from gaze_jax.data import pipeline
+from gaze_jax.data.digits import DigitScenes, sequence_lengths
+from gaze_jax.data.phrases import FAMILIES, build_tokenizer
+from gaze_jax.data.processor import Processor
+from gaze_jax.train.config import Experiment, visual_layout
+
+
+def make_processor(experiment: Experiment) -> Processor:
+    """Samples to arrays, as the model of ``experiment`` wants them."""
+    return Processor(visual_layout(experiment.model), build_tokenizer(), FAMILIES)
+
+
+def _config(experiment: Experiment) -> pipeline.PipelineConfig:
+    layout = visual_layout(experiment.model)
+    longest, _ = sequence_lengths(experiment.data)
+    bucket = pipeline.Bucket(regions=layout.regions, dense=longest + layout.context_tokens, units=1)
+    return pipeline.PipelineConfig(batch_size=experiment.batch_size, seed=experiment.seed, bucket=bucket)
+
+
+def make_iterator(experiment: Experiment) -> tuple[grain.DatasetIterator, dict[str, Any]]:
+    """This process's share of the training batches, and the fingerprint of what decides them."""
+    source = DigitScenes(experiment.data, experiment.seed, "train")
+    processor, config = make_processor(experiment), _config(experiment)
+    iterator = pipeline.training_iterator(
+        source,
+        processor,
+        config,
+        num_workers=experiment.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return iterator, pipeline.fingerprint(source, processor, config, process_count=jax.process_count())

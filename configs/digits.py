@@ -42,7 +42,12 @@ def get_config() -> ml_collections.ConfigDict:
                 },
             },
             "data": {"rows": 4, "cols": 4, "cell": 10},
-            "optimizer": {"name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "warmup_steps": 30},
+            "optimizer": {
+                "name": "muon",
+                "learning_rate": 1e-2,
+                "adam_learning_rate": 3e-3,
+                "warmup_steps": 30,
+            },
             "schedule": {"dense_until": 0.15, "sparse_from": 0.6},
         }
     )

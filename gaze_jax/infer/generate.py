@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,8 @@ def _run(
 ) -> Generation:
     model, route, length = generator.model, generator.route, generator.length
     variables = {"params": params}
-    logits, cache, out = model.apply(
+    apply: Callable[..., Any] = model.apply  # linen's own type knows one method's result only
+    logits, cache, out = apply(
         variables,
         images,
         streams,
@@ -122,7 +125,7 @@ def _run(
     def step(carry: tuple[Cache, Array, Array], t: Array) -> tuple[tuple[Cache, Array, Array], Generation]:
         cache, token, done = carry
         order = last + 1 + t
-        logits, cache, out = model.apply(
+        logits, cache, out = apply(
             variables,
             jnp.maximum(token, 0),
             last_pos + 1 + t,

@@ -42,8 +42,8 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         sizes[open_axes[0]] = devices // known
     if math.prod(sizes.values()) != devices:
         raise UserError(
-            f"The mesh {written} does not fit {devices} device{'s' * (devices != 1)}; the product of its sizes "
-            f"must be {devices}, with one -1 for what the others leave."
+            f"The mesh {written} does not fit {devices} device{'s' * (devices != 1)}; the product of its "
+            f"sizes must be {devices}, with one -1 for what the others leave."
         )
     return sizes
 

@@ -68,8 +68,8 @@ def _check_divides(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec, label:
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             raise UserError(
-                f"Axis {dim} of {label} has size {size}, which mesh.{' * mesh.'.join(axes)} = {parts} does not "
-                "divide; choose mesh sizes that divide it."
+                f"Axis {dim} of {label} has size {size}, which mesh.{' * mesh.'.join(axes)} = {parts} does "
+                "not divide; choose mesh sizes that divide it."
             )
 
 

@@ -79,7 +79,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    shardings = TrainState(whole, params, opt_state)
+    shardings: Tree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

@@ -1,0 +1,124 @@
+"""Accuracy of free-running answers, with intervals, and where the answers looked."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.streams import IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A mean of per-sample scores in [0, 1].
+
+    Attributes:
+      acc: the mean.
+      ci: 95 % interval.
+      samples: number of samples.
+    """
+
+    acc: float
+    ci: tuple[float, float]
+    samples: int
+
+
+def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion; it does not collapse at 0 and 1.
+
+    Args:
+      mean: in [0, 1].
+      count: independent samples.
+      z: standard normal quantile; 1.96 gives 95 %.
+    """
+    if count < 1:
+        raise ValueError("An interval needs at least one sample.")
+    centre = mean + z * z / (2 * count)
+    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def token_scores(tokens: np.ndarray, answers: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Share of each sample's counted answer tokens that were generated in their place.
+
+    Args:
+      tokens: int [N, A] generated.
+      answers: int [N, A] expected, -100 beyond the end.
+      counted: bool [N, A] tokens that carry the answer (digits, not separators).
+
+    Returns:
+      float [N].
+    """
+    counted = counted & (answers != IGNORE)
+    right = (tokens == answers) & counted
+    return right.sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+
+
+def accuracy(scores: np.ndarray) -> Accuracy:
+    """Summarise per-sample scores [N].
+
+    The interval takes N, not the number of tokens, as the count: tokens of one image are not
+    independent. For scores that are not 0 or 1 it is therefore wider than it need be.
+    """
+    mean = float(np.mean(scores))
+    return Accuracy(mean, wilson(mean, len(scores)), len(scores))
+
+
+def target_regions(boxes: np.ndarray, layout: VisualLayout) -> np.ndarray:
+    """The region that covers most of each box.
+
+    Args:
+      boxes: float [..., 4], (x0, y0, x1, y1) in pixels of the tower's input; -1 for no box.
+      layout: of the tower and its regions.
+
+    Returns:
+      int [...]: index of the region in the unit's partition; -1 where there is no box.
+    """
+    table = layout.table
+    patch = layout.patch_size
+    tokens = np.arange(layout.tokens)
+    x0, y0 = tokens % layout.grid * patch, tokens // layout.grid * patch
+
+    def overlap(low: np.ndarray, high: np.ndarray, start: np.ndarray) -> np.ndarray:
+        return np.clip(
+            np.minimum(high[..., None], start + patch) - np.maximum(low[..., None], start), 0, None
+        )
+
+    area = overlap(boxes[..., 0], boxes[..., 2], x0) * overlap(boxes[..., 1], boxes[..., 3], y0)
+    per_region = np.where(table >= 0, area[..., np.maximum(table, 0)], 0).sum(axis=-1)
+    return np.where(per_region.max(axis=-1) > 0, per_region.argmax(axis=-1), -1)
+
+
+def routing_hits(selected: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Whether the query that emits a token had the token's region in its selection, per layer.
+
+    Args:
+      selected: bool [A, L, N, Hs, R].
+      targets: int [N, A] from :func:`target_regions`; -1 is not counted.
+
+    Returns:
+      float [L, N]: mean over heads and counted tokens of each sample; NaN for a sample without any.
+    """
+    at = np.maximum(targets, 0).T[:, None, :, None, None]
+    hit = np.take_along_axis(selected, at, axis=-1)[..., 0].mean(axis=-1)  # [A, L, N]
+    counted = (targets >= 0).T[:, None, :]
+    total = np.where(counted, hit, 0.0).sum(axis=0)
+    count = counted.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def best_layer(hits: np.ndarray) -> dict[str, float | int | list[float]]:
+    """Choose the layer on the even samples, report it on the odd ones.
+
+    Args:
+      hits: float [L, N] from :func:`routing_hits`.
+
+    Returns:
+      "best": the chosen layer's share of hits on the held-out half; "layer": its index; "per_layer":
+      all layers on that half.
+    """
+    chosen = int(np.nanargmax(np.nanmean(hits[:, ::2], axis=1)))
+    held_out = np.nanmean(hits[:, 1::2] if hits.shape[1] > 1 else hits, axis=1)
+    return {"best": float(held_out[chosen]), "layer": chosen, "per_layer": [float(h) for h in held_out]}

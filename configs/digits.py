@@ -5,16 +5,18 @@ python train.py --config=configs/digits.py --workdir=runs/digits
 
 import ml_collections
 
+from gaze_jax.train.config import complete
+
 
 def get_config() -> ml_collections.ConfigDict:
     """40x40 pixels, 8x8 tokens, 16 regions of 2x2 tokens, one digit each."""
-    return ml_collections.ConfigDict(
+    return complete(
         {
             "seed": 0,
-            "arm": "gaze",
             "steps": 600,
-            "batch_size": 64,
+            "batch_size": 32,
             "model": {
+                "remat": True,
                 "decoder": {
                     "vocab_size": 144,
                     "width": 128,
@@ -24,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
                     "head_dim": 32,
                     "mlp_dim": 320,
                     "rope_theta": 100.0,
+                    "tie_embeddings": False,
                 },
                 "vision": {
                     "image_size": 40,
@@ -41,12 +44,12 @@ def get_config() -> ml_collections.ConfigDict:
                     "visual_causal": False,
                 },
             },
-            "data": {"rows": 4, "cols": 4, "cell": 10},
+            "data": {"rows": 4, "cols": 4, "cell": 10, "reads_per_sample": 2},
             "optimizer": {
                 "name": "muon",
-                "learning_rate": 1e-2,
+                "learning_rate": 5e-3,
                 "adam_learning_rate": 3e-3,
-                "warmup_steps": 30,
+                "warmup_steps": 15,
             },
             "schedule": {"dense_until": 0.15, "sparse_from": 0.6},
         }

@@ -7,6 +7,7 @@ import PIL.Image
 
 TEXTURES = 16
 KINDS = ("texture", "photo")
+PHOTO_CREDIT = "Photographs: danielbuechele and vultilion, Flickr, CC BY 2.0; cropped and darkened."
 _SCALES = (1.0, 0.7, 0.5, 0.35)  # sizes at which photographs are kept, relative to the original
 
 

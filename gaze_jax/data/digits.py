@@ -8,14 +8,16 @@ import dataclasses
 
 import numpy as np
 
-from gaze_jax.data.backgrounds import KINDS, cut
+from gaze_jax.data.backgrounds import KINDS, PHOTO_CREDIT, cut
 from gaze_jax.data.glyphs import NATIVE, Glyphs, glyphs
 from gaze_jax.data.phrases import FAMILIES, PLACE, QUESTIONS
 from gaze_jax.data.sample import Box, Image, Sample, Text
-from gaze_jax.data.tokenizer import END
+from gaze_jax.data.tokenizer import END, Tokenizer
 
 SPLITS = ("train", "test")
-_CONTRAST = 70.0  # least difference of grey level between ink and what is behind it
+# Chalk on a dimmed background: ink is lighter than what is behind it by at least this many grey levels.
+_CONTRAST = 90.0
+_DIM = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _compose(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw ``digits``: uint8 [size, size, 3] pixels and float64 [cells, 4] boxes of the ink."""
     rows, cols, cell, side = config.rows, config.cols, config.cell, config.glyph
-    pixels = cut(rng, config.background, seed, rows * cell, cols * cell)
+    pixels = _DIM * cut(rng, config.background, seed, rows * cell, cols * cell)
     cells = rows * cols
     flat = digits.ravel()
     picks = np.array(
@@ -108,11 +110,7 @@ def _compose(
     x = left[:, None, None] + np.arange(side)[None, None, :]
     behind = pixels[y, x]
     level = behind.mean(axis=(1, 2, 3))
-    # Ink goes to the side with more room; the farthest it may come back is the least contrast.
-    dark = level > 127.5
-    room = np.where(dark, level, 255 - level) - _CONTRAST
-    distance = _CONTRAST + rng.random(cells) * np.maximum(room, 0)
-    ink = np.where(dark, level - distance, level + distance)
+    ink = level + _CONTRAST + rng.random(cells) * (255 - level - _CONTRAST)
     tint = rng.uniform(-25, 25, size=(cells, 3))
     colour = np.clip(ink[:, None] + tint - tint.mean(axis=1, keepdims=True), 0, 255)
     alpha = pool.alpha[picks, variants][..., None]
@@ -129,11 +127,13 @@ def _question(rng: np.random.Generator, family: str, **values: int) -> Text:
 def _transcript(digits: np.ndarray, boxes: np.ndarray) -> Text:
     lines, spans, at = [], [], 0
     for r, row in enumerate(digits):
+        # The row's number keeps the place: without it a model must count its way through the answer.
+        label = f"{r + 1}:"
         for c in range(len(row)):
             # A digit's token carries the space before it, so the box covers both.
-            start = at + 2 * c - (c > 0)
-            spans.append(Box(start, at + 2 * c + 1, tuple(boxes[r * len(row) + c].tolist())))
-        lines.append(" ".join(str(d) for d in row))
+            start = at + len(label) + 2 * c
+            spans.append(Box(start, start + 2, tuple(boxes[r * len(row) + c].tolist())))
+        lines.append(label + "".join(f" {d}" for d in row))
         at += len(lines[-1]) + 1
     return Text("\n".join(lines) + END, supervised=True, boxes=tuple(spans))
 
@@ -220,20 +220,37 @@ def evaluation_samples(
     return [make_sample(config, seed, split, index, family) for index in range(count)]
 
 
-def sequence_lengths(config: DigitsConfig) -> tuple[int, int]:
-    """Characters of the longest training text and of the longest answer: upper bounds in tokens."""
-    longest = 0
-    answer = 0
-    for family, weight in zip(FAMILIES, config.families, strict=True):
-        if weight == 0:
-            continue
-        question = max(len(q.format(row=config.rows, column=config.cols, digit=9)) for q in QUESTIONS[family])
-        reply = {
-            "transcribe": 2 * config.rows * config.cols,
-            "read": 2,
-            "where": len(PLACE.format(row=config.rows, column=config.cols)) + 1,
-        }[family]
-        turns = config.reads_per_sample if family == "read" else 1
-        longest = max(longest, turns * (question + 1 + reply))
-        answer = max(answer, reply)
-    return longest, answer
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Most text tokens of a training sample, of one question, and of one answer with its end token."""
+
+    sample: int
+    question: int
+    answer: int
+
+
+def sequence_lengths(config: DigitsConfig, tokenizer: Tokenizer) -> Lengths:
+    """How long the texts of the families with a weight can be."""
+
+    def size(text: str) -> int:
+        return len(tokenizer.encode(text)[0])
+
+    digits = np.zeros((config.rows, config.cols), np.int64)
+    place = {"row": config.rows, "column": config.cols, "digit": 0}
+    answers = {
+        "transcribe": _transcript(digits, np.zeros((digits.size, 4))).text,
+        "read": f"0{END}",
+        "where": PLACE.format(**place) + END,
+    }
+    asked = [family for family, weight in zip(FAMILIES, config.families, strict=True) if weight]
+    question = {f: max(size(phrase.format(**place) + "\n") for phrase in QUESTIONS[f]) for f in asked}
+    answer = {family: size(answers[family]) for family in asked}
+    turns = {"transcribe": 1, "read": config.reads_per_sample, "where": 1}
+    longest = max(turns[family] * (question[family] + answer[family]) for family in asked)
+    return Lengths(longest, max(question.values()), max(answer.values()))
+
+
+def credit(config: DigitsConfig) -> str:
+    """Whose images a picture of a scene shows."""
+    digits = "Digits: E. Alpaydin and C. Kaynak, UCI, CC BY 4.0."
+    return f"{digits} {PHOTO_CREDIT}" if config.background == "photo" else digits

@@ -73,11 +73,6 @@ def _draw(image: PIL.Image.Image, matrix: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(drawn, np.float32) / 255
 
 
-def _padded(pixels: np.ndarray) -> PIL.Image.Image:
-    """An 8x8 image, or one with a clear border, as Pillow needs it to sample near the edge."""
-    return PIL.Image.fromarray(pixels)
-
-
 def ink_boxes(alpha: np.ndarray) -> np.ndarray:
     """(x0, y0, x1, y1) of the pixels above the ink threshold, int32 [..., 4] for alpha [..., side, side]."""
     marked = alpha > _INK

@@ -6,6 +6,8 @@ import re
 import numpy as np
 import PIL.Image
 
+from gaze_jax.errors import UserError
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000
 """Largest width x height that is decoded; a 400-megapixel PNG can be a file of 0.4 MB."""
@@ -15,31 +17,31 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode an image file to uint8 [height, width, 3]; the first frame if it is animated.
 
     Raises:
-      ValueError: the path is a URL, or the file is missing, empty, not of :data:`FORMATS`, larger than
+      UserError: the path is a URL, or the file is missing, empty, not of :data:`FORMATS`, larger than
         :data:`MAX_PIXELS` or damaged. One sentence that names the file.
     """
     name = os.fspath(path)
     if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", name):
-        raise ValueError(f"Image {name!r} looks like a URL; give the path of a local file.")
+        raise UserError(f"Image {name!r} looks like a URL; give the path of a local file.")
     if not os.path.isfile(name):
-        raise ValueError(f"Image {name!r} is not a file; check the path.")
+        raise UserError(f"Image {name!r} is not a file; check the path.")
     if os.path.getsize(name) == 0:
-        raise ValueError(f"Image {name!r} is empty (0 bytes); write or download it again.")
+        raise UserError(f"Image {name!r} is empty (0 bytes); write or download it again.")
     try:
         with PIL.Image.open(name, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise ValueError(
+                raise UserError(
                     f"Image {name!r} has {width}x{height} pixels, more than the limit of {MAX_PIXELS}; "
                     "make it smaller."
                 )
             return np.asarray(image.convert("RGB"))
     except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"Image {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
+        raise UserError(f"Image {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
     except (
         OSError,
         SyntaxError,
         PIL.Image.DecompressionBombError,
         PIL.Image.DecompressionBombWarning,
     ) as error:
-        raise ValueError(f"Image {name!r} cannot be decoded ({error}); the file is damaged.") from error
+        raise UserError(f"Image {name!r} cannot be decoded ({error}); the file is damaged.") from error

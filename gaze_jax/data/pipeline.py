@@ -11,6 +11,7 @@ import numpy as np
 
 from gaze_jax.data.processor import Arrays, Processor, pad_to
 from gaze_jax.data.sample import Sample
+from gaze_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -130,7 +131,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> No
     """Refuse to continue on other data.
 
     Raises:
-      ValueError: one sentence that names what changed.
+      UserError: one sentence that names what changed.
     """
     changed = [
         f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
@@ -138,7 +139,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> No
         if saved.get(name) != now.get(name)
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint's data pipeline differs: {'; '.join(changed)}. Restore the old setting, or "
             "start in a new workdir."
         )

@@ -23,6 +23,7 @@ from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
 from gaze_jax.data.sample import Image, Sample, Text
 from gaze_jax.data.tokenizer import END, Tokenizer
+from gaze_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -82,9 +83,9 @@ def _fit_image(processor: Processor, image: np.ndarray, name: str) -> np.ndarray
     size = processor.layout.image_size
     if image.shape[:2] != (size, size):
         if not processor.resize:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {image.shape[0]}x{image.shape[1]} pixels but the tower takes {size}x{size}; "
-                "set processor.resize=True or produce images of that size."
+                "resize it, or set resize=True (--resize) to squash it to that size."
             )
         resized = PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC)
         image = np.asarray(resized)

@@ -38,7 +38,9 @@ class Attention(nn.Module):
         self.q_proj = dense(heads, ("embed", "heads"), use_bias=c.qkv_bias, name="q_proj", **kinds)
         self.k_proj = dense(kv, ("embed", "kv_heads"), use_bias=c.qkv_bias, name="k_proj", **kinds)
         self.v_proj = dense(kv, ("embed", "kv_heads"), use_bias=c.qkv_bias, name="v_proj", **kinds)
-        self.o_proj = dense(c.width, ("heads", "embed"), use_bias=False, name="o_proj", **kinds)
+        self.o_proj = dense(
+            c.width, ("heads", "embed"), use_bias=False, ends_branch=True, name="o_proj", **kinds
+        )
         if c.qk_norm:
             self.q_norm = RMSNorm(c.norm_eps, dtype, param_dtype)
             self.k_norm = RMSNorm(c.norm_eps, dtype, param_dtype)
@@ -72,7 +74,8 @@ class GatedMLP(nn.Module):
         kinds = {"dtype": DTYPES[self.config.dtype], "param_dtype": DTYPES[self.config.param_dtype]}
         gate = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="gate_proj", **kinds)(x)
         up = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="up_proj", **kinds)(x)
-        return dense(c.width, ("mlp", "embed"), use_bias=False, name="down_proj", **kinds)(nn.silu(gate) * up)
+        down = dense(c.width, ("mlp", "embed"), use_bias=False, ends_branch=True, name="down_proj", **kinds)
+        return down(nn.silu(gate) * up)
 
 
 class Block(nn.Module):

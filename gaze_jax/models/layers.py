@@ -36,14 +36,20 @@ def dense(
     dtype: jnp.dtype,
     param_dtype: jnp.dtype,
     name: str,
+    ends_branch: bool = False,
 ) -> nn.Dense:
-    """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias."""
+    """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias.
+
+    One that ends a residual branch starts at zero, so that an untrained block is the identity and its
+    gradient is not drowned by noise (Zhang et al., "Fixup Initialization", arXiv 1901.09321).
+    """
+    init = nn.initializers.zeros_init() if ends_branch else nn.initializers.lecun_normal()
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=logical(nn.initializers.lecun_normal(), *names),
+        kernel_init=logical(init, *names),
         bias_init=logical(nn.initializers.zeros_init(), names[1]),
         dot_general=_matmul,
         name=name,

@@ -41,11 +41,13 @@ class EncoderBlock(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj")
         )
         h = _attend(q, k, v).reshape(x.shape)
-        x = x + dense(c.width, ("heads", "embed"), use_bias=True, name="out_proj", **kinds)(h)
+        x = x + dense(c.width, ("heads", "embed"), use_bias=True, ends_branch=True, name="out_proj", **kinds)(
+            h
+        )
         h = LayerNorm(c.norm_eps, dtype, param_dtype, name="layer_norm2")(x)
         h = dense(c.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1", **kinds)(h)
         h = nn.gelu(h, approximate=True)
-        return x + dense(c.width, ("mlp", "embed"), use_bias=True, name="fc2", **kinds)(h)
+        return x + dense(c.width, ("mlp", "embed"), use_bias=True, ends_branch=True, name="fc2", **kinds)(h)
 
 
 class VisionTower(nn.Module):

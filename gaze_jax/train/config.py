@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gaze_jax.config import from_dict
+import ml_collections
+
+from gaze_jax.config import from_dict, to_dict
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.schedule import Schedule
 from gaze_jax.data.digits import DigitsConfig
@@ -76,18 +78,30 @@ def visual_layout(model: MLLMConfig) -> VisualLayout:
     )
 
 
+def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config file's choices with every other field at its default, so that flags can override any of them.
+
+    Raises:
+      UserError: an unknown or missing key, or a value of another type.
+    """
+    return ml_collections.ConfigDict(to_dict(_read(config)))
+
+
 def parse(config: Mapping[str, Any]) -> Experiment:
     """Read an experiment from a ``ConfigDict`` or a nested dictionary and :func:`resolve` it.
 
     Raises:
       UserError: an unknown or missing key, a value of another type, or one out of range.
     """
+    return resolve(_read(config))
+
+
+def _read(config: Mapping[str, Any]) -> Experiment:
     try:
-        experiment = from_dict(Experiment, config)
+        return from_dict(Experiment, config)
     except (KeyError, TypeError, ValueError) as error:
         # A KeyError prints its message in quotes; args[0] is the sentence itself.
         raise UserError(str(error.args[0])) from error
-    return resolve(experiment)
 
 
 def _apply_arm(experiment: Experiment) -> Experiment:

@@ -71,13 +71,14 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     params = rules.param_shardings(mesh, boxed)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
     whole = rules.replicated(mesh)
-    # Moments live where their parameters do; counters are everywhere.
+    # Moments live where their parameters do; counters are everywhere. Muon masks what it leaves to Adam.
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
         shapes.opt_state,
         params,
         transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     shardings: Tree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
     return jax.tree.map(

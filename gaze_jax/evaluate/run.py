@@ -1,0 +1,285 @@
+"""Evaluation of a trained model: answers by free-running cached decoding, and where each answer looked."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.streams import Streams
+from gaze_jax.data.digits import credit, evaluation_samples, sequence_lengths
+from gaze_jax.data.phrases import FAMILIES
+from gaze_jax.data.pipeline import stack
+from gaze_jax.data.processor import Arrays, pad_answers, pad_to, prompt
+from gaze_jax.errors import UserError
+from gaze_jax.evaluate.metrics import (
+    accuracy,
+    best_layer,
+    routing_hits,
+    target_regions,
+    token_scores,
+)
+from gaze_jax.infer.generate import Generator
+from gaze_jax.models import MLLM
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train.checkpoint import Trained, load_for_inference
+from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.pipeline import make_processor
+from gaze_jax.viewer.answer_sheet import answer_sheet
+
+FILE = "eval.json"
+SCENE = "scene.png"
+PICTURE = "gaze.png"
+
+# Any seed but those of training runs: test scenes of one seed are the same for every run and arm.
+_TEST_SEED = 20_260_102
+
+
+def load(workdir: str | Path) -> Trained:
+    """The newest checkpoint of a run, on one device.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    return load_for_inference(workdir, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
+
+
+def evaluation_batches(trained: Trained, samples: int) -> list[Arrays]:
+    """Prompts of every family with a training weight, in batches of one shape.
+
+    The last batch is filled up with its own first row; ``counted`` bool [B] marks the rows that count.
+    """
+    experiment = trained.experiment
+    processor = make_processor(experiment)
+    layout = visual_layout(experiment.model)
+    lengths = sequence_lengths(experiment.data, trained.tokenizer)
+    rows = []
+    for family, weight in zip(FAMILIES, experiment.data.families, strict=True):
+        if weight:
+            for sample in evaluation_samples(experiment.data, _TEST_SEED, family, samples):
+                row = pad_to(
+                    prompt(processor, sample),
+                    regions=layout.regions,
+                    dense=lengths.question + layout.context_tokens,
+                    units=1,
+                )
+                rows.append(pad_answers(row, length=lengths.answer))
+    size = experiment.eval.batch_size
+    batches = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = stack(part + [part[0]] * (size - len(part)))
+        batches.append(batch | {"counted": np.arange(size) < len(part)})
+    return batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a model answered, N samples together.
+
+    Attributes:
+      tokens: int32 [N, A].
+      selected: bool [A, L, N, Hs, R]; None under dense attention.
+      visual_entries: float32 [N, A], visual keys per query, a mean over layers and heads.
+    """
+
+    tokens: np.ndarray
+    selected: np.ndarray | None
+    visual_entries: np.ndarray
+
+
+def answer(trained: Trained, batches: list[Arrays], *, top_k: int | None, route: Routing) -> Answers:
+    """Answer every prompt greedily.
+
+    Args:
+      trained: the model.
+      batches: from :func:`evaluation_batches`.
+      top_k: regions per query; None attends densely.
+      route: where region scores come from.
+    """
+    length = batches[0]["answer"].shape[1]
+    generator = Generator(MLLM(trained.experiment.model), length, trained.tokenizer.end_id, route)
+    tokens, selected, entries = [], [], []
+    for batch in batches:
+        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
+        found = jax.device_get(
+            generator(
+                trained.params,
+                arrays["images"],
+                Streams.from_batch(arrays),
+                top_k=top_k,
+                sample_id=arrays["sample_id"],
+            )
+        )
+        keep = batch["counted"]
+        tokens.append(found.tokens.T[keep])
+        entries.append(found.entries.visual.mean(axis=1).T[keep])
+        if found.selected is not None:
+            selected.append(found.selected[:, :, keep])
+    chosen = np.concatenate(selected, axis=2) if selected else None
+    return Answers(np.concatenate(tokens), chosen, np.concatenate(entries))
+
+
+def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """One section of eval.json."""
+    layout = visual_layout(experiment.model)
+    scores = token_scores(answers.tokens, rows["answer"], rows["answer_unit"] >= 0)
+    report: dict[str, Any] = {}
+    for index, family in enumerate(FAMILIES):
+        of_family = rows["family"] == index
+        if of_family.any():
+            found = accuracy(scores[of_family])
+            report[family] = {"acc": found.acc, "ci": list(found.ci), "samples": found.samples}
+    emitted = answers.tokens >= 0
+    report["entries"] = float(answers.visual_entries[emitted].mean())
+    if answers.selected is not None:
+        targets = np.where(rows["answer_unit"] >= 0, target_regions(rows["answer_box"], layout), -1)
+        hits = routing_hits(answers.selected, targets)
+        share = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
+        report["routing"] = best_layer(hits) | {"random": share}
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results of one model.
+
+    Attributes:
+      report: the content of eval.json.
+      rows: fields of the prompts, [N, ...] each.
+      answers: by way of attending.
+    """
+
+    report: dict[str, Any]
+    rows: Mapping[str, np.ndarray]
+    answers: Mapping[str, Answers]
+
+
+def evaluate(trained: Trained, samples: int) -> Evaluation:
+    """Answer unseen questions as the model was trained; if with gaze, also densely and routed at random.
+
+    Args:
+      trained: the model.
+      samples: of each family.
+
+    Returns:
+      The answers, and a report of sections "gaze", "dense" and "random_routing", all of the same weights
+      (of a dense arm "dense" alone). Each has a part per family ("acc", "ci", "samples"), "entries" (visual
+      keys per query, layer and head), and if routed "routing": see
+      :func:`gaze_jax.evaluate.metrics.best_layer`.
+    """
+    experiment = trained.experiment
+    batches = evaluation_batches(trained, samples)
+    names = ("answer", "answer_box", "answer_unit", "family", "images", "tokens")
+    rows = {n: np.concatenate([batch[n][batch["counted"]] for batch in batches]) for n in names}
+    top_k = experiment.model.gaze.top_k
+    ways: dict[str, tuple[int | None, Routing]] = {"dense": (None, Routing())}
+    if top_k is not None:
+        ways = {
+            "gaze": (top_k, Routing()),
+            **ways,
+            "random_routing": (top_k, Routing(strategy="random")),
+        }
+    answers = {
+        name: answer(trained, batches, top_k=budget, route=route) for name, (budget, route) in ways.items()
+    }
+    report: dict[str, Any] = {
+        "arm": experiment.arm,
+        "seed": experiment.seed,
+        "step": trained.step,
+        "top_k": top_k,
+        "regions": visual_layout(experiment.model).regions,
+    }
+    report |= {name: _report(experiment, found, rows) for name, found in answers.items()}
+    return Evaluation(report, rows, answers)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for a person: one line per way of attending."""
+    families = [name for name in FAMILIES if name in report["dense"]]
+    lines = ["".join([f"{'':16}", *(f"{name:>26}" for name in families), f"{'entries':>10}{'routing':>18}"])]
+    for way in ("gaze", "dense", "random_routing"):
+        if way not in report:
+            continue
+        section = report[way]
+        cells = [f"{way.replace('_', ' '):16}"]
+        for name in families:
+            low, high = section[name]["ci"]
+            cells.append(f"{section[name]['acc']:>11.3f} [{low:.3f}, {high:.3f}]".rjust(26))
+        cells.append(f"{section['entries']:>10.1f}")
+        if "routing" in section:
+            cells.append(f"{section['routing']['best']:.3f} (layer {section['routing']['layer']})".rjust(18))
+        lines.append("".join(cells))
+    return "\n".join(lines)
+
+
+def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
+    """Write the first test scene as ``scene.png`` and where its answer looked as ``gaze.png``."""
+    experiment, rows, found = trained.experiment, evaluation.rows, evaluation.answers["gaze"]
+    assert found.selected is not None, "the gaze arm selects"
+    image = np.round((rows["images"][0, 0] + 1) * 127.5).astype(np.uint8)
+    PIL.Image.fromarray(image).save(workdir / SCENE)
+    ids = [int(token) for token in found.tokens[0] if token >= 0]
+    boxes = [tuple(box) if box[0] >= 0 else None for box in rows["answer_box"][0].tolist()]
+    layer = evaluation.report["gaze"]["routing"]["layer"]
+    layout = visual_layout(experiment.model)
+    question = trained.tokenizer.decode(rows["tokens"][0][rows["tokens"][0] >= 0].tolist(), skip_special=True)
+    sheet = answer_sheet(
+        image,
+        [trained.tokenizer.decode([token]) for token in ids],
+        found.selected[: len(ids), layer, 0],
+        layout,
+        title=f"{question.strip()}\n{experiment.model.gaze.top_k} of {layout.regions} regions, layer {layer}",
+        columns=experiment.data.cols + 3,  # a line of the transcript: label, colon, digits, line end
+        boxes=(boxes + [None] * len(ids))[: len(ids)],
+        credit=credit(experiment.data),
+    )
+    sheet.save(workdir / PICTURE)
+
+
+def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run: print a table, write ``eval.json``, draw the picture.
+
+    Args:
+      workdir: of the run.
+      samples: of each family; None is what the config says.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    trained = load(workdir)
+    evaluation = evaluate(trained, trained.experiment.eval.samples if samples is None else samples)
+    Path(workdir, FILE).write_text(json.dumps(evaluation.report, indent=2) + "\n", encoding="utf-8")
+    print(table(evaluation.report), flush=True)
+    if "gaze" in evaluation.answers:
+        draw(trained, evaluation, Path(workdir))
+        print(
+            f"{Path(workdir, PICTURE)} shows where the answer to {Path(workdir, SCENE)} looked.", flush=True
+        )
+    return evaluation.report
+
+
+def routing_layer(workdir: str | Path, layer: int | None, depth: int) -> int:
+    """The layer to draw: ``layer`` itself, or the best one of the run's ``eval.json``.
+
+    Raises:
+      UserError: the model has no such layer, or there is none to choose from.
+    """
+    if layer is None:
+        path = Path(workdir, FILE)
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "gaze" not in report:
+            raise UserError(f"{path} names no best layer; run eval.py first or choose one with --layer.")
+        layer = int(report["gaze"]["routing"]["layer"])
+    if not 0 <= layer < depth:
+        raise UserError(f"--layer={layer} must be between 0 and {depth - 1}, the model's last.")
+    return layer

@@ -1,0 +1,278 @@
+"""Checkpoints: parameters, optimizer, position in the data and the config, committed together by Orbax.
+
+One step is ``WORKDIR/checkpoints/STEP`` with four items: ``params``, ``train`` (step and optimizer state),
+``data`` (the grain iterator) and ``meta`` (JSON: format, config, data fingerprint, tokenizer, and a name,
+dtype, shape and digest of every leaf). Orbax writes to a temporary folder and renames it, so a step is
+there whole or not at all; it casts silently and does not notice a flipped bit, so ``meta`` is checked here.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from gaze_jax.config import to_dict
+from gaze_jax.data.pipeline import compare_fingerprints
+from gaze_jax.data.tokenizer import Tokenizer
+from gaze_jax.errors import UserError
+from gaze_jax.train.config import Experiment, parse
+from gaze_jax.train.step import TrainState, abstract_state
+
+Array = jax.Array
+Tree = Any
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "num_workers", "eval")
+"""Fields of an experiment that a resumed run may set anew: they change where and when, not what."""
+
+
+def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> ocp.CheckpointManager:
+    """The checkpoints of a run; use it as a context manager, which waits for the last write.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest stay; None opens them for reading and makes no folder.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
+    return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
+
+
+def _mix(x: Array) -> Array:
+    """A bijection of uint32 that spreads every bit over all others (Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+@jax.jit
+def _digest(leaf: Array) -> Array:
+    """uint32 sum of the leaf's bits, each mixed with its index: the same on every mesh."""
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis in range(leaf.ndim):
+        place = _mix(place ^ jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis))
+    return jnp.sum(_mix(words ^ place), dtype=jnp.uint32)
+
+
+def _named(tree: Tree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _items(state: TrainState) -> dict[str, Tree]:
+    return {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def describe(tree: Tree) -> dict[str, dict[str, Any]]:
+    """Name -> dtype, shape and digest of every leaf, JSON-ready."""
+    named = _named(tree)
+    digests = jax.device_get({name: _digest(leaf) for name, leaf in named.items()})
+    return {
+        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(digests[name]):08x}"}
+        for name, leaf in named.items()
+    }
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    iterator: grain.DatasetIterator,
+    experiment: Experiment,
+    fingerprint: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    window: list[dict[str, float]],
+) -> None:
+    """Commit the state after a step, in the background; every process calls it.
+
+    Args:
+      manager: from :func:`open_manager`.
+      state: of the run; it may be donated as soon as this returns.
+      iterator: of the training batches.
+      experiment, fingerprint, tokenizer: what the state means.
+      window: metrics of the steps since the last row of metrics.jsonl.
+    """
+    items = _items(state)
+    meta = {
+        "format": FORMAT,
+        "config": to_dict(experiment),
+        "data": dict(fingerprint),
+        "tokenizer": tokenizer.json,
+        "leaves": {name: describe(item) for name, item in items.items()},
+        "window": window,
+    }
+    manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+            data=grain.checkpoint.CheckpointSave(iterator),
+            meta=ocp.args.JsonSave(meta),
+        ),
+    )
+
+
+def _read(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
+    """Restore items; whatever Orbax says about a damaged file becomes one sentence."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # Orbax, TensorStore and grain each raise their own kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"Checkpoint {manager.directory / str(step)} cannot be read ({reason}); it is damaged or not of "
+            "this program: move it away to go on from the one before it."
+        ) from error
+
+
+def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    meta: dict[str, Any] = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"Checkpoint {manager.directory / str(step)} has format {meta.get('format')!r} but this version "
+            f"of gaze_jax reads format {FORMAT}; use the version that wrote it."
+        )
+    return meta
+
+
+def _check_leaves(saved: Mapping[str, Any], wanted: Tree, where: str) -> None:
+    """Names, shapes and dtypes, before anything is read: Orbax would cast a dtype silently."""
+    named = _named(wanted)
+    for name in sorted({*saved, *named}):
+        if name not in saved or name not in named:
+            kind = "lacks" if name not in saved else "has an unknown"
+            raise UserError(
+                f"{where} {kind} array {name}; it was written by another version of the program or of optax."
+            )
+        have = f"{saved[name]['dtype']}{saved[name]['shape']}"
+        want = f"{named[name].dtype}{list(named[name].shape)}"
+        if have != want:
+            raise UserError(
+                f"{where} has {name} as {have} but the model wants {want}; use the config that wrote it."
+            )
+
+
+def _read_trees(
+    manager: ocp.CheckpointManager, step: int, meta: Mapping[str, Any], abstract: dict[str, Tree]
+) -> dict[str, Tree]:
+    where = f"Checkpoint {manager.directory / str(step)}"
+    for item, tree in abstract.items():
+        _check_leaves(meta["leaves"][item], tree, where)
+    restored = _read(
+        manager, step, **{item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
+    )
+    for item in abstract:
+        for name, leaf in describe(restored[item]).items():
+            if leaf["digest"] != meta["leaves"][item][name]["digest"]:
+                raise UserError(
+                    f"{where} is damaged: {name} is not what was saved; move it away to go on from the one "
+                    "before it."
+                )
+    return {item: restored[item] for item in abstract}
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    out = []
+    for name in sorted({*saved, *now}):
+        old, new = saved.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            out += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            out.append(f"{prefix}{name} was {old!r} and is {new!r}")
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A run to go on with: its state, and the metrics since the last row of metrics.jsonl."""
+
+    state: TrainState
+    window: list[dict[str, float]]
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    experiment: Experiment,
+    mesh: Mesh,
+    iterator: grain.DatasetIterator,
+    fingerprint: Mapping[str, Any],
+) -> Restored | None:
+    """The newest checkpoint, on ``mesh``, whatever mesh it was written from; None if there is none.
+
+    Args:
+      manager: from :func:`open_manager`.
+      experiment: of this run; it may differ from the saved one in :data:`MAY_CHANGE` only.
+      mesh: of this run.
+      iterator: set to the position in the data.
+      fingerprint: of this run's data.
+
+    Raises:
+      UserError: the checkpoint is of another experiment or other data, or damaged.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return None
+    meta = _meta(manager, step)
+
+    def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in MAY_CHANGE}
+
+    changed = _differences(fixed(meta["config"]), fixed(to_dict(experiment)))
+    if changed:
+        raise UserError(
+            f"Checkpoint {manager.directory / str(step)} is of another config: {'; '.join(changed)}; restore "
+            "the old value, or start in a new workdir."
+        )
+    compare_fingerprints(meta["data"], fingerprint)
+    trees = _read_trees(manager, step, meta, _items(abstract_state(experiment, mesh)))
+    _read(manager, step, data=grain.checkpoint.CheckpointRestore(iterator))
+    train = trees["train"]
+    return Restored(TrainState(train["step"], trees["params"], train["opt_state"]), meta["window"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What inference needs of a run.
+
+    Attributes:
+      experiment: of the run.
+      params: of the model.
+      tokenizer: that the model was trained with.
+      step: steps done.
+    """
+
+    experiment: Experiment
+    params: Tree
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
+    """Parameters, config and tokenizer of the newest checkpoint of a run.
+
+    Args:
+      workdir: of the run.
+      mesh: where the parameters go.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    folder = Path(workdir) / FOLDER
+    if not folder.is_dir():
+        raise UserError(f"{workdir} holds no checkpoint; give the --workdir of a run of train.py.")
+    with open_manager(workdir) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{folder} holds no finished checkpoint; let train.py run to its first one.")
+        meta = _meta(manager, step)
+        experiment = parse(meta["config"])
+        abstract = {"params": abstract_state(experiment, mesh).params}
+        params = _read_trees(manager, step, meta, abstract)["params"]
+    return Trained(experiment, params, Tokenizer(meta["tokenizer"]), step)

@@ -1,0 +1,143 @@
+"""The training loop: batches in, checkpoints and metrics out, to be killed and started again at will."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.parallel.mesh import make_mesh
+from gaze_jax.train import checkpoint, metrics
+from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.pipeline import make_iterator
+from gaze_jax.train.step import TrainState, compile_step, init_state, put_batch
+
+
+def say(text: str) -> None:
+    """Print from the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that a preempted run can save. Only a main thread may listen."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _must_stop(manager: ocp.CheckpointManager, step: int, asked: threading.Event) -> bool:
+    # Several processes must stop at the same step; jax's preemption service agrees on one.
+    return asked.is_set() if jax.process_count() == 1 else manager.reached_preemption(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The parts of a run that stay the same from its first step to its last."""
+
+    experiment: Experiment
+    workdir: Path
+    mesh: Mesh
+    iterator: grain.DatasetIterator
+    fingerprint: dict[str, Any]
+    manager: ocp.CheckpointManager
+
+    def begin(self) -> tuple[TrainState, list[metrics.Row]]:
+        """The newest checkpoint's state and its metrics not yet in a row, or a fresh state."""
+        found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.iterator, self.fingerprint)
+        return (init_state(self.experiment, self.mesh), []) if found is None else (found.state, found.window)
+
+    def save(self, state: TrainState, window: list[metrics.Row]) -> None:
+        checkpoint.save(
+            self.manager, state, self.iterator, self.experiment, self.fingerprint, build_tokenizer(), window
+        )
+
+    def log(self, step: int, window: list[metrics.Row], progress: metrics.Progress) -> None:
+        row = metrics.mean(window)
+        if jax.process_index() == 0:
+            metrics.append(self.workdir / metrics.FILE, {"step": step} | row)
+        say(progress.line(step, row, visual_layout(self.experiment.model).regions))
+
+
+def train(experiment: Experiment, workdir: str | Path) -> bool:
+    """Train to the end, from the newest checkpoint in ``workdir`` if there is one.
+
+    Two runs of one experiment end in the same bits, however often either was killed on the way.
+
+    Args:
+      experiment: from :func:`gaze_jax.train.config.parse`.
+      workdir: gets ``checkpoints/`` and ``metrics.jsonl``.
+
+    Returns:
+      Whether all steps are done; False if SIGTERM came first, after saving.
+
+    Raises:
+      UserError: the workdir holds a checkpoint of another config, or the loss is not finite.
+    """
+    workdir = Path(workdir)
+    mesh = make_mesh(experiment.mesh)
+    iterator, fingerprint = make_iterator(experiment)
+    with (
+        contextlib.closing(iterator),  # or its workers outlive the run
+        checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,
+        _sigterm() as asked,
+    ):
+        run = _Run(experiment, workdir, mesh, iterator, fingerprint, manager)
+        state, window = run.begin()
+        first = int(state.step)
+        say(
+            f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
+            f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"
+        )
+        if jax.process_index() == 0:
+            metrics.keep_until(workdir / metrics.FILE, first)
+        return first >= experiment.steps or _steps(run, state, window, first, asked)
+
+
+def _steps(
+    run: _Run, state: TrainState, window: list[metrics.Row], first: int, asked: threading.Event
+) -> bool:
+    experiment = run.experiment
+    batch = put_batch(next(run.iterator), run.mesh)
+    step_once = compile_step(experiment, run.mesh, batch)
+    progress = metrics.Progress(first, experiment.steps)
+    pending: list[Any] = []  # metrics that are still on the device: fetching them every step would wait
+    for step in range(first + 1, experiment.steps + 1):
+        # Every array was put where it belongs; a transfer inside the step would be a defect.
+        with jax.transfer_guard("disallow"):
+            state, measured = step_once(state, batch)
+        pending.append(measured)
+        last = step == experiment.steps
+        stop = _must_stop(run.manager, step, asked)
+        log = last or step % experiment.log_every == 0
+        due = last or stop or (experiment.checkpoint_every and step % experiment.checkpoint_every == 0)
+        if log or due:
+            fetched = [{k: float(v) for k, v in row.items()} for row in jax.device_get(pending)]
+            metrics.check_finite(fetched, step, run.workdir)
+            window, pending = window + fetched, []
+        if log:
+            run.log(step, window, progress)
+            window = []
+        if due:
+            run.save(state, window)
+        if stop and not last:
+            say(f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there.")
+            return False
+        if not last:
+            batch = put_batch(next(run.iterator), run.mesh)
+    return True

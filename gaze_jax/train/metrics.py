@@ -1,0 +1,85 @@
+"""Metrics of a run: rows of metrics.jsonl that a resumed run continues, and the line that a person reads."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from gaze_jax.errors import UserError
+
+FILE = "metrics.jsonl"
+
+Row = dict[str, float]
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the rows after ``step``, and a last line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add one row. It holds nothing that differs between two equal runs, such as a time."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def mean(rows: list[Row]) -> Row:
+    """Mean of each metric over steps; "lr" is that of the last."""
+    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return means | {"lr": rows[-1]["lr"]}
+
+
+def check_finite(rows: list[Row], last_step: int, workdir: Path) -> None:
+    """Stop at the first step whose loss, gradient or new parameters are not finite.
+
+    Args:
+      rows: metrics of consecutive steps.
+      last_step: number of the last of them, counted from 1.
+      workdir: named in the message.
+
+    Raises:
+      UserError: with the step and what to try.
+    """
+    for step, row in enumerate(rows, last_step - len(rows) + 1):
+        for name in ("loss", "grad_norm", "param_norm"):
+            if not math.isfinite(row[name]):
+                raise UserError(
+                    f"Training stopped at step {step}: {name} is {row[name]}. Nothing of it was saved and "
+                    f"the checkpoints in {workdir} are sound; lower optimizer.learning_rate, set "
+                    "optimizer.clip_norm, or lengthen optimizer.warmup_steps."
+                )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """Speed and time left of this process's share of a run."""
+
+    def __init__(self, step: int, steps: int):
+        self._began, self._first, self._steps = time.monotonic(), step, steps
+
+    def line(self, step: int, row: Row, regions: int) -> str:
+        """What a person wants to see at ``step``; ``regions`` is what one image has."""
+        speed = (step - self._first) / max(time.monotonic() - self._began, 1e-9)
+        return (
+            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}  "
+            f"accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  top_k {row['top_k']:.1f} of {regions}  "
+            f"visual entries {row['visual_entries']:.1f}  {speed:.2f} steps/s  "
+            f"ETA {_clock((self._steps - step) / speed)}"
+        )

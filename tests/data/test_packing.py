@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.streams import IGNORE
+from gaze_jax.data.packing import MIXED, pack
+from gaze_jax.data.phrases import FAMILIES, build_tokenizer
+from gaze_jax.data.processor import PADDING, Processor, pad_to, process
+from gaze_jax.data.sample import Box, Image, Sample, Text
+from gaze_jax.data.tokenizer import END
+
+# 3x3 tokens in regions of 2x2: full, partial and empty slots.
+PROCESSOR = Processor(VisualLayout(6, 2, (2, 2), 2), build_tokenizer(), FAMILIES)
+SIDE, GRID, TOKENS = 6, 3, 9
+# Fields that name something in the row, and so move when a row is shared.
+MOVED = {"visual_src", "visual_unit", "dense_unit", "target_unit", "region_segment", "dense_segment"}
+
+
+def make(number, images, family="read"):
+    """A sample with ``images`` images of noise, each asked about, and a text that its number decides."""
+    rng = np.random.default_rng(number)
+    pixels = tuple(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(images))
+    parts = [Text("Read. " * number)]
+    for index in range(images):
+        box = Box(0, 1, (float(index), 0.0, 3.0, 2.0), image=index)
+        parts += [Image(index), Text("Where?"), Text(f"{number}{END}", supervised=True, boxes=(box,))]
+    return process(PROCESSOR, Sample(number, pixels, tuple(parts), family))
+
+
+def look(arrays):
+    """What each visual slot shows: the mean colours of its patch, looked up as the decoder does."""
+    images = arrays["images"]
+    patches = images.reshape(len(images), GRID, 2, GRID, 2, 3).mean(axis=(2, 4)).reshape(-1, 3)
+    src = arrays["visual_src"]
+    if not src.size:
+        return np.zeros((*src.shape, 3))
+    return np.where((src >= 0)[..., None], patches[src], 0)
+
+
+def segment(row, number):
+    """One segment cut out of a row."""
+    regions, dense = row["region_segment"] == number, row["dense_segment"] == number
+    masks = {"regions": regions, "dense": dense}
+    return {name: row[name][masks[axis]] for name, (axis, _) in PADDING.items() if axis in masks}
+
+
+def check(row, samples):
+    for number, arrays in enumerate(samples):
+        part = segment(row, number)
+        first = sum(len(other["images"]) for other in samples[:number])
+        for name, values in part.items():
+            if name not in MOVED:
+                np.testing.assert_array_equal(values, arrays[name], err_msg=name)
+        for name in ("visual_unit", "dense_unit", "target_unit"):
+            moved = np.where(arrays[name] >= 0, arrays[name] + first, -1)
+            np.testing.assert_array_equal(part[name], moved, err_msg=name)
+        np.testing.assert_array_equal(row["images"][first : first + len(arrays["images"])], arrays["images"])
+        np.testing.assert_array_equal(look(row)[row["region_segment"] == number], look(arrays))
+    for name in PADDING:
+        assert len(row[name]) == sum(len(arrays[name]) for arrays in samples), name
+        assert row[name].dtype == samples[0][name].dtype, name
+
+
+@pytest.mark.parametrize("images", [(1, 1), (2, 1), (1, 2), (0, 1), (1, 0), (0, 0), (2, 0, 3)])
+def test_a_pack_holds_every_sample_shifted(images):
+    samples = [make(number, count) for number, count in enumerate(images, start=1)]
+    check(pack(samples), samples)
+
+
+def test_segments_share_nothing():
+    samples = [make(number, images) for number, images in ((1, 2), (2, 1), (3, 1))]
+    row = pack(samples)
+    parts = [segment(row, number) for number in range(3)]
+    for name in ("visual_src", "visual_unit", "dense_unit", "target_unit"):
+        names = [set(part[name].ravel().tolist()) - {-1} for part in parts]
+        assert all(names)
+        assert len(set.union(*names)) == sum(map(len, names)), name
+    for part in parts:
+        assert set(part["dense_unit"].ravel()) == {-1, *part["visual_unit"].ravel()}
+        assert set(part["target_unit"].ravel()) == {-1, *part["visual_unit"].ravel()}
+        both = [*part["visual_order"][part["visual_src"] >= 0], *part["dense_order"]]
+        assert sorted(both) == list(range(len(both))), "order restarts at 0 in every segment"
+        # The last token of a segment must not be trained to predict the next sample's first.
+        assert part["targets"][np.argmax(part["dense_order"])] == IGNORE
+
+
+def test_a_pack_of_one_is_the_sample():
+    arrays = make(1, 2)
+    row = pack([arrays])
+    assert row.keys() == arrays.keys()
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(row[name], values, err_msg=name)
+
+
+def test_a_row_is_named_by_its_first_sample_and_by_the_family_they_share():
+    one, two, other = make(5, 1), make(4, 1), make(3, 1, "where")
+    assert pack([one, two])["sample_id"] == 5
+    assert FAMILIES[pack([one, two])["family"]] == "read"
+    assert pack([one, two, other])["family"] == MIXED
+    assert MIXED not in range(len(FAMILIES))
+
+
+def test_packing_changes_nothing_in_the_samples():
+    samples = [make(1, 1), make(2, 1)]
+    before = [{name: values.copy() for name, values in arrays.items()} for arrays in samples]
+    pack(samples)
+    for arrays, kept in zip(samples, before, strict=True):
+        for name, values in kept.items():
+            np.testing.assert_array_equal(arrays[name], values, err_msg=name)
+
+
+def test_a_packed_row_can_be_padded():
+    samples = [make(1, 1), make(2, 2)]
+    row = pack(samples)
+    padded = pad_to(row, regions=20, dense=60, units=4)
+    check({name: padded[name][: len(row[name])] for name in PADDING}, samples)
+    assert (padded["region_segment"][len(row["region_segment"]) :] == -1).all()
+    assert (padded["dense_segment"][len(row["dense_segment"]) :] == -1).all()
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("axis", ["regions", "dense"])
+def test_padded_samples_are_refused_by_their_position(axis, position):
+    samples = [make(1, 1), make(2, 1)]
+    arrays = samples[position]
+    sizes = {"regions": len(arrays["visual_src"]), "dense": len(arrays["tokens"]), "units": 1}
+    samples[position] = pad_to(arrays, **{**sizes, axis: sizes[axis] + 1})
+    with pytest.raises(ValueError, match=f"Sample {position} of the pack is padded or packed already"):
+        pack(samples)
+
+
+def test_packed_rows_are_refused():
+    with pytest.raises(ValueError, match="Sample 1 of the pack is padded or packed already"):
+        pack([make(1, 1), pack([make(2, 1), make(3, 1)])])
+
+
+def test_nothing_cannot_be_packed():
+    with pytest.raises(ValueError, match="Nothing to pack"):
+        pack([])

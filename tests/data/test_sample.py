@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from gaze_jax.data.sample import Box, Image, Sample, Text
+
+CORNERS = (0.0, 0.0, 1.0, 1.0)
+LARGEST_ID = 2**31 - 1
+
+
+def pixels(height=2, width=3):
+    return np.zeros((height, width, 3), np.uint8)
+
+
+def sample(**change):
+    fields = {"id": 0, "images": (pixels(),), "parts": (Image(0), Text("a")), "family": "read"}
+    return Sample(**{**fields, **change})
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, 1), (0, 0), (2, 1), (0, 4), (3, 4)])
+def test_a_box_outside_of_its_text_is_refused(start, end):
+    with pytest.raises(ValueError, match=rf"characters {start}\.\.{end} lies outside the text 'abc' of 3"):
+        Text("abc", boxes=(Box(0, 3, CORNERS), Box(start, end, CORNERS)))
+
+
+def test_empty_text_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        Text("")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pixels().astype(np.float32),
+        pixels().astype(np.int8),
+        pixels()[..., 0],
+        pixels()[..., :2],
+        np.zeros((2, 3, 4), np.uint8),
+        pixels()[None],
+        pixels(height=0),
+        pixels(width=0),
+    ],
+    ids=lambda image: f"{image.dtype}{list(image.shape)}",
+)
+def test_an_image_of_another_shape_or_dtype_is_refused_by_its_number(image):
+    with pytest.raises(ValueError, match="Image 1 of sample 5") as error:
+        sample(id=5, images=(pixels(), image))
+    assert f"{image.dtype}{list(image.shape)}" in str(error.value)
+
+
+@pytest.mark.parametrize("index", [-1, 1])
+def test_showing_an_image_that_is_not_there_is_refused(index):
+    with pytest.raises(ValueError, match=f"shows image {index} but holds 1"):
+        sample(parts=(Image(0), Image(index), Text("a")))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Text("a", boxes=(Box(0, 1, CORNERS, image=1),)),),
+        (Image(0), Text("a", boxes=(Box(0, 1, CORNERS, image=1),))),
+        (Image(0), Text("a", boxes=(Box(0, 1, CORNERS, image=1),)), Image(1)),
+    ],
+    ids=["no image shown", "another image shown", "shown too late"],
+)
+def test_a_box_on_an_image_that_no_earlier_part_shows_is_refused(parts):
+    with pytest.raises(ValueError, match="refers to image 1, which no earlier part shows"):
+        sample(images=(pixels(), pixels()), parts=parts)
+
+
+@pytest.mark.parametrize("number", [-1, LARGEST_ID + 1])
+def test_an_id_that_is_no_non_negative_int32_is_refused(number):
+    with pytest.raises(ValueError, match=f"id {number} must be"):
+        sample(id=number)
+
+
+def test_the_extremes_are_accepted():
+    boxes = (Box(0, 1, CORNERS, image=1), Box(2, 3, CORNERS))
+    parts = (Image(1), Image(0), Text("abc", boxes=boxes), Image(1), Text("c"))
+    for number in (0, LARGEST_ID):
+        made = sample(id=number, images=(pixels(1, 1), pixels(1, 9)), parts=parts)
+        assert (made.id, made.parts) == (number, parts)
+    assert sample(images=(), parts=()).parts == ()

@@ -1,0 +1,181 @@
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.errors import UserError
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train import checkpoint, loop
+from gaze_jax.train.pipeline import make_iterator
+from gaze_jax.train.step import init_state, put_batch
+from tests.helpers.experiments import tiny_experiment
+
+pytestmark = pytest.mark.standard_promotion
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    with jax.numpy_dtype_promotion("standard"):
+        loop.train(tiny_experiment(steps=3), workdir)
+    return workdir
+
+
+def resume(workdir, experiment):
+    mesh = make_mesh(experiment.mesh)
+    iterator, fingerprint = make_iterator(experiment)
+    try:
+        with checkpoint.open_manager(workdir, 2) as manager:
+            return checkpoint.restore(manager, experiment, mesh, iterator, fingerprint)
+    finally:
+        iterator.close()
+
+
+def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
+    assert resume(tmp_path, tiny_experiment()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 4}, "seed was 3 and is 4"),
+        ({"optimizer.learning_rate": 1e-4}, "optimizer.learning_rate was 0.002 and is 0.0001"),
+        ({"model.gaze.top_k": 2}, "model.gaze.top_k was 1 and is 2"),
+        ({"data.background": "photo"}, "data.background was 'texture' and is 'photo'"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused_by_the_field_that_differs(run, change, field):
+    with pytest.raises(UserError, match=f"is of another config: {field}; restore the old value"):
+        resume(run, tiny_experiment(steps=3, **change))
+
+
+def test_what_changes_no_result_may_change(run):
+    change = {"checkpoint_every": 1, "keep_checkpoints": 5, "log_every": 1, "num_workers": 0}
+    found = resume(run, tiny_experiment(steps=3, **change, **{"mesh.fsdp": 4, "eval.samples": 1}))
+    assert int(found.state.step) == 3
+
+
+def test_a_flipped_bit_is_found_and_its_array_named(run, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    meta = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
+    text = meta.read_text()
+    at = text.index('"digest": "', text.index("decoder/embedding")) + len('"digest": "')
+    meta.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
+    with pytest.raises(UserError, match="is damaged: decoder/embedding is not what was saved"):
+        resume(tmp_path, tiny_experiment(steps=3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
+def test_the_digest_sees_every_bit_and_every_place(dtype):
+    values = jnp.asarray(np.random.default_rng(0).integers(1, 100, (5, 6)), dtype)
+    digest = int(checkpoint._digest(values))
+    raw = np.asarray(values).view(np.uint8).copy()
+    for byte in range(raw.shape[1]):
+        for bit in range(8):
+            flipped = raw.copy()
+            flipped[3, byte] ^= 1 << bit
+            assert int(checkpoint._digest(jnp.asarray(flipped.view(np.asarray(values).dtype)))) != digest
+    assert int(checkpoint._digest(values[::-1])) != digest
+    assert int(checkpoint._digest(values[:, ::-1])) != digest
+
+
+def test_the_digest_is_the_same_on_every_mesh():
+    values = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    specs = [jax.sharding.PartitionSpec(*axes) for axes in [(), ("data",), ("fsdp", "data"), (None, "fsdp")]]
+    found = {
+        int(checkpoint._digest(jax.device_put(values, jax.sharding.NamedSharding(mesh, s)))) for s in specs
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("item", ["params", "train", "data", "meta"])
+def test_a_missing_item_is_one_sentence_with_the_path(run, item, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / item)
+    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read") as error:
+        resume(tmp_path, tiny_experiment(steps=3))
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_off_file_is_one_sentence_with_the_path(run, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    files = (tmp_path / "checkpoints" / "3" / "params").rglob("*")
+    largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
+        resume(tmp_path, tiny_experiment(steps=3))
+
+
+def _rewrite(run, to, change):
+    """Copy the checkpoint with other arrays under the same description."""
+    experiment = tiny_experiment(steps=3)
+    mesh = make_mesh(experiment.mesh)
+    state = init_state(experiment, mesh)
+    iterator, fingerprint = make_iterator(experiment)
+    with checkpoint.open_manager(to, 2) as manager:
+        params = change(state.params)
+        state = type(state)(jnp.asarray(3, jnp.int32), params, state.opt_state)
+        checkpoint.save(manager, state, iterator, experiment, fingerprint, build_tokenizer(), [])
+    iterator.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda p: p | {"newline": p["newline"].astype(jnp.bfloat16)}, "has newline as bfloat16"),
+        (lambda p: p | {"newline": p["newline"][:-1]}, r"has newline as float32\[31\] but the model wants"),
+        (lambda p: {k: v for k, v in p.items() if k != "newline"}, "lacks array newline"),
+        (lambda p: p | {"extra": p["newline"]}, "has an unknown array extra"),
+    ],
+    ids=["dtype", "shape", "missing", "extra"],
+)
+def test_arrays_that_are_not_the_models_are_named(run, change, sentence, tmp_path):
+    _rewrite(run, tmp_path, change)
+    with pytest.raises(UserError, match=sentence):
+        resume(tmp_path, tiny_experiment(steps=3))
+
+
+def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
+    experiment = tiny_experiment()
+    mesh = make_mesh(experiment.mesh)
+    iterator, fingerprint = make_iterator(experiment)
+    batch = put_batch(next(iterator), mesh)
+    step_once = loop.compile_step(experiment, mesh, batch)
+    state = init_state(experiment, mesh)
+    with checkpoint.open_manager(tmp_path, 9) as manager:
+        for _ in range(3):
+            state, _ = step_once(state, batch)
+            checkpoint.save(manager, state, iterator, experiment, fingerprint, build_tokenizer(), [])
+        manager.wait_until_finished()
+        for step in (1, 2, 3):
+            meta = checkpoint._meta(manager, step)
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.params)
+            checkpoint._read_trees(manager, step, meta, {"params": abstract})  # compares digests
+    iterator.close()
+
+
+def test_inference_needs_a_checkpoint(tmp_path):
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with pytest.raises(UserError, match="holds no checkpoint; give the --workdir of a run"):
+        checkpoint.load_for_inference(tmp_path, mesh)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no finished checkpoint"):
+        checkpoint.load_for_inference(tmp_path, mesh)
+
+
+def test_the_data_goes_on_where_it_was(run):
+    experiment = tiny_experiment(steps=3)
+    iterator, fingerprint = make_iterator(experiment)
+    fresh = [next(iterator) for _ in range(5)]
+    iterator.close()
+    iterator, _ = make_iterator(experiment)
+    with checkpoint.open_manager(run) as manager:
+        checkpoint.restore(manager, experiment, make_mesh(experiment.mesh), iterator, fingerprint)
+    for expected in fresh[3:]:
+        jax.tree.map(np.testing.assert_array_equal, next(iterator), expected)
+    iterator.close()

@@ -20,7 +20,7 @@ check mypy
 
 echo "== pytest"
 status=0
-"$python" -m pytest -n 2 -q "$@" || status=$?
+"$python" -m pytest -n 2 --dist loadgroup -q "$@" || status=$?
 
 if [[ ${#failed[@]} -gt 0 ]]; then
   echo "Failed besides the tests: $(IFS=,; echo "${failed[*]}")" >&2

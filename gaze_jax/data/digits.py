@@ -34,6 +34,8 @@ class DigitsConfig:
       train_scenes: scenes of one epoch.
       test_fraction: share of the digit images that training never sees.
       augment: distort the digits of training scenes.
+      few_digits: share of training scenes with at most three different digits. What is in such a scene says
+        much about every answer, so digits can be recognised before they can be found.
     """
 
     rows: int = 4
@@ -46,6 +48,7 @@ class DigitsConfig:
     train_scenes: int = 1_000_000
     test_fraction: float = 0.3
     augment: bool = True
+    few_digits: float = 0.5
 
     def __post_init__(self) -> None:
         checks = (
@@ -59,6 +62,7 @@ class DigitsConfig:
             (1 <= self.reads_per_sample <= self.rows * self.cols, "reads_per_sample", "1 to rows * cols"),
             (self.train_scenes >= 1, "train_scenes", "at least 1"),
             (0 < self.test_fraction < 1, "test_fraction", "between 0 and 1"),
+            (0 <= self.few_digits <= 1, "few_digits", "between 0 and 1"),
         )
         for fine, name, expected in checks:
             if not fine:
@@ -75,11 +79,17 @@ class DigitsConfig:
         return NATIVE if self.cell <= 12 else round(0.8 * self.cell)
 
 
-def _scene_digits(rng: np.random.Generator, config: DigitsConfig, family: str) -> tuple[np.ndarray, int]:
-    """Digits int [rows, cols], and the flat cell of the one that occurs once (for "where")."""
+def _scene_digits(
+    rng: np.random.Generator, config: DigitsConfig, family: str, few: float
+) -> tuple[np.ndarray, int]:
+    """Digits int [rows, cols], and the flat cell of the one that occurs once (for "where").
+
+    ``few`` is the share of scenes with at most three different digits.
+    """
     cells = config.rows * config.cols
     if family != "where":
-        return rng.integers(10, size=(config.rows, config.cols)), -1
+        kinds = int(rng.integers(1, 4)) if rng.random() < few else 10
+        return rng.permutation(10)[rng.integers(kinds, size=(config.rows, config.cols))], -1
     only, at = int(rng.integers(10)), int(rng.integers(cells))
     others = rng.integers(9, size=cells)
     digits = np.where(others >= only, others + 1, others)
@@ -186,7 +196,8 @@ def make_sample(config: DigitsConfig, seed: int, split: str, index: int, family:
     family = drawn if family is None else family
     augment = config.augment and split == "train"
     pool = glyphs(split, config.test_fraction, config.glyph, augment)
-    digits, only = _scene_digits(rng, config, family)
+    few = config.few_digits if split == "train" else 0.0
+    digits, only = _scene_digits(rng, config, family, few)
     pixels, boxes = _compose(rng, config, pool, digits, seed)
     texts = _parts(rng, config, family, turns, digits, boxes, only)
     return Sample(id=index, images=(pixels,), parts=(Image(0), *texts), family=family)

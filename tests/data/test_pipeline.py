@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.digits import DigitsConfig, DigitScenes
+from gaze_jax.data.digits import DigitScenes, DigitsConfig
 from gaze_jax.data.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.pipeline import (
     Bucket,

@@ -163,7 +163,7 @@ def cases(draw):
     return made, Sample(draw(st.integers(0, 9)), images, tuple(parts), draw(st.sampled_from(FAMILIES)))
 
 
-@hypothesis.settings(max_examples=200)
+@hypothesis.settings(max_examples=100)
 @hypothesis.given(cases())
 def test_arrays_are_those_of_the_sequence_spliced_token_by_token(case):
     made, sample = case
@@ -239,7 +239,7 @@ def test_pixels_are_scaled_to_minus_one_and_one_and_kept_in_place():
     assert (np.delete(image.reshape(16, 3), 6, axis=0) == -1).all()
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 16), (16, 8), (2, 4), (30, 30)])
+@pytest.mark.parametrize(("height", "width"), [(8, 16), (16, 8), (6, 24), (30, 30)])
 def test_resize_squashes_the_image_and_its_boxes_with_it(height, width):
     pixels = np.zeros((height, width, 3), np.uint8)
     # The lower right quarter, in the image and in the box.

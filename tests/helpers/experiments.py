@@ -1,10 +1,21 @@
 """A training run that takes seconds: four digits, a narrow model, AdamW (Muon takes long to compile)."""
 
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
+import pytest
+from jax.sharding import Mesh
 
+from gaze_jax.parallel.mesh import MeshConfig
+from gaze_jax.train import loop
 from gaze_jax.train.config import Experiment, complete, parse
+from gaze_jax.train.pipeline import make_iterator
+from gaze_jax.train.step import compile_step, put_batch
 
 
 def tiny(**overrides: Any) -> ml_collections.ConfigDict:
@@ -38,6 +49,7 @@ def tiny(**overrides: Any) -> ml_collections.ConfigDict:
             },
             "data": {"rows": 2, "cols": 2, "reads_per_sample": 2, "train_scenes": 64, "augment": False},
             "optimizer": {"name": "adamw", "warmup_steps": 2},
+            "mesh": {"data": -1, "fsdp": 2},
             "eval": {"samples": 6, "batch_size": 4},
         }
     )
@@ -49,3 +61,24 @@ def tiny(**overrides: Any) -> ml_collections.ConfigDict:
 def tiny_experiment(**overrides: Any) -> Experiment:
     """:func:`tiny`, parsed."""
     return parse(tiny(**overrides))
+
+
+@functools.cache
+def _compiled(experiment: Experiment, mesh: Mesh) -> Any:
+    with contextlib.closing(make_iterator(experiment)[0]) as iterator:
+        return compile_step(experiment, mesh, put_batch(next(iterator), mesh))
+
+
+def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None) -> Any:
+    """``compile_step``, once for all experiments that the same program serves."""
+    # These change no shape and no number; the mesh is an argument of its own.
+    same = {"mesh": MeshConfig(), "checkpoint_every": 0, "log_every": 1, "num_workers": 0}
+    return _compiled(dataclasses.replace(experiment, **same), mesh)
+
+
+@contextlib.contextmanager
+def runs_share_programs() -> Iterator[None]:
+    """Training runs in this context compile once, and under the promotion that optax needs."""
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(loop, "compile_step", compiled)
+        yield

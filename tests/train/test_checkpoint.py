@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import jax
@@ -12,16 +13,16 @@ from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import init_state, put_batch
-from tests.helpers.experiments import tiny_experiment
+from tests.helpers.experiments import compiled, runs_share_programs, tiny_experiment
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    with jax.numpy_dtype_promotion("standard"):
-        loop.train(tiny_experiment(steps=3), workdir)
+    with runs_share_programs():
+        loop.train(tiny_experiment(), workdir)
     return workdir
 
 
@@ -50,23 +51,23 @@ def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
 )
 def test_a_checkpoint_of_another_config_is_refused_by_the_field_that_differs(run, change, field):
     with pytest.raises(UserError, match=f"is of another config: {field}; restore the old value"):
-        resume(run, tiny_experiment(steps=3, **change))
+        resume(run, tiny_experiment(**change))
 
 
 def test_what_changes_no_result_may_change(run):
     change = {"checkpoint_every": 1, "keep_checkpoints": 5, "log_every": 1, "num_workers": 0}
-    found = resume(run, tiny_experiment(steps=3, **change, **{"mesh.fsdp": 4, "eval.samples": 1}))
-    assert int(found.state.step) == 3
+    found = resume(run, tiny_experiment(**change, **{"mesh.fsdp": 4, "eval.samples": 1}))
+    assert int(found.state.step) == 6
 
 
 def test_a_flipped_bit_is_found_and_its_array_named(run, tmp_path):
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    meta = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
+    meta = tmp_path / "checkpoints" / "6" / "meta" / "metadata"
     text = meta.read_text()
     at = text.index('"digest": "', text.index("decoder/embedding")) + len('"digest": "')
     meta.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
     with pytest.raises(UserError, match="is damaged: decoder/embedding is not what was saved"):
-        resume(tmp_path, tiny_experiment(steps=3))
+        resume(tmp_path, tiny_experiment())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
@@ -96,30 +97,29 @@ def test_the_digest_is_the_same_on_every_mesh():
 @pytest.mark.parametrize("item", ["params", "train", "data", "meta"])
 def test_a_missing_item_is_one_sentence_with_the_path(run, item, tmp_path):
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    shutil.rmtree(tmp_path / "checkpoints" / "3" / item)
-    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read") as error:
-        resume(tmp_path, tiny_experiment(steps=3))
+    shutil.rmtree(tmp_path / "checkpoints" / "6" / item)
+    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read") as error:
+        resume(tmp_path, tiny_experiment())
     assert "\n" not in str(error.value)
 
 
 def test_a_cut_off_file_is_one_sentence_with_the_path(run, tmp_path):
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    files = (tmp_path / "checkpoints" / "3" / "params").rglob("*")
-    largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"checkpoints/3 cannot be read"):
-        resume(tmp_path, tiny_experiment(steps=3))
+    parts = [file for file in (tmp_path / "checkpoints" / "6" / "params").rglob("d/*") if file.is_file()]
+    assert parts
+    for part in parts:
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read"):
+        resume(tmp_path, tiny_experiment())
 
 
-def _rewrite(run, to, change):
-    """Copy the checkpoint with other arrays under the same description."""
-    experiment = tiny_experiment(steps=3)
-    mesh = make_mesh(experiment.mesh)
-    state = init_state(experiment, mesh)
+def _rewrite(to, change):
+    """A checkpoint of the same config with other arrays."""
+    experiment = tiny_experiment()
+    state = init_state(experiment, make_mesh(experiment.mesh))
     iterator, fingerprint = make_iterator(experiment)
     with checkpoint.open_manager(to, 2) as manager:
-        params = change(state.params)
-        state = type(state)(jnp.asarray(3, jnp.int32), params, state.opt_state)
+        state = dataclasses.replace(state, step=jnp.asarray(6, jnp.int32), params=change(state.params))
         checkpoint.save(manager, state, iterator, experiment, fingerprint, build_tokenizer(), [])
     iterator.close()
 
@@ -134,10 +134,10 @@ def _rewrite(run, to, change):
     ],
     ids=["dtype", "shape", "missing", "extra"],
 )
-def test_arrays_that_are_not_the_models_are_named(run, change, sentence, tmp_path):
-    _rewrite(run, tmp_path, change)
+def test_arrays_that_are_not_the_models_are_named(change, sentence, tmp_path):
+    _rewrite(tmp_path, change)
     with pytest.raises(UserError, match=sentence):
-        resume(tmp_path, tiny_experiment(steps=3))
+        resume(tmp_path, tiny_experiment())
 
 
 def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
@@ -145,7 +145,7 @@ def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
     mesh = make_mesh(experiment.mesh)
     iterator, fingerprint = make_iterator(experiment)
     batch = put_batch(next(iterator), mesh)
-    step_once = loop.compile_step(experiment, mesh, batch)
+    step_once = compiled(experiment, mesh)
     state = init_state(experiment, mesh)
     with checkpoint.open_manager(tmp_path, 9) as manager:
         for _ in range(3):
@@ -169,13 +169,13 @@ def test_inference_needs_a_checkpoint(tmp_path):
 
 
 def test_the_data_goes_on_where_it_was(run):
-    experiment = tiny_experiment(steps=3)
+    experiment = tiny_experiment()
     iterator, fingerprint = make_iterator(experiment)
-    fresh = [next(iterator) for _ in range(5)]
+    fresh = [next(iterator) for _ in range(8)]
     iterator.close()
     iterator, _ = make_iterator(experiment)
     with checkpoint.open_manager(run) as manager:
         checkpoint.restore(manager, experiment, make_mesh(experiment.mesh), iterator, fingerprint)
-    for expected in fresh[3:]:
+    for expected in fresh[6:]:
         jax.tree.map(np.testing.assert_array_equal, next(iterator), expected)
     iterator.close()

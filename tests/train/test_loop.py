@@ -1,11 +1,13 @@
 """Law 7: N steps, a stop and M steps end in the same bits as N + M steps."""
 
-import functools
+import contextlib
+import dataclasses
 import json
 import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,10 +16,10 @@ from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.checkpoint import load_for_inference
 from gaze_jax.train.pipeline import make_iterator
-from gaze_jax.train.step import compile_step, init_state, put_batch
-from tests.helpers.experiments import tiny_experiment
+from gaze_jax.train.step import init_state, put_batch, shardings_of
+from tests.helpers.experiments import compiled, runs_share_programs, tiny_experiment
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
 
 def content(workdir):
@@ -29,24 +31,14 @@ def content(workdir):
     return step, meta["leaves"], position.read_text(), (workdir / "metrics.jsonl").read_bytes()
 
 
-@functools.cache
-def _compile(experiment, mesh):
-    iterator, _ = make_iterator(experiment)
-    batch = put_batch(next(iterator), mesh)
-    iterator.close()
-    return compile_step(experiment, mesh, batch)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """One program for all runs of one experiment: compiling takes most of these tests' time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_step", lambda experiment, mesh, batch: _compile(experiment, mesh))
+def shared_programs():
+    with runs_share_programs():
         yield
 
 
-def stop_after(monkeypatch, steps):
-    """SIGTERM in the course of step number ``steps``."""
+def during_step(monkeypatch, number, act):
+    """Call ``act(state)``, which returns a state, before step ``number`` of a run."""
     compiled = loop.compile_step
 
     def compile_and_count(*args):
@@ -55,32 +47,40 @@ def stop_after(monkeypatch, steps):
         def counted(state, batch):
             nonlocal done
             done += 1
-            if done == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step_once(state, batch)
+            return step_once(act(state) if done == number else state, batch)
 
         return counted
 
     monkeypatch.setattr(loop, "compile_step", compile_and_count)
 
 
+def terminate(state):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return state
+
+
+def spoil(state):
+    """A parameter becomes NaN, as after a bad update."""
+    params = state.params | {"newline": state.params["newline"].at[3].set(jnp.nan)}
+    return dataclasses.replace(state, params=jax.device_put(params, shardings_of(state.params)))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, compiled_once):
+def whole(tmp_path_factory):
     """An uninterrupted run on a mesh of 8 devices."""
     workdir = tmp_path_factory.mktemp("whole")
-    with jax.numpy_dtype_promotion("standard"):
-        assert loop.train(tiny_experiment(**{"mesh.fsdp": 2}), workdir)
+    assert loop.train(tiny_experiment(), workdir)
     return workdir
 
 
 @pytest.mark.parametrize("stops", [(3,), (2, 1)], ids=str)
 def test_a_run_stopped_by_sigterm_ends_in_the_same_bits(whole, stops, tmp_path, monkeypatch, capsys):
     # Stops at steps 3, and 2 and 3: in the middle of a row of metrics.jsonl and at the end of one.
-    experiment = tiny_experiment(**{"mesh.fsdp": 2})
+    experiment = tiny_experiment()
     before = signal.getsignal(signal.SIGTERM)
     for steps in stops:
         with monkeypatch.context() as patch:
-            stop_after(patch, steps)
+            during_step(patch, steps, terminate)
             assert not loop.train(experiment, tmp_path)
         assert "Stopped by SIGTERM" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == before
@@ -91,13 +91,13 @@ def test_a_run_stopped_by_sigterm_ends_in_the_same_bits(whole, stops, tmp_path, 
 
 def test_a_finished_run_is_left_alone(whole, capsys):
     before = content(whole)
-    assert loop.train(tiny_experiment(**{"mesh.fsdp": 2}), whole)
+    assert loop.train(tiny_experiment(), whole)
     assert "from step 6" in capsys.readouterr().out
     assert content(whole) == before
 
 
 def test_workers_of_the_pipeline_change_nothing(whole, tmp_path):
-    assert loop.train(tiny_experiment(**{"mesh.fsdp": 2}, num_workers=1), tmp_path)
+    assert loop.train(tiny_experiment(num_workers=1), tmp_path)
     assert content(tmp_path)[1] == content(whole)[1]
 
 
@@ -120,31 +120,28 @@ def test_another_mesh_restores_the_same_values(whole):
         found = checkpoint.restore(manager, experiment, mesh, iterator, fingerprint)
     iterator.close()
     kernel = found.state.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert len({shard.index for shard in kernel.addressable_shards}) == 8
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 8, 48)}
     jax.tree.map(np.testing.assert_array_equal, found.state.params, one.params)
     assert one.step == 6
     assert one.tokenizer.decode(one.tokenizer.encode("Where is the only 7?")[0]) == "Where is the only 7?"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
-    experiment = tiny_experiment(**{"optimizer.learning_rate": 1e38, "checkpoint_every": 1})
-    with pytest.raises(UserError, match=r"stopped at step \d: .* is (nan|inf)"):
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
+    experiment = tiny_experiment(checkpoint_every=1)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"stopped at step 4: .* is nan"):
+        during_step(patch, 4, spoil)
         loop.train(experiment, tmp_path)
-    with checkpoint.open_manager(tmp_path) as manager:
-        step = manager.latest_step()
-    if step is not None:
-        params = load_for_inference(tmp_path, make_mesh(MeshConfig(data=1), jax.devices()[:1])).params
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-        assert step < experiment.steps
+    trained = load_for_inference(tmp_path, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    assert trained.step == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.params))
+    assert loop.train(experiment, tmp_path)
 
 
-def test_a_batch_of_another_shape_is_refused_rather_than_compiled(tmp_path):
+def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     experiment = tiny_experiment()
     mesh = make_mesh(experiment.mesh)
-    iterator, _ = make_iterator(experiment)
-    batch = put_batch(next(iterator), mesh)
-    iterator.close()
-    step_once = _compile(experiment, mesh)
+    with contextlib.closing(make_iterator(experiment)[0]) as iterator:
+        batch = put_batch(next(iterator), mesh)
     batch["tokens"] = batch["tokens"][:, :-1]
     with pytest.raises(ValueError, match="Batch field tokens is int32"):
-        step_once(init_state(experiment, mesh), batch)
+        compiled(experiment, mesh)(init_state(experiment, mesh), batch)

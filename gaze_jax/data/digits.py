@@ -58,7 +58,13 @@ class DigitsConfig:
             (self.jitter >= 0, "jitter", "0 or more"),
             (self.glyph + 2 * self.jitter <= self.cell, "jitter", f"at most {(self.cell - self.glyph) // 2}"),
             (self.background in KINDS, "background", f"one of {KINDS}"),
-            (min(self.families) >= 0 and sum(self.families) > 0, "families", "weights with a positive sum"),
+            (
+                len(self.families) == len(FAMILIES)
+                and all(0 <= weight < float("inf") for weight in self.families)
+                and sum(self.families) > 0,
+                "families",
+                f"finite weights of {FAMILIES} with a positive sum",
+            ),
             (1 <= self.reads_per_sample <= self.rows * self.cols, "reads_per_sample", "1 to rows * cols"),
             (self.train_scenes >= 1, "train_scenes", "at least 1"),
             (0 < self.test_fraction < 1, "test_fraction", "between 0 and 1"),

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from gaze_jax.errors import UserError
 
@@ -14,7 +15,7 @@ MAX_PIXELS = 100_000_000
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Decode an image file to uint8 [height, width, 3]; the first frame if it is animated.
+    """Decode an image file to upright uint8 [height, width, 3]; the first frame if it is animated.
 
     Raises:
       UserError: the path is a URL, or the file is missing, empty, not of :data:`FORMATS`, larger than
@@ -35,13 +36,22 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
                     f"Image {name!r} has {width}x{height} pixels, more than the limit of {MAX_PIXELS}; "
                     "make it smaller."
                 )
-            return np.asarray(image.convert("RGB"))
+            if image.mode.startswith("I"):  # 16 bits: convert() would clip and not scale
+                grey = np.clip(np.asarray(image, np.int64) >> 8, 0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
+            # Cameras store the picture as the sensor lay and note how to turn it.
+            return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    except UserError:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"Image {name!r} has more pixels than the limit of {MAX_PIXELS}; make it smaller."
+        ) from error
     except PIL.UnidentifiedImageError as error:
         raise UserError(f"Image {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
     except (
         OSError,
         SyntaxError,
-        PIL.Image.DecompressionBombError,
-        PIL.Image.DecompressionBombWarning,
+        ValueError,
     ) as error:
         raise UserError(f"Image {name!r} cannot be decoded ({error}); the file is damaged.") from error

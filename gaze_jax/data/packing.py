@@ -19,7 +19,8 @@ def _check(arrays: Arrays, position: int) -> int:
     """Tower tokens of an unpadded sample; raise if it is anything else."""
     used = int((arrays["visual_src"] >= 0).sum())
     unpadded = (arrays["region_segment"] == 0).all() and (arrays["dense_segment"] == 0).all()
-    if not unpadded or used != arrays["visual_src"].max(initial=-1) + 1:
+    units = arrays["visual_unit"].max(initial=-1) + 1
+    if not unpadded or used != arrays["visual_src"].max(initial=-1) + 1 or units != len(arrays["images"]):
         raise ValueError(
             f"Sample {position} of the pack is padded or packed already; pack what process() returns and "
             "pad the row afterwards."

@@ -31,8 +31,10 @@ Tree = Any
 FORMAT = 1
 FOLDER = "checkpoints"
 
-MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "num_workers", "eval")
-"""Fields of an experiment that a resumed run may set anew: they change where and when, not what."""
+MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "eval")
+"""Fields of an experiment that a resumed run may set anew: they change where and when, not what.
+
+``num_workers`` would be one, but grain's iterator can be restored with the same number only."""
 
 
 def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> ocp.CheckpointManager:

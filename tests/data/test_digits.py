@@ -434,3 +434,21 @@ def test_the_extremes_of_a_config_are_drawn(change):
     sample = make_sample(config, 0, "train", 0)
     assert sample.images[0].shape == (config.image_size, config.image_size, 3)
     assert config.image_size == config.rows * config.cell
+
+
+@pytest.mark.parametrize("families", [(), (1.0,), (1.0, 1.0, 1.0, 1.0), (1.0, float("inf"), 0.0)])
+def test_families_are_three_finite_weights(families):
+    with pytest.raises(ValueError, match=r"^data\.families of "):
+        DigitsConfig(families=families)
+
+
+def test_few_digits_is_the_share_of_training_scenes_with_three_or_fewer():
+    def kinds(split, few):
+        config = DigitsConfig(few_digits=few)
+        answers = [make_sample(config, 0, split, i, "transcribe").parts[-1].text for i in range(60)]
+        return np.array([len(set(re.findall(r" (\d)", answer))) for answer in answers])
+
+    assert (kinds("train", 1.0) <= 3).all()
+    assert (kinds("train", 0.0) > 3).all()
+    assert 15 < (kinds("train", 0.5) <= 3).sum() < 45
+    assert (kinds("test", 1.0) > 3).all()

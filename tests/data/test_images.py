@@ -150,3 +150,23 @@ def test_a_decompression_bomb_is_refused(side, tmp_path):
     file.write_bytes(png(side, side))
     assert side**2 > images.MAX_PIXELS
     refuse(file, "pixels")
+
+
+def test_a_damaged_header_is_the_users_to_mend(tmp_path):
+    data = bytearray(write(tmp_path / "picture", picture(), "PNG").read_bytes())
+    data[8:12] = (5).to_bytes(4, "big")  # length of IHDR
+    (tmp_path / "picture").write_bytes(data)
+    refuse(tmp_path / "picture", "damaged")
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    grey = np.array([[0, 0x4000], [0x8000, 0xFFFF]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png")[..., 0].tolist() == [[0, 0x40], [0x80, 0xFF]]
+
+
+def test_a_photograph_is_turned_the_way_its_camera_was(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned clockwise by 90 degrees
+    Image.fromarray(picture()).save(tmp_path / "phone.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "phone.png"), np.rot90(picture(), -1))

@@ -137,3 +137,10 @@ def test_packed_rows_are_refused():
 def test_nothing_cannot_be_packed():
     with pytest.raises(ValueError, match="Nothing to pack"):
         pack([])
+
+
+def test_a_sample_padded_in_its_units_alone_is_refused():
+    one = make(1, 1)
+    padded = pad_to(one, regions=len(one["visual_src"]), dense=len(one["tokens"]), units=2)
+    with pytest.raises(ValueError, match="padded"):
+        pack([padded, make(2, 1)])

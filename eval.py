@@ -15,8 +15,10 @@ _SAMPLES = flags.DEFINE_integer("samples", None, "Questions of each family; defa
 
 def main() -> None:
     """Print the table and write eval.json and the picture."""
-    if _SAMPLES.value is not None and _SAMPLES.value < 1:
-        raise UserError(f"--samples={_SAMPLES.value} must be at least 1.")
+    if _SAMPLES.value is not None and _SAMPLES.value < 2:
+        raise UserError(
+            f"--samples={_SAMPLES.value} must be at least 2: one half chooses the layer to report."
+        )
     run(_WORKDIR.value, _SAMPLES.value)
 
 

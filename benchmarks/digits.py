@@ -9,6 +9,7 @@ A run that is finished is not repeated and one that was stopped goes on, so the 
 import datetime
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -40,23 +41,22 @@ def device_name() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
-    import os
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"
 
 
 def train(arm: str, seed: int) -> dict[str, Any]:
-    """One run of ``train.py``; its evaluation and, if it was not there before, the seconds it took."""
+    """One run of ``train.py``: its evaluation, the seconds it took and the processor cores it had."""
     workdir = _ROOT / _WORKDIR.value / f"{arm}-{seed}"
-    report, clock = workdir / "eval.json", workdir / "seconds.json"
+    report, clock = workdir / "eval.json", workdir / "clock.json"
     if not report.exists():
         command = [sys.executable, "train.py", f"--config={_CONFIG.value}", f"--workdir={workdir}"]
         begun = datetime.datetime.now()
         subprocess.run([*command, f"--config.arm={arm}", f"--config.seed={seed}"], cwd=_ROOT, check=True)
-        clock.write_text(json.dumps((datetime.datetime.now() - begun).total_seconds()))
-    return json.loads(report.read_text()) | {"seconds": json.loads(clock.read_text())}
+        seconds = (datetime.datetime.now() - begun).total_seconds()
+        clock.write_text(json.dumps({"seconds": seconds, "cores": len(os.sched_getaffinity(0))}))
+    return json.loads(report.read_text()) | json.loads(clock.read_text())
 
 
 def summary(values: Iterable[float]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def gather(reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     arms = {}
     for arm, runs in reports.items():
         ways = [way for way in ("gaze", "dense", "random_routing") if way in runs[0]]
-        arms[arm] = {"seconds": summary(run["seconds"] for run in runs)}
+        arms[arm] = {name: [run[name] for run in runs] for name in ("seconds", "cores")}
         for way in ways:
             section = runs[0][way]
             numbers = {
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n")
     for arm, sections in arms.items():
         for way, numbers in sections.items():
-            if way != "seconds":
+            if way not in ("seconds", "cores"):
                 found = {k: v for k, v in numbers.items() if isinstance(v, dict)}
                 cells = (
                     f"{k} {v['mean']:.3f} [{v['ci'][0]:.3f}, {v['ci'][1]:.3f}]" for k, v in found.items()

@@ -91,7 +91,7 @@ def target_regions(boxes: np.ndarray, layout: VisualLayout) -> np.ndarray:
     return np.where(per_region.max(axis=-1) > 0, per_region.argmax(axis=-1), -1)
 
 
-def routing_hits(selected: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def routing_hits(selected: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whether the query that emits a token had the token's region in its selection, per layer.
 
     Args:
@@ -99,26 +99,29 @@ def routing_hits(selected: np.ndarray, targets: np.ndarray) -> np.ndarray:
       targets: int [N, A] from :func:`target_regions`; -1 is not counted.
 
     Returns:
-      float [L, N]: mean over heads and counted tokens of each sample; NaN for a sample without any.
+      float [L, N], hits of each sample (a mean over heads, summed over its counted tokens), and int [N],
+      the counted tokens.
     """
     at = np.maximum(targets, 0).T[:, None, :, None, None]
     hit = np.take_along_axis(selected, at, axis=-1)[..., 0].mean(axis=-1)  # [A, L, N]
-    counted = (targets >= 0).T[:, None, :]
-    total = np.where(counted, hit, 0.0).sum(axis=0)
-    count = counted.sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    counted = targets >= 0
+    return np.where(counted.T[:, None, :], hit, 0.0).sum(axis=0), counted.sum(axis=1)
 
 
-def best_layer(hits: np.ndarray) -> dict[str, float | int | list[float]]:
+def best_layer(hits: np.ndarray, counts: np.ndarray) -> dict[str, float | int | list[float]]:
     """Choose the layer on the even samples, report it on the odd ones.
 
     Args:
-      hits: float [L, N] from :func:`routing_hits`.
+      hits, counts: [L, N] and [N] from :func:`routing_hits`; N is at least 2.
 
     Returns:
-      "best": the chosen layer's share of hits on the held-out half; "layer": its index; "per_layer":
-      all layers on that half.
+      "best": the chosen layer's share of hits among the counted tokens of the held-out half; "layer": its
+      index; "per_layer": the share of every layer on that half.
     """
-    chosen = int(np.nanargmax(np.nanmean(hits[:, ::2], axis=1)))
-    held_out = np.nanmean(hits[:, 1::2] if hits.shape[1] > 1 else hits, axis=1)
+
+    def share(half: slice) -> np.ndarray:
+        return hits[:, half].sum(axis=1) / counts[half].sum()
+
+    chosen = int(np.argmax(share(slice(0, None, 2))))
+    held_out = share(slice(1, None, 2))
     return {"best": float(held_out[chosen]), "layer": chosen, "per_layer": [float(h) for h in held_out]}

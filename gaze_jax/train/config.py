@@ -132,9 +132,9 @@ def resolve(experiment: Experiment) -> Experiment:
     for name in ("steps", "batch_size", "keep_checkpoints", "log_every"):
         value = getattr(experiment, name)
         require(value >= 1, f"{name}={value} must be at least 1.")
-    for name in ("samples", "batch_size"):
+    for name, least in (("samples", 2), ("batch_size", 1)):
         value = getattr(experiment.eval, name)
-        require(value >= 1, f"eval.{name}={value} must be at least 1.")
+        require(value >= least, f"eval.{name}={value} must be at least {least}.")
     for name in ("checkpoint_every", "num_workers", "seed"):
         value = getattr(experiment, name)
         require(value >= 0, f"{name}={value} must not be negative.")

@@ -71,19 +71,20 @@ def test_hits_are_a_mean_over_heads_and_counted_tokens():
     selected[1, 0, 0, 0, 2] = True  # one at the second
     selected[2, 0, 0] = True  # not counted
     selected[1, 1, 0, 1, 2] = True
-    hits = routing_hits(selected, targets)
-    np.testing.assert_allclose(hits[:, 0], [0.75, 0.25])
-    assert np.isnan(hits[:, 1]).all()
+    hits, counts = routing_hits(selected, targets)
+    np.testing.assert_allclose(hits, [[1.5, 0.0], [0.5, 0.0]])
+    assert counts.tolist() == [2, 0]
 
 
 def test_random_selections_hit_as_often_as_their_share():
     rng = np.random.default_rng(0)
     selected = rng.permuted(np.tile(np.arange(16) < 2, (10, 3, 200, 4, 1)), axis=-1)
-    hits = routing_hits(selected, rng.integers(16, size=(200, 10)))
-    np.testing.assert_allclose(hits.mean(axis=1), 2 / 16, atol=4 * (0.11 / 8000) ** 0.5)
+    hits, counts = routing_hits(selected, rng.integers(16, size=(200, 10)))
+    np.testing.assert_allclose(hits.sum(axis=1) / counts.sum(), 2 / 16, atol=4 * (0.11 / 8000) ** 0.5)
 
 
 def test_the_best_layer_is_chosen_on_one_half_and_reported_on_the_other():
-    # Layer 0 is luckier on the half that chooses, layer 1 on the half that reports.
-    hits = np.array([[0.9, 0.1, 0.9, 0.1], [0.5, 0.5, 0.5, 0.5]])
-    assert best_layer(hits) == {"best": 0.1, "layer": 0, "per_layer": [0.1, 0.5]}
+    # Layer 0 is luckier on the half that chooses, layer 1 on the half that reports; every token counts once.
+    hits = np.array([[9.0, 0.0, 0.9, 0.2], [5.0, 0.0, 0.5, 0.6]])
+    counts = np.array([10, 1, 1, 1])
+    assert best_layer(hits, counts) == {"best": 0.1, "layer": 0, "per_layer": [0.1, 0.3]}

@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_field_that_differs(run
 
 def test_what_changes_no_result_may_change(run):
     change = {"checkpoint_every": 1, "keep_checkpoints": 5, "log_every": 1}
-    found = resume(run, tiny_experiment(**change, **{"mesh.fsdp": 4, "eval.samples": 1}))
+    found = resume(run, tiny_experiment(**change, **{"mesh.fsdp": 4, "eval.samples": 2}))
     assert int(found.state.step) == 6
 
 

@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 
 def main() -> None:
     """Train and, on one process, evaluate."""
-    finished = train(parse(_CONFIG.value), _WORKDIR.value)
+    finished = train(parse(cli.config_of(_CONFIG)), _WORKDIR.value)
     if finished and jax.process_count() == 1:
         run(_WORKDIR.value)
 

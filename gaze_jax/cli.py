@@ -1,24 +1,44 @@
 """What all doors share: flags in, exit status out, and one sentence for what the user can mend."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from gaze_jax.errors import UserError
 
 
+def _unloadable(path: str) -> str:
+    return (
+        f"--config={path} cannot be loaded; give a Python file with a get_config() function, such as "
+        "configs/digits.py."
+    )
+
+
+def _sentence(error: Exception, argv: Sequence[str]) -> str:
+    """What absl and ml_collections raise for a flag, on one line."""
+    if isinstance(error, OSError):  # an override needs the config that it changes
+        return _unloadable(next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), ""))
+    message = " ".join(str(error.args[0] if error.args else error).split())
+    if isinstance(error, AttributeError | KeyError):
+        overrides = [arg.split("=")[0] for arg in argv if arg.startswith("--config.")]
+        close = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
+        hint = f"{close[2]!r} does not exist, did you mean {close[1]!r}?" if close else message
+        return f"Unknown config key in {', '.join(overrides)}: {hint}"
+    return message
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with config overrides that fit no field turned into a sentence."""
+    """absl's parser, with whatever is wrong with a flag as a sentence."""
     try:
         return flags.FLAGS(list(argv))
-    except flags.Error as error:
-        message = str(error)
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        # What ml_collections raises for an unknown or ill-typed --config.field=value, or a missing file.
-        message = str(error.args[0] if error.args else error)
-    sys.exit(f"{os.path.basename(argv[0])}: {' '.join(message.split())}")
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        print(f"{os.path.basename(argv[0])}: {_sentence(error, argv)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run_door(main: Callable[[], None]) -> None:
@@ -42,3 +62,15 @@ def run_door(main: Callable[[], None]) -> None:
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+    """The value of a ``config_flags.DEFINE_config_file`` flag.
+
+    Raises:
+      UserError: the file does not exist or has no ``get_config``.
+    """
+    try:
+        return holder.value
+    except (OSError, AttributeError) as error:
+        raise UserError(_unloadable(config_flags.get_config_filename(flags.FLAGS[holder.name]))) from error

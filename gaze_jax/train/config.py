@@ -84,7 +84,14 @@ def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     Raises:
       UserError: an unknown or missing key, or a value of another type.
     """
-    return ml_collections.ConfigDict(to_dict(_read(config)))
+
+    def overridable(value: Any) -> Any:
+        # A flag can set a tuple, but not a list.
+        if isinstance(value, dict):
+            return {name: overridable(inner) for name, inner in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ml_collections.ConfigDict(overridable(to_dict(_read(config))))
 
 
 def parse(config: Mapping[str, Any]) -> Experiment:

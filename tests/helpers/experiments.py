@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ import ml_collections
 import pytest
 from jax.sharding import Mesh
 
-from gaze_jax.parallel.mesh import MeshConfig
-from gaze_jax.train import loop
+from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.config import Experiment, complete, parse
 from gaze_jax.train.pipeline import make_iterator
-from gaze_jax.train.step import compile_step, put_batch
+from gaze_jax.train.step import compile_step, init_state, put_batch
 
 
 def tiny(**overrides: Any) -> ml_collections.ConfigDict:
@@ -82,3 +84,11 @@ def runs_share_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(loop, "compile_step", compiled)
         yield
+
+
+def save_untrained(experiment: Experiment, workdir: Path) -> None:
+    """A checkpoint of step 0: what reads checkpoints needs no training."""
+    iterator, fingerprint = make_iterator(experiment)
+    with contextlib.closing(iterator), checkpoint.open_manager(workdir, 1) as manager:
+        state = init_state(experiment, make_mesh(experiment.mesh))
+        checkpoint.save(manager, state, iterator, experiment, fingerprint, build_tokenizer(), [])

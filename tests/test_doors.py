@@ -1,5 +1,6 @@
 """The doors as a user has them: processes, exit statuses, and what is left when one is killed."""
 
+import functools
 import json
 import os
 import signal
@@ -16,20 +17,26 @@ from PIL import Image
 from gaze_jax.train import checkpoint
 from tests.helpers.experiments import save_untrained, tiny_experiment
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("doors")]
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "--config=tests/helpers/tiny_config.py"
 ONE_DEVICE = "--config.mesh.fsdp=1"
 
 
-def start(door, *flags, cache=None):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    if cache:  # the processes of one test compile the same program
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts a door with flags; all that it starts share one cache of compiled programs."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return functools.partial(_start, environment)
+
+
+def _start(environment, door, *flags):
     return subprocess.Popen(
         [sys.executable, door, *map(str, flags)],
         cwd=ROOT,
@@ -62,30 +69,29 @@ def content(workdir):
     return step, leaves, [file.read_bytes() for file in files]
 
 
-def test_a_run_killed_three_times_ends_in_the_same_bits(tmp_path):
+def test_a_run_killed_three_times_ends_in_the_same_bits(start, tmp_path):
     # Rows and checkpoints fall on different steps, so that a kill leaves rows behind its checkpoint.
     flags = [CONFIG, ONE_DEVICE, "--config.steps=60", "--config.checkpoint_every=6", "--config.log_every=4"]
     flags.append("--config.eval.samples=2")
-    cache = tmp_path / "cache"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    out, _ = finish(start("train.py", *flags, f"--workdir={whole}", cache=cache))
+    out, _ = finish(start("train.py", *flags, f"--workdir={whole}"))
     assert "step 60/60" in out and "random routing" in out
 
     rng = np.random.default_rng(time.time_ns())
     moments = np.sort(rng.integers(1, 50, size=3))
     for moment in moments:
-        process = start("train.py", *flags, f"--workdir={killed}", cache=cache)
+        process = start("train.py", *flags, f"--workdir={killed}")
         while last_row(killed) < moment:
             assert process.poll() is None, process.communicate()
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    finish(start("train.py", *flags, f"--workdir={killed}", cache=cache))
+        finish(process, status=-signal.SIGKILL)
+    finish(start("train.py", *flags, f"--workdir={killed}"))
     assert content(killed) == content(whole), f"killed after steps {moments}"
 
 
-def test_sigterm_saves_and_ends_well(tmp_path):
+def test_sigterm_saves_and_ends_well(start, tmp_path):
     process = start("train.py", CONFIG, ONE_DEVICE, "--config.steps=100000", f"--workdir={tmp_path}")
     while last_row(tmp_path) < 4:
         assert process.poll() is None, process.communicate()
@@ -106,7 +112,7 @@ def run(tmp_path_factory):
     return workdir
 
 
-def test_generate_answers_and_draws(run, tmp_path):
+def test_generate_answers_and_draws(start, run, tmp_path):
     image = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
     flags = [f"--workdir={run}", f"--image={tmp_path / 'image.png'}", "--question=Where is the only 7?"]
@@ -118,7 +124,7 @@ def test_generate_answers_and_draws(run, tmp_path):
         assert sheet.format == "PNG"
 
 
-def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(run, tmp_path):
+def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(start, run, tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
     (tmp_path / "text.png").write_text("not a picture")
     ask = ["generate.py", f"--workdir={run}", "--question=Where is the only 7?"]

@@ -59,13 +59,13 @@ def train(arm: str, seed: int) -> dict[str, Any]:
     return json.loads(report.read_text()) | json.loads(clock.read_text())
 
 
-def summary(values: Iterable[float]) -> dict[str, Any]:
-    """Mean over seeds and its 95 % interval by Student's t."""
+def summary(values: Iterable[float], highest: float = 1.0) -> dict[str, Any]:
+    """Mean over seeds and its 95 % interval by Student's t, cut to what is possible: 0 to ``highest``."""
     values = list(values)
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
     half = _T[len(values) - 2] * deviation / math.sqrt(len(values))
-    return {"mean": mean, "ci": [mean - half, mean + half], "seeds": values}
+    return {"mean": mean, "ci": [max(mean - half, 0.0), min(mean + half, highest)], "seeds": values}
 
 
 def gather(reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def gather(reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 for family, value in section.items()
                 if isinstance(value, dict) and "acc" in value
             }
-            numbers["entries"] = summary(run[way]["entries"] for run in runs)
+            numbers["entries"] = summary((run[way]["entries"] for run in runs), math.inf)
             if "routing" in section:
                 numbers["routing"] = summary(run[way]["routing"]["best"] for run in runs)
                 numbers["random_routing_share"] = section["routing"]["random"]
@@ -117,7 +117,7 @@ def plot(arms: dict[str, Any], path: Path) -> None:
         for place, (_, numbers) in enumerate(bars):
             found = numbers[family]
             low, high = found["ci"]
-            axis.plot([max(low, 0.0), min(high, 1.0)], [place, place], color="0.6", lw=2, zorder=1)
+            axis.plot([low, high], [place, place], color="0.6", lw=2, zorder=1)
             axis.scatter(found["seeds"], [place] * len(found["seeds"]), s=14, color="#0085ca", zorder=2)
             axis.plot([found["mean"]] * 2, [place - 0.25, place + 0.25], color="black", lw=1.5, zorder=3)
         axis.set_title(family)

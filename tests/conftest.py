@@ -16,6 +16,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Tests compile much and run little: 6 s instead of 31 s for a training step, on one core.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already; a thread pool per worker and library on top only makes them wait.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()

@@ -1,11 +1,11 @@
 """The progressive schedule of the kept fraction."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gaze_jax.core.schedule import Schedule
-from tests.helpers.compile import quick_jit
 
 
 def test_endpoints_and_midpoint():
@@ -19,7 +19,7 @@ def test_endpoints_and_midpoint():
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule(0.0, 1.0), Schedule(0.0, 0.0), Schedule(0.3, 0.3)])
 def test_monotone_and_bounded(schedule):
     """The fraction never rises and stays in [final, 1]; progress is traced."""
-    keep = quick_jit(lambda p: schedule.keep(p, 0.1))
+    keep = jax.jit(lambda p: schedule.keep(p, 0.1))
     values = np.array([float(keep(jnp.float32(p))) for p in np.linspace(0, 1, 41)])
     assert (np.diff(values) <= 1e-7).all()
     assert values.max() <= 1 and values.min() >= 0.1 * (1 - 1e-6)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gaze_jax.core import regions, routing
-from tests.helpers.compile import quick_jit
 
 B, T, K, R, D = 2, 5, 2, 6, 16
 
@@ -81,7 +80,7 @@ def test_edge_16_the_softmax_scale_never_reaches_the_scores():
     np.testing.assert_array_equal(*masks)
 
 
-random_scores = quick_jit(routing.random_scores, static_argnums=(0, 4))
+random_scores = jax.jit(routing.random_scores, static_argnums=(0, 4))
 NAMES = {
     "sample": jnp.array([[7], [8]], jnp.int32),
     "order": jnp.arange(10, 10 + T, dtype=jnp.int32)[None] + jnp.array([[0], [3]], jnp.int32),
@@ -186,9 +185,9 @@ def test_edge_15_scores_and_indices_sharded_over_kv_heads_equal_unsharded(share)
         scores = routing.descriptor_scores(q, descriptors, share=share)
         return routing.select_indices(scores, jnp.ones_like(scores, bool), 3, 3, permutation)
 
-    expected = quick_jit(route)(q, descriptors)
+    expected = jax.jit(route)(q, descriptors)
     heads = jax.sharding.NamedSharding(mesh, jax.P(None, None, "tensor"))
     kv = jax.sharding.NamedSharding(mesh, jax.P(None, "tensor"))
-    got = quick_jit(route, out_shardings=heads)(jax.device_put(q, heads), jax.device_put(descriptors, kv))
+    got = jax.jit(route, out_shardings=heads)(jax.device_put(q, heads), jax.device_put(descriptors, kv))
     np.testing.assert_array_equal(got, expected)
     assert got.sharding.is_equivalent_to(heads, got.ndim)

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from gaze_jax.core import routing
-from tests.helpers.compile import quick_jit
 
 B, T, H, R = 2, 3, 2, 7
 FIRST = np.array([[0, 4, 8, 12, 16, 20, 24], [30, 5, 25, 10, 20, 15, 0]], np.int32)
-select_mask = quick_jit(routing.select_mask)
-select_indices = quick_jit(routing.select_indices, static_argnums=3)
+select_mask = jax.jit(routing.select_mask)
+select_indices = jax.jit(routing.select_indices, static_argnums=3)
 
 
 def by_sorting(scores, visible, top_k, first):
@@ -157,8 +156,8 @@ def test_capacity_bounds_the_budget_and_pads_with_minus_one():
 def test_top_k_is_traced_and_may_differ_per_query():
     """One compiled program serves every budget, and [B, T] budgets apply to their own query."""
     # Fresh functions: programs compiled by other tests do not count.
-    mask_of = quick_jit(lambda *args: routing.select_mask(*args))
-    indices_of = quick_jit(lambda s, v, k, p: routing.select_indices(s, v, k, R, p))
+    mask_of = jax.jit(lambda *args: routing.select_mask(*args))
+    indices_of = jax.jit(lambda s, v, k, p: routing.select_indices(s, v, k, R, p))
     scores, visible = (jnp.asarray(a) for a in _everything(1.0))
     scores, permutation = scores.astype(jnp.float32), routing.tie_permutation(jnp.asarray(FIRST))
     for top_k in range(R + 3):
@@ -195,7 +194,7 @@ def test_edge_10_no_gradient_goes_through_the_selection():
         picked = routing.select_indices(scores, visible, jnp.full((B, T), 3), 3, permutation)
         return jnp.sum(mask.astype(jnp.float32)) + jnp.sum(picked.astype(jnp.float32))
 
-    grad = quick_jit(jax.grad(loss))(scores.astype(jnp.float32) * jnp.arange(R, dtype=jnp.float32))
+    grad = jax.jit(jax.grad(loss))(scores.astype(jnp.float32) * jnp.arange(R, dtype=jnp.float32))
     assert (np.asarray(grad) == 0).all()
 
 
@@ -236,6 +235,6 @@ def test_budget_from_keep(keep, visible, expected):
 def test_budget_from_keep_is_per_query():
     """Unequal samples and queries in a batch get unequal budgets from one traced fraction."""
     seen = jnp.arange(20)[None, None] < jnp.array([[4, 8], [20, 0]])[:, :, None]
-    assert quick_jit(routing.budget_from_keep)(jnp.float32(0.5), seen).tolist() == [[2, 4], [10, 1]]
+    assert jax.jit(routing.budget_from_keep)(jnp.float32(0.5), seen).tolist() == [[2, 4], [10, 1]]
     per_sample = routing.budget_from_keep(jnp.array([[0.25], [1.0]]), seen)
     assert per_sample.tolist() == [[1, 2], [20, 1]]

@@ -12,7 +12,6 @@ import numpy as np
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Streams
 from gaze_jax.models import DUMMY, MLLM, MLLMConfig, Step
-from tests.helpers.compile import quick_jit
 from tests.helpers.streams import Newline, Row, Text, Unit, batch, sample
 
 GRID = DUMMY.vision.grid
@@ -85,7 +84,7 @@ def forward(config: MLLMConfig, route: Routing = Routing(), collect: bool = Fals
             collect=collect,
         )
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -106,7 +105,7 @@ def gradients(config: MLLMConfig) -> Any:
         frozen = params.pop("vision")
         return jax.value_and_grad(loss)(params, frozen, images, streams, top_k)
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -126,7 +125,7 @@ def prefill(config: MLLMConfig, room: int, route: Routing = Routing()) -> Any:
             method="prefill",
         )
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -147,7 +146,7 @@ def decode(config: MLLMConfig, capacity: int | None, route: Routing = Routing())
             method="decode",
         )
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 def step(order: Any, slot: int, sample_id: Any = None) -> Step:

@@ -14,7 +14,6 @@ import pytest
 from pallas_kernels import gaze_decode
 from pallas_kernels.gaze_decode import api
 from tests.helpers import cases
-from tests.helpers.compile import quick_jit
 
 
 def _call(case, implementation):
@@ -36,7 +35,7 @@ def _call(case, implementation):
 @functools.cache
 def _program(implementation):
     """One jitted function per implementation, so that equal shapes compile once for all tests."""
-    return quick_jit(lambda case: _call(case, implementation))
+    return jax.jit(lambda case: _call(case, implementation))
 
 
 def _close(got, expected, tolerance):
@@ -256,7 +255,7 @@ class DecodeSuite:
             pytest.skip(f"{self.implementation} has no batching rule")
         pair = [cases.decode(seed=seed) for seed in (0, 1)]
         both = jax.tree.map(lambda *a: jnp.stack(a), *pair)
-        got = quick_jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)
+        got = jax.jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)
         for one, case in zip(got, pair, strict=True):
             _close(one, self.run(case), 1e-6)
 

@@ -21,7 +21,6 @@ import pytest
 
 from pallas_kernels import gaze_prefill
 from tests.helpers import cases, oracle
-from tests.helpers.compile import quick_jit
 from tests.helpers.streams import Text, Unit, pack, pad, sample
 
 
@@ -47,7 +46,7 @@ def _program(implementation, gradients):
         out, pull = jax.vjp(lambda arrays: forward(case.with_arrays(arrays)), case.arrays())
         return out, pull(cotangent)[0]
 
-    return quick_jit(with_gradients if gradients else forward)
+    return jax.jit(with_gradients if gradients else forward)
 
 
 def _cotangent(case):
@@ -394,7 +393,7 @@ class PrefillSuite:
             pytest.skip(f"{self.implementation} has no batching rule")
         pair = [cases.prefill(_one_row(), seed=seed) for seed in (0, 1)]
         both = jax.tree.map(lambda *a: jnp.stack(a), *pair)
-        got = quick_jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)
+        got = jax.jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)
         for one, case in zip(got, pair, strict=True):
             _close(one, self.forward(case), 1e-6)
 

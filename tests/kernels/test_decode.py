@@ -6,7 +6,6 @@ import pytest
 
 from pallas_kernels import GazeSpec, gaze_decode
 from tests.helpers import oracle
-from tests.helpers.compile import quick_jit
 from tests.kernels.decode_suite import DecodeSuite
 
 
@@ -39,7 +38,7 @@ def test_xla_holds_only_selected_regions(share):
     heads = kv * group if share == "head" else kv
     spec = GazeSpec(scale=1.0, share=share)
     compiled = (
-        quick_jit(
+        jax.jit(
             lambda q, k, v, dk, dv, layer, indices, seen, dense_seen: gaze_decode(
                 q, (k, v), dk, dv, layer, indices, seen, dense_seen, spec=spec, implementation="xla"
             )

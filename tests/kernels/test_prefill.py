@@ -9,7 +9,6 @@ import pytest
 
 from pallas_kernels import gaze_prefill
 from tests.helpers import cases, oracle
-from tests.helpers.compile import quick_jit
 from tests.kernels.prefill_suite import PrefillSuite
 
 
@@ -98,7 +97,7 @@ def test_xla_memory_is_bounded_by_the_query_block():
     """Compiled temporaries of the gradient: a few times one block's logits, not all queries'."""
     temporary = {}
     for query_block in (64, 1024):
-        compiled = quick_jit(_gradients).lower(_large(query_block)).compile()
+        compiled = jax.jit(_gradients).lower(_large(query_block)).compile()
         temporary[query_block] = compiled.memory_analysis().temp_size_in_bytes
     logits = 4 * 4 * (64 * 16 + 32)
     assert temporary[64] < 8 * 64 * logits, temporary

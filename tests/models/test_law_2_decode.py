@@ -1,5 +1,6 @@
 """Law 2: decoding token by token with the cache equals the teacher-forced forward."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ import pytest
 from gaze_jax.core.routing import Routing
 from gaze_jax.models import DUMMY
 from tests.helpers import models
-from tests.helpers.compile import quick_jit
 from tests.helpers.streams import batch, find, pad, prefix, shuffle
 
 STEPS = 4
@@ -218,7 +218,7 @@ def test_cached_descriptors_are_means_of_the_cached_keys():
     mean = total / np.maximum(valid.sum(-1), 1)[None, :, None, :, None]
     assert cache.descriptors.shape == (3, 2, 2, 20, 8) and cache.descriptors.dtype == jnp.float32
     np.testing.assert_allclose(cache.descriptors, mean, rtol=2e-5, atol=1e-6)
-    spans = quick_jit(lambda c: (c.first, c.last))(cache)
+    spans = jax.jit(lambda c: (c.first, c.last))(cache)
     for b, row in enumerate(_prompts(rows)):
         order = row["visual_order"]
         assert np.asarray(spans[1])[b].tolist() == order.max(1).tolist()

@@ -17,7 +17,6 @@ from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, 
 from gaze_jax.models.attention import region_scores
 from pallas_kernels import GazeSpec, gaze_prefill
 from tests.helpers import cases, models
-from tests.helpers.compile import quick_jit
 from tests.helpers.streams import Text, Unit, batch, sample
 
 
@@ -136,7 +135,7 @@ def _op(spec):
     """Values of the prefill op; with share "group" the first head of each group selects for it."""
     case = cases.prefill([sample([Text(1), Unit(3, 3), Text(2)])])
     selected = case.selected if spec.share == "head" else case.selected[:, :, ::2]
-    run = quick_jit(
+    run = jax.jit(
         lambda c, s: gaze_prefill(*c.arrays(), c.queries, c.places, s, spec=spec, implementation="xla")
     )
     return np.asarray(run(case, selected))

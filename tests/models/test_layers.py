@@ -1,5 +1,6 @@
 """The parts of the model against formulas: norms, RoPE, the dense stream's embeddings, the tower."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ import pytest
 from gaze_jax.models import DUMMY, MLLM
 from gaze_jax.models.layers import LayerNorm, RMSNorm, apply_rope, rope_angles
 from tests.helpers import models
-from tests.helpers.compile import quick_jit
 from tests.helpers.streams import Newline, Text, Unit, batch, pad, sample
 
 
@@ -92,7 +92,7 @@ def test_each_kind_of_dense_token_has_its_own_embedding():
 
 
 def _encode(config):
-    return quick_jit(lambda v, x: MLLM(config).apply(v, x, method="encode"))
+    return jax.jit(lambda v, x: MLLM(config).apply(v, x, method="encode"))
 
 
 def test_the_tower_encodes_units_one_by_one_in_raster_order():

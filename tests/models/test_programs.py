@@ -12,7 +12,6 @@ import pytest
 from gaze_jax.core.routing import Routing
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
-from tests.helpers.compile import quick_jit
 from tests.helpers.streams import batch
 
 BF16 = models.changed(DUMMY, dtype="bfloat16")
@@ -106,7 +105,7 @@ def _abstract_decode(share):
 
     at = models.step([9], 7)
     args = (variables, array(1), array(1), cache, at, jnp.int32(4))
-    return quick_jit(step, donate_argnums=3).lower(*args).compile(), cache
+    return jax.jit(step, donate_argnums=3).lower(*args).compile(), cache
 
 
 @pytest.mark.parametrize("share", ["head", "group"])

@@ -15,7 +15,12 @@ from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import init_state, put_batch
 from tests.helpers.experiments import compiled, runs_share_programs, tiny_experiment
 
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
+pytestmark = [
+    pytest.mark.standard_promotion,
+    pytest.mark.xdist_group("train"),
+    # When one array cannot be read, Orbax closes its event loop on the reads of the others.
+    pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """What one training run is: a frozen description, read strictly and checked before anything starts."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from gaze_jax.config import from_dict, to_dict
+from gaze_jax.config import from_dict
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.schedule import Schedule
 from gaze_jax.data.digits import DigitsConfig
@@ -84,14 +85,22 @@ def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     Raises:
       UserError: an unknown or missing key, or a value of another type.
     """
+    return _overridable(_read(config))
 
-    def overridable(value: Any) -> Any:
-        # A flag can set a tuple, but not a list.
-        if isinstance(value, dict):
-            return {name: overridable(inner) for name, inner in value.items()}
-        return tuple(value) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(overridable(to_dict(_read(config))))
+def _overridable(config: Any) -> ml_collections.ConfigDict:
+    """A dataclass as a ``ConfigDict`` that flags can override: an empty field keeps its type."""
+    hints = typing.get_type_hints(type(config))
+    out = ml_collections.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _overridable(value)
+        elif value is None:
+            (kind,) = (hint for hint in typing.get_args(hints[field.name]) if hint is not type(None))
+            value = ml_collections.config_dict.placeholder(kind)
+        out[field.name] = value
+    return out
 
 
 def parse(config: Mapping[str, Any]) -> Experiment:

@@ -11,6 +11,10 @@ from tests.helpers.experiments import tiny
 def test_a_completed_config_has_every_field_so_that_a_flag_can_set_it():
     assert set(tiny()) == {field.name for field in dataclasses.fields(Experiment)}
     assert tiny().data.background == "texture"
+    assert tiny().model.gaze.get_type("region") is tuple
+    # An empty field knows what it may be set to.
+    assert tiny().optimizer.get_type("adam_learning_rate") is float
+    assert parse(tiny()).optimizer.adam_learning_rate is None
 
 
 def test_arms_differ_in_what_they_say_they_differ_in():

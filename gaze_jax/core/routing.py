@@ -71,7 +71,7 @@ def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
     return scores.reshape(batch, queries, heads, -1)
 
 
-def _mix(x: Array) -> Array:
+def avalanche(x: Array) -> Array:
     """Avalanche a uint32 (the finaliser of MurmurHash3): every input bit reaches every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -98,7 +98,7 @@ def random_scores(
       float32 [B, T, Hs, R], uniform in [0, 1) on a grid of 2**-24.
     """
     batch, queries = order.shape
-    state = _mix(jnp.uint32(seed & 0xFFFFFFFF) + jnp.uint32(0x9E3779B9))
+    state = avalanche(jnp.uint32(seed & 0xFFFFFFFF) + jnp.uint32(0x9E3779B9))
     names = (
         jnp.broadcast_to(sample, (batch, queries))[:, :, None, None],
         order[:, :, None, None],
@@ -107,7 +107,7 @@ def random_scores(
         region_first[:, None, None, :],
     )
     for name in names:
-        state = _mix(state ^ _mix(name.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
+        state = avalanche(state ^ avalanche(name.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     return (state >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 

@@ -36,11 +36,12 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
                     f"Image {name!r} has {width}x{height} pixels, more than the limit of {MAX_PIXELS}; "
                     "make it smaller."
                 )
-            if image.mode.startswith("I"):  # 16 bits: convert() would clip and not scale
-                grey = np.clip(np.asarray(image, np.int64) >> 8, 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
             # Cameras store the picture as the sensor lay and note how to turn it.
-            return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+            upright = PIL.ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits: convert() would clip and not scale
+                grey = np.clip(np.asarray(upright, np.int64) >> 8, 0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
+            return np.asarray(upright.convert("RGB"))
     except UserError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -49,9 +50,5 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         ) from error
     except PIL.UnidentifiedImageError as error:
         raise UserError(f"Image {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"Image {name!r} cannot be decoded ({error}); the file is damaged.") from error

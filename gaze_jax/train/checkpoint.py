@@ -19,11 +19,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from gaze_jax.config import to_dict
+from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.train.config import Experiment, parse
-from gaze_jax.train.step import TrainState, abstract_state
+from gaze_jax.train.step import TrainState, abstract_params, abstract_state
 
 Array = jax.Array
 Tree = Any
@@ -48,21 +49,14 @@ def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> oc
     return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
 
 
-def _mix(x: Array) -> Array:
-    """A bijection of uint32 that spreads every bit over all others (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
 def _digest(leaf: Array) -> Array:
     """uint32 sum of the leaf's bits, each mixed with its index: the same on every mesh."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis in range(leaf.ndim):
-        place = _mix(place ^ jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis))
-    return jnp.sum(_mix(words ^ place), dtype=jnp.uint32)
+        place = avalanche(place ^ jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis))
+    return jnp.sum(avalanche(words ^ place), dtype=jnp.uint32)
 
 
 # One program for all leaves: a CPU mesh stalls on many small collectives in flight at once.
@@ -278,6 +272,6 @@ def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
             raise UserError(f"{folder} holds no finished checkpoint; let train.py run to its first one.")
         meta = _meta(manager, step)
         experiment = parse(meta["config"])
-        abstract = {"params": abstract_state(experiment, mesh).params}
+        abstract = {"params": abstract_params(experiment.model, mesh)}
         params = _read_trees(manager, step, meta, abstract)["params"]
     return Trained(experiment, params, Tokenizer(meta["tokenizer"]), step)

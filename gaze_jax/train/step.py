@@ -59,6 +59,24 @@ def _init(experiment: Experiment, seed: Array) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def abstract_params(model: MLLMConfig, mesh: Mesh) -> Tree:
+    """Shapes, dtypes and shardings of the parameters, without computing them.
+
+    Raises:
+      UserError: the mesh does not divide a parameter.
+    """
+    boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    return _placed(nn.meta.unbox(boxed), rules.param_shardings(mesh, boxed))
+
+
+def _placed(shapes: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without computing it.
 
@@ -67,8 +85,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     shapes = jax.eval_shape(lambda seed: _init(experiment, seed), seed)
-    boxed = jax.eval_shape(lambda seed: init_variables(experiment.model, jax.random.key(seed)), seed)
-    params = rules.param_shardings(mesh, boxed)
+    params = shardings_of(abstract_params(experiment.model, mesh))
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
     whole = rules.replicated(mesh)
     # Moments live where their parameters do; counters are everywhere. Muon masks what it leaves to Adam.
@@ -81,11 +98,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     shardings: Tree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    return _placed(shapes, shardings)
 
 
 def shardings_of(abstract: Tree) -> Tree:

@@ -1,7 +1,7 @@
 """Decoder, tower and the multimodal model that joins them."""
 
 from gaze_jax.models.cache import Cache
-from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
+from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, Numerics, VisionConfig
 from gaze_jax.models.decoder import Step
 from gaze_jax.models.dummy import DUMMY, dummy
 from gaze_jax.models.mllm import MLLM
@@ -13,6 +13,7 @@ __all__ = [
     "DecoderConfig",
     "GazeConfig",
     "MLLMConfig",
+    "Numerics",
     "Step",
     "VisionConfig",
     "dummy",

@@ -4,12 +4,15 @@ Field names are the keys of a config file (``configs/*.py``) and of a checkpoint
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
 from pallas_kernels.spec import SHARES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PARAM_DTYPES = DTYPES | {"float16": jnp.float16}
+"""Parameters may also rest in float16, in which some checkpoints are published; nothing computes in it."""
 SCOPES = ("all", "unit")
 
 
@@ -146,29 +149,53 @@ class GazeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How modules compute, whatever they compute.
+
+    Attributes:
+      dtype: of activations and the KV cache; "float32" or "bfloat16".
+      param_dtype: of new parameters; "float32", "bfloat16" or "float16".
+      remat: recompute a block's activations in the backward pass.
+    """
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
+            value = getattr(self, name)
+            _require(value in known, f"{name}={value!r} must be one of {tuple(known)}.")
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """Keywords ``dtype`` and ``param_dtype`` of a module."""
+        return {"dtype": DTYPES[self.dtype], "param_dtype": PARAM_DTYPES[self.param_dtype]}
+
+
+@dataclasses.dataclass(frozen=True)
 class MLLMConfig:
     """Tower, projector, decoder and gaze of one multimodal model.
 
     Attributes:
       decoder: the language model.
-      vision: the image tower.
+      vision: the image tower; None for a language model alone, which has neither projector, newline nor
+        context tokens.
       gaze: attention over visual tokens.
-      dtype: of activations and the KV cache; "float32" or "bfloat16".
-      param_dtype: of the parameters.
-      remat: recompute a block's activations in the backward pass.
+      dtype, param_dtype, remat: see :class:`Numerics`.
     """
 
     decoder: DecoderConfig
-    vision: VisionConfig
+    vision: VisionConfig | None
     gaze: GazeConfig = GazeConfig()
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            value = getattr(self, name)
-            _require(value in DTYPES, f"{name}={value!r} must be one of {tuple(DTYPES)}.")
+        _ = self.numerics  # checks its fields
+        if self.vision is None:
+            return
         r_h, r_w = self.gaze.region
         grid = self.vision.grid
         _require(
@@ -177,3 +204,19 @@ class MLLMConfig:
             f"(image_size {self.vision.image_size} / patch_size {self.vision.patch_size}); "
             "choose a smaller region or a larger image.",
         )
+
+    @property
+    def numerics(self) -> Numerics:
+        """What the tower and the decoder have in common."""
+        return Numerics(self.dtype, self.param_dtype, self.remat)
+
+    @property
+    def tower(self) -> VisionConfig:
+        """The image tower, for who cannot do without.
+
+        Raises:
+          ValueError: this is a language model alone.
+        """
+        if self.vision is None:
+            raise ValueError("This model has no image tower (vision=None), so it cannot read images.")
+        return self.vision

@@ -31,9 +31,7 @@ class Attention(nn.Module):
     config: MLLMConfig
 
     def setup(self) -> None:
-        c = self.config.decoder
-        dtype, param_dtype = DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        c, kinds = self.config.decoder, self.config.numerics.kinds
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.q_proj = dense(heads, ("embed", "heads"), use_bias=c.qkv_bias, name="q_proj", **kinds)
         self.k_proj = dense(kv, ("embed", "kv_heads"), use_bias=c.qkv_bias, name="k_proj", **kinds)
@@ -42,8 +40,8 @@ class Attention(nn.Module):
             c.width, ("heads", "embed"), use_bias=False, ends_branch=True, name="o_proj", **kinds
         )
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.norm_eps, dtype, param_dtype)
-            self.k_norm = RMSNorm(c.norm_eps, dtype, param_dtype)
+            self.q_norm = RMSNorm(c.norm_eps, **kinds)
+            self.k_norm = RMSNorm(c.norm_eps, **kinds)
 
     def qkv(self, x: Array, angles: Angles) -> tuple[Array, Array, Array]:
         """[B, N, M] to post-RoPE queries [B, N, H, D] and keys and values [B, N, K, D]."""
@@ -70,8 +68,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, N, M] -> [B, N, M]."""
-        c = self.config.decoder
-        kinds = {"dtype": DTYPES[self.config.dtype], "param_dtype": DTYPES[self.config.param_dtype]}
+        c, kinds = self.config.decoder, self.config.numerics.kinds
         gate = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="gate_proj", **kinds)(x)
         up = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="up_proj", **kinds)(x)
         down = dense(c.width, ("mlp", "embed"), use_bias=False, ends_branch=True, name="down_proj", **kinds)
@@ -84,11 +81,10 @@ class Block(nn.Module):
     config: MLLMConfig
 
     def setup(self) -> None:
-        eps, dtype = self.config.decoder.norm_eps, DTYPES[self.config.dtype]
-        param_dtype = DTYPES[self.config.param_dtype]
-        self.input_norm = RMSNorm(eps, dtype, param_dtype)
+        eps, kinds = self.config.decoder.norm_eps, self.config.numerics.kinds
+        self.input_norm = RMSNorm(eps, **kinds)
         self.self_attn = Attention(self.config)
-        self.post_attention_norm = RMSNorm(eps, dtype, param_dtype)
+        self.post_attention_norm = RMSNorm(eps, **kinds)
         self.mlp = GatedMLP(self.config)
 
     def _around(
@@ -219,21 +215,13 @@ class Decoder(nn.Module):
     config: MLLMConfig
 
     def setup(self) -> None:
-        c, dtype = self.config.decoder, DTYPES[self.config.dtype]
-        param_dtype = DTYPES[self.config.param_dtype]
+        c, kinds = self.config.decoder, self.config.numerics.kinds
         init = logical(nn.initializers.normal(c.width**-0.5), "vocab", "embed")
-        self.embedding = self.param("embedding", init, (c.vocab_size, c.width), param_dtype)
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.width), kinds["param_dtype"])
         self.layers = Block(self.config)
-        self.norm = RMSNorm(c.norm_eps, dtype, param_dtype)
+        self.norm = RMSNorm(c.norm_eps, **kinds)
         if not c.tie_embeddings:
-            self.lm_head = dense(
-                c.vocab_size,
-                ("embed", "vocab"),
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                name="lm_head",
-            )
+            self.lm_head = dense(c.vocab_size, ("embed", "vocab"), use_bias=False, name="lm_head", **kinds)
 
     def embed(self, tokens: Array) -> Array:
         """int32 [...] token ids to [..., M]."""

@@ -29,11 +29,13 @@ class MLLM(nn.Module):
     config: MLLMConfig
 
     def setup(self) -> None:
-        c, param_dtype = self.config, DTYPES[self.config.param_dtype]
-        width = c.decoder.width
-        self.vision = VisionTower(c)
-        self.projector = Projector(c)
+        c, width = self.config, self.config.decoder.width
+        param_dtype = c.numerics.kinds["param_dtype"]
         self.decoder = Decoder(c)
+        if c.vision is None:
+            return
+        self.vision = VisionTower(c.vision, c.numerics)
+        self.projector = Projector(width, c.numerics)
         init = nn.initializers.normal(width**-0.5)
         self.newline = self.param("newline", logical(init, "norm"), (width,), param_dtype)
         if c.gaze.context_tokens:
@@ -51,6 +53,8 @@ class MLLM(nn.Module):
         dtype = DTYPES[self.config.dtype]
         is_text = (streams.kind == Kind.TEXT)[..., None]
         x = jnp.where(is_text, self.decoder.embed(jnp.where(is_text[..., 0], streams.tokens, 0)), 0)
+        if self.config.vision is None:
+            return x
         is_newline = (streams.kind == Kind.NEWLINE)[..., None]
         x = jnp.where(is_newline, self.newline.astype(dtype), x)
         if self.config.gaze.context_tokens:
@@ -59,21 +63,31 @@ class MLLM(nn.Module):
             x = jnp.where(is_context[..., None], self.context.astype(dtype)[which], x)
         return x
 
-    def _forward(
-        self, images: Array, streams: Streams, sample_id: Array | None, **options: Any
-    ) -> tuple[Array, dict[str, Array]]:
+    def _embed_visual(self, images: Array | None, streams: Streams) -> Array:
+        """Tower output in region-major order, [B, R * P, M]; a model without a tower has none."""
         batch, regions, slots = streams.visual_src.shape
+        width = self.config.decoder.width
+        if self.config.vision is None or images is None:
+            if regions * slots:
+                raise ValueError("The batch has visual tokens but there is no image, or no tower to read it.")
+            return jnp.zeros((batch, 0, width), DTYPES[self.config.dtype])
         visual = to_regions(self.encode(images), streams.visual_src)
-        visual = visual.reshape(batch, regions * slots, visual.shape[-1])
+        return visual.reshape(batch, regions * slots, width)
+
+    def _forward(
+        self, images: Array | None, streams: Streams, sample_id: Array | None, **options: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        visual = self._embed_visual(images, streams)
+        batch, size = visual.shape[:2]
         x = jnp.concatenate([visual, self._embed_dense(streams)], axis=1)
         pos = jnp.concatenate([streams.visual_pos.reshape(batch, -1), streams.dense_pos], axis=1)
         plan = make_plan(streams, self.config.gaze, sample_id)
         hidden, out = self.decoder.forward(x, pos, plan, **options)
-        return hidden[:, regions * slots :], out
+        return hidden[:, size:], out
 
     def __call__(
         self,
-        images: Array,
+        images: Array | None,
         streams: Streams,
         *,
         top_k: Array | None,
@@ -85,7 +99,7 @@ class MLLM(nn.Module):
         """Teacher-forced pass.
 
         Args:
-          images: float32 [B, F, image_size, image_size, 3] in [-1, 1].
+          images: float32 [B, F, image_size, image_size, 3] in [-1, 1]; None for text alone.
           streams: the batch.
           top_k: int32 broadcastable to [L, B, S]; None is dense attention.
           route: where region scores come from.
@@ -112,7 +126,7 @@ class MLLM(nn.Module):
 
     def prefill(
         self,
-        images: Array,
+        images: Array | None,
         streams: Streams,
         *,
         room: int,

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gaze_jax.models.config import DTYPES, MLLMConfig
+from gaze_jax.models.config import Numerics, VisionConfig
 from gaze_jax.models.decoder import PER_LAYER_SCAN
 from gaze_jax.models.layers import LayerNorm, dense, logical
 
@@ -23,19 +23,18 @@ def _attend(q: Array, k: Array, v: Array) -> Array:
 class EncoderBlock(nn.Module):
     """Pre-LayerNorm self-attention over all patches of one image, and an MLP with tanh GELU."""
 
-    config: MLLMConfig
+    config: VisionConfig
+    numerics: Numerics
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, N, M] -> [B, N, M]."""
-        c = self.config.vision
-        dtype, param_dtype = DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        c, kinds = self.config, self.numerics.kinds
 
         def project(x: Array, name: str) -> Array:
             return dense(c.width, ("embed", "heads"), use_bias=True, name=name, **kinds)(x)
 
-        h = LayerNorm(c.norm_eps, dtype, param_dtype, name="layer_norm1")(x)
+        h = LayerNorm(c.norm_eps, **kinds, name="layer_norm1")(x)
         q, k, v = (
             project(h, name).reshape(*h.shape[:2], c.num_heads, c.width // c.num_heads)
             for name in ("q_proj", "k_proj", "v_proj")
@@ -44,7 +43,7 @@ class EncoderBlock(nn.Module):
         x = x + dense(c.width, ("heads", "embed"), use_bias=True, ends_branch=True, name="out_proj", **kinds)(
             h
         )
-        h = LayerNorm(c.norm_eps, dtype, param_dtype, name="layer_norm2")(x)
+        h = LayerNorm(c.norm_eps, **kinds, name="layer_norm2")(x)
         h = dense(c.mlp_dim, ("embed", "mlp"), use_bias=True, name="fc1", **kinds)(h)
         h = nn.gelu(h, approximate=True)
         return x + dense(c.width, ("mlp", "embed"), use_bias=True, ends_branch=True, name="fc2", **kinds)(h)
@@ -53,7 +52,8 @@ class EncoderBlock(nn.Module):
 class VisionTower(nn.Module):
     """Patches, learned positions, encoder blocks."""
 
-    config: MLLMConfig
+    config: VisionConfig
+    numerics: Numerics = Numerics()
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -65,50 +65,49 @@ class VisionTower(nn.Module):
         Returns:
           [B, grid * grid, M] features in raster order.
         """
-        c = self.config.vision
-        dtype, param_dtype = DTYPES[self.config.dtype], DTYPES[self.config.param_dtype]
+        c, kinds = self.config, self.numerics.kinds
+        dtype = kinds["dtype"]
         x = nn.Conv(
             c.width,
             (c.patch_size, c.patch_size),
             strides=(c.patch_size, c.patch_size),
             padding="VALID",  # a remainder at the right and bottom is dropped
-            dtype=dtype,
-            param_dtype=param_dtype,
             kernel_init=logical(nn.initializers.lecun_normal(), None, None, None, "embed"),
             bias_init=logical(nn.initializers.zeros_init(), "norm"),
             name="patch_embedding",
+            **kinds,
         )(images.astype(dtype))
         x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], c.width)
         table = self.param(
             "position_embedding",
             logical(nn.initializers.normal(c.width**-0.5), None, "embed"),
             (c.grid**2, c.width),
-            param_dtype,
+            kinds["param_dtype"],
         )
         x = x + table.astype(dtype)[None]
 
         def body(block: EncoderBlock, x: Array, _: None) -> tuple[Array, None]:
             return block(x), None
 
-        if self.config.remat:
+        if self.numerics.remat:
             body = nn.remat(body, prevent_cse=False)
         scan = nn.scan(body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN)
-        x, _ = scan(EncoderBlock(self.config, name="layers"), x, None)
+        x, _ = scan(EncoderBlock(c, self.numerics, name="layers"), x, None)
         if c.post_norm:
-            x = LayerNorm(c.norm_eps, dtype, param_dtype, name="post_layernorm")(x)
+            x = LayerNorm(c.norm_eps, **kinds, name="post_layernorm")(x)
         return x
 
 
 class Projector(nn.Module):
-    """Two linear layers with the exact GELU between them (``mlp2x_gelu``)."""
+    """Two linear layers with the exact GELU between them (``mlp2x_gelu``), into ``width`` channels."""
 
-    config: MLLMConfig
+    width: int
+    numerics: Numerics
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., vision width] -> [..., M]."""
-        width = self.config.decoder.width
-        kinds = {"dtype": DTYPES[self.config.dtype], "param_dtype": DTYPES[self.config.param_dtype]}
+        width, kinds = self.width, self.numerics.kinds
         x = dense(width, ("embed", "mlp"), use_bias=True, name="linear_1", **kinds)(x)
         return dense(width, ("mlp", "embed"), use_bias=True, name="linear_2", **kinds)(
             nn.gelu(x, approximate=False)

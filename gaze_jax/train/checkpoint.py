@@ -23,8 +23,9 @@ from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
+from gaze_jax.models.parameters import abstract_params
 from gaze_jax.train.config import Experiment, parse
-from gaze_jax.train.step import TrainState, abstract_params, abstract_state
+from gaze_jax.train.step import TrainState, abstract_state
 
 Array = jax.Array
 Tree = Any

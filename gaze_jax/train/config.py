@@ -74,9 +74,8 @@ class Experiment:
 
 def visual_layout(model: MLLMConfig) -> VisualLayout:
     """How the model turns one image into tokens."""
-    return VisualLayout(
-        model.vision.image_size, model.vision.patch_size, model.gaze.region, model.gaze.context_tokens
-    )
+    tower = model.tower
+    return VisualLayout(tower.image_size, tower.patch_size, model.gaze.region, model.gaze.context_tokens)
 
 
 def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -144,6 +143,7 @@ def resolve(experiment: Experiment) -> Experiment:
             raise UserError(message)
 
     require(experiment.arm in ARMS, f"arm={experiment.arm!r} must be one of {ARMS}.")
+    require(experiment.model.vision is not None, "model.vision is empty; training needs an image tower.")
     experiment = _apply_arm(experiment)
     for name in ("steps", "batch_size", "keep_checkpoints", "log_every"):
         value = getattr(experiment, name)
@@ -172,8 +172,8 @@ def resolve(experiment: Experiment) -> Experiment:
         )
     size = experiment.data.image_size
     require(
-        size == experiment.model.vision.image_size,
-        f"model.vision.image_size={experiment.model.vision.image_size} must be {size}, the size of a scene: "
+        size == experiment.model.tower.image_size,
+        f"model.vision.image_size={experiment.model.tower.image_size} must be {size}, the size of a scene: "
         f"data.rows={experiment.data.rows} cells of data.cell={experiment.data.cell} pixels.",
     )
     vocabulary = build_tokenizer().vocab_size

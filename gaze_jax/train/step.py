@@ -15,6 +15,7 @@ from gaze_jax.core.routing import budget_from_keep
 from gaze_jax.core.streams import IGNORE, Streams
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.attention import make_plan
+from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train.config import Experiment, visual_layout
 from gaze_jax.train.optimizer import make_optimizer
@@ -44,37 +45,10 @@ class TrainState:
     opt_state: Tree
 
 
-def init_variables(config: MLLMConfig, key: Array) -> Tree:
-    """Boxed parameters of the model; only their shapes depend on ``config``, not on any batch."""
-    size = config.vision.image_size
-    shapes = {name: (1, 1, 1) if name.startswith("visual_") else (1, 1) for name in BATCH_FIELDS}
-    fields = (field.name for field in dataclasses.fields(Streams))
-    streams = Streams(**{name: jnp.zeros(shapes[name], jnp.int32) for name in fields})
-    return MLLM(config).init(key, jnp.zeros((1, 1, size, size, 3)), streams, top_k=None)["params"]
-
-
 def _init(experiment: Experiment, seed: Array) -> TrainState:
     params = nn.meta.unbox(init_variables(experiment.model, jax.random.key(seed)))
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def abstract_params(model: MLLMConfig, mesh: Mesh) -> Tree:
-    """Shapes, dtypes and shardings of the parameters, without computing them.
-
-    Raises:
-      UserError: the mesh does not divide a parameter.
-    """
-    boxed = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
-    return _placed(nn.meta.unbox(boxed), rules.param_shardings(mesh, boxed))
-
-
-def _placed(shapes: Tree, shardings: Tree) -> Tree:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
@@ -98,7 +72,7 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     shardings: Tree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
-    return _placed(shapes, shardings)
+    return with_shardings(shapes, shardings)
 
 
 def shardings_of(abstract: Tree) -> Tree:

@@ -5,9 +5,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gaze_jax.errors import UserError
+from gaze_jax.models.parameters import init_variables
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from gaze_jax.train.step import init_variables
 from tests.helpers.experiments import tiny_experiment
 
 

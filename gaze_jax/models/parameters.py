@@ -1,0 +1,59 @@
+"""The parameters of a model before they have values: names, shapes, dtypes, where they belong."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gaze_jax.core.streams import Streams
+from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.models.mllm import MLLM
+from gaze_jax.models.vision import VisionTower
+from gaze_jax.parallel import rules
+
+Array = jax.Array
+Tree = Any
+
+
+def init_variables(config: MLLMConfig, key: Array) -> Tree:
+    """Boxed parameters of the model; only their shapes depend on ``config``, not on any batch."""
+    regions = 0 if config.vision is None else 1
+    shapes = {"visual": (1, regions, 1), "region": (1, regions)}
+    names = (field.name for field in dataclasses.fields(Streams))
+    streams = Streams(**{n: jnp.zeros(shapes.get(n.split("_")[0], (1, 1)), jnp.int32) for n in names})
+    images = None
+    if config.vision is not None:
+        images = jnp.zeros((1, 1, config.vision.image_size, config.vision.image_size, 3))
+    return MLLM(config).init(key, images, streams, top_k=None)["params"]
+
+
+def _init_tower(config: VisionConfig, key: Array) -> Tree:
+    image = jnp.zeros((1, config.image_size, config.image_size, 3))
+    return {"vision": VisionTower(config).init(key, image)["params"]}
+
+
+def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> Tree:
+    """Shapes, dtypes and shardings of the parameters, without computing them.
+
+    Args:
+      config: of a whole model, or of an image tower alone, whose tree is ``{"vision": ...}``.
+      mesh: where they will be.
+
+    Raises:
+      UserError: the mesh does not divide a parameter.
+    """
+    init = _init_tower if isinstance(config, VisionConfig) else init_variables
+    boxed = jax.eval_shape(lambda: init(config, jax.random.key(0)))  # type: ignore[arg-type]
+    return with_shardings(nn.meta.unbox(boxed), rules.param_shardings(mesh, boxed))
+
+
+def with_shardings(shapes: Tree, shardings: Tree) -> Tree:
+    """``jax.ShapeDtypeStruct`` of every leaf of ``shapes`` with its sharding."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

@@ -35,18 +35,28 @@ def _init_tower(config: VisionConfig, key: Array) -> Tree:
     return {"vision": VisionTower(config).init(key, image)["params"]}
 
 
+def boxed_params(config: MLLMConfig | VisionConfig) -> Tree:
+    """Shapes and dtypes of the parameters, each boxed with its logical axis names; nothing is computed.
+
+    Args:
+      config: of a whole model, or of an image tower alone, whose tree is ``{"vision": ...}``.
+    """
+    if isinstance(config, VisionConfig):
+        return jax.eval_shape(lambda: _init_tower(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+
+
 def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> Tree:
     """Shapes, dtypes and shardings of the parameters, without computing them.
 
     Args:
-      config: of a whole model, or of an image tower alone, whose tree is ``{"vision": ...}``.
+      config: see :func:`boxed_params`.
       mesh: where they will be.
 
     Raises:
       UserError: the mesh does not divide a parameter.
     """
-    init = _init_tower if isinstance(config, VisionConfig) else init_variables
-    boxed = jax.eval_shape(lambda: init(config, jax.random.key(0)))  # type: ignore[arg-type]
+    boxed = boxed_params(config)
     return with_shardings(nn.meta.unbox(boxed), rules.param_shardings(mesh, boxed))
 
 

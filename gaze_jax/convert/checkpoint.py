@@ -1,0 +1,274 @@
+"""Write and load converted checkpoints: Orbax, one leaf at a time, under the manifest's checksums."""
+
+import concurrent.futures
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import Mesh
+
+from gaze_jax.convert import manifest as manifests
+from gaze_jax.convert.manifest import PARAMS, Leaf, Manifest, Source, chunk_path, crc_hex
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.models.parameters import abstract_params
+
+Tree = Any
+Config = MLLMConfig | VisionConfig
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """A dtype by numpy's name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def flat_leaves(tree: Tree) -> dict[str, Any]:
+    """A tree of parameters as "a/b/c" -> leaf."""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A leaf that is not in memory yet.
+
+    Attributes:
+      leaf: how it will be stored.
+      fill: writes one layer's values (all of them, if the leaf is not stacked) into a given array.
+    """
+
+    leaf: Leaf
+    fill: Callable[[np.ndarray, int], None]
+
+    # Orbax sums these up for its log.
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the leaf will take."""
+        return int(np.prod(self.leaf.shape, dtype=np.int64)) * numpy_dtype(self.leaf.dtype).itemsize
+
+
+def pending_array(values: Any, layers: int = 0) -> Pending:
+    """A leaf that exists already, as an array of numpy or jax."""
+
+    def fill(out: np.ndarray, layer: int) -> None:
+        out[...] = values[layer] if layers else values
+
+    return Pending(Leaf(str(values.dtype), tuple(values.shape), layers), fill)
+
+
+class _Streaming(ocp.type_handlers.NumpyHandler):
+    """Makes, checks and writes one leaf after the other, where Orbax would hold all of them."""
+
+    def __init__(self, done: Callable[[str, Leaf, Sequence[str]], None]) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._done = done
+
+    def memory_size(self, values: Sequence[Any]) -> Sequence[tuple[int, int]]:
+        return [(value.nbytes, value.nbytes) for value in values]
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            array, checksums = _materialise(value)
+            for future in await super().serialize([array], [info], [arg]):
+                future.result()
+            self._done(info.name.replace(".", "/"), value.leaf, checksums)
+        return []
+
+
+def _materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
+    """The values of a leaf and the checksums of its files."""
+    leaf = pending.leaf
+    array = np.empty(leaf.shape, numpy_dtype(leaf.dtype))
+
+    def one(layer: int) -> str:
+        part = array[layer] if leaf.layers else array
+        pending.fill(part, layer)
+        return crc_hex(part.reshape(-1).view(np.uint8))
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return array, list(pool.map(one, range(leaf.layers or 1)))
+
+
+def _save_params(
+    directory: Path, leaves: Mapping[str, Pending], progress: Callable[[int], None]
+) -> dict[str, str]:
+    """Write ``directory/params``; returns the checksum of every file."""
+    files: dict[str, str] = {}
+
+    def done(name: str, leaf: Leaf, checksums: Sequence[str]) -> None:
+        for layer, checksum in enumerate(checksums):
+            files[chunk_path(name, leaf, layer if leaf.layers else None)] = checksum
+        progress(leaves[name].nbytes)
+
+    tree = flax.traverse_util.unflatten_dict(dict(leaves), sep="/")
+    save_args = jax.tree.map(
+        lambda pending: ocp.SaveArgs(shard_axes=(0,) if pending.leaf.layers else ()),
+        tree,
+        is_leaf=lambda node: isinstance(node, Pending),
+    )
+    with _quiet():
+        registry = ocp.type_handlers.create_type_handler_registry((Pending, _Streaming(done)))
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_compression=False, type_handler_registry=registry
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory / PARAMS, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    for path in sorted((directory / PARAMS).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in files:  # Orbax's own metadata
+            files[name] = manifests.file_crc(path)
+    return files
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns of what is meant: no OCDBT to merge, no jax.Array among the leaves."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A directory that appears under its name only when it is complete.
+
+    Raises:
+      UserError: it exists and is not empty, or cannot be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists already; name a new directory in --to.")
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error}); free space or choose another.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(
+    directory: Path,
+    config: Config,
+    leaves: Mapping[str, Pending],
+    *,
+    sources: Mapping[str, Source] | None = None,
+    new: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write parameters and manifest into a directory that may hold files of the parts already.
+
+    Args:
+      directory: see :func:`new_directory`.
+      config: of the model.
+      leaves: of all parameters, by name.
+      sources: of the parts, by name of the part.
+      new: names of the leaves that came from no checkpoint.
+      progress: told the bytes of every leaf that was written.
+    """
+    files = {
+        path.relative_to(directory).as_posix(): manifests.file_crc(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    files |= _save_params(directory, leaves, progress)
+    described = {name: pending.leaf for name, pending in leaves.items()}
+    manifests.write(directory, Manifest(config, described, sources or {}, tuple(new), files))
+
+
+def read_layer(
+    directory: Path, manifest: Manifest, name: str, layer: int | None, *, check: bool = True
+) -> np.ndarray:
+    """One file of a leaf, checked: a layer of a stacked leaf, or (None) all of another.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    leaf = manifest.leaves[name]
+    path = chunk_path(name, leaf, layer)
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    try:
+        values = np.fromfile(directory / path, numpy_dtype(leaf.dtype))
+    except OSError:
+        values = np.empty(0, numpy_dtype(leaf.dtype))
+    right = values.size == np.prod(shape, dtype=np.int64)
+    if not right or (check and crc_hex(values.view(np.uint8)) != manifest.files[path]):
+        at = "" if layer is None else f", layer {layer}"
+        raise UserError(
+            f"{directory} is damaged: {name}{at} is not what was written; copy or convert it again."
+        )
+    return values.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint in memory.
+
+    Attributes:
+      config: of the model, or of an image tower alone.
+      params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes.
+      manifest: what the checkpoint says of itself.
+    """
+
+    config: Config
+    params: Tree
+    manifest: Manifest
+
+
+def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, Any]) -> None:
+    problems = []
+    for name in sorted({*manifest.leaves, *abstract}):
+        leaf, want = manifest.leaves.get(name), abstract.get(name)
+        if leaf is None or want is None:
+            problems.append(f"{name} is {'missing' if leaf is None else 'unknown'}")
+        elif leaf.shape != want.shape:
+            problems.append(f"{name} is {list(leaf.shape)}, the model wants {list(want.shape)}")
+    if problems:
+        raise UserError(f"{directory} does not hold the model that it describes: {'; '.join(problems)}.")
+
+
+def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
+    """Load a converted checkpoint onto a mesh, every leaf in the dtype that it has.
+
+    Args:
+      directory: that convert.py wrote.
+      mesh: where the parameters go; each process reads what its devices hold.
+      check: compare every file with its checksum first (docs/converting.md says what it costs).
+
+    Raises:
+      UserError: it is not such a directory, or damaged.
+    """
+    manifest = manifests.read(directory)
+    if check:
+        manifests.check_files(directory, manifest)
+    abstract = abstract_params(manifest.model, mesh)
+    _check_names(directory, manifest, flat_leaves(abstract))
+    dtypes = flax.traverse_util.unflatten_dict(
+        {name: numpy_dtype(leaf.dtype) for name, leaf in manifest.leaves.items()}, sep="/"
+    )
+    target = jax.tree.map(
+        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), abstract, dtypes
+    )
+    try:
+        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore((directory / PARAMS).absolute(), target)
+    except Exception as error:  # Orbax and TensorStore each raise their own kinds
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{directory} cannot be read ({reason}); copy or convert it again.") from error
+    return Converted(manifest.model, params, manifest)

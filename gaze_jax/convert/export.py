@@ -1,0 +1,257 @@
+"""A model of this project as directories that transformers loads, tensor by tensor."""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gaze_jax.config import to_dict
+from gaze_jax.convert import shards
+from gaze_jax.convert.checkpoint import Config, numpy_dtype
+from gaze_jax.convert.families import FAMILIES, decoder_family, joint_rules
+from gaze_jax.convert.manifest import Leaf, Source
+from gaze_jax.convert.shards import Tensor
+from gaze_jax.convert.source import CONFIG, UNUSED, PartConfig, cast, read_config
+from gaze_jax.convert.table import Family, Rule
+from gaze_jax.models.config import MLLMConfig, VisionConfig
+
+GAZE_TENSORS = "gaze.safetensors"
+GAZE_SETTINGS = "gaze.json"
+SETTINGS_VERSION = 1
+SHARD_BYTES = 5 * 10**9
+_PT = {"format": "pt"}
+_NAMES = {dtype.name: name for name, dtype in shards.DTYPES.items()}
+
+ReadLayer = Callable[[str, int | None], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model whose parameters are read when they are written.
+
+    Attributes:
+      config: of a whole model, or of an image tower alone.
+      leaves: of the parameters, by name.
+      read: the values of a leaf, or of one layer of it.
+      sources: by part; empty for a model that was trained here.
+      beside: directory with files of the parts; None if there are none.
+    """
+
+    config: Config
+    leaves: Mapping[str, Leaf]
+    read: ReadLayer
+    sources: Mapping[str, Source]
+    beside: Path | None
+
+    @property
+    def parts(self) -> dict[str, PartConfig]:
+        """Configs of the parts that it has."""
+        if isinstance(self.config, VisionConfig):
+            return {"vision": self.config}
+        parts: dict[str, PartConfig] = {"decoder": self.config.decoder}
+        return parts if self.config.vision is None else parts | {"vision": self.config.vision}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor to write: its dtype name and shape, and how to get its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * shards.DTYPES[self.dtype].itemsize
+
+
+def _of_rule(model: Model, rule: Rule, dtype: str | None) -> dict[str, _Entry]:
+    leaf = model.leaves[rule.leaf]
+    target = numpy_dtype(dtype or leaf.dtype)
+    shape = rule.tensor_shape(leaf.shape)
+
+    def entry(name: str, layer: int | None) -> _Entry:
+        return _Entry(
+            _NAMES[target.name],
+            shape,
+            lambda: rule.to_tensor(cast(model.read(rule.leaf, layer), target, name)),
+        )
+
+    return {name: entry(name, i if rule.layers else None) for i, name in enumerate(rule.tensors)}
+
+
+def _of_file(path: Path, dtype: str | None) -> dict[str, _Entry]:
+    """Tensors that were kept beside the parameters."""
+
+    def entry(name: str, tensor: Tensor) -> _Entry:
+        target = numpy_dtype(dtype or shards.DTYPES[tensor.dtype].name)
+        return _Entry(_NAMES[target.name], tensor.shape, lambda: cast(shards.read(tensor), target, name))
+
+    return {name: entry(name, tensor) for name, tensor in shards.open_file(path).tensors.items()}
+
+
+def _of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, _Entry]:
+    def entry(values: np.ndarray) -> _Entry:
+        return _Entry(_NAMES[values.dtype.name], values.shape, lambda: values)
+
+    return {name: entry(values) for name, values in arrays.items()}
+
+
+def _part_entries(
+    model: Model, family: Family, config: PartConfig, beside: Path | None, dtype: str | None
+) -> dict[str, _Entry]:
+    """Every tensor of a part by canonical name."""
+    entries: dict[str, _Entry] = {}
+    for rule in family.rules(config):
+        entries |= _of_rule(model, rule, dtype)
+    for name, original in family.implied(config).items():
+        entries[name] = entries[original]
+    if beside is None:
+        entries |= _of_arrays(family.defaults(config))
+    elif (beside / UNUSED).exists():
+        entries |= _of_file(beside / UNUSED, dtype)
+    return entries
+
+
+def _plan(
+    entries: Mapping[str, _Entry], family: Family, config: PartConfig, source: Source | None, whole: bool
+) -> dict[str, tuple[dict[str, str], dict[str, _Entry]]]:
+    """File name -> metadata and tensors. As the source had them, if this is all that it had."""
+    if source is not None and whole:
+        return {
+            file: (
+                dict(content["metadata"]),
+                {name: entries[family.canonical(name)] for name in content["tensors"]},
+            )
+            for file, content in source.files.items()
+        }
+    implied = family.implied(config)
+    parts: list[dict[str, _Entry]] = [{}]
+    filled = 0
+    for name, entry in entries.items():
+        if name in implied:
+            continue
+        if parts[-1] and filled + entry.size > SHARD_BYTES:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = entry
+        filled += entry.size
+    if len(parts) == 1:
+        return {shards.SINGLE: (_PT, parts[0])}
+    return {
+        f"model-{i:05d}-of-{len(parts):05d}.safetensors": (_PT, part) for i, part in enumerate(parts, start=1)
+    }
+
+
+def _write_files(
+    directory: Path,
+    plan: Mapping[str, tuple[Mapping[str, str], Mapping[str, _Entry]]],
+    progress: Callable[[int], None],
+) -> None:
+    writers = {}
+    for file, (metadata, entries) in plan.items():
+        header = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        writers[file] = shards.Writer(directory / file, header, metadata)
+    jobs = [(file, name, entry) for file, (_, entries) in plan.items() for name, entry in entries.items()]
+
+    def write(job: tuple[str, str, _Entry]) -> None:
+        file, name, entry = job
+        writers[file].write(name, entry.read())
+        progress(entry.size)
+
+    with shards.writing(writers), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write, jobs))
+
+
+def _write_index(directory: Path, plan: Mapping[str, tuple[Mapping[str, str], Mapping[str, _Entry]]]) -> None:
+    if list(plan) == [shards.SINGLE]:
+        return
+    where = {name: file for file, (_, entries) in plan.items() for name in entries}
+    total = sum(entry.size for _, entries in plan.values() for entry in entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    _write_json(directory / shards.INDEX, index)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str, _Entry]) -> None:
+    """config.json with the dtype that the tensors have, unless they have several."""
+    dtypes = {shards.DTYPES[entry.dtype].name for entry in entries.values()}
+    if len(dtypes) == 1:
+        spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[spelling] = dtypes.pop()
+    _write_json(directory / CONFIG, config)
+
+
+def _export_part(
+    model: Model, part: str, config: PartConfig, directory: Path, dtype: str | None, progress: Any
+) -> None:
+    source = model.sources.get(part)
+    beside = None if source is None or model.beside is None else model.beside / part
+    if source is not None:
+        family = FAMILIES[source.model_type]
+    else:
+        family = FAMILIES[
+            "siglip_vision_model" if isinstance(config, VisionConfig) else decoder_family(config)
+        ]
+    entries = _part_entries(model, family, config, beside, dtype)
+    original = None if beside is None else read_config(beside)
+    own = family.write_config(config) if original is None else dict(family.own_config(original))
+    plan = _plan(entries, family, config, source, whole=own == original)
+    directory.mkdir(exist_ok=True)
+    _write_files(directory, plan, progress)
+    if beside is not None:
+        for path in beside.iterdir():
+            if path.name != UNUSED:
+                shutil.copyfile(path, directory / path.name)
+    written = {name: entry for _, entries in plan.values() for name, entry in entries.items()}
+    unchanged = original is not None and own == original
+    if not unchanged or dtype is not None:
+        _write_config(directory, own, written)
+    if not unchanged or not (directory / shards.INDEX).exists() or dtype is not None:
+        (directory / shards.INDEX).unlink(missing_ok=True)
+        _write_index(directory, plan)
+
+
+def export(
+    model: Model,
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write a model for transformers.
+
+    A single part is ``directory`` itself. A whole model is ``directory/decoder`` and ``directory/vision``,
+    with what joins them in ``directory/gaze.safetensors``. Settings are in ``directory/gaze.json``.
+
+    Args:
+      model: of the parameters.
+      directory: exists and is empty.
+      dtype: of all tensors; None keeps each one's own.
+      progress: told the bytes of every tensor that was written.
+
+    Raises:
+      UserError: transformers has no class for a part, or a value does not fit ``dtype``.
+    """
+    parts = model.parts
+    places = {part: part if len(parts) > 1 else "." for part in parts}
+    for part, config in parts.items():
+        _export_part(model, part, config, directory / places[part], dtype, progress)
+    if isinstance(model.config, MLLMConfig):
+        if model.config.vision is not None:
+            entries: dict[str, _Entry] = {}
+            for rule in joint_rules(model.config.gaze.context_tokens):
+                entries |= _of_rule(model, rule, dtype)
+            _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
+        settings = {"format_version": SETTINGS_VERSION, "model": to_dict(model.config), "parts": places}
+        _write_json(directory / GAZE_SETTINGS, settings)

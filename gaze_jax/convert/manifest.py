@@ -1,0 +1,198 @@
+"""The directory of a converted checkpoint, and proof that it is what was written.
+
+::
+
+    DIR/
+      manifest.json   format_version, the model's config, where it came from, a CRC-32 of every file
+      params/         Orbax; a folder per leaf, a file per layer of a stacked leaf, nothing compressed
+      decoder/        config.json, tokenizer and generation files of the language model, as they came
+      vision/         config.json and processor settings of the tower, as they came; unused.safetensors
+
+Neither Orbax nor safetensors notices a flipped bit, so every file has a checksum. Files are raw, so that
+a checksum needs no decoding and what is damaged has a name: a leaf, and the layer.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gaze_jax.config import from_dict, to_dict
+from gaze_jax.convert.shards import read_json
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import MLLMConfig, VisionConfig
+
+FORMAT_VERSION = 1
+FILE = "manifest.json"
+PARAMS = "params"
+_BLOCK = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter as it is stored.
+
+    Attributes:
+      dtype: numpy's name.
+      shape: of the leaf.
+      layers: files that it is split into, one per index of the first axis; 0 for one file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    layers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The checkpoint that a part was converted from.
+
+    Attributes:
+      model_type: of its config.json.
+      files: of each safetensors file its metadata and its tensors, name -> dtype name; empty if the part
+        was trained here.
+    """
+
+    model_type: str
+    files: Mapping[str, Mapping[str, Mapping[str, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says.
+
+    Attributes:
+      model: a whole model, or an image tower alone.
+      leaves: by name, such as "decoder/norm/weight".
+      sources: by part, "decoder" or "vision".
+      new: leaves that came from no checkpoint and were initialised.
+      files: path in the directory -> CRC-32 in hex, of every file but manifest.json.
+    """
+
+    model: MLLMConfig | VisionConfig
+    leaves: Mapping[str, Leaf]
+    sources: Mapping[str, Source]
+    new: tuple[str, ...]
+    files: Mapping[str, str]
+
+
+def leaf_folder(name: str) -> str:
+    """Orbax's folder of a leaf, in the checkpoint."""
+    return f"{PARAMS}/{name.replace('/', '.')}"
+
+
+def chunk_path(name: str, leaf: Leaf, layer: int | None = None) -> str:
+    """The file of a leaf, or of one of its layers."""
+    index = [0] * len(leaf.shape)
+    if layer is not None:
+        index[0] = layer
+    return f"{leaf_folder(name)}/{'.'.join(map(str, index)) or '0'}"
+
+
+def crc_hex(data: Any) -> str:
+    """CRC-32 of a buffer: any flipped bit, and any burst of up to 32, changes it."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def file_crc(path: Path) -> str:
+    """CRC-32 of a file, read in blocks."""
+    crc = 0
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def _body(manifest: Manifest) -> dict[str, Any]:
+    kind = "tower" if isinstance(manifest.model, VisionConfig) else "model"
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "model": to_dict(manifest.model),
+        "new": list(manifest.new),
+        "sources": {part: dataclasses.asdict(source) for part, source in manifest.sources.items()},
+        "leaves": {name: dataclasses.asdict(leaf) for name, leaf in manifest.leaves.items()},
+        "files": dict(sorted(manifest.files.items())),
+    }
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    return crc_hex(json.dumps(body, sort_keys=True).encode())
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, last of all files."""
+    body = _body(manifest)
+    text = json.dumps(body | {"crc32": _seal(body)}, indent=1)
+    (directory / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(directory: Path) -> Manifest:
+    """Read and check manifest.json.
+
+    Raises:
+      UserError: it is missing, damaged, or of another version of the format.
+    """
+    path = directory / FILE
+    values = read_json(path)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {version!r} but this gaze_jax reads {FORMAT_VERSION}; use the "
+            "version that wrote it, or convert again."
+        )
+    if values.pop("crc32", None) != _seal(values):
+        raise UserError(f"{path} is not what was written: it is damaged or edited; convert again.")
+    model = values["model"]
+    return Manifest(
+        model=from_dict(VisionConfig, model) if values["kind"] == "tower" else from_dict(MLLMConfig, model),
+        leaves={
+            name: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["layers"])
+            for name, leaf in values["leaves"].items()
+        },
+        sources={part: Source(**source) for part, source in values["sources"].items()},
+        new=tuple(values["new"]),
+        files=values["files"],
+    )
+
+
+def _owner(path: str, manifest: Manifest) -> str:
+    """Whose file it is: a leaf and its layer, or just the file."""
+    for name, leaf in manifest.leaves.items():
+        folder = leaf_folder(name) + "/"
+        if path.startswith(folder):
+            chunk = path.removeprefix(folder).split(".")[0]
+            return f"{name}, layer {chunk}" if leaf.layers and chunk.isdigit() else name
+    return path
+
+
+def check_files(directory: Path, manifest: Manifest, paths: Iterable[str] | None = None) -> None:
+    """Compare files with their checksums.
+
+    Args:
+      directory: of the checkpoint.
+      manifest: of it.
+      paths: which files; None is all.
+
+    Raises:
+      UserError: some are damaged or missing; all are named.
+    """
+    wanted = list(manifest.files) if paths is None else list(paths)
+
+    def problem(path: str) -> str | None:
+        try:
+            crc = file_crc(directory / path)
+        except OSError:
+            return f"{_owner(path, manifest)} (file {path} cannot be read)"
+        return None if crc == manifest.files[path] else _owner(path, manifest)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        damaged = [found for found in pool.map(problem, wanted) if found]
+    if damaged:
+        raise UserError(
+            f"{directory} is damaged: {'; '.join(damaged)} is not what was written; copy or convert it again."
+        )

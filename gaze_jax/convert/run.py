@@ -1,0 +1,298 @@
+"""What convert.py does: open, check, write, tell."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from gaze_jax.config import from_dict
+from gaze_jax.convert import checkpoint, manifest, shards
+from gaze_jax.convert.checkpoint import Config, Pending, flat_leaves, numpy_dtype, pending_array
+from gaze_jax.convert.export import GAZE_SETTINGS, GAZE_TENSORS, SETTINGS_VERSION, Model, export
+from gaze_jax.convert.families import joint_rules
+from gaze_jax.convert.manifest import Leaf, Source
+from gaze_jax.convert.source import (
+    UNUSED,
+    Opened,
+    cast,
+    copy_beside,
+    open_directory,
+    pending_leaves,
+)
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import DTYPES, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
+from gaze_jax.models.parameters import boxed_params, init_variables
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train.checkpoint import FOLDER, load_for_inference
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checkpoint of this project that is ready to be written; no tensor is in memory yet.
+
+    Attributes:
+      config: of the model, or of an image tower alone.
+      leaves: every parameter.
+      opened: the Hugging Face directories that it comes from, by part.
+      new: leaves that come from none and were initialised.
+    """
+
+    config: Config
+    leaves: Mapping[str, Pending]
+    opened: Mapping[str, Opened]
+    new: tuple[str, ...] = ()
+
+
+def _text_model(opened: Opened, leaves: Mapping[str, Pending], **fields: Any) -> MLLMConfig:
+    """The whole model around a language model, computing in the dtype that its embeddings have."""
+    assert isinstance(opened.config, DecoderConfig), "opened as a decoder"
+    stored = leaves["decoder/embedding"].leaf.dtype
+    return MLLMConfig(
+        opened.config,
+        dtype=stored if stored in DTYPES else "float32",
+        param_dtype=stored,
+        **{"vision": None, "gaze": GazeConfig(context_tokens=0), **fields},
+    )
+
+
+def plan_directory(directory: Path, *, dtype: str | None = None, feature_layer: int = -2) -> Plan:
+    """Plan the conversion of one Hugging Face directory, or of a directory that export wrote.
+
+    Args:
+      directory: of a language model, of an image tower, or with gaze.json.
+      dtype: of all parameters; None keeps each one's own.
+      feature_layer: of a tower.
+
+    Raises:
+      UserError: it is of no known kind or damaged.
+    """
+    if (directory / GAZE_SETTINGS).exists():
+        return _plan_export(directory, dtype)
+    opened = open_directory(directory, feature_layer=feature_layer)
+    leaves = pending_leaves(opened, dtype)
+    if isinstance(opened.config, VisionConfig):
+        return Plan(opened.config, leaves, {"vision": opened})
+    return Plan(_text_model(opened, leaves), leaves, {"decoder": opened})
+
+
+def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str, Pending]:
+    """Projector, newline and context tokens from gaze.safetensors."""
+    rules = joint_rules(config.gaze.context_tokens)
+    shapes = {name: leaf.shape for name, leaf in flat_leaves(nn.meta.unbox(boxed_params(config))).items()}
+    tensors = dict(shards.open_file(path).tensors)
+    leaves, problems = {}, []
+    for rule in rules:
+        tensor = tensors.pop(rule.tensor, None)
+        want = rule.tensor_shape(shapes[rule.leaf])
+        if tensor is None or tensor.shape != want or tensor.dtype not in shards.DTYPES:
+            have = "missing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+            problems.append(f"{rule.tensor} is {have} and should be {list(want)}")
+            continue
+        values = rule.to_leaf(shards.read(tensor))
+        leaves[rule.leaf] = pending_array(cast(values, numpy_dtype(dtype or values.dtype.name), rule.tensor))
+    problems += [f"{name} is unexpected" for name in tensors]
+    if problems:
+        raise UserError(f"{path} does not fit {GAZE_SETTINGS}: {'; '.join(problems)}.")
+    return leaves
+
+
+def _plan_export(directory: Path, dtype: str | None) -> Plan:
+    settings = shards.read_json(directory / GAZE_SETTINGS)
+    where = directory / GAZE_SETTINGS
+    if settings.get("format_version") != SETTINGS_VERSION:
+        raise UserError(
+            f"{where} has format_version {settings.get('format_version')!r} but this gaze_jax reads "
+            f"{SETTINGS_VERSION}; use the version that wrote it."
+        )
+    try:
+        config = from_dict(MLLMConfig, settings["model"])
+        places = {part: directory / place for part, place in settings["parts"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is not what was written ({error}); export the model again.") from error
+    opened = {"decoder": open_directory(places["decoder"], part="decoder")}
+    if config.vision is not None:
+        total = open_directory(places["vision"], part="vision", feature_layer=-1).config
+        assert isinstance(total, VisionConfig), "opened as a tower"
+        layer = config.vision.depth - total.depth - 1
+        opened["vision"] = open_directory(places["vision"], part="vision", feature_layer=layer)
+    for part, found in opened.items():
+        if found.config != getattr(config, part):
+            raise UserError(f"{where} describes another {part} than {found.directory / 'config.json'} does.")
+    leaves = {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
+    if config.vision is not None:
+        leaves |= _joint_leaves(directory / GAZE_TENSORS, config, dtype)
+    return Plan(config, leaves, opened)
+
+
+def compose(
+    llm: Path,
+    vision: Path,
+    *,
+    gaze: GazeConfig,
+    dtype: str | None = None,
+    feature_layer: int = -2,
+    seed: int = 0,
+) -> Plan:
+    """Plan a fresh multimodal model of a language model and an image tower.
+
+    Args:
+      llm, vision: Hugging Face directories.
+      gaze: how it will look at images.
+      dtype: of all parameters; None keeps each one's own, and gives new ones the language model's.
+      feature_layer: of the tower.
+      seed: of the new parameters: projector, newline, context tokens.
+
+    Raises:
+      UserError: a directory is of the wrong kind or damaged, or the regions do not fit the tower.
+    """
+    opened = {
+        "decoder": open_directory(llm, part="decoder"),
+        "vision": open_directory(vision, part="vision", feature_layer=feature_layer),
+    }
+    leaves = {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
+    try:
+        config = _text_model(opened["decoder"], leaves, vision=opened["vision"].config, gaze=gaze)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    new = [rule.leaf for rule in joint_rules(gaze.context_tokens)]
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flat_leaves(nn.meta.unbox(init_variables(config, key)))
+        return {name: flat[name] for name in new}
+
+    values = jax.device_get(jax.jit(init)(jax.random.key(seed)))
+    leaves |= {name: pending_array(value) for name, value in values.items()}
+    return Plan(config, leaves, opened, tuple(new))
+
+
+def write_plan(plan: Plan, directory: Path, progress: Callable[[int], None] = lambda count: None) -> None:
+    """Write the checkpoint: everything or nothing.
+
+    Raises:
+      UserError: ``directory`` exists, or cannot be written.
+    """
+    sources = {part: opened.source for part, opened in plan.opened.items()}
+    with checkpoint.new_directory(directory) as partial:
+        for part, opened in plan.opened.items():
+            copy_beside(opened, partial / part)
+        checkpoint.write(partial, plan.config, plan.leaves, sources=sources, new=plan.new, progress=progress)
+
+
+def open_model(directory: Path) -> Model:
+    """A converted checkpoint, or the newest one of a run of train.py, ready to be exported.
+
+    Raises:
+      UserError: it is neither, or damaged.
+    """
+    if (directory / manifest.FILE).exists():
+        found = manifest.read(directory)
+        leaf_files = {manifest.leaf_folder(name) for name in found.leaves}
+        others = [path for path in found.files if path.rsplit("/", 1)[0] not in leaf_files]
+        manifest.check_files(directory, found, others)  # leaves are checked as they are read
+
+        def read(name: str, layer: int | None) -> np.ndarray:
+            return checkpoint.read_layer(directory, found, name, layer)
+
+        return Model(found.model, found.leaves, read, found.sources, directory)
+    if (directory / FOLDER).is_dir():
+        return _open_run(directory)
+    raise UserError(
+        f"{directory} is neither a converted checkpoint ({manifest.FILE}) nor a run of train.py ({FOLDER}/)."
+    )
+
+
+def _open_run(directory: Path) -> Model:
+    trained = load_for_inference(directory, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
+    config = trained.experiment.model
+    stacked = {
+        name: leaf.shape[0] if "/layers/" in name else 0 for name, leaf in flat_leaves(trained.params).items()
+    }
+    values = {name: np.asarray(leaf) for name, leaf in flat_leaves(trained.params).items()}
+    leaves = {name: Leaf(str(v.dtype), v.shape, stacked[name]) for name, v in values.items()}
+    no_sources: dict[str, Source] = {}
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        return values[name] if layer is None else values[name][layer]
+
+    return Model(config, leaves, read, no_sources, None)
+
+
+@contextmanager
+def show_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, rate and time left on stderr; off a terminal one line at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("converting", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def summary(plan: Plan) -> str:
+    """What a plan will write, for a person."""
+    size = sum(leaf.nbytes for leaf in plan.leaves.values())
+    count = sum(int(np.prod(leaf.leaf.shape)) for leaf in plan.leaves.values())
+    lines = [f"{count:,} parameters in {len(plan.leaves)} arrays, {size / 1e9:.2f} GB"]
+    for part, opened in plan.opened.items():
+        lines.append(f"{part}: {opened.model_type}, {len(opened.used)} tensors of {opened.directory}")
+        if opened.unused:
+            lines.append(f"  kept beside, not computed with: {len(opened.unused)} tensors")
+        lines += [f"  {note}" for note in opened.notes]
+    if plan.new:
+        lines.append(f"new, initialised: {', '.join(plan.new)}")
+    return "\n".join(lines)
+
+
+def convert(source: Path, target: Path, *, dtype: str | None = None, feature_layer: int = -2) -> Plan:
+    """Convert a Hugging Face directory into a checkpoint of this project, with progress on stderr.
+
+    Raises:
+      UserError: see :func:`plan_directory` and :func:`write_plan`.
+    """
+    plan = plan_directory(source, dtype=dtype, feature_layer=feature_layer)
+    save(plan, target)
+    return plan
+
+
+def save(plan: Plan, target: Path) -> None:
+    """:func:`write_plan` with progress on stderr and a summary on stdout."""
+    start = time.perf_counter()
+    with show_progress(sum(leaf.nbytes for leaf in plan.leaves.values())) as progress:
+        write_plan(plan, target, progress)
+    print(f"{summary(plan)}\n{target}: written in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def convert_back(source: Path, target: Path, *, dtype: str | None = None) -> None:
+    """Write a converted checkpoint or a trained run for transformers, with progress on stderr.
+
+    Raises:
+      UserError: see :func:`open_model` and :func:`gaze_jax.convert.export.export`.
+    """
+    start = time.perf_counter()
+    model = open_model(source)
+    size = sum(
+        int(np.prod(leaf.shape)) * numpy_dtype(dtype or leaf.dtype).itemsize for leaf in model.leaves.values()
+    )
+    size += sum(path.stat().st_size for path in source.glob(f"*/{UNUSED}"))
+    with checkpoint.new_directory(target) as partial, show_progress(size) as progress:
+        export(model, partial, dtype=dtype, progress=progress)
+    print(f"{target}: written for transformers in {time.perf_counter() - start:.1f} s", flush=True)

@@ -1,0 +1,260 @@
+"""Safetensors files, read strictly and written tensor by tensor.
+
+A checkpoint is one ``model.safetensors`` or several shards with an index. The library checks that a
+file's offsets cover it without gaps or overlaps; a key given twice, a tensor in two shards or an index
+that leaves the directory pass it unnoticed and are checked here. Tensors are read one at a time, never
+mapped, so that memory holds what is converted and no more.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from gaze_jax.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz", ".npy", ".msgpack", ".h5")
+DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies.
+
+    Attributes:
+      file: that holds it.
+      dtype: "F32", "F16" or "BF16", or another name that the file gives.
+      shape: as stored.
+      offset: of its first byte in the file.
+      size: bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"key {key!r} is given twice")
+        out[key] = value
+    return out
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object whose keys are given once.
+
+    Raises:
+      UserError: the file is missing or is not such an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; a checkpoint needs it.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One safetensors file.
+
+    Attributes:
+      path: of the file.
+      tensors: by name, in the order of the header.
+      metadata: free text, such as ``{"format": "pt"}``.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def open_file(path: Path) -> File:
+    """Check a safetensors file and read its header.
+
+    Raises:
+      UserError: it is missing, truncated, malformed, or gives a key twice.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy"):  # checks offsets and sizes
+            pass
+        with path.open("rb") as stream:
+            (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; download the checkpoint again.") from error
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path} is not a valid safetensors file ({error}); download it again, it may be truncated."
+        ) from error
+    metadata = header.pop("__metadata__", {})
+    start = _LENGTH.size + length
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensors[name] = Tensor(path, entry["dtype"], tuple(entry["shape"]), start + first, last - first)
+    return File(path, tensors, metadata)
+
+
+def _refuse_pickles(directory: Path) -> None:
+    found = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+    raise UserError(
+        f"{directory} holds no {SINGLE} and no {INDEX}"
+        + (
+            f", only {', '.join(found)}: such files can run code when opened, so they are not read. Load the "
+            "model with transformers where that is safe and call save_pretrained(), which writes safetensors."
+            if found
+            else "; give a directory with a checkpoint in safetensors."
+        )
+    )
+
+
+def _index_files(directory: Path) -> dict[str, str]:
+    """Tensor name -> file name of the index."""
+    path = directory / INDEX
+    weights = read_json(path).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise UserError(f"{path} has no weight_map; download it again.")
+    problems = sorted(
+        {
+            f"{name} lies in {file!r}, which is not a file name in this directory"
+            for name, file in weights.items()
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors")
+        }
+    )
+    if problems:
+        raise UserError(f"{path} is refused: {'; '.join(problems)}.")
+    return weights
+
+
+def open_checkpoint(directory: Path) -> tuple[File, ...]:
+    """The safetensors files of a Hugging Face directory, checked against their index.
+
+    Raises:
+      UserError: there are none, or files and index disagree; all disagreements are listed.
+    """
+    single, index = (directory / SINGLE).exists(), (directory / INDEX).exists()
+    if single and index:
+        raise UserError(
+            f"{directory} has both {SINGLE} and {INDEX}, so it is unclear which is meant; remove one."
+        )
+    if single:
+        return (open_file(directory / SINGLE),)
+    if not index:
+        _refuse_pickles(directory)
+    weights = _index_files(directory)
+    files = tuple(open_file(directory / name) for name in sorted(set(weights.values())))
+    where: dict[str, str] = {}
+    problems = []
+    for file in files:
+        for name in file.tensors:
+            if name in where:
+                problems.append(f"{name} is in both {where[name]} and {file.path.name}")
+            elif weights.get(name) != file.path.name:
+                problems.append(f"{name} is in {file.path.name}, the index says {weights.get(name)}")
+            where[name] = file.path.name
+    problems += [f"{name} is not in {file}" for name, file in weights.items() if name not in where]
+    if problems:
+        raise UserError(f"{directory / INDEX} does not fit its shards: {'; '.join(problems)}.")
+    return files
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor, in its own dtype."""
+    with tensor.file.open("rb") as stream:
+        # fromfile reads straight into the array, so no second copy is ever made.
+        count = math.prod(tensor.shape)
+        values = np.fromfile(stream, DTYPES[tensor.dtype], count, offset=tensor.offset)
+    return values.reshape(tensor.shape)
+
+
+class Writer:
+    """Writes one safetensors file whose tensors arrive in any order.
+
+    The header comes first, so names, dtypes and shapes are known before any value. Bytes are laid out as
+    the safetensors library does it: a file read with it and written here is the same file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Create ``path`` with the header of ``tensors``, name -> (dtype name, shape)."""
+        size = {name: DTYPES[dtype].itemsize for name, (dtype, _) in tensors.items()}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._place: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in sorted(tensors, key=lambda name: (-size[name], tensors[name][0], name)):
+            dtype, shape = tensors[name]
+            start, end = end, end + size[name] * math.prod(shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            self._place[name] = (start, end - start)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _LENGTH.size)
+        self._start = _LENGTH.size + len(text)
+        self._missing = set(tensors)
+        self._stream = path.open("wb")
+        self._stream.write(_LENGTH.pack(len(text)) + text)
+        self._stream.truncate(self._start + end)
+        self._stream.flush()
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Write one tensor; threads may write different ones."""
+        start, size = self._place[name]
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        if len(data) != size:
+            raise ValueError(f"Tensor {name} has {len(data)} bytes, its header says {size}.")
+        offset, done = self._start + start, 0
+        while done < size:  # one call writes 2 GiB at most
+            done += os.pwrite(self._stream.fileno(), data[done:].data, offset + done)
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+          ValueError: a tensor was never written.
+        """
+        self._stream.close()
+        if self._missing:
+            raise ValueError(f"Tensors {sorted(self._missing)} were announced and never written.")
+
+
+@contextlib.contextmanager
+def writing(writers: Mapping[str, Writer]) -> Iterator[Mapping[str, Writer]]:
+    """Close ``writers`` at the end, also after an error, which then says more than they could."""
+    try:
+        yield writers
+    except BaseException:
+        for writer in writers.values():
+            with contextlib.suppress(ValueError):
+                writer.close()
+        raise
+    for writer in writers.values():
+        writer.close()

@@ -1,0 +1,257 @@
+"""One Hugging Face directory: opened, checked against its family's table, and read leaf by leaf."""
+
+import dataclasses
+import fnmatch
+import functools
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import numpy as np
+
+from gaze_jax.convert import shards
+from gaze_jax.convert.checkpoint import Pending, flat_leaves, numpy_dtype
+from gaze_jax.convert.families import family_of, feature_tower
+from gaze_jax.convert.manifest import Leaf, Source
+from gaze_jax.convert.shards import DTYPES, Tensor
+from gaze_jax.convert.table import Family, Json, Rule, copy
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
+from gaze_jax.models.parameters import boxed_params
+
+CONFIG = "config.json"
+UNUSED = "unused.safetensors"
+KEPT = (
+    CONFIG,
+    shards.INDEX,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Files that travel with the weights."""
+
+PartConfig = DecoderConfig | VisionConfig
+
+
+@functools.cache
+def leaf_shapes(config: PartConfig) -> Mapping[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of a part."""
+    whole = MLLMConfig(config, None) if isinstance(config, DecoderConfig) else config
+    return {name: leaf.shape for name, leaf in flat_leaves(nn.meta.unbox(boxed_params(whole))).items()}
+
+
+def expected_tensors(rules: Iterable[Rule], config: PartConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a checkpoint of this config must hold."""
+    shapes = leaf_shapes(config)
+    return {name: rule.tensor_shape(shapes[rule.leaf]) for rule in rules for name in rule.tensors}
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checked directory.
+
+    Attributes:
+      directory: where it lies.
+      model_type, family: what it is.
+      config: of the part that is computed.
+      files: of safetensors.
+      used: canonical name -> tensor, of the table.
+      unused: canonical name -> tensor, of what is kept beside the parameters.
+      notes: sentences about what is not converted.
+    """
+
+    directory: Path
+    model_type: str
+    family: Family
+    config: PartConfig
+    files: tuple[shards.File, ...]
+    used: Mapping[str, Tensor]
+    unused: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+    @property
+    def source(self) -> Source:
+        """What the manifest says about it; names as in the files, so that they can be written again."""
+        kept = {self.family.canonical(name) for name in (*self.used, *self.unused)}
+        kept |= set(self.family.implied(self.config))
+        files = {}
+        for file in self.files:
+            names = {
+                name: tensor.dtype
+                for name, tensor in file.tensors.items()
+                if self.family.canonical(name) in kept
+            }
+            files[file.path.name] = {"metadata": dict(file.metadata), "tensors": names}
+        return Source(self.model_type, files)
+
+
+def _sort(
+    family: Family, config: PartConfig, files: Iterable[shards.File]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+    """Tensors that are used, those kept beside, and a note on those left out."""
+    used: dict[str, Tensor] = {}
+    unused: dict[str, Tensor] = {}
+    left: dict[str, int] = {}
+    for file in files:
+        for name, tensor in file.tensors.items():
+            canonical = family.canonical(name)
+            reasons = (why for glob, why in family.left_out.items() if fnmatch.fnmatchcase(canonical, glob))
+            if (reason := next(reasons, None)) is not None:
+                left[reason] = left.get(reason, 0) + 1
+                continue
+            group = unused if family.unused(config, canonical) else used
+            if canonical in group:
+                raise UserError(f"{file.path} has {canonical} under two names; remove one.")
+            group[canonical] = tensor
+    return used, unused, tuple(f"{count} tensors not converted: {why}." for why, count in left.items())
+
+
+def _check_implied(family: Family, config: PartConfig, used: dict[str, Tensor], directory: Path) -> None:
+    """Drop a repeated tied tensor from ``used``, after comparing it with the one it repeats."""
+    for name, original in family.implied(config).items():
+        if name not in used or original not in used:
+            continue
+        copy, first = used.pop(name), used[original]
+        same = copy.dtype == first.dtype and copy.shape == first.shape
+        if not same or not np.array_equal(_bits(shards.read(copy)), _bits(shards.read(first))):
+            raise UserError(
+                f"{directory}: config.json ties the embeddings but {name} differs from {original}; set "
+                "tie_word_embeddings to false if they are meant to differ."
+            )
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.reshape(-1).view(np.uint8)
+
+
+def _check_tensors(opened: Opened) -> None:
+    """Names, shapes and dtypes, all problems at once."""
+    wanted = expected_tensors(opened.family.rules(opened.config), opened.config)
+    problems = []
+    for name in sorted({*wanted, *opened.used}):
+        tensor = opened.used.get(name)
+        if tensor is None:
+            problems.append(f"{name} {list(wanted[name])} is missing")
+        elif name not in wanted:
+            problems.append(f"{name} {list(tensor.shape)} is unexpected")
+        elif tensor.shape != wanted[name]:
+            problems.append(f"{name} is {list(tensor.shape)} and should be {list(wanted[name])}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{name} is of dtype {tensor.dtype} and should be one of {', '.join(DTYPES)}")
+    problems += [
+        f"{name} is of dtype {tensor.dtype} and should be one of {', '.join(DTYPES)}"
+        for name, tensor in sorted(opened.unused.items())
+        if tensor.dtype not in DTYPES
+    ]
+    if problems:
+        raise UserError(
+            f"{opened.directory} does not fit its config.json ({opened.model_type}): {'; '.join(problems)}. "
+            "Nothing was converted."
+        )
+
+
+def read_config(directory: Path) -> Json:
+    """The ``config.json`` of a Hugging Face directory; code that it points to (``auto_map``) is never run."""
+    return shards.read_json(directory / CONFIG)
+
+
+def open_directory(directory: Path, *, part: str | None = None, feature_layer: int = -2) -> Opened:
+    """Open and check a Hugging Face directory; reads headers only.
+
+    Args:
+      directory: with config.json and safetensors.
+      part: "decoder" or "vision", if only that will do.
+      feature_layer: of a tower, see :func:`gaze_jax.convert.families.feature_tower`.
+
+    Raises:
+      UserError: it is of no known family, of another part, or its tensors do not fit; all that do not are
+        listed.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; give one with config.json and safetensors files.")
+    values = read_config(directory)
+    family = family_of(values, str(directory / CONFIG))
+    if part is not None and family.part != part:
+        kind = {"decoder": "a language model", "vision": "an image tower"}
+        raise UserError(f"{directory} is {kind[family.part]} but {kind[part]} is wanted here.")
+    try:
+        config = family.read_config(values)
+        if isinstance(config, VisionConfig):
+            config = feature_tower(config, feature_layer)
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from error
+    files = shards.open_checkpoint(directory)
+    used, unused, notes = _sort(family, config, files)
+    _check_implied(family, config, used, directory)
+    opened = Opened(directory, values["model_type"], family, config, files, used, unused, notes)
+    _check_tensors(opened)
+    return opened
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """``values`` in another dtype.
+
+    Raises:
+      UserError: a finite value becomes infinite.
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        out = values.astype(dtype)
+    lost = np.isinf(out.astype(np.float32)) & np.isfinite(values.astype(np.float32))
+    if lost.any():
+        raise UserError(f"{name} has values too large for {dtype.name}; choose another --dtype.")
+    return out
+
+
+def pending_leaves(opened: Opened, dtype: str | None = None) -> dict[str, Pending]:
+    """Every leaf of the part, to be read when it is written.
+
+    Args:
+      opened: the checkpoint.
+      dtype: of all leaves; None keeps each one's own.
+
+    Raises:
+      UserError: layers of one leaf have several dtypes and ``dtype`` is None.
+    """
+    shapes = leaf_shapes(opened.config)
+    leaves = {}
+    for rule in opened.family.rules(opened.config):
+        tensors = [opened.used[name] for name in rule.tensors]
+        found = {DTYPES[tensor.dtype].name for tensor in tensors}
+        if dtype is None and len(found) > 1:
+            raise UserError(
+                f"{opened.directory}: {rule.tensor} is {' and '.join(sorted(found))} in different layers, "
+                "which are stored as one array; choose one with --dtype."
+            )
+        target = numpy_dtype(dtype or found.pop())
+
+        def fill(out: np.ndarray, layer: int, rule: Rule = rule, tensors: list[Tensor] = tensors) -> None:
+            values = cast(shards.read(tensors[layer]), out.dtype, rule.tensors[layer])
+            copy(out, rule.to_leaf(values))
+
+        leaves[rule.leaf] = Pending(Leaf(target.name, shapes[rule.leaf], rule.layers), fill)
+    return leaves
+
+
+def copy_beside(opened: Opened, directory: Path) -> None:
+    """Copy configs, tokenizer and processor files, and write unused tensors, into ``directory``."""
+    directory.mkdir()
+    for name in KEPT:
+        if (opened.directory / name).is_file():
+            shutil.copyfile(opened.directory / name, directory / name)
+    if opened.unused:
+        entries = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.unused.items()}
+        writers = {UNUSED: shards.Writer(directory / UNUSED, entries, {})}
+        with shards.writing(writers):
+            for name, tensor in opened.unused.items():
+                writers[UNUSED].write(name, shards.read(tensor))

@@ -1,0 +1,144 @@
+"""The vocabulary of a conversion table: one row per parameter, read in both directions.
+
+A row says which leaf of this project's parameters holds which tensor of a checkpoint, and how the axes
+differ. Layers are stacked here and apart there, so ``{}`` in a tensor's name stands for the layer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from gaze_jax.errors import UserError
+
+Json = Mapping[str, Any]
+Layout = Literal["same", "linear", "conv"]
+
+_TO_LEAF: Mapping[str, tuple[int, ...] | None] = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
+_TO_TENSOR: Mapping[str, tuple[int, ...] | None] = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+# A strip at a time keeps both sides of a transposition in the cache: 2.5 times the speed of one .T copy.
+_STRIP = 128
+
+
+def copy(out: np.ndarray, values: np.ndarray) -> None:
+    """``out[...] = values``, quick where ``values`` is a transposed view."""
+    if values.ndim == 2 and not values.flags.c_contiguous:
+        for start in range(0, values.shape[1], _STRIP):
+            out[:, start : start + _STRIP] = values[:, start : start + _STRIP]
+    else:
+        out[...] = values
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One leaf and the tensor or tensors that fill it.
+
+    Attributes:
+      leaf: path in the parameters, such as "decoder/layers/mlp/up_proj/kernel".
+      tensor: name in the checkpoint; with ``{}`` for the layer if ``layers``.
+      layout: "same"; "linear", torch's [out, in] for Flax's [in, out]; "conv", OIHW for HWIO.
+      layers: the leaf stacks this many tensors on its first axis; 0 if it is one tensor.
+    """
+
+    leaf: str
+    tensor: str
+    layout: Layout = "same"
+    layers: int = 0
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors, in the order of the layers."""
+        return tuple(self.tensor.format(i) for i in range(self.layers)) if self.layers else (self.tensor,)
+
+    def to_leaf(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of one layer's tensor with the leaf's axes."""
+        axes = _TO_LEAF[self.layout]
+        return tensor if axes is None else tensor.transpose(axes)
+
+    def to_tensor(self, leaf: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`to_leaf`, as a contiguous array."""
+        axes = _TO_TENSOR[self.layout]
+        if axes is None:
+            return np.ascontiguousarray(leaf)
+        view = leaf.transpose(axes)
+        out = np.empty(view.shape, view.dtype)
+        copy(out, view)
+        return out
+
+    def tensor_shape(self, leaf_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each tensor of a leaf of ``leaf_shape``."""
+        shape = leaf_shape[1:] if self.layers else leaf_shape
+        axes = _TO_TENSOR[self.layout]
+        return shape if axes is None else tuple(shape[axis] for axis in axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one ``model_type`` maps to this project.
+
+    Attributes:
+      part: the subtree of the parameters that it fills, "decoder" or "vision".
+      architecture: the class of transformers that loads it.
+      read_config: from the checkpoint's ``config.json``; raises a UserError for what is not supported.
+      write_config: its inverse, for a model that was not converted from a checkpoint.
+      rules: the table, of every parameter of the part.
+      canonical: a tensor's name without the prefixes that differ between versions of transformers.
+      unused: whether the tensor of that canonical name belongs to the model but takes no part in what is
+        computed here; such tensors are kept beside the parameters and written back.
+      left_out: pattern of canonical names -> why tensors of such names are not converted at all.
+      own_config: config.json of the part alone, where the checkpoint's describes more than the part.
+      implied: tensor that tied models may repeat -> the one that it must equal.
+      defaults: tensors that transformers wants though nothing here computes with them, for a model without
+        a source.
+    """
+
+    part: Literal["decoder", "vision"]
+    architecture: str
+    read_config: Callable[[Json], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    rules: Callable[[Any], tuple[Rule, ...]]
+    canonical: Callable[[str], str] = str
+    unused: Callable[[Any, str], bool] = lambda config, name: False
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    own_config: Callable[[Json], Json] = lambda config: config
+    implied: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    defaults: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+
+
+class Fields:
+    """Reads a ``config.json`` field by field and remembers which were looked at."""
+
+    def __init__(self, config: Json, where: str) -> None:
+        self._config, self._where = config, where
+        self.seen: set[str] = set()
+
+    def get(self, name: str, kind: type, default: Any = dataclasses.MISSING) -> Any:
+        """The value of ``name``, or ``default``; None counts as absent.
+
+        Raises:
+          UserError: it is absent and has no default, or is not of type ``kind``.
+        """
+        self.seen.add(name)
+        value = self._config.get(name)
+        if value is None:
+            if default is dataclasses.MISSING:
+                raise UserError(f"{self._where} lacks {name}; it does not describe a model of this family.")
+            return default
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise UserError(f"{self._where} has {name}={value!r}, which should be of type {kind.__name__}.")
+        return value
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Refuse a value that would change the computation in a way that is not implemented."""
+        self.seen.add(name)
+        value = self._config.get(name, allowed[0])
+        if value not in allowed:
+            raise UserError(
+                f"{self._where} has {name}={value!r}, which is not supported; only "
+                f"{' or '.join(map(repr, allowed))} is."
+            )

@@ -77,20 +77,20 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
         for value, info, arg in zip(values, infos, args, strict=True):
-            array, checksums = _materialise(value)
+            array, checksums = materialise(value)
             for future in await super().serialize([array], [info], [arg]):
                 future.result()
             self._done(info.name.replace(".", "/"), value.leaf, checksums)
         return []
 
 
-def _materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
+def materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
     """The values of a leaf and the checksums of its files."""
     leaf = pending.leaf
     array = np.empty(leaf.shape, numpy_dtype(leaf.dtype))
 
     def one(layer: int) -> str:
-        part = array[layer] if leaf.layers else array
+        part = array[layer, ...] if leaf.layers else array  # a view, also of a vector
         pending.fill(part, layer)
         return crc_hex(part.reshape(-1).view(np.uint8))
 
@@ -222,13 +222,14 @@ class Converted:
 
     Attributes:
       config: of the model, or of an image tower alone.
-      params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes.
-      manifest: what the checkpoint says of itself.
+      params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes; of a tower alone,
+        ``{"vision": ...}``.
+      beside: directories with the tokenizer and processor files of the parts, by part.
     """
 
     config: Config
     params: Tree
-    manifest: Manifest
+    beside: Mapping[str, Path]
 
 
 def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, Any]) -> None:
@@ -271,4 +272,4 @@ def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
     except Exception as error:  # Orbax and TensorStore each raise their own kinds
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"{directory} cannot be read ({reason}); copy or convert it again.") from error
-    return Converted(manifest.model, params, manifest)
+    return Converted(manifest.model, params, {part: directory / part for part in manifest.sources})

@@ -255,3 +255,11 @@ def export(
             _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
         settings = {"format_version": SETTINGS_VERSION, "model": to_dict(model.config), "parts": places}
         _write_json(directory / GAZE_SETTINGS, settings)
+
+
+def part_directories(directory: Path) -> dict[str, Path]:
+    """Where :func:`export` put each part."""
+    if not (directory / GAZE_SETTINGS).exists():
+        return {"vision": directory}
+    places = shards.read_json(directory / GAZE_SETTINGS)["parts"]
+    return {part: directory / place for part, place in places.items()}

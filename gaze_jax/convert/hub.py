@@ -26,8 +26,8 @@ def resolve(where: str, revision: str | None) -> Path:
         raise UserError(f"{where!r} is neither a directory nor a Hub id such as Qwen/Qwen3-4B.")
     if revision is None or not _COMMIT.fullmatch(revision):
         raise UserError(
-            f"{where!r} is not a directory; to download it from the Hub, name the commit with --revision=HASH "
-            "(40 hexadecimal digits): a branch may change between two runs."
+            f"{where!r} is not a directory; to download it from the Hub, name the commit with "
+            "--revision=HASH (40 hexadecimal digits): a branch may change between two runs."
         )
     try:
         import huggingface_hub

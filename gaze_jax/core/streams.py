@@ -90,3 +90,31 @@ class Streams:
     def visual_valid(self) -> Array:
         """[B, R, P] bool: the slot holds a token."""
         return jnp.asarray(self.visual_src) >= 0
+
+
+def text_streams(tokens: Array, valid: Array) -> Streams:
+    """Streams of text alone, one sample per row.
+
+    Args:
+      tokens: int32 [B, S].
+      valid: bool [B, S]; False marks padding, anywhere in the row.
+    """
+    tokens, valid = jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
+    batch = tokens.shape[0]
+    order = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+    nothing = jnp.full(tokens.shape, EMPTY, jnp.int32)
+    no_regions = jnp.zeros((batch, 0, 1), jnp.int32)
+    return Streams(
+        visual_src=no_regions,
+        visual_order=no_regions,
+        visual_pos=no_regions,
+        visual_unit=no_regions,
+        region_segment=no_regions[:, :, 0],
+        tokens=jnp.where(valid, tokens, 0),
+        kind=jnp.where(valid, jnp.int32(Kind.TEXT), jnp.int32(Kind.PAD)),
+        dense_order=jnp.where(valid, order, EMPTY),
+        dense_pos=jnp.where(valid, order, 0),
+        dense_segment=jnp.where(valid, 0, EMPTY),
+        dense_unit=nothing,
+        targets=jnp.full(tokens.shape, IGNORE, jnp.int32),
+    )

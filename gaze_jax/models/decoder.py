@@ -245,6 +245,7 @@ class Decoder(nn.Module):
         forced: Array | None,
         collect: bool,
         keep_kv: bool,
+        keep_hidden: bool = False,
     ) -> tuple[Array, dict[str, Array]]:
         """Training or prefill over both streams.
 
@@ -257,6 +258,7 @@ class Decoder(nn.Module):
           forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
           collect: return scores and selections.
           keep_kv: return keys, values and descriptors.
+          keep_hidden: return "hidden" [L, B, N, M], the residual stream after each block.
 
         Returns:
           [B, N, M] after the final norm, and a dict of arrays stacked over layers.
@@ -278,6 +280,8 @@ class Decoder(nn.Module):
             wanted = {"scores", "selected"} if collect else set()
             if keep_kv:
                 wanted |= set(out) - {"scores", "selected"}
+            if keep_hidden:
+                out, wanted = out | {"hidden": x}, wanted | {"hidden"}
             return x, {name: out[name] for name in sorted(wanted & set(out))}
 
         if self.config.remat:

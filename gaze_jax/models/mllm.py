@@ -124,6 +124,25 @@ class MLLM(nn.Module):
         )
         return self.decoder.logits(hidden), out
 
+    def stages(self, images: Array | None, streams: Streams) -> tuple[Array, Array]:
+        """The dense pass in the open: what conversion compares with the original, layer by layer.
+
+        Returns:
+          [L, B, S, M], the dense stream after each block, and float32 logits [B, S, V].
+        """
+        hidden, out = self._forward(
+            images,
+            streams,
+            None,
+            top_k=None,
+            route=Routing(),
+            forced=None,
+            collect=False,
+            keep_kv=False,
+            keep_hidden=True,
+        )
+        return out["hidden"][:, :, -streams.tokens.shape[1] :], self.decoder.logits(hidden)
+
     def prefill(
         self,
         images: Array | None,

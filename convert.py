@@ -1,0 +1,87 @@
+"""Convert checkpoints between Hugging Face directories and this project, and prove them equal.
+
+python convert.py --from=Qwen2.5-0.5B-Instruct --to=ckpt/qwen --verify
+python convert.py --llm=Qwen3-4B --vision=siglip2-so400m-patch16-384 --to=ckpt/cambrian-4b
+python convert.py --from=ckpt/cambrian-4b --to=back --format=hf
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from gaze_jax import cli
+from gaze_jax.convert import run, verify
+from gaze_jax.convert.export import part_directories
+from gaze_jax.convert.hub import resolve
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import PARAM_DTYPES, GazeConfig
+
+_FROM = flags.DEFINE_string("from", None, "What to convert: a directory, or a Hub id with --revision.")
+_LLM = flags.DEFINE_string("llm", None, "A language model to join with --vision into a new model.")
+_VISION = flags.DEFINE_string("vision", None, "An image tower to join with --llm.")
+_TO = flags.DEFINE_string("to", None, "A new directory to write.", required=True)
+_FORMAT = flags.DEFINE_enum("format", "gaze", ["gaze", "hf"], "gaze: of this project; hf: for transformers.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Run both sides afterwards and compare them stage by stage.")
+_DTYPE = flags.DEFINE_enum("dtype", None, list(PARAM_DTYPES), "Change the dtype; default: each tensor's own.")
+_REVISION = flags.DEFINE_string("revision", None, "Commit of the Hub id in --from.")
+_FEATURE_LAYER = flags.DEFINE_integer(
+    "feature_layer", -2, "Hidden state of the tower that is read: -1 is after its last layer."
+)
+_REGION = flags.DEFINE_list("region", ["6", "6"], "With --llm: target size of a region in tokens.")
+_CONTEXT = flags.DEFINE_integer("context_tokens", 0, "With --llm: context tokens after each image.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "With --llm: regions per query; default: attend to all.")
+_SEED = flags.DEFINE_integer("seed", 0, "With --llm: of the new parameters.")
+
+
+def _gaze() -> GazeConfig:
+    try:
+        rows, columns = (int(side) for side in _REGION.value)
+        return GazeConfig((rows, columns), context_tokens=_CONTEXT.value, top_k=_TOP_K.value)
+    except ValueError as error:
+        raise UserError(f"--region, --context_tokens or --top_k: {error}") from error
+
+
+def _plan() -> run.Plan:
+    if _FROM.value is not None:
+        source = resolve(_FROM.value, _REVISION.value)
+        return run.plan_directory(source, dtype=_DTYPE.value, feature_layer=_FEATURE_LAYER.value)
+    return run.compose(
+        Path(_LLM.value),
+        Path(_VISION.value),
+        gaze=_gaze(),
+        dtype=_DTYPE.value,
+        feature_layer=_FEATURE_LAYER.value,
+        seed=_SEED.value,
+    )
+
+
+def _verify(directory: Path, originals: dict[str, Path]) -> None:
+    stages = verify.verify(directory, originals)
+    print(verify.table(stages), flush=True)
+    if _DTYPE.value is None:
+        verify.require_equal(stages)
+    else:
+        print(f"The difference includes rounding to {_DTYPE.value}.", flush=True)
+
+
+def main() -> None:
+    """Check the flags, convert, verify."""
+    both = _LLM.value is not None and _VISION.value is not None
+    if (_FROM.value is None) == (not both) or (_FROM.value is not None and (_LLM.value or _VISION.value)):
+        raise UserError("Give either --from, or both --llm and --vision.")
+    target = Path(_TO.value)
+    if _FORMAT.value == "gaze":
+        plan = _plan()
+        run.save(plan, target)
+        if _VERIFY.value:
+            _verify(target, {part: opened.directory for part, opened in plan.opened.items()})
+        return
+    if _FROM.value is None:
+        raise UserError("--format=hf writes a model that exists: give it with --from.")
+    run.convert_back(Path(_FROM.value), target, dtype=_DTYPE.value)
+    if _VERIFY.value:
+        _verify(Path(_FROM.value), part_directories(target))
+
+
+if __name__ == "__main__":
+    cli.run_door(main)

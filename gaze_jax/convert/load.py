@@ -1,0 +1,59 @@
+"""Any checkpoint into memory: converted, as published, or of a run."""
+
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+from jax.sharding import Mesh
+
+from gaze_jax.convert import checkpoint, manifest
+from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise
+from gaze_jax.convert.run import Plan, plan_directory
+from gaze_jax.errors import UserError
+from gaze_jax.models.parameters import abstract_params
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train.checkpoint import FOLDER, load_for_inference
+
+
+def place(plan: Plan, mesh: Mesh) -> Converted:
+    """Put a planned checkpoint on a mesh without writing it: one leaf at a time is in host memory.
+
+    Args:
+      plan: from :mod:`gaze_jax.convert.run`.
+      mesh: where the parameters go.
+
+    Raises:
+      UserError: the mesh does not divide a parameter, or a value does not fit the plan's dtype.
+    """
+    placed = {}
+    for name, target in flat_leaves(abstract_params(plan.config, mesh)).items():
+        values, _ = materialise(plan.leaves[name])
+        placed[name] = jax.make_array_from_callback(values.shape, target.sharding, values.__getitem__)
+    params = flax.traverse_util.unflatten_dict(placed, sep="/")
+    return Converted(plan.config, params, {part: found.directory for part, found in plan.opened.items()})
+
+
+def one_device() -> Mesh:
+    """A mesh of this process's first device."""
+    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+
+
+def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
+    """Load a converted checkpoint, a Hugging Face directory as it is, or a run of train.py.
+
+    Args:
+      directory: with manifest.json, with config.json and safetensors, or with checkpoints/.
+      mesh: where the parameters go.
+      check: compare a converted checkpoint with its checksums.
+
+    Raises:
+      UserError: it is neither, or damaged.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; give a checkpoint.")
+    if (directory / manifest.FILE).exists():
+        return checkpoint.load(directory, mesh, check=check)
+    if (directory / FOLDER).is_dir():
+        trained = load_for_inference(directory, mesh)
+        return Converted(trained.experiment.model, trained.params, {})
+    return place(plan_directory(directory), mesh)

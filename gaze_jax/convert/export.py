@@ -27,7 +27,6 @@ GAZE_SETTINGS = "gaze.json"
 SETTINGS_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 _PT = {"format": "pt"}
-_NAMES = {dtype.name: name for name, dtype in shards.DTYPES.items()}
 
 ReadLayer = Callable[[str, int | None], np.ndarray]
 
@@ -79,7 +78,7 @@ def _of_rule(model: Model, rule: Rule, dtype: str | None) -> dict[str, _Entry]:
 
     def entry(name: str, layer: int | None) -> _Entry:
         return _Entry(
-            _NAMES[target.name],
+            shards.NAMES[target.name],
             shape,
             lambda: rule.to_tensor(cast(model.read(rule.leaf, layer), target, name)),
         )
@@ -92,14 +91,16 @@ def _of_file(path: Path, dtype: str | None) -> dict[str, _Entry]:
 
     def entry(name: str, tensor: Tensor) -> _Entry:
         target = numpy_dtype(dtype or shards.DTYPES[tensor.dtype].name)
-        return _Entry(_NAMES[target.name], tensor.shape, lambda: cast(shards.read(tensor), target, name))
+        return _Entry(
+            shards.NAMES[target.name], tensor.shape, lambda: cast(shards.read(tensor), target, name)
+        )
 
     return {name: entry(name, tensor) for name, tensor in shards.open_file(path).tensors.items()}
 
 
 def _of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, _Entry]:
     def entry(values: np.ndarray) -> _Entry:
-        return _Entry(_NAMES[values.dtype.name], values.shape, lambda: values)
+        return _Entry(shards.NAMES[values.dtype.name], values.shape, lambda: values)
 
     return {name: entry(values) for name, values in arrays.items()}
 
@@ -192,6 +193,13 @@ def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str,
     _write_json(directory / CONFIG, config)
 
 
+def _recast(written: Mapping[str, _Entry], source: Source | None) -> bool:
+    """Whether a tensor has another dtype than it came with."""
+    files = {} if source is None else source.files
+    came = {name: dtype for content in files.values() for name, dtype in content["tensors"].items()}
+    return any(came.get(name, entry.dtype) != entry.dtype for name, entry in written.items())
+
+
 def _export_part(
     model: Model, part: str, config: PartConfig, directory: Path, dtype: str | None, progress: Any
 ) -> None:
@@ -214,11 +222,10 @@ def _export_part(
             if path.name != UNUSED:
                 shutil.copyfile(path, directory / path.name)
     written = {name: entry for _, entries in plan.values() for name, entry in entries.items()}
-    unchanged = original is not None and own == original
-    if not unchanged or dtype is not None:
+    if own != original or _recast(written, source):
         _write_config(directory, own, written)
-    if not unchanged or not (directory / shards.INDEX).exists() or dtype is not None:
         (directory / shards.INDEX).unlink(missing_ok=True)
+    if not (directory / shards.INDEX).exists():
         _write_index(directory, plan)
 
 

@@ -50,12 +50,14 @@ class Plan:
       leaves: every parameter.
       opened: the Hugging Face directories that it comes from, by part.
       new: leaves that come from none and were initialised.
+      dtype: that was asked for; None keeps each tensor's own.
     """
 
     config: Config
     leaves: Mapping[str, Pending]
     opened: Mapping[str, Opened]
     new: tuple[str, ...] = ()
+    dtype: str | None = None
 
 
 def _text_model(opened: Opened, leaves: Mapping[str, Pending], **fields: Any) -> MLLMConfig:
@@ -86,8 +88,8 @@ def plan_directory(directory: Path, *, dtype: str | None = None, feature_layer: 
     opened = open_directory(directory, feature_layer=feature_layer)
     leaves = pending_leaves(opened, dtype)
     if isinstance(opened.config, VisionConfig):
-        return Plan(opened.config, leaves, {"vision": opened})
-    return Plan(_text_model(opened, leaves), leaves, {"decoder": opened})
+        return Plan(opened.config, leaves, {"vision": opened}, dtype=dtype)
+    return Plan(_text_model(opened, leaves), leaves, {"decoder": opened}, dtype=dtype)
 
 
 def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str, Pending]:
@@ -136,7 +138,7 @@ def _plan_export(directory: Path, dtype: str | None) -> Plan:
     leaves = {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
     if config.vision is not None:
         leaves |= _joint_leaves(directory / GAZE_TENSORS, config, dtype)
-    return Plan(config, leaves, opened)
+    return Plan(config, leaves, opened, dtype=dtype)
 
 
 def compose(
@@ -177,7 +179,7 @@ def compose(
 
     values = jax.device_get(jax.jit(init)(jax.random.key(seed)))
     leaves |= {name: pending_array(value) for name, value in values.items()}
-    return Plan(config, leaves, opened, tuple(new))
+    return Plan(config, leaves, opened, tuple(new), dtype)
 
 
 def write_plan(plan: Plan, directory: Path, progress: Callable[[int], None] = lambda count: None) -> None:
@@ -189,7 +191,7 @@ def write_plan(plan: Plan, directory: Path, progress: Callable[[int], None] = la
     sources = {part: opened.source for part, opened in plan.opened.items()}
     with checkpoint.new_directory(directory) as partial:
         for part, opened in plan.opened.items():
-            copy_beside(opened, partial / part)
+            copy_beside(opened, partial / part, plan.dtype)
         checkpoint.write(partial, plan.config, plan.leaves, sources=sources, new=plan.new, progress=progress)
 
 
@@ -260,17 +262,6 @@ def summary(plan: Plan) -> str:
     if plan.new:
         lines.append(f"new, initialised: {', '.join(plan.new)}")
     return "\n".join(lines)
-
-
-def convert(source: Path, target: Path, *, dtype: str | None = None, feature_layer: int = -2) -> Plan:
-    """Convert a Hugging Face directory into a checkpoint of this project, with progress on stderr.
-
-    Raises:
-      UserError: see :func:`plan_directory` and :func:`write_plan`.
-    """
-    plan = plan_directory(source, dtype=dtype, feature_layer=feature_layer)
-    save(plan, target)
-    return plan
 
 
 def save(plan: Plan, target: Path) -> None:

@@ -30,6 +30,9 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+"""Dtypes of parameters, by the name that safetensors gives them."""
+NAMES: Mapping[str, str] = {dtype.name: name for name, dtype in DTYPES.items()}
+"""numpy's name of a dtype -> that of safetensors."""
 _LENGTH = struct.Struct("<Q")
 
 

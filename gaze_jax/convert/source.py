@@ -14,7 +14,7 @@ from gaze_jax.convert import shards
 from gaze_jax.convert.checkpoint import Pending, flat_leaves, numpy_dtype
 from gaze_jax.convert.families import family_of, feature_tower
 from gaze_jax.convert.manifest import Leaf, Source
-from gaze_jax.convert.shards import DTYPES, Tensor
+from gaze_jax.convert.shards import DTYPES, NAMES, Tensor
 from gaze_jax.convert.table import Family, Json, Rule, copy
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
@@ -243,15 +243,25 @@ def pending_leaves(opened: Opened, dtype: str | None = None) -> dict[str, Pendin
     return leaves
 
 
-def copy_beside(opened: Opened, directory: Path) -> None:
-    """Copy configs, tokenizer and processor files, and write unused tensors, into ``directory``."""
+def copy_beside(opened: Opened, directory: Path, dtype: str | None = None) -> None:
+    """Copy configs, tokenizer and processor files, and write unused tensors, into ``directory``.
+
+    Args:
+      opened: the checkpoint.
+      directory: made here.
+      dtype: of the unused tensors; None keeps each one's own.
+    """
     directory.mkdir()
     for name in KEPT:
         if (opened.directory / name).is_file():
             shutil.copyfile(opened.directory / name, directory / name)
     if opened.unused:
-        entries = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.unused.items()}
+        stored = {name: DTYPES[tensor.dtype].name for name, tensor in opened.unused.items()}
+        entries = {
+            name: (NAMES[dtype or stored[name]], tensor.shape) for name, tensor in opened.unused.items()
+        }
         writers = {UNUSED: shards.Writer(directory / UNUSED, entries, {})}
         with shards.writing(writers):
             for name, tensor in opened.unused.items():
-                writers[UNUSED].write(name, shards.read(tensor))
+                target = numpy_dtype(dtype or stored[name])
+                writers[UNUSED].write(name, cast(shards.read(tensor), target, name))

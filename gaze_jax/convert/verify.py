@@ -97,13 +97,12 @@ def verify_decoder(directory: Path, config: MLLMConfig, params: Tree, *, seed: i
     original = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    hidden: list[np.ndarray] = []
+    # Hooked, because transformers reports the last layer's output after the final norm only.
+    for layer in original.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: hidden.append(np.asarray(output)))
     with torch.no_grad():
-        out = original(
-            torch.tensor(tokens),
-            attention_mask=torch.tensor(valid.astype(np.int64)),
-            output_hidden_states=True,
-        )
-    hidden = [np.asarray(state) for state in out.hidden_states]
+        out = original(torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64)))
     theirs_logits = np.asarray(out.logits)
     del original, out
     model = MLLM(dataclasses.replace(config, dtype="float32"))

@@ -10,7 +10,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
+from gaze_jax.parallel.mesh import describe_devices
 from gaze_jax.train.config import ARMS
 
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom: 95 % intervals of a mean over few seeds.
@@ -32,18 +32,6 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every arm.", lower
 _ARMS = flags.DEFINE_list("arms", list(ARMS), "Which arms.")
 _RESULT = flags.DEFINE_string("result", "benchmarks/results/digits.json", "The JSON file.")
 _PLOT = flags.DEFINE_string("plot", "docs/images/digits.png", "The plot; empty for none.")
-
-
-def device_name() -> str:
-    """The accelerator, or the processor and how many cores of it this process may use."""
-    import jax
-
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"
 
 
 def train(arm: str, seed: int) -> dict[str, Any]:
@@ -141,7 +129,7 @@ def main(argv: list[str]) -> None:
     result = {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "device": device_name(),
+        "device": describe_devices(),
         "config": _CONFIG.value,
         "samples_per_family": next(iter(reports.values()))[0]["dense"]["transcribe"]["samples"],
         "arms": arms,

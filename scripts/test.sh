@@ -2,11 +2,12 @@
 # Every check of a change: ruff, ruff format, mypy and the tests, after setting up what is missing.
 #   scripts/test.sh [ARGUMENTS OF pytest ...]
 # All four run even if one fails; the status is pytest's, or 1 if only another check failed.
+# The tests compare with PyTorch. For its small CPU build, install torch into the environment beforehand.
 # GAZE_VENV and GAZE_PYTHON: see scripts/environment.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-gaze_environment dev
+gaze_environment dev,parity
 cd "$root"
 
 failed=()

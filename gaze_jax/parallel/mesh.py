@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import os
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -59,3 +62,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # Auto: the compiler places activations. Explicit axes, jax's default, reject an embedding look-up.
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+
+
+def describe_devices() -> str:
+    """The accelerators, or the processor and how many cores of it this process may use, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}"

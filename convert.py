@@ -5,6 +5,7 @@ python convert.py --llm=Qwen3-4B --vision=siglip2-so400m-patch16-384 --to=ckpt/c
 python convert.py --from=ckpt/cambrian-4b --to=back --format=hf
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -34,25 +35,54 @@ _SEED = flags.DEFINE_integer("seed", 0, "With --llm: of the new parameters.")
 
 
 def _gaze() -> GazeConfig:
+    sides = _REGION.value
+    if len(sides) != 2 or not all(side.isdigit() for side in sides):
+        raise UserError(f"--region={','.join(sides)} must be two numbers of tokens, such as 6,6.")
     try:
-        rows, columns = (int(side) for side in _REGION.value)
-        return GazeConfig((rows, columns), context_tokens=_CONTEXT.value, top_k=_TOP_K.value)
+        region = (int(sides[0]), int(sides[1]))
+        return GazeConfig(region, context_tokens=_CONTEXT.value, top_k=_TOP_K.value)
     except ValueError as error:
-        raise UserError(f"--region, --context_tokens or --top_k: {error}") from error
+        raise UserError(str(error)) from error
+
+
+def _check_flags() -> None:
+    """Refuse what would have no effect."""
+    if (_FROM.value is None) != (_LLM.value is not None and _VISION.value is not None) or (
+        _FROM.value is not None and (_LLM.value is not None or _VISION.value is not None)
+    ):
+        raise UserError("Give either --from, or both --llm and --vision.")
+    if _FROM.value is not None:
+        _refuse((_REGION, _CONTEXT, _TOP_K, _SEED), "is for a new model made of --llm and --vision")
+    else:
+        _refuse((_REVISION,), "names a commit of the Hub id in --from")
+    if _FORMAT.value == "hf":
+        if _FROM.value is None:
+            raise UserError("--format=hf writes a model that exists already: name it in --from.")
+        _refuse((_FEATURE_LAYER, _REVISION), "has no effect with --format=hf")
+
+
+def _refuse(holders: Iterable[flags.FlagHolder], why: str) -> None:
+    for holder in holders:
+        if flags.FLAGS[holder.name].present:
+            raise UserError(f"--{holder.name} {why}; drop it.")
 
 
 def _plan() -> run.Plan:
-    if _FROM.value is not None:
-        source = resolve(_FROM.value, _REVISION.value)
-        return run.plan_directory(source, dtype=_DTYPE.value, feature_layer=_FEATURE_LAYER.value)
-    return run.compose(
-        Path(_LLM.value),
-        Path(_VISION.value),
-        gaze=_gaze(),
-        dtype=_DTYPE.value,
-        feature_layer=_FEATURE_LAYER.value,
-        seed=_SEED.value,
-    )
+    dtype, feature_layer = _DTYPE.value, _FEATURE_LAYER.value
+    if _LLM.value is not None and _VISION.value is not None:
+        return run.compose(
+            Path(_LLM.value),
+            Path(_VISION.value),
+            gaze=_gaze(),
+            dtype=dtype,
+            feature_layer=feature_layer,
+            seed=_SEED.value,
+        )
+    source = resolve(_FROM.value or "", _REVISION.value)
+    plan = run.plan_directory(source, dtype=dtype, feature_layer=feature_layer)
+    if "vision" not in plan.opened:
+        _refuse((_FEATURE_LAYER,), "is of an image tower, which this is not")
+    return plan
 
 
 def _verify(directory: Path, originals: dict[str, Path]) -> None:
@@ -66,21 +96,18 @@ def _verify(directory: Path, originals: dict[str, Path]) -> None:
 
 def main() -> None:
     """Check the flags, convert, verify."""
-    both = _LLM.value is not None and _VISION.value is not None
-    if (_FROM.value is None) == (not both) or (_FROM.value is not None and (_LLM.value or _VISION.value)):
-        raise UserError("Give either --from, or both --llm and --vision.")
-    target = Path(_TO.value)
+    _check_flags()
+    target = Path(_TO.value or "")
     if _FORMAT.value == "gaze":
         plan = _plan()
         run.save(plan, target)
         if _VERIFY.value:
             _verify(target, {part: opened.directory for part, opened in plan.opened.items()})
         return
-    if _FROM.value is None:
-        raise UserError("--format=hf writes a model that exists: give it with --from.")
-    run.convert_back(Path(_FROM.value), target, dtype=_DTYPE.value)
+    source = Path(_FROM.value or "")
+    run.convert_back(source, target, dtype=_DTYPE.value)
     if _VERIFY.value:
-        _verify(Path(_FROM.value), part_directories(target))
+        _verify(source, part_directories(target))
 
 
 if __name__ == "__main__":

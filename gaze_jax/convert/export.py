@@ -41,6 +41,7 @@ class Model:
       read: the values of a leaf, or of one layer of it.
       sources: by part; empty for a model that was trained here.
       beside: directory with files of the parts; None if there are none.
+      tokenizer: content of the tokenizer.json of a model without files; None if it has none.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Model:
     read: ReadLayer
     sources: Mapping[str, Source]
     beside: Path | None
+    tokenizer: str | None = None
 
     @property
     def parts(self) -> dict[str, PartConfig]:
@@ -221,6 +223,8 @@ def _export_part(
         for path in beside.iterdir():
             if path.name != UNUSED:
                 shutil.copyfile(path, directory / path.name)
+    elif part == "decoder" and model.tokenizer is not None:
+        (directory / "tokenizer.json").write_text(model.tokenizer, encoding="utf-8")
     written = {name: entry for _, entries in plan.values() for name, entry in entries.items()}
     if own != original or _recast(written, source):
         _write_config(directory, own, written)

@@ -21,6 +21,8 @@ def resolve(where: str, revision: str | None) -> Path:
       UserError: ``where`` is neither, the revision is not a commit, or the download fails.
     """
     if Path(where).is_dir():
+        if revision is not None:
+            raise UserError(f"{where} is a directory, so --revision={revision} has no meaning; drop it.")
         return Path(where)
     if not _NAME.fullmatch(where):
         raise UserError(f"{where!r} is neither a directory nor a Hub id such as Qwen/Qwen3-4B.")

@@ -25,7 +25,7 @@ from gaze_jax.convert import checkpoint, manifest, shards
 from gaze_jax.convert.checkpoint import Config, Pending, flat_leaves, numpy_dtype, pending_array
 from gaze_jax.convert.export import GAZE_SETTINGS, GAZE_TENSORS, SETTINGS_VERSION, Model, export
 from gaze_jax.convert.families import joint_rules
-from gaze_jax.convert.manifest import Leaf, Source
+from gaze_jax.convert.manifest import Leaf
 from gaze_jax.convert.source import (
     UNUSED,
     Opened,
@@ -220,18 +220,16 @@ def open_model(directory: Path) -> Model:
 
 def _open_run(directory: Path) -> Model:
     trained = load_for_inference(directory, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
-    config = trained.experiment.model
-    stacked = {
-        name: leaf.shape[0] if "/layers/" in name else 0 for name, leaf in flat_leaves(trained.params).items()
-    }
     values = {name: np.asarray(leaf) for name, leaf in flat_leaves(trained.params).items()}
-    leaves = {name: Leaf(str(v.dtype), v.shape, stacked[name]) for name, v in values.items()}
-    no_sources: dict[str, Source] = {}
+    leaves = {
+        name: Leaf(str(value.dtype), value.shape, value.shape[0] if "/layers/" in name else 0)
+        for name, value in values.items()
+    }
 
     def read(name: str, layer: int | None) -> np.ndarray:
         return values[name] if layer is None else values[name][layer]
 
-    return Model(config, leaves, read, no_sources, None)
+    return Model(trained.experiment.model, leaves, read, {}, None, trained.tokenizer.json)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gaze_jax.core.regions import descriptor_width
 from gaze_jax.core.streams import Kind
 
 Array = jax.Array
@@ -132,6 +133,7 @@ def reads(
     itemsize: int,
     selected: Array | None = None,
     indices: Array | None = None,
+    descriptor: str = "mean",
 ) -> Reads:
     """Bytes that decoding steps must read, with the union over a group's query heads as measured.
 
@@ -140,6 +142,7 @@ def reads(
       kv_heads: K.
       head_dim: D.
       itemsize: bytes per cached element.
+      descriptor: as in :func:`decode_floor`.
 
     Returns:
       float32 [...] each; the mean union in :func:`decode_floor` gives the same total.
@@ -151,7 +154,9 @@ def reads(
         floor = decode_floor(kv_heads, head_dim, itemsize, None, slots, regions, dense)
     else:
         union = jnp.mean(union_over_group(chosen, kv_heads), axis=-1)
-        floor = decode_floor(kv_heads, head_dim, itemsize, regions, slots, union, dense)
+        floor = decode_floor(
+            kv_heads, head_dim, itemsize, regions, slots, union, dense, descriptor=descriptor
+        )
     return floor
 
 
@@ -163,8 +168,10 @@ def decode_floor(
     slots: int,
     union: Array | float,
     dense: Array | float,
+    *,
+    descriptor: str = "mean",
 ) -> Reads:
-    """The least bytes that one decoding step of one layer can read: K * (bDR + 2bDPU + 2bDS).
+    """The least bytes that one decoding step of one layer can read: K * (bER + 2bDPU + 2bDS).
 
     Args:
       kv_heads: K.
@@ -174,10 +181,12 @@ def decode_floor(
       slots: P.
       union: U, regions read per kv head (a mean over kv heads); R under dense attention.
       dense: S, dense keys, context tokens among them.
+      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`; decides the width E of a descriptor.
     """
     vector = kv_heads * itemsize * head_dim
+    width = descriptor_width(descriptor, head_dim)
     return Reads(
-        descriptors=float(vector * (regions or 0)),
+        descriptors=float(kv_heads * itemsize * width * (regions or 0)),
         visual=2.0 * vector * slots * union,
         dense=2.0 * vector * dense,
     )
@@ -190,6 +199,7 @@ def attention_flops(
     *,
     regions: int = 0,
     kv_heads: int | None = None,
+    descriptor: str = "mean",
 ) -> Flops:
     """Operations of one query in one layer: q . k and weight * v for each entry, q . descriptor per region.
 
@@ -199,9 +209,11 @@ def attention_flops(
       attended: entries, all kinds.
       regions: R that are scored; 0 for dense attention.
       kv_heads: K for share "group", which adds a group's queries and scores once; None for "head".
+      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`.
     """
+    width = descriptor_width(descriptor, head_dim)
     if kv_heads is None:
-        routing = 2.0 * heads * head_dim * regions
+        routing = 2.0 * heads * width * regions
     else:
-        routing = (2.0 * kv_heads * regions + (heads - kv_heads)) * head_dim if regions else 0.0
+        routing = (2.0 * kv_heads * regions + (heads - kv_heads)) * width if regions else 0.0
     return Flops(attention=4.0 * heads * head_dim * attended, routing=routing)

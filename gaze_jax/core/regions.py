@@ -11,6 +11,9 @@ from gaze_jax.core.streams import EMPTY
 
 Array = jax.Array
 
+DESCRIPTORS = ("mean", "minmax")
+"""What a region is summarised by; see :func:`describe`."""
+
 
 def balanced_sides(length: int, target: int) -> list[int]:
     """Cut ``length`` tokens into ceil(length / target) runs whose sizes differ by at most one.
@@ -105,6 +108,40 @@ def mean_keys(keys: Array, valid: Array) -> Array:
     total = jnp.sum(jnp.where(mask, keys.astype(jnp.float32), 0.0), axis=3)
     count = jnp.maximum(jnp.sum(valid, axis=-1), 1).astype(jnp.float32)
     return (total / count[:, None, :, None]).astype(keys.dtype)
+
+
+def minmax_keys(keys: Array, valid: Array) -> Array:
+    """Describe each region by the box around its valid keys (Quest, arXiv 2406.10774).
+
+    Args:
+      keys: [B, K, R, P, D] post-RoPE keys, before any quantisation.
+      valid: bool [B, R, P].
+
+    Returns:
+      [B, K, R, 2 * D] in ``keys.dtype``, the smallest value of every channel and then the largest; 0 for
+      a region without tokens.
+    """
+    mask = valid[:, None, :, :, None]
+    far = jnp.asarray(jnp.inf, keys.dtype)
+    low = jnp.min(jnp.where(mask, keys, far), axis=3)
+    high = jnp.max(jnp.where(mask, keys, -far), axis=3)
+    some = jnp.any(valid, axis=-1)[:, None, :, None]
+    return jnp.where(some, jnp.concatenate([low, high], axis=-1), jnp.zeros((), keys.dtype))
+
+
+def describe(keys: Array, valid: Array, descriptor: str) -> Array:
+    """Summarise each region: [B, K, R, E], the width E from :func:`descriptor_width`.
+
+    Args:
+      keys, valid: as in :func:`mean_keys`.
+      descriptor: "mean" (:func:`mean_keys`) or "minmax" (:func:`minmax_keys`).
+    """
+    return {"mean": mean_keys, "minmax": minmax_keys}[descriptor](keys, valid)
+
+
+def descriptor_width(descriptor: str, head_dim: int) -> int:
+    """E, the channels of one descriptor: D, or 2 * D for "minmax"."""
+    return {"mean": 1, "minmax": 2}[descriptor] * head_dim
 
 
 def region_span(order: Array) -> tuple[Array, Array]:

@@ -5,7 +5,8 @@ piece of code. Training selects by *mask* (every region gets a verdict), decodin
 to fetch); both order regions in the same way: highest score first, ties to the region whose first
 token comes first, NaN below every number, -0.0 equal to 0.0.
 
-Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for share "head" and K for share "group".
+Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for share "head" and K for share "group"; E is the
+width of a descriptor.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ class Routing:
     """Where a query's region scores come from.
 
     Attributes:
-      strategy: "descriptor": q . mean key (the paper); "random": a hash of seed, sample, order, layer,
+      strategy: "descriptor": q . descriptor (the paper); "random": a hash of seed, sample, order, layer,
         head and region; "forced": the regions listed by the caller, and no other.
       seed: of "random".
     """
@@ -38,31 +39,51 @@ class Routing:
             raise ValueError(f"Routing.strategy={self.strategy!r} must be one of {STRATEGIES}.")
 
 
+def query_features(q: Array, descriptor: str) -> Array:
+    """What to multiply with a descriptor so that the product is the region's score.
+
+    A "minmax" descriptor bounds every q . k of its region by sum_d max(q_d * min_d, q_d * max_d) (Quest,
+    arXiv 2406.10774). A negative q_d takes the first product and a positive one the second, so the bound
+    is a dot product too.
+
+    Args:
+      q: [..., D] post-RoPE queries.
+      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`.
+
+    Returns:
+      [..., E] in ``q.dtype``.
+    """
+    if descriptor == "mean":
+        return q
+    zero = jnp.zeros((), q.dtype)
+    return jnp.concatenate([jnp.minimum(q, zero), jnp.maximum(q, zero)], axis=-1)
+
+
 def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
     """Score every region for every query (paper: s = q . d).
 
     Args:
-      q: [B, T, H, D] post-RoPE queries.
-      descriptors: [B, K, R, D].
+      q: [B, T, H, E] queries, or their :func:`query_features`.
+      descriptors: [B, K, R, E].
       share: "head" scores per query head, "group" adds the scores of a kv head's G query heads.
 
     Returns:
       float32 [B, T, Hs, R].
     """
-    batch, queries, heads, dim = q.shape
+    batch, queries, heads, width = q.shape
     kv_heads = descriptors.shape[1]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
     if share == "group":
         # The sum of scores is the score of the sum; add in float32.
         summed = jnp.sum(grouped.astype(jnp.float32), axis=3)
         return jnp.einsum(
-            "BTKD,BKRD->BTKR",
+            "BTKE,BKRE->BTKR",
             summed,
             descriptors.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
     scores = jnp.einsum(
-        "BTKGD,BKRD->BTKGR",
+        "BTKGE,BKRE->BTKGR",
         grouped,
         descriptors,
         precision=jax.lax.Precision.HIGHEST,

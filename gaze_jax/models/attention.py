@@ -80,7 +80,7 @@ def region_scores(
 
     Args:
       q: [B, T, H, D].
-      descriptors: [B, K, R, D].
+      descriptors: [B, K, R, E].
       visible: bool [B, T, R].
       gaze: of the model.
       route: the strategy.
@@ -107,7 +107,8 @@ def region_scores(
         forced = jnp.broadcast_to(forced, (batch, queries, heads, forced.shape[-1]))
         scores, listed = routing.forced_scores(forced, descriptors.shape[2])
         return scores, seen & listed
-    return routing.descriptor_scores(q, descriptors, share=gaze.share), seen
+    features = routing.query_features(q, gaze.descriptor)
+    return routing.descriptor_scores(features, descriptors, share=gaze.share), seen
 
 
 def gaze_attention(
@@ -138,7 +139,7 @@ def gaze_attention(
 
     Returns:
       [B, N, H, D], and a dict with the regional "visual_k", "visual_v" [B, K, R, P, D], "dense_k",
-      "dense_v" [B, K, S, D] and "descriptors" [B, K, R, D]; with ``collect`` and routing also "scores"
+      "dense_v" [B, K, S, D] and "descriptors" [B, K, R, E]; with ``collect`` and routing also "scores"
       float32 and "selected" bool [B, S, Hs, R].
     """
     batch, _, _, dim = q.shape
@@ -155,7 +156,7 @@ def gaze_attention(
         "visual_v": visual_v,
         "dense_k": dense_k,
         "dense_v": dense_v,
-        "descriptors": regions.mean_keys(visual_k, plan.valid),
+        "descriptors": regions.describe(visual_k, plan.valid, gaze.descriptor),
     }
     spec = GazeSpec(scale=dim**-0.5, share=gaze.share, query_block=gaze.query_block)
 

@@ -25,7 +25,7 @@ class Cache:
 
     Attributes:
       visual: packed by the decode implementation from [L, B, K, R, P, D] keys and values.
-      descriptors: [L, B, K, R, D].
+      descriptors: [L, B, K, R, E], E as in :func:`gaze_jax.core.regions.descriptor_width`.
       dense_k, dense_v: [L, B, K, S, D]; S leaves room for the tokens to come.
       visual_order: int32 [B, R, P], -1 in empty slots.
       dense_order: int32 [B, S], -1 where no token is yet.
@@ -59,7 +59,7 @@ def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *,
 
     Args:
       layers: "visual_k", "visual_v" [L, B, K, R, P, D], "dense_k", "dense_v" [L, B, K, S, D] and
-        "descriptors" [L, B, K, R, D].
+        "descriptors" [L, B, K, R, E].
       streams: the prefilled batch; not packed (one sample per row).
       gaze: of the model.
       room: dense slots to add for tokens that will be decoded.

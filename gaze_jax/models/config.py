@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gaze_jax.core.regions import DESCRIPTORS
 from pallas_kernels.spec import SHARES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -114,6 +115,8 @@ class GazeConfig:
       context_tokens: C learnable tokens after each unit; 0 for parity with a dense checkpoint.
       top_k: regions a query selects when the caller does not say; None is dense attention.
       share: "head" selects per query head, "group" once per kv head.
+      descriptor: what summarises a region for the selection: "mean", the mean key (the paper), or "minmax",
+        the per-channel extremes, whose score bounds the region's largest logit.
       visual_scope: "all" lets a visual token see everything earlier, "unit" only its own unit's
         visual tokens (prefill linear in frames).
       visual_causal: False lets a visual token also see later tokens of its own unit.
@@ -125,6 +128,7 @@ class GazeConfig:
     context_tokens: int = 4
     top_k: int | None = None
     share: str = "head"
+    descriptor: str = "mean"
     visual_scope: str = "all"
     visual_causal: bool = True
     implementation: str = "xla"
@@ -142,6 +146,10 @@ class GazeConfig:
             f"gaze.top_k={self.top_k} must be at least 1 region; use None for dense attention.",
         )
         _require(self.share in SHARES, f"gaze.share={self.share!r} must be one of {SHARES}.")
+        _require(
+            self.descriptor in DESCRIPTORS,
+            f"gaze.descriptor={self.descriptor!r} must be one of {DESCRIPTORS}.",
+        )
         _require(
             self.visual_scope in SCOPES, f"gaze.visual_scope={self.visual_scope!r} must be one of {SCOPES}."
         )

@@ -77,6 +77,24 @@ def test_floor_by_hand():
     assert whole.descriptors / whole.visual == pytest.approx(1 / 72)
 
 
+def test_minmax_descriptors_are_twice_as_wide():
+    """Their bytes and operations double, those of attention stay."""
+    mean, box = (accounting.decode_floor(2, 8, 4, 10, 36, 3, 5, descriptor=d) for d in ("mean", "minmax"))
+    assert box.descriptors == 2 * mean.descriptors
+    assert (box.visual, box.dense) == (mean.visual, mean.dense)
+    for kv_heads in (None, KV_HEADS):
+        mean, box = (
+            accounting.attention_flops(HEADS, DIM, 7, regions=256, kv_heads=kv_heads, descriptor=d)
+            for d in ("mean", "minmax")
+        )
+        assert box.routing == 2 * mean.routing and box.attention == mean.attention
+    valid, kind = _small()
+    selected = jnp.array([[[False, False, False, True]]])
+    shape = {"kv_heads": 1, "head_dim": 8, "itemsize": 2, "selected": selected}
+    read = accounting.reads(valid, kind > 0, descriptor="minmax", **shape)
+    assert read.descriptors == 2 * accounting.reads(valid, kind > 0, **shape).descriptors == 2 * 2 * 8 * 4
+
+
 def _small():
     """Regions of 4, 2, 2 and 1 tokens in 4 slots; text, context, newlines and padding."""
     row = sample([Text(2), Unit(3, 3, newlines=True), Newline(), Text(3)], context=2)

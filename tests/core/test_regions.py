@@ -129,6 +129,37 @@ def test_mean_keys_accumulates_bf16_in_float32():
     assert float(got[0, 0, 0, 0]) == float(jnp.bfloat16(511 / 256))
 
 
+def _minmax_by_loop(keys, valid):
+    """One channel of one region at a time."""
+    out = np.zeros((*keys.shape[:3], 2 * keys.shape[-1]), keys.dtype)
+    for b, k, r, d in np.ndindex(*keys.shape[:3], keys.shape[-1]):
+        mine = [keys[b, k, r, p, d] for p in range(keys.shape[3]) if valid[b, r, p]]
+        if mine:
+            out[b, k, r, d], out[b, k, r, keys.shape[-1] + d] = min(mine), max(mine)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_edge_04_minmax_of_partial_regions_is_of_valid_tokens_only(dtype):
+    """Regions of 4, 3, 1 and 0 valid tokens: extremes of those alone, exact; NaN in the tail stays out."""
+    keys = np.asarray(jnp.asarray(_keys((2, 3, 4, 4, 8)), dtype))
+    valid = np.arange(4) < np.array([[4, 3, 1, 0], [1, 4, 0, 2]])[:, :, None]
+    poisoned = np.where(valid[:, None, :, :, None], keys, np.array(np.nan, keys.dtype))
+    got = regions.minmax_keys(jnp.asarray(poisoned), jnp.asarray(valid))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(got), _minmax_by_loop(keys, valid))
+
+
+@pytest.mark.parametrize(("descriptor", "width"), [("mean", 8), ("minmax", 16)])
+def test_a_descriptor_is_as_wide_as_it_says(descriptor, width):
+    """``descriptor_width`` is the last axis of ``describe``; the table of names is complete."""
+    keys, valid = _keys((1, 2, 3, 4, 8)), np.ones((1, 3, 4), bool)
+    described = regions.describe(jnp.asarray(keys), jnp.asarray(valid), descriptor)
+    assert described.shape == (1, 2, 3, width)
+    assert regions.descriptor_width(descriptor, 8) == width
+    assert set(regions.DESCRIPTORS) == {"mean", "minmax"}
+
+
 def test_q_dot_mean_is_the_mean_logit():
     """q . mean(k) equals the mean of q . k over the region's valid tokens."""
     keys, q = _keys((1, 2, 5, 6, 16)), _keys((16,), 1)

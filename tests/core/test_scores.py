@@ -1,5 +1,7 @@
 """Where region scores come from: descriptors, a keyed hash, or the caller."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,38 @@ def test_a_descriptor_score_is_the_regions_mean_logit():
     got = routing.descriptor_scores(q, regions.mean_keys(keys, jnp.ones((B, R, 4), bool)), share="head")
     logits = np.einsum("btkgd,bkrpd->btkgrp", np.asarray(q, np.float64).reshape(B, T, K, 4, D), keys)
     np.testing.assert_allclose(got, logits.mean(-1).reshape(B, T, 4 * K, R), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_minmax_scores_are_the_sum_of_each_channels_larger_product(share):
+    """sum_d max(q_d * min_d, q_d * max_d), one channel at a time; "group" adds its heads' bounds."""
+    q, keys = _queries_and_keys(3)
+    box = regions.minmax_keys(keys, jnp.ones((B, R, 4), bool))
+    got = routing.descriptor_scores(routing.query_features(q, "minmax"), box, share=share)
+    q64, box64 = np.asarray(q, np.float64), np.asarray(box, np.float64)
+    expected = np.zeros((B, T, K * 3, R))
+    for b, t, h, r in np.ndindex(*expected.shape):
+        low, high = box64[b, h // 3, r, :D], box64[b, h // 3, r, D:]
+        expected[b, t, h, r] = sum(max(q64[b, t, h, d] * low[d], q64[b, t, h, d] * high[d]) for d in range(D))
+    if share == "group":
+        expected = expected.reshape(B, T, K, 3, R).sum(3)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_a_minmax_score_bounds_every_logit_of_its_region(seed, scale):
+    """q . k <= score for every valid key, and the bound is reached by a region of one key."""
+    q, keys = _queries_and_keys(2, seed=seed)
+    keys = keys * scale
+    valid = np.random.default_rng(seed).random((B, R, 4)) < 0.7
+    valid[:, 0] = np.arange(4) == 1
+    box = regions.minmax_keys(jnp.where(valid[:, None, :, :, None], keys, jnp.nan), jnp.asarray(valid))
+    scores = routing.descriptor_scores(routing.query_features(q, "minmax"), box, share="head")
+    logits = np.einsum("btkgd,bkrpd->btkgrp", np.asarray(q, np.float64).reshape(B, T, K, 2, D), keys)
+    largest = np.where(valid[:, None, None, None], logits, -np.inf).max(-1).reshape(B, T, 2 * K, R)
+    assert (np.asarray(scores) >= largest - 2e-5 * scale).all()
+    np.testing.assert_allclose(scores[..., 0], largest[..., 0], rtol=2e-5, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize("share", ["head", "group"])

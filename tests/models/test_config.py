@@ -18,6 +18,7 @@ REFUSED = {
     "negative context": ({"gaze": {"context_tokens": -1}}, "gaze.context_tokens=-1 must not be negative"),
     "top_k 0": ({"gaze": {"top_k": 0}}, "gaze.top_k=0 must be at least 1 region; use None for dense"),
     "share": ({"gaze": {"share": "token"}}, "gaze.share='token' must be one of"),
+    "descriptor": ({"gaze": {"descriptor": "max"}}, "gaze.descriptor='max' must be one of"),
     "scope": ({"gaze": {"visual_scope": "image"}}, "gaze.visual_scope='image' must be one of"),
     "query block": ({"gaze": {"query_block": 0}}, "gaze.query_block=0 must be at least 1"),
     "heads": (

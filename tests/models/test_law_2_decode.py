@@ -67,17 +67,20 @@ def _selected_tokens(selected, row, b):
 
 
 @pytest.mark.parametrize(
-    ("share", "strategy", "top_k"),
+    ("share", "strategy", "top_k", "descriptor"),
     [
-        ("head", "descriptor", 3),
-        ("group", "descriptor", 3),
-        ("head", "random", 3),
-        ("head", "descriptor", None),
+        ("head", "descriptor", 3, "mean"),
+        ("group", "descriptor", 3, "mean"),
+        ("head", "descriptor", 3, "minmax"),
+        ("group", "descriptor", 3, "minmax"),
+        ("head", "random", 3, "mean"),
+        ("head", "descriptor", None, "mean"),
     ],
 )
-def test_cached_decode_equals_teacher_forcing(share, strategy, top_k):
+def test_cached_decode_equals_teacher_forcing(share, strategy, top_k, descriptor):
     """Unequal prompts in a padded, shuffled bucket, two images, newlines: equal logits and selections."""
-    config, route = models.changed(DUMMY, gaze={"share": share}), Routing(strategy)
+    config = models.changed(DUMMY, gaze={"share": share, "descriptor": descriptor})
+    route = Routing(strategy)
     rows = _rows()
     budget = None if top_k is None else jnp.int32(top_k)
     got, outs = _decode_all(config, rows, budget, None if top_k is None else 5, route)
@@ -218,6 +221,11 @@ def test_cached_descriptors_are_means_of_the_cached_keys():
     mean = total / np.maximum(valid.sum(-1), 1)[None, :, None, :, None]
     assert cache.descriptors.shape == (3, 2, 2, 20, 8) and cache.descriptors.dtype == jnp.float32
     np.testing.assert_allclose(cache.descriptors, mean, rtol=2e-5, atol=1e-6)
+    config = models.changed(DUMMY, gaze={"share": "head", "descriptor": "minmax"})
+    _, boxed, _ = models.prefill(config, STEPS)(
+        variables, images, batch(_prompts(rows)), jnp.int32(20), None, SAMPLE_ID
+    )
+    assert boxed.descriptors.shape == (3, 2, 2, 20, 16)
     spans = jax.jit(lambda c: (c.first, c.last))(cache)
     for b, row in enumerate(_prompts(rows)):
         order = row["visual_order"]

@@ -91,6 +91,7 @@ MODEL = {
     "gaze.region": (_layout, (2, 3)),
     "gaze.context_tokens": (_parameters, 0),
     "gaze.share": (_logits, "group"),
+    "gaze.descriptor": (_logits, "minmax"),
     "gaze.visual_scope": (_logits, "unit"),
     "gaze.visual_causal": (_logits, False),
     "gaze.implementation": (_program, "reference"),

@@ -123,6 +123,31 @@ def windows(streams: Streams, *, visual_scope: str, visual_causal: bool) -> tupl
     return visual, dense
 
 
+def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Array, Array]:
+    """The keys that queries see under dense attention: bool [B, T, R, P] and [B, T, S].
+
+    Args:
+      queries: [B, T].
+      places: the keys.
+    """
+
+    def inside(order: Array, segment: Array, lo: Array, hi: Array) -> Array:
+        """[B, T, N] for keys [B, N]."""
+        same = (queries.segment[:, :, None] == segment[:, None]) & (queries.segment[:, :, None] >= 0)
+        order = order[:, None]
+        return same & (order >= jnp.maximum(lo, 0)[:, :, None]) & (order <= hi[:, :, None])
+
+    batch, regions, slots = places.visual_order.shape
+    visual = inside(
+        places.visual_order.reshape(batch, -1),
+        jnp.repeat(places.region_segment, slots, axis=1),
+        queries.visual_lo,
+        queries.visual_hi,
+    )
+    dense = inside(places.dense_order, places.dense_segment, queries.dense_lo, queries.dense_hi)
+    return visual.reshape(batch, -1, regions, slots), dense
+
+
 def visible_regions(queries: Windows, places: KeyPlaces, first: Array, last: Array) -> Array:
     """Regions that a routed query may choose from.
 

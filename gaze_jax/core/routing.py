@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-STRATEGIES = ("descriptor", "random", "forced")
+STRATEGIES = ("descriptor", "oracle", "random", "forced")
 _UNSEEN = jnp.iinfo(jnp.int32).min
 _NAN = _UNSEEN + 1
 
@@ -26,8 +26,9 @@ class Routing:
     """Where a query's region scores come from.
 
     Attributes:
-      strategy: "descriptor": q . descriptor (the paper); "random": a hash of seed, sample, order, layer,
-        head and region; "forced": the regions listed by the caller, and no other.
+      strategy: "descriptor": q . descriptor (the paper); "oracle": the attention that dense attention
+        gives the region, at dense attention's cost, to measure the others by; "random": a hash of seed,
+        sample, order, layer, head and region; "forced": the regions listed by the caller, and no other.
       seed: of "random".
     """
 
@@ -90,6 +91,55 @@ def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
         preferred_element_type=jnp.float32,
     )
     return scores.reshape(batch, queries, heads, -1)
+
+
+def oracle_scores(
+    q: Array,
+    visual_k: Array,
+    dense_k: Array,
+    visual_seen: Array,
+    dense_seen: Array,
+    *,
+    scale: float,
+    share: str,
+    query_block: int,
+) -> Array:
+    """Score every region by the softmax mass of its keys under dense attention.
+
+    Args:
+      q: [B, T, H, D] post-RoPE queries.
+      visual_k: [B, K, R, P, D].
+      dense_k: [B, K, S, D].
+      visual_seen: bool [B, T, R, P] visual keys that dense attention sees; what it does not see may be NaN.
+      dense_seen: bool [B, T, S].
+      scale: of the logits.
+      share: "head" takes each query head's mass, "group" the sum over a kv head's G query heads, each
+        normalised by itself.
+      query_block: queries whose logits are held at once.
+
+    Returns:
+      float32 [B, T, Hs, R], the logarithm of the mass: small ones stay apart. -inf where nothing is seen.
+    """
+    batch, _, heads, dim = q.shape
+    kv_heads = visual_k.shape[1]
+
+    def one(query: tuple[Array, Array, Array]) -> Array:
+        q, visual_seen, dense_seen = query
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+        options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+        visual = scale * jnp.einsum("BKGD,BKRPD->BKGRP", grouped, visual_k, **options)
+        dense = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, dense_k, **options)
+        visual = jnp.where(visual_seen[:, None, None], visual, -jnp.inf)
+        dense = jnp.where(dense_seen[:, None, None], dense, -jnp.inf)
+        regions = jax.nn.logsumexp(visual, axis=-1)
+        whole = jax.nn.logsumexp(jnp.concatenate([regions, dense], axis=-1), axis=-1, keepdims=True)
+        mass = regions - jnp.where(jnp.isfinite(whole), whole, 0.0)
+        if share == "group":
+            return jax.nn.logsumexp(mass, axis=2)
+        return mass.reshape(batch, heads, -1)
+
+    by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, visual_seen, dense_seen))
+    return jnp.moveaxis(jax.lax.map(one, by_query, batch_size=min(query_block, q.shape[1])), 0, 1)
 
 
 def avalanche(x: Array) -> Array:

@@ -5,6 +5,7 @@ visual tokens first.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,6 +76,7 @@ def region_scores(
     first: Array,
     layer: Array,
     forced: Array | None,
+    oracle: Callable[[], Array],
 ) -> tuple[Array, Array]:
     """Scores of every region and whether it may be chosen, for any strategy.
 
@@ -89,6 +91,8 @@ def region_scores(
       first: int32 [B, R].
       layer: int32 scalar.
       forced: int32 [B, T, Hs, J] for strategy "forced", broadcastable in T and Hs; else None.
+      oracle: makes the scores of strategy "oracle", which needs every key; see
+        :func:`gaze_jax.core.routing.oracle_scores`.
 
     Returns:
       float32 [B, T, Hs, R] and bool, broadcastable to it.
@@ -103,6 +107,8 @@ def region_scores(
     seen = visible[:, :, None, :]
     if route.strategy == "random":
         return routing.random_scores(route.seed, sample, order, layer, heads, first), seen
+    if route.strategy == "oracle":
+        return oracle(), seen
     if forced is not None:
         forced = jnp.broadcast_to(forced, (batch, queries, heads, forced.shape[-1]))
         scores, listed = routing.forced_scores(forced, descriptors.shape[2])
@@ -178,6 +184,17 @@ def gaze_attention(
         everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), plan.visual, plan.dense)
         return attend(q, everyone, None), out
 
+    def oracle() -> Array:
+        return routing.oracle_scores(
+            q[:, tokens:],
+            visual_k,
+            dense_k,
+            *masks.visible_keys(plan.dense, plan.places),
+            scale=spec.scale,
+            share=gaze.share,
+            query_block=gaze.query_block,
+        )
+
     scores, seen = region_scores(
         q[:, tokens:],
         out["descriptors"],
@@ -189,6 +206,7 @@ def gaze_attention(
         first=plan.first,
         layer=layer,
         forced=forced,
+        oracle=oracle,
     )
     selected = routing.select_mask(scores, seen, top_k, plan.permutation)
     if collect:

@@ -19,6 +19,7 @@ from gaze_jax.models.cache import Cache, decode_spec
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.layers import RMSNorm, apply_rope, dense, logical, rope_angles
 from pallas_kernels import gaze_decode
+from pallas_kernels.gaze_decode.api import unpack
 
 Array = jax.Array
 Angles = tuple[Array, Array]
@@ -123,6 +124,23 @@ class Block(nn.Module):
             nonlocal new_cache
             new_cache = _append(cache, k, v, layer, step.slot)
             indices, out = None, {}
+            order = step.order[:, None]
+            visual_seen = (cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None])
+            dense_seen = (new_cache.dense_order >= 0) & (new_cache.dense_order <= order)
+
+            def oracle() -> Array:
+                visual_k, _ = unpack(cache.visual, spec=spec, implementation=gaze.implementation)
+                return routing.oracle_scores(
+                    q,
+                    jax.lax.dynamic_index_in_dim(visual_k, layer, keepdims=False),
+                    jax.lax.dynamic_index_in_dim(new_cache.dense_k, layer, keepdims=False),
+                    visual_seen[:, None],
+                    dense_seen[:, None],
+                    scale=spec.scale,
+                    share=gaze.share,
+                    query_block=1,
+                )
+
             if top_k is not None and cache.visual_order.shape[1] > 0:
                 visible = (cache.last >= 0) & (cache.last <= step.order[:, None])
                 descriptors = jax.lax.dynamic_index_in_dim(cache.descriptors, layer, keepdims=False)
@@ -133,16 +151,16 @@ class Block(nn.Module):
                     gaze=gaze,
                     route=route,
                     sample=step.sample[:, None],
-                    order=step.order[:, None],
+                    order=order,
                     first=cache.first,
                     layer=layer,
                     forced=forced,
+                    oracle=oracle,
                 )
                 permutation = routing.tie_permutation(cache.first)
                 slots = cache.visual_order.shape[1] if capacity is None else capacity
                 indices = routing.select_indices(scores, seen, top_k, slots, permutation)[:, 0]
                 out = {"indices": indices, "scores": scores[:, 0]}
-            order = step.order[:, None]
             heads = gaze_decode(
                 q[:, 0],
                 new_cache.visual,
@@ -150,8 +168,8 @@ class Block(nn.Module):
                 new_cache.dense_v,
                 layer,
                 indices,
-                (cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None]),
-                (new_cache.dense_order >= 0) & (new_cache.dense_order <= order),
+                visual_seen,
+                dense_seen,
                 spec=spec,
                 implementation=gaze.implementation,
             )

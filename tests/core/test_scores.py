@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaze_jax.core import regions, routing
+from gaze_jax.core import masks, regions, routing
+from tests.helpers import cases, oracle
 
 B, T, K, R, D = 2, 5, 2, 6, 16
 
@@ -114,6 +115,62 @@ def test_edge_16_the_softmax_scale_never_reaches_the_scores():
     np.testing.assert_array_equal(*masks)
 
 
+def _mass(case):
+    """float64 [B, T, H, R]: the softmax of every query over what it sees, summed over each region."""
+    q, visual_k, _, dense_k, _ = (np.asarray(a).astype(np.float64) for a in case.arrays())
+    group, (regions_, slots) = q.shape[2] // visual_k.shape[1], visual_k.shape[2:4]
+    out = np.zeros((*q.shape[:3], regions_))
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        visual, dense = oracle.prefill_seen(case.queries, case.places, None, b, t, h)
+        weights = np.zeros(regions_ * slots + len(dense))
+        seen = np.concatenate([visual.ravel(), dense])
+        keys = np.concatenate([visual_k[b, h // group].reshape(-1, q.shape[-1]), dense_k[b, h // group]])
+        weights[seen] = np.exp(keys[seen] @ q[b, t, h] * case.spec.scale)
+        if seen.any():
+            weights /= weights.sum()
+        out[b, t, h] = weights[: regions_ * slots].reshape(regions_, slots).sum(1)
+    return out
+
+
+@pytest.mark.parametrize(("share", "block"), [("head", 512), ("group", 512), ("head", 7)])
+def test_oracle_scores_are_the_softmax_mass_of_dense_attention(share, block):
+    """Against a softmax written out, over packed, padded and shuffled rows; NaN in empty slots stays out."""
+    case = cases.prefill(cases.rows())
+    visual_seen, dense_seen = masks.visible_keys(case.queries, case.places)
+    empty = np.asarray(case.places.visual_order) < 0
+    got = routing.oracle_scores(
+        case.q,
+        jnp.where(empty[:, None, :, :, None], jnp.nan, case.visual_k),
+        case.dense_k,
+        visual_seen,
+        dense_seen,
+        scale=case.spec.scale,
+        share=share,
+        query_block=block,
+    )
+    expected = _mass(case)
+    if share == "group":
+        expected = expected.reshape(*expected.shape[:2], 2, 2, -1).sum(3)
+    assert got.dtype == jnp.float32 and not np.isnan(got).any()
+    np.testing.assert_allclose(np.exp(got), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_an_oracles_small_masses_stay_apart():
+    """Regions that all lie 200 below the largest logit are still ranked."""
+    keys = jnp.array([0.0, -200.0, -201.0, -202.0]).reshape(1, 1, 4, 1, 1)
+    got = routing.oracle_scores(
+        jnp.ones((1, 1, 1, 1)),
+        keys,
+        jnp.zeros((1, 1, 0, 1)),
+        jnp.ones((1, 1, 4, 1), bool),
+        jnp.ones((1, 1, 0), bool),
+        scale=1.0,
+        share="head",
+        query_block=1,
+    )
+    np.testing.assert_allclose(got[0, 0, 0], [0, -200, -201, -202])
+
+
 random_scores = jax.jit(routing.random_scores, static_argnums=(0, 4))
 NAMES = {
     "sample": jnp.array([[7], [8]], jnp.int32),
@@ -203,7 +260,7 @@ def test_forced_selection_keeps_the_first_listed(top_k, expected):
 
 def test_an_unknown_strategy_raises():
     """Routing refuses a name that it does not know and says which it does."""
-    with pytest.raises(ValueError, match=r"Routing.strategy='oracle\?' must be one of \('descriptor'"):
+    with pytest.raises(ValueError, match=r"Routing.strategy='oracle\?' must be one of \('descriptor', 'ora"):
         routing.Routing("oracle?")
 
 

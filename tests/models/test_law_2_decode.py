@@ -74,6 +74,8 @@ def _selected_tokens(selected, row, b):
         ("head", "descriptor", 3, "minmax"),
         ("group", "descriptor", 3, "minmax"),
         ("head", "random", 3, "mean"),
+        ("head", "oracle", 3, "mean"),
+        ("group", "oracle", 3, "mean"),
         ("head", "descriptor", None, "mean"),
     ],
 )

@@ -5,7 +5,7 @@ import functools
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from gaze_jax.data.tokenizer import END, PAD, START, Tokenizer
+from gaze_jax.data.tokenizer import END, Tokenizer
 
 FAMILIES = ("transcribe", "read", "where")
 """Question families; a family's id is its index."""
@@ -33,6 +33,9 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 PLACE = "row {row}, column {column}"
 """Answer of the family "where"; rows and columns count from 1."""
 
+SPECIALS = ("<|pad|>", "<|im_start|>", END)
+"""One token each, and the first of the vocabulary."""
+
 # A digit is one token, with the space before it if there is one; so is a word; all else is one character.
 _PIECES = r" ?\d| ?[A-Za-z]+|[^A-Za-z\d]"
 
@@ -44,7 +47,6 @@ def build_tokenizer() -> Tokenizer:
     The vocabulary is written down rather than trained, so that it is the same everywhere. Single
     printable ASCII characters are in it too: any English sentence can be typed, and decodes to itself.
     """
-    specials = (PAD, START, END)
     splitter = pre_tokenizers.Split(Regex(_PIECES), "isolated")
     pieces = {str(d) for d in range(10)} | {f" {d}" for d in range(10)}
     for sentence in (*(q for family in QUESTIONS.values() for q in family), PLACE):
@@ -52,11 +54,11 @@ def build_tokenizer() -> Tokenizer:
         pieces |= {piece for piece, _ in splitter.pre_tokenize_str(filled)}
     characters = {"\n", *map(chr, range(32, 127))}
     # A Unigram model takes the split of highest score: a known word before its letters.
-    vocabulary = [(token, 0.0) for token in specials]
+    vocabulary = [(token, 0.0) for token in SPECIALS]
     vocabulary += [(piece, -1.0) for piece in sorted(pieces)]
     vocabulary += [(char, -10.0) for char in sorted(characters - pieces)]
     backend = Backend(models.Unigram(vocabulary, unk_id=None))
     backend.pre_tokenizer = splitter
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     return Tokenizer(backend.to_str())

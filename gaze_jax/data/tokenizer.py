@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 import tokenizers
 
-PAD = "<|pad|>"
-START = "<|im_start|>"
 END = "<|im_end|>"
 
 
@@ -20,11 +18,8 @@ def _backend(json: str) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"Tokenizer JSON cannot be read ({error}); give a whole tokenizer.json.") from error
-    for token in (PAD, START, END):
-        if backend.token_to_id(token) is None:
-            raise ValueError(
-                f"Tokenizer has no special token {token}; add {PAD}, {START} and {END} to tokenizer.json."
-            )
+    if backend.token_to_id(END) is None:
+        raise ValueError(f"Tokenizer has no special token {END}, which ends an answer; add it to the file.")
     return backend
 
 
@@ -36,7 +31,7 @@ class Tokenizer:
       json: content of a ``tokenizer.json``.
 
     Raises:
-      ValueError: ``json`` is malformed or lacks a special token.
+      ValueError: ``json`` is malformed or lacks the end token.
     """
 
     json: str = dataclasses.field(repr=False)
@@ -95,25 +90,12 @@ class Tokenizer:
         """One more than the largest token id, the fewest rows an embedding table needs."""
         return max(_backend(self.json).get_vocab(with_added_tokens=True).values()) + 1
 
-    def _special(self, token: str) -> int:
-        found = _backend(self.json).token_to_id(token)
-        assert found is not None, f"{token} was there when the tokenizer was made"
-        return found
-
-    @property
-    def pad_id(self) -> int:
-        """Id of ``<|pad|>``."""
-        return self._special(PAD)
-
-    @property
-    def start_id(self) -> int:
-        """Id of ``<|im_start|>``."""
-        return self._special(START)
-
     @property
     def end_id(self) -> int:
         """Id of ``<|im_end|>``, which ends an answer."""
-        return self._special(END)
+        found = _backend(self.json).token_to_id(END)
+        assert found is not None, f"{END} was there when the tokenizer was made"
+        return found
 
     @property
     def digest(self) -> str:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import scipy.special
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import IGNORE
@@ -64,6 +66,26 @@ def accuracy(scores: np.ndarray) -> Accuracy:
     """
     mean = float(np.mean(scores))
     return Accuracy(mean, wilson(mean, len(scores)), len(scores))
+
+
+def student_interval(
+    values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
+) -> tuple[float, float] | None:
+    """95 % interval of a mean over independent samples by Student's t, cut to the possible values.
+
+    Args:
+      values: of the samples.
+      lowest, highest: what the mean can be.
+
+    Returns:
+      The interval; None for a single sample, which does not say how much samples differ.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(scipy.special.stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
+    return max(mean - half, lowest), min(mean + half, highest)
 
 
 def target_regions(boxes: np.ndarray, layout: VisualLayout) -> np.ndarray:

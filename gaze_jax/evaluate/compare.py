@@ -113,9 +113,8 @@ def _emitted(model: MLLM, row: _Row, top_k: Array | None, route: Routing) -> tup
 
 def _mean(values: Array, row: _Row) -> Array:
     """Mean of [..., A] over the counted tokens."""
-    return jnp.mean(
-        jnp.sum(jnp.where(row.counted, values, 0.0), -1) / jnp.sum(row.counted).astype(jnp.float32)
-    )
+    count = jnp.sum(row.counted).astype(jnp.float32)
+    return jnp.mean(jnp.sum(jnp.where(row.counted, values, 0.0), axis=-1) / count)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -317,18 +316,19 @@ def _summary(outcomes: Sequence[_Outcome], dense_entries: float) -> dict[str, An
 def table(report: Mapping[str, Any]) -> str:
     """The report for a person: one line per setting and top_k."""
     lines = [
-        f"{len(report['prompts'])} prompts, {report['answer_tokens']} answer tokens, {report['regions']} regions "
-        f"of {report['visual_tokens']} visual tokens; means and 95 % intervals over prompts",
+        f"{len(report['prompts'])} prompts, {report['answer_tokens']} answer tokens, {report['regions']} "
+        f"regions of {report['visual_tokens']} visual tokens; means and 95 % intervals over prompts",
         f"{'scores':8}{'share':7}{'top_k':>6}{'entries':>10}{'of dense':>10}"
         f"{'KL from dense, nats':>30}{'top-1 agreement':>24}",
     ]
     for row in report["rows"]:
+        scores = row["descriptor"] or row["strategy"]
         kl, top1 = f"{row['kl']:.3g}", f"{row['top1']:.3f}"
         if row["kl_ci"]:
             kl += " [{:.3g}, {:.3g}]".format(*row["kl_ci"])
             top1 += " [{:.3f}, {:.3f}]".format(*row["top1_ci"])
         lines.append(
-            f"{row['descriptor'] or row['strategy']:8}{row['share']:7}{row['top_k']:>6}{row['entries']:>10.1f}"
+            f"{scores:8}{row['share']:7}{row['top_k']:>6}{row['entries']:>10.1f}"
             f"{row['entries_share']:>10.1%}{kl:>30}{top1:>24}"
         )
     return "\n".join(lines)
@@ -360,7 +360,7 @@ def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in report["rows"]:
         lines.setdefault((row["descriptor"] or row["strategy"], row["share"]), []).append(row)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
     for (scores, share), rows in lines.items():
         at = [row["entries_share"] for row in rows]
         look = {"color": _COLOURS[scores], "linestyle": _LINES[share], "marker": "o", "markersize": 3.5}
@@ -368,12 +368,10 @@ def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             axis.plot(at, [row[name] for row in rows], label=f"{scores}, per {share}", **look)
             if rows[0][f"{name}_ci"]:
                 low, high = zip(*(row[f"{name}_ci"] for row in rows), strict=True)
-                axis.fill_between(at, low, high, color=_COLOURS[scores], alpha=0.08, linewidth=0)
+                axis.vlines(at, low, high, color=_COLOURS[scores], alpha=0.4, linewidth=1)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
     for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(
-            FuncFormatter(lambda share, _: f"{share:.3g}" if share < 0.01 else f"{share:.0%}")
-        )
         axis.set_xlabel("visual keys per query, share of dense")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

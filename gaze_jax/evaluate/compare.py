@@ -143,6 +143,8 @@ def _routed_pass(
 
 def _prompt_arrays(processor: Processor, index: int, prompt: Prompt) -> Arrays:
     """One prompt as a chat with the image first in the user's turn."""
+    if not prompt.question.strip():
+        raise UserError(f"The question about {prompt.name!r} is empty; ask something.")
     parts = (Text(_BEFORE), Image(0), Text(_AFTER.format(question=prompt.question.strip())))
     return process(processor, Sample(index, (prompt.image,), parts, _FAMILY))
 

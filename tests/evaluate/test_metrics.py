@@ -6,6 +6,7 @@ from gaze_jax.evaluate.metrics import (
     accuracy,
     best_layer,
     routing_hits,
+    student_interval,
     target_regions,
     token_scores,
     wilson,
@@ -24,6 +25,18 @@ def test_wilson_solves_its_equation_and_stays_inside():
     assert low < 0.9 and high == pytest.approx(1.0)
     with pytest.raises(ValueError, match="at least one"):
         wilson(0.5, 0)
+
+
+def test_students_interval_is_over_samples_and_stays_inside():
+    # Quantiles of 2 and 9 degrees of freedom, from a printed table.
+    assert student_interval([1.0, 2.0, 3.0]) == pytest.approx(
+        (2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3
+    )
+    low, high = student_interval([0.0, 1.0] * 5, lowest=0.2)
+    deviation = (10 / 9 * 0.25) ** 0.5
+    assert (low, high) == pytest.approx((0.2, 0.5 + 2.262 * deviation / 10**0.5), abs=1e-3)
+    assert student_interval([0.9, 1.0], 0.0, 1.0)[1] == 1.0
+    assert student_interval([0.5]) is None
 
 
 def test_only_counted_tokens_score_and_each_in_its_place():

@@ -1,5 +1,7 @@
 """Where region scores come from: descriptors, a keyed hash, or the caller."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -136,7 +138,10 @@ def _mass(case):
 def test_oracle_scores_are_the_softmax_mass_of_dense_attention(share, block):
     """Against a softmax written out, over packed, padded and shuffled rows; NaN in empty slots stays out."""
     case = cases.prefill(cases.rows())
-    visual_seen, dense_seen = masks.visible_keys(case.queries, case.places)
+    # From order 0 or from below: order -1 is no key.
+    low = {name: getattr(case.queries, name) - 1 for name in ("visual_lo", "dense_lo")}
+    below = dataclasses.replace(case.queries, **{n: jnp.where(v < 0, v, v + 1) for n, v in low.items()})
+    visual_seen, dense_seen = masks.visible_keys(below, case.places)
     empty = np.asarray(case.places.visual_order) < 0
     got = routing.oracle_scores(
         case.q,

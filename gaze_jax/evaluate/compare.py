@@ -149,11 +149,6 @@ def _prompt_arrays(processor: Processor, index: int, prompt: Prompt) -> Arrays:
     return process(processor, Sample(index, (prompt.image,), parts, _FAMILY))
 
 
-def _batch_of_one(arrays: Arrays, regions: int, dense: int) -> dict[str, Array]:
-    padded = stack([pad_to(arrays, regions=regions, dense=dense, units=1)])
-    return {name: jnp.asarray(value) for name, value in padded.items()}
-
-
 def _with_answer(arrays: Arrays, answer: Sequence[int], regions: int, dense: int, length: int) -> _Row:
     """Append the answer's tokens but the last, which is emitted and never read."""
     count, read = len(arrays["tokens"]), len(answer) - 1
@@ -176,6 +171,16 @@ def _with_answer(arrays: Arrays, answer: Sequence[int], regions: int, dense: int
         at=jnp.asarray(np.where(counted, count - 1 + np.arange(length), 0), jnp.int32),
         counted=jnp.asarray(counted),
     )
+
+
+def _dense_answer(
+    generator: Generator, params: Params, arrays: Arrays, regions: int, dense: int
+) -> list[int]:
+    """What the model says when it attends to everything, the end token included."""
+    padded = stack([pad_to(arrays, regions=regions, dense=dense, units=1)])
+    batch = {name: jnp.asarray(value) for name, value in padded.items()}
+    found = generator(params, batch["images"], Streams.from_batch(batch), top_k=None)
+    return [int(token) for token in np.asarray(found.tokens)[:, 0] if token >= 0]
 
 
 def default_top_ks(regions: int) -> tuple[int, ...]:
@@ -240,7 +245,8 @@ def compare(
       "entries" (visual keys per query, layer and head), "entries_share" of dense attention's, "kl" (of
       the routed from the dense distribution, in nats) and "top1" (agreement), means over prompts of means
       over an answer's tokens, and their 95 % intervals over prompts "kl_ci" and "top1_ci", None for a
-      single prompt.
+      single prompt. Prompts about the same image are not independent either: an interval over few images
+      is too narrow.
 
     Raises:
       UserError: the model has no image tower, there is no prompt, one does not fit the model, or an option
@@ -267,26 +273,19 @@ def compare(
     answers, dense_entries = [], []
     outcomes: dict[tuple[_Setting, int], list[_Outcome]] = {(s, k): [] for s in settings for k in top_ks}
     for prompt_arrays in arrays:
-        batch = _batch_of_one(prompt_arrays, layout.regions, dense_size)
-        found = generator(params, batch["images"], Streams.from_batch(batch), top_k=None)
-        answers.append([int(token) for token in np.asarray(found.tokens)[:, 0] if token >= 0])
+        answers.append(_dense_answer(generator, params, prompt_arrays, layout.regions, dense_size))
         row = _with_answer(prompt_arrays, answers[-1], layout.regions, dense_size, max_tokens)
         dense, entries = _dense_pass(config, params, row)
         dense_entries.append(float(entries))
-        for (setting, top_k), found_here in outcomes.items():
-            route = Routing(setting.strategy)
-            measured = _routed_pass(
-                setting.model(config), route, params, row, dense, jnp.asarray(top_k, jnp.int32)
+        for (setting, top_k), measured in outcomes.items():
+            model, route, budget = (
+                setting.model(config),
+                Routing(setting.strategy),
+                jnp.asarray(top_k, jnp.int32),
             )
-            found_here.append(jax.device_get(measured))
-    rows = [
-        {
-            **asdict(setting),
-            "top_k": top_k,
-            **_summary(measured, float(np.mean(dense_entries))),
-        }
-        for (setting, top_k), measured in outcomes.items()
-    ]
+            measured.append(jax.device_get(_routed_pass(model, route, params, row, dense, budget)))
+    whole = float(np.mean(dense_entries))
+    rows = [asdict(setting) | {"top_k": k} | _summary(of, whole) for (setting, k), of in outcomes.items()]
     return {
         "model": to_dict(config),
         "regions": layout.regions,

@@ -58,10 +58,8 @@ def answered(prompt, index=0):
     """The row that is measured, and the answer in it."""
     layout = visual_layout(MODEL)
     arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",)), index, prompt)
-    batch = module._batch_of_one(arrays, layout.regions, 160)
     generator = module.Generator(module.MLLM(MODEL), TOKENS, TOKENIZER.end_id)
-    found = generator(peaky(), batch["images"], module.Streams.from_batch(batch), top_k=None)
-    answer = [int(token) for token in np.asarray(found.tokens)[:, 0] if token >= 0]
+    answer = module._dense_answer(generator, peaky(), arrays, layout.regions, 160)
     return module._with_answer(arrays, answer, layout.regions, 160, TOKENS), answer
 
 

@@ -5,7 +5,6 @@ python convert.py --llm=Qwen3-4B --vision=siglip2-so400m-patch16-384 --to=ckpt/c
 python convert.py --from=ckpt/cambrian-4b --to=back --format=hf
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -52,19 +51,13 @@ def _check_flags() -> None:
     ):
         raise UserError("Give either --from, or both --llm and --vision.")
     if _FROM.value is not None:
-        _refuse((_REGION, _CONTEXT, _TOP_K, _SEED), "is for a new model made of --llm and --vision")
+        cli.refuse_flags((_REGION, _CONTEXT, _TOP_K, _SEED), "is for a new model made of --llm and --vision")
     else:
-        _refuse((_REVISION,), "names a commit of the Hub id in --from")
+        cli.refuse_flags((_REVISION,), "names a commit of the Hub id in --from")
     if _FORMAT.value == "hf":
         if _FROM.value is None:
             raise UserError("--format=hf writes a model that exists already: name it in --from.")
-        _refuse((_FEATURE_LAYER, _REVISION), "has no effect with --format=hf")
-
-
-def _refuse(holders: Iterable[flags.FlagHolder], why: str) -> None:
-    for holder in holders:
-        if flags.FLAGS[holder.name].present:
-            raise UserError(f"--{holder.name} {why}; drop it.")
+        cli.refuse_flags((_FEATURE_LAYER, _REVISION), "has no effect with --format=hf")
 
 
 def _plan() -> run.Plan:
@@ -81,7 +74,7 @@ def _plan() -> run.Plan:
     source = resolve(_FROM.value or "", _REVISION.value)
     plan = run.plan_directory(source, dtype=dtype, feature_layer=feature_layer)
     if "vision" not in plan.opened:
-        _refuse((_FEATURE_LAYER,), "is of an image tower, which this is not")
+        cli.refuse_flags((_FEATURE_LAYER,), "is of an image tower, which this is not")
     return plan
 
 

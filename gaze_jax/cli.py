@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import ml_collections
 from absl import app, flags, logging
@@ -62,6 +62,13 @@ def run_door(main: Callable[[], None]) -> None:
             sys.exit(2)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def refuse_flags(holders: Iterable[flags.FlagHolder], why: str) -> None:
+    """Raise a UserError if the user gave one of these flags, which ``why`` have no effect."""
+    for holder in holders:
+        if flags.FLAGS[holder.name].present:
+            raise UserError(f"--{holder.name} {why}; drop it.")
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:

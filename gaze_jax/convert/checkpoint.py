@@ -224,12 +224,18 @@ class Converted:
       config: of the model, or of an image tower alone.
       params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes; of a tower alone,
         ``{"vision": ...}``.
-      beside: directories with the tokenizer and processor files of the parts, by part.
+      tokenizer: content of tokenizer.json; None if the checkpoint has none.
     """
 
     config: Config
     params: Tree
-    beside: Mapping[str, Path]
+    tokenizer: str | None
+
+
+def read_tokenizer(directory: Path) -> str | None:
+    """Content of a directory's tokenizer.json, if there is one."""
+    path = directory / "tokenizer.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, Any]) -> None:
@@ -272,4 +278,4 @@ def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
     except Exception as error:  # Orbax and TensorStore each raise their own kinds
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"{directory} cannot be read ({reason}); copy or convert it again.") from error
-    return Converted(manifest.model, params, {part: directory / part for part in manifest.sources})
+    return Converted(manifest.model, params, read_tokenizer(directory / "decoder"))

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from gaze_jax.convert import checkpoint, manifest
-from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise
+from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, read_tokenizer
 from gaze_jax.convert.run import Plan, plan_directory
 from gaze_jax.errors import UserError
 from gaze_jax.models.parameters import abstract_params
@@ -30,7 +30,8 @@ def place(plan: Plan, mesh: Mesh) -> Converted:
         values, _ = materialise(plan.leaves[name])
         placed[name] = jax.make_array_from_callback(values.shape, target.sharding, values.__getitem__)
     params = flax.traverse_util.unflatten_dict(placed, sep="/")
-    return Converted(plan.config, params, {part: found.directory for part, found in plan.opened.items()})
+    decoder = plan.opened.get("decoder")
+    return Converted(plan.config, params, None if decoder is None else read_tokenizer(decoder.directory))
 
 
 def one_device() -> Mesh:
@@ -55,5 +56,5 @@ def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
         return checkpoint.load(directory, mesh, check=check)
     if (directory / FOLDER).is_dir():
         trained = load_for_inference(directory, mesh)
-        return Converted(trained.experiment.model, trained.params, {})
+        return Converted(trained.experiment.model, trained.params, trained.tokenizer.json)
     return place(plan_directory(directory), mesh)

@@ -32,6 +32,7 @@ from gaze_jax.evaluate.metrics import student_interval
 from gaze_jax.evaluate.prompts import Prompt
 from gaze_jax.infer.generate import Generator, Params
 from gaze_jax.models import MLLM, MLLMConfig
+from gaze_jax.parallel.mesh import describe_devices
 from gaze_jax.train.config import visual_layout
 from pallas_kernels.spec import SHARES
 
@@ -92,7 +93,7 @@ def _emitted(model: MLLM, row: _Row, top_k: Array | None, route: Routing) -> tup
 
     The vocabulary meets the A places alone: logits of a whole row may be larger than the model.
     """
-    hidden, out = model._forward(
+    hidden, out = model.hidden(
         row.images,
         row.streams,
         row.sample,
@@ -297,7 +298,7 @@ def compare(
         "answer_tokens": sum(len(answer) for answer in answers),
         "rows": rows,
         "date": datetime.date.today().isoformat(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": describe_devices(),
     }
 
 

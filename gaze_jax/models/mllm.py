@@ -74,9 +74,18 @@ class MLLM(nn.Module):
         visual = to_regions(self.encode(images), streams.visual_src)
         return visual.reshape(batch, regions * slots, width)
 
-    def _forward(
+    def hidden(
         self, images: Array | None, streams: Streams, sample_id: Array | None, **options: Any
     ) -> tuple[Array, dict[str, Array]]:
+        """The dense stream before the head, for who wants the logits of a few places only.
+
+        Args:
+          images, streams, sample_id: see :meth:`__call__`.
+          **options: of :meth:`gaze_jax.models.decoder.Decoder.forward`.
+
+        Returns:
+          [B, S, M] for :meth:`Decoder.logits`, and what the options collect.
+        """
         visual = self._embed_visual(images, streams)
         batch, size = visual.shape[:2]
         x = jnp.concatenate([visual, self._embed_dense(streams)], axis=1)
@@ -112,7 +121,7 @@ class MLLM(nn.Module):
           float32 logits [B, S, V] of the dense stream, and a dict: with ``collect`` and ``top_k``,
           "scores" float32 and "selected" bool, both [L, B, S, Hs, R].
         """
-        hidden, out = self._forward(
+        hidden, out = self.hidden(
             images,
             streams,
             sample_id,
@@ -130,7 +139,7 @@ class MLLM(nn.Module):
         Returns:
           [L, B, S, M], the dense stream after each block, and float32 logits [B, S, V].
         """
-        hidden, out = self._forward(
+        last, out = self.hidden(
             images,
             streams,
             None,
@@ -141,7 +150,7 @@ class MLLM(nn.Module):
             keep_kv=False,
             keep_hidden=True,
         )
-        return out["hidden"][:, :, -streams.tokens.shape[1] :], self.decoder.logits(hidden)
+        return out["hidden"][:, :, -streams.tokens.shape[1] :], self.decoder.logits(last)
 
     def prefill(
         self,
@@ -160,7 +169,7 @@ class MLLM(nn.Module):
           float32 logits [B, V] at each row's last token in order, the cache, and "selected" bool
           [L, B, Hs, R] of that token (absent if dense).
         """
-        hidden, layers = self._forward(
+        hidden, layers = self.hidden(
             images,
             streams,
             sample_id,

@@ -224,7 +224,8 @@ def restore(
     def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in config.items() if name not in MAY_CHANGE}
 
-    changed = _differences(fixed(meta["config"]), fixed(to_dict(experiment)))
+    saved = to_dict(parse(meta["config"]))  # fields that are younger than the checkpoint get their defaults
+    changed = _differences(fixed(saved), fixed(to_dict(experiment)))
     if changed:
         raise UserError(
             f"Checkpoint {manager.directory / str(step)} is of another config: {'; '.join(changed)}; restore "

@@ -29,12 +29,16 @@ _STEP = flags.DEFINE_string("step", None, "Measure one step here; the benchmark 
 BESIDE = {
     "read": "read",
     "plain": "plain",
+    "durable": "plain",
     "convert": "plain",
     "back": "plain",
     "load": "read",
     "unchecked": "read",
 }
-"""Step -> the plain step that it is compared with: reading the files, or reading and writing them."""
+"""Step -> the plain step that it is compared with: reading the files, or reading and writing them.
+
+"durable" is plain and waits for the disk, as Orbax does after every file.
+"""
 
 
 def make(directory: Path, model: str) -> None:
@@ -50,7 +54,7 @@ def make(directory: Path, model: str) -> None:
     config = DECODERS[model]
     kind = decoder_family(config)
     family = FAMILIES[kind]
-    directory.mkdir()
+    directory.mkdir(parents=True)
     fields = family.write_config(config) | {"dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(fields))
     tensors = expected_tensors(family.rules(config), config)
@@ -66,14 +70,19 @@ def make(directory: Path, model: str) -> None:
 def measure(step: str, directory: Path) -> dict[str, float]:
     """Run one step in this process."""
     source, gaze, back, plain = (directory / name for name in ("source", "gaze", "back", "plain"))
-    if step in ("read", "plain"):
+    if step in ("read", "plain", "durable"):
+        import ml_dtypes  # noqa: F401  # without it numpy has no bfloat16
         from safetensors.numpy import load_file, save_file
 
         def run() -> Any:
             tensors = load_file(source / "model.safetensors")
-            if step == "plain":
+            if step != "read":
+                shutil.rmtree(plain, ignore_errors=True)
                 plain.mkdir()
                 save_file(tensors, plain / "model.safetensors")
+            if step == "durable":
+                with (plain / "model.safetensors").open("rb") as file:
+                    os.fsync(file.fileno())
             return tensors
 
     else:
@@ -112,7 +121,7 @@ def rounds(directory: Path, count: int) -> dict[str, list[dict[str, float]]]:
         for step in BESIDE:
             os.sync()
             command = [sys.executable, "-m", "benchmarks.convert", f"--step={step}", f"--dir={directory}"]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[step].append(json.loads(out.splitlines()[-1]))
         same = (directory / "back/model.safetensors").read_bytes()
         assert same == (directory / "source/model.safetensors").read_bytes(), "the round trip is not exact"

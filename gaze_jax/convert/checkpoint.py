@@ -1,11 +1,13 @@
 """Write and load converted checkpoints: Orbax, one leaf at a time, under the manifest's checksums."""
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from jax.sharding import Mesh
 
@@ -65,23 +68,52 @@ def pending_array(values: Any, layers: int = 0) -> Pending:
     return Pending(Leaf(str(values.dtype), tuple(values.shape), layers), fill)
 
 
-class _Streaming(ocp.type_handlers.NumpyHandler):
-    """Makes, checks and writes one leaf after the other, where Orbax would hold all of them."""
+# A checksum tells a file that did not reach the disk, so there is no need to wait for each of them.
+_CONTEXT = tensorstore.Context({"file_io_sync": False})
 
-    def __init__(self, done: Callable[[str, Leaf, Sequence[str]], None]) -> None:
+
+class _Streaming(ocp.type_handlers.NumpyHandler):
+    """Makes, checks and writes one leaf after the other, where Orbax would hold all of them.
+
+    The next leaf is made while the last is on its way to the disk, as long as both fit into ``memory`` bytes.
+    """
+
+    def __init__(self, memory: int, done: Callable[[str, Leaf, Sequence[str]], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
-        self._done = done
+        self._memory, self._done = memory, done
 
     def memory_size(self, values: Sequence[Any]) -> Sequence[tuple[int, int]]:
         return [(value.nbytes, value.nbytes) for value in values]
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
-        for value, info, arg in zip(values, infos, args, strict=True):
-            array, checksums = materialise(value)
-            for future in await super().serialize([array], [info], [arg]):
-                future.result()
-            self._done(info.name.replace(".", "/"), value.leaf, checksums)
+        under_way: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
+        try:
+            for value, info, arg in zip(values, infos, args, strict=True):
+                while under_way and sum(size for size, _ in under_way) + value.nbytes > self._memory:
+                    under_way.popleft()[1]()
+                array, checksums = materialise(value)
+                futures = await super().serialize([array], [info.replace(ts_context=_CONTEXT)], [arg])
+                del array  # the future keeps it as long as it is needed
+                name = info.name.replace(".", "/")
+                finish = functools.partial(self._finish, futures, name, value.leaf, checksums)
+                under_way.append((value.nbytes, finish))
+            while under_way:
+                under_way.popleft()[1]()
+        finally:
+            # After an error nothing may go on writing into a directory that is being removed.
+            for _, wait in under_way:
+                with suppress(Exception):
+                    wait()
         return []
+
+    def _finish(self, futures: Sequence[Any], name: str, leaf: Leaf, checksums: Sequence[str]) -> None:
+        for future in futures:
+            future.result()
+        self._done(name, leaf, checksums)
+
+
+# Shared by all leaves, so that its threads keep their memory from one to the next.
+_pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="convert")
 
 
 def materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
@@ -94,12 +126,11 @@ def materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
         pending.fill(part, layer)
         return crc_hex(part.reshape(-1).view(np.uint8))
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return array, list(pool.map(one, range(leaf.layers or 1)))
+    return array, list(_pool.map(one, range(leaf.layers or 1)))
 
 
 def _save_params(
-    directory: Path, leaves: Mapping[str, Pending], progress: Callable[[int], None]
+    directory: Path, leaves: Mapping[str, Pending], memory: int, progress: Callable[[int], None]
 ) -> dict[str, str]:
     """Write ``directory/params``; returns the checksum of every file."""
     files: dict[str, str] = {}
@@ -116,7 +147,7 @@ def _save_params(
         is_leaf=lambda node: isinstance(node, Pending),
     )
     with _quiet():
-        registry = ocp.type_handlers.create_type_handler_registry((Pending, _Streaming(done)))
+        registry = ocp.type_handlers.create_type_handler_registry((Pending, _Streaming(memory, done)))
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False, use_compression=False, type_handler_registry=registry
         )
@@ -170,6 +201,7 @@ def write(
     *,
     sources: Mapping[str, Source] | None = None,
     new: Sequence[str] = (),
+    memory: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write parameters and manifest into a directory that may hold files of the parts already.
@@ -180,6 +212,7 @@ def write(
       leaves: of all parameters, by name.
       sources: of the parts, by name of the part.
       new: names of the leaves that came from no checkpoint.
+      memory: bytes of leaves that may be in memory at once; a larger leaf is there alone.
       progress: told the bytes of every leaf that was written.
     """
     files = {
@@ -187,7 +220,7 @@ def write(
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    files |= _save_params(directory, leaves, progress)
+    files |= _save_params(directory, leaves, memory, progress)
     described = {name: pending.leaf for name, pending in leaves.items()}
     manifests.write(directory, Manifest(config, described, sources or {}, tuple(new), files))
 

@@ -29,7 +29,7 @@ from gaze_jax.models.config import MLLMConfig, VisionConfig
 FORMAT_VERSION = 1
 FILE = "manifest.json"
 PARAMS = "params"
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20  # stays in the cache between reading and summing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +100,10 @@ def crc_hex(data: Any) -> str:
 
 def file_crc(path: Path) -> str:
     """CRC-32 of a file, read in blocks."""
-    crc = 0
+    crc, block = 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as stream:
-        while block := stream.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
+        while count := stream.readinto(block):
+            crc = zlib.crc32(block[:count], crc)
     return f"{crc:08x}"
 
 

@@ -189,10 +189,15 @@ def write_plan(plan: Plan, directory: Path, progress: Callable[[int], None] = la
       UserError: ``directory`` exists, or cannot be written.
     """
     sources = {part: opened.source for part, opened in plan.opened.items()}
+    # What one shard and one leaf would take; shards are never in memory, so a second leaf may be.
+    shard = max((file.path.stat().st_size for o in plan.opened.values() for file in o.files), default=0)
+    memory = shard + max(leaf.nbytes for leaf in plan.leaves.values())
     with checkpoint.new_directory(directory) as partial:
         for part, opened in plan.opened.items():
             copy_beside(opened, partial / part, plan.dtype)
-        checkpoint.write(partial, plan.config, plan.leaves, sources=sources, new=plan.new, progress=progress)
+        checkpoint.write(
+            partial, plan.config, plan.leaves, sources=sources, new=plan.new, memory=memory, progress=progress
+        )
 
 
 def open_model(directory: Path) -> Model:

@@ -188,11 +188,26 @@ def open_checkpoint(directory: Path) -> tuple[File, ...]:
 
 def read(tensor: Tensor) -> np.ndarray:
     """The values of a tensor, in its own dtype."""
-    with tensor.file.open("rb") as stream:
-        # fromfile reads straight into the array, so no second copy is ever made.
-        count = math.prod(tensor.shape)
-        values = np.fromfile(stream, DTYPES[tensor.dtype], count, offset=tensor.offset)
-    return values.reshape(tensor.shape)
+    values = np.empty(tensor.shape, DTYPES[tensor.dtype])
+    read_into(tensor, values)
+    return values
+
+
+def read_into(tensor: Tensor, out: np.ndarray) -> None:
+    """Read a tensor into a contiguous array of its dtype and shape.
+
+    Raises:
+      UserError: the file has become shorter since it was opened.
+    """
+    data = out.reshape(-1).view(np.uint8).data
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset)
+        done = 0
+        while done < tensor.size:  # one call reads 2 GiB at most
+            count = stream.readinto(data[done:])
+            if not count:
+                raise UserError(f"{tensor.file} ended early; it changed while it was read.")
+            done += count
 
 
 class Writer:

@@ -4,7 +4,8 @@ import dataclasses
 import fnmatch
 import functools
 import shutil
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -235,12 +236,30 @@ def pending_leaves(opened: Opened, dtype: str | None = None) -> dict[str, Pendin
             )
         target = numpy_dtype(dtype or found.pop())
 
-        def fill(out: np.ndarray, layer: int, rule: Rule = rule, tensors: list[Tensor] = tensors) -> None:
-            values = cast(shards.read(tensors[layer]), out.dtype, rule.tensors[layer])
-            copy(out, rule.to_leaf(values))
-
-        leaves[rule.leaf] = Pending(Leaf(target.name, shapes[rule.leaf], rule.layers), fill)
+        leaf = Leaf(target.name, shapes[rule.leaf], rule.layers)
+        leaves[rule.leaf] = Pending(leaf, functools.partial(_fill, rule, tensors))
     return leaves
+
+
+_scratch = threading.local()
+
+
+def _scratch_array(tensor: Tensor) -> np.ndarray:
+    """Memory of this thread for one tensor, used again for the next: fresh pages cost as much as reading."""
+    if getattr(_scratch, "data", np.empty(0)).size < tensor.size:
+        _scratch.data = np.empty(tensor.size, np.uint8)
+    return _scratch.data[: tensor.size].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _fill(rule: Rule, tensors: Sequence[Tensor], out: np.ndarray, layer: int) -> None:
+    """Read one tensor into a layer of its leaf."""
+    tensor = tensors[layer]
+    if rule.layout == "same" and DTYPES[tensor.dtype] == out.dtype:
+        shards.read_into(tensor, out)
+        return
+    values = _scratch_array(tensor)
+    shards.read_into(tensor, values)
+    copy(out, rule.to_leaf(cast(values, out.dtype, rule.tensors[layer])))
 
 
 def copy_beside(opened: Opened, directory: Path, dtype: str | None = None) -> None:

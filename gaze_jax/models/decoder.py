@@ -103,6 +103,10 @@ class Block(nn.Module):
             x, angles, lambda q, k, v: gaze_attention(q, k, v, plan, gaze=self.config.gaze, **options)
         )
 
+    def touch(self, x: Array, angles: Angles) -> Array:
+        """[B, N, M] past every parameter; attention has none and is left out."""
+        return self._around(x, angles, lambda q, k, v: (q, None))[0]
+
     def decode(
         self,
         x: Array,
@@ -251,6 +255,22 @@ class Decoder(nn.Module):
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.embedding.astype(hidden.dtype)
         return jnp.einsum("...M,VM->...V", hidden, table, preferred_element_type=jnp.float32)
+
+    def touch(self, x: Array, pos: Array) -> Array:
+        """:meth:`forward` without attention, for making parameters: it traces in a third of the time."""
+        angles = rope_angles(pos, self.config.decoder.head_dim, self.config.decoder.rope_theta)
+
+        def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
+            return block.touch(x, angles), None
+
+        scan = nn.scan(
+            body,
+            length=self.config.decoder.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            **PER_LAYER_SCAN,
+        )
+        x, _ = scan(self.layers, x, None)
+        return self.logits(self.norm(x))
 
     def forward(
         self,

@@ -74,6 +74,17 @@ class MLLM(nn.Module):
         visual = to_regions(self.encode(images), streams.visual_src)
         return visual.reshape(batch, regions * slots, width)
 
+    def touch(self, images: Array | None) -> Array:
+        """Use every parameter once, for making them.
+
+        Args:
+          images: float32 [1, 1, image_size, image_size, 3]; None for a model without a tower.
+        """
+        if images is not None:
+            self.encode(images)
+        token = jnp.zeros((1, 1), jnp.int32)
+        return self.decoder.touch(self.decoder.embed(token), token)
+
     def hidden(
         self, images: Array | None, streams: Streams, sample_id: Array | None, **options: Any
     ) -> tuple[Array, dict[str, Array]]:

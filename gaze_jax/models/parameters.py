@@ -1,6 +1,5 @@
 """The parameters of a model before they have values: names, shapes, dtypes, where they belong."""
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gaze_jax.core.streams import Streams
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.models.mllm import MLLM
 from gaze_jax.models.vision import VisionTower
@@ -19,15 +17,11 @@ Tree = Any
 
 
 def init_variables(config: MLLMConfig, key: Array) -> Tree:
-    """Boxed parameters of the model; only their shapes depend on ``config``, not on any batch."""
-    regions = 0 if config.vision is None else 1
-    shapes = {"visual": (1, regions, 1), "region": (1, regions)}
-    names = (field.name for field in dataclasses.fields(Streams))
-    streams = Streams(**{n: jnp.zeros(shapes.get(n.split("_")[0], (1, 1)), jnp.int32) for n in names})
+    """Boxed parameters of the model, with their initial values."""
     images = None
     if config.vision is not None:
         images = jnp.zeros((1, 1, config.vision.image_size, config.vision.image_size, 3))
-    return MLLM(config).init(key, images, streams, top_k=None)["params"]
+    return MLLM(config).init(key, images, method="touch")["params"]
 
 
 def _init_tower(config: VisionConfig, key: Array) -> Tree:

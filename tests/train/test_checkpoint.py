@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -185,3 +186,14 @@ def test_the_data_goes_on_where_it_was(run):
     for expected in fresh[6:]:
         jax.tree.map(np.testing.assert_array_equal, next(iterator), expected)
     iterator.close()
+
+
+def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(run, tmp_path):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    (meta,) = workdir.glob("checkpoints/*/meta/metadata")
+    saved = json.loads(meta.read_text())
+    assert saved["config"]["model"]["gaze"].pop("descriptor") == "mean"
+    meta.write_text(json.dumps(saved))
+    assert resume(workdir, tiny_experiment()) is not None
+    with pytest.raises(UserError, match="model.gaze.descriptor was 'mean' and is 'minmax'"):
+        resume(workdir, tiny_experiment(**{"model.gaze.descriptor": "minmax"}))

@@ -29,6 +29,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of train.p
 _SAMPLES = flags.DEFINE_integer("samples", None, "Questions of each family; default: the config's.")
 _COMPARE = flags.DEFINE_enum("compare", None, ["dense"], "Compare Gaze with this way to attend.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a Hugging Face directory.")
+_CHECK = flags.DEFINE_bool("check", True, "Compare the checkpoint's files with their checksums first.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "JSONL of image and question; default: two bundled photos.")
 _TOP_KS = flags.DEFINE_list("top_ks", None, "Regions per query; default: powers of two, and all.")
 _SHARES = flags.DEFINE_list("shares", list(SHARES), "Who selects: each query head, or each kv head's group.")
@@ -37,7 +38,7 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Most tokens of a dense ans
 _OUT = flags.DEFINE_string("out", "compare", "Folder for compare.json and compare.png.")
 
 _OF_RUNS = (_WORKDIR, _SAMPLES)
-_OF_COMPARISONS = (_CHECKPOINT, _PROMPTS, _TOP_KS, _SHARES, _DESCRIPTORS, _MAX_TOKENS, _OUT)
+_OF_COMPARISONS = (_CHECKPOINT, _CHECK, _PROMPTS, _TOP_KS, _SHARES, _DESCRIPTORS, _MAX_TOKENS, _OUT)
 
 
 def _top_ks() -> tuple[int, ...] | None:
@@ -55,7 +56,7 @@ def _compare() -> None:
     if _CHECKPOINT.value is None:
         raise UserError("--compare needs a model: name it with --checkpoint.")
     prompts = default_prompts() if _PROMPTS.value is None else read_prompts(_PROMPTS.value)
-    found = load(Path(_CHECKPOINT.value), one_device())
+    found = load(Path(_CHECKPOINT.value), one_device(), check=_CHECK.value is True)
     if isinstance(found.config, VisionConfig):
         raise UserError(f"{_CHECKPOINT.value} is an image tower alone, which answers nothing.")
     if found.tokenizer is None:

@@ -20,6 +20,7 @@ from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import Tensor
 from gaze_jax.convert.source import CONFIG, UNUSED, PartConfig, cast, read_config
 from gaze_jax.convert.table import Family, Rule
+from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 
 GAZE_TENSORS = "gaze.safetensors"
@@ -264,13 +265,21 @@ def export(
             for rule in joint_rules(model.config.gaze.context_tokens):
                 entries |= _of_rule(model, rule, dtype)
             _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
-        settings = {"format_version": SETTINGS_VERSION, "model": to_dict(model.config), "parts": places}
+        stored = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
+        settings = {"format_version": SETTINGS_VERSION, "model": to_dict(stored), "parts": places}
         _write_json(directory / GAZE_SETTINGS, settings)
 
 
 def part_directories(directory: Path) -> dict[str, Path]:
-    """Where :func:`export` put each part."""
-    if not (directory / GAZE_SETTINGS).exists():
+    """Where :func:`export` put each part.
+
+    Raises:
+      UserError: gaze.json names another place than export would.
+    """
+    settings = directory / GAZE_SETTINGS
+    if not settings.exists():
         return {"vision": directory}
-    places = shards.read_json(directory / GAZE_SETTINGS)["parts"]
+    places = shards.read_json(settings).get("parts")
+    if places not in ({"decoder": "."}, {"decoder": "decoder", "vision": "vision"}):
+        raise UserError(f"{settings} has parts={places!r}, which is not what was written; export again.")
     return {part: directory / place for part, place in places.items()}

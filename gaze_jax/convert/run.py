@@ -23,7 +23,14 @@ from rich.progress import (
 from gaze_jax.config import from_dict
 from gaze_jax.convert import checkpoint, manifest, shards
 from gaze_jax.convert.checkpoint import Config, Pending, flat_leaves, numpy_dtype, pending_array
-from gaze_jax.convert.export import GAZE_SETTINGS, GAZE_TENSORS, SETTINGS_VERSION, Model, export
+from gaze_jax.convert.export import (
+    GAZE_SETTINGS,
+    GAZE_TENSORS,
+    SETTINGS_VERSION,
+    Model,
+    export,
+    part_directories,
+)
 from gaze_jax.convert.families import joint_rules
 from gaze_jax.convert.manifest import Leaf
 from gaze_jax.convert.source import (
@@ -83,6 +90,8 @@ def plan_directory(directory: Path, *, dtype: str | None = None, feature_layer: 
     Raises:
       UserError: it is of no known kind or damaged.
     """
+    if (directory / manifest.FILE).exists():
+        raise UserError(f"{directory} is converted already; --format=hf takes it back to transformers.")
     if (directory / GAZE_SETTINGS).exists():
         return _plan_export(directory, dtype)
     opened = open_directory(directory, feature_layer=feature_layer)
@@ -123,7 +132,7 @@ def _plan_export(directory: Path, dtype: str | None) -> Plan:
         )
     try:
         config = from_dict(MLLMConfig, settings["model"])
-        places = {part: directory / place for part, place in settings["parts"].items()}
+        places = part_directories(directory)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not what was written ({error}); export the model again.") from error
     opened = {"decoder": open_directory(places["decoder"], part="decoder")}
@@ -138,6 +147,8 @@ def _plan_export(directory: Path, dtype: str | None) -> Plan:
     leaves = {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
     if config.vision is not None:
         leaves |= _joint_leaves(directory / GAZE_TENSORS, config, dtype)
+    if dtype is not None:
+        config = dataclasses.replace(config, param_dtype=dtype)
     return Plan(config, leaves, opened, dtype=dtype)
 
 

@@ -127,16 +127,41 @@ def test_a_joined_model_comes_back_from_its_export(joined, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 
-def test_settings_that_describe_another_model_are_refused(joined, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["model"]["decoder"].update(rope_theta=1e4), "describes another decoder"),
+        (lambda s: s["parts"].update(vision="../../tower"), "which is not what was written"),
+        (lambda s: s["model"].update(attention="sparse"), "Unknown config key attention"),
+        (lambda s: s.update(format_version=2), "format_version 2"),
+    ],
+)
+def test_settings_that_are_not_what_was_written_are_refused(joined, tmp_path, change, message):
     where, _ = joined
-    copy = tmp_path / "copy"
-    shutil.copytree(where / "back", copy)
+    copy = shutil.copytree(where / "back", tmp_path / "copy")
     path = copy / "gaze.json"
     settings = json.loads(path.read_text())
-    settings["model"]["decoder"]["rope_theta"] = 1e4
+    change(settings)
     path.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="describes another decoder"):
+    with pytest.raises(UserError, match=message):
         run.plan_directory(copy)
+
+
+def test_a_joined_model_may_be_cast_on_either_way(joined, tmp_path):
+    where, _ = joined
+    run.convert_back(where / "gaze", tmp_path / "cast", dtype="float16")
+    run.write_plan(run.plan_directory(tmp_path / "cast"), tmp_path / "gaze")
+    run.write_plan(run.plan_directory(where / "back", dtype="float16"), tmp_path / "direct")
+    for directory in ("gaze", "direct"):
+        found = load(tmp_path / directory, one_device())
+        assert found.config.param_dtype == "float16"
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(found.params)} == {"float16"}
+
+
+def test_what_is_converted_already_is_not_converted_again(joined, tmp_path):
+    where, _ = joined
+    with pytest.raises(UserError, match="is converted already"):
+        run.plan_directory(where / "gaze")
 
 
 def test_a_cast_is_made_only_when_asked_for_and_says_so_in_config_json(tmp_path):

@@ -195,5 +195,5 @@ def test_a_field_that_is_younger_than_the_checkpoint_has_its_default(run, tmp_pa
     assert saved["config"]["model"]["gaze"].pop("descriptor") == "mean"
     meta.write_text(json.dumps(saved))
     assert resume(workdir, tiny_experiment()) is not None
-    with pytest.raises(UserError, match="model.gaze.descriptor was 'mean' and is 'minmax'"):
+    with pytest.raises(UserError, match=r"model\.gaze\.descriptor was 'mean' and is 'minmax'"):
         resume(workdir, tiny_experiment(**{"model.gaze.descriptor": "minmax"}))

@@ -14,16 +14,15 @@ from gaze_jax.convert import run, verify
 from gaze_jax.convert.export import part_directories
 from gaze_jax.convert.hub import resolve
 from gaze_jax.errors import UserError
-from gaze_jax.models.config import PARAM_DTYPES, GazeConfig
+from gaze_jax.models.config import PARAM_DTYPES, GazeConfig, VisionConfig
 
-_FROM = flags.DEFINE_string("from", None, "What to convert: a directory, or a Hub id with --revision.")
+_FROM = flags.DEFINE_string("from", None, "What to convert: a directory, or a Hub id as NAME@COMMIT.")
 _LLM = flags.DEFINE_string("llm", None, "A language model to join with --vision into a new model.")
 _VISION = flags.DEFINE_string("vision", None, "An image tower to join with --llm.")
 _TO = flags.DEFINE_string("to", None, "A new directory to write.", required=True)
 _FORMAT = flags.DEFINE_enum("format", "gaze", ["gaze", "hf"], "gaze: of this project; hf: for transformers.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Run both sides afterwards and compare them stage by stage.")
 _DTYPE = flags.DEFINE_enum("dtype", None, list(PARAM_DTYPES), "Change the dtype; default: each tensor's own.")
-_REVISION = flags.DEFINE_string("revision", None, "Commit of the Hub id in --from.")
 _FEATURE_LAYER = flags.DEFINE_integer(
     "feature_layer", -2, "Hidden state of the tower that is read: -1 is after its last layer."
 )
@@ -52,29 +51,27 @@ def _check_flags() -> None:
         raise UserError("Give either --from, or both --llm and --vision.")
     if _FROM.value is not None:
         cli.refuse_flags((_REGION, _CONTEXT, _TOP_K, _SEED), "is for a new model made of --llm and --vision")
-    else:
-        cli.refuse_flags((_REVISION,), "names a commit of the Hub id in --from")
     if _FORMAT.value == "hf":
         if _FROM.value is None:
             raise UserError("--format=hf writes a model that exists already: name it in --from.")
-        cli.refuse_flags((_FEATURE_LAYER, _REVISION), "has no effect with --format=hf")
+        cli.refuse_flags((_FEATURE_LAYER,), "has no effect with --format=hf")
 
 
 def _plan() -> run.Plan:
     dtype, feature_layer = _DTYPE.value, _FEATURE_LAYER.value
     if _LLM.value is not None and _VISION.value is not None:
         return run.compose(
-            Path(_LLM.value),
-            Path(_VISION.value),
+            resolve(_LLM.value),
+            resolve(_VISION.value),
             gaze=_gaze(),
             dtype=dtype,
             feature_layer=feature_layer,
             seed=_SEED.value,
         )
-    source = resolve(_FROM.value or "", _REVISION.value)
+    source = resolve(_FROM.value or "")
     plan = run.plan_directory(source, dtype=dtype, feature_layer=feature_layer)
-    if "vision" not in plan.opened:
-        cli.refuse_flags((_FEATURE_LAYER,), "is of an image tower, which this is not")
+    if not isinstance(plan.config, VisionConfig):
+        cli.refuse_flags((_FEATURE_LAYER,), "is of an image tower alone, which this is not")
     return plan
 
 

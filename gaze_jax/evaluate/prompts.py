@@ -12,11 +12,6 @@ import numpy as np
 from gaze_jax.data.images import read_image
 from gaze_jax.errors import UserError
 
-CREDIT = (
-    "Photographs china.jpg by danielbuechele and flower.jpg by vultilion (flickr.com), CC BY 2.0, bundled "
-    "with scikit-learn."
-)
-
 _QUESTIONS = {
     "china.jpg": (
         "Describe the image in one sentence.",
@@ -47,7 +42,7 @@ class Prompt:
 
 
 def default_prompts() -> tuple[Prompt, ...]:
-    """A few questions about each of scikit-learn's two photographs; see :data:`CREDIT`."""
+    """A few questions about each of scikit-learn's two photographs (credited in NOTICE)."""
     from sklearn.datasets import load_sample_image
 
     return tuple(

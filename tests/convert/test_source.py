@@ -96,11 +96,12 @@ def test_a_missing_file_or_directory(tmp_path):
 
 
 def test_a_hub_id_needs_a_commit():
-    for revision in (None, "main", "v1.0", "abc123"):
-        with pytest.raises(UserError, match="--revision=HASH"):
-            hub.resolve("Qwen/Qwen3-4B", revision)
-    with pytest.raises(UserError, match="neither a directory nor a Hub id"):
-        hub.resolve("https://example.org/x", "0" * 40)
+    for revision in ("", "@", "@main", "@abc123", "@" + "A" * 40):
+        with pytest.raises(UserError, match="write Qwen/Qwen3-4B@ and the commit's 40"):
+            hub.resolve(f"Qwen/Qwen3-4B{revision}")
+    for where in ("https://example.org/x", "nothing-here", "a/b/c"):
+        with pytest.raises(UserError, match="neither a directory nor a Hub id"):
+            hub.resolve(where)
 
 
 def test_a_hub_id_is_downloaded_at_its_commit(tmp_path, monkeypatch):
@@ -113,11 +114,11 @@ def test_a_hub_id_is_downloaded_at_its_commit(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert hub.resolve("Qwen/Qwen3-4B", "a" * 40) == tmp_path
+    assert hub.resolve("Qwen/Qwen3-4B@" + "a" * 40) == tmp_path
     ((name, revision, patterns),) = calls
     assert (name, revision) == ("Qwen/Qwen3-4B", "a" * 40)
     assert "*.safetensors" in patterns and not any(pattern.endswith((".bin", ".py")) for pattern in patterns)
-    assert hub.resolve(str(tmp_path), None) == tmp_path  # a directory is never looked up
+    assert hub.resolve(str(tmp_path)) == tmp_path  # a directory is never looked up
 
 
 def test_a_failed_download_is_one_sentence(monkeypatch):
@@ -128,4 +129,4 @@ def test_a_failed_download_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"cannot be downloaded \(no route to host\)\.$"):
-        hub.resolve("Qwen/Qwen3-4B", "a" * 40)
+        hub.resolve("Qwen/Qwen3-4B@" + "a" * 40)

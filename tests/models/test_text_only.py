@@ -1,11 +1,14 @@
 """Edge case 3: a batch without any visual token, R = 0."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
-from gaze_jax.models import DUMMY
+from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
 from tests.helpers.streams import Text, batch, pad, prefix, sample
 
@@ -63,3 +66,24 @@ def test_edge_03_forced_regions_without_regions():
     got, _ = run(models.parameters(DUMMY), models.images(1, 0), batch([row]), jnp.int32(2), forced)
     expected, _ = models.forward(DUMMY)(models.parameters(DUMMY), models.images(1, 0), batch([row]), None)
     models.close(got, expected)
+
+
+def test_a_model_without_a_tower_is_the_decoder_of_one_with_it():
+    """vision=None: no projector, newline or context tokens, and the same logits."""
+    variables, rows = models.parameters(DUMMY), batch(_rows())
+    expected, _ = models.forward(DUMMY)(variables, models.images(2, 0), rows, None)
+    alone = dataclasses.replace(DUMMY, vision=None)
+    made = jax.eval_shape(lambda: MLLM(alone).init(jax.random.key(0), None, rows, top_k=None))
+    assert made["params"].keys() == {"decoder"}
+    params = {"params": {"decoder": variables["params"]["decoder"]}}
+    got, _ = MLLM(alone).apply(params, None, rows, top_k=None)
+    models.close(got, expected)
+
+
+def test_visual_tokens_need_a_tower_and_an_image():
+    variables, rows = models.parameters(DUMMY), _rows()
+    padded = batch([pad(row, regions=2, slots=4) for row in rows])
+    with pytest.raises(ValueError, match="no image, or no tower"):
+        MLLM(DUMMY).apply(variables, None, padded, top_k=None)
+    with pytest.raises(ValueError, match="no image tower"):
+        _ = dataclasses.replace(DUMMY, vision=None).tower

@@ -49,6 +49,7 @@ def test_resolving_twice_changes_nothing():
         ({"model.gaze.top_k": 0}, r"gaze.top_k=0 must be at least 1"),
         ({"model.gaze.top_k": 5}, r"model.gaze.top_k=5 must be at most 4, the regions of one image"),
         ({"model.gaze.region": (5, 2)}, r"region"),
+        ({"model.vision": None}, r"model.vision is empty; training needs an image tower"),
         ({"model.vision.image_size": 25}, r"model.vision.image_size=25 must be 20"),
         ({"model.decoder.vocab_size": 100}, r"model.decoder.vocab_size=100 must be at least"),
         ({"steps": 0}, "steps=0 must be at least 1"),

@@ -21,6 +21,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gaze_jax.convert import manifest as manifests
+from gaze_jax.convert import shards
 from gaze_jax.convert.manifest import PARAMS, Leaf, Manifest, Source, chunk_path, crc_hex
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
@@ -225,28 +226,43 @@ def write(
     manifests.write(directory, Manifest(config, described, sources or {}, tuple(new), files))
 
 
-def read_layer(
-    directory: Path, manifest: Manifest, name: str, layer: int | None, *, check: bool = True
-) -> np.ndarray:
+def _read_file(directory: Path, manifest: Manifest, path: str, out: np.ndarray, check: bool) -> bool:
+    """Fill a contiguous array from a raw file; whether that is what was written."""
+    file = directory / path
+    try:
+        if file.stat().st_size != out.nbytes:
+            return False
+        shards.read_into(shards.Tensor(file, "", out.shape, 0, out.nbytes), out)
+    except (OSError, UserError):
+        return False
+    return not check or crc_hex(out.reshape(-1).view(np.uint8)) == manifest.files[path]
+
+
+def read_layer(directory: Path, manifest: Manifest, name: str, layer: int | None) -> np.ndarray:
     """One file of a leaf, checked: a layer of a stacked leaf, or (None) all of another.
 
     Raises:
       UserError: the file is damaged.
     """
     leaf = manifest.leaves[name]
-    path = chunk_path(name, leaf, layer)
-    shape = leaf.shape if layer is None else leaf.shape[1:]
-    try:
-        values = np.fromfile(directory / path, numpy_dtype(leaf.dtype))
-    except OSError:
-        values = np.empty(0, numpy_dtype(leaf.dtype))
-    right = values.size == np.prod(shape, dtype=np.int64)
-    if not right or (check and crc_hex(values.view(np.uint8)) != manifest.files[path]):
-        at = "" if layer is None else f", layer {layer}"
-        raise UserError(
-            f"{directory} is damaged: {name}{at} is not what was written; copy or convert it again."
-        )
-    return values.reshape(shape)
+    out = np.empty(leaf.shape if layer is None else leaf.shape[1:], numpy_dtype(leaf.dtype))
+    if not _read_file(directory, manifest, chunk_path(name, leaf, layer), out, check=True):
+        manifests.refuse_damage(directory, [manifests.label(name, layer)])
+    return out
+
+
+def _read_leaf(directory: Path, manifest: Manifest, name: str, check: bool) -> tuple[np.ndarray, list[str]]:
+    """A leaf, and what of it is damaged."""
+    leaf = manifest.leaves[name]
+    array = np.empty(leaf.shape, numpy_dtype(leaf.dtype))
+    layers: Sequence[int | None] = range(leaf.layers) if leaf.layers else (None,)
+
+    def problem(layer: int | None) -> str | None:
+        part = array if layer is None else array[layer, ...]
+        right = _read_file(directory, manifest, chunk_path(name, leaf, layer), part, check)
+        return None if right else manifests.label(name, layer)
+
+    return array, [found for found in _pool.map(problem, layers) if found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,29 +302,28 @@ def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, Any
 def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
     """Load a converted checkpoint onto a mesh, every leaf in the dtype that it has.
 
+    One leaf at a time is in host memory beside what is placed already. Orbax can restore ``params`` too, but
+    would not know a damaged value, and checking would read every file twice.
+
     Args:
       directory: that convert.py wrote.
-      mesh: where the parameters go; each process reads what its devices hold.
-      check: compare every file with its checksum first (docs/converting.md says what it costs).
+      mesh: where the parameters go.
+      check: compare every file with its checksum (docs/converting.md says what it costs).
 
     Raises:
-      UserError: it is not such a directory, or damaged.
+      UserError: it is not such a directory, or damaged; everything damaged is named.
     """
     manifest = manifests.read(directory)
-    if check:
-        manifests.check_files(directory, manifest)
-    abstract = abstract_params(manifest.model, mesh)
-    _check_names(directory, manifest, flat_leaves(abstract))
-    dtypes = flax.traverse_util.unflatten_dict(
-        {name: numpy_dtype(leaf.dtype) for name, leaf in manifest.leaves.items()}, sep="/"
-    )
-    target = jax.tree.map(
-        lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), abstract, dtypes
-    )
-    try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((directory / PARAMS).absolute(), target)
-    except Exception as error:  # Orbax and TensorStore each raise their own kinds
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{directory} cannot be read ({reason}); copy or convert it again.") from error
+    abstract = flat_leaves(abstract_params(manifest.model, mesh))
+    _check_names(directory, manifest, abstract)
+    others = set(manifest.files) - manifests.leaf_files(manifest) if check else set()
+    damaged = manifests.damaged_files(directory, manifest, sorted(others))
+    placed = {}
+    for name, target in abstract.items():
+        values, problems = _read_leaf(directory, manifest, name, check)
+        damaged += problems
+        if not damaged:
+            placed[name] = jax.make_array_from_callback(values.shape, target.sharding, values.__getitem__)
+    manifests.refuse_damage(directory, damaged)
+    params = flax.traverse_util.unflatten_dict(placed, sep="/")
     return Converted(manifest.model, params, read_tokenizer(directory / "decoder"))

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,28 +160,28 @@ def read(directory: Path) -> Manifest:
     )
 
 
+def label(name: str, layer: int | None) -> str:
+    """What to call a file of a leaf."""
+    return name if layer is None else f"{name}, layer {layer}"
+
+
 def _owner(path: str, manifest: Manifest) -> str:
-    """Whose file it is: a leaf and its layer, or just the file."""
-    for name, leaf in manifest.leaves.items():
-        folder = leaf_folder(name) + "/"
-        if path.startswith(folder):
-            chunk = path.removeprefix(folder).split(".")[0]
-            return f"{name}, layer {chunk}" if leaf.layers and chunk.isdigit() else name
-    return path
+    """The leaf whose folder holds a file, or just the file."""
+    folder = path.rpartition("/")[0]
+    return next((name for name in manifest.leaves if leaf_folder(name) == folder), path)
 
 
-def check_files(directory: Path, manifest: Manifest, paths: Iterable[str] | None = None) -> None:
-    """Compare files with their checksums.
+def leaf_files(manifest: Manifest) -> set[str]:
+    """Paths of the files that hold values of leaves."""
+    return {
+        chunk_path(name, leaf, layer)
+        for name, leaf in manifest.leaves.items()
+        for layer in (range(leaf.layers) if leaf.layers else (None,))
+    }
 
-    Args:
-      directory: of the checkpoint.
-      manifest: of it.
-      paths: which files; None is all.
 
-    Raises:
-      UserError: some are damaged or missing; all are named.
-    """
-    wanted = list(manifest.files) if paths is None else list(paths)
+def damaged_files(directory: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:
+    """Names of the files that are not what was written, each by its leaf if it belongs to one."""
 
     def problem(path: str) -> str | None:
         try:
@@ -191,8 +191,12 @@ def check_files(directory: Path, manifest: Manifest, paths: Iterable[str] | None
         return None if crc == manifest.files[path] else _owner(path, manifest)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        damaged = [found for found in pool.map(problem, wanted) if found]
-    if damaged:
+        return [found for found in pool.map(problem, paths) if found]
+
+
+def refuse_damage(directory: Path, names: Sequence[str]) -> None:
+    """Raise a UserError that lists what is damaged, if anything is."""
+    if names:
         raise UserError(
-            f"{directory} is damaged: {'; '.join(damaged)} is not what was written; copy or convert it again."
+            f"{directory} is damaged: {'; '.join(names)} is not what was written; copy or convert it again."
         )

@@ -219,9 +219,8 @@ def open_model(directory: Path) -> Model:
     """
     if (directory / manifest.FILE).exists():
         found = manifest.read(directory)
-        leaf_files = {manifest.leaf_folder(name) for name in found.leaves}
-        others = [path for path in found.files if path.rsplit("/", 1)[0] not in leaf_files]
-        manifest.check_files(directory, found, others)  # leaves are checked as they are read
+        others = sorted(set(found.files) - manifest.leaf_files(found))  # leaves are checked as they are read
+        manifest.refuse_damage(directory, manifest.damaged_files(directory, found, others))
 
         def read(name: str, layer: int | None) -> np.ndarray:
             return checkpoint.read_layer(directory, found, name, layer)

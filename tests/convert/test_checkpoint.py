@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,13 +79,25 @@ def test_any_flipped_bit_is_refused_with_the_name_of_the_leaf(victim, position, 
     assert leaf in str(error.value)
 
 
-def test_orbax_alone_does_not_notice(victim):
+def by_orbax(directory):
+    """``params`` as any user of Orbax restores them."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(directory / manifest.PARAMS)
+
+
+def test_orbax_reads_what_we_write(written):
+    ours = load(written, one_device()).params
+    jax.tree.map(np.testing.assert_array_equal, by_orbax(written), ours)
+
+
+def test_orbax_alone_does_not_notice_a_flipped_bit(victim):
     leaf = "decoder/layers/mlp/up_proj/kernel"
     path = victim / manifest.chunk_path(leaf, manifest.read(victim).leaves[leaf], 1)
     before = path.read_bytes()
     path.write_bytes(before[:40] + bytes([before[40] ^ 1]) + before[41:])
     try:
-        found = load(victim, one_device(), check=False)  # which is what the switch is for
+        unchecked = load(victim, one_device(), check=False).params  # which is what the switch is for
+        restored = by_orbax(victim)
         with pytest.raises(UserError, match=f"{leaf}, layer 1 is not what was written"):
             load(victim, one_device())
         with pytest.raises(UserError, match=f"{leaf}, layer 1 is not what was written"):
@@ -92,9 +105,9 @@ def test_orbax_alone_does_not_notice(victim):
     finally:
         path.write_bytes(before)
     assert not (victim.parent / "back").exists()
-    right = load(victim, one_device()).params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
-    wrong = found.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert (np.asarray(right) != np.asarray(wrong)).sum() == 1
+    right = np.asarray(flat_leaves(load(victim, one_device()).params)[leaf])
+    for wrong in (unchecked, restored):
+        assert (right != np.asarray(flat_leaves(wrong)[leaf])).sum() == 1
 
 
 def test_all_damage_is_listed(victim):

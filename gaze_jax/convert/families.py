@@ -13,6 +13,10 @@ from gaze_jax.convert.table import Family, Fields, Json, Rule
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import DecoderConfig, VisionConfig
 
+Kind = Literal["qwen2", "qwen3", "llama"]
+"""Decoders that differ in what is around the projections: biases, norms, or neither."""
+
+_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _CONFIG = "config.json"
 
 
@@ -40,14 +44,15 @@ def _rope_theta(fields: Fields, config: Json) -> float:
     return float(inner.get("rope_theta", float, 10_000.0))
 
 
-def _read_qwen(config: Json, *, kind: Literal["qwen2", "qwen3"]) -> DecoderConfig:
+def _read_decoder(config: Json, *, kind: Kind) -> DecoderConfig:
     fields = Fields(config, _CONFIG)
     width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     depth = fields.get("num_hidden_layers", int)
     fields.only("hidden_act", "silu")
     fields.only("use_sliding_window", False)
-    if kind == "qwen3":
+    if kind != "qwen2":
         fields.only("attention_bias", None, False)
+    fields.only("mlp_bias", None, False)
     fields.only("quantization_config", None)
     fields.only("layer_types", None, ["full_attention"] * depth)
     return DecoderConfig(
@@ -56,7 +61,7 @@ def _read_qwen(config: Json, *, kind: Literal["qwen2", "qwen3"]) -> DecoderConfi
         depth=depth,
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads", int),
-        head_dim=fields.get("head_dim", int, width // heads if kind == "qwen2" else 128),
+        head_dim=fields.get("head_dim", int, 128 if kind == "qwen3" else width // heads),
         mlp_dim=fields.get("intermediate_size", int),
         rope_theta=_rope_theta(fields, config),
         norm_eps=fields.get("rms_norm_eps", float, 1e-6),
@@ -66,14 +71,14 @@ def _read_qwen(config: Json, *, kind: Literal["qwen2", "qwen3"]) -> DecoderConfi
     )
 
 
-def _write_qwen(config: DecoderConfig, *, kind: Literal["qwen2", "qwen3"]) -> dict[str, Any]:
+def _write_decoder(config: DecoderConfig, *, kind: Kind) -> dict[str, Any]:
     if kind == "qwen2" and config.head_dim * config.num_heads != config.width:
         raise UserError(
             f"decoder.head_dim={config.head_dim} times decoder.num_heads={config.num_heads} is not "
             f"decoder.width={config.width}; transformers' Qwen2 needs that."
         )
     return {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "architectures": [_CLASSES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -90,8 +95,8 @@ def _write_qwen(config: DecoderConfig, *, kind: Literal["qwen2", "qwen3"]) -> di
     }
 
 
-def qwen_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """Qwen2, Qwen2.5 and Qwen3 dense; what the config has not, the table has not."""
+def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
+    """Qwen2, Qwen2.5, Qwen3 dense and Llama; what the config has not, the table has not."""
     block, layer = "decoder/layers", "model.layers.{}"
     attention, depth = f"{block}/self_attn", config.depth
     rules = [Rule("decoder/embedding", "model.embed_tokens.weight")]
@@ -223,13 +228,13 @@ def _siglip_unused(config: VisionConfig, name: str) -> bool:
     return name.startswith("encoder.layers.") and layer.isdigit() and int(layer) >= config.depth
 
 
-def _qwen(kind: Literal["qwen2", "qwen3"]) -> Family:
+def _decoder(kind: Kind) -> Family:
     return Family(
         part="decoder",
-        architecture=f"{kind.capitalize()}ForCausalLM",
-        read_config=lambda config: _read_qwen(config, kind=kind),
-        write_config=lambda config: _write_qwen(config, kind=kind),
-        rules=qwen_rules,
+        architecture=_CLASSES[kind],
+        read_config=lambda config: _read_decoder(config, kind=kind),
+        write_config=lambda config: _write_decoder(config, kind=kind),
+        rules=decoder_rules,
         left_out={"*.rotary_emb.inv_freq": "a buffer that is computed from rope_theta"},
         implied=_implied_head,
     )
@@ -252,8 +257,9 @@ _SIGLIP = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2": _qwen("qwen2"),
-    "qwen3": _qwen("qwen3"),
+    "qwen2": _decoder("qwen2"),
+    "qwen3": _decoder("qwen3"),
+    "llama": _decoder("llama"),
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
 }
@@ -283,14 +289,16 @@ def decoder_family(config: DecoderConfig) -> str:
     """The ``model_type`` of a decoder without a source.
 
     Raises:
-      UserError: no family has both or neither of q/k norms and q/k/v biases.
+      UserError: no family has both q/k norms and q/k/v biases.
     """
-    if config.qk_norm == config.qkv_bias:
+    if config.qk_norm and config.qkv_bias:
         raise UserError(
-            f"A decoder with qk_norm={config.qk_norm} and qkv_bias={config.qkv_bias} is neither a Qwen3 "
-            "(norms, no biases) nor a Qwen2 (biases, no norms), so transformers has no class for it."
+            "A decoder with qk_norm=True and qkv_bias=True is neither a Qwen3 (norms, no biases), a Qwen2 "
+            "(biases, no norms) nor a Llama (neither), so transformers has no class for it."
         )
-    return "qwen3" if config.qk_norm else "qwen2"
+    if config.qk_norm:
+        return "qwen3"
+    return "qwen2" if config.qkv_bias else "llama"
 
 
 def feature_tower(config: VisionConfig, feature_layer: int) -> VisionConfig:

@@ -61,6 +61,7 @@ def test_rope_theta_is_read_in_both_spellings(spelling):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling="),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type='yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
@@ -86,7 +87,7 @@ def test_towers_of_other_kinds_are_refused():
 
 @pytest.mark.parametrize("kind", ["clip", None, "Qwen2", 3])
 def test_an_unknown_model_type_names_the_known_ones(kind):
-    with pytest.raises(UserError, match=f"has model_type {kind!r}; .* qwen2, qwen3, siglip"):
+    with pytest.raises(UserError, match=f"has model_type {kind!r}; .* qwen2, qwen3, llama, siglip"):
         family_of({"model_type": kind}, "config.json")
 
 
@@ -148,7 +149,7 @@ def test_expected_tensors_have_the_shapes_of_the_original():
     assert expected["lm_head.weight"] == (320, 64)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 def test_a_config_that_is_written_is_read_as_it_was(kind):
     config = DecoderConfig(
         320,
@@ -163,6 +164,7 @@ def test_a_config_that_is_written_is_read_as_it_was(kind):
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2",
     )
+    assert decoder_family(config) == kind
     family = FAMILIES[kind]
     assert family.read_config(family.write_config(config)) == config
 

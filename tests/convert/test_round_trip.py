@@ -37,7 +37,7 @@ def there_and_back(source, tmp_path, **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "name", ["qwen2_tied", "qwen2_untied", "qwen3_untied", "siglip_odd", "siglip_headless"]
+    "name", ["qwen2_tied", "qwen2_untied", "qwen3_untied", "llama_untied", "siglip_odd", "siglip_headless"]
 )
 def test_every_file_comes_back_byte_for_byte(tmp_path, name, dtype):
     source = hf.save(name, tmp_path / "hf", dtype=dtype)

@@ -41,17 +41,19 @@ SIGLIP_TEXT = {
     "eos_token_id": 2,
 }
 
-DECODERS = ("qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied")
+DECODERS = ("qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied", "llama_untied")
 TOWERS = ("siglip", "siglip_odd", "siglip_headless", "siglip_whole")
 FAMILIES = DECODERS + TOWERS
 
 
 def _model(name: str) -> Any:
-    if name.startswith("qwen"):
+    if name in DECODERS:
         kind, tied = name.split("_")
         config = {
             "qwen2": transformers.Qwen2Config(**TEXT, tie_word_embeddings=tied == "tied"),
             "qwen3": transformers.Qwen3Config(**TEXT, head_dim=32, tie_word_embeddings=tied == "tied"),
+            # No end token, which is 2 by default: the others have none, and answers shall not stop.
+            "llama": transformers.LlamaConfig(**TEXT, eos_token_id=None, tie_word_embeddings=tied == "tied"),
         }[kind]
         return transformers.AutoModelForCausalLM.from_config(config)
     fields = {

@@ -40,7 +40,6 @@ def _rope_theta(fields: Fields, config: Json) -> float:
         return float(fields.get("rope_theta", float, 10_000.0))
     inner = Fields(nested, f"{_CONFIG}: rope_parameters")
     inner.only("rope_type", "default")
-    fields.seen |= {"rope_parameters", "rope_theta", "rope_scaling"}
     return float(inner.get("rope_theta", float, 10_000.0))
 
 
@@ -231,7 +230,6 @@ def _siglip_unused(config: VisionConfig, name: str) -> bool:
 def _decoder(kind: Kind) -> Family:
     return Family(
         part="decoder",
-        architecture=_CLASSES[kind],
         read_config=lambda config: _read_decoder(config, kind=kind),
         write_config=lambda config: _write_decoder(config, kind=kind),
         rules=decoder_rules,
@@ -242,7 +240,6 @@ def _decoder(kind: Kind) -> Family:
 
 _SIGLIP = Family(
     part="vision",
-    architecture="SiglipVisionModel",
     read_config=_read_siglip,
     write_config=_write_siglip,
     rules=siglip_rules,

@@ -53,8 +53,7 @@ class Source:
 
     Attributes:
       model_type: of its config.json.
-      files: of each safetensors file its metadata and its tensors, name -> dtype name; empty if the part
-        was trained here.
+      files: of each safetensors file its "metadata" and its "tensors", name -> dtype name.
     """
 
     model_type: str

@@ -84,7 +84,6 @@ class Family:
 
     Attributes:
       part: the subtree of the parameters that it fills, "decoder" or "vision".
-      architecture: the class of transformers that loads it.
       read_config: from the checkpoint's ``config.json``; raises a UserError for what is not supported.
       write_config: its inverse, for a model that was not converted from a checkpoint.
       rules: the table, of every parameter of the part.
@@ -99,7 +98,6 @@ class Family:
     """
 
     part: Literal["decoder", "vision"]
-    architecture: str
     read_config: Callable[[Json], Any]
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], tuple[Rule, ...]]
@@ -112,11 +110,10 @@ class Family:
 
 
 class Fields:
-    """Reads a ``config.json`` field by field and remembers which were looked at."""
+    """Reads a ``config.json`` field by field, strictly."""
 
     def __init__(self, config: Json, where: str) -> None:
         self._config, self._where = config, where
-        self.seen: set[str] = set()
 
     def get(self, name: str, kind: type, default: Any = dataclasses.MISSING) -> Any:
         """The value of ``name``, or ``default``; None counts as absent.
@@ -124,7 +121,6 @@ class Fields:
         Raises:
           UserError: it is absent and has no default, or is not of type ``kind``.
         """
-        self.seen.add(name)
         value = self._config.get(name)
         if value is None:
             if default is dataclasses.MISSING:
@@ -138,7 +134,6 @@ class Fields:
 
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a value that would change the computation in a way that is not implemented."""
-        self.seen.add(name)
         value = self._config.get(name, allowed[0])
         if value not in allowed:
             raise UserError(

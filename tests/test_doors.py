@@ -2,12 +2,8 @@
 
 import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,11 +11,12 @@ import pytest
 from PIL import Image
 
 from gaze_jax.train import checkpoint
+from tests.helpers import doors
+from tests.helpers.doors import finish
 from tests.helpers.experiments import save_untrained, tiny_experiment
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("doors")]
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "--config=tests/helpers/tiny_config.py"
 ONE_DEVICE = "--config.mesh.fsdp=1"
 
@@ -27,30 +24,11 @@ ONE_DEVICE = "--config.mesh.fsdp=1"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Starts a door with flags; all that it starts share one cache of compiled programs."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return functools.partial(_start, environment)
-
-
-def _start(environment, door, *flags):
-    return subprocess.Popen(
-        [sys.executable, door, *map(str, flags)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return functools.partial(
+        doors.start,
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
-
-
-def finish(process, status=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def last_row(workdir):

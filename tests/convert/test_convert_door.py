@@ -1,10 +1,6 @@
 """convert.py and eval.py --compare as a user has them: processes, exit statuses, files."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,29 +9,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from tests.helpers.checkpoints import QWEN, SIGLIP, checkpoint
+from tests.helpers.doors import finish, start
 
 pytestmark = pytest.mark.xdist_group("doors")
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = 4  # regions of 3x3 tokens
-
-
-def start(door, *flags):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.Popen(
-        [sys.executable, door, *map(str, flags)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, status=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

@@ -1,9 +1,36 @@
 """Picking an implementation by name: one dict per op, no fallback."""
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
+import jax
+
 from pallas_kernels.spec import GazeSpec
+
+_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compile_for(platform: str) -> Iterator[None]:
+    """Trace for ``platform`` ("tpu", "gpu") on a machine that has none: ahead-of-time compilation."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def needs(platform: str, spec: GazeSpec) -> str | None:
+    """None if a kernel for ``platform`` can run or be compiled here, else the reason why not."""
+    here = _TARGET.get() or jax.default_backend()
+    if spec.interpret or here == platform:
+        return None
+    return (
+        f"it is a kernel for {platform} and JAX runs on {here}; choose 'xla', or set GazeSpec.interpret "
+        "to test it."
+    )
 
 
 def find(op: str, implementations: Mapping[str, ModuleType], name: str) -> ModuleType:

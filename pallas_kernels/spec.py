@@ -9,6 +9,7 @@ import dataclasses
 import jax
 
 SHARES = ("head", "group")
+VISUAL_DTYPES = (None, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +20,25 @@ class GazeSpec:
       scale: multiplies the logits (usually ``head_dim ** -0.5``); it never changes a selection.
       share: "head": a selection per query head (Hs = H); "group": one per kv head (Hs = K).
       query_block: most queries that ``gaze_prefill`` may hold logits of at once.
+      visual_dtype: how ``gaze_decode`` keeps the visual cache: None as it comes, "int8" with a float32
+        scale per token, kv head and side (K, V); see :mod:`pallas_kernels.quantize`.
+      interpret: run Pallas kernels in JAX's interpreter, which needs no accelerator, fills scratch with
+        NaN, refuses reads out of bounds and looks for races. For tests: slow.
     """
 
     scale: float
     share: str = "head"
     query_block: int = 512
+    visual_dtype: str | None = None
+    interpret: bool = False
 
     def __post_init__(self) -> None:
         if self.share not in SHARES:
             raise ValueError(f"GazeSpec.share={self.share!r} must be one of {SHARES}.")
         if self.query_block < 1:
             raise ValueError(f"GazeSpec.query_block={self.query_block} must be at least 1.")
+        if self.visual_dtype not in VISUAL_DTYPES:
+            raise ValueError(f"GazeSpec.visual_dtype={self.visual_dtype!r} must be one of {VISUAL_DTYPES}.")
 
 
 @jax.tree_util.register_dataclass

@@ -177,7 +177,7 @@ def gaze_attention(
             plan.places,
             selected,
             spec=spec,
-            implementation=gaze.implementation,
+            implementation=gaze.prefill_implementation,
         )
 
     if top_k is None or tokens == 0:

@@ -69,7 +69,7 @@ def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *,
     dense_order = jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY)
     return Cache(
         visual=api.pack(
-            layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.implementation
+            layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.decode_implementation
         ),
         descriptors=layers["descriptors"],
         dense_k=jnp.pad(layers["dense_k"], pad),

@@ -120,7 +120,8 @@ class GazeConfig:
       visual_scope: "all" lets a visual token see everything earlier, "unit" only its own unit's
         visual tokens (prefill linear in frames).
       visual_causal: False lets a visual token also see later tokens of its own unit.
-      implementation: of the attention ops; see ``pallas_kernels``.
+      prefill_implementation, decode_implementation: of the attention ops ``gaze_prefill`` (training,
+        prefill) and ``gaze_decode``; see ``pallas_kernels``.
       query_block: queries that the XLA prefill handles at once; bounds its memory.
     """
 
@@ -131,7 +132,8 @@ class GazeConfig:
     descriptor: str = "mean"
     visual_scope: str = "all"
     visual_causal: bool = True
-    implementation: str = "xla"
+    prefill_implementation: str = "xla"
+    decode_implementation: str = "xla"
     query_block: int = 512
 
     def __post_init__(self) -> None:

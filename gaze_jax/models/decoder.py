@@ -133,7 +133,7 @@ class Block(nn.Module):
             dense_seen = (new_cache.dense_order >= 0) & (new_cache.dense_order <= order)
 
             def oracle() -> Array:
-                visual_k, _ = unpack(cache.visual, spec=spec, implementation=gaze.implementation)
+                visual_k, _ = unpack(cache.visual, spec=spec, implementation=gaze.decode_implementation)
                 return routing.oracle_scores(
                     q,
                     jax.lax.dynamic_index_in_dim(visual_k, layer, keepdims=False),
@@ -175,7 +175,7 @@ class Block(nn.Module):
                 visual_seen,
                 dense_seen,
                 spec=spec,
-                implementation=gaze.implementation,
+                implementation=gaze.decode_implementation,
             )
             return heads[:, None], out
 

@@ -36,11 +36,11 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> 
     Returns:
       A pytree to pass to :func:`gaze_decode`.
     """
-    return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).pack(k, v)
+    return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).pack(k, v, spec=spec)
 
 
 def unpack(packed: Any, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
-    """The inverse of :func:`pack`: two arrays [L, B, K, R, P, D]."""
+    """The inverse of :func:`pack`: two arrays [L, B, K, R, P, D]; float32 if they were quantised."""
     return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).unpack(packed)
 
 

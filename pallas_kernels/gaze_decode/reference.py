@@ -6,6 +6,7 @@ The oracle of the shared suite. It deliberately shares no code with the other im
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[jax.Array, jax.Array]
@@ -17,8 +18,10 @@ def supports(spec: GazeSpec) -> str | None:
     return None
 
 
-def pack(k: jax.Array, v: jax.Array) -> Packed:
-    """Keep [L, B, K, R, P, D] as it is."""
+def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
+    """Keep [L, B, K, R, P, D] as it is, rounded as ``spec`` says."""
+    if spec.visual_dtype == "int8":
+        return dequantize(*quantize(k)), dequantize(*quantize(v))
     return k, v
 
 

@@ -14,6 +14,11 @@ from tests.helpers.streams import Newline, Row, Text, Unit, batch, pack, pad, sa
 ARRAYS = ("q", "visual_k", "visual_v", "dense_k", "dense_v")
 
 
+def runnable(spec: GazeSpec) -> GazeSpec:
+    """Kernels run interpreted on a CPU and compiled elsewhere."""
+    return dataclasses.replace(spec, interpret=jax.default_backend() == "cpu")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefill:

@@ -30,7 +30,7 @@ def _call(case, implementation):
         case.queries,
         case.places,
         case.selected,
-        spec=case.spec,
+        spec=cases.runnable(case.spec),
         implementation=implementation,
     )
 

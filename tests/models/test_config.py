@@ -45,7 +45,7 @@ def test_an_unknown_implementation_is_refused_by_the_op():
     """The model raises the op's sentence; nothing falls back."""
     images, streams = models.toy()
     with pytest.raises(ValueError, match="gaze_prefill has no implementation 'cuda'"):
-        models.forward(dummy(implementation="cuda"))(models.parameters(DUMMY), images, streams, None)
+        models.forward(dummy(prefill_implementation="cuda"))(models.parameters(DUMMY), images, streams, None)
 
 
 def test_round_trip_through_json():

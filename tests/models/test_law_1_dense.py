@@ -20,7 +20,7 @@ def _config(share="head", **gaze):
 )
 def test_top_k_of_all_regions_equals_dense(share, implementation):
     """top_k = R, R + 1 and 2**31 - 1 give the dense logits, through a routing that took every region."""
-    config = _config(share, implementation=implementation)
+    config = _config(share, prefill_implementation=implementation)
     images, streams = models.toy()
     variables = models.parameters(DUMMY)
     dense, out = models.forward(_config())(variables, images, streams, None)

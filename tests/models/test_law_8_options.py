@@ -15,7 +15,8 @@ from gaze_jax.core.routing import Routing
 from gaze_jax.core.schedule import Schedule
 from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.attention import region_scores
-from pallas_kernels import GazeSpec, gaze_prefill
+from pallas_kernels import GazeSpec, dispatch, gaze_prefill
+from pallas_kernels.gaze_decode import api as decode_api
 from tests.helpers import cases, models
 from tests.helpers.streams import Text, Unit, batch, sample
 
@@ -61,6 +62,31 @@ def _cache(config):
     return str(shapes)
 
 
+def _decode_program(config):
+    """The traced program of one cached step after a prefill."""
+    images, streams = _toy(config)
+
+    slot = streams.tokens.shape[1]
+
+    def run(v):
+        _, cache, _ = models.prefill(config, 1)(v, images, streams, None)
+        token = jnp.zeros(1, jnp.int32)
+        return models.decode(config, 2)(v, token, token, cache, models.step([90], slot), jnp.int32(2))
+
+    return re.sub(r"0x[0-9a-f]+|\bid=\d+", "", str(jax.make_jaxpr(run)(models.parameters(DUMMY))))
+
+
+def _packed(spec):
+    """A cache after packing and unpacking."""
+    case = cases.decode()
+    packed = decode_api.pack(case.k, case.v, spec=spec, implementation="reference")
+    return np.asarray(decode_api.unpack(packed, spec=spec, implementation="reference")[0])
+
+
+def _needs(spec):
+    return str(dispatch.needs("tpu", spec))
+
+
 def _layout(config):
     """The table by which the data pipeline cuts the tower's grid."""
     size, patch = config.vision.image_size, config.vision.patch_size
@@ -94,7 +120,8 @@ MODEL = {
     "gaze.descriptor": (_logits, "minmax"),
     "gaze.visual_scope": (_logits, "unit"),
     "gaze.visual_causal": (_logits, False),
-    "gaze.implementation": (_program, "reference"),
+    "gaze.prefill_implementation": (_program, "reference"),
+    "gaze.decode_implementation": (_decode_program, "reference"),
     "gaze.query_block": (_program, 7),
     "dtype": (_cache, "bfloat16"),
     "param_dtype": (_parameters, "bfloat16"),
@@ -182,6 +209,8 @@ OTHERS = {
     "GazeSpec.scale": (_op, GazeSpec(0.3), GazeSpec(0.9)),
     "GazeSpec.share": (_op, GazeSpec(0.3), GazeSpec(0.3, share="group")),
     "GazeSpec.query_block": (_op_program, GazeSpec(0.3), GazeSpec(0.3, query_block=3)),
+    "GazeSpec.visual_dtype": (_packed, GazeSpec(0.3), GazeSpec(0.3, visual_dtype="int8")),
+    "GazeSpec.interpret": (_needs, GazeSpec(0.3), GazeSpec(0.3, interpret=True)),
     "Routing.strategy": (_scores, Routing(), Routing("random")),
     "Routing.seed": (_scores, Routing("random"), Routing("random", seed=1)),
     "Schedule.dense_until": (_keep, Schedule(), Schedule(dense_until=0.0)),

@@ -1,0 +1,29 @@
+"""int8 keys and values: symmetric, one float32 scale per token of a kv head.
+
+A token's scale is its own business: tokens are written, masked and poisoned one by one, and none
+changes what another decodes to. The largest error of an element is half a step, max|x| / 254.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Round to 255 levels.
+
+    Args:
+      x: [..., D] floats; a NaN or an infinity makes the scale of its token NaN and nothing else.
+
+    Returns:
+      int8 [..., D] and float32 [...] scales, 0 for a token of zeros.
+    """
+    wide = x.astype(jnp.float32)
+    top = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    steps = jnp.round(wide * jnp.where(top > 0, 127.0 / top, 0.0))
+    scale = jnp.where(jnp.isfinite(top), top / 127.0, jnp.nan)
+    return jnp.where(jnp.isfinite(steps), steps, 0.0).astype(jnp.int8), scale[..., 0]
+
+
+def dequantize(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 [..., D] of what :func:`quantize` made."""
+    return x.astype(jnp.float32) * scale[..., None]

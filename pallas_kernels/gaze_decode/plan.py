@@ -1,0 +1,82 @@
+"""Which regions a kernel fetches for a kv head, and which of its query heads asked for each.
+
+Query heads of one kv head read the same keys. Where they select apart, fetching every selection would
+read a region up to G times; a kernel fetches the union once and masks per head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Union(NamedTuple):
+    """The regions to fetch for each kv head, every one once.
+
+    Attributes:
+      regions: int32 [B, K, U], ascending, so that neighbours in memory stay neighbours; -1 at the end.
+      heads: int32 [B, K, U], bit g is set if query head g of the group reads the region; 0 at the end.
+      count: int32 [B, K] regions before the first -1.
+    """
+
+    regions: jax.Array
+    heads: jax.Array
+    count: jax.Array
+
+
+def everything(batch: int, kv_heads: int, group: int, regions: int) -> Union:
+    """The union that dense attention needs: all R regions, for all heads."""
+    shape = (batch, kv_heads, regions)
+    return Union(
+        jnp.broadcast_to(jnp.arange(regions, dtype=jnp.int32), shape),
+        jnp.full(shape, (1 << group) - 1, jnp.int32),
+        jnp.full(shape[:2], regions, jnp.int32),
+    )
+
+
+def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
+    """Join the selections of a kv head's query heads.
+
+    Sorts J or G * J numbers per kv head, never R of them, and is the same on every device.
+
+    Args:
+      indices: int32 [B, Hs, J] with Hs = K * G or K; -1 in unused places, duplicates count once.
+      kv_heads: K.
+      group: G, at most 15: the sum of all slots' bits has to fit an int32.
+      regions: R.
+
+    Returns:
+      A :class:`Union` with U = min(places per kv head, R).
+    """
+    if group > 15:
+        raise NotImplementedError(
+            f"gaze_decode kernels hold at most 15 query heads per kv head, not {group}."
+        )
+    batch, shared, capacity = indices.shape
+    lists = shared // kv_heads
+    picks = indices.reshape(batch, kv_heads, lists, capacity)
+    # Region and asking head in one number; what is unused sorts behind everything.
+    head = jnp.arange(lists, dtype=jnp.int32)[:, None]
+    unused = jnp.int32(regions * lists)
+    keys = jnp.where((picks >= 0) & (picks < regions), picks * lists + head, unused)
+    keys = jnp.sort(keys.reshape(batch, kv_heads, lists * capacity), axis=-1)
+
+    before = jnp.concatenate([jnp.full((batch, kv_heads, 1), -1, jnp.int32), keys[..., :-1]], axis=-1)
+    used = keys < unused
+    region = keys // lists
+    starts = used & (region != jnp.where(before < 0, -1, before // lists))
+    bit = jnp.int32((1 << group) - 1) if lists == 1 else jnp.int32(1) << (keys % lists)
+    bits = jnp.where(used & (keys != before), bit, 0)
+    # A region's entries are neighbours now: its heads are the growth of the running sum over them.
+    total = jnp.cumsum(bits, axis=-1, dtype=jnp.int32)
+
+    width = min(lists * capacity, regions)
+    places = jnp.arange(lists * capacity, dtype=jnp.int32)
+    at = jnp.sort(jnp.where(starts, places, lists * capacity), axis=-1)[..., :width]
+    count = jnp.sum(starts, axis=-1, dtype=jnp.int32)
+    filled = at < lists * capacity
+    at = jnp.minimum(at, lists * capacity - 1)
+    below = jnp.where(filled, jnp.take_along_axis(total - bits, at, axis=-1), total[..., -1:])
+    above = jnp.concatenate([below[..., 1:], total[..., -1:]], axis=-1)
+    listed = jnp.where(filled, jnp.take_along_axis(region, at, axis=-1), -1)
+    return Union(listed, above - below, count)

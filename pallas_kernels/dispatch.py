@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.spec import GazeSpec
 
@@ -31,6 +32,11 @@ def needs(platform: str, spec: GazeSpec) -> str | None:
         f"it is a kernel for {platform} and JAX runs on {here}; choose 'xla', or set GazeSpec.interpret "
         "to test it."
     )
+
+
+def interpreter() -> pltpu.InterpretParams:
+    """How TPU kernels are interpreted: strictly, so that what passes does not pass by luck."""
+    return pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 
 
 def find(op: str, implementations: Mapping[str, ModuleType], name: str) -> ModuleType:

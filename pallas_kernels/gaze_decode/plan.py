@@ -4,13 +4,15 @@ Query heads of one kv head read the same keys. Where they select apart, fetching
 read a region up to G times; a kernel fetches the union once and masks per head.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 
-class Union(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Union:
     """The regions to fetch for each kv head, every one once.
 
     Attributes:
@@ -50,7 +52,7 @@ def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
     """
     if group > 15:
         raise NotImplementedError(
-            f"gaze_decode kernels hold at most 15 query heads per kv head, not {group}."
+            f"Kernels of gaze_decode take at most 15 query heads per kv head, not {group}."
         )
     batch, shared, capacity = indices.shape
     lists = shared // kv_heads

@@ -19,6 +19,16 @@ def runnable(spec: GazeSpec) -> GazeSpec:
     return dataclasses.replace(spec, interpret=jax.default_backend() == "cpu")
 
 
+def no_races(out: Any) -> None:
+    """Fail if the TPU kernel that made ``out`` raced with its own copies in the interpreter."""
+    # Private, and with another jax perhaps elsewhere: needed only where kernels are interpreted.
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    jax.block_until_ready(out)
+    races = interpret_pallas_call.races
+    assert races is None or not races.races_found
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefill:

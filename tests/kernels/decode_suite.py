@@ -66,7 +66,9 @@ class DecodeSuite:
     bf16_tolerance = 2e-2
 
     def run(self, case):
-        return _program(self.implementation)(case)
+        out = _program(self.implementation)(case)
+        cases.no_races(out)
+        return out
 
     def expected(self, case):
         """The reference implementation; its own subclass is checked against float64 loops instead."""

@@ -25,6 +25,13 @@ class TestXla(DecodeSuite):
     implementation = "xla"
 
 
+class TestTpu(DecodeSuite):
+    """The TPU kernel, interpreted with race detection, NaN scratch and bounds checks (or on a TPU)."""
+
+    implementation = "tpu"
+    shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
+
+
 @pytest.mark.parametrize("share", ["head", "group"])
 def test_xla_holds_only_selected_regions(share):
     """8 of 1,024 regions: temporaries stay below a tenth of one layer's keys, so no layer is sliced out."""

@@ -1,0 +1,179 @@
+"""What is particular to the TPU decode kernel: its layout, its copies, its limits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import pallas as pl
+
+from pallas_kernels import GazeSpec, dispatch, gaze_decode
+from pallas_kernels.gaze_decode import api, plan, tpu, tpu_layout
+from tests.helpers import cases
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks into the interpreter")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_words_split_alike_in_the_kernel_and_interpreted(dtype):
+    """The kernel's strided and shifted reads of a reference give the values that stand in each place."""
+    places = 4 if dtype == jnp.int8 else 2
+    values = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (24, places, 128)), dtype)
+
+    def kernel(ref, out):
+        for place, split in enumerate(tpu.split_words(ref)):
+            out[place] = split
+
+    got = pl.pallas_call(
+        kernel, out_shape=jax.ShapeDtypeStruct((places, 24, 128), jnp.float32), interpret=True
+    )(values)
+    np.testing.assert_array_equal(got, jnp.swapaxes(values, 0, 1).astype(jnp.float32))
+    np.testing.assert_array_equal(jnp.stack(tpu.split_values(values)), got)
+
+
+@pytest.mark.parametrize("visual_dtype", [None, "int8"])
+@pytest.mark.parametrize(("dim", "slots"), [(128, 36), (64, 36), (64, 5), (20, 3), (100, 7)])
+def test_slots_are_ordered_as_the_kernel_meets_them(dim, slots, visual_dtype):
+    """by_row names, for every key that the kernel cuts from C regions, the token slot that it is."""
+    key = jnp.arange(4 * slots, dtype=jnp.float32).reshape(1, 1, 1, 4, slots, 1) + 1
+    k = jnp.broadcast_to(key, (1, 1, 1, 4, slots, dim))
+    spec = GazeSpec(scale=1.0, visual_dtype=visual_dtype)
+    packed = tpu_layout.pack(k, k, spec=spec)
+    words = packed.words[0, 0, 0].reshape(-1, *packed.words.shape[-2:])
+    split = tpu.split_values(words)
+    keys = jnp.concatenate(split[: len(split) // (1 if packed.joint else 2)])
+    order = tpu_layout.by_row(packed, key[0, 0, 0, ..., 0])
+    seen = np.asarray(order) > 0
+    assert seen.sum() == 4 * slots
+    if visual_dtype is None:
+        np.testing.assert_array_equal(keys[:, 0], order)
+    else:
+        assert (np.asarray(keys[:, 0])[seen] == 127).all() and (np.asarray(keys[:, 0])[~seen] == 0).all()
+
+
+def test_bytes_of_the_cache_are_the_logical_ones():
+    """36 tokens: no padding for bfloat16; int8 takes half, and its scales the share that is documented."""
+    shape = jax.ShapeDtypeStruct((1, 1, 1, 64, 36, 128), jnp.bfloat16)
+    logical = 2 * 2 * shape.size
+
+    def size(visual_dtype):
+        spec = GazeSpec(scale=1.0, visual_dtype=visual_dtype)
+        packed = jax.eval_shape(functools.partial(tpu_layout.pack, spec=spec), shape, shape)
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(packed))
+
+    assert size(None) == logical
+    assert size("int8") == logical / 2 + 64 * 128 * 4
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Sizes in bytes of the copies that the interpreter carried out."""
+    sizes = []
+    carry_out = interpret_pallas_call.DMA.execute_read
+
+    def counted(dma):
+        carry_out(dma)
+        sizes.append(dma.data_size)
+
+    monkeypatch.setattr(interpret_pallas_call.DMA, "execute_read", counted)
+    return sizes
+
+
+def _dense_bytes(case, tile):
+    """What the block pipeline fetches: used tiles of K, V and the mask, for every kv head."""
+    kv_heads, dense, dim = case.dense_k.shape[2:]
+    last = np.max(np.where(np.asarray(case.dense_seen), np.arange(1, dense + 1), 0), axis=-1)
+    tiles = np.maximum(-(-last // tile), 1).sum()
+    return int(kv_heads * tiles * tile * (2 * dim * case.dense_k.dtype.itemsize + 4))
+
+
+@pytest.mark.parametrize("visual_dtype", [None, "int8"])
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("capacity", [13, 16])
+def test_bytes_moved_are_near_the_floor(share, capacity, visual_dtype, copies):
+    """Copies of regions, side tables and dense tiles stay within 1.15 of the bytes that must be read.
+
+    A region is copied once however many heads ask for it, and a chunk that is not full copies what it has:
+    13 regions in chunks of 8 are 13 copies.
+    """
+    case = cases.decode(
+        layers=2,
+        regions=64,
+        slots=36,
+        dense=64,
+        dim=128,
+        group=4,
+        capacity=capacity,
+        share=share,
+        dtype=jnp.bfloat16,
+    )
+    case = dataclasses.replace(
+        case,
+        spec=dataclasses.replace(case.spec, interpret=True, visual_dtype=visual_dtype),
+        dense_seen=jnp.ones_like(case.dense_seen),
+        visual_seen=jnp.ones_like(case.visual_seen),
+    )
+    packed = api.pack(case.k, case.v, spec=case.spec, implementation="tpu")
+    jax.block_until_ready(
+        gaze_decode(
+            case.q,
+            packed,
+            case.dense_k,
+            case.dense_v,
+            case.layer,
+            case.indices,
+            case.visual_seen,
+            case.dense_seen,
+            spec=case.spec,
+            implementation="tpu",
+        )
+    )
+    fetched = int(plan.union(case.indices, 2, 4, 64).count.sum())
+    region = 36 * 2 * 128 * (2 if visual_dtype is None else 1)
+    scales = 36 * 2 * 4 if visual_dtype else 0
+    assert copies.count(region) == fetched
+    moved = sum(copies) + _dense_bytes(case, 64)
+    floor = fetched * (region + scales) + 2 * 2 * 64 * 2 * 128 * 2
+    assert floor <= moved <= 1.15 * floor, moved / floor
+
+
+def test_races_would_be_found():
+    """The interpreter that the suite runs under reports a kernel that reads what a copy is still writing."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(x, out, scratch, sem):
+        copy = pltpu.make_async_copy(x, scratch, sem)
+        copy.start()
+        out[...] = scratch[...]
+        copy.wait()
+
+    pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+        interpret=dispatch.interpreter(),
+    )(jnp.ones((8, 128)))
+    assert interpret_pallas_call.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_a_head_dim_or_dtype_that_does_not_fit_is_refused():
+    """D = 256 and float16 get a sentence, not a wrong layout."""
+    spec = GazeSpec(scale=1.0, interpret=True)
+    wide = jnp.zeros((1, 1, 1, 1, 1, 256))
+    with pytest.raises(NotImplementedError, match="takes D up to 128, not 256"):
+        api.pack(wide, wide, spec=spec, implementation="tpu")
+    half = jnp.zeros((1, 1, 1, 1, 1, 8), jnp.float16)
+    with pytest.raises(NotImplementedError, match="keeps float32 and bfloat16 caches, not float16"):
+        api.pack(half, half, spec=spec, implementation="tpu")
+
+
+def test_no_tpu_no_kernel():
+    """Asked for by name without a TPU, it says so and nothing falls back."""
+    case = cases.decode()
+    with pytest.raises(NotImplementedError, match="'tpu' cannot run here: it is a kernel for tpu and JAX"):
+        api.pack(case.k, case.v, spec=case.spec, implementation="tpu")

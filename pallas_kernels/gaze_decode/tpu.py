@@ -107,7 +107,9 @@ def _kernel(
     *,
     kv_heads: int,
     chunk: int,
+    word_rows: int,
     joint: bool,
+    lanes_are_tokens: bool,
     compute: Any,
     scale: float,
     interpreted: bool,
@@ -124,8 +126,9 @@ def _kernel(
 
         def one(place: Any, carry: Any) -> Any:
             region = ids[0, 0, index * chunk + place]
-            source = visual_ref.at[layer_ref[0], row // kv_heads, row % kv_heads, region]
-            target = buffer.at[slot, pl.ds(place * source.shape[0], source.shape[0])]
+            place_rows = pl.ds(0, word_rows)
+            source = visual_ref.at[layer_ref[0], row // kv_heads, row % kv_heads, region, place_rows]
+            target = buffer.at[slot, pl.ds(place * word_rows, word_rows)]
             act(pltpu.make_async_copy(source, target, copies.at[slot]))
             return carry
 
@@ -146,10 +149,12 @@ def _kernel(
         k_scale: Any,
         v_scale: Any,
         out: Any,
+        lanes_are_tokens: bool = False,
     ) -> None:
-        """One step of the online softmax: [G, N] logits of which ``counts`` are real."""
+        """A step of the online softmax over [N, D] or [D, N]; ``counts`` [G, N] marks the real logits."""
+        token, channel = (1, 0) if lanes_are_tokens else (0, 1)
         logits = jax.lax.dot_general(
-            q, keys, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+            q, keys, (((1,), (channel,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
         )
         logits = jnp.where(counts, logits * (scale * k_scale), _LOWEST)
         before = top[:, :1]
@@ -160,8 +165,9 @@ def _kernel(
         total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         visual_sum[...] *= shrink
         dense_sum[...] *= shrink
-        out[...] += jnp.dot(
-            (weights * v_scale).astype(compute), values, precision=exact, preferred_element_type=jnp.float32
+        weights = (weights * v_scale).astype(compute)
+        out[...] += jax.lax.dot_general(
+            weights, values, (((1,), (token,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
         )
 
     @pl.when(tile == 0)
@@ -218,10 +224,11 @@ def _kernel(
     @pl.when(tile < tiles_ref[row // kv_heads])
     def _() -> None:
         seen = dense_seen_ref[0]
-        values = jnp.where(_column(seen) > 0, dense_v_ref[0, 0, 0].astype(jnp.float32), 0.0)
+        zeroed = (seen if lanes_are_tokens else _column(seen)) > 0
+        values = jnp.where(zeroed, dense_v_ref[0, 0, 0].astype(jnp.float32), 0.0).astype(compute)
         counts = jnp.broadcast_to(seen > 0, (q_ref.shape[1], seen.shape[1]))
         keys = dense_k_ref[0, 0, 0].astype(compute)
-        attend(dense_q_ref[0], keys, values.astype(compute), counts, 1.0, 1.0, dense_sum)
+        attend(dense_q_ref[0], keys, values, counts, 1.0, 1.0, dense_sum, lanes_are_tokens)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _() -> None:
@@ -237,11 +244,10 @@ def _side(visual: Packed, listed: plan.Union, seen: jax.Array, layer: jax.Array,
     at = jnp.maximum(listed.regions, 0)
     counts = seen[b, at] & (listed.regions >= 0)[..., None]
     rows = [jnp.where(counts, listed.heads[..., None], 0).astype(jnp.float32)]
-    if visual.scales is not None:
-        flat = visual.scales.reshape(-1, visual.scales.shape[-1])
-        row = (layer * batch + b) * kv_heads + jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-        scales = jnp.split(flat[row * visual.scales.shape[3] + at], 2, axis=-1)
-        rows += [jnp.where(counts, scale[..., : visual.slots], 0.0) for scale in scales]
+    if visual.scaled:
+        h = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+        scales = tpu_layout.scales_of(visual.words[layer, b, h, at, visual.rows :], visual.slots)
+        rows += [jnp.where(counts, scale, 0.0) for scale in scales]
     side = jnp.stack(rows, axis=2)  # [B, K, 1 or 3, U, P]
     chunks = -(-listed.regions.shape[-1] // chunk)
     pad = [(0, 0)] * 3 + [(0, chunks * chunk - listed.regions.shape[-1]), (0, 0)]
@@ -298,8 +304,8 @@ def gaze_decode(
     kv_heads, dense = dense_k.shape[2:4]
     group, regions = heads // kv_heads, visual_seen.shape[1]
     listed = _listed(indices, batch, kv_heads, group, regions)
-    word_rows, places = visual.words.shape[-3:-1]
-    region_bytes = word_rows * places * LANES * visual.words.dtype.itemsize
+    places = visual.words.shape[-2]
+    region_bytes = visual.rows * places * LANES * visual.words.dtype.itemsize
     chunk = regions_per_chunk(region_bytes, listed.regions.shape[-1])
     seen = jnp.pad(visual_seen, ((0, 0), (0, max(0, 1 - regions)), (0, 0)))
     side = _side(visual, listed, seen, layer, chunk)
@@ -309,15 +315,28 @@ def gaze_decode(
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, side.shape[1] * chunk - ids.shape[-1])), constant_values=-1)
     compute = jnp.float32 if jnp.float32 in (q.dtype, dense_k.dtype) else jnp.bfloat16
     grouped = q.reshape(rows, group, dim).astype(compute)
+    # XLA keeps [S, 64] with tokens along lanes, where nothing is padded; so it is met, not relaid.
+    lanes_are_tokens = visual.joint
+    if lanes_are_tokens:
+        dense_k, dense_v = (jnp.swapaxes(a, 3, 4) for a in (dense_k, dense_v))
+    words = visual.words
+    if not spec.interpret:
+        # Never let the compiler fetch whole stacks into fast memory because they happen to fit.
+        dense_k, dense_v, words = (
+            pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (dense_k, dense_v, visual.words)
+        )
     tile = min(DENSE_TILE, dense)
+    dense_block = (1, 1, 1, dim, tile) if lanes_are_tokens else (1, 1, 1, tile, dim)
     used = _used_tiles(dense_seen, tile)
     cores = 2 if rows % 2 == 0 else 1  # chips with two TensorCores per device split the first axis
-    grid = _Grid(kv_heads, rows // cores)
+    grid = _Grid(kv_heads, rows // cores, lanes_are_tokens)
     kernel = functools.partial(
         _kernel,
         kv_heads=kv_heads,
         chunk=chunk,
+        word_rows=visual.rows,
         joint=visual.joint,
+        lanes_are_tokens=lanes_are_tokens,
         compute=compute,
         scale=spec.scale,
         interpreted=spec.interpret,
@@ -335,13 +354,13 @@ def gaze_decode(
                 pl.BlockSpec((1, group, dim), grid.row),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec((1, 1, 1, tile, dim), grid.dense),
-                pl.BlockSpec((1, 1, 1, tile, dim), grid.dense),
+                pl.BlockSpec(dense_block, grid.dense),
+                pl.BlockSpec(dense_block, grid.dense),
                 pl.BlockSpec((1, 1, tile), grid.dense_seen),
             ],
             out_specs=[pl.BlockSpec((1, group, width), grid.row) for width in (LANES, dim)],
             scratch_shapes=[
-                pltpu.VMEM((2, chunk * word_rows, places, LANES), visual.words.dtype),
+                pltpu.VMEM((2, chunk * visual.rows, places, LANES), visual.words.dtype),
                 pltpu.VMEM((2, *side.shape[2:]), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -361,7 +380,7 @@ def gaze_decode(
         ids,
         jnp.pad(grouped, ((0, 0), (0, 0), (0, LANES - dim))),
         grouped,
-        visual.words,
+        words,
         side,
         dense_k,
         dense_v,
@@ -378,6 +397,7 @@ class _Grid:
 
     kv_heads: int
     per_core: int
+    lanes_are_tokens: bool
 
     def row(self, core: Any, inner: Any, tile: Any, *scalars: Any) -> Any:
         return core * self.per_core + inner, 0, 0
@@ -392,4 +412,5 @@ class _Grid:
 
     def dense(self, core: Any, inner: Any, tile: Any, layer: Any, count: Any, used: Any) -> Any:
         b, _, at = self.dense_seen(core, inner, tile, layer, count, used)
-        return layer[0], b, (core * self.per_core + inner) % self.kv_heads, at, 0
+        place = (0, at) if self.lanes_are_tokens else (at, 0)
+        return layer[0], b, (core * self.per_core + inner) % self.kv_heads, *place

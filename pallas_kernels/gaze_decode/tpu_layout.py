@@ -12,11 +12,12 @@ What stands in the n places of a word row:
     D in [1, 64]      bfloat16  KV KV        two tokens, each with 64 lanes of K and 64 of V
                       int8      KV KV KV KV  four tokens
 
-Smaller D is padded with zeros to 64 or 128 lanes. Scales of an int8 cache stand apart, per token.
+Smaller D is padded with zeros to 64 or 128 lanes. The scales of an int8 region are float32 values in the
+bytes of one more word row (of more, for more than 64 tokens), lane i for the key of token i, followed by
+those of the values: a table of their own would be laid out, copied or cached as a whole by the compiler.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,10 @@ class Packed:
 
     Attributes:
       words: [L, B, K, R, W, n, 128] in the cache's dtype; R and W are at least 1.
-      scales: float32 [L, B, K, R', 2 * P'] of keys, then values, for int8; else None. R' and 2 * P' are
-        rounded up to whole registers (8 and 128), or XLA would copy all of them to gather a few.
       regions, slots, dim: R, P and D before padding.
     """
 
     words: jax.Array
-    scales: jax.Array | None
     regions: int = dataclasses.field(metadata={"static": True})
     slots: int = dataclasses.field(metadata={"static": True})
     dim: int = dataclasses.field(metadata={"static": True})
@@ -55,6 +53,20 @@ class Packed:
         """Tokens in a word row."""
         places = self.words.shape[-2]
         return places if self.joint else places // 2
+
+    @property
+    def rows(self) -> int:
+        """Word rows of a region that hold tokens; scales follow."""
+        return _rows(self.slots, self.per_row)
+
+    @property
+    def scaled(self) -> bool:
+        """Values are int8 steps of a scale."""
+        return self.words.dtype == jnp.int8
+
+
+def _rows(slots: int, per_row: int) -> int:
+    return max(1, -(-slots // per_row))
 
 
 def _pad(a: jax.Array, axis: int, size: int) -> jax.Array:
@@ -76,50 +88,58 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
         raise NotImplementedError(
             f"gaze_decode implementation 'tpu' keeps float32 and bfloat16 caches, not {k.dtype}."
         )
-    scales = None
+    scales: tuple[jax.Array, ...] = ()
     if spec.visual_dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-        width = -(-2 * slots // LANES) * LANES // 2
-        scales = jnp.concatenate([_pad(scale, -1, width) for scale in (k_scale, v_scale)], axis=-1)
-        scales = _pad(scales, -2, max(8, -(-regions // 8) * 8))
+        scales = (k_scale, v_scale)
     places = 4 if spec.visual_dtype == "int8" else 2
     joint = dim <= LANES // 2
     width = LANES // 2 if joint else LANES
     per_row = places if joint else places // 2
-    rows = max(1, -(-slots // per_row))
+    rows = _rows(slots, per_row)
 
     def cut(a: jax.Array) -> jax.Array:
         a = _pad(_pad(_pad(a, -1, width), -2, rows * per_row), -3, max(1, regions))
         return a.reshape(*lead, max(1, regions), rows, per_row, width)
 
     words = jnp.concatenate([cut(k), cut(v)], axis=-1 if joint else -2)
-    return Packed(words, scales, regions, slots, dim)
+    if scales:
+        both = jnp.concatenate(scales, axis=-1)
+        both = _pad(_pad(both, -1, -(-2 * slots // LANES) * LANES), -2, max(1, regions))
+        as_bytes = jax.lax.bitcast_convert_type(both.reshape(*both.shape[:-1], -1, LANES), jnp.int8)
+        words = jnp.concatenate([words, jnp.swapaxes(as_bytes, -1, -2)], axis=-3)
+    return Packed(words, regions, slots, dim)
+
+
+def scales_of(rows: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Read the scales of keys and values, float32 [..., P] each, in their word rows int8 [..., E, 4, 128]."""
+    both = jax.lax.bitcast_convert_type(jnp.swapaxes(rows, -1, -2), jnp.float32)
+    both = both.reshape(*both.shape[:-2], both.shape[-2] * LANES)
+    return both[..., :slots], both[..., slots : 2 * slots]
 
 
 def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
     """[L, B, K, R, P, D] keys and values; float32 if they were quantised."""
-    words = packed.words
-    axis = -1 if packed.joint else -2
+    words = packed.words[..., : packed.regions, :, :, :]
+    tokens = words[..., : packed.rows, :, :]
 
-    def whole(a: jax.Array, side: int) -> jax.Array:
-        a = a.reshape(*a.shape[:-3], -1, a.shape[-1])
-        a = a[..., : packed.regions, : packed.slots, : packed.dim]
-        if packed.scales is None:
-            return a
-        scale = jnp.split(packed.scales, 2, axis=-1)[side]
-        return dequantize(a, scale[..., : packed.regions, : packed.slots])
+    def whole(a: jax.Array) -> jax.Array:
+        *lead, rows, per_row, width = a.shape
+        return a.reshape(*lead, rows * per_row, width)[..., : packed.slots, : packed.dim]
 
-    k, v = jnp.split(words, 2, axis=axis)
-    return whole(k, 0), whole(v, 1)
+    k, v = map(whole, jnp.split(tokens, 2, axis=-1 if packed.joint else -2))
+    if packed.scaled:
+        k_scale, v_scale = scales_of(words[..., packed.rows :, :, :], packed.slots)
+        return dequantize(k, k_scale), dequantize(v, v_scale)
+    return k, v
 
 
-def by_row(packed: Packed, slots: Any) -> jax.Array:
+def by_row(packed: Packed, slots: jax.Array) -> jax.Array:
     """Order token slots [..., C, P] as the kernel meets them in C regions: [..., N].
 
     Word rows are split into their places, so the kernel sees the first token of all rows, then the second.
     """
-    rows = packed.words.shape[-3]
-    slots = _pad(slots, -1, rows * packed.per_row)
+    slots = _pad(slots, -1, packed.rows * packed.per_row)
     lead, chunk = slots.shape[:-2], slots.shape[-2]
-    slots = slots.reshape(*lead, chunk * rows, packed.per_row)
+    slots = slots.reshape(*lead, chunk * packed.rows, packed.per_row)
     return jnp.swapaxes(slots, -1, -2).reshape(*lead, -1)

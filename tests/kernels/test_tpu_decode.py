@@ -42,7 +42,7 @@ def test_slots_are_ordered_as_the_kernel_meets_them(dim, slots, visual_dtype):
     k = jnp.broadcast_to(key, (1, 1, 1, 4, slots, dim))
     spec = GazeSpec(scale=1.0, visual_dtype=visual_dtype)
     packed = tpu_layout.pack(k, k, spec=spec)
-    words = packed.words[0, 0, 0].reshape(-1, *packed.words.shape[-2:])
+    words = packed.words[0, 0, 0, :, : packed.rows].reshape(-1, *packed.words.shape[-2:])
     split = tpu.split_values(words)
     keys = jnp.concatenate(split[: len(split) // (1 if packed.joint else 2)])
     order = tpu_layout.by_row(packed, key[0, 0, 0, ..., 0])

@@ -1,0 +1,158 @@
+"""Compiles every TPU kernel at its real shapes for TPUs that this machine does not have.
+
+    scripts/tpu_aot.sh [--json=FILE] [--chips v5e v5p v6e] [--only SUBSTRING]
+
+What it proves: that the kernels compile, what each program holds at its peak, and that no operation of a
+decode step copies as much as one layer's visual cache. It measures no time on a TPU.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from pallas_kernels import dispatch
+from pallas_kernels.gaze_decode import api as decode_api
+from pallas_kernels.gaze_decode import shapes as decode_shapes
+
+CHIPS = {"v5e": ("v5e:2x2", 15.75e9), "v5p": ("v5p:2x2x1", 95e9), "v6e": ("v6e:2x2", 31.25e9)}
+"""Chip -> (topology, bytes of HBM that a program may use)."""
+
+ITEMSIZE = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+
+
+@contextlib.contextmanager
+def target(chip: str) -> Iterator[jax.sharding.NamedSharding]:
+    """Trace for one device of ``chip``; yields where to put arguments."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    mesh = jax.sharding.Mesh([device], ("one",), axis_types=(jax.sharding.AxisType.Auto,))
+    with dispatch.compile_for("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield jax.sharding.NamedSharding(mesh, jax.P())
+
+
+def largest_operation(text: str) -> tuple[int, str]:
+    """Bytes and line of the largest array that an operation of an HLO text makes.
+
+    Arguments and views of them are no operations, nor is a tuple or an update in place of an argument.
+    """
+    free = re.compile(r"\b(parameter|bitcast|get-tuple-element|tuple|while|dynamic-update-slice)\(")
+    found = (0, "")
+    for line in text.splitlines():
+        made = re.match(r"\s*(?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\]", line)
+        if made is None or free.search(line) or made[1] not in ITEMSIZE:
+            continue
+        size = ITEMSIZE[made[1]] * math.prod(int(n) for n in made[2].split(",") if n)
+        found = max(found, (size, line.strip()[:200]))
+    return found
+
+
+def compile_one(
+    function: Callable[..., Any], arguments: Any, where: jax.sharding.NamedSharding
+) -> tuple[dict[str, Any], str]:
+    """Compile for the target; figures and the optimised HLO."""
+
+    def place(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+    start = time.perf_counter()
+    compiled = jax.jit(function).trace(*jax.tree.map(place, arguments)).lower().compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    kernels = text.count('custom_call_target="tpu_custom_call"')
+    figures = {
+        "compile_seconds": round(seconds, 2),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "kernels": kernels,
+    }
+    return figures, text
+
+
+def decode_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
+    """Compile gaze_decode at every shape of which a layer fits the chip."""
+    for wanted in decode_shapes.real():
+        shape = wanted.fitting(int(0.9 * CHIPS[chip][1]))
+        name = f"gaze_decode {(shape or wanted).name}"
+        if only not in name:
+            continue
+        row: dict[str, Any] = {"chip": chip, "kernel": name}
+        if shape is None:
+            yield row | {"skipped": f"a layer's cache takes {wanted.layer_bytes / 1e9:.1f} GB"}
+            continue
+        with target(chip) as where:
+
+            def run(*arguments: Any, spec: Any = shape.spec) -> jax.Array:
+                return decode_api.gaze_decode(*arguments, spec=spec, implementation="tpu")
+
+            figures, text = compile_one(run, shape.arguments("tpu"), where)
+        size, line = largest_operation(text)
+        yield (
+            row
+            | figures
+            | {
+                "layer_bytes": shape.layer_bytes,
+                "largest_operation_bytes": size,
+                "largest_operation": line,
+            }
+        )
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row, in words."""
+    if "skipped" in row:
+        return []
+    found = []
+    if not row["kernels"]:
+        found.append("no kernel is in the program")
+    if row["largest_operation_bytes"] >= row.get("layer_bytes", math.inf):
+        found.append(f"an operation makes a layer's cache anew: {row['largest_operation']}")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the log here")
+    parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    flags = parser.parse_args(argv)
+    rows, wrong = [], []
+    for chip in flags.chips:
+        for row in decode_rows(chip, flags.only):
+            rows.append(row)
+            complaints = problems(row)
+            wrong += [f"{chip} {row['kernel']}: {complaint}" for complaint in complaints]
+            told = row.get("skipped") or (
+                f"{row['compile_seconds']:6.1f} s  peak {row['peak_bytes'] / 1e9:6.2f} GB  "
+                f"largest operation {row['largest_operation_bytes'] / 1e6:8.2f} MB"
+            )
+            print(f"{chip}  {row['kernel']:60} {told}", *complaints, flush=True)
+    if flags.json is not None:
+        log = {
+            "date": datetime.date.today().isoformat(),
+            "jax": jax.__version__,
+            "libtpu": metadata.version("libtpu"),
+            "command": "scripts/tpu_aot.sh",
+            "rows": rows,
+        }
+        flags.json.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    print(*wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

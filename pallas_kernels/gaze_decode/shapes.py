@@ -1,0 +1,113 @@
+"""Shapes at which gaze_decode is used: published decoders over images and videos.
+
+Ahead-of-time compilation proves that every kernel compiles for them.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gaze_decode import api
+from pallas_kernels.spec import GazeSpec
+
+HEADS = {
+    "qwen3-4b": (36, 8, 4, 128),
+    "qwen2.5-7b": (28, 4, 7, 128),
+    "qwen2.5-0.5b": (24, 2, 7, 64),
+}
+"""Name -> (L, K, G, D)."""
+
+SCENES = {
+    4_608: (128, 20),
+    9_216: (256, 40),
+    19_980: (555, 55),
+    36_864: (1_024, 102),
+    147_456: (4_096, 410),
+    1_048_576: (29_128, 583),
+}
+"""Visual tokens -> (regions of at most 36 tokens, top_k): the paper's three, then 10, 10 and 2 %."""
+
+SLOTS = 36
+DENSE = 2_048  # text and context tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One call of gaze_decode.
+
+    Attributes:
+      heads: a key of :data:`HEADS`.
+      tokens: a key of :data:`SCENES`.
+      batch: B.
+      share: of :class:`GazeSpec`.
+      visual_dtype: of :class:`GazeSpec`; the rest is bfloat16.
+      layers: L of the cache, which the model's may exceed where memory is short.
+    """
+
+    heads: str
+    tokens: int
+    batch: int = 1
+    share: str = "head"
+    visual_dtype: str | None = None
+    layers: int = 1
+
+    @property
+    def name(self) -> str:
+        kind = self.visual_dtype or "bfloat16"
+        return f"{self.heads} {self.tokens} B{self.batch} {self.share} {kind} L{self.layers}"
+
+    @property
+    def spec(self) -> GazeSpec:
+        return GazeSpec(scale=HEADS[self.heads][3] ** -0.5, share=self.share, visual_dtype=self.visual_dtype)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Visual keys and values of one layer, all sequences."""
+        _, kv_heads, _, dim = HEADS[self.heads]
+        size = 1 if self.visual_dtype == "int8" else 2
+        return self.batch * kv_heads * SCENES[self.tokens][0] * SLOTS * 2 * dim * size
+
+    def fitting(self, memory: int) -> "Shape | None":
+        """As many of the model's layers as ``memory`` bytes hold beside the dense stream; None if not one."""
+        layers, kv_heads, _, dim = HEADS[self.heads]
+        dense = self.batch * kv_heads * DENSE * 2 * dim * 2
+        layers = min(layers, memory // (self.layer_bytes + dense))
+        return dataclasses.replace(self, layers=layers) if layers else None
+
+    def arguments(self, implementation: str) -> tuple[object, ...]:
+        """Abstract arguments of :func:`call`."""
+        _, kv_heads, group, dim = HEADS[self.heads]
+        regions, top_k = SCENES[self.tokens]
+        heads = kv_heads * group
+
+        def array(dtype: object, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        cache = array(jnp.bfloat16, self.layers, self.batch, kv_heads, regions, SLOTS, dim)
+        packed = jax.eval_shape(
+            lambda k, v: api.pack(k, v, spec=self.spec, implementation=implementation), cache, cache
+        )
+        dense = array(jnp.bfloat16, self.layers, self.batch, kv_heads, DENSE, dim)
+        return (
+            array(jnp.bfloat16, self.batch, heads, dim),
+            packed,
+            dense,
+            dense,
+            array(jnp.int32),
+            array(jnp.int32, self.batch, heads if self.share == "head" else kv_heads, top_k),
+            array(jnp.bool_, self.batch, regions, SLOTS),
+            array(jnp.bool_, self.batch, DENSE),
+        )
+
+
+def real() -> Iterator[Shape]:
+    """What to compile: every scene alone, two of them in batches of 8, one in int8."""
+    for heads in HEADS:
+        for share in ("head", "group"):
+            for tokens in SCENES:
+                yield Shape(heads, tokens, 1, share)
+                if tokens in (9_216, 36_864):
+                    yield Shape(heads, tokens, 8, share)
+            yield Shape(heads, 36_864, 1, share, "int8")

@@ -10,6 +10,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.spec import GazeSpec
 
+KERNELS = ("tpu", "gpu")
+"""Implementations that are programs of one device, named after it; on a mesh they need ``jax.shard_map``."""
+
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 

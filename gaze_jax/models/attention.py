@@ -15,7 +15,8 @@ from gaze_jax.core import masks, regions, routing
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Streams
 from gaze_jax.models.config import GazeConfig
-from pallas_kernels import GazeSpec, KeyPlaces, Windows, gaze_prefill
+from gaze_jax.models.ops import gaze_prefill
+from pallas_kernels import GazeSpec, KeyPlaces, Windows
 
 Array = jax.Array
 

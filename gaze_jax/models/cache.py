@@ -62,9 +62,11 @@ def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *,
         "descriptors" [L, B, K, R, E].
       streams: the prefilled batch; not packed (one sample per row).
       gaze: of the model.
-      room: dense slots to add for tokens that will be decoded.
+      room: dense slots to add for tokens that will be decoded; a few more come with them where the
+        implementation wants S in whole tiles.
     """
     spec = decode_spec(gaze, layers["dense_k"].shape[-1])
+    room += -(layers["dense_k"].shape[3] + room) % api.dense_multiple(gaze.decode_implementation)
     pad = ((0, 0),) * 3 + ((0, room), (0, 0))
     dense_order = jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY)
     return Cache(

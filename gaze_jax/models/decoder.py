@@ -18,7 +18,7 @@ from gaze_jax.models.attention import Plan, gaze_attention, region_scores
 from gaze_jax.models.cache import Cache, decode_spec
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.layers import RMSNorm, apply_rope, dense, logical, rope_angles
-from pallas_kernels import gaze_decode
+from gaze_jax.models.ops import gaze_decode
 from pallas_kernels.gaze_decode.api import unpack
 
 Array = jax.Array
@@ -113,6 +113,7 @@ class Block(nn.Module):
         cache: Cache,
         angles: Angles,
         step: "Step",
+        sight: "Sight",
         *,
         layer: Array,
         top_k: Array | None,
@@ -128,9 +129,6 @@ class Block(nn.Module):
             nonlocal new_cache
             new_cache = _append(cache, k, v, layer, step.slot)
             indices, out = None, {}
-            order = step.order[:, None]
-            visual_seen = (cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None])
-            dense_seen = (new_cache.dense_order >= 0) & (new_cache.dense_order <= order)
 
             def oracle() -> Array:
                 visual_k, _ = unpack(cache.visual, spec=spec, implementation=gaze.decode_implementation)
@@ -138,32 +136,30 @@ class Block(nn.Module):
                     q,
                     jax.lax.dynamic_index_in_dim(visual_k, layer, keepdims=False),
                     jax.lax.dynamic_index_in_dim(new_cache.dense_k, layer, keepdims=False),
-                    visual_seen[:, None],
-                    dense_seen[:, None],
+                    sight.visual[:, None],
+                    sight.dense[:, None],
                     scale=spec.scale,
                     share=gaze.share,
                     query_block=1,
                 )
 
             if top_k is not None and cache.visual_order.shape[1] > 0:
-                visible = (cache.last >= 0) & (cache.last <= step.order[:, None])
                 descriptors = jax.lax.dynamic_index_in_dim(cache.descriptors, layer, keepdims=False)
                 scores, seen = region_scores(
                     q,
                     descriptors,
-                    visible[:, None, :],
+                    sight.regions[:, None, :],
                     gaze=gaze,
                     route=route,
                     sample=step.sample[:, None],
-                    order=order,
-                    first=cache.first,
+                    order=step.order[:, None],
+                    first=sight.first,
                     layer=layer,
                     forced=forced,
                     oracle=oracle,
                 )
-                permutation = routing.tie_permutation(cache.first)
                 slots = cache.visual_order.shape[1] if capacity is None else capacity
-                indices = routing.select_indices(scores, seen, top_k, slots, permutation)[:, 0]
+                indices = routing.select_indices(scores, seen, top_k, slots, sight.permutation)[:, 0]
                 out = {"indices": indices, "scores": scores[:, 0]}
             heads = gaze_decode(
                 q[:, 0],
@@ -172,8 +168,8 @@ class Block(nn.Module):
                 new_cache.dense_v,
                 layer,
                 indices,
-                visual_seen,
-                dense_seen,
+                sight.visual,
+                sight.dense,
                 spec=spec,
                 implementation=gaze.decode_implementation,
             )
@@ -197,6 +193,39 @@ class Step:
     order: Array
     slot: Array
     sample: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """What the tokens of a step may see: the same in every layer, so computed before them.
+
+    Attributes:
+      visual: bool [B, R, P] visual keys; what is routed attends to those of the selected regions.
+      dense: bool [B, S] dense keys.
+      regions: bool [B, R] regions that may be selected: the whole region is earlier.
+      first: int32 [B, R] order of each region's first token.
+      permutation: int32 [B, R] regions by first token, for ties.
+    """
+
+    visual: Array
+    dense: Array
+    regions: Array
+    first: Array
+    permutation: Array
+
+
+def _sight(cache: Cache, step: Step) -> Sight:
+    """Of a cache whose ``dense_order`` has the tokens of the step already."""
+    order = step.order[:, None]
+    first, last = cache.first, cache.last
+    return Sight(
+        visual=(cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None]),
+        dense=(cache.dense_order >= 0) & (cache.dense_order <= order),
+        regions=(last >= 0) & (last <= order),
+        first=first,
+        permutation=routing.tie_permutation(first),
+    )
 
 
 def _append(cache: Cache, k: Array, v: Array, layer: Array, slot: Array) -> Cache:
@@ -368,7 +397,7 @@ class Decoder(nn.Module):
             _per_layer(forced, c.depth, 4),
         )
         # Only what changes is carried; the visual cache is closed over and never copied.
-        still = cache
+        still, sight = cache, _sight(cache, step)
 
         def body(block: Block, carry: Any, inputs: Any) -> tuple[Any, dict[str, Array]]:
             x, dense_k, dense_v = carry
@@ -378,6 +407,7 @@ class Decoder(nn.Module):
                 dataclasses.replace(still, dense_k=dense_k, dense_v=dense_v),
                 angles,
                 step,
+                sight,
                 layer=layer,
                 top_k=top_k,
                 forced=forced,

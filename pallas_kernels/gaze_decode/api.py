@@ -25,6 +25,11 @@ def supports(implementation: str, spec: GazeSpec) -> str | None:
     return find("gaze_decode", IMPLEMENTATIONS, implementation).supports(spec)
 
 
+def dense_multiple(implementation: str) -> int:
+    """What S should be a multiple of: other sizes work, but may be copied at every call."""
+    return find("gaze_decode", IMPLEMENTATIONS, implementation).DENSE_MULTIPLE
+
+
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:
     """Lay the visual cache out as ``implementation`` wants it.
 

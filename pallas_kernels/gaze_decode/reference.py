@@ -11,6 +11,8 @@ from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[jax.Array, jax.Array]
 
+DENSE_MULTIPLE = 1
+
 
 def supports(spec: GazeSpec) -> str | None:
     """Every spec, everywhere."""

@@ -24,6 +24,8 @@ from pallas_kernels.gaze_decode import plan, tpu_layout
 from pallas_kernels.gaze_decode.tpu_layout import LANES, Packed
 from pallas_kernels.spec import GazeSpec
 
+# XLA lays a dense stream of another size out in its own way and copies it for the kernel.
+DENSE_MULTIPLE = 128
 DENSE_TILE = 512  # keys of the dense stream per grid step
 CHUNK_BYTES = 512 * 1024  # of regions in flight: two such buffers cover a copy's latency
 
@@ -293,9 +295,6 @@ def gaze_decode(
     spec: GazeSpec,
 ) -> jax.Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`.
-
-    XLA lays a dense stream whose S is no multiple of 16 out in its own way and copies it for the kernel;
-    caches should round S up.
 
     Raises:
       NotImplementedError: more regions are listed than scalar memory holds.

@@ -11,6 +11,8 @@ from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[jax.Array, jax.Array]
 
+DENSE_MULTIPLE = 1
+
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
 
 

@@ -9,6 +9,7 @@ decode step copies as much as one layer's visual cache. It measures no time on a
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import re
@@ -19,12 +20,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
+from gaze_jax.models import MLLM, GazeConfig, MLLMConfig, Step
+from gaze_jax.models.cache import Cache
+from gaze_jax.models.parameters import boxed_params
+from gaze_jax.models.published import DECODERS
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api as decode_api
 from pallas_kernels.gaze_decode import shapes as decode_shapes
+# from pallas_kernels.gaze_prefill import shapes as prefill_shapes
 
 CHIPS = {"v5e": ("v5e:2x2", 15.75e9), "v5p": ("v5p:2x2x1", 95e9), "v6e": ("v6e:2x2", 31.25e9)}
 """Chip -> (topology, bytes of HBM that a program may use)."""
@@ -42,15 +50,21 @@ def target(chip: str) -> Iterator[jax.sharding.NamedSharding]:
 
 
 def largest_operation(text: str) -> tuple[int, str]:
-    """Bytes and line of the largest array that an operation of an HLO text makes.
+    """Bytes and line of the largest array that an operation of an optimised HLO text writes.
 
-    Arguments and views of them are no operations, nor is a tuple or an update in place of an argument.
+    Arguments and views of them are no operations, nor is a tuple or an update in place; what happens
+    inside a fusion is written nowhere.
     """
-    free = re.compile(r"\b(parameter|bitcast|get-tuple-element|tuple|while|dynamic-update-slice)\(")
-    found = (0, "")
+    free = re.compile(
+        r"\b(parameter|bitcast|get-tuple-element|tuple|while|conditional|dynamic-update-slice)\("
+    )
+    fused = set(re.findall(r"calls=(%[\w.\-]+)", text))
+    found, inside = (0, ""), ""
     for line in text.splitlines():
-        made = re.match(r"\s*(?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\]", line)
-        if made is None or free.search(line) or made[1] not in ITEMSIZE:
+        header = re.match(r"(?:ENTRY )?(%[\w.\-]+) \(", line)
+        inside = header[1] if header else inside
+        made = re.match(r"\s+(?:ROOT )?%\S+ = \(?(\w+)\[([\d,]*)\]", line)
+        if made is None or inside in fused or free.search(line) or made[1] not in ITEMSIZE:
             continue
         size = ITEMSIZE[made[1]] * math.prod(int(n) for n in made[2].split(",") if n)
         found = max(found, (size, line.strip()[:200]))
@@ -58,7 +72,10 @@ def largest_operation(text: str) -> tuple[int, str]:
 
 
 def compile_one(
-    function: Callable[..., Any], arguments: Any, where: jax.sharding.NamedSharding
+    function: Callable[..., Any],
+    arguments: Any,
+    where: jax.sharding.NamedSharding,
+    donate: tuple[int, ...] = (),
 ) -> tuple[dict[str, Any], str]:
     """Compile for the target; figures and the optimised HLO."""
 
@@ -66,7 +83,9 @@ def compile_one(
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
     start = time.perf_counter()
-    compiled = jax.jit(function).trace(*jax.tree.map(place, arguments)).lower().compile()
+    compiled = (
+        jax.jit(function, donate_argnums=donate).trace(*jax.tree.map(place, arguments)).lower().compile()
+    )
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     text = compiled.as_text()
@@ -110,6 +129,83 @@ def decode_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
         )
 
 
+STEPS = ("qwen3-4b", "qwen2.5-0.5b")
+"""Decoders whose whole decoding step is compiled."""
+
+
+def abstract_cache(config: MLLMConfig, shape: decode_shapes.Shape) -> Cache:
+    """A cache of the decoder over ``shape``'s regions, as arrays without values."""
+    decoder, regions = config.decoder, decode_shapes.SCENES[shape.tokens][0]
+    _, packed, dense, *_ = shape.arguments(config.gaze.decode_implementation)
+
+    def integers(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shape.batch, *sizes), jnp.int32)
+
+    kv = (decoder.depth, shape.batch, decoder.num_kv_heads)
+    return Cache(
+        visual=packed,
+        descriptors=jax.ShapeDtypeStruct((*kv, regions, decoder.head_dim), jnp.bfloat16),
+        dense_k=dense,
+        dense_v=dense,
+        visual_order=integers(regions, decode_shapes.SLOTS),
+        dense_order=integers(decode_shapes.DENSE),
+    )
+
+
+def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
+    """Compile a decoding step of whole models: layers scanned, cache donated, 40 of 256 regions."""
+    for name in STEPS:
+        for share in ("head", "group"):
+            shape = decode_shapes.Shape(name, 9_216, 1, share, layers=decode_shapes.HEADS[name][0])
+            label = f"decode step {shape.name}"
+            if only not in label:
+                continue
+            gaze = GazeConfig(share=share, context_tokens=0, decode_implementation="tpu")
+            config = MLLMConfig(DECODERS[name], None, gaze, dtype="bfloat16", param_dtype="bfloat16")
+            with target(chip) as where:
+                integers = jax.ShapeDtypeStruct((1,), jnp.int32)
+                step = Step(order=integers, slot=jax.ShapeDtypeStruct((), jnp.int32), sample=integers)
+                variables = {"params": nn.meta.unbox(boxed_params(config))}
+
+                def run(variables: Any, cache: Cache, tokens: Any, pos: Any, step: Step, top_k: Any) -> Any:
+                    return MLLM(config).apply(
+                        variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode"
+                    )
+
+                arguments = (
+                    variables,
+                    abstract_cache(config, shape),
+                    integers,
+                    integers,
+                    step,
+                    jax.ShapeDtypeStruct((), jnp.int32),
+                )
+                figures, text = compile_one(run, arguments, where, donate=(1,))
+            size, line = largest_operation(text)
+            yield (
+                {"chip": chip, "kernel": label}
+                | figures
+                | {
+                    "layer_bytes": shape.layer_bytes,
+                    "largest_operation_bytes": size,
+                    "largest_operation": line,
+                }
+            )
+
+
+def prefill_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
+    """Compile gaze_prefill, forward and backward."""
+    for name, build in prefill_shapes.PROGRAMS:
+        label = f"gaze_prefill {name}"
+        if only in label:
+            with target(chip) as where:
+                figures, text = compile_one(*build(), where)
+            yield {"chip": chip, "kernel": label} | figures
+
+
+PARTS = (decode_rows, step_rows, prefill_rows)
+
+
 def problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row, in words."""
     if "skipped" in row:
@@ -117,7 +213,7 @@ def problems(row: dict[str, Any]) -> list[str]:
     found = []
     if not row["kernels"]:
         found.append("no kernel is in the program")
-    if row["largest_operation_bytes"] >= row.get("layer_bytes", math.inf):
+    if "layer_bytes" in row and row["largest_operation_bytes"] >= row["layer_bytes"]:
         found.append(f"an operation makes a layer's cache anew: {row['largest_operation']}")
     return found
 
@@ -132,13 +228,13 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     rows, wrong = [], []
     for chip in flags.chips:
-        for row in decode_rows(chip, flags.only):
+        for row in itertools.chain.from_iterable(part(chip, flags.only) for part in PARTS):
             rows.append(row)
             complaints = problems(row)
             wrong += [f"{chip} {row['kernel']}: {complaint}" for complaint in complaints]
             told = row.get("skipped") or (
                 f"{row['compile_seconds']:6.1f} s  peak {row['peak_bytes'] / 1e9:6.2f} GB  "
-                f"largest operation {row['largest_operation_bytes'] / 1e6:8.2f} MB"
+                f"temporary {row['temporary_bytes'] / 1e6:8.2f} MB"
             )
             print(f"{chip}  {row['kernel']:60} {told}", *complaints, flush=True)
     if flags.json is not None:

@@ -1,0 +1,69 @@
+"""Ahead-of-time compilation of the TPU kernels: the reading of its programs, and the whole of it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import tpu_aot
+from pallas_kernels.gaze_decode import shapes
+
+HLO = """HloModule jit_run
+
+%fused_computation.1 (param_0: bf16[64,64]) -> f32[64] {
+  %param_0 = bf16[64,64]{1,0} parameter(0)
+  %inside = f32[64,64]{1,0} convert(%param_0)
+  ROOT %sum = f32[64]{0} reduce(%inside), dimensions={1}
+}
+
+ENTRY %main (a: bf16[64,64]) -> f32[64] {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %view = bf16[4096]{0} bitcast(%a)
+  %copy-start = (bf16[16,64]{1,0:S(1)}, bf16[16,64]{1,0}, u32[]) copy-start(%a)
+  ROOT %fusion = f32[64]{0} fusion(%a), kind=kLoop, calls=%fused_computation.1
+}
+"""
+
+
+def test_the_largest_operation_is_what_is_written():
+    """Arguments, views and the insides of a fusion do not count; a copy does, also into fast memory."""
+    size, line = tpu_aot.largest_operation(HLO)
+    assert size == 16 * 64 * 2 and "copy-start" in line
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_copy_of_a_layer_is_seen(copied):
+    """In a program that XLA compiled: reading rows of a cache is small, slicing a layer out is not."""
+    cache = jax.ShapeDtypeStruct((4, 64, 512), jnp.float32)
+
+    def run(cache, layer):
+        one = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+        return one[::-1] if copied else one[3]
+
+    text = jax.jit(run).lower(cache, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+    assert (tpu_aot.largest_operation(text)[0] >= 64 * 512 * 4) == copied
+
+
+def test_rows_with_a_problem_are_named():
+    """No kernel in the program, or an operation as large as a layer's cache."""
+    good = {"kernels": 1, "largest_operation_bytes": 9, "largest_operation": "op", "layer_bytes": 10}
+    assert tpu_aot.problems(good) == []
+    assert "no kernel" in tpu_aot.problems(good | {"kernels": 0})[0]
+    assert "anew: op" in tpu_aot.problems(good | {"largest_operation_bytes": 10})[0]
+    assert tpu_aot.problems({"skipped": "too large"}) == []
+
+
+def test_layers_are_cut_to_the_memory():
+    """A million tokens of Qwen3-4B in bfloat16 take 4.3 GB a layer: three fit 15.75 GB, in int8 seven."""
+    shape = shapes.Shape("qwen3-4b", 1_048_576)
+    assert shape.layer_bytes == 8 * 29_128 * 36 * 2 * 128 * 2
+    assert shape.fitting(int(15.75e9)).layers == 3
+    assert shapes.Shape("qwen3-4b", 1_048_576, visual_dtype="int8").fitting(int(15.75e9)).layers == 7
+    assert shape.fitting(10**9) is None
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.long
+@pytest.mark.parametrize("chip", list(tpu_aot.CHIPS))
+def test_every_kernel_compiles_for_real_chips(chip):
+    """All shapes, no operation of a layer's cache size; scripts/tpu_aot.sh prints the same as a table."""
+    assert tpu_aot.main(["--chips", chip]) == 0

@@ -68,7 +68,9 @@ class _Plan(NamedTuple):
 
     at: jax.Array  # int32 [n, B, K, N, A / P] regions to gather, or [n] first regions of slices
     seen: jax.Array  # bool [n, B, K, N, G / N or 1, A] logits that count
-    read: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (array, layer, at) -> [B, K, N, A / P, ...]
+    read: Callable[
+        [jax.Array, jax.Array, jax.Array], jax.Array
+    ]  # (array, layer, at) -> [B, K, N, A / P, ...]
 
 
 def _tile_regions(regions: int, bytes_per_region: int, kind: str) -> int:
@@ -118,7 +120,7 @@ def _all(picks: jax.Array | None, kv_heads: int, visual_seen: jax.Array, bytes_p
     seen = jnp.moveaxis(seen[:, :, :, at] & (at >= begin[:, None])[..., None], 3, 0)
 
     def read(array: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
-        at = (layer, 0, 0, start, *(0,) * (array.ndim - 4))
+        at: list[Any] = [layer, 0, 0, start] + [0] * (array.ndim - 4)
         return jax.lax.dynamic_slice(array, at, (1, batch, kv_heads, tile, *array.shape[4:]))[0][:, :, None]
 
     return _Plan(start, seen.reshape(count, batch, kv_heads, 1, -1, tile * slots), read)

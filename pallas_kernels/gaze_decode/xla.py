@@ -32,7 +32,7 @@ Packed = tuple[Any, Any]
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
 # Bytes of keys in one tile on a CPU, as float32. Measured: benchmarks/decode.py.
-_TILE_BYTES = {"listed": 2**19, "all": 2**22}
+_TILE_BYTES = {"listed": 2**20, "all": 2**22}
 
 
 def supports(spec: GazeSpec) -> str | None:
@@ -83,9 +83,17 @@ def _tile_regions(regions: int, bytes_per_region: int, kind: str) -> int:
 
 def _gather(array: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
     """[L, B, K, R, ...] at int32 [B, K, N, c]: [B, K, N, c, ...]."""
-    # Mapped, not indexed by iotas: rows and heads stay batch dimensions that the partitioner can split.
-    one = jax.vmap(lambda a, at: a.at[layer, at].get(mode="promise_in_bounds"), (1, 0))
-    return jax.vmap(one, (1, 0))(array, at)
+    # Rows and kv heads are batch dimensions, not indices: the partitioner can split them. Written out,
+    # because vmap would put them first and turn the cache around.
+    dims = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(4, array.ndim)),
+        collapsed_slice_dims=(0, 3),
+        start_index_map=(0, 3),
+        operand_batching_dims=(1, 2),
+        start_indices_batching_dims=(0, 1),
+    )
+    where = jnp.stack([jnp.broadcast_to(layer, at.shape), at], axis=-1)
+    return jax.lax.gather(array, where, dims, (1, 1, 1, 1, *array.shape[4:]), mode="promise_in_bounds")
 
 
 def _listed(picks: jax.Array, visual_seen: jax.Array, bytes_per_region: int) -> _Plan:
@@ -155,13 +163,12 @@ def _each_tile(body: Callable[..., jax.Array], xs: Any) -> jax.Array:
     return jax.lax.map(body, xs)
 
 
-def _sum_of_tiles(body: Callable[..., jax.Array], xs: Any) -> jax.Array:
-    """Sum of ``body``, which makes float32 of one shape."""
-    first = body(jax.tree.map(lambda a: a[0], xs))
-    rest = jax.tree.map(lambda a: a[1:], xs)
-    if jax.tree.leaves(rest)[0].shape[0] == 0:
-        return first
-    return jax.lax.scan(lambda total, x: (total + body(x), None), first, rest)[0]
+def _sum_of_tiles(body: Callable[..., jax.Array], xs: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Sum of ``body``, which makes float32 of ``shape``."""
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+        return body(jax.tree.map(lambda a: a[0], xs))
+    zero = jnp.zeros(shape, jnp.float32)
+    return jax.lax.scan(lambda total, x: (total + body(x), None), zero, xs)[0]
 
 
 def gaze_decode(
@@ -232,7 +239,7 @@ def gaze_decode(
     out = product("BKGS,BKSD->BKGD", weights.astype(dtype), dv)
     weights = jnp.exp(logits - _finite(top).reshape(rows.shape[:4])[..., None])
     total += jnp.sum(weights, axis=(0, 5)).reshape(total.shape)
-    out += _sum_of_tiles(weigh, (plan.at, weights, plan.seen)).reshape(grouped.shape)
+    out += _sum_of_tiles(weigh, (plan.at, weights, plan.seen), rows.shape).reshape(grouped.shape)
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).reshape(q.shape).astype(q.dtype)
 
 

@@ -3,7 +3,8 @@
 python -m benchmarks.decode --json=benchmarks/results/decode.json
 
 A measured call runs the op over all layers of a stacked cache, each layer's query made of the last one's
-output, as often as it takes to be long against a launch; times are per layer. Dense attention gets its keys
+output, as often as it takes to be long against a launch; times are per layer. The bandwidth under a row's
+floor is that of a large sum which takes its turn in the same rounds. Dense attention gets its keys
 and values the way that suits it: an array per layer and form, no mask, both streams in one array. "routing"
 is scoring and top-k alone, "routed" routing and the op in one program.
 """
@@ -269,7 +270,9 @@ def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespac
     found, unions = competitors(problem, name, spec, args)
     counts = {label: repeats_for(run, args.least_ms / 1e3) for label, run in found.items()}
     calls = {label: functools.partial(run, jnp.int32(counts[label])) for label, run in found.items()}
+    calls["read"] = args.reader
     raw = timing.paired(calls, rounds=args.rounds, seconds=args.seconds)
+    bandwidth = args.reader.bandwidth(raw.pop("read"))
     per = {label: [t / (counts[label] * problem.layers) for t in times] for label, times in raw.items()}
     best = min(EINSUMS, key=lambda form: statistics.median(per[form]))
     rows = []
@@ -278,7 +281,7 @@ def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespac
         rows.append(
             {"share": share, "layers": problem.layers}
             | ({} if problem.layers == LAYERS else {"note": f"{LAYERS} layers do not fit in memory"})
-            | columns(per, share, union, floor, args.bandwidth, best)
+            | columns(per, share, union, floor, bandwidth, best)
         )
     return rows
 
@@ -306,6 +309,7 @@ def columns(
         "rounds": len(per[f"{share} op"]),
         "ms": ms(f"{share} op"),
         "union": union,
+        "bandwidth": bandwidth,
         "floor_bytes": floor,
         "floor_ms": 1e3 * floor / bandwidth,
         "times_floor": statistics.median(per[f"{share} op"]) * bandwidth / floor,
@@ -376,7 +380,7 @@ def line(row: Mapping[str, Any]) -> str:
     top_k = "all" if row["top_k"] is None else row["top_k"]
     name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
     text = f"{name:44}{row['implementation']:>10}{row['share']:>6}{row['ms']['median']:>9.3f} ms"
-    text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f})"
+    text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f}, {row['bandwidth'] / 1e9:.1f} GB/s)"
     text += "".join(
         f"  {k} {v['median']:.3f} ({row['speedup'][k]['median']:.2f}x)" for k, v in row["dense_ms"].items()
     )
@@ -413,16 +417,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(shapes=QUICK, batch=[2], heads=["tiny"], rounds=3, least_ms=0.0)
     args = parser.parse_args(argv)
-    args.bandwidth = timing.read_bandwidth(2**20 if args.quick else 2**28 if on_cpu else 2**31)
+    args.reader = timing.Reader(2**20 if args.quick else 2**28 if on_cpu else 2**31)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    print(f"read bandwidth {args.bandwidth / 1e9:.1f} GB/s", flush=True)
     rows = benchmark(args)
     bars = {"bars": BARS} if jax.default_backend() == "gpu" else {}
-    timing.write(args.json, timing.report("benchmarks.decode", argv, rows, bandwidth=args.bandwidth, **bars))
+    read = [row["bandwidth"] for row in rows if "bandwidth" in row]
+    bandwidth = statistics.median(read) if read else None
+    timing.write(args.json, timing.report("benchmarks.decode", argv, rows, bandwidth=bandwidth, **bars))
 
 
 if __name__ == "__main__":

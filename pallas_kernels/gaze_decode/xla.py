@@ -68,9 +68,8 @@ class _Plan(NamedTuple):
 
     at: jax.Array  # int32 [n, B, K, N, A / P] regions to gather, or [n] first regions of slices
     seen: jax.Array  # bool [n, B, K, N, G / N or 1, A] logits that count
-    read: Callable[
-        [jax.Array, jax.Array, jax.Array], jax.Array
-    ]  # (array, layer, at) -> [B, K, N, A / P, ...]
+    # (array [L, B, K, R, ...], layer, one of ``at``) -> [B, K, N, A / P, ...]
+    read: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _tile_regions(regions: int, bytes_per_region: int, kind: str) -> int:
@@ -106,7 +105,7 @@ def _listed(picks: jax.Array, visual_seen: jax.Array, bytes_per_region: int) -> 
     pad = ((0, 0),) * 3 + ((0, count * tile - capacity),)
     at, fresh = (
         jnp.moveaxis(jnp.pad(a, pad).reshape(batch, kv_heads, many, count, tile), 3, 0)
-        for a in (jnp.maximum(picks, 0), fresh)
+        for a in (jnp.clip(picks, 0, regions - 1), fresh)
     )
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
     seen = visual_seen[rows, at] & fresh[..., None]
@@ -135,22 +134,22 @@ def _all(picks: jax.Array | None, kv_heads: int, visual_seen: jax.Array, bytes_p
 
 
 def _mentions(picks: jax.Array, regions: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [..., R + 1] first slot that names each region, J if none; and where each slot looks it up."""
+    """int32 [B, K, N, R + 1] first slot that names each region, J if none; and the place of each slot."""
     # Unused slots are all sent to the extra place R.
-    place = jnp.where(picks >= 0, picks, regions).reshape(-1, picks.shape[-1])
+    place = jnp.where(picks >= 0, picks, regions)
     slots = jnp.arange(picks.shape[-1], dtype=jnp.int32)
     nobody = jnp.full((regions + 1,), picks.shape[-1], jnp.int32)
-    first = jax.vmap(lambda place: nobody.at[place].min(slots))(place)
-    return first.reshape(*picks.shape[:-1], regions + 1), place.reshape(picks.shape)
+    one = jax.vmap(jax.vmap(jax.vmap(lambda place: nobody.at[place].min(slots))))
+    return one(place), place
 
 
 def _mentioned(picks: jax.Array, regions: int) -> jax.Array:
-    """bool [..., R]: some slot names the region."""
+    """bool [B, K, N, R]: some slot names the region."""
     return _mentions(picks, regions)[0][..., :regions] < picks.shape[-1]
 
 
 def _first_mention(picks: jax.Array, regions: int) -> jax.Array:
-    """bool [..., J]: the slot names a region that no earlier slot names."""
+    """bool [B, K, N, J]: the slot names a region that no earlier slot names."""
     first, place = _mentions(picks, regions)
     slots = jnp.arange(picks.shape[-1], dtype=jnp.int32)
     return (jnp.take_along_axis(first, place, axis=-1) == slots) & (picks >= 0)

@@ -31,8 +31,9 @@ class Side(NamedTuple):
 Packed = tuple[Any, Any]
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
-# Bytes of keys in one tile on a CPU, as float32. Measured: benchmarks/decode.py.
-_TILE_BYTES = {"listed": 2**20, "all": 2**22}
+# Of keys in one tile on a CPU, as float32: a third of the second-level cache that one core usually has.
+# Larger tiles are split over two threads by XLA, which a quiet machine likes and a busy one does not.
+_TILE_BYTES = 3 * 2**17
 
 
 def supports(spec: GazeSpec) -> str | None:
@@ -72,11 +73,11 @@ class _Plan(NamedTuple):
     read: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _tile_regions(regions: int, bytes_per_region: int, kind: str) -> int:
+def _tile_regions(regions: int, bytes_per_region: int) -> int:
     """Regions of a tile: all of them but on a CPU, else as equal as a tile's size allows."""
     if target() != "cpu":
         return regions
-    most = max(1, _TILE_BYTES[kind] // max(bytes_per_region, 1))
+    most = max(1, _TILE_BYTES // max(bytes_per_region, 1))
     return math.ceil(regions / math.ceil(regions / most))
 
 
@@ -99,7 +100,7 @@ def _listed(picks: jax.Array, visual_seen: jax.Array, bytes_per_region: int) -> 
     """Gather what int32 [B, K, N, J] lists."""
     batch, kv_heads, many, capacity = picks.shape
     regions = visual_seen.shape[1]
-    tile = _tile_regions(capacity, bytes_per_region * batch * kv_heads * many, "listed")
+    tile = _tile_regions(capacity, bytes_per_region * batch * kv_heads * many)
     count = -(-capacity // tile)
     fresh = _first_mention(picks, regions)
     pad = ((0, 0),) * 3 + ((0, count * tile - capacity),)
@@ -115,7 +116,7 @@ def _listed(picks: jax.Array, visual_seen: jax.Array, bytes_per_region: int) -> 
 def _all(picks: jax.Array | None, kv_heads: int, visual_seen: jax.Array, bytes_per_region: int) -> _Plan:
     """Slice out every region once; int32 [B, K, N, J] decides by mask."""
     batch, regions, slots = visual_seen.shape
-    tile = _tile_regions(regions, bytes_per_region * batch * kv_heads, "all")
+    tile = _tile_regions(regions, bytes_per_region * batch * kv_heads)
     count = -(-regions // tile)
     seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, regions, slots))
     if picks is not None:

@@ -28,14 +28,14 @@ class TestXla(DecodeSuite):
 
 
 class TestXlaInTiles(DecodeSuite):
-    """Loops over tiles of one region and, where everything is read, tiles that overlap at the end."""
+    """Loops over tiles of 1 to 3 regions; where all 7 are read, the last tile overlaps the one before."""
 
     implementation = "xla"
 
     @pytest.fixture(autouse=True)
     def _small_tiles(self, monkeypatch):
         slots = 2 * 2 * 5 * 8 * 4  # rows, kv heads, slots, channels and bytes of the default case
-        monkeypatch.setattr(xla, "_TILE_BYTES", {"listed": 1, "all": 3 * slots})
+        monkeypatch.setattr(xla, "_TILE_BYTES", 3 * slots)
 
     def run(self, case):
         return _in_tiles(case)

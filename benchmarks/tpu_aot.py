@@ -9,6 +9,7 @@ decode step copies as much as one layer's visual cache. It measures no time on a
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ from gaze_jax.models.published import DECODERS
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api as decode_api
 from pallas_kernels.gaze_decode import shapes as decode_shapes
-# from pallas_kernels.gaze_prefill import shapes as prefill_shapes
+from pallas_kernels.gaze_prefill import shapes as prefill_shapes
 
 CHIPS = {"v5e": ("v5e:2x2", 15.75e9), "v5p": ("v5p:2x2x1", 95e9), "v6e": ("v6e:2x2", 31.25e9)}
 """Chip -> (topology, bytes of HBM that a program may use)."""
@@ -152,6 +153,14 @@ def abstract_cache(config: MLLMConfig, shape: decode_shapes.Shape) -> Cache:
     )
 
 
+def _decode_step(
+    config: MLLMConfig, variables: Any, cache: Cache, tokens: Any, pos: Any, step: Step, top_k: Any
+) -> Any:
+    return MLLM(config).apply(
+        variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode"
+    )
+
+
 def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
     """Compile a decoding step of whole models: layers scanned, cache donated, 40 of 256 regions."""
     for name in STEPS:
@@ -167,10 +176,7 @@ def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
                 step = Step(order=integers, slot=jax.ShapeDtypeStruct((), jnp.int32), sample=integers)
                 variables = {"params": nn.meta.unbox(boxed_params(config))}
 
-                def run(variables: Any, cache: Cache, tokens: Any, pos: Any, step: Step, top_k: Any) -> Any:
-                    return MLLM(config).apply(
-                        variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode"
-                    )
+                run = functools.partial(_decode_step, config)
 
                 arguments = (
                     variables,
@@ -199,7 +205,7 @@ def prefill_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
         label = f"gaze_prefill {name}"
         if only in label:
             with target(chip) as where:
-                figures, text = compile_one(*build(), where)
+                figures, _ = compile_one(*build(), where)
             yield {"chip": chip, "kernel": label} | figures
 
 

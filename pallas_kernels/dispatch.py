@@ -26,9 +26,14 @@ def compile_for(platform: str) -> Iterator[None]:
         _TARGET.reset(token)
 
 
+def target() -> str:
+    """The platform that is traced for: "cpu", "gpu" or "tpu"."""
+    return _TARGET.get() or jax.default_backend()
+
+
 def needs(platform: str, spec: GazeSpec) -> str | None:
     """None if a kernel for ``platform`` can run or be compiled here, else the reason why not."""
-    here = _TARGET.get() or jax.default_backend()
+    here = target()
     if spec.interpret or here == platform:
         return None
     return (

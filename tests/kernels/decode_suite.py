@@ -16,7 +16,8 @@ from pallas_kernels.gaze_decode import api
 from tests.helpers import cases
 
 
-def _call(case, implementation):
+def call(case, implementation):
+    """Pack the case's cache and decode."""
     spec = cases.runnable(case.spec)
     packed = api.pack(case.k, case.v, spec=spec, implementation=implementation)
     return gaze_decode(
@@ -36,7 +37,7 @@ def _call(case, implementation):
 @functools.cache
 def _program(implementation):
     """One jitted function per implementation, so that equal shapes compile once for all tests."""
-    return jax.jit(lambda case: _call(case, implementation))
+    return jax.jit(lambda case: call(case, implementation))
 
 
 def _close(got, expected, tolerance):
@@ -127,6 +128,21 @@ class DecodeSuite:
         got = self.run(case)
         assert got.dtype == jnp.bfloat16
         _close(got, _program("reference")(wide), self.bf16_tolerance)
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    def test_int8(self, share):
+        """An int8 visual cache: as if every token had been rounded to 127 steps; unread slots hold NaN."""
+        plain = cases.decode(share=share)
+        bad = jnp.asarray(_unread(plain)[None])[..., None]
+        k, v = (np.asarray(jnp.where(bad, jnp.nan, a)) for a in (plain.k, plain.v))
+        int8 = dataclasses.replace(plain.spec, visual_dtype="int8")
+        got = self.run(dataclasses.replace(plain, k=jnp.asarray(k), v=jnp.asarray(v), spec=int8))
+        steps = (np.abs(a).max(-1, keepdims=True) / 127 for a in (k, v))
+        k, v = (np.round(a / step) * step for a, step in zip((k, v), steps, strict=True))
+        rounded = dataclasses.replace(plain, k=jnp.asarray(k), v=jnp.asarray(v))
+        # The scales may multiply logits and weights instead of keys and values, which rounds elsewhere.
+        _close(got, self.expected(rounded), 10 * self.tolerance)
+        assert np.abs(np.asarray(got) - np.asarray(self.run(plain))).max() > 1e-4, "it did round"
 
     def test_large_logits(self):
         """Logits of +-10,000 neither overflow nor lose the maximum."""
@@ -258,7 +274,7 @@ class DecodeSuite:
             pytest.skip(f"{self.implementation} has no batching rule")
         pair = [cases.decode(seed=seed) for seed in (0, 1)]
         both = jax.tree.map(lambda *a: jnp.stack(a), *pair)
-        got = jax.jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)
+        got = jax.jit(jax.vmap(lambda case: call(case, self.implementation)))(both)
         for one, case in zip(got, pair, strict=True):
             _close(one, self.run(case), 1e-6)
 

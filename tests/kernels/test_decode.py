@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import GazeSpec, gaze_decode
-from tests.helpers import oracle
-from tests.kernels.decode_suite import DecodeSuite
+from pallas_kernels import GazeSpec, dispatch, gaze_decode
+from pallas_kernels.gaze_decode import api, xla
+from tests.helpers import cases, oracle
+from tests.kernels.decode_suite import DecodeSuite, call
 
 
 class TestReference(DecodeSuite):
@@ -30,6 +32,92 @@ class TestTpu(DecodeSuite):
 
     implementation = "tpu"
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
+
+
+class TestXlaInTiles(DecodeSuite):
+    """Loops over tiles of 1 to 3 regions; where all 7 are read, the last tile overlaps the one before."""
+
+    implementation = "xla"
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        slots = 2 * 2 * 5 * 8 * 4  # rows, kv heads, slots, channels and bytes of the default case
+        monkeypatch.setattr(xla, "_TILE_BYTES", 3 * slots)
+
+    def run(self, case):
+        return _in_tiles(case)
+
+
+@jax.jit
+def _in_tiles(case):
+    return call(case, "xla")
+
+
+class TestXlaElsewhere(DecodeSuite):
+    """As an accelerator gets it: one tile, and products in the dtype of the query."""
+
+    implementation = "xla"
+
+    @pytest.fixture(autouse=True)
+    def _as_for_an_accelerator(self):
+        with dispatch.compile_for("gpu"):
+            yield
+
+    def run(self, case):
+        return _elsewhere(case)
+
+
+@jax.jit
+def _elsewhere(case):
+    return call(case, "xla")
+
+
+def test_the_two_forms_of_xla_are_told_apart():
+    """Tiles are loops of the program; elsewhere than on a CPU there is none."""
+    case = cases.decode(slots=36, dim=64, regions=200, capacity=40)
+    program = str(jax.make_jaxpr(lambda case: call(case, "xla"))(case))
+    assert "scan[" in program
+    with dispatch.compile_for("gpu"):
+        assert "scan[" not in str(jax.make_jaxpr(lambda case: call(case, "xla"))(case))
+
+
+@pytest.mark.parametrize(
+    ("share", "capacity", "sliced"),
+    [("head", 3, False), ("head", 4, True), ("group", 6, False), ("group", 7, True)],
+)
+def test_xla_reads_each_region_once_where_gathering_would_read_more(share, capacity, sliced):
+    """G = 2 lists of half the regions or more, or one that can hold all 7: no gather from the cache."""
+    case = cases.decode(share=share, capacity=capacity)
+    program = jax.make_jaxpr(lambda case: call(case, "xla"))(case)
+    big = [e for e in _equations(program.jaxpr) if e.invars and e.invars[0].aval.shape == case.k.shape]
+    names = {e.primitive.name for e in big}
+    assert ("dynamic_slice" in names) == sliced and ("gather" in names) != sliced, names
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def test_an_int8_cache_is_int8():
+    """Less than half the bytes of bfloat16 in a real head dim, scales included; and what it unpacks to."""
+    case = cases.decode(dim=128, dtype=jnp.bfloat16)
+    spec = GazeSpec(1.0, visual_dtype="int8")
+    packed = api.pack(case.k, case.v, spec=spec, implementation="xla")
+    plain = api.pack(case.k, case.v, spec=GazeSpec(1.0), implementation="xla")
+    sizes = [sum(a.nbytes for a in jax.tree.leaves(tree)) for tree in (packed, plain)]
+    assert sizes[0] == sizes[1] * (128 + 4) / 256
+    wide = api.pack(case.k.astype(jnp.float32), case.v, spec=GazeSpec(1.0), implementation="xla")
+    assert 2 * packed[0].values.nbytes + 2 * packed[0].scales.nbytes < wide[0].nbytes
+    k, v = api.unpack(packed, spec=spec, implementation="xla")
+    for got, expected in ((k, case.k), (v, case.v)):
+        expected = np.asarray(expected, np.float32)
+        assert got.dtype == jnp.float32
+        assert np.abs(np.asarray(got) - expected).max() <= np.abs(expected).max() / 254 * 1.001
 
 
 @pytest.mark.parametrize("share", ["head", "group"])

@@ -1,0 +1,434 @@
+"""One decoding step of gaze_decode beside dense attention and beside the bytes that it must read.
+
+python -m benchmarks.decode --json=benchmarks/results/decode.json
+
+A measured call runs the op over all layers of a stacked cache, each layer's query made of the last one's
+output, as often as it takes to be long against a launch; times are per layer. The bandwidth under a row's
+floor is that of a large sum which takes its turn in the same rounds. Dense attention gets its keys
+and values the way that suits it: an array per layer and form, no mask, both streams in one array. "routing"
+is scoring and top-k alone, "routed" routing and the op in one program.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from gaze_jax.core import accounting, routing
+from pallas_kernels import GazeSpec
+from pallas_kernels.gaze_decode import api
+
+Array = jax.Array
+
+SHAPES = (
+    "4608/128/13,4608/128/20,4608/128/26,4608/128/64,4608/128/128,4608/128/all,9216/256/40,19980/555/55,"
+    "36864/1024/20,36864/1024/102,36864/1024/205,36864/1024/512,36864/1024/1024,36864/1024/all,"
+    "147456/4096/82,147456/4096/410,1048576/29128/583,1048576/29128/2913"
+)
+QUICK = "72/2/1,71/2/2"
+DENSE = 256
+"""S: text and context tokens."""
+LAYERS = 8
+EINSUMS = ("einsum keys-heads", "einsum heads-keys")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
+"""Option -> dtype of queries, descriptors and the dense stream; with int8 the visual cache alone is int8."""
+
+
+def floor_bytes(
+    shape: timing.Shape, heads: tuple[int, int, int], batch: int, dtype: str, union: float
+) -> float:
+    """Bytes that one step of one layer must read: K * (b*D*R + 2*b*D*P*U + 2*b*D*S) for each sequence."""
+    _, kv_heads, dim = heads
+    size = jnp.dtype(DTYPES[dtype]).itemsize
+    regions = None if shape.top_k is None else shape.regions
+    reads = accounting.decode_floor(kv_heads, dim, size, regions, timing.SLOTS, union, DENSE)
+    visual = float(reads.visual)
+    if dtype == "int8":
+        # A byte per element, and a float32 scale per token and side.
+        visual *= (dim + 4) / (dim * size)
+    return batch * (float(reads.descriptors) + visual + float(reads.dense))
+
+
+def _chain(q: Array, out: Array) -> Array:
+    """The next layer's query: no layer can begin before the last has ended."""
+    return q + out * jnp.asarray(1e-3, q.dtype)
+
+
+def einsum(form: str, q: Array, k: Array, v: Array, scale: float) -> Array:
+    """Dense attention by einsums over [B, K, N, D]; the forms lay the logits out in different orders."""
+    batch, kv_heads, _, dim = k.shape
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
+    if form == "einsum keys-heads":
+        logits = jnp.einsum("BKND,BKGD->BKNG", k, grouped, **wide).swapaxes(2, 3)
+    else:
+        logits = jnp.einsum("BKGD,BKND->BKGN", grouped, k, **wide)
+    weights = jax.nn.softmax(logits * scale, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGN,BKND->BKGD", weights, v, **wide).reshape(q.shape).astype(q.dtype)
+
+
+def dot_product(implementation: str, q: Array, k: Array, v: Array, scale: float) -> Array:
+    """jax.nn.dot_product_attention over [B, N, K, D], its own layout."""
+    out = jax.nn.dot_product_attention(q[:, None], k, v, scale=scale, implementation=implementation)  # type: ignore[arg-type]
+    return out[:, 0]
+
+
+def over_arrays(one: Callable[..., Array], scale: float) -> Callable[..., Array]:
+    """Run ``one`` over lists of layers, ``repeats`` times over."""
+
+    def run(q: Array, repeats: Array, ks: list[Array], vs: list[Array]) -> Array:
+        def once(_: Array, q: Array) -> Array:
+            for k, v in zip(ks, vs, strict=True):
+                q = _chain(q, one(q, k, v, scale))
+            return q
+
+        return jax.lax.fori_loop(0, repeats, once, q)
+
+    return jax.jit(run)
+
+
+def over_layers(
+    name: str, spec: GazeSpec, top_k: int | None, route: bool, attend: bool
+) -> Callable[..., Array]:
+    """Run routing, the op, or both over a stacked cache, ``repeats`` times over."""
+
+    def run(
+        q: Array,
+        repeats: Array,
+        packed: Any,
+        dense: tuple[Array, Array],
+        descriptors: Array,
+        indices: Array | None,
+        seen: Array,
+        dense_seen: Array,
+    ) -> Array:
+        layers, batch, _, regions = descriptors.shape[:4]
+        visible = jnp.ones((batch, 1, 1, regions), bool)
+        permutation = jnp.broadcast_to(jnp.arange(regions, dtype=jnp.int32), (batch, regions))
+
+        def step(i: Array, q: Array) -> Array:
+            layer = i % layers
+            picks = None if indices is None else indices[layer]
+            if route:
+                scores = routing.descriptor_scores(q[:, None], descriptors[layer], share=spec.share)
+                budget, room = jnp.int32(top_k or 0), top_k or 0
+                picks = routing.select_indices(scores, visible, budget, room, permutation)[:, 0]
+            if not attend:
+                assert picks is not None
+                return _chain(q, jnp.sum(picks).astype(q.dtype))
+            out = api.gaze_decode(
+                q, packed, *dense, layer, picks, seen, dense_seen, spec=spec, implementation=name
+            )
+            return _chain(q, out)
+
+        return jax.lax.fori_loop(0, layers * repeats, step, q)
+
+    return jax.jit(run)
+
+
+def torch_sdpa(q: Array, ks: list[Array], vs: list[Array], scale: float) -> Callable[[int], Any] | None:
+    """torch's scaled_dot_product_attention over the same arrays, where torch with CUDA can be imported."""
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    attention = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=True
+    )
+    query = torch.from_dlpack(q[:, :, None])
+    caches = [(torch.from_dlpack(k), torch.from_dlpack(v)) for k, v in zip(ks, vs, strict=True)]
+
+    def run(repeats: int) -> None:
+        x = query
+        for _ in range(repeats):
+            for k, v in caches:
+                x = x + attention(x, k, v) * 1e-3
+        torch.cuda.synchronize()
+
+    return run
+
+
+class Problem:
+    """The arrays of one shape, batch and model that every competitor shares."""
+
+    def __init__(self, shape: timing.Shape, heads: tuple[int, int, int], batch: int, dtype: str, layers: int):
+        many, kv_heads, dim = heads
+        self.shape, self.heads, self.batch, self.dtype, self.layers = shape, heads, batch, dtype, layers
+        self.scale = dim**-0.5
+        keys = jax.random.split(jax.random.key(0), 2 * layers + 2)
+        kind = DTYPES[dtype]
+        size = (batch, kv_heads, shape.tokens + DENSE, dim)
+        make = jax.jit(lambda key: jax.random.normal(key, size, kind))
+        self.ks, self.vs = [make(key) for key in keys[:layers]], [make(key) for key in keys[layers:-2]]
+        self.q = jax.random.normal(keys[-1], (batch, many, dim), kind)
+        at = (layers, batch, kv_heads, shape.regions, dim)
+        self.descriptors = jax.random.normal(keys[-2], at, kind)
+
+    def pack(self, name: str, spec: GazeSpec) -> tuple[Any, tuple[Array, Array]]:
+        """The visual cache in the layout of ``name``, and the dense stream."""
+        shape = self.shape
+        pad = shape.regions * timing.SLOTS - shape.tokens
+
+        def regions(arrays: list[Array]) -> Array:
+            a = jnp.stack(
+                [jnp.pad(a[:, :, : shape.tokens], ((0, 0),) * 2 + ((0, pad), (0, 0))) for a in arrays]
+            )
+            return a.reshape(*a.shape[:3], shape.regions, timing.SLOTS, a.shape[-1])
+
+        def pack(ks: list[Array], vs: list[Array]) -> Any:
+            return api.pack(regions(ks), regions(vs), spec=spec, implementation=name)
+
+        packed = jax.jit(pack)(self.ks, self.vs)
+        dense = (jnp.stack([a[:, :, shape.tokens :] for a in arrays]) for arrays in (self.ks, self.vs))
+        return packed, tuple(dense)  # type: ignore[return-value]
+
+    def picks(self, share: str) -> tuple[Array | None, float]:
+        """int32 [L, B, Hs, J] drawn per selection, and the mean union over a group's heads."""
+        many, kv_heads, _ = self.heads
+        if self.shape.top_k is None:
+            return None, float(self.shape.regions)
+        selections = many if share == "head" else kv_heads
+        lead = (self.layers, self.batch, selections)
+        rng = np.random.default_rng(1)
+        picks = timing.top_regions(rng, min(self.shape.top_k, self.shape.regions), self.shape.regions, lead)
+        mask = np.zeros((*lead, self.shape.regions), bool)
+        np.put_along_axis(mask, picks, True, axis=-1)
+        union = accounting.union_over_group(jnp.asarray(mask), kv_heads)
+        return jnp.asarray(picks), float(jnp.mean(union))
+
+
+def layers_that_fit(
+    shape: timing.Shape, heads: tuple[int, int, int], batch: int, dtype: str
+) -> tuple[int, int]:
+    """At most :data:`LAYERS`; and the bytes of one layer's keys and values, of which four copies must fit.
+
+    Three live at once: an array per layer for each of two dense layouts, and the packed cache; the fourth is
+    what packing works with.
+    """
+    _, kv_heads, dim = heads
+    tokens = shape.regions * timing.SLOTS + DENSE
+    layer = 2 * batch * kv_heads * tokens * dim * jnp.dtype(DTYPES[dtype]).itemsize
+    return min(LAYERS, timing.free_memory() // (4 * layer)), layer
+
+
+def competitors(
+    problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace
+) -> tuple[dict[str, Callable[[Any], Any]], dict[str, float]]:
+    """Everything that runs beside the implementation ``name``, by name; and the union of each share."""
+    ks, vs, q = problem.ks, problem.vs, problem.q
+    found: dict[str, Callable[[Any], Any]] = {}
+    for form in EINSUMS:
+        run = over_arrays(functools.partial(einsum, form), problem.scale)
+        found[form] = functools.partial(lambda run, n: run(q, n, ks, vs), run)
+    own = jax.jit(lambda arrays: [jnp.swapaxes(a, 1, 2) for a in arrays])
+    keys, values = own(ks), own(vs)
+    library = {"dot_product_attention": "xla"}
+    if jax.default_backend() == "gpu" and q.dtype != jnp.float32:
+        library["cudnn"] = "cudnn"
+    for label, implementation in library.items():
+        run = over_arrays(functools.partial(dot_product, implementation), problem.scale)
+        found[label] = functools.partial(lambda run, n: run(q, n, keys, values), run)
+    if (sdpa := torch_sdpa(q, ks, vs, problem.scale)) is not None:
+        found["torch"] = lambda n: sdpa(int(n))
+
+    packed, dense = problem.pack(name, spec)
+    seen = jnp.asarray(problem.shape.seen(problem.batch))
+    dense_seen = jnp.ones((problem.batch, DENSE), bool)
+    unions = {}
+    top_k = problem.shape.top_k
+    for share in args.share:
+        shared = GazeSpec(spec.scale, share, visual_dtype=spec.visual_dtype)
+        indices, unions[share] = problem.picks(share)
+        rest = (packed, dense, problem.descriptors, indices, seen, dense_seen)
+        programs = {"op": (False, True)}
+        if top_k is not None:
+            programs |= {"routing": (True, False), "routed": (True, True)}
+        for label, (route, attend) in programs.items():
+            run = over_layers(name, shared, top_k, route, attend)
+            found[f"{share} {label}"] = functools.partial(lambda run, rest, n: run(q, n, *rest), run, rest)
+    return found, unions
+
+
+def repeats_for(run: Callable[[Any], Any], least: float) -> int:
+    """How often to go over the layers so that a call takes ``least`` seconds."""
+    once = min(timing.paired({"run": lambda: run(jnp.int32(1))}, rounds=3)["run"])
+    return max(1, min(1000, math.ceil(least / once)))
+
+
+def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per share."""
+    found, unions = competitors(problem, name, spec, args)
+    counts = {label: repeats_for(run, args.least_ms / 1e3) for label, run in found.items()}
+    calls = {label: functools.partial(run, jnp.int32(counts[label])) for label, run in found.items()}
+    calls["read"] = args.reader
+    raw = timing.paired(calls, rounds=args.rounds, seconds=args.seconds)
+    bandwidth = args.reader.bandwidth(raw.pop("read"))
+    per = {label: [t / (counts[label] * problem.layers) for t in times] for label, times in raw.items()}
+    best = min(EINSUMS, key=lambda form: statistics.median(per[form]))
+    rows = []
+    for share, union in unions.items():
+        floor = floor_bytes(problem.shape, problem.heads, problem.batch, problem.dtype, union)
+        rows.append(
+            {"share": share, "layers": problem.layers}
+            | ({} if problem.layers == LAYERS else {"note": f"{LAYERS} layers do not fit in memory"})
+            | columns(per, share, union, floor, bandwidth, best)
+        )
+    return rows
+
+
+def columns(
+    per: Mapping[str, list[float]],
+    share: str,
+    union: float,
+    floor: float,
+    bandwidth: float,
+    einsum_form: str,
+) -> dict[str, Any]:
+    """The figures of one share: milliseconds per layer, and how many times as long others take."""
+
+    def ms(label: str) -> dict[str, Any]:
+        return {
+            "median": 1e3 * statistics.median(per[label]),
+            "iqr": [1e3 * t for t in timing.quartiles(per[label])],
+        }
+
+    against = {"einsum": einsum_form} | {
+        label: label for label in ("dot_product_attention", "cudnn", "torch") if label in per
+    }
+    row: dict[str, Any] = {
+        "rounds": len(per[f"{share} op"]),
+        "ms": ms(f"{share} op"),
+        "union": union,
+        "bandwidth": bandwidth,
+        "floor_bytes": floor,
+        "floor_ms": 1e3 * floor / bandwidth,
+        "times_floor": statistics.median(per[f"{share} op"]) * bandwidth / floor,
+        "einsum_form": einsum_form,
+        "dense_ms": {label: ms(source) for label, source in against.items()},
+        "speedup": {label: timing.ratio(per, source, f"{share} op") for label, source in against.items()},
+    }
+    if f"{share} routed" in per:
+        row["routing_ms"] = ms(f"{share} routing")
+        row["routed_ms"] = ms(f"{share} routed")
+        row["routed_speedup"] = {
+            label: timing.ratio(per, source, f"{share} routed") for label, source in against.items()
+        }
+    return row
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows; what cannot run becomes a row that says why."""
+    rows = []
+    for text in args.shapes.split(","):
+        for model in args.heads:
+            for batch in args.batch:
+                rows += one_problem(timing.Shape.parse(text), model, batch, args)
+    return rows
+
+
+def one_problem(
+    shape: timing.Shape, model: str, batch: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    heads = timing.HEADS[model]
+    base = {
+        "tokens": shape.tokens,
+        "regions": shape.regions,
+        "slots": timing.SLOTS,
+        "top_k": shape.top_k,
+        "dense": DENSE,
+        "batch": batch,
+        "heads": model,
+        "dtype": args.dtype,
+    }
+    layers, size = layers_that_fit(shape, heads, batch, args.dtype)
+    if layers < 1:
+        need, free = 4 * size / 1e9, timing.free_memory() / 1e9
+        return [timing.skipped(base, f"one layer needs {need:.1f} GB in four copies, {free:.1f} GB are free")]
+    problem = Problem(shape, heads, batch, args.dtype, layers)
+    spec = GazeSpec(problem.scale, visual_dtype="int8" if args.dtype == "int8" else None)
+    rows = []
+    for name in args.impl:
+        this = base | {"implementation": name}
+        if (reason := api.supports(name, spec)) is not None:
+            rows.append(timing.skipped(this, reason))
+            continue
+        try:
+            measured = measure(problem, name, spec, args)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            rows.append(timing.skipped(this | {"layers": layers}, str(error).splitlines()[0]))
+            continue
+        rows += [this | row for row in measured]
+        for row in rows[-len(measured) :]:
+            print(line(row), flush=True)
+    return rows
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row for people."""
+    top_k = "all" if row["top_k"] is None else row["top_k"]
+    name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
+    text = f"{name:44}{row['implementation']:>10}{row['share']:>6}{row['ms']['median']:>9.3f} ms"
+    text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f}, {row['bandwidth'] / 1e9:.1f} GB/s)"
+    text += "".join(
+        f"  {k} {v['median']:.3f} ({row['speedup'][k]['median']:.2f}x)" for k, v in row["dense_ms"].items()
+    )
+    if "routed_ms" in row:
+        text += (
+            f"  routed {row['routed_ms']['median']:.3f} ({row['routed_speedup']['einsum']['median']:.2f}x)"
+        )
+    return text + (f"  [{row['note']}: {row['layers']}]" if "note" in row else "")
+
+
+BARS = {
+    "SeerAttention-R, H100, group-shared blocks, 90 % sparse": "9x FlashAttention-3, of at most 10x",
+    "FlashMLA, H800": "3,000 GB/s, about 90 % of peak",
+    "NSA decode, A100, 64k": "11.6x, the ratio of memory volumes",
+}
+"""What kernels of this kind reach on GPUs by their authors' own account."""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    names = [name for name in api.IMPLEMENTATIONS if name != "reference"]
+    parser.add_argument("--shapes", default=SHAPES, help="tokens/regions/top_k, comma-separated")
+    parser.add_argument("--batch", type=lambda s: [int(x) for x in s.split(",")], default=[1, 8])
+    parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
+    parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
+    parser.add_argument("--share", type=timing.listed(("head", "group")), default=["head", "group"])
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of rounds per implementation and shape")
+    parser.add_argument("--least-ms", type=float, default=20.0, help="shortest measured call")
+    parser.add_argument("--quick", action="store_true", help="a dry run at toy sizes")
+    parser.add_argument("--json", help="write the results to this file")
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(shapes=QUICK, batch=[2], heads=["tiny"], rounds=3, least_ms=0.0)
+    args = parser.parse_args(argv)
+    args.reader = timing.Reader(2**20 if args.quick else 2**28 if on_cpu else 2**31)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rows = benchmark(args)
+    bars = {"bars": BARS} if jax.default_backend() == "gpu" else {}
+    read = [row["bandwidth"] for row in rows if "bandwidth" in row]
+    bandwidth = statistics.median(read) if read else None
+    timing.write(args.json, timing.report("benchmarks.decode", argv, rows, bandwidth=bandwidth, **bars))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The benchmarks of the attention ops: dry runs, and the figures that they derive."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import decode, prefill, timing
+from gaze_jax.core import accounting
+
+
+def _run(module, folder, *flags):
+    path = folder / "result.json"
+    module.main(["--quick", f"--json={path}", *flags])
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    return _run(decode, tmp_path_factory.mktemp("decode"))
+
+
+@pytest.fixture(scope="module")
+def prefilled(tmp_path_factory):
+    return _run(prefill, tmp_path_factory.mktemp("prefill"))
+
+
+def test_decode_writes_a_row_per_shape_and_share(decoded):
+    """Shapes x shares of the one implementation, over eight layers, with what they were measured on."""
+    rows = decoded["rows"]
+    found = [(row["tokens"], row["top_k"], row["implementation"], row["share"]) for row in rows]
+    assert found == [
+        (72, 1, "xla", "head"),
+        (72, 1, "xla", "group"),
+        (71, 2, "xla", "head"),
+        (71, 2, "xla", "group"),
+    ]
+    assert all(row["layers"] == 8 and row["rounds"] == 3 and "note" not in row for row in rows)
+    assert decoded["versions"].keys() >= {"jax", "jaxlib", "numpy", "python"} and decoded["bandwidth"] > 0
+    assert decoded["bandwidth"] == pytest.approx(np.median([row["bandwidth"] for row in rows]))
+    assert decoded["command"].startswith("python -m benchmarks.decode --quick")
+
+
+def test_decode_figures_agree_with_each_other(decoded):
+    """The union lies between top_k and G * top_k, the floor follows from it, the ratio from the floor."""
+    for row in decoded["rows"]:
+        heads = 2 if row["share"] == "head" else 1
+        assert row["top_k"] <= row["union"] <= min(heads * row["top_k"], 2)
+        if row["share"] == "group":
+            assert row["union"] == row["top_k"]
+        # K=2, D=16, P=36, S=256, two sequences, 4 bytes: K * (bDR + 2bDPU + 2bDS) each.
+        by_hand = 2 * 2 * 4 * 16 * (2 + 2 * 36 * row["union"] + 2 * 256)
+        assert row["floor_bytes"] == pytest.approx(by_hand)
+        assert row["floor_ms"] == pytest.approx(1e3 * by_hand / row["bandwidth"])
+        assert row["times_floor"] == pytest.approx(row["ms"]["median"] / row["floor_ms"])
+        assert row["dense_ms"].keys() == row["speedup"].keys() == {"einsum", "dot_product_attention"}
+        for label, speedup in (*row["speedup"].items(), *row["routed_speedup"].items()):
+            low, high = speedup["iqr"]
+            assert 0 < low <= speedup["median"] <= high, label
+        assert row["routing_ms"]["median"] > 0 and row["routed_ms"]["median"] > 0
+
+
+def test_decode_without_a_list_has_no_routing(tmp_path):
+    """ "all" reads every region: no descriptors in the floor and nothing to route."""
+    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--share=group")["rows"]
+    assert row["top_k"] is None and row["union"] == 2 and "routed_ms" not in row
+    assert row["floor_bytes"] == 2 * 2 * 4 * 16 * 2 * (72 + 256)
+
+
+def test_decode_floor_of_an_int8_cache():
+    """A byte per visual element and two float32 scales per token; descriptors and text stay bfloat16."""
+    shape = timing.Shape(4608, 128, 13)
+    got = decode.floor_bytes(shape, (32, 8, 128), 3, "int8", 20.0)
+    assert got == 3 * 8 * (2 * 128 * 128 + 2 * (128 + 4) * 36 * 20 + 2 * 2 * 128 * decode.DENSE)
+    wide = decode.floor_bytes(shape, (32, 8, 128), 1, "bfloat16", 20.0)
+    assert wide == accounting.decode_floor(8, 128, 2, 128, 36, 20.0, decode.DENSE).total
+
+
+def test_what_does_not_fit_or_cannot_run_is_a_row_that_says_why(monkeypatch, tmp_path, capsys):
+    """Too little memory, and an implementation that refuses: skipped with numbers and the reason."""
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "free_memory", lambda: 10**5)
+        rows = _run(decode, tmp_path)["rows"]
+    assert [row["skipped"] for row in rows] == ["one layer needs 0.0 GB in four copies, 0.0 GB are free"] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.api, "supports", lambda name, spec: f"{name} is resting.")
+        rows = _run(decode, tmp_path)["rows"]
+    assert [row["skipped"] for row in rows] == ["xla is resting."] * 2
+    assert capsys.readouterr().out.count("skipped: ") == 4
+
+
+def test_fewer_layers_are_said_in_the_row(monkeypatch, tmp_path):
+    """Where eight layers do not fit, the row names how many there were."""
+    monkeypatch.setattr(decode, "layers_that_fit", lambda *_: (3, 0))
+    for row in _run(decode, tmp_path)["rows"]:
+        assert row["layers"] == 3 and row["note"] == "8 layers do not fit in memory"
+
+
+def test_dense_forms_compute_the_same_attention():
+    """Every competitor attends to the same keys: the einsum forms, the library and the op without a list."""
+    problem = decode.Problem(timing.Shape(71, 2, None), timing.HEADS["tiny"], 2, "float32", 2)
+    args = decode.parse(["--quick"])
+    found, _ = decode.competitors(problem, "xla", decode.GazeSpec(problem.scale), args)
+    assert found.keys() == {*decode.EINSUMS, "dot_product_attention", "head op", "group op"}
+    outs = {label: np.asarray(run(np.int32(2))) for label, run in found.items()}
+    for label, out in outs.items():
+        assert np.abs(out - np.asarray(problem.q)).max() > 1e-4, "it ran"
+        np.testing.assert_allclose(out, outs["group op"], atol=1e-5, err_msg=label)
+
+
+def test_prefill_writes_a_row_per_implementation_share_and_pass(prefilled):
+    """Useful FLOPs are those of selected pairs; TFLOP/s and speedups follow from the times."""
+    rows = prefilled["rows"]
+    labels = [(row["implementation"], row["share"], row["pass"]) for row in rows]
+    kinds = [("xla", "head"), ("xla", "group"), ("dense xla", ""), ("dense dot_product_attention", "")]
+    assert labels == [(*kind, p) for kind in kinds for p in prefill.PASSES]
+    for row in rows:
+        seconds = row["ms"]["median"] / 1e3
+        assert row["tflops"] == pytest.approx(row["flops"] / seconds / 1e12)
+        assert row["speedup"].keys() == {"dense xla", "dense dot_product_attention"}
+        if row["implementation"] in row["speedup"]:
+            assert row["speedup"][row["implementation"]]["median"] == 1
+        assert row["temporary_bytes"] >= 0
+    forward = {row["implementation"]: row["flops"] for row in rows if row["pass"] == "forward"}
+    # H=4, D=16, 8 queries: 4 * D * H for each pair; one region of 36 or 35 tokens against all 71, and S=256.
+    assert forward["dense xla"] == 4 * 16 * 4 * 8 * (71 + 256)
+    assert 4 * 16 * 4 * 8 * (35 + 256) <= forward["xla"] <= 4 * 16 * 4 * 8 * (36 + 256)
+    both = {row["implementation"]: row["flops"] for row in rows if row["pass"] != "forward"}
+    assert both == pytest.approx({name: 3.5 * flops for name, flops in forward.items()})
+
+
+def test_paired_rounds_rotate_and_stop():
+    """Each round runs everybody once, beginning with another; three rounds run however long they take."""
+    log = []
+    calls = {name: lambda name=name: log.append(name) for name in "abc"}
+    times = timing.paired(calls, rounds=9, seconds=0.0)
+    assert "".join(log) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert all(t > 0 for each in times.values() for t in each)
+    got = timing.ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 1.0]}, "a", "b")
+    assert got == {"median": 3.0, "iqr": [2.5, 3.5]}
+
+
+@pytest.mark.parametrize("text", ["72/3/1", "73/2/1"])
+def test_a_shape_whose_tokens_do_not_fill_its_regions_is_refused(text):
+    """A whole empty region, and a token too many."""
+    with pytest.raises(ValueError, match="tokens do not fill"):
+        timing.Shape.parse(text)
+
+
+def test_regions_drawn_are_distinct_and_drawn_anew():
+    """top_k different regions per place, another draw for each."""
+    picks = timing.top_regions(np.random.default_rng(0), 5, 20, (3, 4))
+    assert picks.shape == (3, 4, 5) and picks.min() >= 0 and picks.max() < 20
+    assert all(len(set(row)) == 5 for row in picks.reshape(-1, 5).tolist())
+    assert len({tuple(sorted(row)) for row in picks.reshape(-1, 5).tolist()}) > 6

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
 from pallas_kernels import gaze_prefill
+from pallas_kernels.gaze_prefill import tpu
 from tests.helpers import cases, oracle
 from tests.kernels.prefill_suite import PrefillSuite
 
@@ -26,6 +30,46 @@ class TestXla(PrefillSuite):
     """Plain XLA, on whatever backend runs the tests."""
 
     implementation = "xla"
+
+
+class TestTpu(PrefillSuite):
+    """The Mosaic kernels, interpreted on a CPU: out-of-bounds reads raise, scratch is NaN, races are found."""
+
+    implementation = "tpu"
+    shards_heads = False  # the compiler does not partition a Mosaic kernel: it takes a shard_map
+
+    # Small tiles, so that toy sizes have several tiles, blocks and batches, and blocks of every action.
+    tiles = tpu.Tiles(queries=32, chunk=64, visits=4, keys=16, open_keys=32, gather_below=0.7)
+
+    @pytest.fixture(autouse=True, scope="class")
+    def _small_tiles(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tpu, "TILES", self.tiles)
+            yield
+
+    @pytest.fixture(autouse=True, scope="class")
+    def _detectors(self):
+        """Every kernel run's race detector; the interpreter itself keeps the last one's only."""
+        detectors = []
+
+        def detector(*args, **kwargs):
+            detectors.append(original(*args, **kwargs))
+            return detectors[-1]
+
+        original = interpret_pallas_call.RaceDetectionState
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpret_pallas_call, "RaceDetectionState", detector)
+            yield detectors
+
+    @pytest.fixture(autouse=True)
+    def _no_races(self, _detectors):
+        _detectors.clear()
+        yield
+        raced = [detector.races_found for detector in _detectors]
+        _detectors.clear()
+        # After an error inside of a kernel the interpreter keeps that kernel's memory.
+        pltpu.reset_tpu_interpret_mode_state()
+        assert not any(raced)
 
 
 def _shapes(jaxpr, found):

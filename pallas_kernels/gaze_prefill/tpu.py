@@ -149,24 +149,25 @@ def _key_places(plan: Plan, places: KeyPlaces, finite: Array) -> Array:
 
 
 def _near(windows: dict[str, Array], stream: str, order: Array, segment: Array) -> Array:
-    """bool [B, T, X]: may query t see a token of [B, X, tokens]? Never False where it does see one."""
+    """bool [B, X, T]: may query t see a token of [B, X, tokens]? Never False where it does see one."""
     big = jnp.int32(2**30)
     real = order >= 0
     lo, hi = jnp.where(real, order, big).min(-1), order.max(-1)
     first, last = jnp.where(real, segment, big).min(-1), jnp.where(real, segment, -1).max(-1)
 
     def query(name: str) -> Array:
-        return windows[name][:, :, None]
+        return windows[name][:, None, :]
 
-    near = (query(f"{stream}_lo") <= hi[:, None]) & (query(f"{stream}_hi") >= lo[:, None])
-    return near & (query("segment") >= first[:, None]) & (query("segment") <= last[:, None])
+    near = (query(f"{stream}_lo") <= hi[:, :, None]) & (query(f"{stream}_hi") >= lo[:, :, None])
+    return near & (query("segment") >= first[:, :, None]) & (query("segment") <= last[:, :, None])
 
 
-def _pack_bits(a: Array) -> Array:
-    """Int32 [..., X / 32] from bool [..., X]."""
-    a = a.reshape(*a.shape[:-1], a.shape[-1] // 32, 32)
-    words = jnp.where(a, jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32)), jnp.uint32(0))
-    return jax.lax.bitcast_convert_type(words.sum(-1, dtype=jnp.uint32), jnp.int32)
+def _pack_bits(a: Array, axis: int) -> Array:
+    """int32 with a 32nd of bool ``a``'s size along ``axis``, the first of 32 in the lowest bit."""
+    lead, tail = a.shape[:axis], a.shape[axis + 1 :]
+    one = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32)).reshape(32, *[1] * len(tail))
+    words = jnp.where(a.reshape(*lead, -1, 32, *tail), one, jnp.uint32(0))
+    return jax.lax.bitcast_convert_type(words.sum(axis + 1, dtype=jnp.uint32), jnp.int32)
 
 
 def _table(
@@ -178,32 +179,32 @@ def _table(
       plan, tiles: static sizes.
       places: int32 [B, K, N, 8, W].
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, tile, NV, C], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
     """
     batch, kv_heads = places.shape[:2]
     order, segment = places[:, 0, :, kernels.ORDER], places[:, 0, :, kernels.SEGMENT_OF]
     visual = plan.visual_blocks
-    dense_seen = _near(windows, "dense", order[:, visual:], segment[:, visual:]).any(1)
+    dense_seen = _near(windows, "dense", order[:, visual:], segment[:, visual:]).any(2)
 
     def action(seen: Array) -> Array:
         act = jnp.where(seen, kernels.DIRECT, kernels.SKIP).astype(jnp.int32)
         return jnp.broadcast_to(act[:, None], (batch, kv_heads, act.shape[1]))
 
     if opened is None:
-        seen = _near(windows, "visual", order[:, :visual], segment[:, :visual]).any(1)
+        seen = _near(windows, "visual", order[:, :visual], segment[:, :visual]).any(2)
         return jnp.concatenate([action(seen), action(dense_seen)], axis=2)[:, :, :, None, None]
 
     tokens = (batch, visual * plan.cells, plan.cell)
     by_cell = [a[:, :visual, : plan.cells * plan.cell].reshape(tokens) for a in (order, segment)]
-    near = _near(windows, "visual", *by_cell).reshape(batch, 1, 1, plan.tile, visual, plan.cells)
-    visits = (opened & near).any((2, 5))  # [B, K, tile, NV]
-    units = plan.rows // plan.unit
-    visits = jnp.moveaxis(visits.reshape(batch, kv_heads, units, plan.tile // units, visual).any(3), 2, 3)
+    near = _near(windows, "visual", *by_cell).reshape(batch, 1, 1, visual, plan.cells, plan.tile)
+    visits = (opened & near).any((2, 4))  # [B, K, NV, tile]
+    per_unit = plan.unit // plan.group
+    visits = functools.reduce(jnp.logical_or, [visits[..., i::per_unit] for i in range(per_unit)])
     count = visits.sum(-1, dtype=jnp.int32)
-    few = count < max(1, round(tiles.gather_below * units))
+    few = count < max(1, round(tiles.gather_below * visits.shape[-1]))
     acts = jnp.where(count == 0, kernels.SKIP, jnp.where(few, kernels.GATHER, kernels.DIRECT))
     acts = jnp.concatenate([acts.astype(jnp.int32), action(dense_seen)], axis=2)
-    words = _pad(_pack_bits(_pad(visits, 3, plan.words * 32)), 2, plan.blocks)
+    words = _pad(_pack_bits(_pad(visits, 3, plan.words * 32), 3), 2, plan.blocks)
     return jnp.concatenate([acts[..., None], words], axis=3)[:, :, :, None, :]
 
 
@@ -215,13 +216,13 @@ def _facts(
     Args:
       plan: static sizes.
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, tile, NV, C], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
       numbers: float32 [B, K, rows] log-sum-exp and delta, for the backward pass.
     """
     lanes = [windows[name] for name in ("visual_lo", "visual_hi", "dense_lo", "dense_hi", "segment")]
-    batch, tile = lanes[0].shape
-    heads = 1 if opened is None and not numbers else (opened if numbers == () else numbers[0]).shape[1]  # type: ignore[union-attr]
-    by_row = (batch, heads, tile, plan.group)
+    # Without a selection and the backward pass's numbers, all kv heads share one.
+    heads = next((a.shape[1] for a in (opened, *numbers) if a is not None), 1)
+    by_row = (lanes[0].shape[0], heads, plan.tile, plan.group)
     columns = [jnp.broadcast_to(a[:, None, :, None], by_row) for a in lanes]
     columns += [jax.lax.bitcast_convert_type(a, jnp.int32).reshape(by_row) for a in numbers]
     front = _pad(jnp.stack(columns, axis=-1), 4, kernels.WORDS)[..., None, :]
@@ -229,14 +230,15 @@ def _facts(
     if opened is None:
         words = jnp.zeros((*by_row, plan.registers, kernels.WORD_LANES), jnp.int32)
     else:
-        bits = _pad(_pad(opened, 5, plan.bits), 4, plan.registers * plan.blocks_per_facts)
-        words = _pack_bits(bits.reshape(*bits.shape[:4], -1))
-        words = words.reshape(*bits.shape[:4], plan.registers, kernels.WORD_LANES)
-        if words.shape[2] == 1:
-            words = jnp.broadcast_to(words, (batch, heads, plan.group, *words.shape[3:]))
-        words = jnp.moveaxis(_pad(words, 2, plan.group), 2, 3)
+        # Queries stay on the last axis until the bits are words: a region's few cells would waste lanes.
+        bits = _pad(_pad(opened, 4, plan.bits), 3, _up(plan.visual_blocks, 32 // plan.bits))
+        bits = _pack_bits(bits.reshape(*bits.shape[:3], -1, plan.tile), 3)
+        bits = _pad(bits, 3, plan.registers * kernels.WORD_LANES)
+        bits = jnp.moveaxis(bits, (2, 4), (3, 2))  # [B, K, tile, Gs, words]
+        bits = jnp.broadcast_to(bits, (*by_row, bits.shape[4])) if bits.shape[3] == 1 else bits
+        words = _pad(bits, 3, plan.group).reshape(*by_row, plan.registers, kernels.WORD_LANES)
     facts = jnp.concatenate([front, words], axis=-1)
-    return facts.reshape(batch, heads, plan.rows, plan.registers * LANES)
+    return facts.reshape(*by_row[:2], plan.rows, plan.registers * LANES)
 
 
 def _tiled(a: Array, count: int, tile: int, value: int = 0) -> Array:
@@ -246,12 +248,13 @@ def _tiled(a: Array, count: int, tile: int, value: int = 0) -> Array:
 
 
 def _tile_arrays(
-    plan: Plan, tiles: Tiles, places: Array, queries: tuple[dict[str, Array], Array | None], *numbers: Array
+    plan: Plan, tiles: Tiles, places: Array, queries: "Queries", *numbers: Array
 ) -> tuple[Array, Array]:
+    """Table and facts of one tile of queries."""
     windows, opened = queries
-    if opened is not None:  # [B, tile, K, Gs, R] as [B, K, Gs, tile, NV, C]
-        opened = _pad(jnp.moveaxis(opened, 1, 3), 4, plan.visual_blocks * plan.cells)
-        opened = opened.reshape(*opened.shape[:4], plan.visual_blocks, plan.cells)
+    if opened is not None:  # [B, tile, K, Gs, R] as [B, K, Gs, NV, C, tile]
+        opened = _pad(jnp.moveaxis(opened, 1, 4), 3, plan.visual_blocks * plan.cells)
+        opened = opened.reshape(*opened.shape[:3], plan.visual_blocks, plan.cells, plan.tile)
     return _table(plan, tiles, places, windows, opened), _facts(plan, windows, opened, numbers)
 
 

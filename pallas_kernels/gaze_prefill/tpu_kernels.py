@@ -400,8 +400,9 @@ def _call(
         name=name,
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(
-            # Cores may share batch and heads; a head's blocks are one after another.
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            # Cores may share batch and heads; a head's blocks come one after another. The interpreter has
+            # one core, and under vmap it trips over semantics that do not name the mapped axis.
+            dimension_semantics=None if plan.interpret else ("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM,
         ),
         **arguments,

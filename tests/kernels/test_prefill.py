@@ -41,35 +41,25 @@ class TestTpu(PrefillSuite):
     # Small tiles, so that toy sizes have several tiles, blocks and batches, and blocks of every action.
     tiles = tpu.Tiles(queries=32, chunk=64, visits=4, keys=16, open_keys=32, gather_below=0.7)
 
-    @pytest.fixture(autouse=True, scope="class")
-    def _small_tiles(self):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tpu, "TILES", self.tiles)
-            yield
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        monkeypatch.setattr(tpu, "TILES", self.tiles)
 
-    @pytest.fixture(autouse=True, scope="class")
-    def _detectors(self):
-        """Every kernel run's race detector; the interpreter itself keeps the last one's only."""
+    @pytest.fixture(autouse=True)
+    def _no_races(self, monkeypatch):
+        """Asks every kernel run's race detector; the interpreter itself keeps the last one's only."""
         detectors = []
+        original = interpret_pallas_call.RaceDetectionState
 
         def detector(*args, **kwargs):
             detectors.append(original(*args, **kwargs))
             return detectors[-1]
 
-        original = interpret_pallas_call.RaceDetectionState
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(interpret_pallas_call, "RaceDetectionState", detector)
-            yield detectors
-
-    @pytest.fixture(autouse=True)
-    def _no_races(self, _detectors):
-        _detectors.clear()
+        monkeypatch.setattr(interpret_pallas_call, "RaceDetectionState", detector)
         yield
-        raced = [detector.races_found for detector in _detectors]
-        _detectors.clear()
         # After an error inside of a kernel the interpreter keeps that kernel's memory.
         pltpu.reset_tpu_interpret_mode_state()
-        assert not any(raced)
+        assert not any(detector.races_found for detector in detectors)
 
 
 def _shapes(jaxpr, found):

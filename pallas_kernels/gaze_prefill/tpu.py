@@ -17,6 +17,7 @@ as 128 would.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,16 @@ def _plan(
     regions, slots, dense = sizes
     if routed:
         cells = max(1, min(tiles.keys // slots, regions, 32))
-        width = max(cells * slots, min(dense, tiles.keys))
+        # Whole registers per region where as many regions fit: 36 tokens take 40, and XLA moves no row.
+        whole = _up(slots, kernels.SUBLANES)
+        cell = whole if cells * whole <= max(tiles.keys, whole) else slots
+        width = max(cells * cell, min(dense, tiles.keys))
     else:
-        cells, width = 1, min(max(regions * slots, dense), tiles.open_keys)
-    width = _up(max(width, 1), 16 if width <= LANES else LANES)
-    cell = slots if routed else width
-    visual_blocks = -(-regions * slots // (cells * cell))
+        width = max(1, min(max(regions * slots, dense), tiles.open_keys))
+    width = _up(width, 16 if width <= LANES else LANES)
+    if not routed:
+        cells, cell = 1, width
+    visual_blocks = -(-regions // cells) if routed else -(-regions * slots // width)
     if routed and kernels.SUBLANES % group:
         group = _up(group, kernels.SUBLANES)
     # Sixteen queries are whole registers of every dtype, whatever the group.
@@ -112,11 +117,20 @@ def _plan(
 
 
 def _blocks(plan: Plan, visual: Array, dense: Array, axis: int, empty: int) -> Array:
-    """Tokens of both streams, R * P and S of them on ``axis``, as blocks [.., N, W, ..]; the rest is ``empty``."""
-    lead, tail = visual.shape[:axis], visual.shape[axis + 1 :]
-    per_block, dense_blocks = plan.cells * plan.cell, plan.blocks - plan.visual_blocks
-    visual = _pad(visual, axis, plan.visual_blocks * per_block, empty)
-    visual = _pad(visual.reshape(*lead, plan.visual_blocks, per_block, *tail), axis + 1, plan.width, empty)
+    """Tokens of both streams, R and P on ``axis`` and the next, S on ``axis``, as blocks N, W on them.
+
+    Where there is no token the value is ``empty``.
+    """
+    lead, tail = visual.shape[:axis], visual.shape[axis + 2 :]
+    dense_blocks = plan.blocks - plan.visual_blocks
+    if plan.routed:
+        visual = _pad(visual, axis + 1, plan.cell, empty)
+        visual = _pad(visual, axis, plan.visual_blocks * plan.cells, empty)
+    else:
+        visual = visual.reshape(*lead, visual.shape[axis] * visual.shape[axis + 1], *tail)
+        visual = _pad(visual, axis, plan.visual_blocks * plan.width, empty)
+    visual = visual.reshape(*lead, plan.visual_blocks, plan.cells * plan.cell, *tail)
+    visual = _pad(visual, axis + 1, plan.width, empty)
     dense = _pad(dense, axis, dense_blocks * plan.width, empty)
     return jnp.concatenate([visual, dense.reshape(*lead, dense_blocks, plan.width, *tail)], axis=axis)
 
@@ -130,7 +144,7 @@ def _key_blocks(plan: Plan, visual: Array, dense: Array) -> tuple[Array, Array]:
       its NaN through the logits.
     """
     batch, kv_heads, _, _, dim = visual.shape
-    blocks = _blocks(plan, visual.reshape(batch, kv_heads, -1, dim), dense, 2, 0)
+    blocks = _blocks(plan, visual, dense, 2, 0)
     finite = jnp.isfinite(blocks).all(-1)
     blocks = jnp.where(finite[..., None], blocks, jnp.zeros((), blocks.dtype))
     return _pad(blocks.reshape(batch, kv_heads, -1, dim), 3, _up(dim, LANES)), finite
@@ -138,9 +152,9 @@ def _key_blocks(plan: Plan, visual: Array, dense: Array) -> tuple[Array, Array]:
 
 def _key_places(plan: Plan, places: KeyPlaces, finite: Array) -> Array:
     """int32 [B, K, N, 8, W]: order, segment, cell and poison of every token; order -1 where there is none."""
-    batch, _, slots = places.visual_order.shape
-    order = _blocks(plan, places.visual_order.reshape(batch, -1), places.dense_order, 1, -1)
-    segment = _blocks(plan, jnp.repeat(places.region_segment, slots, axis=1), places.dense_segment, 1, -1)
+    order = _blocks(plan, places.visual_order, places.dense_order, 1, -1)
+    segment = jnp.broadcast_to(places.region_segment[:, :, None], places.visual_order.shape)
+    segment = _blocks(plan, segment, places.dense_segment, 1, -1)
     cell = jnp.minimum(jnp.arange(plan.width, dtype=jnp.int32) // plan.cell, plan.cells - 1)
     poison = jnp.where(finite, jnp.float32(0), jnp.float32(jnp.nan))
     rows = [jnp.broadcast_to(a, finite.shape) for a in (order[:, None], segment[:, None], cell)]
@@ -170,9 +184,7 @@ def _pack_bits(a: Array, axis: int) -> Array:
     return jax.lax.bitcast_convert_type(words.sum(axis + 1, dtype=jnp.uint32), jnp.int32)
 
 
-def _table(
-    plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], opened: Array | None
-) -> Array:
+def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], opened: Array | None) -> Array:
     """int32 [B, K, N, 1, 1 + words]: what the tile does with a block, and the units that visit it.
 
     Args:
@@ -262,9 +274,7 @@ Queries = tuple[dict[str, Array], Array | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
-) -> Array:
+def _attend(plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries) -> Array:
     """Attention of all tiles.
 
     Args:
@@ -287,7 +297,7 @@ def _movable(plan: Plan, a: Array) -> Array:
 
 def _forward(
     plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Any, ...]]:
     def one(xs: tuple[Array, Queries]) -> tuple[Array, Array]:
         table, facts = _tile_arrays(plan, tiles, places, xs[1])
         out, lse = kernels.forward(plan, table, places, _movable(plan, xs[0]), facts, k, v)
@@ -297,17 +307,16 @@ def _forward(
     return out, (q, k, v, places, queries, out, lse)
 
 
-def _backward(plan: Plan, tiles: Tiles, residuals: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
+def _backward(plan: Plan, tiles: Tiles, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
     q, k, v, places, queries, out, lse = residuals
 
-    def one(sums: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], Array]:
+    def one(sums: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         q, queries, out, lse, d_out = xs
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         table, facts = _tile_arrays(plan, tiles, places, queries, lse, delta)
-        d_q, *sums = kernels.backward(
-            plan, table, places, _movable(plan, q), _movable(plan, d_out), facts, k, v, *sums
-        )
-        return tuple(sums), d_q.astype(q.dtype)
+        q_rows, d_rows = _movable(plan, q), _movable(plan, d_out)
+        d_q, d_k, d_v = kernels.backward(plan, table, places, q_rows, d_rows, facts, k, v, *sums)
+        return (d_k, d_v), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(one, (zeros, zeros), (q, queries, out, lse, d_out))
@@ -337,7 +346,9 @@ def gaze_prefill(
     batch, length, heads, dim = q.shape
     kv_heads, regions, slots = visual_k.shape[1:4]
     group = heads // kv_heads
-    routed = selected is not None and regions * slots > 0
+    if regions * slots == 0:
+        selected = None
+    routed = selected is not None
     tiles = TILES
     plan, count = _plan(spec, tiles, length, group, (regions, slots, dense_k.shape[2]), routed)
 
@@ -354,7 +365,7 @@ def gaze_prefill(
         windows[f"{name}_lo"] = _tiled(lo, count, plan.tile, 2**30)
         windows[f"{name}_hi"] = _tiled(hi, count, plan.tile, -1)
     opened = None
-    if routed:
+    if selected is not None:
         opened = selected | ~queries.routed[:, :, None, None]
         opened = _tiled(opened.reshape(batch, length, kv_heads, -1, regions), count, plan.tile)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
@@ -33,7 +32,7 @@ class TestXla(PrefillSuite):
 
 
 class TestTpu(PrefillSuite):
-    """The Mosaic kernels, interpreted on a CPU: out-of-bounds reads raise, scratch is NaN, races are found."""
+    """The Mosaic kernels, interpreted on a CPU: reads out of bounds raise, scratch is NaN, races show."""
 
     implementation = "tpu"
     shards_heads = False  # the compiler does not partition a Mosaic kernel: it takes a shard_map

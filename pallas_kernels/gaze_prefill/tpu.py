@@ -40,8 +40,8 @@ class Tiles:
       visits: units (of 8 rows) that the gathered path does.
       keys: tokens of a block when somebody selects; a block is whole regions, at least one.
       open_keys: tokens of a block when nobody does.
-      gather_below: a block is gathered if less than this share of the tile's units visit it. Copying a
-        unit there and back costs about three times what attending with it does.
+      gather_below: a block is gathered if less than this share of the tile's units visit it: copying a
+        unit there and back is estimated at three times the cost of attending with it.
     """
 
     queries: int = 1024

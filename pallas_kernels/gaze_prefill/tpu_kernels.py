@@ -15,8 +15,9 @@ query with its heads padded to 8. Per block the table says one of three things:
             matrix unit, and its rows are added back to where they came from
     DIRECT  many do, or nobody chooses (dense keys, unrouted queries): all rows in order, under the mask
 
-Both paths run the same arithmetic on the same facts, so they differ in rounding at most where a matrix
-unit's result depends on the row it stands in (it does not).
+Both run the same arithmetic on the same facts; only d K and d V add their queries in another order. The
+choice is made per block and tile, so a block costs the cheaper of the two. There is one way in which
+nothing is skipped: K and V of every block are fetched, once per tile.
 """
 
 import dataclasses

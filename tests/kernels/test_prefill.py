@@ -93,11 +93,11 @@ class TestTpu(PrefillSuite):
             np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=2e-6)
 
     def test_regions_of_36_at_the_real_tiles(self, monkeypatch):
-        """Three regions of 36 in a block of 128, one with missing tokens, D = 64 in bfloat16, G = 7."""
+        """Three regions of 36 in a block of 128, two with missing tokens, D = 64 in bfloat16, G = 7."""
         monkeypatch.setattr(tpu, "TILES", tpu.Tiles())
         case = _text_only(
             cases.prefill(
-                [sample([Text(1), Unit(12, 12), Unit(5, 6), Text(17)], region=(6, 6))],
+                [sample([Text(1), Unit(12, 12), Unit(6, 7), Text(17)], region=(6, 6))],
                 kv_heads=1,
                 group=7,
                 dim=64,

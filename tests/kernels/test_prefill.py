@@ -65,6 +65,12 @@ class TestTpu(PrefillSuite):
     def test_edge_13_query_blocks_with_remainders(self, query_block):
         super().test_edge_13_query_blocks_with_remainders(query_block)
 
+    @pytest.mark.parametrize(
+        ("group", "share"), [(1, "head"), (4, "group"), (5, "head"), (7, "group"), (8, "head")]
+    )
+    def test_edge_12_group_sizes(self, group, share):
+        super().test_edge_12_group_sizes(group, share)
+
     def test_gathered_and_direct_blocks_agree(self, monkeypatch):
         """Nothing gathered, and every block that somebody chooses: equal values and gradients to rounding."""
         case = cases.prefill(_rows())

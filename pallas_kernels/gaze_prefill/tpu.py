@@ -8,8 +8,9 @@ visit it, and walks over tiles of queries; ``tpu_kernels.py`` attends.
 Everything per (query, head) stands in rows, heads of a kv head side by side. Sizes of what is made here,
 per batch entry, beside copies of q, K and V:
 
-    facts   512 B per row and 2,900 regions    T=1,024, H=32: 17 MB; at most one tile exists at a time
-    table   1 bit per (kv head, block, unit)   T=1,024, R=1,024, K=8: 0.2 MB
+    facts      512 B per row and 2,900 regions    T=1,024, H=32: 17 MB; at most one tile exists at a time
+    table      1 bit per (kv head, block, unit)   T=1,024, R=1,024, K=8: 0.2 MB
+    d K, d V   float32, summed in place           147,456 tokens, K=8, D=128: 1.4 GB, in the backward pass
 
 D is padded to 128 lanes: D=64 costs twice its keys' and queries' bytes here, and as much of the matrix unit
 as 128 would.

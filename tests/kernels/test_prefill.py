@@ -134,6 +134,17 @@ class TestTpu(PrefillSuite):
         np.testing.assert_array_equal(got[0, ~sees], clean[0, ~sees])
         np.testing.assert_array_equal(got[0, :, 2:], clean[0, :, 2:])
 
+    def test_windows_of_the_two_streams_are_apart(self):
+        """Random intervals per query and stream, many of them empty: skipping a block loses no key."""
+        case, rng = cases.prefill(_rows()), np.random.default_rng(3)
+        names = ("visual_lo", "visual_hi", "dense_lo", "dense_hi")
+        ends = {n: jnp.asarray(rng.integers(0, 30, case.queries.segment.shape), jnp.int32) for n in names}
+        case = dataclasses.replace(case, queries=dataclasses.replace(case.queries, **ends))
+        out, got = self.gradients(case)
+        np.testing.assert_allclose(out, self.expected(case), rtol=2e-5, atol=2e-5)
+        for mine, theirs in zip(got, self.expected_gradients(case), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
+
     @pytest.mark.long
     def test_more_regions_than_one_register_of_facts_holds(self):
         """3,968 regions in 124 blocks of 32: the last ones' bits stand in a second register."""

@@ -12,10 +12,10 @@ from types import MappingProxyType
 import jax
 
 from pallas_kernels.dispatch import check_shape, find, pick
-from pallas_kernels.gaze_prefill import reference, xla
+from pallas_kernels.gaze_prefill import reference, tpu, xla
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
-IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla})
+IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu})
 
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:

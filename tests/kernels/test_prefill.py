@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import gaze_prefill
+from pallas_kernels.gaze_prefill import tpu, tpu_kernels
 from tests.helpers import cases, oracle
-from tests.kernels.prefill_suite import PrefillSuite
+from tests.helpers.streams import Text, Unit, sample
+from tests.kernels.prefill_suite import PrefillSuite, _rows
 
 
 class TestReference(PrefillSuite):
@@ -26,6 +30,161 @@ class TestXla(PrefillSuite):
     """Plain XLA, on whatever backend runs the tests."""
 
     implementation = "xla"
+
+
+class TestTpu(PrefillSuite):
+    """The Mosaic kernels, interpreted on a CPU: reads out of bounds raise, scratch is NaN, races show."""
+
+    implementation = "tpu"
+    shards_heads = False  # the compiler does not partition a Mosaic kernel: it takes a shard_map
+
+    # Small tiles, so that toy sizes have several tiles, blocks and batches, and blocks of every action.
+    tiles = tpu.Tiles(queries=32, chunk=64, visits=4, keys=16, open_keys=32, gather_below=0.7)
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        monkeypatch.setattr(tpu, "TILES", self.tiles)
+
+    @pytest.fixture(autouse=True)
+    def _no_races(self, monkeypatch):
+        """Asks every kernel run's race detector; the interpreter itself keeps the last one's only."""
+        detectors = []
+        original = interpret_pallas_call.RaceDetectionState
+
+        def detector(*args, **kwargs):
+            detectors.append(original(*args, **kwargs))
+            return detectors[-1]
+
+        monkeypatch.setattr(interpret_pallas_call, "RaceDetectionState", detector)
+        yield
+        # After an error inside of a kernel the interpreter keeps that kernel's memory.
+        pltpu.reset_tpu_interpret_mode_state()
+        assert not any(detector.races_found for detector in detectors)
+
+    @pytest.mark.parametrize("query_block", [7])  # 1 and 49 make the same tiles
+    def test_edge_13_query_blocks_with_remainders(self, query_block):
+        super().test_edge_13_query_blocks_with_remainders(query_block)
+
+    @pytest.mark.parametrize(
+        ("group", "share"), [(1, "head"), (4, "group"), (5, "head"), (7, "group"), (8, "head")]
+    )
+    def test_edge_12_group_sizes(self, group, share):
+        super().test_edge_12_group_sizes(group, share)
+
+    def test_gathered_and_direct_blocks_agree(self, monkeypatch):
+        """Nothing gathered, and every block that somebody chooses: equal values and gradients to rounding."""
+        case = cases.prefill(_rows())
+        table, actions = tpu._table, []
+
+        def recorded(*args):
+            made = table(*args)
+            jax.debug.callback(lambda a: actions.append(np.asarray(a)), made[:, :, :, 0, 0])
+            return made
+
+        monkeypatch.setattr(tpu, "_table", recorded)
+        found, results = [], []
+        for share_of_units in (0.0, 2.0):
+            patch = dataclasses.replace(self.tiles, gather_below=share_of_units, queries=16)
+            monkeypatch.setattr(tpu, "TILES", patch)
+            actions.clear()
+            # Another function each time: the tiles are no part of jit's key.
+            results.append(jax.jit(lambda case: _with_gradients(case))(case))
+            jax.effects_barrier()
+            found.append(set(np.concatenate([a.ravel() for a in actions])))
+        assert found == [
+            {tpu_kernels.SKIP, tpu_kernels.DIRECT},
+            {tpu_kernels.SKIP, tpu_kernels.GATHER, tpu_kernels.DIRECT},
+        ]
+        for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=2e-6)
+
+    def test_regions_of_36_at_the_real_tiles(self, monkeypatch):
+        """Three regions of 36 in a block of 128, two with missing tokens, D = 64 in bfloat16, G = 7."""
+        monkeypatch.setattr(tpu, "TILES", tpu.Tiles())
+        case = _text_only(
+            cases.prefill(
+                [sample([Text(1), Unit(12, 12), Unit(6, 7), Text(17)], region=(6, 6))],
+                kv_heads=1,
+                group=7,
+                dim=64,
+                dtype=jnp.bfloat16,
+                share="group",
+            )
+        )
+        assert case.visual_k.shape[3] == 36 and (case.places.visual_order < 0).any()
+        wide = case.with_arrays(tuple(a.astype(jnp.float32) for a in case.arrays()))
+        out, got = jax.jit(_with_gradients)(case)
+        expected, exact = jax.jit(lambda case: _with_gradients(case, "reference"))(wide)
+        np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
+        for mine, theirs in zip(got, exact, strict=True):
+            scale = np.abs(theirs).max()
+            np.testing.assert_allclose(mine.astype(jnp.float32), theirs, rtol=4e-2, atol=4e-2 * scale)
+
+    def test_a_seen_nan_is_not_hidden(self):
+        """NaN in a value makes the outputs of exactly those queries NaN that see it."""
+        case = cases.prefill(_rows())
+        slot = int(np.argmax(np.asarray(case.places.dense_order[0]) == 0))
+        bad = dataclasses.replace(case, dense_v=case.dense_v.at[0, 0, slot, 3].set(jnp.nan))
+        got, clean = np.asarray(self.forward(bad)), np.asarray(self.forward(case))
+        windows = jax.tree.map(np.asarray, case.queries)
+        sees = (windows.segment[0] == int(case.places.dense_segment[0, slot])) & (windows.dense_hi[0] >= 0)
+        sees &= windows.dense_lo[0] <= 0
+        assert sees.any() and (~sees).any()
+        assert np.isnan(got[0, sees][:, :2]).all()
+        np.testing.assert_array_equal(got[0, ~sees], clean[0, ~sees])
+        np.testing.assert_array_equal(got[0, :, 2:], clean[0, :, 2:])
+
+    def test_windows_of_the_two_streams_are_apart(self):
+        """Random intervals per query and stream, many of them empty: skipping a block loses no key."""
+        case, rng = cases.prefill(_rows()), np.random.default_rng(3)
+        names = ("visual_lo", "visual_hi", "dense_lo", "dense_hi")
+        ends = {n: jnp.asarray(rng.integers(0, 30, case.queries.segment.shape), jnp.int32) for n in names}
+        case = dataclasses.replace(case, queries=dataclasses.replace(case.queries, **ends))
+        out, got = self.gradients(case)
+        np.testing.assert_allclose(out, self.expected(case), rtol=2e-5, atol=2e-5)
+        for mine, theirs in zip(got, self.expected_gradients(case), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
+
+    @pytest.mark.long
+    def test_more_regions_than_one_register_of_facts_holds(self):
+        """3,968 regions in 124 blocks of 32: the last ones' bits stand in a second register."""
+        regions, rng = 3968, np.random.default_rng(0)
+        base = cases.prefill([sample([Text(1), Unit(1, regions), Text(4)], region=(1, 1))], kv_heads=1, dim=4)
+        case = _text_only(base)
+        selected = rng.random(case.selected.shape) < 1e-3
+        selected[..., -40:] = rng.random((*selected.shape[:-1], 40)) < 0.3
+        case = dataclasses.replace(case, selected=jnp.asarray(selected))
+        out = jax.jit(lambda case: _with_gradients(case)[0])(case)
+        expected = jax.jit(lambda case: _with_gradients(case, "reference")[0])(case)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+
+
+def _text_only(case):
+    """The case with its dense queries only, which are the routed ones."""
+    start = case.places.visual_order.shape[1] * case.places.visual_order.shape[2]
+    return dataclasses.replace(
+        case,
+        q=case.q[:, start:],
+        queries=jax.tree.map(lambda a: a[:, start:], case.queries),
+        selected=case.selected[:, start:],
+    )
+
+
+def _with_gradients(case, implementation="tpu"):
+    """Output, and gradients of its sum of squares."""
+
+    def forward(arrays):
+        return gaze_prefill(
+            *arrays,
+            case.queries,
+            case.places,
+            case.selected,
+            spec=cases.runnable(case.spec),
+            implementation=implementation,
+        )
+
+    out, pull = jax.vjp(forward, case.arrays())
+    return out, pull(out)[0]
 
 
 def _shapes(jaxpr, found):

@@ -156,9 +156,7 @@ def abstract_cache(config: MLLMConfig, shape: decode_shapes.Shape) -> Cache:
 def _decode_step(
     config: MLLMConfig, variables: Any, cache: Cache, tokens: Any, pos: Any, step: Step, top_k: Any
 ) -> Any:
-    return MLLM(config).apply(
-        variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode"
-    )
+    return MLLM(config).apply(variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode")
 
 
 def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:

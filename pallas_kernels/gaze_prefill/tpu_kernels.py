@@ -30,6 +30,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import interpreter
+
 Array = jax.Array
 Ref = Any
 
@@ -390,16 +392,11 @@ def _call(
     kernel: Callable[..., None], plan: Plan, name: str, grid: tuple[int, int, int], **arguments: Any
 ) -> Callable[..., Any]:
     """A pallas_call with what both kernels share."""
-    interpret = (
-        pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-        if plan.interpret
-        else False
-    )
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid=grid,
         name=name,
-        interpret=interpret,
+        interpret=interpreter() if plan.interpret else False,
         compiler_params=pltpu.CompilerParams(
             # Cores may share batch and heads; a head's blocks come one after another. The interpreter has
             # one core, and under vmap it trips over semantics that do not name the mapped axis.

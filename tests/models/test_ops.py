@@ -11,6 +11,7 @@ import pytest
 from gaze_jax.models import ops
 from pallas_kernels.gaze_decode import api
 from tests.helpers import cases
+from tests.helpers.streams import Text, Unit, sample
 
 RULES = [("batch", ("data",)), ("kv_heads", ("tensor",)), ("heads", ("tensor",)), ("layers", None)]
 
@@ -48,6 +49,29 @@ def test_edge_15_decode_on_a_mesh_equals_one_device(share, listed, mesh):
     np.testing.assert_array_equal(got, alone)
     expected = jax.sharding.NamedSharding(mesh, jax.P("data", "tensor"))
     assert got.sharding.is_equivalent_to(expected, got.ndim)
+
+
+def _prefill(case):
+    return ops.gaze_prefill(
+        *case.arrays(), case.queries, case.places, case.selected, spec=case.spec, implementation="tpu"
+    )
+
+
+def _prefill_gradients(case):
+    return jax.grad(lambda arrays: jnp.sum(_prefill(case.with_arrays(arrays)) ** 2))(case.arrays())
+
+
+def test_edge_15_prefill_on_a_mesh_equals_one_device(mesh):
+    """Output and gradients of the TPU kernels, rows over "data" and heads over "tensor"."""
+    rows = [sample([Unit(2, 3), Text(2)], context=1), sample([Unit(2, 3), Text(2)], context=1, seed=1)]
+    case = cases.prefill(rows)
+    case = dataclasses.replace(case, spec=cases.runnable(case.spec))
+    alone = jax.jit(_prefill)(case), jax.jit(_prefill_gradients)(case)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        got = jax.jit(_prefill)(case), jax.jit(_prefill_gradients)(case)
+    jax.tree.map(np.testing.assert_array_equal, got, alone)
+    expected = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
+    assert got[0].sharding.is_equivalent_to(expected, 4)
 
 
 def test_what_xla_splits_itself_is_left_to_it(mesh):

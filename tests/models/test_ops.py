@@ -10,7 +10,7 @@ import pytest
 
 from gaze_jax.models import ops
 from pallas_kernels.gaze_decode import api
-from tests.helpers import cases
+from tests.helpers import cases, models
 from tests.helpers.streams import Text, Unit, sample
 
 RULES = [("batch", ("data",)), ("kv_heads", ("tensor",)), ("heads", ("tensor",)), ("layers", None)]
@@ -57,8 +57,9 @@ def _prefill(case):
     )
 
 
-def _prefill_gradients(case):
-    return jax.grad(lambda arrays: jnp.sum(_prefill(case.with_arrays(arrays)) ** 2))(case.arrays())
+def _prefill_with_gradients(case):
+    out, pull = jax.vjp(lambda arrays: _prefill(case.with_arrays(arrays)), case.arrays())
+    return out, pull(jnp.cos(case.q))[0]
 
 
 def test_edge_15_prefill_on_a_mesh_equals_one_device(mesh):
@@ -66,10 +67,10 @@ def test_edge_15_prefill_on_a_mesh_equals_one_device(mesh):
     rows = [sample([Unit(2, 3), Text(2)], context=1), sample([Unit(2, 3), Text(2)], context=1, seed=1)]
     case = cases.prefill(rows)
     case = dataclasses.replace(case, spec=cases.runnable(case.spec))
-    alone = jax.jit(_prefill)(case), jax.jit(_prefill_gradients)(case)
+    alone = jax.jit(_prefill_with_gradients)(case)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        got = jax.jit(_prefill)(case), jax.jit(_prefill_gradients)(case)
-    jax.tree.map(np.testing.assert_array_equal, got, alone)
+        got = jax.jit(_prefill_with_gradients)(case)
+    jax.tree.map(lambda a, b: models.close(a, b, 2e-5), got, alone)
     expected = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
     assert got[0].sharding.is_equivalent_to(expected, 4)
 

@@ -11,7 +11,7 @@ from gaze_jax.core import accounting
 
 def _run(module, folder, *flags):
     path = folder / "result.json"
-    module.main(["--quick", f"--json={path}", *flags])
+    module.main(["--quick", "--impl=xla", f"--json={path}", *flags])
     return json.loads(path.read_text())
 
 

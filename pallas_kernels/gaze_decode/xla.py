@@ -6,9 +6,14 @@ dimensions of the program and may be sharded. On a CPU tiles fit its cache: a ga
 and a matmul must find that copy before it falls out. Elsewhere one tile is everything.
 
 Where the selections of a group's query heads add up to R regions or more, reading each region once under
-a mask is less work than gathering; so do lists that can hold every region.
+a mask is less work than gathering; so it is with lists that can hold every region.
+
+On a CPU the cache is packed as an array per layer, and the layer index picks a branch: XLA copies a slice
+of a stacked array before it multiplies, but hands a whole array to the product as it is.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +33,15 @@ class Side(NamedTuple):
     scales: jax.Array | None = None
 
 
-Packed = tuple[Any, Any]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layered:
+    """A CPU's cache: keys and values of each layer, as :class:`Side` with L = 1."""
+
+    layers: tuple[tuple[Side, Side], ...]
+
+
+Packed = tuple[Side, Side] | Layered
 
 DENSE_MULTIPLE = 1
 
@@ -46,25 +59,25 @@ def supports(spec: GazeSpec) -> str | None:
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
     """Keep [L, B, K, R, P, D]: a region of a head is one contiguous block already."""
+    both = (Side(k), Side(v))
     if spec.visual_dtype == "int8":
-        return Side(*quantize.quantize(k)), Side(*quantize.quantize(v))
-    return k, v
+        both = (Side(*quantize.quantize(k)), Side(*quantize.quantize(v)))
+    if target() != "cpu":
+        return both
+    cut = [jax.tree.map(lambda a, i=i: a[i : i + 1], both) for i in range(k.shape[0])]
+    return Layered(tuple(cut))
 
 
 def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
     """Keep [L, B, K, R, P, D], or make it float32 again."""
-    k, v = (
-        a.values if a.scales is None else quantize.dequantize(a.values, a.scales) for a in map(_side, packed)
-    )
+    if isinstance(packed, Layered):
+        return unpack(jax.tree.map(lambda *a: jnp.concatenate(a), *packed.layers))
+    k, v = (a.values if a.scales is None else quantize.dequantize(a.values, a.scales) for a in packed)
     return k, v
 
 
-def _side(packed: Any) -> Side:
-    return packed if isinstance(packed, Side) else Side(packed)
-
-
 class _Plan(NamedTuple):
-    """What the tiles read, n tiles in front.
+    """What the tiles read, n tiles in front; ``whole`` says that the only tile is all there is.
 
     N is G selections per kv head, or the single one that the group shares; A = tile regions * P.
     """
@@ -73,6 +86,7 @@ class _Plan(NamedTuple):
     seen: jax.Array  # bool [n, B, K, N, G / N or 1, A] logits that count
     # (array [L, B, K, R, ...], layer, one of ``at``) -> [B, K, N, A / P, ...]
     read: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    whole: bool = False
 
 
 def _tile_regions(regions: int, bytes_per_region: int) -> int:
@@ -115,10 +129,12 @@ def _listed(picks: jax.Array, visual_seen: jax.Array, bytes_per_region: int) -> 
     return _Plan(at, seen.reshape(count, batch, kv_heads, many, 1, -1), _gather)
 
 
-def _all(picks: jax.Array | None, kv_heads: int, visual_seen: jax.Array, bytes_per_region: int) -> _Plan:
+def _all(
+    picks: jax.Array | None, kv_heads: int, visual_seen: jax.Array, bytes_per_region: int, whole: bool
+) -> _Plan:
     """Slice out every region once; int32 [B, K, N, J] decides by mask."""
     batch, regions, slots = visual_seen.shape
-    tile = _tile_regions(regions, bytes_per_region * batch * kv_heads)
+    tile = regions if whole else _tile_regions(regions, bytes_per_region * batch * kv_heads)
     count = -(-regions // tile)
     seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, regions, slots))
     if picks is not None:
@@ -133,7 +149,7 @@ def _all(picks: jax.Array | None, kv_heads: int, visual_seen: jax.Array, bytes_p
         at: list[Any] = [layer, 0, 0, start] + [0] * (array.ndim - 4)
         return jax.lax.dynamic_slice(array, at, (1, batch, kv_heads, tile, *array.shape[4:]))[0][:, :, None]
 
-    return _Plan(start, seen.reshape(count, batch, kv_heads, 1, -1, tile * slots), read)
+    return _Plan(start, seen.reshape(count, batch, kv_heads, 1, -1, tile * slots), read, whole)
 
 
 def _mentions(picks: jax.Array, regions: int) -> tuple[jax.Array, jax.Array]:
@@ -186,6 +202,29 @@ def gaze_decode(
     spec: GazeSpec,
 ) -> jax.Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
+    rest: Any = (q, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    if not isinstance(visual, Layered):
+        return _attend(*visual, layer, *rest, scale=spec.scale)
+    only = jnp.zeros((), jnp.int32)
+    branches = [functools.partial(_attend, k, v, only, scale=spec.scale) for k, v in visual.layers]
+    return jax.lax.switch(layer, branches, *rest)
+
+
+def _attend(
+    keys: Side,
+    values: Side,
+    visual_layer: jax.Array,
+    q: jax.Array,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    layer: jax.Array,
+    indices: jax.Array | None,
+    visual_seen: jax.Array,
+    dense_seen: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """The op with the visual cache's sides and its own layer index apart."""
     batch, heads, dim = q.shape
     kv_heads = dense_k.shape[2]
     regions, slots = visual_seen.shape[1:]
@@ -200,24 +239,25 @@ def gaze_decode(
     dk, dv = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (dense_k, dense_v))
     dv = jnp.where(dense_seen[:, None, :, None], dv, jnp.zeros((), dv.dtype))
     dense = product("BKGD,BKSD->BKGS", grouped, dk)
-    dense = jnp.where(dense_seen[:, None, None, :], dense * spec.scale, -jnp.inf)
+    dense = jnp.where(dense_seen[:, None, None, :], dense * scale, -jnp.inf)
     if regions == 0:
         weights, total = _exponentials(dense, jnp.max(dense, axis=-1, initial=-jnp.inf))
         out = product("BKGS,BKSD->BKGD", weights.astype(dtype), dv)
         return (out / jnp.where(total > 0, total, 1.0)[..., None]).reshape(q.shape).astype(q.dtype)
 
-    keys, values = map(_side, visual)
     picks = None if indices is None else indices.reshape(batch, kv_heads, -1, indices.shape[-1])
     bytes_per_region = slots * dim * dtype.itemsize
     if picks is None or picks.shape[2] * picks.shape[3] >= regions:
-        plan = _all(picks, kv_heads, visual_seen, bytes_per_region)
+        # An array of its own, in the dtype of the product, needs no tiles: nothing of it is copied.
+        whole = target() == "cpu" and keys.values.shape[0] == 1 and keys.values.dtype == dtype
+        plan = _all(picks, kv_heads, visual_seen, bytes_per_region, whole)
     else:
         plan = _listed(picks, visual_seen, bytes_per_region)
     many = plan.seen.shape[3]
     rows = grouped.reshape(batch, kv_heads, many, -1, dim)
 
     def read(array: jax.Array, at: jax.Array) -> jax.Array:
-        tile = plan.read(array, layer, at)
+        tile = plan.read(array, visual_layer, at)
         return tile.reshape(batch, kv_heads, many, -1, *array.shape[5:])
 
     def score(at: jax.Array) -> jax.Array:
@@ -227,13 +267,22 @@ def gaze_decode(
     def weigh(x: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         at, weights, seen = x
         tile = read(values.values, at)
-        if values.scales is None:
-            tile = jnp.where(jnp.any(seen, axis=3)[..., None], tile, jnp.zeros((), tile.dtype))
-        else:
+        if plan.whole:
+            # To clean V would copy it; NaN where nobody looks is rare enough to be found afterwards.
+            out = product("BKNGA,BKNAD->BKNGD", weights.astype(dtype), tile)
+            return jax.lax.cond(
+                jnp.isfinite(out).all(), lambda: out, lambda: weigh_clean(weights, tile, seen)
+            )
+        if values.scales is not None:
             weights = jnp.where(seen, weights * read(values.scales, at)[..., None, :], 0.0)
+            return product("BKNGA,BKNAD->BKNGD", weights.astype(dtype), tile)
+        return weigh_clean(weights, tile, seen)
+
+    def weigh_clean(weights: jax.Array, tile: jax.Array, seen: jax.Array) -> jax.Array:
+        tile = jnp.where(jnp.any(seen, axis=3)[..., None], tile, jnp.zeros((), tile.dtype))
         return product("BKNGA,BKNAD->BKNGD", weights.astype(dtype), tile)
 
-    logits = jnp.where(plan.seen, _each_tile(score, plan.at) * spec.scale, -jnp.inf)
+    logits = jnp.where(plan.seen, _each_tile(score, plan.at) * scale, -jnp.inf)
     top = jnp.maximum(
         jnp.max(logits, axis=(0, 5)).reshape(dense.shape[:3]), jnp.max(dense, axis=-1, initial=-jnp.inf)
     )

@@ -7,6 +7,8 @@ import pytest
 
 from gaze_jax.core.routing import Routing
 from gaze_jax.models import DUMMY
+from gaze_jax.models.cache import decode_spec
+from pallas_kernels.gaze_decode.api import unpack
 from tests.helpers import models
 from tests.helpers.streams import batch, find, pad, prefix, shuffle
 
@@ -206,8 +208,7 @@ def test_a_decoded_token_changes_only_its_own_slot():
     assert np.asarray(after.dense_order)[:, 21].tolist() == [70, 71]
     for name in ("descriptors", "visual_order"):
         np.testing.assert_array_equal(getattr(after, name), getattr(cache, name))
-    for mine, theirs in zip(after.visual, cache.visual, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    jax.tree.map(np.testing.assert_array_equal, after.visual, cache.visual)
 
 
 def test_cached_descriptors_are_means_of_the_cached_keys():
@@ -218,7 +219,9 @@ def test_cached_descriptors_are_means_of_the_cached_keys():
     _, cache, _ = models.prefill(config, STEPS)(
         variables, images, batch(_prompts(rows)), jnp.int32(3), None, SAMPLE_ID
     )
-    keys, valid = np.asarray(cache.visual[0], np.float64), np.asarray(cache.visual_order) >= 0
+    spec = decode_spec(config.gaze, config.decoder.head_dim)
+    keys, _ = unpack(cache.visual, spec=spec, implementation=config.gaze.decode_implementation)
+    keys, valid = np.asarray(keys, np.float64), np.asarray(cache.visual_order) >= 0
     total = np.where(valid[None, :, None, :, :, None], keys, 0).sum(4)
     mean = total / np.maximum(valid.sum(-1), 1)[None, :, None, :, None]
     assert cache.descriptors.shape == (3, 2, 2, 20, 8) and cache.descriptors.dtype == jnp.float32

@@ -1,0 +1,689 @@
+"""gaze_decode for NVIDIA Hopper (sm_90): a Pallas Mosaic GPU kernel that splits the regions over the chip.
+
+Layout. K and V stay [L, B, K, R, P, D], each side an array of its own: a region of a kv head is one
+contiguous block, which the copy engine fetches by its number. Only these change: D is filled up to a
+multiple of 64 (free for 64 and 128; zeros are read with it elsewhere), P beyond 64 is cut into equal
+pieces of at most 64 slots, and int8 of D = 64 fills odd pieces by one slot. P = 36 is stored as it is.
+
+Split. A block of threads (one warpgroup) belongs to a row, a kv head and a *share*. The first shares
+divide the chunks of the region list among them, the others those of the dense stream; share s takes
+chunks s, s + shares, ... Each keeps an online softmax in float32 and writes (maximum, sum, weighted
+values), which a small XLA reduction joins in a fixed order. So one sequence fills the chip.
+
+A chunk. Copies bring n regions into consecutive rows of a plain ring buffer in shared memory, ``stages``
+chunks ahead. They pass through registers once into a swizzled tile that the tensor cores read. On the
+way int8 becomes bfloat16 (exactly; its scales multiply logits and weights), float32 becomes a sum of
+three bfloat16 (24 bits, six products), and values of slots that nobody sees become 0, whatever they
+were. A ring slot is refilled as soon as it was copied out, before the products. The G query heads of
+the kv head are rows of one 64-row tile: seven eighths of its products are wasted, which costs nothing
+as decoding waits for memory.
+
+Selections per query head share one fetch of their union; every key carries the bits of the heads that
+see it (32 of them in an int32), which XLA gathers beside the list.
+
+Interpreted, three things are replaced, each in one place: ``_dot`` multiplies what its references
+hold in place of the tensor cores, layout casts vanish, and rounding to bfloat16 is pinned down. All
+copies, indices, barriers, masks and the softmax are the ones that run on the chip.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels.dispatch import needs
+from pallas_kernels.gaze_decode.plan import Union, everything, union
+from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.spec import GazeSpec
+
+_ROWS = 64  # rows of a tensor core tile: query heads of a kv head, filled up
+_DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
+_PIECE = 64  # most token slots that one copy brings
+_SHARED_MEMORY = 227 * 1024 - 8 * 1024  # a block's limit on sm_90, less barriers and reduction scratch
+_LOG2E = math.log2(math.e)
+# Strict, so that what passes does not pass by luck.
+_INTERPRETER = InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+_TILES = pathlib.Path(__file__).with_name("gpu_tiles.json")
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work.
+
+    Attributes:
+      pieces: pieces of regions in a chunk.
+      stages: chunks in flight.
+      blocks: blocks of threads that the whole grid should have, roughly.
+    """
+
+    pieces: int
+    stages: int
+    blocks: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The visual cache; see the module's first paragraph.
+
+    Attributes:
+      k, v: [L, B, K, R, P', D'] floats or int8.
+      k_scale, v_scale: float32 [L, B, K, R, P'] beside int8, else None.
+      slots, dim: P and D.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
+    slots: int = dataclasses.field(metadata={"static": True})
+    dim: int = dataclasses.field(metadata={"static": True})
+
+
+def supports(spec: GazeSpec) -> str | None:
+    """Every spec on an NVIDIA GPU, and every spec interpreted."""
+    return needs("gpu", spec)
+
+
+def _pieces(slots: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """How many pieces a region of P slots has, and the slots of each."""
+    count = -(-slots // _PIECE)
+    each = -(-slots // count)
+    if dim * itemsize % 128 and each % 2:
+        each += 1  # copies start at multiples of 128 bytes in shared memory
+    return count, each
+
+
+def _fill(array: jax.Array, **sizes: int) -> jax.Array:
+    """Zeros behind the named axes (``axis_3=40``) up to their new size."""
+    widths = [(0, 0)] * array.ndim
+    for name, size in sizes.items():
+        axis = int(name.removeprefix("axis_"))
+        widths[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, widths) if any(after for _, after in widths) else array
+
+
+def _wide(dim: int) -> int:
+    return -(-dim // _DIMS) * _DIMS
+
+
+def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
+    """Fill D and P up where the copy engine and the tensor cores need it; round as ``spec`` says."""
+    slots, dim = k.shape[-2:]
+    scales: tuple[jax.Array | None, jax.Array | None] = (None, None)
+    if spec.visual_dtype == "int8":
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        scales = (k_scale, v_scale)
+    count, each = _pieces(slots, _wide(dim), k.dtype.itemsize)
+    k, v = (_fill(a, axis_4=count * each, axis_5=_wide(dim)) for a in (k, v))
+    k_scale, v_scale = (None if a is None else _fill(a, axis_4=count * each) for a in scales)
+    return Packed(k, v, k_scale, v_scale, slots, dim)
+
+
+def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
+    """[L, B, K, R, P, D] again, float32 if it was int8."""
+    k, v = packed.k, packed.v
+    if packed.k_scale is not None and packed.v_scale is not None:
+        k, v = dequantize(k, packed.k_scale), dequantize(v, packed.v_scale)
+    return k[..., : packed.slots, : packed.dim], v[..., : packed.slots, : packed.dim]
+
+
+# In the kernel
+
+
+class _Math:
+    """What the chip and the interpreter say differently."""
+
+    def __init__(self, interpret: bool, rows: int, dim: int) -> None:
+        self.interpret = interpret
+        self.logits = plgpu.Layout.WGMMA
+        self.copies = plgpu.Layout.SMEM_GMEM_COPY((rows, dim), jnp.bfloat16, 128)
+
+    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
+        """Put ``x`` where a thread expects it; the interpreter has no threads of its own."""
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+    def spread(self, x: jax.Array, shape: tuple[int, int], axis: int, layout: Any) -> jax.Array:
+        """A vector along ``axis`` of a matrix, repeated along the other."""
+        return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
+
+    def load(self, ref: Any, layout: Any) -> jax.Array:
+        return ref[...] if self.interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+
+    def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
+        """``count`` bfloat16 arrays whose sum is ``x`` to 8 * count bits."""
+        if x.dtype == jnp.bfloat16:
+            return [x]
+        if x.dtype == jnp.int8:
+            return [x.astype(jnp.bfloat16)]
+        parts = []
+        for left in range(count, 0, -1):
+            # XLA, which the interpreter runs on, may skip a rounding that is undone at once.
+            rounded = lax.reduce_precision(x, 8, 7) if self.interpret else x
+            parts.append(rounded.astype(jnp.bfloat16))
+            if left > 1:
+                x = x - parts[-1].astype(jnp.float32)
+        return parts
+
+    def dot(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        start: jax.Array | None,
+        shape: tuple[int, int],
+        *,
+        transposed: bool,
+    ) -> jax.Array:
+        """``start`` plus the products a @ b (or a @ b.T) of ``pairs``: b is a reference, a one or an array."""
+        if self.interpret:
+            total = jnp.zeros(shape, jnp.float32) if start is None else start
+            dims = (((1,), (1 if transposed else 0,)), ((), ()))
+            for a, b in pairs:
+                total += lax.dot_general(a[...], b[...], dims, preferred_element_type=jnp.float32)
+            return total
+
+        def products(acc: Any) -> None:
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+
+        def fresh(acc: Any) -> jax.Array:
+            products(acc)
+            return acc[...]
+
+        if start is None:
+            return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
+        return pl.run_state(products)(plgpu.ACC.init(start))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static sizes of one kernel.
+
+    Attributes:
+      rows: keys in a chunk's tile, a multiple of 64.
+      dim: D, filled up.
+      piece: slots of a piece.
+      tiles: how the work is cut.
+      shares: blocks of threads per row and kv head for the regions, and for the dense stream.
+      heads: query heads of a kv head, filled up to a multiple of 8.
+      query_parts, visual_parts, dense_parts: bfloat16 arrays that hold an element.
+      scale: of the logits, in units of log2(e).
+    """
+
+    rows: int
+    dim: int
+    piece: int
+    tiles: Tiles
+    shares: tuple[int, int]
+    heads: int
+    query_parts: int
+    visual_parts: int
+    dense_parts: int
+    scale: float
+
+
+class _Stream(NamedTuple):
+    """The keys of one kind as a block of threads meets them.
+
+    Attributes:
+      steps: int32, how many chunks this block takes.
+      plan: what has to be known to fetch chunk i of them, scalars read ahead of time.
+      fetch: starts the copies of a chunk into a ring slot: fetch(i, plan(i), slot, side).
+      k, v: rings [stages, rows, D].
+      seen: ring int32 [stages, rows] of head bits.
+      scales: rings float32 [stages, rows] for K and V of int8, or None.
+      barriers: one per ring slot for K and what comes with it, and for V.
+      tile: [parts, rows, D] swizzled, what the tensor cores read.
+    """
+
+    steps: jax.Array
+    plan: Callable[[jax.Array], Any]
+    fetch: Callable[[jax.Array, Any, jax.Array, str], None]
+    k: Any
+    v: Any
+    seen: Any
+    scales: tuple[Any, Any] | None
+    barriers: tuple[Any, Any]
+    tile: Any
+
+
+def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
+    """The products of two sums of parts that float32 can hold: smallest first."""
+    most = max(len(a), count)
+    orders = sorted((i + j, i, j) for i in range(len(a)) for j in range(count) if i + j < most)
+    return [(a[i], b.at[j]) for _, i, j in reversed(orders)]
+
+
+def _attend(stream: _Stream, q: Any, shape: _Shape, parts: int, math: _Math) -> tuple[jax.Array, ...]:
+    """Online softmax over a block's chunks: (values [64, D], maximum [64], sum [64])."""
+    stages = shape.tiles.stages
+    per_row = math.logits.reduce(1)
+    per_key = math.logits.reduce(0)
+    logits_shape = (_ROWS, shape.rows)
+    values_shape = (_ROWS, shape.dim)
+    queries = [q.at[i] for i in range(shape.query_parts)]
+
+    def stage(ring: Any, slot: jax.Array, seen: jax.Array) -> None:
+        """A ring slot into the tile, as bfloat16 and 0 where nobody sees it."""
+        x = math.load(ring.at[slot], math.copies)
+        visible = math.spread(seen, x.shape, 0, math.copies) != 0
+        if x.dtype == jnp.int8:
+            x = x.astype(jnp.bfloat16)
+        x = jnp.where(visible, x, jnp.zeros((), x.dtype))
+        for part, piece in enumerate(math.parts(x, parts)):
+            stream.tile[part, ...] = piece
+        plgpu.commit_smem()
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        values, top, total = carry
+        slot = lax.rem(i, jnp.int32(stages))
+        later = i + stages
+        plan = stream.plan(later)  # read now, used below: the scalars' way is long
+
+        plgpu.barrier_wait(stream.barriers[0].at[slot])
+        by_row = math.load(stream.seen.at[slot], math.copies.reduce(1))
+        by_key = math.load(stream.seen.at[slot], per_key)
+        if stream.scales is not None:
+            k_scale, v_scale = (math.load(ring.at[slot], per_key) for ring in stream.scales)
+        stage(stream.k, slot, by_row)
+
+        @pl.when(later < stream.steps)
+        def _() -> None:
+            stream.fetch(later, plan, slot, "k")
+
+        logits = math.dot(_pairs(queries, stream.tile, parts), None, logits_shape, transposed=True)
+        logits = logits * shape.scale
+        if stream.scales is not None:
+            logits = logits * math.spread(k_scale, logits_shape, 1, math.logits)
+        head = math.cast(lax.broadcasted_iota(jnp.int32, logits_shape, 0), math.logits)
+        bit = jnp.int32(1) << jnp.minimum(head, 31)
+        mine = (math.spread(by_key, logits_shape, 1, math.logits) & bit) != 0
+        logits = jnp.where(mine, logits, -jnp.inf)
+
+        new = jnp.maximum(top, jnp.max(logits, axis=1))
+        base = jnp.where(new == -jnp.inf, 0.0, new)
+        decay = jnp.exp2(top - base)
+        weights = jnp.exp2(logits - math.spread(base, logits_shape, 0, math.logits))
+        total = total * decay + jnp.sum(weights, axis=1)
+        values = values * math.spread(decay, values_shape, 0, math.logits)
+        if stream.scales is not None:
+            weights = weights * math.spread(v_scale, logits_shape, 1, math.logits)
+        split = math.parts(weights, shape.query_parts)
+
+        plgpu.barrier_wait(stream.barriers[1].at[slot])
+        stage(stream.v, slot, by_row)
+
+        @pl.when(later < stream.steps)
+        def _() -> None:
+            stream.fetch(later, plan, slot, "v")
+
+        values = math.dot(_pairs(split, stream.tile, parts), values, values_shape, transposed=False)
+        return values, new, total
+
+    for ahead in range(stages):
+
+        @pl.when(ahead < stream.steps)
+        def _(ahead: int = ahead) -> None:
+            first = jnp.int32(ahead)
+            plan = stream.plan(first)
+            stream.fetch(first, plan, first, "k")
+            stream.fetch(first, plan, first, "v")
+
+    start = (
+        math.cast(jnp.zeros(values_shape, jnp.float32), math.logits),
+        math.cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), per_row),
+        math.cast(jnp.zeros((_ROWS,), jnp.float32), per_row),
+    )
+    return lax.fori_loop(0, stream.steps, step, start)
+
+
+def _ring(shape: _Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
+    """Shared memory of a stream; two streams never live in one block."""
+    stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
+    swizzled = (plgpu.TilingTransform((8, _DIMS)), plgpu.SwizzleTransform(128))
+    ring = {
+        "k": plgpu.SMEM((stages, rows, dim), dtype),
+        "v": plgpu.SMEM((stages, rows, dim), dtype),
+        "seen": plgpu.SMEM((stages, rows), jnp.int32),
+        "tile": plgpu.SMEM((parts, rows, dim), jnp.bfloat16, transforms=swizzled),
+    }
+    if scaled:
+        ring |= {name: plgpu.SMEM((stages, rows), jnp.float32) for name in ("k_scale", "v_scale")}
+    return ring
+
+
+def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: _Shape) -> _Stream:
+    """This block's chunks of the region list."""
+    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
+    shares, pieces = shape.shares[0], shape.tiles.pieces
+    last = refs["seen"].shape[-2] - 1
+    together = [name for name in ("seen", "k_scale", "v_scale") if name in ring]
+
+    def plan(i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        chunk = jnp.minimum(share + i * shares, last)
+        return chunk, [refs["blocks"][b, h, chunk * pieces + n] for n in range(pieces)]
+
+    def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
+        chunk, blocks = plan
+        barrier = barriers["kv".index(side)].at[slot]
+        for n, block in enumerate(blocks):
+
+            @pl.when(block >= 0)
+            def _(n: int = n, block: jax.Array = block) -> None:
+                rows = pl.ds(n * shape.piece, shape.piece)
+                plgpu.copy_gmem_to_smem(refs[side].at[block], ring[side].at[slot, rows], barrier)
+
+            @pl.when(block < 0)
+            def _() -> None:
+                plgpu.barrier_arrive(barrier)
+
+        if side == "k":
+            for name in together:
+                plgpu.copy_gmem_to_smem(refs[name].at[b, h, chunk], ring[name].at[slot], barrier)
+
+    steps = lax.div(refs["chunks"][b, h] - share + (shares - 1), jnp.int32(shares))
+    scales = (ring["k_scale"], ring["v_scale"]) if "k_scale" in ring else None
+    return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
+
+
+def _dense(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: _Shape) -> _Stream:
+    """This block's chunks of the dense stream."""
+    b, h = lax.axis_index("batch"), lax.axis_index("kv")
+    shares = shape.shares[1]
+    share = lax.axis_index("share") - shape.shares[0]
+    keys = refs["k"].shape[-2]
+    at = (refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h
+
+    def plan(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chunk = share + i * shares
+        # The last chunk moves back to end with the stream; its mask leaves out what it repeats.
+        return chunk, jnp.minimum(chunk * shape.rows, keys - shape.rows)
+
+    def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
+        chunk, start = plan
+        barrier = barriers["kv".index(side)].at[slot]
+        plgpu.copy_gmem_to_smem(refs[side].at[at, pl.ds(start, shape.rows)], ring[side].at[slot], barrier)
+        if side == "k":
+            plgpu.copy_gmem_to_smem(refs["seen"].at[b, chunk], ring["seen"].at[slot], barrier)
+
+    steps = lax.div(refs["chunks"][b] - share + (shares - 1), jnp.int32(shares))
+    return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], None, barriers, ring["tile"])
+
+
+def _block(
+    shape: _Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
+) -> None:
+    """One block of threads: its share of the regions or of the dense stream, and its partial softmax."""
+    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
+    math = _Math(interpret, shape.rows, shape.dim)
+    q = scratch["q"]
+    plgpu.copy_gmem_to_smem(refs["q"].at[b, h], q, scratch["arrived"])
+    plgpu.barrier_wait(scratch["arrived"])
+
+    def write(carry: Sequence[jax.Array], *smem: Any) -> None:
+        for ref, value in zip(smem, carry, strict=True):
+            ref[...] = value
+        plgpu.commit_smem()
+        for ref, out in zip((smem[0].at[pl.ds(0, shape.heads)], *smem[1:]), outs, strict=True):
+            plgpu.copy_smem_to_gmem(ref, out.at[b, h, share])
+        plgpu.wait_smem_to_gmem(0)
+
+    def run(kind: str, make: Callable[..., _Stream], parts: int) -> None:
+        def attend(ring: dict[str, Any]) -> tuple[jax.Array, ...]:
+            barriers = (scratch[f"{kind}_k"], scratch[f"{kind}_v"])
+            return _attend(make(refs[kind], ring, barriers, shape), q, shape, parts, math)
+
+        source = refs[kind]
+        carry = pl.run_scoped(attend, _ring(shape, source["k"].dtype, parts, "k_scale" in source))
+        pl.run_scoped(
+            functools.partial(write, carry),
+            plgpu.SMEM(
+                (_ROWS, shape.dim),
+                jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
+            plgpu.SMEM((_ROWS,), jnp.float32),
+            plgpu.SMEM((_ROWS,), jnp.float32),
+        )
+
+    if shape.shares[0]:
+        pl.when(share < shape.shares[0])(lambda: run("visual", _visual, shape.visual_parts))
+    if shape.shares[1]:
+        pl.when(share >= shape.shares[0])(lambda: run("dense", _dense, shape.dense_parts))
+
+
+def _launch(shape: _Shape, operands: dict[str, Any], *, interpret: bool) -> Sequence[jax.Array]:
+    """The kernel: values [B, K, shares, heads, D], maxima and sums [B, K, shares, 64], all float32."""
+    batch, kv_heads = operands["q"].shape[:2]
+    leaves, tree = jax.tree.flatten(operands)
+    shares, stages = sum(shape.shares), shape.tiles.stages
+    scaled = "k_scale" in operands.get("visual", {})
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        _block(shape, interpret, jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :], scratch)
+
+    def barriers(arrivals: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+
+    partial = (batch, kv_heads, shares)
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((*partial, shape.heads, shape.dim), jnp.float32),
+            jax.ShapeDtypeStruct((*partial, _ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*partial, _ROWS), jnp.float32),
+        ],
+        grid=partial,
+        grid_names=("batch", "kv", "share"),
+        scratch_types={
+            "q": plgpu.SMEM(
+                (shape.query_parts, _ROWS, shape.dim),
+                jnp.bfloat16,
+                transforms=(plgpu.TilingTransform((8, _DIMS)), plgpu.SwizzleTransform(128)),
+            ),
+            "arrived": plgpu.Barrier(),
+            "visual_k": barriers(shape.tiles.pieces + 1 + 2 * scaled),
+            "visual_v": barriers(shape.tiles.pieces),
+            "dense_k": barriers(2),
+            "dense_v": barriers(1),
+        },
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=_INTERPRETER if interpret else None,
+    )(*leaves)
+
+
+# Around the kernel
+
+
+def _parts(dtype: Any) -> int:
+    """bfloat16 arrays that hold an element."""
+    if dtype in (jnp.bfloat16, jnp.int8):
+        return 1
+    if dtype == jnp.float32:
+        return 3
+    raise NotImplementedError(f"gaze_decode 'gpu' keeps bfloat16, float32 and int8, not {jnp.dtype(dtype).name}.")
+
+
+def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
+    """[..., N] int32 into [..., chunks, rows], zeros behind."""
+    each = seen.shape[-1] // chunks
+    return _fill(seen.reshape(*seen.shape[:-1], chunks, each), **{f"axis_{seen.ndim}": rows})
+
+
+def _visual_operands(
+    visual: Packed, plan: Union, layer: jax.Array, visual_seen: jax.Array, tiles: Tiles, rows: int
+) -> dict[str, Any]:
+    """Which blocks to fetch, in chunks, and who sees each of their keys."""
+    _, batch, kv_heads, regions, slots, dim = visual.k.shape
+    count, piece = _pieces(visual.slots, dim, visual.k.dtype.itemsize)
+    n = tiles.pieces
+    listed = plan.regions.shape[-1]
+    chunks = -(-listed * count // n)
+    length = chunks * n
+
+    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+    at = jnp.maximum(plan.regions, 0)
+    first = ((layer * batch + b) * kv_heads + h) * regions + at
+    blocks = first[..., None] * count + jnp.arange(count, dtype=jnp.int32)
+    blocks = jnp.where(plan.regions[..., None] >= 0, blocks, -1).reshape(batch, kv_heads, -1)
+    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, length - listed * count)), constant_values=-1)
+
+    seen = _fill(visual_seen, axis_2=slots)[b, at]
+    seen = jnp.where(seen, plan.heads[..., None], 0)
+
+    def keys(a: jax.Array) -> jax.Array:
+        a = _fill(a.reshape(batch, kv_heads, -1), axis_2=length * piece)
+        return _seen_rows(a, chunks, rows)
+
+    operands = {
+        "blocks": blocks,
+        "chunks": -(-plan.count * count // n),
+        "seen": keys(seen),
+        "k": visual.k.reshape(-1, piece, dim),
+        "v": visual.v.reshape(-1, piece, dim),
+    }
+    for name in ("k_scale", "v_scale"):
+        scale = getattr(visual, name)
+        if scale is not None:
+            operands[name] = keys(jnp.where(seen != 0, scale[layer, b, h, at], 0.0))
+    return operands
+
+
+def _dense_operands(
+    dense_k: jax.Array, dense_v: jax.Array, layer: jax.Array, dense_seen: jax.Array, dim: int, rows: int
+) -> dict[str, Any]:
+    """The dense stream of all layers, or of one where it has to be filled up, and the keys seen."""
+    batch, kv_heads, keys = dense_k.shape[1:4]
+    if keys < rows or dense_k.shape[-1] != dim:
+        dense_k, dense_v = (
+            _fill(lax.dynamic_slice_in_dim(a, layer, 1), axis_3=max(keys, rows), axis_4=dim)
+            for a in (dense_k, dense_v)
+        )
+        layer = jnp.zeros_like(layer)
+    length = dense_k.shape[3]
+    chunks = -(-length // rows)
+    place = jnp.arange(chunks)[:, None] * rows
+    start = jnp.minimum(place, length - rows)
+    key = start + jnp.arange(rows)
+    fresh = key >= place
+    seen = _fill(dense_seen, axis_1=length)[:, key] & fresh
+    used = jnp.any(seen, axis=-1) * jnp.arange(1, chunks + 1, dtype=jnp.int32)
+    return {
+        "layer": layer.astype(jnp.int32).reshape(1),
+        "chunks": jnp.max(used, axis=-1).astype(jnp.int32),
+        "seen": jnp.where(seen, -1, 0).astype(jnp.int32),
+        "k": dense_k.reshape(-1, length, dim),
+        "v": dense_v.reshape(-1, length, dim),
+    }
+
+
+def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
+    """bfloat16 [B, K, parts, 64, D]: the rows of a kv head, filled up, as a sum of parts."""
+    batch, heads, _ = q.shape
+    q = q.reshape(batch, kv_heads, heads // kv_heads, q.shape[-1])
+    q = _fill(q, axis_2=_ROWS, axis_3=dim)
+    found = []
+    for _ in range(parts):
+        found.append(lax.reduce_precision(q, 8, 7).astype(jnp.bfloat16))
+        q = q - found[-1].astype(q.dtype)
+    return jnp.stack(found, axis=2)
+
+
+def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
+    """Join the shares' softmaxes in their order: float32 [B, K, G, D]."""
+    values, top, total = (a[:, :, :, :group] for a in partials)
+    best = jnp.max(top, axis=2, keepdims=True)
+    weights = jnp.exp2(top - jnp.where(jnp.isfinite(best), best, 0.0))
+    total = jnp.sum(weights * total, axis=2)
+    out = jnp.sum(weights[..., None] * values[..., :dim], axis=2)
+    return out / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _shares(tiles: Tiles, rows: int, visual: int, dense: int) -> tuple[int, int]:
+    """Divide the blocks that a row and kv head may have among region chunks and dense chunks."""
+    most = max(tiles.blocks // rows, 1)
+    if visual + dense <= most:
+        return visual, dense
+    wanted = round(most * dense / (visual + dense))
+    dense_shares = min(max(wanted, 1), dense)
+    return min(max(most - dense_shares, 1), visual), dense_shares
+
+
+@functools.cache
+def _tuned() -> dict[str, Any]:
+    return json.loads(_TILES.read_text())
+
+
+def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
+    """Tuned for this device; small when interpreted, so that small tests have several chunks and shares."""
+    if spec.interpret:
+        return Tiles(pieces=2, stages=2, blocks=12)
+    table = _tuned()
+    kind = jax.devices()[0].device_kind
+    entry = table.get(kind, table["default"])[jnp.dtype(dtype).name]
+    return Tiles(max(entry["keys"] // piece, 1), entry["stages"], entry["blocks"])
+
+
+def gaze_decode(
+    q: jax.Array,
+    visual: Packed,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    layer: jax.Array,
+    indices: jax.Array | None,
+    visual_seen: jax.Array,
+    dense_seen: jax.Array,
+    *,
+    spec: GazeSpec,
+) -> jax.Array:
+    """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`.
+
+    Raises:
+      NotImplementedError: a dtype other than bfloat16, float32 and int8, or more than 15 query heads per
+        kv head.
+    """
+    batch, heads, dim = q.shape
+    kv_heads, keys = dense_k.shape[2:4]
+    group = heads // kv_heads
+    regions = visual_seen.shape[1]
+    wide = visual.k.shape[-1]
+    if indices is None:
+        plan = everything(batch, kv_heads, group, regions)
+    else:
+        plan = union(indices, kv_heads, group, regions)
+    listed = plan.regions.shape[-1]
+    if not listed and not keys:
+        return jnp.zeros_like(q)
+
+    count, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
+    tiles = _tiles(spec, piece, visual.k.dtype)
+    rows = -(-tiles.pieces * piece // 64) * 64
+    operands: dict[str, Any] = {"q": _queries(q, kv_heads, wide, _parts(q.dtype))}
+    if listed:
+        operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)
+    if keys:
+        operands["dense"] = _dense_operands(dense_k, dense_v, layer, dense_seen, wide, rows)
+    chunks = [operands[kind]["seen"].shape[-2] if kind in operands else 0 for kind in ("visual", "dense")]
+    shape = _Shape(
+        rows=rows,
+        dim=wide,
+        piece=piece,
+        tiles=tiles,
+        shares=_shares(tiles, batch * kv_heads, *chunks),
+        heads=-(-group // 8) * 8,
+        query_parts=_parts(q.dtype),
+        visual_parts=_parts(visual.k.dtype),
+        dense_parts=_parts(dense_k.dtype),
+        scale=spec.scale * _LOG2E,
+    )
+    partials = _launch(shape, operands, interpret=spec.interpret)
+    return _merge(partials, group, dim).reshape(q.shape).astype(q.dtype)

@@ -576,10 +576,10 @@ def _dense_operands(
     key = start + jnp.arange(rows)
     fresh = key >= place
     seen = _fill(dense_seen, axis_1=length)[:, key] & fresh
-    used = jnp.any(seen, axis=-1) * jnp.arange(1, chunks + 1, dtype=jnp.int32)
+    last = jnp.where(jnp.any(seen, axis=-1), jnp.arange(1, chunks + 1, dtype=jnp.int32), 0)
     return {
         "layer": layer.astype(jnp.int32).reshape(1),
-        "chunks": jnp.max(used, axis=-1).astype(jnp.int32),
+        "chunks": jnp.max(last, axis=-1),
         "seen": jnp.where(seen, -1, 0).astype(jnp.int32),
         "k": dense_k.reshape(-1, length, dim),
         "v": dense_v.reshape(-1, length, dim),

@@ -28,6 +28,7 @@ copies, indices, barriers, masks and the softmax are the ones that run on the ch
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import pathlib
@@ -40,8 +41,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
 from pallas_kernels.dispatch import needs
 from pallas_kernels.gaze_decode.plan import Union, everything, union
 from pallas_kernels.quantize import dequantize, quantize
@@ -50,11 +49,17 @@ from pallas_kernels.spec import GazeSpec
 _ROWS = 64  # rows of a tensor core tile: query heads of a kv head, filled up
 _DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
 _PIECE = 64  # most token slots that one copy brings
-_SHARED_MEMORY = 227 * 1024 - 8 * 1024  # a block's limit on sm_90, less barriers and reduction scratch
+_MOST_COPIES = 16  # copies of a chunk and side, which are unrolled
+_MOST_ROWS = 256  # keys of one tensor core instruction
+_SHARED_MEMORY = 227 * 1024 - 1024  # a block's limit on sm_90, less room for barriers
+_PAIRS = 512  # longest list whose entries are compared with each other
 _LOG2E = math.log2(math.e)
-# Strict, so that what passes does not pass by luck.
-_INTERPRETER = InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 _TILES = pathlib.Path(__file__).with_name("gpu_tiles.json")
+
+
+# jax 0.11 deprecates the index that jax 0.10 asks for.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_ALL: tuple[tuple[()], ...] = ((),) if _INDEX and _INDEX.default is inspect.Parameter.empty else ()
 
 
 class Tiles(NamedTuple):
@@ -158,7 +163,9 @@ class _Math:
         return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
 
     def load(self, ref: Any, layout: Any) -> jax.Array:
-        return ref[...] if self.interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+        if self.interpret:
+            return ref[...]
+        return plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=False)
 
     def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
         """``count`` bfloat16 arrays whose sum is ``x`` to 8 * count bits."""
@@ -426,7 +433,9 @@ def _block(
     b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
     math = _Math(interpret, shape.rows, shape.dim)
     q = scratch["q"]
-    plgpu.copy_gmem_to_smem(refs["q"].at[b, h], q, scratch["arrived"])
+    for part in range(shape.query_parts):
+        row = (b * lax.axis_size("kv") + h) * shape.query_parts + part
+        plgpu.copy_gmem_to_smem(refs["q"].at[pl.ds(row * _ROWS, _ROWS)], q.at[part], scratch["arrived"])
     plgpu.barrier_wait(scratch["arrived"])
 
     def write(carry: Sequence[jax.Array], *smem: Any) -> None:
@@ -461,9 +470,18 @@ def _block(
         pl.when(share >= shape.shares[0])(lambda: run("dense", _dense, shape.dense_parts))
 
 
-def _launch(shape: _Shape, operands: dict[str, Any], *, interpret: bool) -> Sequence[jax.Array]:
+def _interpreter() -> Any:
+    """How the kernel is interpreted: strictly, so that what passes does not pass by luck."""
+    # JAX has no public name for it yet, and only tests come here.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+
+
+def _launch(
+    shape: _Shape, batch: int, kv_heads: int, operands: dict[str, Any], *, interpret: bool
+) -> Sequence[jax.Array]:
     """The kernel: values [B, K, shares, heads, D], maxima and sums [B, K, shares, 64], all float32."""
-    batch, kv_heads = operands["q"].shape[:2]
     leaves, tree = jax.tree.flatten(operands)
     shares, stages = sum(shape.shares), shape.tiles.stages
     scaled = "k_scale" in operands.get("visual", {})
@@ -490,14 +508,19 @@ def _launch(shape: _Shape, operands: dict[str, Any], *, interpret: bool) -> Sequ
                 jnp.bfloat16,
                 transforms=(plgpu.TilingTransform((8, _DIMS)), plgpu.SwizzleTransform(128)),
             ),
-            "arrived": plgpu.Barrier(),
+            "arrived": plgpu.Barrier(num_arrivals=shape.query_parts),
             "visual_k": barriers(shape.tiles.pieces + 1 + 2 * scaled),
             "visual_v": barriers(shape.tiles.pieces),
             "dense_k": barriers(2),
             "dense_v": barriers(1),
         },
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=_INTERPRETER if interpret else None,
+        # Reductions stay within a warp, so they need no scratch. The layouts are written for lane semantics.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        interpret=_interpreter() if interpret else None,
     )(*leaves)
 
 
@@ -510,7 +533,30 @@ def _parts(dtype: Any) -> int:
         return 1
     if dtype == jnp.float32:
         return 3
-    raise NotImplementedError(f"gaze_decode 'gpu' keeps bfloat16, float32 and int8, not {jnp.dtype(dtype).name}.")
+    raise NotImplementedError(
+        f"gaze_decode 'gpu' keeps bfloat16, float32 and int8, not {jnp.dtype(dtype).name}."
+    )
+
+
+def _plan(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regions: int) -> Union:
+    """The regions to fetch; -1 may stand anywhere, and ``count`` is the places to look at.
+
+    Where a group shares a short list nothing has to be joined, so comparing all pairs, one small fused
+    program, replaces two sorts.
+    """
+    if indices is None:
+        return everything(batch, kv_heads, group, regions)
+    capacity = indices.shape[-1]
+    if indices.shape[1] != kv_heads or capacity > min(regions, _PAIRS):
+        return union(indices, kv_heads, group, regions)
+    earlier = jnp.tri(capacity, k=-1, dtype=bool)
+    again = jnp.any((indices[..., :, None] == indices[..., None, :]) & earlier, axis=-1)
+    fresh = (indices >= 0) & ~again
+    return Union(
+        jnp.where(fresh, indices, -1),
+        jnp.where(fresh, jnp.int32((1 << group) - 1), 0),
+        jnp.full((batch, kv_heads), capacity, jnp.int32),
+    )
 
 
 def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
@@ -587,7 +633,7 @@ def _dense_operands(
 
 
 def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
-    """bfloat16 [B, K, parts, 64, D]: the rows of a kv head, filled up, as a sum of parts."""
+    """bfloat16 [B * K * parts * 64, D]: the rows of a kv head, filled up, as a sum of parts."""
     batch, heads, _ = q.shape
     q = q.reshape(batch, kv_heads, heads // kv_heads, q.shape[-1])
     q = _fill(q, axis_2=_ROWS, axis_3=dim)
@@ -595,7 +641,7 @@ def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
     for _ in range(parts):
         found.append(lax.reduce_precision(q, 8, 7).astype(jnp.bfloat16))
         q = q - found[-1].astype(q.dtype)
-    return jnp.stack(found, axis=2)
+    return jnp.stack(found, axis=2).reshape(-1, dim)
 
 
 def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
@@ -630,7 +676,34 @@ def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
     table = _tuned()
     kind = jax.devices()[0].device_kind
     entry = table.get(kind, table["default"])[jnp.dtype(dtype).name]
-    return Tiles(max(entry["keys"] // piece, 1), entry["stages"], entry["blocks"])
+    pieces = min(max(entry["keys"] // piece, 1), _MOST_COPIES)
+    return Tiles(pieces, entry["stages"], entry["blocks"])
+
+
+def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[Any]) -> tuple[Tiles, int]:
+    """Shrink ``tiles`` until a block's shared memory holds them; also the rows of a chunk's tile.
+
+    Args:
+      tiles: what is wanted.
+      piece: slots of a piece.
+      dim: D, filled up.
+      dtypes: of the queries, the visual cache and the dense stream.
+    """
+    while True:
+        rows = -(-tiles.pieces * piece // 64) * 64
+        query = _parts(dtypes[0]) * _ROWS * dim * 2
+        streams = [
+            tiles.stages * rows * (2 * dim * jnp.dtype(dtype).itemsize + 12) + _parts(dtype) * rows * dim * 2
+            for dtype in dtypes[1:]
+        ]
+        if query + max(streams) <= _SHARED_MEMORY and rows <= _MOST_ROWS:
+            return tiles, rows
+        if tiles.pieces > 1:
+            tiles = tiles._replace(pieces=tiles.pieces // 2)
+        elif tiles.stages > 1:
+            tiles = tiles._replace(stages=tiles.stages - 1)
+        else:
+            raise NotImplementedError(f"gaze_decode 'gpu' has no room for D = {dim} of {dtypes}.")
 
 
 def gaze_decode(
@@ -648,26 +721,24 @@ def gaze_decode(
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`.
 
     Raises:
-      NotImplementedError: a dtype other than bfloat16, float32 and int8, or more than 15 query heads per
-        kv head.
+      NotImplementedError: a dtype other than bfloat16, float32 and int8, more than 15 query heads per kv
+        head, or a D that shared memory has no room for (above 256).
     """
     batch, heads, dim = q.shape
     kv_heads, keys = dense_k.shape[2:4]
     group = heads // kv_heads
     regions = visual_seen.shape[1]
     wide = visual.k.shape[-1]
-    if indices is None:
-        plan = everything(batch, kv_heads, group, regions)
-    else:
-        plan = union(indices, kv_heads, group, regions)
+    plan = _plan(indices, batch, kv_heads, group, regions)
     listed = plan.regions.shape[-1]
     if not listed and not keys:
         return jnp.zeros_like(q)
 
     count, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
-    tiles = _tiles(spec, piece, visual.k.dtype)
-    rows = -(-tiles.pieces * piece // 64) * 64
-    operands: dict[str, Any] = {"q": _queries(q, kv_heads, wide, _parts(q.dtype))}
+    dtypes = (q.dtype, visual.k.dtype, dense_k.dtype)
+    query_parts, visual_parts, dense_parts = map(_parts, dtypes)
+    tiles, rows = _fit(_tiles(spec, piece, visual.k.dtype), piece, wide, dtypes)
+    operands: dict[str, Any] = {"q": _queries(q, kv_heads, wide, query_parts)}
     if listed:
         operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)
     if keys:
@@ -680,10 +751,10 @@ def gaze_decode(
         tiles=tiles,
         shares=_shares(tiles, batch * kv_heads, *chunks),
         heads=-(-group // 8) * 8,
-        query_parts=_parts(q.dtype),
-        visual_parts=_parts(visual.k.dtype),
-        dense_parts=_parts(dense_k.dtype),
+        query_parts=query_parts,
+        visual_parts=visual_parts,
+        dense_parts=dense_parts,
         scale=spec.scale * _LOG2E,
     )
-    partials = _launch(shape, operands, interpret=spec.interpret)
+    partials = _launch(shape, batch, kv_heads, operands, interpret=spec.interpret)
     return _merge(partials, group, dim).reshape(q.shape).astype(q.dtype)

@@ -125,13 +125,13 @@ def _wide(dim: int) -> int:
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
     """Fill D and P up where the copy engine and the tensor cores need it; round as ``spec`` says."""
     slots, dim = k.shape[-2:]
-    scales: tuple[jax.Array | None, jax.Array | None] = (None, None)
+    k_scale = v_scale = None
     if spec.visual_dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-        scales = (k_scale, v_scale)
     count, each = _pieces(slots, _wide(dim), k.dtype.itemsize)
     k, v = (_fill(a, axis_4=count * each, axis_5=_wide(dim)) for a in (k, v))
-    k_scale, v_scale = (None if a is None else _fill(a, axis_4=count * each) for a in scales)
+    if k_scale is not None and v_scale is not None:
+        k_scale, v_scale = (_fill(a, axis_4=count * each) for a in (k_scale, v_scale))
     return Packed(k, v, k_scale, v_scale, slots, dim)
 
 
@@ -158,7 +158,7 @@ class _Math:
         """Put ``x`` where a thread expects it; the interpreter has no threads of its own."""
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
-    def spread(self, x: jax.Array, shape: tuple[int, int], axis: int, layout: Any) -> jax.Array:
+    def spread(self, x: jax.Array, shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
         """A vector along ``axis`` of a matrix, repeated along the other."""
         return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
 
@@ -190,7 +190,7 @@ class _Math:
         *,
         transposed: bool,
     ) -> jax.Array:
-        """``start`` plus the products a @ b (or a @ b.T) of ``pairs``: b is a reference, a one or an array."""
+        """``start`` plus a @ b (or a @ b.T) of each pair; b is a reference, a may be an array."""
         if self.interpret:
             total = jnp.zeros(shape, jnp.float32) if start is None else start
             dims = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -608,7 +608,7 @@ def _dense_operands(
     dense_k: jax.Array, dense_v: jax.Array, layer: jax.Array, dense_seen: jax.Array, dim: int, rows: int
 ) -> dict[str, Any]:
     """The dense stream of all layers, or of one where it has to be filled up, and the keys seen."""
-    batch, kv_heads, keys = dense_k.shape[1:4]
+    keys = dense_k.shape[3]
     if keys < rows or dense_k.shape[-1] != dim:
         dense_k, dense_v = (
             _fill(lax.dynamic_slice_in_dim(a, layer, 1), axis_3=max(keys, rows), axis_4=dim)
@@ -734,7 +734,7 @@ def gaze_decode(
     if not listed and not keys:
         return jnp.zeros_like(q)
 
-    count, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
+    _, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
     dtypes = (q.dtype, visual.k.dtype, dense_k.dtype)
     query_parts, visual_parts, dense_parts = map(_parts, dtypes)
     tiles, rows = _fit(_tiles(spec, piece, visual.k.dtype), piece, wide, dtypes)

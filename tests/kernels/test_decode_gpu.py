@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
 from pallas_kernels import GazeSpec, gaze_decode
 from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_decode import api, gpu

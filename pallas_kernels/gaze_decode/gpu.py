@@ -665,7 +665,8 @@ def _shares(tiles: Tiles, rows: int, visual: int, dense: int) -> tuple[int, int]
 
 
 @functools.cache
-def _tuned() -> dict[str, Any]:
+def tuned() -> dict[str, Any]:
+    """Device kind, or "default" -> dtype of the visual cache -> tiles; written by benchmarks/tune_decode.py."""
     return json.loads(_TILES.read_text())
 
 
@@ -673,7 +674,7 @@ def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
     """Tuned for this device; small when interpreted, so that small tests have several chunks and shares."""
     if spec.interpret:
         return Tiles(pieces=2, stages=2, blocks=12)
-    table = _tuned()
+    table = tuned()
     kind = jax.devices()[0].device_kind
     entry = table.get(kind, table["default"])[jnp.dtype(dtype).name]
     pieces = min(max(entry["keys"] // piece, 1), _MOST_COPIES)

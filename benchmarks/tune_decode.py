@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -145,14 +145,15 @@ class Bench:
         return {"ms": 1e3 * took, "times_floor": took / floor, "error": error}
 
 
-def candidates(found: Callable[[], tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Keys of a chunk by stages, then the number of blocks around the best of them."""
+def candidates(scores: Mapping[tuple[int, int, int], float]) -> Iterator[tuple[int, int, int]]:
+    """Keys of a chunk by stages, then the number of blocks for the best of those in ``scores``."""
     for keys in _KEYS:
         for stages in _STAGES:
             yield keys, stages, 2 * _BLOCKS[0]
-    keys, stages, _ = found()
-    for blocks in _BLOCKS:
-        yield keys, stages, blocks
+    if scores:
+        keys, stages, _ = min(scores, key=lambda tiles: scores[tiles])
+        for blocks in _BLOCKS:
+            yield keys, stages, blocks
 
 
 def write(path: Path, content: Any) -> None:
@@ -165,9 +166,9 @@ def tune(dtype: str, problems: list[Problem], bandwidth: float, args: argparse.N
     interpret = jax.default_backend() == "cpu"
     kind = jax.devices()[0].device_kind
     benches = [Bench(problem, dtype, interpret) for problem in problems]
-    best: tuple[float, tuple[int, int, int]] = (math.inf, (108, 2, 132))
+    scores: dict[tuple[int, int, int], float] = {}
     ends = time.monotonic() + args.seconds
-    for keys, stages, blocks in candidates(lambda: best[1]):
+    for keys, stages, blocks in candidates(scores):
         if time.monotonic() > ends:
             print(f"{dtype}: out of time", flush=True)
             break
@@ -181,8 +182,7 @@ def tune(dtype: str, problems: list[Problem], bandwidth: float, args: argparse.N
         else:
             row["problems"] = [p._asdict() | f for p, f in zip(problems, found, strict=True)]
             row["score"] = statistics.geometric_mean(f["times_floor"] for f in found)
-            if row["score"] < best[0]:
-                best = (row["score"], (keys, stages, blocks))
+            if row["score"] < min(scores.values(), default=math.inf):
                 table = json.loads(args.tiles.read_text())
                 measured = {
                     "date": datetime.date.today().isoformat(),
@@ -192,6 +192,7 @@ def tune(dtype: str, problems: list[Problem], bandwidth: float, args: argparse.N
                 }
                 table.setdefault(kind, dict(table["default"]))[dtype] = entry | {"measured": measured}
                 write(args.tiles, table)
+            scores[keys, stages, blocks] = row["score"]
         print(row, flush=True)
         rows = json.loads(args.json.read_text()) if args.json.exists() else []
         write(args.json, [*rows, row])

@@ -666,7 +666,7 @@ def _shares(tiles: Tiles, rows: int, visual: int, dense: int) -> tuple[int, int]
 
 @functools.cache
 def tuned() -> dict[str, Any]:
-    """Device kind, or "default" -> dtype of the visual cache -> tiles; written by benchmarks/tune_decode.py."""
+    """Device kind or "default" -> dtype of the cache -> tiles, which benchmarks/tune_decode.py writes."""
     return json.loads(_TILES.read_text())
 
 

@@ -475,7 +475,13 @@ def _interpreter() -> Any:
     # JAX has no public name for it yet, and only tests come here.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    return InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+    # With a single engine, waiting for one copy would seem to order all those before it.
+    return InterpretGPUParams(
+        detect_races=True,
+        out_of_bounds_reads="raise",
+        uninitialized_memory="nan",
+        num_tma_threads_per_device=32,
+    )
 
 
 def _launch(

@@ -56,6 +56,12 @@ class TestCopiesAndIndicesInterpreted(DecodeSuite):
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
+    @pytest.mark.parametrize("share", ["head", "group"])
+    def test_a_ring_slot_is_filled_again(self, share):
+        """More chunks for a block than there are stages, the last of them not full."""
+        case = cases.decode(regions=24, capacity=15, share=share)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
     @pytest.mark.parametrize("sizes", [{"slots": 70, "regions": 3}, {"dense": 150}, {"dim": 64}])
     def test_sizes_that_the_layout_cuts(self, sizes):
         """Regions in two pieces, a dense stream whose last chunk moves back, D that is stored as it is."""

@@ -46,6 +46,8 @@ from pallas_kernels.gaze_decode.plan import Union, everything, union
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
+# A stream shorter than a chunk's tile is filled up at every call, and no longer one is.
+DENSE_MULTIPLE = 128
 _ROWS = 64  # rows of a tensor core tile: query heads of a kv head, filled up
 _DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
 _PIECE = 64  # most token slots that one copy brings

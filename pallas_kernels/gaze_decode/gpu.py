@@ -5,21 +5,20 @@ contiguous block, which the copy engine fetches by its number. Only these change
 multiple of 64 (free for 64 and 128; zeros are read with it elsewhere), P beyond 64 is cut into equal
 pieces of at most 64 slots, and int8 of D = 64 fills odd pieces by one slot. P = 36 is stored as it is.
 
-Split. A block of threads (one warpgroup) belongs to a row, a kv head and a *share*. The first shares
-divide the chunks of the region list among them, the others those of the dense stream; share s takes
-chunks s, s + shares, ... Each keeps an online softmax in float32 and writes (maximum, sum, weighted
-values), which a small XLA reduction joins in a fixed order. So one sequence fills the chip.
+Split. A block of threads (one warpgroup) belongs to a row, a kv head and a *share*: share s takes chunks
+s, s + shares, ... of the region list, then of the dense stream, counted from behind. It keeps an online
+softmax in float32 and writes (maximum, sum, weighted values), which a small XLA reduction joins in a
+fixed order. So one sequence fills the chip.
 
 A chunk. Copies bring n regions into consecutive rows of a plain ring buffer in shared memory, ``stages``
 chunks ahead. They pass through registers once into a swizzled tile that the tensor cores read. On the
 way int8 becomes bfloat16 (exactly; its scales multiply logits and weights), float32 becomes a sum of
 three bfloat16 (24 bits, six products), and values of slots that nobody sees become 0, whatever they
 were. A ring slot is refilled as soon as it was copied out, before the products. The G query heads of
-the kv head are rows of one 64-row tile: seven eighths of its products are wasted, which costs nothing
-as decoding waits for memory.
+the kv head are rows of one 64-row tile: most of its products are wasted, as decoding waits for memory.
 
 Selections per query head share one fetch of their union; every key carries the bits of the heads that
-see it (32 of them in an int32), which XLA gathers beside the list.
+see it, which XLA gathers beside the list.
 
 Interpreted, three things are replaced, each in one place: ``_dot`` multiplies what its references
 hold in place of the tensor cores, layout casts vanish, and rounding to bfloat16 is pinned down. All
@@ -222,7 +221,7 @@ class _Shape:
       dim: D, filled up.
       piece: slots of a piece.
       tiles: how the work is cut.
-      shares: blocks of threads per row and kv head for the regions, and for the dense stream.
+      shares: blocks of threads per row and kv head.
       heads: query heads of a kv head, filled up to a multiple of 8.
       query_parts, visual_parts, dense_parts: bfloat16 arrays that hold an element.
       scale: of the logits, in units of log2(e).
@@ -232,7 +231,7 @@ class _Shape:
     dim: int
     piece: int
     tiles: Tiles
-    shares: tuple[int, int]
+    shares: int
     heads: int
     query_parts: int
     visual_parts: int
@@ -272,10 +271,11 @@ def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
     return [(a[i], b.at[j]) for _, i, j in reversed(orders)]
 
 
-def _attend(stream: _Stream, q: Any, shape: _Shape, parts: int, math: _Math) -> tuple[jax.Array, ...]:
-    """Online softmax over a block's chunks: (values [64, D], maximum [64], sum [64])."""
+def _attend(
+    stream: _Stream, q: Any, carry: tuple[jax.Array, ...], shape: _Shape, parts: int, math: _Math
+) -> tuple[jax.Array, ...]:
+    """Go on with an online softmax (values [64, D], maximum [64], sum [64]) over a block's chunks."""
     stages = shape.tiles.stages
-    per_row = math.logits.reduce(1)
     per_key = math.logits.reduce(0)
     logits_shape = (_ROWS, shape.rows)
     values_shape = (_ROWS, shape.dim)
@@ -347,16 +347,11 @@ def _attend(stream: _Stream, q: Any, shape: _Shape, parts: int, math: _Math) -> 
             stream.fetch(first, plan, first, "k")
             stream.fetch(first, plan, first, "v")
 
-    start = (
-        math.cast(jnp.zeros(values_shape, jnp.float32), math.logits),
-        math.cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), per_row),
-        math.cast(jnp.zeros((_ROWS,), jnp.float32), per_row),
-    )
-    return lax.fori_loop(0, stream.steps, step, start)
+    return lax.fori_loop(0, stream.steps, step, carry)
 
 
 def _ring(shape: _Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
-    """Shared memory of a stream; two streams never live in one block."""
+    """Shared memory of a stream."""
     stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
     swizzled = (plgpu.TilingTransform((8, _DIMS)), plgpu.SwizzleTransform(128))
     ring = {
@@ -373,7 +368,7 @@ def _ring(shape: _Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]
 def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: _Shape) -> _Stream:
     """This block's chunks of the region list."""
     b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
-    shares, pieces = shape.shares[0], shape.tiles.pieces
+    shares, pieces = shape.shares, shape.tiles.pieces
     last = refs["seen"].shape[-2] - 1
     together = [name for name in ("seen", "k_scale", "v_scale") if name in ring]
 
@@ -407,8 +402,9 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: _S
 def _dense(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: _Shape) -> _Stream:
     """This block's chunks of the dense stream."""
     b, h = lax.axis_index("batch"), lax.axis_index("kv")
-    shares = shape.shares[1]
-    share = lax.axis_index("share") - shape.shares[0]
+    shares = shape.shares
+    # From behind: the last shares have a chunk less of the regions.
+    share = shares - 1 - lax.axis_index("share")
     keys = refs["k"].shape[-2]
     at = (refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h
 
@@ -431,7 +427,7 @@ def _dense(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: _Sh
 def _block(
     shape: _Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
 ) -> None:
-    """One block of threads: its share of the regions or of the dense stream, and its partial softmax."""
+    """One block of threads: its share of the regions and of the dense stream, and its partial softmax."""
     b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
     math = _Math(interpret, shape.rows, shape.dim)
     q = scratch["q"]
@@ -440,7 +436,32 @@ def _block(
         plgpu.copy_gmem_to_smem(refs["q"].at[pl.ds(row * _ROWS, _ROWS)], q.at[part], scratch["arrived"])
     plgpu.barrier_wait(scratch["arrived"])
 
-    def write(carry: Sequence[jax.Array], *smem: Any) -> None:
+    per_row = math.logits.reduce(1)
+    carry: tuple[jax.Array, ...] = (
+        math.cast(jnp.zeros((_ROWS, shape.dim), jnp.float32), math.logits),
+        math.cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), per_row),
+        math.cast(jnp.zeros((_ROWS,), jnp.float32), per_row),
+    )
+    for kind, make, parts in (
+        ("visual", _visual, shape.visual_parts),
+        ("dense", _dense, shape.dense_parts),
+    ):
+        if kind not in refs:
+            continue
+        source = refs[kind]
+        barriers = (scratch[f"{kind}_k"], scratch[f"{kind}_v"])
+
+        def attend(ring: dict[str, Any], make: Any = make, source: Any = source, **given: Any) -> Any:
+            stream = make(source, ring, given["barriers"], shape)
+            return _attend(stream, q, given["carry"], shape, given["parts"], math)
+
+        # One after the other in the same shared memory.
+        carry = pl.run_scoped(
+            functools.partial(attend, barriers=barriers, carry=carry, parts=parts),
+            _ring(shape, source["k"].dtype, parts, "k_scale" in source),
+        )
+
+    def write(*smem: Any) -> None:
         for ref, value in zip(smem, carry, strict=True):
             ref[...] = value
         plgpu.commit_smem()
@@ -448,28 +469,13 @@ def _block(
             plgpu.copy_smem_to_gmem(ref, out.at[b, h, share])
         plgpu.wait_smem_to_gmem(0)
 
-    def run(kind: str, make: Callable[..., _Stream], parts: int) -> None:
-        def attend(ring: dict[str, Any]) -> tuple[jax.Array, ...]:
-            barriers = (scratch[f"{kind}_k"], scratch[f"{kind}_v"])
-            return _attend(make(refs[kind], ring, barriers, shape), q, shape, parts, math)
-
-        source = refs[kind]
-        carry = pl.run_scoped(attend, _ring(shape, source["k"].dtype, parts, "k_scale" in source))
-        pl.run_scoped(
-            functools.partial(write, carry),
-            plgpu.SMEM(
-                (_ROWS, shape.dim),
-                jnp.float32,
-                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-            ),
-            plgpu.SMEM((_ROWS,), jnp.float32),
-            plgpu.SMEM((_ROWS,), jnp.float32),
-        )
-
-    if shape.shares[0]:
-        pl.when(share < shape.shares[0])(lambda: run("visual", _visual, shape.visual_parts))
-    if shape.shares[1]:
-        pl.when(share >= shape.shares[0])(lambda: run("dense", _dense, shape.dense_parts))
+    swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    pl.run_scoped(
+        write,
+        plgpu.SMEM((_ROWS, shape.dim), jnp.float32, transforms=swizzled),
+        plgpu.SMEM((_ROWS,), jnp.float32),
+        plgpu.SMEM((_ROWS,), jnp.float32),
+    )
 
 
 def _interpreter() -> Any:
@@ -491,7 +497,7 @@ def _launch(
 ) -> Sequence[jax.Array]:
     """The kernel: values [B, K, shares, heads, D], maxima and sums [B, K, shares, 64], all float32."""
     leaves, tree = jax.tree.flatten(operands)
-    shares, stages = sum(shape.shares), shape.tiles.stages
+    shares, stages = shape.shares, shape.tiles.stages
     scaled = "k_scale" in operands.get("visual", {})
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -662,14 +668,9 @@ def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
     return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _shares(tiles: Tiles, rows: int, visual: int, dense: int) -> tuple[int, int]:
-    """Divide the blocks that a row and kv head may have among region chunks and dense chunks."""
-    most = max(tiles.blocks // rows, 1)
-    if visual + dense <= most:
-        return visual, dense
-    wanted = round(most * dense / (visual + dense))
-    dense_shares = min(max(wanted, 1), dense)
-    return min(max(most - dense_shares, 1), visual), dense_shares
+def _shares(tiles: Tiles, rows: int, chunks: int) -> int:
+    """Blocks of threads for each of ``rows`` rows and kv heads, none of them without a chunk."""
+    return min(max(tiles.blocks // rows, 1), chunks)
 
 
 @functools.cache
@@ -752,13 +753,13 @@ def gaze_decode(
         operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)
     if keys:
         operands["dense"] = _dense_operands(dense_k, dense_v, layer, dense_seen, wide, rows)
-    chunks = [operands[kind]["seen"].shape[-2] if kind in operands else 0 for kind in ("visual", "dense")]
+    chunks = sum(operands[kind]["seen"].shape[-2] for kind in ("visual", "dense") if kind in operands)
     shape = _Shape(
         rows=rows,
         dim=wide,
         piece=piece,
         tiles=tiles,
-        shares=_shares(tiles, batch * kv_heads, *chunks),
+        shares=_shares(tiles, batch * kv_heads, chunks),
         heads=-(-group // 8) * 8,
         query_parts=query_parts,
         visual_parts=visual_parts,

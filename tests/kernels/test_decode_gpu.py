@@ -198,11 +198,10 @@ def test_what_does_not_fit_is_refused():
 def test_shares_fill_the_chip_and_leave_none_empty():
     """One row gets every block, many rows one each, and no share is without a chunk."""
     tiles = gpu.Tiles(pieces=3, stages=2, blocks=132)
-    assert gpu._shares(tiles, 4, 100, 4) == (32, 1)
-    assert gpu._shares(tiles, 4, 7, 2) == (7, 2)
-    assert gpu._shares(tiles, 64, 100, 4) == (1, 1)
-    assert gpu._shares(tiles, 1000, 5, 0) == (1, 0)
-    assert gpu._shares(tiles, 4, 0, 50) == (0, 33)
+    assert gpu._shares(tiles, 4, 104) == 33
+    assert gpu._shares(tiles, 4, 9) == 9
+    assert gpu._shares(tiles, 64, 104) == 2
+    assert gpu._shares(tiles, 1000, 5) == 1
 
 
 @pytest.mark.parametrize(

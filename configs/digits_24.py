@@ -2,7 +2,7 @@
 
 python train.py --config=configs/digits_24.py --workdir=runs/digits_24
 
-Meant for a GPU or TPU; benchmarks/gpu.sh runs it with its dense arms. Not yet trained to the end.
+Meant for a GPU or TPU; benchmarks/gpu.sh --digits runs it with its dense arms. Not yet trained to the end.
 """
 
 import ml_collections

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from pallas_kernels.dispatch import check_shape, find, pick
-from pallas_kernels.gaze_decode import reference, tpu, xla
+from pallas_kernels.gaze_decode import gpu, reference, tpu, xla
 from pallas_kernels.spec import GazeSpec
 
-IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu})
+IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu})
 
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:

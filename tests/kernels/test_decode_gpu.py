@@ -1,0 +1,219 @@
+"""The GPU decode kernel: interpreted here, lowered for cuda here, compiled where there is a GPU.
+
+Interpreted, the tensor cores' products are plain ones and layouts vanish; copies, indices, barriers,
+masks and the softmax are the kernel's own. Lowering checks layouts, tiles and shared memory for sm_90
+and runs nothing.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas_kernels import GazeSpec, gaze_decode
+from pallas_kernels.dispatch import compile_for
+from pallas_kernels.gaze_decode import api, gpu
+from tests.helpers import cases
+from tests.kernels.decode_suite import DecodeSuite, _close, _program
+
+
+@pytest.fixture
+def no_races():
+    """Fails a test in which two accesses were ordered by nothing but luck."""
+    yield
+    if jax.default_backend() == "cpu":
+        assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.usefixtures("no_races")
+class TestCopiesAndIndicesInterpreted(DecodeSuite):
+    """The shared suite, with race detection, NaN in fresh shared memory and bounds checks."""
+
+    implementation = "gpu"
+    shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("slots", [5, 36])
+    def test_int8(self, slots, share):
+        """int8 regions beside a float32 dense stream: the reference's values of the same rounding."""
+        case = cases.decode(slots=slots, share=share)
+        case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, visual_dtype="int8"))
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+    def test_int8_nan_in_unseen_slots_changes_nothing(self):
+        """A NaN token has a NaN scale, which must stay out of the logits and of the values."""
+        case = cases.decode()
+        case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, visual_dtype="int8"))
+        unseen = ~case.visual_seen[None, :, None, :, :, None]
+        bad = dataclasses.replace(
+            case, k=jnp.where(unseen, jnp.nan, case.k), v=jnp.where(unseen, jnp.nan, case.v)
+        )
+        got = np.asarray(self.run(bad))
+        assert np.isfinite(got).all()
+        np.testing.assert_array_equal(got, self.run(case))
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    def test_a_ring_slot_is_filled_again(self, share):
+        """More chunks for a block than there are stages; and float32 is float32, not a sum of two parts."""
+        case = cases.decode(regions=24, capacity=15, share=share)
+        _close(self.run(case), self.expected(case), 1e-6)
+
+    @pytest.mark.parametrize("sizes", [{"slots": 70, "regions": 3}, {"dense": 150}, {"dim": 64}])
+    def test_sizes_that_the_layout_cuts(self, sizes):
+        """Regions in two pieces, a dense stream whose last chunk moves back, D that is stored as it is."""
+        case = cases.decode(**sizes)
+        _close(self.run(case), self.expected(case), self.tolerance)
+
+
+@pytest.mark.gpu
+class TestCompiled(TestCopiesAndIndicesInterpreted):
+    """The same suite on a GPU: ``JAX_PLATFORMS=cuda pytest -m gpu tests/kernels``."""
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_real_sizes(self, dim, share, dtype):
+        """555 regions of 36 slots, 55 per head, G = 7, 700 dense keys: several chunks in every share."""
+        case = cases.decode(
+            layers=2,
+            group=7,
+            kv_heads=4,
+            regions=555,
+            slots=36,
+            dense=700,
+            dim=dim,
+            capacity=55,
+            share=share,
+            dtype=dtype,
+        )
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, case)
+        tolerance = self.tolerance if dtype == jnp.float32 else self.bf16_tolerance
+        _close(self.run(case), _program("reference")(wide), tolerance)
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_every_region_of_the_union_is_copied_once(share, monkeypatch):
+    """G = 4 query heads: K and V of a region cross the bus once for all that want it, and no other does."""
+    case = cases.decode(group=4, share=share)
+    copied = []
+    execute = gpu_callbacks.DeviceLocalMemoryTransfer.execute
+
+    def count(self, token):
+        at = self.src_transforms[-1]
+        if tuple(at.get_indexer_shape()) == (5, 64):
+            copied.append(int(at.indices[0]))
+        return execute(self, token)
+
+    monkeypatch.setattr(gpu_callbacks.DeviceLocalMemoryTransfer, "execute", count)
+    # A program of its own: another test's would have been traced without the count.
+    spec = cases.runnable(case.spec)
+    packed = api.pack(case.k, case.v, spec=spec, implementation="gpu")
+    arrays = (case.dense_k, case.dense_v, case.layer, case.indices, case.visual_seen, case.dense_seen)
+    jax.block_until_ready(gaze_decode(case.q, packed, *arrays, spec=spec, implementation="gpu"))
+
+    batch, kv_heads, regions = 2, 2, 7
+    picks = np.asarray(case.indices).reshape(batch, kv_heads, -1)
+    expected = [
+        ((int(case.layer) * batch + b) * kv_heads + h) * regions + r
+        for b in range(batch)
+        for h in range(kv_heads)
+        for r in sorted(set(picks[b, h].tolist()) - {-1})
+    ]
+    assert sorted(copied) == sorted(2 * expected)
+
+
+def _lower(*, group, slots, dim, dtype, share, int8=False, dense=300, batch=1, capacity=8, vmapped=False):
+    """StableHLO with the Mosaic kernel for sm_90 in it."""
+    layers, kv_heads, regions = 2, 2, 32
+    spec = GazeSpec(scale=1.0, share=share, visual_dtype="int8" if int8 else None)
+
+    def call(q, k, v, dense_k, dense_v, layer, indices, visual_seen, dense_seen):
+        packed = api.pack(k, v, spec=spec, implementation="gpu")
+        arrays = (dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+        return gaze_decode(q, packed, *arrays, spec=spec, implementation="gpu")
+
+    lead = (3,) if vmapped else ()
+    array = functools.partial(lambda dtype, *shape: jax.ShapeDtypeStruct((*lead, *shape), dtype))
+    shared = kv_heads * group if share == "head" else kv_heads
+    cache = array(dtype, layers, batch, kv_heads, regions, slots, dim)
+    stream = array(dtype, layers, batch, kv_heads, dense, dim)
+    with compile_for("gpu"):
+        traced = jax.jit(jax.vmap(call) if vmapped else call).trace(
+            array(dtype, batch, kv_heads * group, dim),
+            cache,
+            cache,
+            stream,
+            stream,
+            array(jnp.int32),
+            array(jnp.int32, batch, shared, capacity),
+            array(jnp.bool_, batch, regions, slots),
+            array(jnp.bool_, batch, dense),
+        )
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+# Every value of every axis beside every dtype; the kernel itself sees G only as 8 rows.
+LOWERED = [
+    {"group": group, "slots": slots, "dim": dim, "dtype": dtype, "share": share, "int8": int8, "dense": dense}
+    for dtype in (jnp.bfloat16, jnp.float32)
+    for int8 in (False, True)
+    for group, slots, dim, share, dense in (
+        (4, 36, 128, "group", 300),
+        (7, 36, 64, "head", 1),
+        (1, 5, 128, "head", 0),
+        (8, 40, 128, "head", 128),
+        (5, 1, 64, "group", 1000),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "sizes", LOWERED, ids=lambda s: "-".join(getattr(v, "__name__", str(v)) for v in s.values())
+)
+def test_lowers_for_cuda(sizes):
+    """Layouts, copies, tensor core shapes and shared memory are legal on sm_90."""
+    assert "mosaic_gpu" in _lower(**sizes)
+
+
+def test_lowers_for_cuda_under_vmap():
+    """The batched kernel has one more axis in front of every copy."""
+    assert "mosaic_gpu" in _lower(group=4, slots=36, dim=128, dtype=jnp.bfloat16, share="group", vmapped=True)
+
+
+def test_what_does_not_fit_is_refused():
+    """float16, a wide D in float32 and 16 query heads per kv head: one sentence each."""
+    common = {"group": 2, "slots": 4, "dim": 64, "share": "group"}
+    with pytest.raises(NotImplementedError, match="keeps bfloat16, float32 and int8, not float16"):
+        _lower(**common, dtype=jnp.float16)
+    with pytest.raises(NotImplementedError, match="has no room for D = 512"):
+        _lower(**common | {"dim": 512}, dtype=jnp.float32)
+    with pytest.raises(NotImplementedError, match="at most 15 query heads per kv head, not 16"):
+        _lower(**common | {"group": 16, "share": "head"}, dtype=jnp.bfloat16)
+
+
+def test_shares_fill_the_chip_and_leave_none_empty():
+    """One row gets every block, many rows one each, and no share is without a chunk."""
+    tiles = gpu.Tiles(pieces=3, stages=2, blocks=132)
+    assert gpu._shares(tiles, 4, 104) == 33
+    assert gpu._shares(tiles, 4, 9) == 9
+    assert gpu._shares(tiles, 64, 104) == 2
+    assert gpu._shares(tiles, 1000, 5) == 1
+
+
+@pytest.mark.parametrize(
+    ("slots", "dim", "itemsize", "expected"),
+    [
+        (36, 128, 2, (1, 36)),
+        (36, 64, 1, (1, 36)),
+        (5, 64, 1, (1, 6)),
+        (100, 128, 2, (2, 50)),
+        (1, 64, 4, (1, 1)),
+    ],
+)
+def test_pieces(slots, dim, itemsize, expected):
+    """A piece is a multiple of 128 bytes and at most 64 slots, and P = 36 is stored as it is."""
+    assert gpu._pieces(slots, dim, itemsize) == expected

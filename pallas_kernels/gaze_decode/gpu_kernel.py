@@ -1,0 +1,437 @@
+"""The Mosaic GPU kernel of gaze_decode: what one block of threads does; ``gpu.py`` lays the work out.
+
+A chunk. Copies bring n regions into consecutive rows of a plain ring buffer in shared memory, ``stages``
+chunks ahead. They pass through registers once into a swizzled tile that the tensor cores read. On the
+way int8 becomes bfloat16 (exactly; its scales multiply logits and weights), float32 becomes a sum of
+three bfloat16 (24 bits, six products), and values of slots that nobody sees become 0, whatever they
+were. A ring slot is refilled as soon as it was copied out, before the products. The G query heads of
+the kv head are rows of one 64-row tile: most of its products are wasted, as decoding waits for memory.
+
+Interpreted, three things are replaced, each in one place: ``_Math.dot`` multiplies what its references
+hold in place of the tensor cores, layout casts vanish, and rounding to bfloat16 is pinned down. All
+copies, indices, barriers, masks and the softmax are the ones that run on the chip.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # rows of a tensor core tile: query heads of a kv head, filled up
+DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
+
+# jax 0.11 deprecates the index that jax 0.10 asks for.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_ALL: tuple[tuple[()], ...] = ((),) if _INDEX and _INDEX.default is inspect.Parameter.empty else ()
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work.
+
+    Attributes:
+      pieces: pieces of regions in a chunk.
+      stages: chunks in flight.
+      blocks: blocks of threads that the whole grid should have, roughly.
+    """
+
+    pieces: int
+    stages: int
+    blocks: int
+
+
+class _Math:
+    """What the chip and the interpreter say differently."""
+
+    def __init__(self, interpret: bool, rows: int, dim: int) -> None:
+        self.interpret = interpret
+        self.logits = plgpu.Layout.WGMMA
+        self.copies = plgpu.Layout.SMEM_GMEM_COPY((rows, dim), jnp.bfloat16, 128)
+
+    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
+        """Put ``x`` where a thread expects it; the interpreter has no threads of its own."""
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+    def spread(self, x: jax.Array, shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+        """A vector along ``axis`` of a matrix, repeated along the other."""
+        return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
+
+    def load(self, ref: Any, layout: Any) -> jax.Array:
+        if self.interpret:
+            return ref[...]
+        return plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=False)
+
+    def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
+        """``count`` bfloat16 arrays whose sum is ``x`` to 8 * count bits."""
+        if x.dtype == jnp.bfloat16:
+            return [x]
+        if x.dtype == jnp.int8:
+            return [x.astype(jnp.bfloat16)]
+        parts = []
+        for left in range(count, 0, -1):
+            # XLA, which the interpreter runs on, may skip a rounding that is undone at once.
+            rounded = lax.reduce_precision(x, 8, 7) if self.interpret else x
+            parts.append(rounded.astype(jnp.bfloat16))
+            if left > 1:
+                x = x - parts[-1].astype(jnp.float32)
+        return parts
+
+    def dot(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        start: jax.Array | None,
+        shape: tuple[int, int],
+        *,
+        transposed: bool,
+    ) -> jax.Array:
+        """``start`` plus a @ b (or a @ b.T) of each pair; b is a reference, a may be an array."""
+        if self.interpret:
+            total = jnp.zeros(shape, jnp.float32) if start is None else start
+            dims = (((1,), (1 if transposed else 0,)), ((), ()))
+            for a, b in pairs:
+                total += lax.dot_general(a[...], b[...], dims, preferred_element_type=jnp.float32)
+            return total
+
+        def products(acc: Any) -> None:
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+
+        def fresh(acc: Any) -> jax.Array:
+            products(acc)
+            return acc[...]
+
+        if start is None:
+            return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
+        return pl.run_state(products)(plgpu.ACC.init(start))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of one kernel.
+
+    Attributes:
+      rows: keys in a chunk's tile, a multiple of 64.
+      dim: D, filled up.
+      piece: slots of a piece.
+      tiles: how the work is cut.
+      shares: blocks of threads per row and kv head.
+      heads: query heads of a kv head, filled up to a multiple of 8.
+      query_parts, visual_parts, dense_parts: bfloat16 arrays that hold an element.
+      scale: of the logits, in units of log2(e).
+    """
+
+    rows: int
+    dim: int
+    piece: int
+    tiles: Tiles
+    shares: int
+    heads: int
+    query_parts: int
+    visual_parts: int
+    dense_parts: int
+    scale: float
+
+
+class _Stream(NamedTuple):
+    """The keys of one kind as a block of threads meets them.
+
+    Attributes:
+      steps: int32, how many chunks this block takes.
+      plan: what has to be known to fetch chunk i of them, scalars read ahead of time.
+      fetch: starts the copies of a chunk into a ring slot: fetch(i, plan(i), slot, side).
+      k, v: rings [stages, rows, D].
+      seen: ring int32 [stages, rows] of head bits.
+      scales: rings float32 [stages, rows] for K and V of int8, or None.
+      barriers: one per ring slot for K and what comes with it, and for V.
+      tile: [parts, rows, D] swizzled, what the tensor cores read.
+    """
+
+    steps: jax.Array
+    plan: Callable[[jax.Array], Any]
+    fetch: Callable[[jax.Array, Any, jax.Array, str], None]
+    k: Any
+    v: Any
+    seen: Any
+    scales: tuple[Any, Any] | None
+    barriers: tuple[Any, Any]
+    tile: Any
+
+
+def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
+    """The products of two sums of parts that float32 can hold: smallest first."""
+    most = max(len(a), count)
+    orders = sorted((i + j, i, j) for i in range(len(a)) for j in range(count) if i + j < most)
+    return [(a[i], b.at[j]) for _, i, j in reversed(orders)]
+
+
+def _attend(
+    stream: _Stream, q: Any, carry: tuple[jax.Array, ...], shape: Shape, parts: int, math: _Math
+) -> tuple[jax.Array, ...]:
+    """Go on with an online softmax (values [64, D], maximum [64], sum [64]) over a block's chunks."""
+    stages = shape.tiles.stages
+    per_key = math.logits.reduce(0)
+    logits_shape = (ROWS, shape.rows)
+    values_shape = (ROWS, shape.dim)
+    queries = [q.at[i] for i in range(shape.query_parts)]
+
+    def stage(ring: Any, slot: jax.Array, seen: jax.Array) -> None:
+        """A ring slot into the tile, as bfloat16 and 0 where nobody sees it."""
+        x = math.load(ring.at[slot], math.copies)
+        visible = math.spread(seen, x.shape, 0, math.copies) != 0
+        if x.dtype == jnp.int8:
+            x = x.astype(jnp.bfloat16)
+        x = jnp.where(visible, x, jnp.zeros((), x.dtype))
+        for part, piece in enumerate(math.parts(x, parts)):
+            stream.tile[part, ...] = piece
+        plgpu.commit_smem()
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        values, top, total = carry
+        slot = lax.rem(i, jnp.int32(stages))
+        later = i + stages
+        plan = stream.plan(later)  # read now, used below: the scalars' way is long
+
+        plgpu.barrier_wait(stream.barriers[0].at[slot])
+        by_row = math.load(stream.seen.at[slot], math.copies.reduce(1))
+        by_key = math.load(stream.seen.at[slot], per_key)
+        if stream.scales is not None:
+            k_scale, v_scale = (math.load(ring.at[slot], per_key) for ring in stream.scales)
+        stage(stream.k, slot, by_row)
+
+        @pl.when(later < stream.steps)
+        def _() -> None:
+            stream.fetch(later, plan, slot, "k")
+
+        logits = math.dot(_pairs(queries, stream.tile, parts), None, logits_shape, transposed=True)
+        logits = logits * shape.scale
+        if stream.scales is not None:
+            logits = logits * math.spread(k_scale, logits_shape, 1, math.logits)
+        head = math.cast(lax.broadcasted_iota(jnp.int32, logits_shape, 0), math.logits)
+        bit = jnp.int32(1) << jnp.minimum(head, 31)
+        mine = (math.spread(by_key, logits_shape, 1, math.logits) & bit) != 0
+        logits = jnp.where(mine, logits, -jnp.inf)
+
+        new = jnp.maximum(top, jnp.max(logits, axis=1))
+        base = jnp.where(new == -jnp.inf, 0.0, new)
+        decay = jnp.exp2(top - base)
+        weights = jnp.exp2(logits - math.spread(base, logits_shape, 0, math.logits))
+        total = total * decay + jnp.sum(weights, axis=1)
+        values = values * math.spread(decay, values_shape, 0, math.logits)
+        if stream.scales is not None:
+            weights = weights * math.spread(v_scale, logits_shape, 1, math.logits)
+        split = math.parts(weights, shape.query_parts)
+
+        plgpu.barrier_wait(stream.barriers[1].at[slot])
+        stage(stream.v, slot, by_row)
+
+        @pl.when(later < stream.steps)
+        def _() -> None:
+            stream.fetch(later, plan, slot, "v")
+
+        values = math.dot(_pairs(split, stream.tile, parts), values, values_shape, transposed=False)
+        return values, new, total
+
+    for ahead in range(stages):
+
+        @pl.when(ahead < stream.steps)
+        def _(ahead: int = ahead) -> None:
+            first = jnp.int32(ahead)
+            plan = stream.plan(first)
+            stream.fetch(first, plan, first, "k")
+            stream.fetch(first, plan, first, "v")
+
+    return lax.fori_loop(0, stream.steps, step, carry)
+
+
+def _ring(shape: Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
+    """Shared memory of a stream."""
+    stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
+    swizzled = (plgpu.TilingTransform((8, DIMS)), plgpu.SwizzleTransform(128))
+    ring = {
+        "k": plgpu.SMEM((stages, rows, dim), dtype),
+        "v": plgpu.SMEM((stages, rows, dim), dtype),
+        "seen": plgpu.SMEM((stages, rows), jnp.int32),
+        "tile": plgpu.SMEM((parts, rows, dim), jnp.bfloat16, transforms=swizzled),
+    }
+    if scaled:
+        ring |= {name: plgpu.SMEM((stages, rows), jnp.float32) for name in ("k_scale", "v_scale")}
+    return ring
+
+
+def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
+    """This block's chunks of the region list."""
+    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
+    shares, pieces = shape.shares, shape.tiles.pieces
+    last = refs["seen"].shape[-2] - 1
+    together = [name for name in ("seen", "k_scale", "v_scale") if name in ring]
+
+    def plan(i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        chunk = jnp.minimum(share + i * shares, last)
+        return chunk, [refs["blocks"][b, h, chunk * pieces + n] for n in range(pieces)]
+
+    def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
+        chunk, blocks = plan
+        barrier = barriers["kv".index(side)].at[slot]
+        for n, block in enumerate(blocks):
+
+            @pl.when(block >= 0)
+            def _(n: int = n, block: jax.Array = block) -> None:
+                rows = pl.ds(n * shape.piece, shape.piece)
+                plgpu.copy_gmem_to_smem(refs[side].at[block], ring[side].at[slot, rows], barrier)
+
+            @pl.when(block < 0)
+            def _() -> None:
+                plgpu.barrier_arrive(barrier)
+
+        if side == "k":
+            for name in together:
+                plgpu.copy_gmem_to_smem(refs[name].at[b, h, chunk], ring[name].at[slot], barrier)
+
+    steps = lax.div(refs["chunks"][b, h] - share + (shares - 1), jnp.int32(shares))
+    scales = (ring["k_scale"], ring["v_scale"]) if "k_scale" in ring else None
+    return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
+
+
+def _dense(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
+    """This block's chunks of the dense stream."""
+    b, h = lax.axis_index("batch"), lax.axis_index("kv")
+    shares = shape.shares
+    # From behind: the last shares have a chunk less of the regions.
+    share = shares - 1 - lax.axis_index("share")
+    keys = refs["k"].shape[-2]
+    at = (refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h
+
+    def plan(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chunk = share + i * shares
+        # The last chunk moves back to end with the stream; its mask leaves out what it repeats.
+        return chunk, jnp.minimum(chunk * shape.rows, keys - shape.rows)
+
+    def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
+        chunk, start = plan
+        barrier = barriers["kv".index(side)].at[slot]
+        plgpu.copy_gmem_to_smem(refs[side].at[at, pl.ds(start, shape.rows)], ring[side].at[slot], barrier)
+        if side == "k":
+            plgpu.copy_gmem_to_smem(refs["seen"].at[b, chunk], ring["seen"].at[slot], barrier)
+
+    steps = lax.div(refs["chunks"][b] - share + (shares - 1), jnp.int32(shares))
+    return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], None, barriers, ring["tile"])
+
+
+def _block(
+    shape: Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
+) -> None:
+    """One block of threads: its share of the regions and of the dense stream, and its partial softmax."""
+    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
+    math = _Math(interpret, shape.rows, shape.dim)
+    q = scratch["q"]
+    for part in range(shape.query_parts):
+        row = (b * lax.axis_size("kv") + h) * shape.query_parts + part
+        plgpu.copy_gmem_to_smem(refs["q"].at[pl.ds(row * ROWS, ROWS)], q.at[part], scratch["arrived"])
+    plgpu.barrier_wait(scratch["arrived"])
+
+    per_row = math.logits.reduce(1)
+    carry: tuple[jax.Array, ...] = (
+        math.cast(jnp.zeros((ROWS, shape.dim), jnp.float32), math.logits),
+        math.cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), per_row),
+        math.cast(jnp.zeros((ROWS,), jnp.float32), per_row),
+    )
+    for kind, make, parts in (
+        ("visual", _visual, shape.visual_parts),
+        ("dense", _dense, shape.dense_parts),
+    ):
+        if kind not in refs:
+            continue
+        source = refs[kind]
+        barriers = (scratch[f"{kind}_k"], scratch[f"{kind}_v"])
+
+        def attend(ring: dict[str, Any], make: Any = make, source: Any = source, **given: Any) -> Any:
+            stream = make(source, ring, given["barriers"], shape)
+            return _attend(stream, q, given["carry"], shape, given["parts"], math)
+
+        # One after the other in the same shared memory.
+        carry = pl.run_scoped(
+            functools.partial(attend, barriers=barriers, carry=carry, parts=parts),
+            _ring(shape, source["k"].dtype, parts, "k_scale" in source),
+        )
+
+    def write(*smem: Any) -> None:
+        for ref, value in zip(smem, carry, strict=True):
+            ref[...] = value
+        plgpu.commit_smem()
+        for ref, out in zip((smem[0].at[pl.ds(0, shape.heads)], *smem[1:]), outs, strict=True):
+            plgpu.copy_smem_to_gmem(ref, out.at[b, h, share])
+        plgpu.wait_smem_to_gmem(0)
+
+    swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    pl.run_scoped(
+        write,
+        plgpu.SMEM((ROWS, shape.dim), jnp.float32, transforms=swizzled),
+        plgpu.SMEM((ROWS,), jnp.float32),
+        plgpu.SMEM((ROWS,), jnp.float32),
+    )
+
+
+def _interpreter() -> Any:
+    """How the kernel is interpreted: strictly, so that what passes does not pass by luck."""
+    # JAX has no public name for it yet, and only tests come here.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    # With a single engine, waiting for one copy would seem to order all those before it.
+    return InterpretGPUParams(
+        detect_races=True,
+        out_of_bounds_reads="raise",
+        uninitialized_memory="nan",
+        num_tma_threads_per_device=32,
+    )
+
+
+def launch(
+    shape: Shape, batch: int, kv_heads: int, operands: dict[str, Any], *, interpret: bool
+) -> Sequence[jax.Array]:
+    """The kernel: values [B, K, shares, heads, D], maxima and sums [B, K, shares, 64], all float32."""
+    leaves, tree = jax.tree.flatten(operands)
+    shares, stages = shape.shares, shape.tiles.stages
+    scaled = "k_scale" in operands.get("visual", {})
+
+    def body(*refs: Any, **scratch: Any) -> None:
+        _block(shape, interpret, jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :], scratch)
+
+    def barriers(arrivals: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+
+    partial = (batch, kv_heads, shares)
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((*partial, shape.heads, shape.dim), jnp.float32),
+            jax.ShapeDtypeStruct((*partial, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*partial, ROWS), jnp.float32),
+        ],
+        grid=partial,
+        grid_names=("batch", "kv", "share"),
+        scratch_types={
+            "q": plgpu.SMEM(
+                (shape.query_parts, ROWS, shape.dim),
+                jnp.bfloat16,
+                transforms=(plgpu.TilingTransform((8, DIMS)), plgpu.SwizzleTransform(128)),
+            ),
+            "arrived": plgpu.Barrier(num_arrivals=shape.query_parts),
+            "visual_k": barriers(shape.tiles.pieces + 1 + 2 * scaled),
+            "visual_v": barriers(shape.tiles.pieces),
+            "dense_k": barriers(2),
+            "dense_v": barriers(1),
+        },
+        # Reductions stay within a warp, so they need no scratch. The layouts are written for lane semantics.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        interpret=_interpreter() if interpret else None,
+    )(*leaves)

@@ -1,8 +1,9 @@
 """The attention ops on a mesh.
 
-XLA splits its own operations over the devices of a mesh, but not a Pallas kernel: that is one program for
-one device. So kernels run under ``jax.shard_map``, each device on its share of the batch and of the heads,
-which is all that the ops need: no value crosses from one row or kv head to another.
+XLA splits its own operations over the devices of a mesh, but not a Pallas kernel, which is a program of
+one device, nor a loop over heads, which is how a CPU decodes. So these run under ``jax.shard_map``, each
+device on its share of the batch and of the heads, which is all that the ops need: no value crosses from
+one row or kv head to another.
 """
 
 from typing import Any
@@ -61,13 +62,12 @@ def gaze_decode(
         return decode_api.gaze_decode(*arguments, **options)
 
     arguments = (q, visual, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
-    if options["implementation"] not in dispatch.KERNELS:
+    if decode_api.compiler_splits(options["implementation"]):
         return call(*arguments)
-    cache = ("layers", "batch", "kv_heads")
+    dense = ("layers", "batch", "kv_heads")
     heads = ("batch", "heads")
-    return _split(
-        call, arguments, (heads, cache, cache, cache, (), heads, ("batch",), ("batch",)), ("batch", "heads")
-    )
+    names = (heads, decode_api.cache_axes(visual), dense, dense, (), heads, ("batch",), ("batch",))
+    return _split(call, arguments, names, heads)
 
 
 def gaze_prefill(

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import check_shape, find, pick
-from pallas_kernels.gaze_decode import gpu, reference, tpu, xla
+from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target
+from pallas_kernels.gaze_decode import cpu, gpu, reference, tpu, xla
 from pallas_kernels.spec import GazeSpec
 
 IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu})
@@ -28,6 +28,16 @@ def supports(implementation: str, spec: GazeSpec) -> str | None:
 def dense_multiple(implementation: str) -> int:
     """What S should be a multiple of: other sizes work, but may be copied at every call."""
     return find("gaze_decode", IMPLEMENTATIONS, implementation).DENSE_MULTIPLE
+
+
+def compiler_splits(implementation: str) -> bool:
+    """Whether XLA can split the op over the devices of a mesh; if not, it takes ``jax.shard_map``."""
+    return implementation not in KERNELS and not (implementation == "xla" and target() == "cpu")
+
+
+def cache_axes(visual: Any) -> tuple[str, ...]:
+    """Names of the leading axes of every array in a packed cache."""
+    return ("batch", "kv_heads") if isinstance(visual, cpu.Layered) else ("layers", "batch", "kv_heads")
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:

@@ -82,3 +82,25 @@ def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
     above = jnp.concatenate([below[..., 1:], total[..., -1:]], axis=-1)
     listed = jnp.where(filled, jnp.take_along_axis(region, at, axis=-1), -1)
     return Union(listed, above - below, count)
+
+
+def _mentions(picks: jax.Array, regions: int) -> tuple[jax.Array, jax.Array]:
+    """int32 [B, K, N, R + 1] first slot that names each region, J if none; and the place of each slot."""
+    # Unused slots are all sent to the extra place R.
+    place = jnp.where(picks >= 0, picks, regions)
+    slots = jnp.arange(picks.shape[-1], dtype=jnp.int32)
+    nobody = jnp.full((regions + 1,), picks.shape[-1], jnp.int32)
+    one = jax.vmap(jax.vmap(jax.vmap(lambda place: nobody.at[place].min(slots))))
+    return one(place), place
+
+
+def mentioned(picks: jax.Array, regions: int) -> jax.Array:
+    """bool [B, K, N, R]: some slot names the region."""
+    return _mentions(picks, regions)[0][..., :regions] < picks.shape[-1]
+
+
+def first_mention(picks: jax.Array, regions: int) -> jax.Array:
+    """bool [B, K, N, J]: the slot names a region that no earlier slot names."""
+    first, place = _mentions(picks, regions)
+    slots = jnp.arange(picks.shape[-1], dtype=jnp.int32)
+    return (jnp.take_along_axis(first, place, axis=-1) == slots) & (picks >= 0)

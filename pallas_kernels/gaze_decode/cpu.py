@@ -1,0 +1,200 @@
+"""gaze_decode in XLA as a CPU likes it; ``xla.py`` comes here where the program is compiled for one.
+
+A CPU differs from an accelerator in three things. A gather writes what it read, and the product must
+find that copy before it falls out of the cache: so one selection is gathered and multiplied at a time.
+A slice of a stacked array is copied before it is multiplied, an array is not: so the visual cache is
+packed as an array per layer, and the layer index picks a branch. And bfloat16 is not its own arithmetic:
+what was gathered is converted, which costs nothing there.
+
+Loops over selections are not split over devices; on a mesh this runs under ``jax.shard_map``.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gaze_decode.plan import first_mention, mentioned
+
+Array = jax.Array
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Side(NamedTuple):
+    """Keys or values: [L, B, K, R, P, D] floats; or int8 and the float32 [L, B, K, R, P] scales."""
+
+    values: Array
+    scales: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layered:
+    """A cache as an array per layer: keys and values, each a :class:`Side` without the axis L."""
+
+    layers: tuple[tuple[Side, Side], ...]
+
+
+def pack(both: tuple[Side, Side]) -> Layered:
+    """Cut stacked keys and values into layers."""
+    layers = jax.tree.leaves(both)[0].shape[0]
+    return Layered(tuple(jax.tree.map(lambda a, i=i: a[i], both) for i in range(layers)))
+
+
+def unpack(packed: Layered) -> tuple[Side, Side]:
+    """Stack the layers again."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *packed.layers)
+
+
+def gaze_decode(
+    q: Array,
+    visual: Layered,
+    dense_k: Array,
+    dense_v: Array,
+    layer: Array,
+    indices: Array | None,
+    visual_seen: Array,
+    dense_seen: Array,
+    *,
+    scale: float,
+) -> Array:
+    """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
+    rest: Any = (q, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    branches = [functools.partial(_attend, k, v, scale=scale) for k, v in visual.layers]
+    return jax.lax.switch(layer, branches, *rest)
+
+
+def _attend(
+    keys: Side,
+    values: Side,
+    q: Array,
+    dense_k: Array,
+    dense_v: Array,
+    layer: Array,
+    indices: Array | None,
+    visual_seen: Array,
+    dense_seen: Array,
+    *,
+    scale: float,
+) -> Array:
+    """One layer, whose visual keys and values are [B, K, R, P, D]."""
+    batch, heads, dim = q.shape
+    kv_heads = dense_k.shape[2]
+    group, regions = heads // kv_heads, visual_seen.shape[1]
+    rows = q.reshape(batch, kv_heads, group, dim).astype(jnp.float32)
+    dk, dv = (
+        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(jnp.float32) for a in (dense_k, dense_v)
+    )
+    dv = jnp.where(dense_seen[:, None, :, None], dv, 0.0)
+    picks = None if indices is None else indices.reshape(batch, kv_heads, -1, indices.shape[-1])
+    join = functools.partial(_join, scale=scale)
+
+    if picks is not None and picks.shape[2] * picks.shape[3] < regions:
+        # One selection at a time: of a kv head, or of each of its query heads.
+        lists = picks.shape[2]
+        fresh = first_mention(picks, regions)
+
+        def one(i: Array) -> Array:
+            b, h, n = i // (kv_heads * lists), i // lists % kv_heads, i % lists
+            at = jnp.clip(picks[b, h, n], 0, regions - 1)
+            seen = (visual_seen[b, at] & fresh[b, h, n][:, None]).reshape(1, -1)
+            k, v = (_tokens(jax.tree.map(lambda a: _gather(a, b, h, at), side)) for side in (keys, values))
+            mine = rows[b, h].reshape(lists, group // lists, dim)[n]
+            return join(mine, k, v, seen, dk[b, h], dv[b, h], dense_seen[b], clean=True)
+
+        out = jax.lax.map(one, jnp.arange(batch * kv_heads * lists, dtype=jnp.int32))
+        return out.reshape(q.shape).astype(q.dtype)
+
+    seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, *visual_seen.shape[1:]))
+    if picks is not None:
+        seen = seen & mentioned(picks, regions)[..., None]
+        seen = jnp.repeat(seen, group // seen.shape[2], axis=2) if seen.shape[2] > 1 else seen
+    seen = seen.reshape(*seen.shape[:3], -1)
+    if keys.values.dtype != jnp.float32:
+
+        def head(i: Array) -> Array:
+            b, h = i // kv_heads, i % kv_heads
+            k, v = (_tokens(jax.tree.map(lambda a: a[b, h], side)) for side in (keys, values))
+            return join(rows[b, h], k, v, seen[b, h], dk[b, h], dv[b, h], dense_seen[b], clean=True)
+
+        out = jax.lax.map(head, jnp.arange(batch * kv_heads, dtype=jnp.int32))
+        return out.reshape(q.shape).astype(q.dtype)
+
+    def all_heads(clean: bool) -> Array:
+        k, v = _tokens(keys), _tokens(values)
+        per_head = jax.vmap(functools.partial(join, clean=clean), (0, 0, 0, 0, 0, 0, None))
+        return jax.vmap(per_head)(rows, k, v, seen, dk, dv, dense_seen)
+
+    # To clean V would copy it; NaN where nobody looks is rare enough to be found afterwards.
+    out = all_heads(clean=False)
+    out = jax.lax.cond(jnp.isfinite(out).all(), lambda: out, lambda: all_heads(clean=True))
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _gather(array: Array, b: Array, h: Array, at: Array) -> Array:
+    """[B, K, R, ...] at a row, a kv head and regions int32 [J]: [J, ...]."""
+    dims = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(1, array.ndim - 2)),
+        collapsed_slice_dims=(0, 1, 2),
+        start_index_map=(0, 1, 2),
+    )
+    where = jnp.stack([jnp.full_like(at, b), jnp.full_like(at, h), at], axis=-1)
+    return jax.lax.gather(array, where, dims, (1, 1, 1, *array.shape[3:]), mode="promise_in_bounds")
+
+
+def _tokens(side: Side) -> Side:
+    """[..., R, P, D] as [..., R * P, D], and the scales likewise."""
+    *lead, regions, slots, dim = side.values.shape
+    values = side.values.reshape(*lead, regions * slots, dim)
+    return Side(values, None if side.scales is None else side.scales.reshape(*lead, regions * slots))
+
+
+def _join(
+    q: Array,
+    keys: Side,
+    values: Side,
+    seen: Array,
+    dense_k: Array,
+    dense_v: Array,
+    dense_seen: Array,
+    *,
+    scale: float,
+    clean: bool,
+) -> Array:
+    """One softmax over visual and dense keys of a kv head.
+
+    Args:
+      q: float32 [G, D].
+      keys, values: [A, D] with scales [A] or None.
+      seen: bool [G or 1, A].
+      dense_k, dense_v: float32 [S, D]; values that are not seen must be finite.
+      dense_seen: bool [S].
+      scale: of the logits.
+      clean: zero visual values that nobody sees; else they must be finite.
+
+    Returns:
+      float32 [G, D].
+    """
+    dot = functools.partial(jnp.dot, precision=_EXACT)
+    visual = dot(q, keys.values.astype(jnp.float32).T) * scale
+    if keys.scales is not None:
+        visual = visual * keys.scales
+    # What is not seen may be NaN: of a key only its own logit is, and that is overruled here.
+    visual = jnp.where(seen, visual, -jnp.inf)
+    dense = jnp.where(dense_seen, dot(q, dense_k.T) * scale, -jnp.inf)
+    top = jnp.maximum(jnp.max(visual, axis=-1, initial=-jnp.inf), jnp.max(dense, axis=-1, initial=-jnp.inf))[
+        :, None
+    ]
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    visual, dense = jnp.exp(visual - top), jnp.exp(dense - top)
+    total = jnp.sum(visual, axis=-1) + jnp.sum(dense, axis=-1)
+    if values.scales is not None:
+        visual = jnp.where(seen, visual * values.scales, 0.0)
+    v = values.values.astype(jnp.float32)
+    if clean:
+        v = jnp.where(jnp.any(seen, axis=0)[:, None], v, 0.0)
+    out = dot(visual, v) + dot(dense, dense_v)
+    return out / jnp.where(total > 0, total, 1.0)[:, None]

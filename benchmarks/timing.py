@@ -75,21 +75,23 @@ def listed(names: Iterable[str]) -> Callable[[str], list[str]]:
 def paired(
     competitors: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = float("inf")
 ) -> dict[str, list[float]]:
-    """Seconds of every competitor in every round; each round runs all of them once, rotated by one.
+    """Seconds of every competitor in every round; each round runs all of them once, in an order of its own.
 
-    Whatever disturbs the machine disturbs neighbours alike: compare within rounds. A first call of each is
-    not counted. After ``seconds`` no further round begins, but three are run.
+    Whatever disturbs the machine disturbs neighbours alike: compare within rounds. A call that is not
+    counted goes before each that is: what ran before leaves caches and memory in its own state, and after
+    one that fills them the next is slow. After ``seconds`` no further round begins, but three are run.
     """
     names = list(competitors)
     for name in names:
         jax.block_until_ready(competitors[name]())
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = np.random.default_rng(0)
     begun = time.perf_counter()
     for r in range(rounds):
         if r >= 3 and time.perf_counter() - begun > seconds:
             break
-        turn = r % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in order.permutation(names):
+            jax.block_until_ready(competitors[name]())
             start = time.perf_counter()
             jax.block_until_ready(competitors[name]())
             times[name].append(time.perf_counter() - start)

@@ -103,9 +103,11 @@ def _attend(
             seen = (visual_seen[b, at] & fresh[b, h, n][:, None]).reshape(1, -1)
             k, v = (_tokens(jax.tree.map(lambda a: _gather(a, b, h, at), side)) for side in (keys, values))
             mine = rows[b, h].reshape(lists, group // lists, dim)[n]
-            return join(mine, k, v, seen, dk[b, h], dv[b, h], dense_seen[b], clean=True)
+            return join(mine, k, v, seen, dk[b, h], dv[b, h], dense_seen[b])
 
-        out = jax.lax.map(one, jnp.arange(batch * kv_heads * lists, dtype=jnp.int32))
+        # Two products of a single row side by side keep both halves of the machine busy; larger ones do alone.
+        together = 2 if lists > 1 else None
+        out = jax.lax.map(one, jnp.arange(batch * kv_heads * lists, dtype=jnp.int32), batch_size=together)
         return out.reshape(q.shape).astype(q.dtype)
 
     seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, *visual_seen.shape[1:]))
@@ -118,14 +120,14 @@ def _attend(
         def head(i: Array) -> Array:
             b, h = i // kv_heads, i % kv_heads
             k, v = (_tokens(jax.tree.map(lambda a: a[b, h], side)) for side in (keys, values))
-            return join(rows[b, h], k, v, seen[b, h], dk[b, h], dv[b, h], dense_seen[b], clean=True)
+            return join(rows[b, h], k, v, seen[b, h], dk[b, h], dv[b, h], dense_seen[b])
 
         out = jax.lax.map(head, jnp.arange(batch * kv_heads, dtype=jnp.int32))
         return out.reshape(q.shape).astype(q.dtype)
 
     def all_heads(clean: bool) -> Array:
         k, v = _tokens(keys), _tokens(values)
-        per_head = jax.vmap(functools.partial(join, clean=clean), (0, 0, 0, 0, 0, 0, None))
+        per_head = jax.vmap(functools.partial(join, clean=clean, keys_first=True), (0, 0, 0, 0, 0, 0, None))
         return jax.vmap(per_head)(rows, k, v, seen, dk, dv, dense_seen)
 
     # To clean V would copy it; NaN where nobody looks is rare enough to be found afterwards.
@@ -162,7 +164,8 @@ def _join(
     dense_seen: Array,
     *,
     scale: float,
-    clean: bool,
+    clean: bool = True,
+    keys_first: bool = False,
 ) -> Array:
     """One softmax over visual and dense keys of a kv head.
 
@@ -174,17 +177,21 @@ def _join(
       dense_seen: bool [S].
       scale: of the logits.
       clean: zero visual values that nobody sees; else they must be finite.
+      keys_first: the order of the first product's sides, which changes its speed: the large side first is
+        quicker where it is all of a layer, slower where it was just gathered.
 
     Returns:
       float32 [G, D].
     """
-    dot = functools.partial(jnp.dot, precision=_EXACT)
-    visual = dot(q, keys.values.astype(jnp.float32).T) * scale
+    # Not q @ k.T: XLA transposes in memory what it is told to.
+    dot = functools.partial(jnp.einsum, precision=_EXACT)
+    k = keys.values.astype(jnp.float32)
+    visual = scale * (dot("AD,GD->AG", k, q).T if keys_first else dot("GD,AD->GA", q, k))
     if keys.scales is not None:
         visual = visual * keys.scales
     # What is not seen may be NaN: of a key only its own logit is, and that is overruled here.
     visual = jnp.where(seen, visual, -jnp.inf)
-    dense = jnp.where(dense_seen, dot(q, dense_k.T) * scale, -jnp.inf)
+    dense = jnp.where(dense_seen, dot("GD,SD->GS", q, dense_k) * scale, -jnp.inf)
     top = jnp.maximum(jnp.max(visual, axis=-1, initial=-jnp.inf), jnp.max(dense, axis=-1, initial=-jnp.inf))[
         :, None
     ]
@@ -196,5 +203,5 @@ def _join(
     v = values.values.astype(jnp.float32)
     if clean:
         v = jnp.where(jnp.any(seen, axis=0)[:, None], v, 0.0)
-    out = dot(visual, v) + dot(dense, dense_v)
+    out = dot("GA,AD->GD", visual, v) + dot("GS,SD->GD", dense, dense_v)
     return out / jnp.where(total > 0, total, 1.0)[:, None]

@@ -85,55 +85,78 @@ def _attend(
     kv_heads = dense_k.shape[2]
     group, regions = heads // kv_heads, visual_seen.shape[1]
     rows = q.reshape(batch, kv_heads, group, dim).astype(jnp.float32)
-    dk, dv = (
-        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(jnp.float32) for a in (dense_k, dense_v)
-    )
-    dv = jnp.where(dense_seen[:, None, :, None], dv, 0.0)
     picks = None if indices is None else indices.reshape(batch, kv_heads, -1, indices.shape[-1])
-    join = functools.partial(_join, scale=scale)
+    part = functools.partial(_part, scale=scale)
 
     if picks is not None and picks.shape[2] * picks.shape[3] < regions:
         # One selection at a time: of a kv head, or of each of its query heads.
         lists = picks.shape[2]
         fresh = first_mention(picks, regions)
 
-        def one(i: Array) -> Array:
+        def one(i: Array) -> Part:
             b, h, n = i // (kv_heads * lists), i // lists % kv_heads, i % lists
             at = jnp.clip(picks[b, h, n], 0, regions - 1)
             seen = (visual_seen[b, at] & fresh[b, h, n][:, None]).reshape(1, -1)
             k, v = (_tokens(jax.tree.map(lambda a: _gather(a, b, h, at), side)) for side in (keys, values))
-            mine = rows[b, h].reshape(lists, group // lists, dim)[n]
-            return join(mine, k, v, seen, dk[b, h], dv[b, h], dense_seen[b])
+            return part(rows[b, h].reshape(lists, group // lists, dim)[n], k, v, seen)
 
-        # Two products of a single row side by side keep both halves of the machine busy; larger ones do alone.
+        # Products of a single row keep a machine busy two at a time; larger ones do alone.
         together = 2 if lists > 1 else None
-        out = jax.lax.map(one, jnp.arange(batch * kv_heads * lists, dtype=jnp.int32), batch_size=together)
-        return out.reshape(q.shape).astype(q.dtype)
+        many = jnp.arange(batch * kv_heads * lists, dtype=jnp.int32)
+        visual = jax.lax.map(one, many, batch_size=together)
+    else:
+        seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, *visual_seen.shape[1:]))
+        if picks is not None:
+            seen = seen & mentioned(picks, regions)[..., None]
+        seen = seen.reshape(*seen.shape[:3], -1)
+        if keys.values.dtype == jnp.float32:
+            visual = _whole(part, rows, _tokens(keys), _tokens(values), seen)
+        else:
 
-    seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, *visual_seen.shape[1:]))
-    if picks is not None:
-        seen = seen & mentioned(picks, regions)[..., None]
-        seen = jnp.repeat(seen, group // seen.shape[2], axis=2) if seen.shape[2] > 1 else seen
-    seen = seen.reshape(*seen.shape[:3], -1)
-    if keys.values.dtype != jnp.float32:
+            def head(i: Array) -> Part:
+                b, h = i // kv_heads, i % kv_heads
+                k, v = (_tokens(jax.tree.map(lambda a: a[b, h], side)) for side in (keys, values))
+                return part(rows[b, h], k, v, seen[b, h])
 
-        def head(i: Array) -> Array:
-            b, h = i // kv_heads, i % kv_heads
-            k, v = (_tokens(jax.tree.map(lambda a: a[b, h], side)) for side in (keys, values))
-            return join(rows[b, h], k, v, seen[b, h], dk[b, h], dv[b, h], dense_seen[b])
+            visual = jax.lax.map(head, jnp.arange(batch * kv_heads, dtype=jnp.int32))
 
-        out = jax.lax.map(head, jnp.arange(batch * kv_heads, dtype=jnp.int32))
-        return out.reshape(q.shape).astype(q.dtype)
+    dk, dv = (
+        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(jnp.float32) for a in (dense_k, dense_v)
+    )
+    dense_seen = jnp.broadcast_to(dense_seen[:, None, None], (batch, kv_heads, 1, dense_seen.shape[-1]))
+    dense = jax.vmap(jax.vmap(part))(rows, Side(dk), Side(dv), dense_seen)
+    visual = jax.tree.map(lambda a, like: a.reshape(like.shape), visual, dense)
+    return _merge(visual, dense).reshape(q.shape).astype(q.dtype)
 
-    def all_heads(clean: bool) -> Array:
-        k, v = _tokens(keys), _tokens(values)
-        per_head = jax.vmap(functools.partial(join, clean=clean, keys_first=True), (0, 0, 0, 0, 0, 0, None))
-        return jax.vmap(per_head)(rows, k, v, seen, dk, dv, dense_seen)
+
+class Part(NamedTuple):
+    """A softmax over some of the keys: weighted values [..., G, D], maximum and sum [..., G], float32."""
+
+    values: Array
+    top: Array
+    total: Array
+
+
+def _merge(a: Part, b: Part) -> Array:
+    """The softmax over the keys of both, 0 where there are none: [..., G, D]."""
+    top = jnp.maximum(a.top, b.top)
+    shares = [jnp.exp(part.top - jnp.where(jnp.isfinite(top), top, 0.0)) for part in (a, b)]
+    total = a.total * shares[0] + b.total * shares[1]
+    out = a.values * shares[0][..., None] + b.values * shares[1][..., None]
+    return out / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _whole(part: Any, rows: Array, keys: Side, values: Side, seen: Array) -> Part:
+    """:func:`_part` of all rows [B, K, G, D] and kv heads over everything, [B, K, A, D], uncopied."""
+
+    def run(clean: bool) -> Part:
+        return jax.vmap(jax.vmap(functools.partial(part, clean=clean, keys_first=True)))(
+            rows, keys, values, seen
+        )
 
     # To clean V would copy it; NaN where nobody looks is rare enough to be found afterwards.
-    out = all_heads(clean=False)
-    out = jax.lax.cond(jnp.isfinite(out).all(), lambda: out, lambda: all_heads(clean=True))
-    return out.reshape(q.shape).astype(q.dtype)
+    out = run(clean=False)
+    return jax.lax.cond(jnp.isfinite(out.values).all(), lambda: out, lambda: run(clean=True))
 
 
 def _gather(array: Array, b: Array, h: Array, at: Array) -> Array:
@@ -154,54 +177,40 @@ def _tokens(side: Side) -> Side:
     return Side(values, None if side.scales is None else side.scales.reshape(*lead, regions * slots))
 
 
-def _join(
+def _part(
     q: Array,
     keys: Side,
     values: Side,
     seen: Array,
-    dense_k: Array,
-    dense_v: Array,
-    dense_seen: Array,
     *,
     scale: float,
     clean: bool = True,
     keys_first: bool = False,
-) -> Array:
-    """One softmax over visual and dense keys of a kv head.
+) -> Part:
+    """Attention of a kv head over some keys, before the division by the sum.
 
     Args:
       q: float32 [G, D].
       keys, values: [A, D] with scales [A] or None.
       seen: bool [G or 1, A].
-      dense_k, dense_v: float32 [S, D]; values that are not seen must be finite.
-      dense_seen: bool [S].
       scale: of the logits.
-      clean: zero visual values that nobody sees; else they must be finite.
+      clean: zero values that nobody sees; else they must be finite.
       keys_first: the order of the first product's sides, which changes its speed: the large side first is
         quicker where it is all of a layer, slower where it was just gathered.
-
-    Returns:
-      float32 [G, D].
     """
     # Not q @ k.T: XLA transposes in memory what it is told to.
     dot = functools.partial(jnp.einsum, precision=_EXACT)
-    k = keys.values.astype(jnp.float32)
-    visual = scale * (dot("AD,GD->AG", k, q).T if keys_first else dot("GD,AD->GA", q, k))
+    k, v = keys.values.astype(jnp.float32), values.values.astype(jnp.float32)
+    logits = scale * (dot("AD,GD->AG", k, q).T if keys_first else dot("GD,AD->GA", q, k))
     if keys.scales is not None:
-        visual = visual * keys.scales
+        logits = logits * keys.scales
     # What is not seen may be NaN: of a key only its own logit is, and that is overruled here.
-    visual = jnp.where(seen, visual, -jnp.inf)
-    dense = jnp.where(dense_seen, dot("GD,SD->GS", q, dense_k) * scale, -jnp.inf)
-    top = jnp.maximum(jnp.max(visual, axis=-1, initial=-jnp.inf), jnp.max(dense, axis=-1, initial=-jnp.inf))[
-        :, None
-    ]
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    visual, dense = jnp.exp(visual - top), jnp.exp(dense - top)
-    total = jnp.sum(visual, axis=-1) + jnp.sum(dense, axis=-1)
+    logits = jnp.where(seen, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None])
+    total = jnp.sum(weights, axis=-1)
     if values.scales is not None:
-        visual = jnp.where(seen, visual * values.scales, 0.0)
-    v = values.values.astype(jnp.float32)
+        weights = jnp.where(seen, weights * values.scales, 0.0)
     if clean:
         v = jnp.where(jnp.any(seen, axis=0)[:, None], v, 0.0)
-    out = dot("GA,AD->GD", visual, v) + dot("GS,SD->GD", dense, dense_v)
-    return out / jnp.where(total > 0, total, 1.0)[:, None]
+    return Part(dot("GA,AD->GD", weights, v), top, total)

@@ -231,6 +231,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     flags = parser.parse_args(argv)
     rows, wrong = [], []
+    log = {
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "libtpu": metadata.version("libtpu"),
+        "command": "scripts/tpu_aot.sh",
+    }
     for chip in flags.chips:
         for row in itertools.chain.from_iterable(part(chip, flags.only) for part in PARTS):
             rows.append(row)
@@ -241,15 +247,8 @@ def main(argv: list[str]) -> int:
                 f"temporary {row['temporary_bytes'] / 1e6:8.2f} MB"
             )
             print(f"{chip}  {row['kernel']:60} {told}", *complaints, flush=True)
-    if flags.json is not None:
-        log = {
-            "date": datetime.date.today().isoformat(),
-            "jax": jax.__version__,
-            "libtpu": metadata.version("libtpu"),
-            "command": "scripts/tpu_aot.sh",
-            "rows": rows,
-        }
-        flags.json.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+            if flags.json is not None:  # after every row: a run that is cut off keeps what it has
+                flags.json.write_text(json.dumps(log | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(*wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api, plan, tpu, tpu_layout
 from tests.helpers import cases
 
+# Private to jax: where it has moved, the suite in test_decode.py still runs.
+interpret_pallas_call = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks into the interpreter")
 
 

@@ -10,6 +10,7 @@ is scoring and top-k alone, "routed" routing and the op in one program.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -247,7 +248,7 @@ def competitors(
     unions = {}
     top_k = problem.shape.top_k
     for share in args.share:
-        shared = GazeSpec(spec.scale, share, visual_dtype=spec.visual_dtype)
+        shared = dataclasses.replace(spec, share=share)
         indices, unions[share] = problem.picks(share)
         rest = (packed, dense, problem.descriptors, indices, seen, dense_seen)
         programs = {"op": (False, True)}

@@ -104,9 +104,8 @@ class Bench:
         self.packed = api.pack(self.k, self.v, spec=self.spec, implementation="gpu")
         self.seen = (jnp.ones((batch, regions, _SLOTS), bool), jnp.ones((batch, _DENSE), bool))
 
-    def program(self, implementation: str, spec: GazeSpec) -> Callable[[], jax.Array]:
+    def program(self, implementation: str, spec: GazeSpec, packed: Any) -> Callable[[], jax.Array]:
         """The last layer's output; each layer's query is made of the one before, so none can overlap."""
-        packed = (self.k, self.v) if implementation == "xla" else self.packed
         layers = self.problem.layers
 
         @jax.jit
@@ -126,7 +125,8 @@ class Bench:
     def expected(self) -> np.ndarray:
         """Of plain XLA, over a cache that was not rounded to int8."""
         spec = GazeSpec(self.spec.scale, self.spec.share)
-        return np.asarray(self.program("xla", spec)(), np.float64)
+        packed = api.pack(self.k, self.v, spec=spec, implementation="xla")
+        return np.asarray(self.program("xla", spec, packed)(), np.float64)
 
     def measure(self, bandwidth: float) -> dict[str, float]:
         """Milliseconds per layer and their ratio to the floor.
@@ -134,7 +134,7 @@ class Bench:
         Raises:
           ValueError: the output is wrong.
         """
-        run = self.program("gpu", self.spec)
+        run = self.program("gpu", self.spec, self.packed)
         error = float(
             np.abs(np.asarray(run(), np.float64) - self.expected).max() / np.abs(self.expected).max()
         )

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, prefill, timing
+from benchmarks import decode, prefill, timing, tune_decode
 from gaze_jax.core import accounting
+from pallas_kernels import dispatch
 
 
 def _run(module, folder, *flags):
@@ -106,6 +108,33 @@ def test_dense_forms_compute_the_same_attention():
     for label, out in outs.items():
         assert np.abs(out - np.asarray(problem.q)).max() > 1e-4, "it ran"
         np.testing.assert_allclose(out, outs["group op"], atol=1e-5, err_msg=label)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_decode_programs_of_the_gpu_kernel_lower_for_cuda(dtype):
+    """What benchmarks/gpu.sh measures compiles as far as a machine without a GPU can tell."""
+    problem = decode.Problem(timing.Shape(71, 2, 2), timing.HEADS["qwen3-4b"], 1, dtype, 2)
+    spec = decode.GazeSpec(problem.scale, visual_dtype="int8" if dtype == "int8" else None)
+    with dispatch.compile_for("gpu"):
+        found, _ = decode.competitors(problem, "gpu", spec, decode.parse(["--quick"]))
+        for label in ("head op", "group routed"):
+            text = jax.jit(found[label]).trace(np.int32(2)).lower(lowering_platforms=("cuda",)).as_text()
+            assert "mosaic_gpu" in text, label
+
+
+def test_tiles_are_tried_and_the_best_is_kept(tmp_path, monkeypatch):
+    """A dry run: every candidate in one file, the best with its measurement in the table of tiles."""
+    tiles, log = tmp_path / "tiles.json", tmp_path / "log.json"
+    default = {"int8": {"keys": 36, "stages": 2, "blocks": 8, "measured": None}}
+    tiles.write_text(json.dumps({"default": default}))
+    monkeypatch.setattr(tune_decode, "_KEYS", (36,))
+    tune_decode.main(["--quick", "--dtypes=int8", "--seconds=0.5", f"--json={log}", f"--tiles={tiles}"])
+    rows = json.loads(log.read_text())
+    assert all("failed" not in row and row["problems"][0]["error"] < 0.1 for row in rows)
+    best = min(rows, key=lambda row: row["score"])
+    table = json.loads(tiles.read_text())
+    (kind,) = table.keys() - {"default"}
+    assert table["default"] == default and table[kind]["int8"]["measured"]["problems"] == best["problems"]
 
 
 def test_prefill_writes_a_row_per_implementation_share_and_pass(prefilled):

@@ -13,7 +13,6 @@ from gaze_jax.data.images import read_image
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.run import load, routing_layer
 from gaze_jax.infer.answer import ask
-from gaze_jax.train.config import visual_layout
 from gaze_jax.viewer.answer_sheet import answer_sheet
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of train.py.", required=True)
@@ -32,7 +31,7 @@ def main() -> None:
     """Print the answer and, with --out, draw it."""
     trained = load(_WORKDIR.value)
     model = trained.experiment.model
-    layout = visual_layout(model)
+    layout = model.layout
     top_k = model.gaze.top_k if _TOP_K.value is None else _TOP_K.value
     out = _OUT.value
     if out is not None and top_k is None:

@@ -1,4 +1,4 @@
-"""How one image becomes tokens: the few numbers that the tower, the decoder and the data agree on."""
+"""How images and frames become tokens: the few numbers that the tower, the decoder and the data agree on."""
 
 import dataclasses
 import functools
@@ -6,6 +6,49 @@ import functools
 import numpy as np
 
 from gaze_jax.core.regions import partition
+
+STYLES = ("square", "llava_onevision", "cambrian_s")
+NEWLINES = ("dense", "region")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewConfig:
+    """How images and video frames become views: the convention that a checkpoint was trained with.
+
+    A view is one token grid: a whole image, the joined tiles of one, or a video frame.
+
+    Attributes:
+      style: "square", an image or a frame is one view of the tower's size, without newlines;
+        "llava_onevision" or "cambrian_s", as those models read them (``gaze_jax.data.views``).
+      canvases: (height, width) in pixels that the tiles of an image may fill, multiples of the tower's
+        size; empty: an image is never cut into tiles.
+      max_tiles: a tile grid of more tokens than this many whole images is shrunk (LLaVA-OneVision's
+        "anyres_max_9"); None leaves it.
+      image_side: tokens per side that a whole image or a tile has after pooling; None: as many as the tower.
+      frame_side: the same for a frame, and for one of several images where the style pools those too.
+
+    Raises:
+      ValueError: an unknown style, or a number that is not positive.
+    """
+
+    style: str = "square"
+    canvases: tuple[tuple[int, int], ...] = ()
+    max_tiles: int | None = None
+    image_side: int | None = None
+    frame_side: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "canvases", tuple((height, width) for height, width in self.canvases))
+        if self.style not in STYLES:
+            raise ValueError(f"views.style={self.style!r} must be one of {STYLES}.")
+        numbers = {name: getattr(self, name) for name in ("max_tiles", "image_side", "frame_side")}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ValueError(f"views.{name}={value} must be at least 1, or None.")
+        if self.style == "square" and (self.canvases or any(numbers.values())):
+            raise ValueError(
+                "views.style='square' has no tiles and pools nothing; leave the other fields of views empty."
+            )
 
 
 @functools.lru_cache(maxsize=64)
@@ -17,13 +60,17 @@ def _regions(grid: int, region: tuple[int, int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class VisualLayout:
-    """The token layout of one unit, an image of a fixed square size.
+    """The token layout of units. ``table``, ``regions`` and ``slots`` are those of one whole square image.
 
     Attributes:
       image_size: side of the tower's input in pixels.
       patch_size: side of a patch in pixels; a remainder at the right and bottom is dropped.
-      region: (r_h, r_w) target size of a region in tokens.
+      region: (r_h, r_w) target size of a region of an image in tokens.
       context_tokens: C, tokens appended after each unit.
+      views: how images and frames become units.
+      video_region: (r_t, r_h, r_w) target size of a region of a video in frames and tokens.
+      newlines: "dense": newlines are tokens of the dense stream; "region": a newline inside a unit is routed
+        with the last region of its row.
 
     Raises:
       ValueError: a size is not positive, or the region does not fit the token grid.
@@ -33,9 +80,26 @@ class VisualLayout:
     patch_size: int
     region: tuple[int, int]
     context_tokens: int
+    views: ViewConfig = ViewConfig()
+    video_region: tuple[int, int, int] | None = None
+    newlines: str = "dense"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))
+        frames = (1, *self.region) if self.video_region is None else tuple(self.video_region)
+        object.__setattr__(self, "video_region", frames)
+        if len(frames) != 3 or min(frames) < 1:
+            raise ValueError(
+                f"layout.video_region={frames} must be three sizes (r_t, r_h, r_w) of at least 1."
+            )
+        if self.newlines not in NEWLINES:
+            raise ValueError(f"layout.newlines={self.newlines!r} must be one of {NEWLINES}.")
+        for height, width in self.views.canvases:
+            if height % self.image_size or width % self.image_size:
+                raise ValueError(
+                    f"views.canvases has {height}x{width}, whose sides must be multiples of the tower's "
+                    f"{self.image_size} pixels."
+                )
         if not 1 <= self.patch_size <= self.image_size:
             raise ValueError(
                 f"layout.patch_size={self.patch_size} must be between 1 and "

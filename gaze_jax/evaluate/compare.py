@@ -33,7 +33,6 @@ from gaze_jax.evaluate.prompts import Prompt
 from gaze_jax.infer.generate import Generator, Params
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.parallel.mesh import describe_devices
-from gaze_jax.train.config import visual_layout
 from pallas_kernels.spec import SHARES
 
 Array = jax.Array
@@ -258,7 +257,7 @@ def compare(
         raise UserError("There are no prompts; give at least one image and question.")
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be at least 1.")
-    layout = visual_layout(config)
+    layout = config.layout
     top_ks = sorted(set(default_top_ks(layout.regions) if top_ks is None else top_ks))
     if not top_ks or not 1 <= top_ks[0] <= top_ks[-1] <= layout.regions:
         raise UserError(f"top_ks={top_ks} must lie between 1 and {layout.regions}, the regions of an image.")

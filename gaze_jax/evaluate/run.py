@@ -29,7 +29,7 @@ from gaze_jax.infer.generate import Generator
 from gaze_jax.models import MLLM
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.checkpoint import Trained, load_for_inference
-from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.config import Experiment
 from gaze_jax.train.pipeline import make_processor
 from gaze_jax.viewer.answer_sheet import answer_sheet
 
@@ -57,7 +57,7 @@ def evaluation_batches(trained: Trained, samples: int) -> list[Arrays]:
     """
     experiment = trained.experiment
     processor = make_processor(experiment)
-    layout = visual_layout(experiment.model)
+    layout = experiment.model.layout
     lengths = sequence_lengths(experiment.data, trained.tokenizer)
     rows = []
     for family, weight in zip(FAMILIES, experiment.data.families, strict=True):
@@ -128,7 +128,7 @@ def answer(trained: Trained, batches: list[Arrays], *, top_k: int | None, route:
 
 def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One section of eval.json."""
-    layout = visual_layout(experiment.model)
+    layout = experiment.model.layout
     scores = token_scores(answers.tokens, rows["answer"], rows["answer_unit"] >= 0)
     report: dict[str, Any] = {}
     for index, family in enumerate(FAMILIES):
@@ -193,7 +193,7 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
         "seed": experiment.seed,
         "step": trained.step,
         "top_k": top_k,
-        "regions": visual_layout(experiment.model).regions,
+        "regions": experiment.model.layout.regions,
     }
     report |= {name: _report(experiment, found, rows) for name, found in answers.items()}
     return Evaluation(report, rows, answers)
@@ -227,7 +227,7 @@ def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
     ids = [int(token) for token in found.tokens[0] if token >= 0]
     boxes = [tuple(box) if box[0] >= 0 else None for box in rows["answer_box"][0].tolist()]
     layer = evaluation.report["gaze"]["routing"]["layer"]
-    layout = visual_layout(experiment.model)
+    layout = experiment.model.layout
     question = trained.tokenizer.decode(rows["tokens"][0][rows["tokens"][0] >= 0].tolist(), skip_special=True)
     sheet = answer_sheet(
         image,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from gaze_jax.core.layout import NEWLINES, ViewConfig, VisualLayout
 from gaze_jax.core.regions import DESCRIPTORS
 from pallas_kernels.spec import SHARES
 
@@ -123,6 +124,10 @@ class GazeConfig:
       prefill_implementation, decode_implementation: of the attention ops ``gaze_prefill`` (training,
         prefill) and ``gaze_decode``; see ``pallas_kernels``.
       query_block: queries that the XLA prefill handles at once; bounds its memory.
+      video_region: (r_t, r_h, r_w) target size of a region of a video, a slab of r_t frames; None is
+        one frame and ``region``.
+      newlines: "dense" keeps the newlines of a unit in the dense stream, which every query reads whole;
+        "region" routes each with the last region of its row.
     """
 
     region: tuple[int, int] = (6, 6)
@@ -135,9 +140,18 @@ class GazeConfig:
     prefill_implementation: str = "xla"
     decode_implementation: str = "xla"
     query_block: int = 512
+    video_region: tuple[int, int, int] | None = None
+    newlines: str = "dense"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))
+        if self.video_region is not None:
+            object.__setattr__(self, "video_region", tuple(self.video_region))
+            _require(
+                len(self.video_region) == 3 and min(self.video_region) >= 1,
+                f"gaze.video_region={self.video_region} must be three sizes (r_t, r_h, r_w) of at least 1.",
+            )
+        _require(self.newlines in NEWLINES, f"gaze.newlines={self.newlines!r} must be one of {NEWLINES}.")
         _require(
             len(self.region) == 2 and min(self.region) >= 1,
             f"gaze.region={self.region} must be two sizes (r_h, r_w) of at least 1 token.",
@@ -193,6 +207,7 @@ class MLLMConfig:
         context tokens.
       gaze: attention over visual tokens.
       dtype, param_dtype, remat: see :class:`Numerics`.
+      views: how images and frames become token grids.
     """
 
     decoder: DecoderConfig
@@ -201,6 +216,7 @@ class MLLMConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    views: ViewConfig = ViewConfig()
 
     def __post_init__(self) -> None:
         _ = self.numerics  # checks its fields
@@ -230,3 +246,21 @@ class MLLMConfig:
         if self.vision is None:
             raise ValueError("This model has no image tower (vision=None), so it cannot read images.")
         return self.vision
+
+    @property
+    def layout(self) -> VisualLayout:
+        """What the data must know to make this model's tokens.
+
+        Raises:
+          ValueError: this is a language model alone, or a size does not fit the tower.
+        """
+        tower, gaze = self.tower, self.gaze
+        return VisualLayout(
+            tower.image_size,
+            tower.patch_size,
+            gaze.region,
+            gaze.context_tokens,
+            self.views,
+            gaze.video_region,
+            gaze.newlines,
+        )

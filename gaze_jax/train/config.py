@@ -8,7 +8,6 @@ from typing import Any
 import ml_collections
 
 from gaze_jax.config import from_dict
-from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.schedule import Schedule
 from gaze_jax.data.digits import DigitsConfig
 from gaze_jax.data.phrases import build_tokenizer
@@ -72,12 +71,6 @@ class Experiment:
     eval: EvalConfig = EvalConfig()
 
 
-def visual_layout(model: MLLMConfig) -> VisualLayout:
-    """How the model turns one image into tokens."""
-    tower = model.tower
-    return VisualLayout(tower.image_size, tower.patch_size, model.gaze.region, model.gaze.context_tokens)
-
-
 def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """A config file's choices with every other field at its default, so that flags can override any of them.
 
@@ -97,7 +90,7 @@ def _overridable(config: Any) -> ml_collections.ConfigDict:
             value = _overridable(value)
         elif value is None:
             (kind,) = (hint for hint in typing.get_args(hints[field.name]) if hint is not type(None))
-            value = ml_collections.config_dict.placeholder(kind)
+            value = ml_collections.config_dict.placeholder(typing.get_origin(kind) or kind)
         out[field.name] = value
     return out
 
@@ -160,7 +153,7 @@ def resolve(experiment: Experiment) -> Experiment:
         f"optimizer.warmup_steps={experiment.optimizer.warmup_steps} must be less than "
         f"steps={experiment.steps}.",
     )
-    gaze, layout = experiment.model.gaze, visual_layout(experiment.model)
+    gaze, layout = experiment.model.gaze, experiment.model.layout
     if experiment.arm in ("gaze", "sparse_start"):
         require(
             gaze.top_k is not None,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gaze_jax.data.phrases import build_tokenizer
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
-from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.config import Experiment
 from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import TrainState, compile_step, init_state, put_batch
 
@@ -71,7 +71,7 @@ class _Run:
         row = metrics.mean(window)
         if jax.process_index() == 0:
             metrics.append(self.workdir / metrics.FILE, {"step": step} | row)
-        say(progress.line(step, row, visual_layout(self.experiment.model).regions))
+        say(progress.line(step, row, self.experiment.model.layout.regions))
 
 
 def train(experiment: Experiment, workdir: str | Path) -> bool:

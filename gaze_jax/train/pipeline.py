@@ -9,16 +9,16 @@ from gaze_jax.data import pipeline
 from gaze_jax.data.digits import DigitScenes, sequence_lengths
 from gaze_jax.data.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.processor import Processor
-from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.config import Experiment
 
 
 def make_processor(experiment: Experiment) -> Processor:
     """Samples to arrays, as the model of ``experiment`` wants them."""
-    return Processor(visual_layout(experiment.model), build_tokenizer(), FAMILIES)
+    return Processor(experiment.model.layout, build_tokenizer(), FAMILIES)
 
 
 def _config(experiment: Experiment) -> pipeline.PipelineConfig:
-    layout = visual_layout(experiment.model)
+    layout = experiment.model.layout
     longest = sequence_lengths(experiment.data, build_tokenizer()).sample
     bucket = pipeline.Bucket(regions=layout.regions, dense=longest + layout.context_tokens, units=1)
     return pipeline.PipelineConfig(batch_size=experiment.batch_size, seed=experiment.seed, bucket=bucket)

@@ -17,7 +17,7 @@ from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.attention import make_plan
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
-from gaze_jax.train.config import Experiment, visual_layout
+from gaze_jax.train.config import Experiment
 from gaze_jax.train.optimizer import make_optimizer
 
 Array = jax.Array
@@ -149,7 +149,7 @@ def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
     if top_k is None:
         return None
     progress = step.astype(jnp.float32) / jnp.float32(max(experiment.steps - 1, 1))
-    final = min(top_k / visual_layout(experiment.model).regions, 1.0)
+    final = min(top_k / experiment.model.layout.regions, 1.0)
     return experiment.schedule.keep(progress, final)
 
 

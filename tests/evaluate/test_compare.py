@@ -15,7 +15,6 @@ from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare as module
 from gaze_jax.evaluate.compare import compare, default_top_ks, plot, require_matplotlib, table
 from gaze_jax.evaluate.prompts import Prompt
-from gaze_jax.train.config import visual_layout
 from tests.helpers import models
 from tests.helpers.experiments import tiny_experiment
 
@@ -56,7 +55,7 @@ def report(measured):
 
 def answered(prompt, index=0):
     """The row that is measured, and the answer in it."""
-    layout = visual_layout(MODEL)
+    layout = MODEL.layout
     arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",)), index, prompt)
     generator = module.Generator(module.MLLM(MODEL), TOKENS, TOKENIZER.end_id)
     answer = module._dense_answer(generator, peaky(), arrays, layout.regions, 160)
@@ -163,7 +162,7 @@ def test_the_vocabulary_meets_the_answer_alone():
 
 
 def test_a_prompt_is_a_chat_with_the_image_first():
-    processor = Processor(visual_layout(MODEL), TOKENIZER, ("compare",))
+    processor = Processor(MODEL.layout, TOKENIZER, ("compare",))
     arrays = module._prompt_arrays(processor, 0, Prompt("x", IMAGES[0], " What is {this}? "))
     text, first = arrays["tokens"][arrays["kind"] == 1], arrays["visual_order"][0, 0]
     said = TOKENIZER.decode(text)

@@ -4,7 +4,6 @@ import pytest
 from gaze_jax.data.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.infer.answer import ask
-from gaze_jax.train.config import visual_layout
 from tests.helpers.experiments import tiny_experiment
 from tests.helpers.models import parameters
 
@@ -15,7 +14,7 @@ IMAGE = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
 def answer(image=IMAGE, question="Which digit is in row 1, column 2?", **options):
     options = {"top_k": 1, "max_tokens": 4} | options
     params = parameters(MODEL)["params"]
-    return ask(MODEL, params, build_tokenizer(), visual_layout(MODEL), image, question, **options)
+    return ask(MODEL, params, build_tokenizer(), MODEL.layout, image, question, **options)
 
 
 def test_the_answer_is_its_pieces_without_the_end():

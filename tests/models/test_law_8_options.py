@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.schedule import Schedule
 from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
@@ -89,8 +88,7 @@ def _needs(spec):
 
 def _layout(config):
     """The table by which the data pipeline cuts the tower's grid."""
-    size, patch = config.vision.image_size, config.vision.patch_size
-    return VisualLayout(size, patch, config.gaze.region, config.gaze.context_tokens).table
+    return config.layout.table
 
 
 MODEL = {

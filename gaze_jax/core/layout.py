@@ -68,7 +68,8 @@ class VisualLayout:
       region: (r_h, r_w) target size of a region of an image in tokens.
       context_tokens: C, tokens appended after each unit.
       views: how images and frames become units.
-      video_region: (r_t, r_h, r_w) target size of a region of a video in frames and tokens.
+      video_region: (r_t, r_h, r_w) target size of a region of a video in frames and tokens; None is one
+        frame and ``region``.
       newlines: "dense": newlines are tokens of the dense stream; "region": a newline inside a unit is routed
         with the last region of its row.
 
@@ -86,11 +87,11 @@ class VisualLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))
-        frames = (1, *self.region) if self.video_region is None else tuple(self.video_region)
-        object.__setattr__(self, "video_region", frames)
-        if len(frames) != 3 or min(frames) < 1:
+        if self.video_region is not None:
+            object.__setattr__(self, "video_region", tuple(self.video_region))
+        if len(self.frame_region) != 3 or min(self.frame_region) < 1:
             raise ValueError(
-                f"layout.video_region={frames} must be three sizes (r_t, r_h, r_w) of at least 1."
+                f"layout.video_region={self.video_region} must be three sizes (r_t, r_h, r_w) of at least 1."
             )
         if self.newlines not in NEWLINES:
             raise ValueError(f"layout.newlines={self.newlines!r} must be one of {NEWLINES}.")
@@ -108,6 +109,11 @@ class VisualLayout:
         if self.context_tokens < 0:
             raise ValueError(f"layout.context_tokens={self.context_tokens} must not be negative.")
         _regions(self.grid, self.region)
+
+    @property
+    def frame_region(self) -> tuple[int, int, int]:
+        """(r_t, r_h, r_w) target size of a region of a video."""
+        return (1, *self.region) if self.video_region is None else self.video_region
 
     @property
     def grid(self) -> int:

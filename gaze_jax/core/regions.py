@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gaze_jax.core.streams import EMPTY
+from gaze_jax.core.streams import EMPTY, NEWLINE
 
 Array = jax.Array
 
@@ -48,14 +48,39 @@ def partition(height: int, width: int, region: tuple[int, int]) -> np.ndarray:
             f"Region {r_h}x{r_w} must be at least 1x1 and fit the {height}x{width} token grid; "
             "choose a region between 1 and the grid's side."
         )
-    rows = balanced_sides(height, r_h)
-    cols = balanced_sides(width, r_w)
-    raster = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    slots = np.full((len(rows) * len(cols), max(rows) * max(cols)), EMPTY, np.int32)
-    row_blocks = np.split(raster, np.cumsum(rows)[:-1], axis=0)
-    blocks = (block for rows_of in row_blocks for block in np.split(rows_of, np.cumsum(cols)[:-1], axis=1))
-    for r, block in enumerate(blocks):
-        slots[r, : block.size] = block.ravel()
+    return partition_frames(1, height, width, (1, r_h, r_w))
+
+
+def partition_frames(
+    frames: int, height: int, width: int, region: tuple[int, int, int], *, newlines: bool = False
+) -> np.ndarray:
+    """Assign the tokens of ``frames`` equal grids to regions, each a box of time, height and width.
+
+    Args:
+      frames, height, width: size of the block of token grids, at least 1 each.
+      region: (r_t, r_h, r_w), the target size; sides are balanced, and a side longer than the block is cut
+        to it.
+      newlines: every row ends in one more token, which belongs to the row's last region.
+
+    Returns:
+      int32 [R, P]: index ``(frame * height + row) * stride + column`` of the token in each slot, where
+      ``stride`` is ``width``, or one more with ``newlines``; in this order inside a region, and regions in
+      the order of their first token; -1 in empty slots.
+    """
+    sides = [balanced_sides(length, target) for length, target in zip((frames, height, width), region)]
+    if newlines:
+        sides[2][-1] += 1
+    block = np.arange(frames * height * sum(sides[2]), dtype=np.int32).reshape(frames, height, -1)
+    cuts = [np.cumsum(side)[:-1] for side in sides]
+    boxes = [
+        box.ravel()
+        for slab in np.split(block, cuts[0], axis=0)
+        for rows in np.split(slab, cuts[1], axis=1)
+        for box in np.split(rows, cuts[2], axis=2)
+    ]
+    slots = np.full((len(boxes), max(box.size for box in boxes)), EMPTY, np.int32)
+    for r, box in enumerate(boxes):
+        slots[r, : box.size] = box
     return slots
 
 
@@ -81,6 +106,33 @@ def to_regions(features: Array, visual_src: Array) -> Array:
     moved = jnp.take_along_axis(features, jnp.maximum(flat, 0), axis=1)
     moved = jnp.where(flat >= 0, moved, jnp.zeros((), features.dtype))
     return moved.reshape(*visual_src.shape, features.shape[-1])
+
+
+def pool_to_regions(features: Array, taps: Array, weights: Array, newline: Array) -> Array:
+    """Pool tower output and move it into region-major order in one go.
+
+    Unpadding, joining tiles and bilinear resizing all make a token a weighted sum of at most W tower tokens,
+    so one gather with static shapes serves every layout of views.
+
+    Args:
+      features: [B, N, M] tower output, flattened over images and tokens.
+      taps: int32 [B, R, P, W] index into N; :data:`gaze_jax.core.streams.NEWLINE` in the first tap makes the
+        token the newline.
+      weights: float32 [B, R, P, W]; 0 in empty slots and unused taps, whose index is then 0.
+      newline: [M].
+
+    Returns:
+      [B, R, P, M] in the dtype of ``features``, summed in float32; empty slots are 0.
+    """
+    batch, width = features.shape[0], features.shape[-1]
+    out = jnp.zeros((*taps.shape[:3], width), jnp.float32)
+    if features.shape[1]:  # text only: there is nothing to index, and every slot is empty
+        for w in range(taps.shape[-1]):
+            index = jnp.maximum(taps[..., w], 0).reshape(batch, -1, 1)
+            found = jnp.take_along_axis(features, index, axis=1).reshape(out.shape)
+            out += weights[..., w, None] * found.astype(jnp.float32)
+    is_newline = taps[..., :1] == NEWLINE
+    return jnp.where(is_newline, newline.astype(features.dtype), out.astype(features.dtype))
 
 
 def from_regions(values: Array, visual_src: Array, length: int) -> Array:

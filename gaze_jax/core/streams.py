@@ -28,6 +28,9 @@ IGNORE = -100
 EMPTY = -1
 """An unused slot: of ``visual_src``, of any segment or unit id."""
 
+NEWLINE = -1
+"""In ``visual_taps``: the token is the newline embedding and comes from no image."""
+
 
 class Kind(enum.IntEnum):
     """What a token of the dense stream is."""
@@ -41,15 +44,15 @@ class Kind(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """One batch of token streams; every field is int32.
+    """One batch of token streams; every field is int32 but ``visual_weights``.
 
     ``order`` is a token's index in the spliced sequence of its own sample (it restarts at 0 in every
     segment) and makes masks; ``pos`` feeds RoPE and nothing else. The order in which regions, slots
     and dense tokens are *stored* has no meaning.
 
     Attributes:
-      visual_src: [B, R, P] index into the sample's tower output, flattened over units and tokens;
-        -1 marks an empty slot.
+      visual_src: [B, R, P] index into the row's visual tokens in the order of the units; -1 marks an empty
+        slot. Without ``visual_taps`` these are the tower's tokens, flattened over images.
       visual_order: [B, R, P] index in the spliced sequence; -1 in empty slots.
       visual_pos: [B, R, P] RoPE position; 0 in empty slots.
       visual_unit: [B, R, P] unit (image view or frame) of the token, unique within the row; -1 if empty.
@@ -62,6 +65,8 @@ class Streams:
       dense_unit: [B, S] unit of a context token or of a newline inside a unit; -1 otherwise.
       targets: [B, S] the text token that follows *in order*, or -100. Already shifted: a trainer
         compares ``logits[:, s]`` with ``targets[:, s]``.
+      visual_taps, visual_weights: [B, R, P, W], where visual tokens are pooled: each is the sum of W tower
+        tokens with these float32 weights (``regions.pool_to_regions``); None if they are the tower's own.
     """
 
     visual_src: Array
@@ -76,15 +81,19 @@ class Streams:
     dense_segment: Array
     dense_unit: Array
     targets: Array
+    visual_taps: Array | None = None
+    visual_weights: Array | None = None
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "Streams":
         """Take this class's fields out of a batch of named arrays.
 
         Raises:
-          KeyError: a field is missing from ``batch``.
+          KeyError: a field without a default is missing from ``batch``.
         """
-        return cls(**{field.name: batch[field.name] for field in dataclasses.fields(cls)})
+        fields = dataclasses.fields(cls)
+        wanted = [f.name for f in fields if f.default is dataclasses.MISSING or f.name in batch]
+        return cls(**{name: batch[name] for name in wanted})
 
     @property
     def visual_valid(self) -> Array:

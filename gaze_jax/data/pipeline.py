@@ -27,12 +27,15 @@ class Bucket:
     """The static sizes of a batch.
 
     Attributes:
-      regions, dense, units: R, S and F of every row.
+      regions, dense: R and S of every row.
+      images: that the tower reads.
+      slots: P; None leaves what the layout gives, the same for every image of one size.
     """
 
     regions: int
     dense: int
-    units: int
+    images: int
+    slots: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Samples to arrays: tokenisation, region-major placement, targets, padding to fixed sizes.
 
 The sequence of a sample is its parts in order. A text contributes its tokens to the dense stream; an
-image contributes ``grid * grid`` visual tokens in raster order, then C context tokens in the dense
-stream. ``order`` and ``pos`` count through both. With a 2x2 grid, regions of 1x2, C = 1 and a sample
+image contributes the visual tokens of each of its views (``data.views``) in raster order with a newline
+after each row where the model wants one, then C context tokens in the dense stream; a video those of its
+frames. ``order`` and ``pos`` count through both. With a 2x2 grid, regions of 1x2, C = 1 and a sample
 Image, Text("Q\\n"), supervised Text("7<|im_end|>")::
 
     visual   region 0: order 0 1    region 1: order 2 3
@@ -17,15 +18,14 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import PIL.Image
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
-from gaze_jax.data.sample import Image, Sample, Text
+from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
+from gaze_jax.data.units import Arrays, Place, Placed, Unit, join, pad_slots, place_views
+from gaze_jax.data.views import Views, image_views, normalise, video_views
 from gaze_jax.errors import UserError
-
-Arrays = dict[str, np.ndarray]
 
 # Field -> (the axis that a bucket fixes, value of what is padded).
 PADDING: dict[str, tuple[str, int]] = {
@@ -33,6 +33,8 @@ PADDING: dict[str, tuple[str, int]] = {
     "visual_order": ("regions", EMPTY),
     "visual_pos": ("regions", 0),
     "visual_unit": ("regions", EMPTY),
+    "visual_taps": ("regions", 0),
+    "visual_weights": ("regions", 0),
     "region_segment": ("regions", EMPTY),
     "tokens": ("dense", 0),
     "kind": ("dense", int(Kind.PAD)),
@@ -43,7 +45,7 @@ PADDING: dict[str, tuple[str, int]] = {
     "targets": ("dense", IGNORE),
     "target_box": ("dense", -1),
     "target_unit": ("dense", EMPTY),
-    "images": ("units", 0),
+    "images": ("images", 0),
 }
 ANSWER_PADDING = {"answer": IGNORE, "answer_box": -1, "answer_unit": EMPTY}
 
@@ -56,8 +58,8 @@ class Processor:
       layout: of the tower and its regions.
       tokenizer: of the language model.
       families: names of question families; a family's id is its index.
-      resize: squash images to the tower's size with bicubic filtering, as SigLIP does, and scale
-        boxes with them; otherwise an image of another size is an error.
+      resize: for views of style "square": squash images to the tower's size with bicubic filtering, as
+        SigLIP does, and scale boxes with them; otherwise an image of another size is an error.
     """
 
     layout: VisualLayout
@@ -78,18 +80,19 @@ class _Tokens:
     units: np.ndarray
 
 
-def _fit_image(processor: Processor, image: np.ndarray, name: str) -> np.ndarray:
-    """Normalised float32 [image_size, image_size, 3] in [-1, 1]."""
-    size = processor.layout.image_size
-    if image.shape[:2] != (size, size):
-        if not processor.resize:
-            raise UserError(
-                f"{name} is {image.shape[0]}x{image.shape[1]} pixels but the tower takes {size}x{size}; "
-                "resize it, or set resize=True (--resize) to squash it to that size."
-            )
-        resized = PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC)
-        image = np.asarray(resized)
-    return image.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+def _views(processor: Processor, sample: Sample, part: Image | Video) -> Views:
+    """The views of an image or a video of the sample."""
+    layout, size = processor.layout, processor.layout.image_size
+    if isinstance(part, Video):
+        return video_views(layout, sample.videos[part.index])
+    image = sample.images[part.index]
+    fits = image.shape[:2] == (size, size)
+    if layout.views.style == "square" and not fits and not processor.resize:
+        raise UserError(
+            f"Image {part.index} of sample {sample.id} is {image.shape[0]}x{image.shape[1]} pixels but the "
+            f"tower takes {size}x{size}; resize it, or set resize=True (--resize) to squash it to that size."
+        )
+    return image_views(layout, image, alone=sum(isinstance(p, Image) for p in sample.parts) == 1)
 
 
 def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int, int]) -> _Tokens:
@@ -110,8 +113,9 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int,
                 "that the tokenizer keeps apart."
             )
         height, width = sample.images[box.image].shape[:2]
-        size = processor.layout.image_size
-        scale = np.array([size / width, size / height] * 2)
+        scale = np.ones(4)
+        if processor.layout.views.style == "square":
+            scale = np.array([processor.layout.image_size / side for side in (width, height)] * 2)
         boxes[inside] = np.array(box.corners) * scale
         box_units[inside] = units[box.image]
     return _Tokens(np.asarray(ids, np.int32), boxes, box_units)
@@ -120,27 +124,6 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int,
 def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Concatenate on axis 0; ``shape`` is the result for no pieces."""
     return np.concatenate(pieces) if pieces else np.zeros(shape, dtype)
-
-
-def _visual(processor: Processor, starts: Sequence[int]) -> Arrays:
-    """Visual fields of units whose first tokens have the orders ``starts``."""
-    layout = processor.layout
-    units = np.arange(len(starts), dtype=np.int32)[:, None, None]
-    first = np.asarray(starts, np.int32).reshape(-1, 1, 1)
-    table = np.broadcast_to(layout.table, (len(starts), *layout.table.shape))
-    valid = table >= 0
-    shape = (-1, layout.slots)
-
-    def place(values: np.ndarray, empty: int) -> np.ndarray:
-        return np.where(valid, values, empty).astype(np.int32).reshape(shape)
-
-    return {
-        "visual_src": place(table + units * layout.tokens, EMPTY),
-        "visual_order": place(table + first, EMPTY),
-        "visual_pos": place(table + first, 0),
-        "visual_unit": place(units, EMPTY),
-        "region_segment": np.zeros(len(starts) * layout.regions, np.int32),
-    }
 
 
 def _dense(pieces: list[Arrays]) -> Arrays:
@@ -191,42 +174,73 @@ def _piece(tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY, superv
     }
 
 
+def _special(ids: np.ndarray) -> _Tokens:
+    """Tokens that speak of no box: newlines and context tokens."""
+    size = len(ids)
+    return _Tokens(ids.astype(np.int32), np.full((size, 4), -1, np.float32), np.full(size, EMPTY, np.int32))
+
+
+def _unit_pieces(layout: VisualLayout, placed: Placed, first: int) -> list[Arrays]:
+    """Newlines and context tokens of units, numbered from ``first``."""
+    pieces = []
+    context = _special(np.arange(layout.context_tokens))
+    for unit, (newlines, end) in enumerate(zip(placed.newlines, placed.ends), start=first):
+        rows = _piece(_special(np.zeros(len(newlines))), 0, Kind.NEWLINE, unit=unit)
+        pieces += [rows | {"order": newlines}, _piece(context, int(end), Kind.CONTEXT, unit=unit)]
+    return pieces
+
+
 def _process_parts(
-    processor: Processor, sample: Sample, parts: Sequence[Image | Text]
-) -> tuple[Arrays, dict[int, int]]:
-    """Arrays of ``parts``, and which unit shows each image."""
+    processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text]
+) -> tuple[Arrays, dict[int, int], tuple[Unit, ...]]:
+    """Arrays of ``parts``, which unit shows each image, and every unit."""
     layout = processor.layout
-    context = layout.context_tokens
-    no_box = np.full((context, 4), -1, np.float32)
-    context_tokens = _Tokens(np.arange(context, dtype=np.int32), no_box, np.full(context, EMPTY, np.int32))
-    order, images = 0, []
-    starts: list[int] = []
+    at = Place()
+    images: list[np.ndarray] = []
     pieces: list[Arrays] = []
-    units: dict[int, int] = {}
+    placed: list[Placed] = []
+    shows: dict[int, int] = {}
+    units: list[Unit] = []
     for part in parts:
-        if isinstance(part, Image):
-            unit = len(starts)
-            units[part.index] = unit
-            name = f"Image {part.index} of sample {sample.id}"
-            images.append(_fit_image(processor, sample.images[part.index], name))
-            starts.append(order)
-            order += layout.tokens
-            pieces.append(_piece(context_tokens, order, Kind.CONTEXT, unit=unit))
-            order += context
-        else:
-            tokens = _tokenise(processor, sample, part, units)
-            pieces.append(_piece(tokens, order, Kind.TEXT, supervised=part.supervised))
-            order += len(tokens.ids)
+        if isinstance(part, Text):
+            tokens = _tokenise(processor, sample, part, shows)
+            pieces.append(_piece(tokens, at.order, Kind.TEXT, supervised=part.supervised))
+            at = dataclasses.replace(at, order=at.order + len(tokens.ids))
+            continue
+        views = _views(processor, sample, part)
+        video = isinstance(part, Video)
+        # A region never spans two views of an image, but may span frames.
+        groups = [views.units] if video else [(view,) for view in views.units]
+        for group in groups:
+            region = layout.frame_region if video else (1, *layout.region)
+            found = place_views(layout, group, region, at)
+            placed.append(found)
+            pieces += _unit_pieces(layout, found, at.unit)
+            images += [view.images for view in group]
+            for i, (view, grid) in enumerate(zip(group, found.grids)):
+                units.append(Unit(at.unit + i, video, part.index, i, view.corners, grid))
+            at = found.next
+        if not video:
+            shows[part.index] = at.unit - 1
+        if views.end_newline:
+            pieces.append(_piece(_special(np.zeros(1)), at.order, Kind.NEWLINE))
+            at = dataclasses.replace(at, order=at.order + 1)
     if sample.family not in processor.families:
         raise ValueError(
             f"Family {sample.family!r} of sample {sample.id} is not one of processor.families="
             f"{processor.families}."
         )
     size = layout.image_size
-    arrays = _visual(processor, starts) | _dense(pieces)
-    arrays["images"] = np.stack(images) if images else np.zeros((0, size, size, 3), np.float32)
+    arrays = join(layout, placed) | _dense(pieces)
+    arrays["images"] = normalise(np.concatenate([np.zeros((0, size, size, 3), np.uint8), *images]))
     arrays["sample_id"] = np.asarray(sample.id, np.int32)
     arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
+    return arrays, shows, tuple(units)
+
+
+def process_with_units(processor: Processor, sample: Sample) -> tuple[Arrays, tuple[Unit, ...]]:
+    """:func:`process`, and where every unit went."""
+    arrays, _, units = _process_parts(processor, sample, sample.parts)
     return arrays, units
 
 
@@ -234,10 +248,11 @@ def process(processor: Processor, sample: Sample) -> Arrays:
     """Arrays of one sample, unpadded.
 
     Returns:
-      The fields of ``Streams`` without their batch axis, int32, and ``images`` float32
-      [F, image_size, image_size, 3] in [-1, 1]; ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) in
-      pixels of the tower's input that the *target* token speaks of, and ``target_unit`` int32 [S], the
-      unit it lies in, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
+      The fields of ``Streams`` without their batch axis, and ``images`` float32
+      [images, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole images, tiles, frames;
+      ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) that the *target* token speaks of, in pixels of the
+      tower's input (views of style "square") or of the image (others), and ``target_unit`` int32 [S], the
+      last unit of that image, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
 
     Raises:
       ValueError: an image does not fit the tower, text cannot be tokenised, a token overlaps two
@@ -264,8 +279,8 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     first = supervised.index(True)
     rest = [*supervised[first:], False]
     texts = [p for p in sample.parts[first : first + rest.index(False)] if isinstance(p, Text)]
-    arrays, units = _process_parts(processor, sample, sample.parts[:first])
-    answer = [_tokenise(processor, sample, text, units) for text in texts]
+    arrays, shows, _ = _process_parts(processor, sample, sample.parts[:first])
+    answer = [_tokenise(processor, sample, text, shows) for text in texts]
     arrays["answer"] = np.concatenate([tokens.ids for tokens in answer])
     arrays["answer_box"] = np.concatenate([tokens.boxes for tokens in answer])
     arrays["answer_unit"] = np.concatenate([tokens.units for tokens in answer])
@@ -283,21 +298,25 @@ def _pad(values: np.ndarray, size: int, fill: int, name: str, hint: str) -> np.n
     return out
 
 
-def pad_to(arrays: Arrays, *, regions: int, dense: int, units: int) -> Arrays:
+def pad_to(arrays: Arrays, *, regions: int, dense: int, images: int, slots: int | None = None) -> Arrays:
     """Pad the arrays of one row to a bucket, so that rows stack and nothing recompiles.
 
     Args:
       arrays: from :func:`process`, :func:`prompt` or ``packing.pack``; other fields pass through.
-      regions, dense, units: sizes of the R, S and F axes.
+      regions, dense, images: sizes of the R and S axes and number of images that the tower reads.
+      slots: size of the P axis; None keeps it.
 
     Raises:
       ValueError: something does not fit. Nothing is ever cut off.
     """
-    sizes = {"regions": regions, "dense": dense, "units": units}
+    sizes = {"regions": regions, "dense": dense, "images": images}
     out = dict(arrays)
     for name, (axis, fill) in PADDING.items():
+        if name not in arrays:  # taps, which the tower's own tokens do without
+            continue
         label = f"Field {name} of sample {int(arrays['sample_id'])}"
-        out[name] = _pad(arrays[name], sizes[axis], fill, label, axis)
+        values = arrays[name] if slots is None else pad_slots(arrays[name], name, slots)
+        out[name] = _pad(values, sizes[axis], fill, label, axis)
     return out
 
 

@@ -17,6 +17,8 @@ Special tokens are written out in the text; the processor adds nothing.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -50,6 +52,13 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Video:
+    """Show video number ``index`` of the sample; each of its frames makes a unit."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """A piece of text, tokenised by itself, so that no token crosses its ends.
 
@@ -77,6 +86,14 @@ class Text:
                 )
 
 
+class Frames(Protocol):
+    """Frames of a video: an array [T, height, width, 3], or a decoder that makes one after the other."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
     """One training or evaluation example.
@@ -84,18 +101,20 @@ class Sample:
     Attributes:
       id: names the sample within its source, a non-negative int32.
       images: uint8 [height, width, 3] each.
-      parts: images and texts in reading order.
+      parts: images, videos and texts in reading order.
       family: the kind of question, for per-family metrics.
+      videos: each has a length and iterates over its frames, uint8 [height, width, 3] of one size.
 
     Raises:
-      ValueError: an image has another shape or dtype, an index points to no image, a box refers to
-        an image that no part shows, or the id does not fit int32.
+      ValueError: an image has another shape or dtype, an index points to no image or video, a video has no
+        frames, a box refers to an image that no part shows, or the id does not fit int32.
     """
 
     id: int
     images: tuple[np.ndarray, ...]
-    parts: tuple[Image | Text, ...]
+    parts: tuple[Image | Video | Text, ...]
     family: str
+    videos: tuple[Frames, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.id <= np.iinfo(np.int32).max:
@@ -106,6 +125,9 @@ class Sample:
                     f"Image {i} of sample {self.id} is {image.dtype}{list(image.shape)}; "
                     "it must be uint8 [height, width, 3] with at least one pixel."
                 )
+        for i, video in enumerate(self.videos):
+            if len(video) < 1:
+                raise ValueError(f"Video {i} of sample {self.id} has no frames; it must have at least one.")
         shown = set()
         for part in self.parts:
             if isinstance(part, Image):
@@ -114,6 +136,11 @@ class Sample:
                         f"Sample {self.id} shows image {part.index} but holds {len(self.images)} images."
                     )
                 shown.add(part.index)
+            elif isinstance(part, Video):
+                if not 0 <= part.index < len(self.videos):
+                    raise ValueError(
+                        f"Sample {self.id} shows video {part.index} but holds {len(self.videos)} videos."
+                    )
             elif missing := {box.image for box in part.boxes} - shown:
                 raise ValueError(
                     f"A box of text {part.text!r} in sample {self.id} refers to image {min(missing)}, "

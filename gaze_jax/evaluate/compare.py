@@ -152,7 +152,7 @@ def _prompt_arrays(processor: Processor, index: int, prompt: Prompt) -> Arrays:
 def _with_answer(arrays: Arrays, answer: Sequence[int], regions: int, dense: int, length: int) -> _Row:
     """Append the answer's tokens but the last, which is emitted and never read."""
     count, read = len(arrays["tokens"]), len(answer) - 1
-    batch = pad_to(arrays, regions=regions, dense=dense + length, units=1)
+    batch = pad_to(arrays, regions=regions, dense=dense + length, images=1)
     new, steps = slice(count, count + read), np.arange(1, read + 1)
     for name, values in {
         "tokens": answer[:-1],
@@ -177,7 +177,7 @@ def _dense_answer(
     generator: Generator, params: Params, arrays: Arrays, regions: int, dense: int
 ) -> list[int]:
     """What the model says when it attends to everything, the end token included."""
-    padded = stack([pad_to(arrays, regions=regions, dense=dense, units=1)])
+    padded = stack([pad_to(arrays, regions=regions, dense=dense, images=1)])
     batch = {name: jnp.asarray(value) for name, value in padded.items()}
     found = generator(params, batch["images"], Streams.from_batch(batch), top_k=None)
     return [int(token) for token in np.asarray(found.tokens)[:, 0] if token >= 0]

@@ -67,7 +67,7 @@ def evaluation_batches(trained: Trained, samples: int) -> list[Arrays]:
                     prompt(processor, sample),
                     regions=layout.regions,
                     dense=lengths.question + layout.context_tokens,
-                    units=1,
+                    images=1,
                 )
                 rows.append(pad_answers(row, length=lengths.answer))
     size = experiment.eval.batch_size

@@ -82,7 +82,7 @@ def ask(
     except ValueError as error:
         raise UserError(str(error)) from error
     dense = -(-len(arrays["tokens"]) // _BUCKET) * _BUCKET
-    batch = stack([pad_to(arrays, regions=layout.regions, dense=dense, units=1)])
+    batch = stack([pad_to(arrays, regions=layout.regions, dense=dense, images=1)])
     generator = Generator(MLLM(config), max_tokens, tokenizer.end_id)
     found = jax.device_get(
         generator(

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gaze_jax.core.regions import to_regions
+from gaze_jax.core.regions import pool_to_regions, to_regions
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.models.attention import make_plan
@@ -71,7 +71,11 @@ class MLLM(nn.Module):
             if regions * slots:
                 raise ValueError("The batch has visual tokens but there is no image, or no tower to read it.")
             return jnp.zeros((batch, 0, width), DTYPES[self.config.dtype])
-        visual = to_regions(self.encode(images), streams.visual_src)
+        features = self.encode(images)
+        if streams.visual_taps is None or streams.visual_weights is None:
+            visual = to_regions(features, streams.visual_src)
+        else:
+            visual = pool_to_regions(features, streams.visual_taps, streams.visual_weights, self.newline)
         return visual.reshape(batch, regions * slots, width)
 
     def touch(self, images: Array | None) -> Array:

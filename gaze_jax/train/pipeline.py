@@ -20,7 +20,7 @@ def make_processor(experiment: Experiment) -> Processor:
 def _config(experiment: Experiment) -> pipeline.PipelineConfig:
     layout = experiment.model.layout
     longest = sequence_lengths(experiment.data, build_tokenizer()).sample
-    bucket = pipeline.Bucket(regions=layout.regions, dense=longest + layout.context_tokens, units=1)
+    bucket = pipeline.Bucket(regions=layout.regions, dense=longest + layout.context_tokens, images=1)
     return pipeline.PipelineConfig(batch_size=experiment.batch_size, seed=experiment.seed, bucket=bucket)
 
 

@@ -16,7 +16,10 @@ PARTS = [Text(3), Unit(3, 5, newlines=True), Text(2), Newline(), Unit(2, 3), Tex
 def test_from_batch_takes_its_fields_and_names_the_missing_one():
     """Other entries are left alone; a missing field is a KeyError with its name."""
     fields = {f.name: i for i, f in enumerate(dataclasses.fields(Streams))}
-    assert Streams.from_batch(fields | {"images": None}).targets == fields["targets"]
+    found = Streams.from_batch(fields | {"images": None})
+    assert found.targets == fields["targets"] and found.visual_taps == fields["visual_taps"]
+    del fields["visual_taps"]
+    assert Streams.from_batch(fields).visual_taps is None
     del fields["dense_unit"]
     with pytest.raises(KeyError, match="dense_unit"):
         Streams.from_batch(fields)
@@ -25,7 +28,8 @@ def test_from_batch_takes_its_fields_and_names_the_missing_one():
 def test_streams_are_a_pytree_of_int32():
     """They cross jit boundaries, and every field is int32."""
     streams = batch([sample(PARTS)])
-    assert len(jax.tree.leaves(streams)) == len(dataclasses.fields(Streams))
+    optional = sum(f.default is None for f in dataclasses.fields(Streams))
+    assert len(jax.tree.leaves(streams)) == len(dataclasses.fields(Streams)) - optional
     assert {a.dtype for a in jax.tree.leaves(streams)} == {jnp.dtype("int32")}
     valid = jax.jit(lambda s: s.visual_valid)(streams)
     assert int(valid.sum()) == 21 and valid.shape == streams.visual_src.shape

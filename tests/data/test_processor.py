@@ -347,7 +347,7 @@ def test_a_prompt_needs_an_answer_that_ends():
 def natural(arrays):
     """The smallest bucket that holds a row."""
     sizes = (arrays["visual_src"].shape[0], arrays["tokens"].shape[0], arrays["images"].shape[0])
-    return dict(zip(("regions", "dense", "units"), sizes, strict=True))
+    return dict(zip(("regions", "dense", "images"), sizes, strict=True))
 
 
 PADDED = {
@@ -369,11 +369,13 @@ PADDED = {
         "target_box": -1,
         "target_unit": -1,
     },
-    "units": {"images": 0},
+    "images": {"images": 0},
 }
 
 
-@pytest.mark.parametrize("more", [{}, {"regions": 3}, {"dense": 1}, {"units": 2}, {"regions": 1, "dense": 9}])
+@pytest.mark.parametrize(
+    "more", [{}, {"regions": 3}, {"dense": 1}, {"images": 2}, {"regions": 1, "dense": 9}]
+)
 def test_padding_keeps_what_is_there_and_marks_the_rest_as_empty(more):
     arrays = prompt(processor(), sample(READ))
     bucket = {axis: size + more.get(axis, 0) for axis, size in natural(arrays).items()}
@@ -391,7 +393,7 @@ def test_padding_keeps_what_is_there_and_marks_the_rest_as_empty(more):
         assert (padded[name][len(values) :] == fill).all(), name
 
 
-@pytest.mark.parametrize("axis", ["regions", "dense", "units"])
+@pytest.mark.parametrize("axis", ["regions", "dense", "images"])
 def test_padding_never_cuts(axis):
     arrays = process(processor(), sample(READ))
     bucket = natural(arrays)
@@ -403,7 +405,7 @@ def test_padding_never_cuts(axis):
 def test_padded_rows_of_different_samples_stack_into_streams():
     made = processor(context=2)
     parts = [READ, (QUESTION,), (Image(0), Image(0), QUESTION)]
-    rows = [pad_to(process(made, sample(p)), regions=4, dense=16, units=2) for p in parts]
+    rows = [pad_to(process(made, sample(p)), regions=4, dense=16, images=2) for p in parts]
     batch = stack(rows)
     streams = Streams.from_batch(batch)
     shapes = {field.shape[:2] for field in jax.tree.leaves(streams)}

@@ -1,0 +1,189 @@
+"""Views to the visual stream: where each token of a unit stands, and which region holds it.
+
+A view of h rows and w columns takes h * w places of the sequence in raster order, or h * (w + 1) where a
+newline follows each row. Its regions are cut from its grid; those of a video from slabs of frames.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.regions import partition_frames
+from gaze_jax.core.streams import EMPTY, NEWLINE
+from gaze_jax.data.sample import Corners
+from gaze_jax.data.views import View
+
+Arrays = dict[str, np.ndarray]
+
+TAPS = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unit:
+    """A unit where it was placed, for who wants to draw it.
+
+    Attributes:
+      unit: its number in the sample.
+      video: shown by a video part, else by an image.
+      index: of the image or the video in the sample.
+      frame: of the video; 0 for an image.
+      corners: the rectangle that its grid covers, in pixels of the image or frame.
+      regions: int32 [h, w], the region of each token.
+    """
+
+    unit: int
+    video: bool
+    index: int
+    frame: int
+    corners: Corners
+    regions: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the next unit goes: how many of each there are before it."""
+
+    order: int = 0
+    unit: int = 0
+    token: int = 0
+    image: int = 0
+    region: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed:
+    """Units of one image or video in the sequence.
+
+    Attributes:
+      fields: visual fields, [R, P] and (taps and weights) [R, P, 4].
+      newlines: int32 [F, n], order of the dense newlines inside each unit; n may be 0.
+      ends: int32 [F], order of what follows each unit, its first context token if there are any.
+      grids: int32 [F, h, w], the region of each token.
+      next: where what follows goes.
+    """
+
+    fields: Arrays
+    newlines: np.ndarray
+    ends: np.ndarray
+    grids: np.ndarray
+    next: Place
+
+
+def place_views(
+    layout: VisualLayout, views: Sequence[View], region: tuple[int, int, int], at: Place
+) -> Placed:
+    """Place consecutive views of one grid size, each followed by its context tokens.
+
+    Args:
+      layout: of the model.
+      views: at least one; several are the frames of a video.
+      region: (r_t, r_h, r_w) target size.
+      at: where they begin.
+    """
+    count, (height, width) = len(views), views[0].taps.shape[:2]
+    routed = views[0].newlines and layout.newlines == "region"
+    pitch = width + views[0].newlines
+    stride = width + routed
+    starts = at.order + np.arange(count) * (height * pitch + layout.context_tokens)
+    rows = starts[:, None] + np.arange(height) * pitch
+    order = rows[:, :, None] + np.arange(stride)
+    unit = np.broadcast_to(at.unit + np.arange(count)[:, None, None], order.shape)
+    taps, weights = _taps(views, layout.grid**2, at.image, routed)
+
+    table = partition_frames(count, height, width, region, newlines=routed)
+    valid = table >= 0
+
+    def spread(values: np.ndarray, empty: int) -> np.ndarray:
+        """Per token [F, h, stride, ...] to per slot [R, P, ...]."""
+        flat = values.reshape(order.size, *values.shape[3:])
+        found = flat[np.maximum(table, 0)]
+        found[~valid] = empty
+        return found
+
+    fields = {
+        "visual_src": spread(at.token + np.arange(order.size).reshape(order.shape), EMPTY).astype(np.int32),
+        "visual_order": spread(order, EMPTY).astype(np.int32),
+        "visual_pos": spread(order, 0).astype(np.int32),
+        "visual_unit": spread(unit, EMPTY).astype(np.int32),
+        "region_segment": np.zeros(len(table), np.int32),
+        "visual_taps": spread(taps, 0),
+        "visual_weights": spread(weights, 0),
+    }
+    region_of = np.empty(order.size, np.int32)
+    region_of[table[valid]] = np.broadcast_to(np.arange(len(table))[:, None], table.shape)[valid]
+    newlines = rows + width if views[0].newlines and not routed else np.zeros((count, 0))
+    ends = starts + height * pitch
+    return Placed(
+        fields,
+        newlines.astype(np.int32),
+        ends.astype(np.int32),
+        at.region + region_of.reshape(order.shape)[:, :, :width],
+        Place(
+            order=int(ends[-1]) + layout.context_tokens,
+            unit=at.unit + count,
+            token=at.token + order.size,
+            image=at.image + sum(len(view.images) for view in views),
+            region=at.region + len(table),
+        ),
+    )
+
+
+def _taps(views: Sequence[View], tokens: int, image: int, routed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """int32 and float32 [F, h, stride, 4] into the tower's tokens, ``tokens`` of each image."""
+    firsts = image + np.cumsum([0, *(len(view.images) for view in views)])
+    weights = np.stack([view.weights for view in views])
+    taps = np.stack([view.taps + first * tokens for view, first in zip(views, firsts)])
+    taps = np.where(weights != 0, taps, 0).astype(np.int32)
+    if routed:
+        taps = np.pad(taps, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        weights = np.pad(weights, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        taps[:, :, -1, 0] = NEWLINE
+    return taps, weights
+
+
+def join(layout: VisualLayout, placed: Sequence[Placed]) -> Arrays:
+    """The visual fields of a sample, [R, P]; P is the largest region of any of its units.
+
+    The tower's own tokens (style "square") need no taps.
+    """
+    slots = max((p.fields["visual_src"].shape[1] for p in placed), default=layout.slots)
+    none = {
+        "visual_src": np.zeros((0, slots), np.int32),
+        "visual_order": np.zeros((0, slots), np.int32),
+        "visual_pos": np.zeros((0, slots), np.int32),
+        "visual_unit": np.zeros((0, slots), np.int32),
+        "region_segment": np.zeros(0, np.int32),
+        "visual_taps": np.zeros((0, slots, TAPS), np.int32),
+        "visual_weights": np.zeros((0, slots, TAPS), np.float32),
+    }
+    out = {}
+    for name, empty in none.items():
+        if layout.views.style == "square" and name in ("visual_taps", "visual_weights"):
+            continue
+        pieces = [pad_slots(p.fields[name], name, slots) for p in placed]
+        out[name] = np.concatenate([empty, *pieces])
+    return out
+
+
+FILL = {"visual_src": EMPTY, "visual_order": EMPTY, "visual_pos": 0, "visual_unit": EMPTY} | {
+    "visual_taps": 0,
+    "visual_weights": 0,
+}
+"""Field with a slot axis -> what an empty slot holds."""
+
+
+def pad_slots(values: np.ndarray, name: str, slots: int) -> np.ndarray:
+    """Pad axis 1 of a field of :data:`FILL`; other fields have no slots and stay.
+
+    Raises:
+      ValueError: its regions have more slots already.
+    """
+    if name not in FILL:
+        return values
+    more = slots - values.shape[1]
+    if more < 0:
+        raise ValueError(f"{name} has regions of {values.shape[1]} slots but slots={slots}; raise it to fit.")
+    widths = [(0, 0), (0, more), *[(0, 0)] * (values.ndim - 2)]
+    return np.pad(values, widths, constant_values=FILL[name])

@@ -1,6 +1,7 @@
 """What is particular to the TPU decode kernel: its layout, its copies, its limits."""
 
 import dataclasses
+import faulthandler
 import functools
 
 import jax
@@ -170,6 +171,15 @@ def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.fixture
+def no_hanging():
+    """Ends the process, with an error, where a kernel waits for a copy that nobody started."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.usefixtures("no_hanging")
 @pytest.mark.parametrize("blind", [(0,), (1, 2), (3, 7), tuple(range(8))])
 def test_a_kv_head_that_lists_nothing_still_prefetches_for_the_next(blind):
     """First, in between and last of a core's four rows without a chunk: each other reads its own regions."""

@@ -1,6 +1,7 @@
 """What is particular to the TPU decode kernel: its layout, its copies, its limits."""
 
 import dataclasses
+import faulthandler
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api, plan, tpu, tpu_layout
 from tests.helpers import cases
+from tests.kernels import decode_suite
 
 # Private to jax: where it has moved, the suite in test_decode.py still runs.
 interpret_pallas_call = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
@@ -139,6 +141,62 @@ def test_bytes_moved_are_near_the_floor(share, capacity, visual_dtype, copies):
     moved = sum(copies) + _dense_bytes(case, 64)
     floor = fetched * (region + scales) + 2 * 2 * 64 * 2 * 128 * 2
     assert floor <= moved <= 1.15 * floor, moved / floor
+
+
+def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
+    """Rows that use 0, 1, 2 and 4 of 4 tiles: behind them the index repeats, which fetches nothing."""
+    seen = np.zeros((4, 13), bool)
+    seen[1, 3] = seen[2, [0, 4]] = seen[3, 12] = True
+    used = tpu._used_tiles(jnp.asarray(seen), 4)
+    assert used.tolist() == [0, 1, 2, 4]
+    grid = tpu._Grid(kv_heads=2, per_core=8, lanes_are_tokens=False)
+    tiles = [[int(grid.dense_seen(0, 2 * b + 1, tile, 0, 0, used)[2]) for tile in range(4)] for b in range(4)]
+    assert tiles == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dim", [8, 128])
+def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
+    """Three tiles, of which rows use none, one, two and all: every key that counts, and NaN in the others."""
+    monkeypatch.setattr(tpu, "DENSE_TILE", 128)
+    case = cases.decode(size=4, dense=384, dim=dim)
+    case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
+    ends = jnp.array([0, 128, 129, 384])[:, None]
+    seen = (jnp.arange(384) < ends) & (case.dense_seen | (jnp.arange(384) == ends - 1))
+    k, v = (jnp.where(seen[None, :, None, :, None], a, jnp.nan) for a in (case.dense_k, case.dense_v))
+    # A function of its own: the size of a tile is no part of jit's key.
+    got = jax.jit(lambda case: decode_suite.call(case, "tpu"))(
+        dataclasses.replace(case, dense_k=k, dense_v=v, dense_seen=seen)
+    )
+    expected = decode_suite.call(dataclasses.replace(case, dense_seen=seen), "reference")
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.fixture
+def no_hanging():
+    """Ends the process, with an error, where a kernel waits for a copy that nobody started."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.usefixtures("no_hanging")
+@pytest.mark.parametrize("blind", [(0,), (1, 2), (3, 7), tuple(range(8))])
+def test_a_kv_head_that_lists_nothing_still_prefetches_for_the_next(blind):
+    """First, in between and last of a core's four rows without a chunk: each other reads its own regions."""
+    case = cases.decode(size=1, kv_heads=8, capacity=2, regions=20)
+    indices = jnp.arange(32, dtype=jnp.int32).reshape(1, 16, 2) % 20
+    blind = jnp.isin(jnp.arange(8), jnp.array(blind))
+    indices = jnp.where(jnp.repeat(blind, 2)[None, :, None], -1, indices)
+    case = dataclasses.replace(case, indices=indices, spec=dataclasses.replace(case.spec, interpret=True))
+    got = _program(case)
+    cases.no_races(got)
+    expected = decode_suite.call(case, "reference")
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@jax.jit
+def _program(case):
+    return decode_suite.call(case, "tpu")
 
 
 def test_races_would_be_found():

@@ -108,6 +108,28 @@ def _as_mask(indices, regions):
     return (np.asarray(indices)[..., None] == np.arange(regions)).any(-2)
 
 
+@pytest.mark.parametrize("top_k", [3, None])
+def test_a_token_between_images_does_not_see_the_later_one(top_k):
+    """A token with a later image in the cache, decoded again in its own slot: the logits of its place."""
+    config = models.changed(DUMMY, gaze={"share": "head"})
+    rows = [models.two_images(0), models.two_images(1)]
+    streams, images, variables = batch(rows), models.images(2, 2), models.parameters(DUMMY)
+    budget = None if top_k is None else jnp.int32(top_k)
+    slot = int(find(rows[0])[4])  # the last of the text between the images
+    order = streams.dense_order[:, slot]
+    later = np.asarray(streams.visual_order) > np.asarray(order)[:, None, None]
+    assert 0 < later.any(-1).sum() < later.any(-1).size, "regions before and behind"
+    _, cache, _ = models.prefill(config, STEPS)(variables, images, streams, budget, None, SAMPLE_ID)
+    expected, _ = models.forward(config, collect=True)(variables, images, streams, budget, None, SAMPLE_ID)
+    got, _, out = models.decode(config, 5)(
+        variables, streams.tokens[:, slot], order, cache, models.step(order, slot, SAMPLE_ID), budget
+    )
+    models.close(got, expected[:, slot])
+    if top_k is not None:
+        listed = _as_mask(out["indices"], later.shape[1])
+        assert (listed.sum(-1) == top_k).all() and not (listed & later.any(-1)[:, None]).any()
+
+
 def test_decode_reports_indices_best_first_with_their_scores():
     """Indices [L, B, Hs, J] follow the scores [L, B, Hs, R]; J beyond top_k is -1."""
     _, outs = _decode_all(models.changed(DUMMY, gaze={"share": "head"}), _rows(), jnp.int32(3), 5)

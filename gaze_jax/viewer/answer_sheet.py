@@ -1,4 +1,4 @@
-"""The contact sheet of a model's answer: selections over regions, drawn over the image they were cut from."""
+"""Contact sheets of a model's answer: selections over regions, drawn over the images they were cut from."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from gaze_jax.core.layout import VisualLayout
+from gaze_jax.data.units import Unit
 from gaze_jax.viewer.contact_sheet import contact_sheet
 
 
@@ -37,3 +38,54 @@ def answer_sheet(
     """
     share = selected.astype(np.float32).mean(axis=1)
     return contact_sheet(image, pieces, over_grid(share, layout), **options)
+
+
+def most_looked_at(units: Sequence[Unit], selected: np.ndarray, count: int) -> list[Unit]:
+    """The ``count`` units whose tokens were selected most often over an answer, in their own order.
+
+    Args:
+      units: of the prompt.
+      selected: bool [T, Hs, R] of one layer.
+      count: at least 1.
+    """
+    often = selected.astype(np.float32).mean(axis=(0, 1))
+    ranked = sorted(units, key=lambda unit: -float(often[unit.regions].mean()))  # stable: ties keep order
+    kept = {unit.unit for unit in ranked[:count]}
+    return [unit for unit in units if unit.unit in kept]
+
+
+def unit_sheets(
+    pictures: Sequence[np.ndarray],
+    units: Sequence[Unit],
+    pieces: Sequence[str],
+    selected: np.ndarray,
+    *,
+    titles: Sequence[str],
+    **options: Any,
+) -> Image.Image:
+    """One contact sheet under the other, one for each view of an image or frame of a video.
+
+    Args:
+      pictures: uint8 [height, width, 3] each, the image or frame that a unit was made from.
+      units: F of them, where each was placed.
+      pieces: T generated tokens as text.
+      selected: bool [T, Hs, R] of one layer.
+      titles: F headings.
+      **options: of :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
+
+    Returns:
+      An RGB picture.
+    """
+    share = selected.astype(np.float32).mean(axis=1)
+    sheets = []
+    for picture, unit, title in zip(pictures, units, titles, strict=True):
+        left, top, right, bottom = (round(edge) for edge in unit.corners)
+        covered = picture[top:bottom, left:right]
+        sheets.append(contact_sheet(covered, pieces, share[:, unit.regions], title=title, **options))
+    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    whole = Image.new("RGB", (width, height), sheets[0].getpixel((0, 0)))
+    at = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, at))
+        at += sheet.height
+    return whole

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.viewer.answer_sheet import answer_sheet, over_grid
+from gaze_jax.data.units import Unit
+from gaze_jax.viewer.answer_sheet import answer_sheet, most_looked_at, over_grid, unit_sheets
 from gaze_jax.viewer.contact_sheet import contact_sheet
 
 
@@ -24,3 +25,33 @@ def test_the_sheet_shows_the_share_of_heads():
     sheet = answer_sheet(image, ["7"], selected, layout, title="q")
     share = np.array([[1.0, 0.5], [0.0, 0.0]], np.float32).repeat(2, 0).repeat(2, 1)[None]
     np.testing.assert_array_equal(sheet, contact_sheet(image, ["7"], share, title="q"))
+
+
+def unit(number, regions, corners=(0.0, 0.0, 20.0, 10.0)):
+    return Unit(number, True, 0, number, corners, np.array(regions, np.int32))
+
+
+def test_the_units_that_most_heads_selected_are_kept_in_their_order():
+    """Ties go to the earlier unit."""
+    units = [unit(0, [[0, 1]]), unit(1, [[2, 2]]), unit(2, [[3, 4]])]
+    selected = np.zeros((2, 2, 5), bool)
+    selected[:, 0, 4] = selected[:, 1, 2] = True
+    assert [u.unit for u in most_looked_at(units, selected, 1)] == [1]
+    assert [u.unit for u in most_looked_at(units, selected, 2)] == [1, 2]
+    selected[:] = False
+    assert [u.unit for u in most_looked_at(units, selected, 2)] == [0, 1]
+
+
+def test_sheets_of_units_stand_one_under_the_other():
+    """Each is the contact sheet of what its unit covers, with the share of heads per region."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(256, size=(10, 20, 3), dtype=np.uint8) for _ in range(2)]
+    units = [unit(0, [[0, 1]]), unit(1, [[2, 2]], (5.0, 2.0, 20.0, 10.0))]
+    selected = rng.random((3, 2, 3)) < 0.5
+    whole = np.asarray(unit_sheets(pictures, units, list("abc"), selected, titles=["one", "two"]))
+    share = selected.mean(axis=1).astype(np.float32)
+    first = np.asarray(contact_sheet(pictures[0], list("abc"), share[:, [[0, 1]]], title="one"))
+    second = np.asarray(contact_sheet(pictures[1][2:10, 5:], list("abc"), share[:, [[2, 2]]], title="two"))
+    np.testing.assert_array_equal(whole[: len(first), : first.shape[1]], first)
+    np.testing.assert_array_equal(whole[len(first) :, : second.shape[1]], second)
+    assert len(whole) == len(first) + len(second)

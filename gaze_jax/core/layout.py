@@ -25,10 +25,10 @@ class ViewConfig:
       max_tiles: a tile grid of more tokens than this many whole images is shrunk (LLaVA-OneVision's
         "anyres_max_9"); None leaves it.
       image_side: tokens per side that a whole image or a tile has after pooling; None: as many as the tower.
-      frame_side: the same for a frame, and for one of several images where the style pools those too.
+      frame_side: the same for a video frame.
 
     Raises:
-      ValueError: an unknown style, or a number that is not positive.
+      ValueError: an unknown style, a number that is not positive, or one that the style has no use for.
     """
 
     style: str = "square"
@@ -49,6 +49,10 @@ class ViewConfig:
             raise ValueError(
                 "views.style='square' has no tiles and pools nothing; leave the other fields of views empty."
             )
+        if self.style == "llava_onevision" and self.image_side is not None:
+            raise ValueError("views.style='llava_onevision' pools no image; leave views.image_side empty.")
+        if self.style == "cambrian_s" and self.max_tiles is not None:
+            raise ValueError("views.style='cambrian_s' shrinks no tile grid; leave views.max_tiles empty.")
 
 
 @functools.lru_cache(maxsize=64)

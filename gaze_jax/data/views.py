@@ -1,17 +1,83 @@
-"""Images and frames to views."""
+"""Images and video frames to views: the pixels that the tower reads, and the token grid made of its output.
+
+A view is one token grid: a whole image, the joined tiles of one, or a video frame. Pooling, unpadding and
+shrinking a grid are linear and act on few tokens each, so every token of a view is a weighted sum of at
+most four tokens of the tower (after the projector, where the published models pool). ``taps`` and
+``weights`` say which, and no model needs to know a convention. For tower tokens ``x`` [n * grid * grid, M]::
+
+    tokens = (x[view.taps] * view.weights[..., None]).sum(axis=2)  # [h, w, M]
+
+The conventions, for an image that is alone in its prompt, for one of several, and for a frame:
+
+* ``square``: squashed to the tower's size; that is all.
+* ``llava_onevision``, as transformers' LlavaOnevision reads images. Alone: the image squashed, then its
+  tiles on black, unpadded, shrunk if they are many, a newline after each row. One of several (or alone
+  without canvases): padded with grey to a square and kept whole, and one newline. A frame: squashed and
+  pooled; one newline after the last.
+* ``cambrian_s``, as the inference code of Cambrian-S reads images. Always a newline after each row. Alone:
+  the image padded with grey to a square, pooled and unpadded, then its tiles on grey, pooled, unpadded. One
+  of several (or alone without canvases): without the tiles. A frame: padded, pooled to ``frame_side`` and
+  unpadded.
+"""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable
 
 import numpy as np
-import PIL.Image
 
-from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.layout import ViewConfig, VisualLayout
+from gaze_jax.data.pixels import (
+    BLACK,
+    GREY,
+    Size,
+    best_canvas,
+    check_image,
+    cut_tiles,
+    resize,
+    resize_on_square,
+)
+from gaze_jax.errors import UserError
+
+GridShape = tuple[int, int, bool]
+"""(h, w, newlines): tokens per column and row, and whether a newline follows every row."""
+
+SHRINK_ABOVE = 1.1
+"""LLaVA-OneVision leaves a tile grid alone whose side is up to this many times what ``max_tiles`` allows."""
+
+
+def cambrian_canvases(size: int, max_subimages: int) -> tuple[Size, ...]:
+    """Canvases (height, width) of up to ``max_subimages`` tiles of ``size`` pixels, in Cambrian-S's order."""
+    sides = range(1, max_subimages + 1)
+    return tuple((y * size, x * size) for x in sides for y in sides if x * y <= max_subimages)
+
+
+LLAVA_ONEVISION = ViewConfig(
+    style="llava_onevision",
+    canvases=tuple((384 * y, 384 * x) for y in range(1, 7) for x in range(1, 7)),
+    max_tiles=9,
+    frame_side=14,
+)
+"""The views of the published LLaVA-OneVision checkpoints: a tower of 384 pixels and 27 x 27 tokens."""
+
+CAMBRIAN_S = ViewConfig(style="cambrian_s", canvases=cambrian_canvases(384, 9), image_side=27, frame_side=8)
+"""The views of the published Cambrian-S checkpoints, as they are evaluated: a frame has up to 64 tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """One unit."""
+    """One token grid and the pixels it is made of.
+
+    Attributes:
+      images: uint8 [n, size, size, 3], what the tower reads: one image, or the tiles of one by row.
+      taps: int32 [h, w, 4], read-only: the tower tokens that make up each token, as indices into the
+        n * grid * grid of ``images`` in order; 0 where the weight is 0.
+      weights: float32 [h, w, 4], read-only: their weights, which sum to 1.
+      newlines: a newline embedding follows every row of the grid.
+      corners: (x0, y0, x1, y1), the rectangle in pixels of the original that the grid shows. Padding that was
+        kept lies outside of the original; where it was cut off, the grid shows the original up to rounding.
+    """
 
     images: np.ndarray
     taps: np.ndarray
@@ -22,37 +88,265 @@ class View:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Views:
-    """The units of an image or a video."""
+    """What one image or video becomes: ``units`` in the order of the sequence, and what closes them.
+
+    Attributes:
+      units: the views; a video has one per frame.
+      end_newline: one newline follows the last unit and belongs to none.
+    """
 
     units: tuple[View, ...]
     end_newline: bool
 
 
-_TABLE = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """A view without its pixels.
+
+    Attributes:
+      fit: how the image comes onto the canvas. "squash": resized to it; "pad": padded to a square, then
+        resized to it; "inside": resized with its aspect ratio, then padded.
+      canvas: pixels that the tower reads, in tiles of its size.
+      colour: of the padding.
+      side: tokens per side of a tile, after pooling.
+      margin: (rows, columns) of the joined grid that are cut off at either end.
+      shape: (h, w) that remain, after shrinking.
+      newlines, corners: as in :class:`View`.
+    """
+
+    fit: str
+    canvas: Size
+    colour: int
+    side: int
+    margin: tuple[int, int]
+    shape: tuple[int, int]
+    newlines: bool
+    corners: tuple[float, float, float, float]
 
 
-def normalise(images: np.ndarray) -> np.ndarray:
-    """To [-1, 1]."""
-    return _TABLE[images]
+def _margin(grid: tuple[int, int], size: Size, digits: int | None) -> tuple[int, int]:
+    """(rows, columns) of ``grid`` at either end that show nothing of a centred image of (height, width).
+
+    The order of the floating-point operations is that of the originals: another one may cut a row more.
+    ``digits``: transformers rounds to so many before it cuts the fraction off; Cambrian-S does not.
+    """
+
+    def filled(extent: int, scale: float) -> int:
+        return int(extent * scale if digits is None else round(extent * scale, digits))
+
+    rows, columns = grid
+    height, width = size
+    if width / height > columns / rows:
+        return (rows - filled(height, columns / width)) // 2, 0
+    return 0, (columns - filled(width, rows / height)) // 2
 
 
-def _square(layout: VisualLayout, image: np.ndarray) -> View:
-    size, grid = layout.image_size, layout.grid
-    pixels = image
-    if image.shape[:2] != (size, size):
-        pixels = np.asarray(PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC))
-    taps = np.zeros((grid, grid, 4), np.int32)
-    taps[..., 0] = np.arange(grid * grid).reshape(grid, grid)
-    weights = np.zeros((grid, grid, 4), np.float32)
-    weights[..., 0] = 1
-    return View(pixels[None], taps, weights, False, (0.0, 0.0, float(image.shape[1]), float(image.shape[0])))
+def _shrunk(shape: tuple[int, int], layout: VisualLayout, size: Size) -> tuple[int, int]:
+    """The shape of an unpadded tile grid after LLaVA-OneVision's limit on its tokens."""
+    limit = layout.views.max_tiles
+    ratio = 0.0 if limit is None else math.sqrt(shape[0] * shape[1] / (limit * layout.tokens))
+    if ratio <= SHRINK_ABOVE:
+        return shape
+    small = int(shape[0] // ratio), int(shape[1] // ratio)
+    if 0 in small:
+        raise UserError(
+            f"An image of {size[0]}x{size[1]} pixels has {shape[0]}x{shape[1]} tokens, and the limit of "
+            f"views.max_tiles={limit} leaves it none; crop it, or raise views.max_tiles."
+        )
+    return small
+
+
+def _unpadded(
+    layout: VisualLayout, size: Size, side: int, *, fit: str, canvas: Size, colour: int, digits: int | None
+) -> _Grid:
+    """The tokens of a canvas, without the rows or columns of padding."""
+    joined = canvas[0] // layout.image_size * side, canvas[1] // layout.image_size * side
+    margin = _margin(joined, size, digits)
+    shape = joined[0] - 2 * margin[0], joined[1] - 2 * margin[1]
+    return _Grid(fit, canvas, colour, side, margin, shape, True, (0, 0, size[1], size[0]))
+
+
+def _snapshot(layout: VisualLayout, size: Size, side: int) -> _Grid:
+    """A whole image or frame as Cambrian-S shows it."""
+    canvas = layout.image_size, layout.image_size
+    return _unpadded(layout, size, side, fit="pad", canvas=canvas, colour=GREY, digits=None)
+
+
+def _whole(layout: VisualLayout, size: Size, side: int, fit: str) -> _Grid:
+    """All tokens of one tile, padding or not."""
+    canvas = layout.image_size, layout.image_size
+    shown = size if fit == "squash" else (max(size), max(size))
+    y, x = (shown[0] - size[0]) // 2, (shown[1] - size[1]) // 2
+    corners = (-x, -y, shown[1] - x, shown[0] - y)
+    return _Grid(fit, canvas, GREY, side, (0, 0), (side, side), False, corners)
+
+
+def _shown(grids: list[_Grid], size: Size, name: str) -> list[_Grid]:
+    """The grids that have a token."""
+    shown = [grid for grid in grids if 0 not in grid.shape]
+    if not shown:
+        side = grids[0].side
+        raise UserError(
+            f"{name} of {size[0]}x{size[1]} pixels is so narrow that without its padding none of the "
+            f"{side}x{side} tokens is left; crop it."
+        )
+    return shown
+
+
+def _image_grids(layout: VisualLayout, size: Size, alone: bool) -> tuple[list[_Grid], bool]:
+    """The grids of an image in order, and whether a newline follows them."""
+    views = layout.views
+    side = views.image_side or layout.grid
+    canvas = best_canvas(size, views.canvases) if alone and views.canvases else None
+    if views.style == "square":
+        return [_whole(layout, size, side, "squash")], False
+    if views.style == "llava_onevision":
+        if canvas is None:
+            return [_whole(layout, size, side, "pad")], True
+        tiles = _unpadded(layout, size, side, fit="inside", canvas=canvas, colour=BLACK, digits=7)
+        tiles = dataclasses.replace(tiles, shape=_shrunk(tiles.shape, layout, size))
+        return _shown([_whole(layout, size, side, "squash"), tiles], size, "An image"), False
+    grids = [_snapshot(layout, size, side)]
+    if canvas is not None:
+        grids.append(_unpadded(layout, size, side, fit="inside", canvas=canvas, colour=GREY, digits=None))
+    return _shown(grids, size, "An image"), False
+
+
+def _frame_grid(layout: VisualLayout, size: Size) -> _Grid:
+    side = layout.views.frame_side or layout.grid
+    if layout.views.style == "cambrian_s":
+        return _shown([_snapshot(layout, size, side)], size, "A frame")[0]
+    return _whole(layout, size, side, "squash")
+
+
+def _bilinear(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """``size`` points over ``source`` tokens: their neighbours int32 [size, 2] and float32 weights [size, 2].
+
+    Half-pixel centres and no smoothing: the very weights of torch's interpolate without align_corners,
+    whose float32 centres are one fused multiply-add. More exact ones would differ by 1e-5 across a tile grid.
+    """
+    scale = np.float64(np.float32(source) / np.float32(size))
+    centre = (scale * (np.arange(size) + 0.5) - 0.5).astype(np.float32)  # rounded once
+    centre = np.maximum(centre, np.float32(0))
+    low = centre.astype(np.int32)
+    high = np.minimum(low + 1, source - 1)
+    upper = centre - low.astype(np.float32)
+    return np.stack([low, high], axis=-1), np.stack([np.float32(1) - upper, upper], axis=-1)
+
+
+def _axis(grid: int, tiles: int, side: int, margin: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two rows of joined tower tokens, int32 [size, 2], of each row of a view, and their weights."""
+    index, weight = _bilinear(grid, side)
+    index = (np.arange(tiles, dtype=np.int32)[:, None, None] * grid + index).reshape(-1, 2)
+    kept = slice(margin, tiles * side - margin)
+    index, weight = index[kept], np.tile(weight, (tiles, 1))[kept]
+    if size != len(index):
+        # Only what was not pooled is shrunk (ViewConfig refuses both), so a row here is one row of the tower.
+        again, weight = _bilinear(len(index), size)
+        index = index[:, 0][again]
+    return index, weight
+
+
+@functools.lru_cache(maxsize=16)
+def _taps(
+    grid: int, tiles: tuple[int, int], side: int, margin: tuple[int, int], shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """``taps`` and ``weights`` of a view; the frames of a video share one pair."""
+    rows, row_weights = _axis(grid, tiles[0], side, margin[0], shape[0])
+    columns, column_weights = _axis(grid, tiles[1], side, margin[1], shape[1])
+    y, x = rows[:, None, :, None], columns[None, :, None, :]
+    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
+    taps = ((y // grid * tiles[1] + x // grid) * grid + y % grid) * grid + x % grid
+    taps = np.where(weights > 0, taps, 0).astype(np.int32).reshape(*shape, 4)
+    weights = weights.reshape(*shape, 4)
+    for array in (taps, weights):
+        array.setflags(write=False)  # shared by every caller
+    return taps, weights
+
+
+def _view(layout: VisualLayout, image: np.ndarray, grid: _Grid) -> View:
+    side = layout.image_size
+    if grid.fit == "inside":
+        images = cut_tiles(image, grid.canvas, side, grid.colour)
+    elif grid.fit == "pad":
+        images = resize_on_square(image, side, grid.colour)[None]
+    else:
+        images = np.array(resize(image, (side, side)))[None]  # a copy: a decoder may fill its buffer again
+    tiles = grid.canvas[0] // side, grid.canvas[1] // side
+    taps, weights = _taps(layout.grid, tiles, grid.side, grid.margin, grid.shape)
+    return View(images, taps, weights, grid.newlines, grid.corners)
 
 
 def image_views(layout: VisualLayout, image: np.ndarray, *, alone: bool) -> Views:
-    """Views of an image."""
-    return Views((_square(layout, image),), False)
+    """The views of one image.
+
+    Of a strip narrower than a token, unpadding may leave a view no token; it is left out, and its newlines,
+    which the published models keep where a strip stands upright.
+
+    Args:
+      layout: of the model; ``layout.views`` is the convention.
+      image: uint8 [height, width, 3].
+      alone: the only image of its prompt; only then it is cut into tiles.
+
+    Raises:
+      ValueError: not such an image.
+      UserError: the image is so narrow that no token shows it.
+    """
+    grids, end_newline = _image_grids(layout, check_image(image, "An image"), alone)
+    return Views(tuple(_view(layout, image, grid) for grid in grids), end_newline)
 
 
 def video_views(layout: VisualLayout, frames: Iterable[np.ndarray]) -> Views:
-    """Views of a video."""
-    return Views(tuple(_square(layout, frame) for frame in frames), False)
+    """The views of a video: one per frame.
+
+    Args:
+      layout: of the model; ``layout.views`` is the convention.
+      frames: uint8 [height, width, 3] each; one is reduced to the tower's size before the next is taken.
+
+    Raises:
+      ValueError: no frames, or one that is not such an image.
+      UserError: a frame is so narrow that no token shows it.
+    """
+    units = []
+    for number, frame in enumerate(frames):
+        grid = _frame_grid(layout, check_image(frame, f"Frame {number} of a video"))
+        units.append(_view(layout, frame, grid))
+    if not units:
+        raise ValueError("A video has no frames; sample at least one.")
+    return Views(tuple(units), video_end_newline(layout))
+
+
+def image_shapes(
+    layout: VisualLayout, height: int, width: int, *, alone: bool
+) -> tuple[list[GridShape], bool]:
+    """The grids that :func:`image_views` makes of an image of this size, and its ``end_newline``.
+
+    Raises:
+      ValueError: a size below 1.
+      UserError: as :func:`image_views`.
+    """
+    _check_size(height, width)
+    grids, end_newline = _image_grids(layout, (height, width), alone)
+    return [(*grid.shape, grid.newlines) for grid in grids], end_newline
+
+
+def frame_shape(layout: VisualLayout, height: int, width: int) -> GridShape:
+    """The grid that :func:`video_views` makes of a frame of this size.
+
+    Raises:
+      ValueError: a size below 1.
+      UserError: as :func:`video_views`.
+    """
+    _check_size(height, width)
+    grid = _frame_grid(layout, (height, width))
+    return (*grid.shape, grid.newlines)
+
+
+def video_end_newline(layout: VisualLayout) -> bool:
+    """Whether one newline follows the last frame of a video."""
+    return layout.views.style == "llava_onevision"
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"An image of {height}x{width} pixels is empty; both sides must be at least 1.")

@@ -1,0 +1,121 @@
+"""Pixels of views: resized, padded and cut in uint8, so that what waits in a queue stays small.
+
+Sizes are (height, width). Resizing is Pillow's bicubic filter on 8 bits, which SigLIP's and both models'
+processors use; other libraries' bicubic filters differ by whole grey levels.
+"""
+
+import math
+
+import numpy as np
+import PIL.Image
+
+Size = tuple[int, int]
+
+BLACK = 0
+GREY = 127
+"""int(0.5 * 255): the mean of SigLIP's normalisation, cut to 8 bits."""
+
+STRIP_PIXELS = 4_000_000
+"""Pixels that :func:`resize_on_square` pads at a time; a frame of 1920x1080 is one strip."""
+
+# One entry per grey level, with the roundings of the original: a float64 product, then float32.
+_LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
+_LEVELS = (_LEVELS - np.float32(0.5)) / np.float32(0.5)
+
+
+def check_image(image: np.ndarray, name: str) -> Size:
+    """(height, width) of an image; ``name`` opens the sentence about one that cannot be read.
+
+    Raises:
+      ValueError: not uint8 [height, width, 3], or without a pixel.
+    """
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name} must be a uint8 array [height, width, 3], not a {type(image).__name__}.")
+    shape = image.shape
+    if image.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(
+            f"{name} must be uint8 [height, width, 3] with at least one pixel; this is {image.dtype} "
+            f"{list(shape)}."
+        )
+    return shape[0], shape[1]
+
+
+def normalise(images: np.ndarray) -> np.ndarray:
+    """uint8 of any shape to float32 in [-1, 1], as SigLIP takes it: x / 255, then mean and deviation 0.5.
+
+    Bit-equal to transformers' processors without torchvision.
+
+    Raises:
+      ValueError: not uint8.
+    """
+    if images.dtype != np.uint8:
+        raise ValueError(f"Only uint8 pixels can be normalised; these are {images.dtype}.")
+    return np.take(_LEVELS, images)
+
+
+def resize(image: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 [h, w, 3] to uint8 [*size, 3], aspect ratio or not; the image itself if it has that size."""
+    if image.shape[:2] == size:
+        return image
+    resized = PIL.Image.fromarray(image).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def pad(image: np.ndarray, size: Size, colour: int) -> np.ndarray:
+    """The image in the middle of uint8 [*size, 3] of one grey, an odd pixel below or to the right.
+
+    The image itself if it has that size.
+    """
+    if image.shape[:2] == size:
+        return image
+    height, width = image.shape[:2]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    padded = np.full((*size, 3), colour, np.uint8)
+    padded[top : top + height, left : left + width] = image
+    return padded
+
+
+def resize_on_square(image: np.ndarray, side: int, colour: int) -> np.ndarray:
+    """The image padded to a square, then resized to uint8 [side, side, 3]: the same bits for less work.
+
+    Pillow resizes rows first, then columns, with 8 bits between. So rows that are only padding need not be
+    resized, and the square, which for a long strip would fill the memory, never exists.
+    """
+    longer = max(image.shape[:2])
+    step = max(1, STRIP_PIXELS // longer)
+    strips = [image[top : top + step] for top in range(0, len(image), step)]
+    rows = [resize(pad(strip, (len(strip), longer), colour), (len(strip), side)) for strip in strips]
+    return resize(pad(np.concatenate(rows), (longer, side), colour), (side, side))
+
+
+def best_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
+    """The canvas that shows most of an image's pixels, among those the one with least area to spare.
+
+    The first one wins a tie. As LLaVA-NeXT's "anyres" chooses.
+    """
+    height, width = size
+
+    def merit(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        # A canvas larger than the image adds no detail.
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - canvas[0] * canvas[1]
+
+    return max(canvases, key=merit)
+
+
+def fitted(size: Size, canvas: Size) -> Size:
+    """Size of an image scaled into ``canvas`` with its aspect ratio, rounded up: at least one pixel."""
+    height, width = size
+    scale_y, scale_x = canvas[0] / height, canvas[1] / width
+    if scale_x < scale_y:
+        return min(math.ceil(height * scale_x), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(width * scale_y), canvas[1])
+
+
+def cut_tiles(image: np.ndarray, canvas: Size, side: int, colour: int) -> np.ndarray:
+    """The image scaled into the middle of ``canvas``, in tiles: uint8 [n, side, side, 3], row by row."""
+    padded = pad(resize(image, fitted(image.shape[:2], canvas)), canvas, colour)
+    rows, columns = canvas[0] // side, canvas[1] // side
+    tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    return tiles.copy().reshape(rows * columns, side, side, 3)

@@ -1,0 +1,54 @@
+"""Layouts of every style of views, real and tiny, and what the tests of views share."""
+
+import math
+
+import numpy as np
+
+from gaze_jax.core.layout import ViewConfig, VisualLayout
+from gaze_jax.data.pixels import normalise
+from gaze_jax.data.views import Views, cambrian_canvases
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 10_007 + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def layout(views: ViewConfig, size: int = 384, patch: int = 14) -> VisualLayout:
+    return VisualLayout(size, patch, region=(3, 3), context_tokens=0, views=views)
+
+
+def tiny_onevision(max_tiles: int, side: int = 24, patch: int = 4) -> VisualLayout:
+    """The 2 x 2 canvases of tests/helpers, and strips of six tiles."""
+    canvases = [(y * side, x * side) for y in (1, 2) for x in (1, 2)] + [(side, 6 * side), (6 * side, side)]
+    pooled = math.ceil(side // patch / 2)
+    views = ViewConfig("llava_onevision", tuple(canvases), max_tiles=max_tiles, frame_side=pooled)
+    return layout(views, side, patch)
+
+
+def tiny_cambrian(image_side: int | None, frame_side: int | None, side: int = 24) -> VisualLayout:
+    views = ViewConfig("cambrian_s", cambrian_canvases(side, 5), image_side=image_side, frame_side=frame_side)
+    return layout(views, side, 4)
+
+
+def pinpoints(at: VisualLayout) -> list[list[int]]:
+    return [list(canvas) for canvas in at.views.canvases]
+
+
+def pixels(views: Views) -> np.ndarray:
+    """All pixels of some views as the tower takes them, channels first."""
+    stacked = np.concatenate([unit.images for unit in views.units])
+    assert stacked.dtype == np.uint8
+    return np.ascontiguousarray(normalise(stacked).transpose(0, 3, 1, 2))
+
+
+def cambrian_canvas(size: tuple[int, int], tile: int, limit: int) -> tuple[int, int]:
+    """(width, height) in pixels of what Cambrian-S cuts into tiles, for an image of (height, width)."""
+    best, most = (0, 0), (-1, 0)
+    for columns in range(1, limit + 1):
+        for rows in range(1, limit // columns + 1):
+            wide, tall = columns * tile, rows * tile
+            scale = min(wide / size[1], tall / size[0])
+            shown = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+            if (shown, shown - wide * tall) > most:
+                best, most = (wide, tall), (shown, shown - wide * tall)
+    return best

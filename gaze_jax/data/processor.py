@@ -21,10 +21,11 @@ import numpy as np
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
+from gaze_jax.data.pixels import normalise
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.data.units import Arrays, Place, Placed, Unit, join, pad_slots, place_views
-from gaze_jax.data.views import Views, image_views, normalise, video_views
+from gaze_jax.data.views import Views, image_views, video_views
 from gaze_jax.errors import UserError
 
 # Field -> (the axis that a bucket fixes, value of what is padded).

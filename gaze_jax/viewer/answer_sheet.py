@@ -79,8 +79,9 @@ def unit_sheets(
     share = selected.astype(np.float32).mean(axis=1)
     sheets = []
     for picture, unit, title in zip(pictures, units, titles, strict=True):
+        # A grid may show padding, which lies outside of the picture.
         left, top, right, bottom = (round(edge) for edge in unit.corners)
-        covered = picture[top:bottom, left:right]
+        covered = np.asarray(Image.fromarray(picture).crop((left, top, right, bottom)))
         sheets.append(contact_sheet(covered, pieces, share[:, unit.regions], title=title, **options))
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     whole = Image.new("RGB", (width, height), sheets[0].getpixel((0, 0)))

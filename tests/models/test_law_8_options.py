@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.schedule import Schedule
+from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.data.processor import Processor, process
+from gaze_jax.data.sample import Image, Sample, Video
 from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.attention import region_scores
 from pallas_kernels import GazeSpec, dispatch, gaze_prefill
@@ -91,6 +95,30 @@ def _layout(config):
     return config.layout.table
 
 
+# Tiles, pooling and newlines all have something to change here.
+VIEWS = ViewConfig("cambrian_s", canvases=((24, 24), (24, 48)), image_side=5, frame_side=3)
+LLAVA = ViewConfig("llava_onevision", canvases=((24, 24), (24, 48)), max_tiles=2)
+UNLIMITED = dataclasses.replace(LLAVA, max_tiles=None)
+
+
+def _streams(views, config=DUMMY):
+    """What the processor makes of an image and of a video of four frames: sizes and sums of all fields."""
+    vision = dataclasses.replace(config.vision, image_size=24, patch_size=4)
+    layout = dataclasses.replace(config, vision=vision, views=views).layout
+    processor = Processor(layout, build_tokenizer(), ("a",), resize=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 50, 90, 3), dtype=np.uint8)
+    made = Sample(0, (pixels[0],), (Image(0), Video(0)), "a", (pixels,))
+    return " ".join(f"{name} {a.shape} {a.sum()}" for name, a in sorted(process(processor, made).items()))
+
+
+def _with_newlines(config):
+    return _streams(VIEWS, config)
+
+
+def _as_configured(config):
+    return _streams(config.views, config)
+
+
 MODEL = {
     "decoder.vocab_size": (_parameters, 65),
     "decoder.width": (_parameters, 40),
@@ -121,6 +149,9 @@ MODEL = {
     "gaze.prefill_implementation": (_program, "reference"),
     "gaze.decode_implementation": (_decode_program, "reference"),
     "gaze.query_block": (_program, 7),
+    "gaze.video_region": (_as_configured, (2, 2, 2)),
+    "gaze.newlines": (_with_newlines, "region"),
+    "views": (_as_configured, VIEWS),
     "dtype": (_cache, "bfloat16"),
     "param_dtype": (_parameters, "bfloat16"),
     "remat": (_program, True),
@@ -204,6 +235,11 @@ def _keep(schedule):
 
 
 OTHERS = {
+    "ViewConfig.style": (_streams, UNLIMITED, dataclasses.replace(UNLIMITED, style="cambrian_s")),
+    "ViewConfig.canvases": (_streams, VIEWS, dataclasses.replace(VIEWS, canvases=((48, 24),))),
+    "ViewConfig.max_tiles": (_streams, LLAVA, dataclasses.replace(LLAVA, max_tiles=1)),
+    "ViewConfig.image_side": (_streams, VIEWS, dataclasses.replace(VIEWS, image_side=4)),
+    "ViewConfig.frame_side": (_streams, VIEWS, dataclasses.replace(VIEWS, frame_side=2)),
     "GazeSpec.scale": (_op, GazeSpec(0.3), GazeSpec(0.9)),
     "GazeSpec.share": (_op, GazeSpec(0.3), GazeSpec(0.3, share="group")),
     "GazeSpec.query_block": (_op_program, GazeSpec(0.3), GazeSpec(0.3, query_block=3)),
@@ -217,8 +253,8 @@ OTHERS = {
 
 
 def test_the_table_names_every_field_of_the_small_configs():
-    """GazeSpec, Routing and Schedule, complete by ``dataclasses.fields``."""
-    classes = (GazeSpec, Routing, Schedule)
+    """ViewConfig, GazeSpec, Routing and Schedule, complete by ``dataclasses.fields``."""
+    classes = (ViewConfig, GazeSpec, Routing, Schedule)
     assert {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)} == set(OTHERS)
 
 

@@ -55,3 +55,13 @@ def test_sheets_of_units_stand_one_under_the_other():
     np.testing.assert_array_equal(whole[: len(first), : first.shape[1]], first)
     np.testing.assert_array_equal(whole[len(first) :, : second.shape[1]], second)
     assert len(whole) == len(first) + len(second)
+
+
+def test_padding_that_a_grid_shows_is_black():
+    """A picture padded to a square is drawn as the model saw its shape."""
+    picture = np.full((10, 20, 3), 200, np.uint8)
+    padded = np.zeros((20, 20, 3), np.uint8)
+    padded[5:15] = picture
+    one = unit(0, [[0]], (0.0, -5.0, 20.0, 15.0))
+    got = unit_sheets([picture], [one], ["a"], np.ones((1, 2, 1), bool), titles=["t"])
+    np.testing.assert_array_equal(got, contact_sheet(padded, ["a"], np.ones((1, 1, 1)), title="t"))

@@ -1,6 +1,6 @@
 """The sample contract: what a source of data hands to the processor.
 
-A sample is a list of images and a sequence of parts that shows them between pieces of text::
+A sample is a list of images, or videos, and a sequence of parts that shows them between pieces of text::
 
     Sample(
         id=0,
@@ -17,6 +17,7 @@ Special tokens are written out in the text; the processor adds nothing.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -50,21 +51,32 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Video:
+    """Show video number ``index`` of the sample; showing it makes a unit of every frame."""
+
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """A piece of text, tokenised by itself, so that no token crosses its ends.
 
     Attributes:
       text: not empty.
-      supervised: its tokens are training targets.
+      supervised: all its tokens are training targets.
       boxes: what its characters refer to; ranges must not overlap.
+      targets: (start, end) character ranges, end exclusive, in order and apart: every token that overlaps
+        one is a training target. Cutting the text there instead could change its tokens.
 
     Raises:
-      ValueError: the text is empty, or a box lies outside it.
+      ValueError: the text is empty, a box or a range of targets lies outside it, ranges are not in order,
+        or there are targets in a text that is supervised as a whole.
     """
 
     text: str
     supervised: bool = False
     boxes: tuple[Box, ...] = ()
+    targets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -75,6 +87,16 @@ class Text:
                     f"Box of characters {box.start}..{box.end} lies outside the text {self.text!r} "
                     f"of {len(self.text)} characters; give 0 <= start < end <= length."
                 )
+        if self.supervised and self.targets:
+            raise ValueError("Text part is supervised as a whole; leave its targets out.")
+        last = 0
+        for start, end in self.targets:
+            if not last <= start < end <= len(self.text):
+                raise ValueError(
+                    f"Targets {self.targets} are no ranges of the {len(self.text)} characters of the text; "
+                    "give 0 <= start < end <= length, in order and apart."
+                )
+            last = end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,18 +106,20 @@ class Sample:
     Attributes:
       id: names the sample within its source, a non-negative int32.
       images: uint8 [height, width, 3] each.
-      parts: images and texts in reading order.
+      parts: images, videos and texts in reading order.
       family: the kind of question, for per-family metrics.
+      videos: each has a length, its number of frames, and iterates over them, uint8 [height, width, 3].
 
     Raises:
-      ValueError: an image has another shape or dtype, an index points to no image, a box refers to
-        an image that no part shows, or the id does not fit int32.
+      ValueError: an image has another shape or dtype, a video has no frames, an index points to no image
+        or video, a box refers to an image that no part shows, or the id does not fit int32.
     """
 
     id: int
     images: tuple[np.ndarray, ...]
-    parts: tuple[Image | Text, ...]
+    parts: tuple[Image | Video | Text, ...]
     family: str
+    videos: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.id <= np.iinfo(np.int32).max:
@@ -106,6 +130,9 @@ class Sample:
                     f"Image {i} of sample {self.id} is {image.dtype}{list(image.shape)}; "
                     "it must be uint8 [height, width, 3] with at least one pixel."
                 )
+        for i, video in enumerate(self.videos):
+            if len(video) < 1:
+                raise ValueError(f"Video {i} of sample {self.id} has no frames; it must have at least one.")
         shown = set()
         for part in self.parts:
             if isinstance(part, Image):
@@ -114,6 +141,11 @@ class Sample:
                         f"Sample {self.id} shows image {part.index} but holds {len(self.images)} images."
                     )
                 shown.add(part.index)
+            elif isinstance(part, Video):
+                if not 0 <= part.index < len(self.videos):
+                    raise ValueError(
+                        f"Sample {self.id} shows video {part.index} but holds {len(self.videos)} videos."
+                    )
             elif missing := {box.image for box in part.boxes} - shown:
                 raise ValueError(
                     f"A box of text {part.text!r} in sample {self.id} refers to image {min(missing)}, "

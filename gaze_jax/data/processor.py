@@ -15,6 +15,7 @@ The field names are those of :class:`gaze_jax.core.streams.Streams`, without the
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,24 +62,51 @@ class Processor:
       families: names of question families; a family's id is its index.
       resize: for views of style "square": squash images to the tower's size with bicubic filtering, as
         SigLIP does, and scale boxes with them; otherwise an image of another size is an error.
+      supervise: tokens, written out, that are targets wherever a text has them, supervised or not
+        (``chat.always_supervised``), except where no dense token comes directly before: at the start, and
+        after an image without context tokens.
+
+    Raises:
+      UserError: ``supervise`` names what is not one token.
     """
 
     layout: VisualLayout
     tokenizer: Tokenizer
     families: tuple[str, ...]
     resize: bool = False
+    supervise: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _token_ids(self.tokenizer, self.supervise)
 
     def __call__(self, sample: Sample) -> Arrays:
         return process(self, sample)
 
 
+@functools.lru_cache(maxsize=8)
+def _token_ids(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> tuple[int, ...]:
+    """Ids of tokens that are written out."""
+    encoded = {token: tokenizer.encode(token)[0] for token in tokens}
+    for token, ids in encoded.items():
+        if len(ids) != 1:
+            raise UserError(
+                f"supervise names {token!r}, which is {len(ids)} tokens here; name single tokens."
+            )
+    return tuple(ids[0] for ids in encoded.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """Tokens of one text: ids int32 [n], boxes float32 [n, 4] and their units int32 [n] (-1: none)."""
+    """Tokens of one text: ids int32 [n], boxes float32 [n, 4] and their units int32 [n] (-1: none).
+
+    ``supervised`` bool [n], or one for all: must be targets. ``extra``: are targets where they can be.
+    """
 
     ids: np.ndarray
     boxes: np.ndarray
     units: np.ndarray
+    supervised: np.ndarray | bool = False
+    extra: np.ndarray | bool = False
 
 
 def _views(processor: Processor, sample: Sample, part: Image | Video) -> Views:
@@ -119,7 +147,13 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int,
             scale = np.array([processor.layout.image_size / side for side in (width, height)] * 2)
         boxes[inside] = np.array(box.corners) * scale
         box_units[inside] = units[box.image]
-    return _Tokens(np.asarray(ids, np.int32), boxes, box_units)
+    supervised = np.full(len(ids), text.supervised)
+    # Where offsets leave white space out, it belongs to the token after it.
+    starts = np.minimum(spans[:, 0], np.concatenate([[0], spans[:, 1]])[:-1])
+    for start, end in text.targets:
+        supervised |= (starts < end) & (spans[:, 1] > start)
+    extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
+    return _Tokens(np.asarray(ids, np.int32), boxes, box_units, supervised, extra)
 
 
 def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -128,23 +162,25 @@ def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) 
 
 
 def _dense(pieces: list[Arrays]) -> Arrays:
-    """Dense fields of pieces of the sequence, each with ids, kind, order, unit, supervised, boxes, units."""
+    """Dense fields of pieces of the sequence, each with the fields of :func:`_piece`."""
 
     def join(name: str, shape: tuple[int, ...] = (0,), dtype: type = np.int32) -> np.ndarray:
         return _concatenate([piece[name] for piece in pieces], shape, dtype)
 
-    ids, order, supervised = join("ids"), join("order"), join("supervised", dtype=bool)
+    ids, order = join("ids"), join("order")
+    supervised, extra = join("supervised", dtype=bool), join("extra", dtype=bool)
     boxes, box_units = join("boxes", (0, 4), np.float32), join("units")
     size = len(ids)
     targets = np.full(size, IGNORE, np.int32)
     target_box = np.full((size, 4), -1, np.float32)
     target_unit = np.full(size, EMPTY, np.int32)
     # Pieces come in order, so the next dense token is the next of the sequence unless an image is between.
-    (at,) = np.nonzero(supervised[1:] & (order[1:] == order[:-1] + 1))
+    follows = order[1:] == order[:-1] + 1
+    (at,) = np.nonzero((supervised | extra)[1:] & follows)
     targets[at] = ids[at + 1]
     target_box[at] = boxes[at + 1]
     target_unit[at] = box_units[at + 1]
-    if len(at) != supervised.sum():
+    if (supervised[1:] & follows).sum() != supervised.sum():
         raise ValueError(
             "Supervised text starts the sample or directly follows an image without context tokens, so no "
             "text position can predict its first token; put unsupervised text before it."
@@ -162,7 +198,7 @@ def _dense(pieces: list[Arrays]) -> Arrays:
     }
 
 
-def _piece(tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY, supervised: bool = False) -> Arrays:
+def _piece(tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY) -> Arrays:
     size = len(tokens.ids)
     return {
         "ids": tokens.ids,
@@ -171,7 +207,8 @@ def _piece(tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY, superv
         "kind": np.full(size, kind, np.int32),
         "order": np.arange(start, start + size, dtype=np.int32),
         "unit": np.full(size, unit, np.int32),
-        "supervised": np.full(size, supervised),
+        "supervised": np.full(size, tokens.supervised),
+        "extra": np.full(size, tokens.extra),
     }
 
 
@@ -205,7 +242,7 @@ def _process_parts(
     for part in parts:
         if isinstance(part, Text):
             tokens = _tokenise(processor, sample, part, shows)
-            pieces.append(_piece(tokens, at.order, Kind.TEXT, supervised=part.supervised))
+            pieces.append(_piece(tokens, at.order, Kind.TEXT))
             at = dataclasses.replace(at, order=at.order + len(tokens.ids))
             continue
         views = _views(processor, sample, part)
@@ -266,26 +303,38 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     """Arrays for free-running evaluation: everything before the first answer, and that answer.
 
     Returns:
-      What :func:`process` returns for the parts before the first supervised text (so no targets),
-      and ``answer`` int32 [A], the answer's tokens with the end token; ``answer_box`` float32 [A, 4]
-      and ``answer_unit`` int32 [A], what they speak of, -1 where nothing.
+      What :func:`process` returns for all before the first supervised token (so no targets, not those
+      of ``processor.supervise`` either), and ``answer`` int32 [A], the answer's tokens with the end
+      token; ``answer_box`` float32 [A, 4] and ``answer_unit`` int32 [A], what they speak of, -1 where
+      nothing.
 
     Raises:
       ValueError: the sample has no answer, its answer does not end in the end token, or as
         :func:`process`.
     """
-    supervised = [isinstance(part, Text) and part.supervised for part in sample.parts]
-    if True not in supervised:
+    processor = dataclasses.replace(processor, supervise=())
+    answered = [isinstance(part, Text) and (part.supervised or part.targets != ()) for part in sample.parts]
+    if True not in answered:
         raise ValueError(f"Sample {sample.id} has no supervised text, so there is no answer to wait for.")
-    first = supervised.index(True)
-    rest = [*supervised[first:], False]
-    texts = [p for p in sample.parts[first : first + rest.index(False)] if isinstance(p, Text)]
-    arrays, shows, _ = _process_parts(processor, sample, sample.parts[:first])
-    answer = [_tokenise(processor, sample, text, shows) for text in texts]
-    arrays["answer"] = np.concatenate([tokens.ids for tokens in answer])
-    arrays["answer_box"] = np.concatenate([tokens.boxes for tokens in answer])
-    arrays["answer_unit"] = np.concatenate([tokens.units for tokens in answer])
-    if arrays["answer"][-1] != processor.tokenizer.end_id:
+    first = answered.index(True)
+    texts: list[Text] = []
+    for part in sample.parts[first:]:
+        if not isinstance(part, Text):
+            break
+        texts.append(part)
+    unlabelled = dataclasses.replace(texts[0], supervised=False, targets=())
+    arrays, shows, _ = _process_parts(processor, sample, (*sample.parts[:first], unlabelled))
+    tokens = [_tokenise(processor, sample, text, shows) for text in texts]
+    supervised = np.concatenate([of_text.supervised for of_text in tokens])
+    start = int(np.argmax(supervised))
+    end = start + int(np.argmin([*supervised[start:], False]))
+    # An answer may begin within its text: what comes before it there is read, the rest of that text is not.
+    read = len(arrays["tokens"]) - len(tokens[0].ids) + start
+    arrays |= {name: arrays[name][:read] for name, (axis, _) in PADDING.items() if axis == "dense"}
+    arrays["answer"] = np.concatenate([of_text.ids for of_text in tokens])[start:end]
+    arrays["answer_box"] = np.concatenate([of_text.boxes for of_text in tokens])[start:end]
+    arrays["answer_unit"] = np.concatenate([of_text.units for of_text in tokens])[start:end]
+    if arrays["answer"][-1:].tolist() != [processor.tokenizer.end_id]:
         raise ValueError(f"The first answer of sample {sample.id} must end in {END}; write it into the text.")
     return arrays
 

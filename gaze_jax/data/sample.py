@@ -1,6 +1,6 @@
 """The sample contract: what a source of data hands to the processor.
 
-A sample is a list of images and a sequence of parts that shows them between pieces of text::
+A sample is a list of images, or videos, and a sequence of parts that shows them between pieces of text::
 
     Sample(
         id=0,
@@ -64,16 +64,20 @@ class Text:
 
     Attributes:
       text: not empty.
-      supervised: its tokens are training targets.
+      supervised: all its tokens are training targets.
       boxes: what its characters refer to; ranges must not overlap.
+      targets: (start, end) character ranges, end exclusive, in order and apart: every token that overlaps
+        one is a training target. Cutting the text there instead could change its tokens.
 
     Raises:
-      ValueError: the text is empty, or a box lies outside it.
+      ValueError: the text is empty, a box or a range of targets lies outside it, ranges are not in order,
+        or there are targets in a text that is supervised as a whole.
     """
 
     text: str
     supervised: bool = False
     boxes: tuple[Box, ...] = ()
+    targets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -84,6 +88,16 @@ class Text:
                     f"Box of characters {box.start}..{box.end} lies outside the text {self.text!r} "
                     f"of {len(self.text)} characters; give 0 <= start < end <= length."
                 )
+        if self.supervised and self.targets:
+            raise ValueError("Text part is supervised as a whole; leave its targets out.")
+        last = 0
+        for start, end in self.targets:
+            if not last <= start < end <= len(self.text):
+                raise ValueError(
+                    f"Targets {self.targets} are no ranges of the {len(self.text)} characters of the text; "
+                    "give 0 <= start < end <= length, in order and apart."
+                )
+            last = end
 
 
 class Frames(Protocol):

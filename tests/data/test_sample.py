@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gaze_jax.data.sample import Box, Image, Sample, Text
+from gaze_jax.data.sample import Box, Image, Sample, Text, Video
 
 CORNERS = (0.0, 0.0, 1.0, 1.0)
 LARGEST_ID = 2**31 - 1
@@ -51,6 +51,36 @@ def test_an_image_of_another_shape_or_dtype_is_refused_by_its_number(image):
 def test_showing_an_image_that_is_not_there_is_refused(index):
     with pytest.raises(ValueError, match=f"shows image {index} but holds 1"):
         sample(parts=(Image(0), Image(index), Text("a")))
+
+
+@pytest.mark.parametrize("index", [-1, 1])
+def test_showing_a_video_that_is_not_there_is_refused(index):
+    """An image of that number does not make up for it."""
+    with pytest.raises(ValueError, match=f"shows video {index} but holds 1 videos"):
+        sample(images=(pixels(), pixels()), videos=([pixels()],), parts=(Video(0), Video(index)))
+
+
+def test_a_video_without_frames_is_refused_by_its_number():
+    """Frames are counted and not looked at, since reading them may cost."""
+    with pytest.raises(ValueError, match="Video 1 of sample 5 has no frames"):
+        sample(id=5, videos=(range(1), range(0)))
+    assert sample(videos=(range(3),), parts=(Video(0), Image(0), Video(0))).videos == (range(3),)
+
+
+@pytest.mark.parametrize(
+    "targets", [((-1, 2),), ((0, 0),), ((2, 1),), ((0, 4),), ((1, 2), (0, 1)), ((0, 2), (1, 3))]
+)
+def test_targets_must_be_ranges_of_the_text_in_order(targets):
+    """Ranges may touch."""
+    with pytest.raises(ValueError, match="are no ranges of the 3 characters"):
+        Text("abc", targets=targets)
+    assert Text("abc", targets=((0, 1), (1, 3))).targets == ((0, 1), (1, 3))
+
+
+def test_targets_in_a_text_that_is_supervised_as_a_whole_are_refused():
+    """Since one of the two is a mistake."""
+    with pytest.raises(ValueError, match="supervised as a whole"):
+        Text("abc", supervised=True, targets=((0, 1),))
 
 
 @pytest.mark.parametrize(

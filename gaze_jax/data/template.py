@@ -1,0 +1,246 @@
+"""Chat templates: jinja2 programs that come with a checkpoint, run in a sandbox.
+
+A template is code from a stranger. It sees strings, numbers, lists and dictionaries only, in jinja2's
+immutable sandbox, which keeps it from Python's internals; it does not keep it from looping for long.
+What a template can use besides is what transformers gives it: ``raise_exception``, ``strftime_now``,
+``tojson`` that leaves HTML characters alone, ``{% break %}`` and ``{% continue %}``, and
+``{% generation %}`` around what a model is to learn.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+import jinja2.utils
+
+from gaze_jax.errors import UserError
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens whose text a template can use by name."""
+
+_MARKS = "_generation_marks"
+
+
+class _Refusal(jinja2.TemplateError):
+    """The template itself refuses a conversation."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}``: puts the pair of marks around its body that the caller asks for, if any."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it without ClassVar
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_marked", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _marked(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+        opening, closing = context.get(_MARKS) or ("", "")
+        return f"{opening}{caller()}{closing}"
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace`` whose attributes cannot be named like Python's internals."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.sandbox.SecurityError(f"it sets the attribute {name!r} of a namespace")
+        super().__setitem__(name, value)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _Refusal(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "namespace": _Namespace,
+    }
+    return environment.from_string(source)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of ``value`` in JSON's types alone: what methods other objects have, no sandbox can know."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise ValueError(f"A chat template is given a {type(value).__name__}; give values that JSON has.")
+
+
+def _phrase(error: Exception) -> str:
+    """What an error says, to stand in a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _read(path: Path) -> str | None:
+    """Text of a file; None if there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable UTF-8 text ({error}); download it again.") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    text = _read(path)
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _default(value: Any, path: Path) -> str | None:
+    """The template under "chat_template": a string, or the one named "default" of a list."""
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        if "default" not in named:
+            raise UserError(f"{path} has chat templates, but none is named 'default'; name one so.")
+        value = named["default"]
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{path} has a chat_template that is no text, but {type(value).__name__}.")
+    return value
+
+
+def _special(directory: Path) -> dict[str, str]:
+    """Text of the special tokens that a tokenizer's files name."""
+    config = _read_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # an older tokenizer, whose tokens are in a file of their own
+        config |= _read_object(directory / "special_tokens_map.json")
+    found = {}
+    for name in SPECIAL:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """A jinja2 program that writes a conversation the way a checkpoint was trained to read it.
+
+    Attributes:
+      source: the program.
+      special: text of special tokens, as the variables ``bos_token``, ``eos_token`` and so on.
+      name: where it comes from, for messages.
+    """
+
+    source: str = dataclasses.field(repr=False)
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    name: str = "The chat template"
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "ChatTemplate":
+        """Find the template of a checkpoint's directory.
+
+        The first of these, as a processor of transformers 5.23 takes it, and then its tokenizer:
+        processor_config.json's "chat_template", chat_template.json, chat_template.jinja,
+        tokenizer_config.json's "chat_template" (of a list, the one named "default").
+
+        Raises:
+          UserError: there is none, or a file cannot be read.
+        """
+        directory = Path(directory)
+        special = _special(directory)
+        for name in (
+            "processor_config.json",
+            "chat_template.json",
+            "chat_template.jinja",
+            "tokenizer_config.json",
+        ):
+            path = directory / name
+            if path.suffix == ".jinja":
+                source = _read(path)
+            else:
+                source = _default(_read_object(path).get("chat_template"), path)
+            if source is not None:
+                return cls(source, special, str(path))
+        raise UserError(
+            f"{directory} has no chat template: no chat_template.jinja, chat_template.json, nor one in "
+            "tokenizer_config.json; take the files of the instruction-tuned checkpoint."
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        generation_marks: tuple[str, str] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Write a conversation.
+
+        Args:
+          messages: dictionaries with "role", "content" and what else the template reads; a key whose value
+            is None counts as missing.
+          add_generation_prompt: end with the header of the assistant's next turn.
+          generation_marks: what to put before and after each ``{% generation %}`` block.
+          **variables: of the template, such as ``enable_thinking`` or ``tools``.
+
+        Raises:
+          UserError: the template is malformed, fails, refuses the conversation, or reaches for what the
+            sandbox forbids.
+        """
+        turns = [{key: item for key, item in turn.items() if item is not None} for turn in messages]
+        given = {"tools": None, "documents": None, **self.special, **variables}
+        values = _plain({**given, "messages": turns, "add_generation_prompt": add_generation_prompt})
+        try:
+            return _compile(self.source).render(values | {_MARKS: generation_marks})
+        except jinja2.TemplateSyntaxError as error:
+            reason = f"is not a template that jinja2 reads ({error.message}, line {error.lineno})"
+        except jinja2.sandbox.SecurityError as error:
+            reason = f"does what the sandbox forbids ({_phrase(error)})"
+        except _Refusal as error:
+            reason = f"refuses the conversation ({_phrase(error)})"
+        except Exception as error:  # the program is not ours: it may fail in any way
+            reason = f"fails on this conversation ({type(error).__name__}: {_phrase(error)})"
+        raise UserError(f"{self.name} {reason}; use another template or other turns.")

@@ -1,6 +1,8 @@
 """Convert checkpoints between Hugging Face directories and this project, and prove them equal.
 
 python convert.py --from=Qwen2.5-0.5B-Instruct --to=ckpt/qwen --verify
+python convert.py --from=llava-onevision-qwen2-7b-ov-hf --to=ckpt/llava
+python convert.py --from=Cambrian-S-7B --vision=siglip2-so400m-patch14-384 --to=ckpt/cambrian-s
 python convert.py --llm=Qwen3-4B --vision=siglip2-so400m-patch16-384 --to=ckpt/cambrian-4b
 python convert.py --from=ckpt/cambrian-4b --to=back --format=hf
 """
@@ -18,7 +20,9 @@ from gaze_jax.models.config import PARAM_DTYPES, GazeConfig, VisionConfig
 
 _FROM = flags.DEFINE_string("from", None, "What to convert: a directory, or a Hub id as NAME@COMMIT.")
 _LLM = flags.DEFINE_string("llm", None, "A language model to join with --vision into a new model.")
-_VISION = flags.DEFINE_string("vision", None, "An image tower to join with --llm.")
+_VISION = flags.DEFINE_string(
+    "vision", None, "An image tower: to join with --llm, or of a --from that came without its own."
+)
 _TO = flags.DEFINE_string("to", None, "A new directory to write.", required=True)
 _FORMAT = flags.DEFINE_enum("format", "gaze", ["gaze", "hf"], "gaze: of this project; hf: for transformers.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Run both sides afterwards and compare them stage by stage.")
@@ -45,16 +49,15 @@ def _gaze() -> GazeConfig:
 
 def _check_flags() -> None:
     """Refuse what would have no effect."""
-    if (_FROM.value is None) != (_LLM.value is not None and _VISION.value is not None) or (
-        _FROM.value is not None and (_LLM.value is not None or _VISION.value is not None)
-    ):
+    joined = _LLM.value is not None and _VISION.value is not None
+    if (_FROM.value is None and not joined) or (_FROM.value is not None and _LLM.value is not None):
         raise UserError("Give either --from, or both --llm and --vision.")
     if _FROM.value is not None:
         cli.refuse_flags((_REGION, _CONTEXT, _TOP_K, _SEED), "is for a new model made of --llm and --vision")
     if _FORMAT.value == "hf":
         if _FROM.value is None:
             raise UserError("--format=hf writes a model that exists already: name it in --from.")
-        cli.refuse_flags((_FEATURE_LAYER,), "has no effect with --format=hf")
+        cli.refuse_flags((_FEATURE_LAYER, _VISION), "has no effect with --format=hf")
 
 
 def _plan() -> run.Plan:
@@ -69,7 +72,8 @@ def _plan() -> run.Plan:
             seed=_SEED.value,
         )
     source = resolve(_FROM.value or "")
-    plan = run.plan_directory(source, dtype=dtype, feature_layer=feature_layer)
+    vision = None if _VISION.value is None else resolve(_VISION.value)
+    plan = run.plan_directory(source, dtype=dtype, feature_layer=feature_layer, vision=vision)
     if not isinstance(plan.config, VisionConfig):
         cli.refuse_flags((_FEATURE_LAYER,), "is of an image tower alone, which this is not")
     return plan

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -274,11 +274,19 @@ class Converted:
       params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes; of a tower alone,
         ``{"vision": ...}``.
       tokenizer: content of tokenizer.json; None if the checkpoint has none.
+      files: the directory with the files that came beside the language model's weights (tokenizer, chat
+        template, processor settings, those of them that there are); None for a run and for a tower alone.
     """
 
     config: Config
     params: Tree
     tokenizer: str | None
+    files: Path | None = None
+
+
+def text_part(parts: Collection[str]) -> str | None:
+    """Which of the parts brought the language model, and so the tokenizer; None for a tower alone."""
+    return next((part for part in ("model", "decoder") if part in parts), None)
 
 
 def read_tokenizer(directory: Path) -> str | None:
@@ -326,4 +334,6 @@ def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
             placed[name] = jax.make_array_from_callback(values.shape, target.sharding, values.__getitem__)
     manifests.refuse_damage(directory, damaged)
     params = flax.traverse_util.unflatten_dict(placed, sep="/")
-    return Converted(manifest.model, params, read_tokenizer(directory / "decoder"))
+    part = text_part(manifest.sources)
+    files = None if part is None else directory / part
+    return Converted(manifest.model, params, None if files is None else read_tokenizer(files), files)

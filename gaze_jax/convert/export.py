@@ -18,7 +18,7 @@ from gaze_jax.convert.checkpoint import Config, numpy_dtype
 from gaze_jax.convert.families import FAMILIES, decoder_family, joint_rules
 from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import Tensor
-from gaze_jax.convert.source import CONFIG, UNUSED, PartConfig, cast, read_config
+from gaze_jax.convert.source import CONFIG, TOWER, UNUSED, PartConfig, cast, read_config
 from gaze_jax.convert.table import Family, Rule
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
@@ -27,6 +27,7 @@ GAZE_TENSORS = "gaze.safetensors"
 GAZE_SETTINGS = "gaze.json"
 SETTINGS_VERSION = 1
 SHARD_BYTES = 5 * 10**9
+_DTYPE = ("dtype", "torch_dtype")
 _PT = {"format": "pt"}
 
 ReadLayer = Callable[[str, int | None], np.ndarray]
@@ -54,9 +55,12 @@ class Model:
 
     @property
     def parts(self) -> dict[str, PartConfig]:
-        """Configs of the parts that it has."""
+        """Configs of the parts that it is written as: as it came, or a language model and a tower."""
         if isinstance(self.config, VisionConfig):
             return {"vision": self.config}
+        if "model" in self.sources:
+            whole: dict[str, PartConfig] = {"model": self.config}
+            return whole | ({"vision": self.config.tower} if "vision" in self.sources else {})
         parts: dict[str, PartConfig] = {"decoder": self.config.decoder}
         return parts if self.config.vision is None else parts | {"vision": self.config.vision}
 
@@ -113,8 +117,10 @@ def _part_entries(
 ) -> dict[str, _Entry]:
     """Every tensor of a part by canonical name."""
     entries: dict[str, _Entry] = {}
+    elsewhere = isinstance(config, MLLMConfig) and "vision" in model.sources
     for rule in family.rules(config):
-        entries |= _of_rule(model, rule, dtype)
+        if not (elsewhere and rule.leaf.startswith(TOWER)):
+            entries |= _of_rule(model, rule, dtype)
     for name, original in family.implied(config).items():
         entries[name] = entries[original]
     if beside is None:
@@ -135,6 +141,7 @@ def _plan(
                 {name: entries[family.canonical(name)] for name in content["tensors"]},
             )
             for file, content in source.files.items()
+            if content["tensors"]  # nothing is left of a shard that was left out
         }
     implied = family.implied(config)
     parts: list[dict[str, _Entry]] = [{}]
@@ -175,12 +182,16 @@ def _write_files(
 
 
 def _write_index(directory: Path, plan: Mapping[str, tuple[Mapping[str, str], Mapping[str, _Entry]]]) -> None:
+    """An index of the shards, unless the one that came with them still says where every tensor lies."""
     if list(plan) == [shards.SINGLE]:
         return
     where = {name: file for file, (_, entries) in plan.items() for name in entries}
+    path = directory / shards.INDEX
+    if path.exists() and shards.read_json(path).get("weight_map") == where:
+        return
     total = sum(entry.size for _, entries in plan.values() for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    _write_json(directory / shards.INDEX, index)
+    _write_json(path, index)
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -191,8 +202,12 @@ def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str,
     """config.json with the dtype that the tensors have, unless they have several."""
     dtypes = {shards.DTYPES[entry.dtype].name for entry in entries.values()}
     if len(dtypes) == 1:
-        spelling = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[spelling] = dtypes.pop()
+        (dtype,) = dtypes
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+        # A whole model's config.json has one inside for each part, which repeats it.
+        for name, inner in config.items():
+            if isinstance(inner, dict):
+                config[name] = {key: dtype if key in _DTYPE else value for key, value in inner.items()}
     _write_json(directory / CONFIG, config)
 
 
@@ -203,20 +218,27 @@ def _recast(written: Mapping[str, _Entry], source: Source | None) -> bool:
     return any(came.get(name, entry.dtype) != entry.dtype for name, entry in written.items())
 
 
+def _written_as(config: PartConfig) -> str:
+    """The family of a part without a source."""
+    if isinstance(config, VisionConfig):
+        return "siglip_vision_model"
+    assert not isinstance(config, MLLMConfig), "a whole model without a source is written part by part"
+    return decoder_family(config)
+
+
 def _export_part(
     model: Model, part: str, config: PartConfig, directory: Path, dtype: str | None, progress: Any
 ) -> None:
     source = model.sources.get(part)
     beside = None if source is None or model.beside is None else model.beside / part
-    if source is not None:
-        family = FAMILIES[source.model_type]
-    else:
-        family = FAMILIES[
-            "siglip_vision_model" if isinstance(config, VisionConfig) else decoder_family(config)
-        ]
+    family = FAMILIES[_written_as(config) if source is None else source.model_type]
     entries = _part_entries(model, family, config, beside, dtype)
     original = None if beside is None else read_config(beside)
-    own = family.write_config(config) if original is None else dict(family.own_config(original))
+    if original is None:
+        assert family.write_config is not None, "of decoders and towers"
+        own = family.write_config(config)
+    else:
+        own = dict(family.own_config(original))
     plan = _plan(entries, family, config, source, whole=own == original)
     directory.mkdir(exist_ok=True)
     _write_files(directory, plan, progress)
@@ -230,8 +252,7 @@ def _export_part(
     if own != original or _recast(written, source):
         _write_config(directory, own, written)
         (directory / shards.INDEX).unlink(missing_ok=True)
-    if not (directory / shards.INDEX).exists():
-        _write_index(directory, plan)
+    _write_index(directory, plan)
 
 
 def export(
@@ -243,8 +264,10 @@ def export(
 ) -> None:
     """Write a model for transformers.
 
-    A single part is ``directory`` itself. A whole model is ``directory/decoder`` and ``directory/vision``,
-    with what joins them in ``directory/gaze.safetensors``. Settings are in ``directory/gaze.json``.
+    A single part is ``directory`` itself. So is a whole model that came as one; its tower is
+    ``directory/vision`` if that came from another directory. Any other whole model is ``directory/decoder``
+    and ``directory/vision``, with what joins them in ``directory/gaze.safetensors``. Settings are in
+    ``directory/gaze.json``.
 
     Args:
       model: of the parameters.
@@ -256,11 +279,11 @@ def export(
       UserError: transformers has no class for a part, or a value does not fit ``dtype``.
     """
     parts = model.parts
-    places = {part: part if len(parts) > 1 else "." for part in parts}
+    places = {part: "." if len(parts) == 1 or part == "model" else part for part in parts}
     for part, config in parts.items():
         _export_part(model, part, config, directory / places[part], dtype, progress)
     if isinstance(model.config, MLLMConfig):
-        if model.config.vision is not None:
+        if model.config.vision is not None and "model" not in parts:
             entries: dict[str, _Entry] = {}
             for rule in joint_rules(model.config.gaze.context_tokens):
                 entries |= _of_rule(model, rule, dtype)
@@ -268,6 +291,14 @@ def export(
         stored = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
         settings = {"format_version": SETTINGS_VERSION, "model": to_dict(stored), "parts": places}
         _write_json(directory / GAZE_SETTINGS, settings)
+
+
+_PLACES = (
+    {"decoder": "."},
+    {"decoder": "decoder", "vision": "vision"},
+    {"model": "."},
+    {"model": ".", "vision": "vision"},
+)
 
 
 def part_directories(directory: Path) -> dict[str, Path]:
@@ -280,6 +311,6 @@ def part_directories(directory: Path) -> dict[str, Path]:
     if not settings.exists():
         return {"vision": directory}
     places = shards.read_json(settings).get("parts")
-    if places not in ({"decoder": "."}, {"decoder": "decoder", "vision": "vision"}):
+    if places not in _PLACES:
         raise UserError(f"{settings} has parts={places!r}, which is not what was written; export again.")
     return {part: directory / place for part, place in places.items()}

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from gaze_jax.convert import checkpoint, manifest
-from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, read_tokenizer
+from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, read_tokenizer, text_part
 from gaze_jax.convert.run import Plan, plan_directory
 from gaze_jax.errors import UserError
 from gaze_jax.models.parameters import abstract_params
@@ -30,8 +30,9 @@ def place(plan: Plan, mesh: Mesh) -> Converted:
         values, _ = materialise(plan.leaves[name])
         placed[name] = jax.make_array_from_callback(values.shape, target.sharding, values.__getitem__)
     params = flax.traverse_util.unflatten_dict(placed, sep="/")
-    decoder = plan.opened.get("decoder")
-    return Converted(plan.config, params, None if decoder is None else read_tokenizer(decoder.directory))
+    part = text_part(plan.opened)
+    files = None if part is None else plan.opened[part].directory
+    return Converted(plan.config, params, None if files is None else read_tokenizer(files), files)
 
 
 def one_device() -> Mesh:

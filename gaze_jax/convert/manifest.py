@@ -7,6 +7,7 @@
       params/         Orbax; a folder per leaf, a file per layer of a stacked leaf, nothing compressed
       decoder/        config.json, tokenizer and generation files of the language model, as they came
       vision/         config.json and processor settings of the tower, as they came; unused.safetensors
+      model/          the same, instead of decoder/, if one directory held a whole model
 
 Neither Orbax nor safetensors notices a flipped bit, so every file has a checksum. Files are raw, so that
 a checksum needs no decoding and what is damaged has a name: a leaf, and the layer.
@@ -54,10 +55,12 @@ class Source:
     Attributes:
       model_type: of its config.json.
       files: of each safetensors file its "metadata" and its "tensors", name -> dtype name.
+      left_out: sentences about tensors that were not converted.
     """
 
     model_type: str
     files: Mapping[str, Mapping[str, Mapping[str, str]]]
+    left_out: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Manifest:
     Attributes:
       model: a whole model, or an image tower alone.
       leaves: by name, such as "decoder/norm/weight".
-      sources: by part, "decoder" or "vision".
+      sources: by part, "decoder" and "vision", or "model".
       new: leaves that came from no checkpoint and were initialised.
       files: path in the directory -> CRC-32 in hex, of every file but manifest.json.
     """

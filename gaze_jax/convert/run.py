@@ -31,15 +31,19 @@ from gaze_jax.convert.export import (
     export,
     part_directories,
 )
-from gaze_jax.convert.families import joint_rules
+from gaze_jax.convert.families import family_of, feature_tower, joint_rules
+from gaze_jax.convert.families.tower import read_siglip
 from gaze_jax.convert.manifest import Leaf
 from gaze_jax.convert.source import (
+    CONFIG,
+    KINDS,
     UNUSED,
     Opened,
     cast,
     copy_beside,
     open_directory,
     pending_leaves,
+    read_config,
 )
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import DTYPES, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
@@ -67,38 +71,96 @@ class Plan:
     dtype: str | None = None
 
 
-def _text_model(opened: Opened, leaves: Mapping[str, Pending], **fields: Any) -> MLLMConfig:
-    """The whole model around a language model, computing in the dtype that its embeddings have."""
-    assert isinstance(opened.config, DecoderConfig), "opened as a decoder"
+def _stored(leaves: Mapping[str, Pending]) -> dict[str, Any]:
+    """Settings of a model that computes in the dtype that its embeddings have."""
     stored = leaves["decoder/embedding"].leaf.dtype
-    return MLLMConfig(
-        opened.config,
-        dtype=stored if stored in DTYPES else "float32",
-        param_dtype=stored,
-        **{"vision": None, "gaze": GazeConfig(context_tokens=0), **fields},
-    )
+    return {"dtype": stored if stored in DTYPES else "float32", "param_dtype": stored}
 
 
-def plan_directory(directory: Path, *, dtype: str | None = None, feature_layer: int = -2) -> Plan:
+def _text_model(opened: Opened, leaves: Mapping[str, Pending], **fields: Any) -> MLLMConfig:
+    """The whole model around a language model."""
+    assert isinstance(opened.config, DecoderConfig), "opened as a decoder"
+    fields = {"vision": None, "gaze": GazeConfig(context_tokens=0), **fields}
+    return MLLMConfig(opened.config, **_stored(leaves), **fields)
+
+
+def _all_leaves(opened: Mapping[str, Opened], dtype: str | None) -> dict[str, Pending]:
+    return {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
+
+
+def plan_directory(
+    directory: Path, *, dtype: str | None = None, feature_layer: int = -2, vision: Path | None = None
+) -> Plan:
     """Plan the conversion of one Hugging Face directory, or of a directory that export wrote.
 
     Args:
-      directory: of a language model, of an image tower, or with gaze.json.
+      directory: of a language model, of an image tower, of a whole multimodal model, or with gaze.json.
       dtype: of all parameters; None keeps each one's own.
       feature_layer: of a tower.
+      vision: the image tower of a whole model that came without one, or whose config.json does not describe
+        its own.
 
     Raises:
       UserError: it is of no known kind or damaged.
     """
     if (directory / manifest.FILE).exists():
         raise UserError(f"{directory} is converted already; --format=hf takes it back to transformers.")
-    if (directory / GAZE_SETTINGS).exists():
+    exported = (directory / GAZE_SETTINGS).exists()
+    family = None if exported else family_of(read_config(directory), str(directory / CONFIG))
+    if vision is not None and (family is None or not family.tower_elsewhere):
+        what = "an export of this project" if family is None else KINDS[family.part]
+        whole = "" if family is None or family.part != "model" else " with its image tower"
+        raise UserError(f"--vision has no effect: {directory} is {what}{whole}; drop it.")
+    if family is None:
         return _plan_export(directory, dtype)
-    opened = open_directory(directory, feature_layer=feature_layer)
-    leaves = pending_leaves(opened, dtype)
-    if isinstance(opened.config, VisionConfig):
-        return Plan(opened.config, leaves, {"vision": opened}, dtype=dtype)
-    return Plan(_text_model(opened, leaves), leaves, {"decoder": opened}, dtype=dtype)
+    if family.part == "model":
+        opened = _open_whole(directory, vision)
+        leaves = _all_leaves(opened, dtype)
+        config = opened["model"].config
+        assert isinstance(config, MLLMConfig), "opened as a whole model"
+        return Plan(dataclasses.replace(config, **_stored(leaves)), leaves, opened, dtype=dtype)
+    part = open_directory(directory, feature_layer=feature_layer)
+    leaves = pending_leaves(part, dtype)
+    if isinstance(part.config, VisionConfig):
+        return Plan(part.config, leaves, {"vision": part}, dtype=dtype)
+    return Plan(_text_model(part, leaves), leaves, {"decoder": part}, dtype=dtype)
+
+
+def _described_tower(directory: Path) -> VisionConfig:
+    """The tower of a directory's config.json, up to the penultimate layer; its weights need not be there."""
+    where = directory / CONFIG
+    values = read_config(directory)
+    if family_of(values, str(where)).part != "vision":
+        raise UserError(f"{directory} is no image tower, which --vision must name.")
+    try:
+        return feature_tower(read_siglip(values), -2)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _open_whole(directory: Path, vision: Path | None, tower: VisionConfig | None = None) -> dict[str, Opened]:
+    """Open a whole model: one directory, or two where the first lacks the image tower.
+
+    Args:
+      directory: of the model.
+      vision: of the tower's config.json, and of the tower if ``directory`` lacks it.
+      tower: up to the features, if it is known already.
+    """
+    if vision is not None and not vision.is_dir():
+        raise UserError(f"{vision} is not a directory; give that of an image tower with --vision.")
+    if tower is None and vision is not None:
+        tower = _described_tower(vision)
+    model = open_directory(directory, part="model", tower=tower)
+    if model.has_tower:
+        return {"model": model}
+    if vision is None:
+        values = read_config(directory)
+        field = "mm_vision_tower_aux_list" if "mm_vision_tower_aux_list" in values else "mm_vision_tower"
+        raise UserError(
+            f"{directory} holds no image tower; its {field} names {values.get(field)!r}: convert it with "
+            "convert.py and give that tower's directory with --vision."
+        )
+    return {"model": model, "vision": open_directory(vision, part="vision")}
 
 
 def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str, Pending]:
@@ -135,21 +197,43 @@ def _plan_export(directory: Path, dtype: str | None) -> Plan:
         places = part_directories(directory)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not what was written ({error}); export the model again.") from error
+    opened = _open_whole_export(places, config) if "model" in places else _open_parts(places, config)
+    for part, found in opened.items():
+        whole = found.config
+        for name in ("decoder", "vision", "views") if isinstance(whole, MLLMConfig) else (part,):
+            described = getattr(whole, name) if isinstance(whole, MLLMConfig) else whole
+            if described != getattr(config, name):
+                raise UserError(
+                    f"{where} describes another {name} than {found.directory / 'config.json'} does."
+                )
+    leaves = _all_leaves(opened, dtype)
+    if config.vision is not None and "model" not in opened:
+        leaves |= _joint_leaves(directory / GAZE_TENSORS, config, dtype)
+    if dtype is not None:
+        config = dataclasses.replace(config, param_dtype=dtype)
+    return Plan(config, leaves, opened, dtype=dtype)
+
+
+def _open_parts(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Opened]:
+    """The directories of an exported model that is written part by part."""
     opened = {"decoder": open_directory(places["decoder"], part="decoder")}
     if config.vision is not None:
         total = open_directory(places["vision"], part="vision", feature_layer=-1).config
         assert isinstance(total, VisionConfig), "opened as a tower"
         layer = config.vision.depth - total.depth - 1
         opened["vision"] = open_directory(places["vision"], part="vision", feature_layer=layer)
-    for part, found in opened.items():
-        if found.config != getattr(config, part):
-            raise UserError(f"{where} describes another {part} than {found.directory / 'config.json'} does.")
-    leaves = {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
-    if config.vision is not None:
-        leaves |= _joint_leaves(directory / GAZE_TENSORS, config, dtype)
-    if dtype is not None:
-        config = dataclasses.replace(config, param_dtype=dtype)
-    return Plan(config, leaves, opened, dtype=dtype)
+    return opened
+
+
+def _open_whole_export(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Opened]:
+    """The directories of an exported model that came as a whole one."""
+    if config.gaze.context_tokens:
+        raise UserError(
+            f"{places['model'] / GAZE_SETTINGS} has gaze.context_tokens={config.gaze.context_tokens} but a "
+            "model of this layout has none; set it to 0."
+        )
+    vision = places.get("vision")
+    return _open_whole(places["model"], vision, config.vision if vision is None else None)
 
 
 def compose(
@@ -177,7 +261,7 @@ def compose(
         "decoder": open_directory(llm, part="decoder"),
         "vision": open_directory(vision, part="vision", feature_layer=feature_layer),
     }
-    leaves = {name: leaf for part in opened.values() for name, leaf in pending_leaves(part, dtype).items()}
+    leaves = _all_leaves(opened, dtype)
     try:
         config = _text_model(opened["decoder"], leaves, vision=opened["vision"].config, gaze=gaze)
     except ValueError as error:
@@ -293,6 +377,9 @@ def convert_back(source: Path, target: Path, *, dtype: str | None = None) -> Non
     """
     start = time.perf_counter()
     model = open_model(source)
+    for part, came in model.sources.items():
+        for sentence in came.left_out:
+            print(f"{part}: {sentence}", flush=True)
     size = sum(
         int(np.prod(leaf.shape)) * numpy_dtype(dtype or leaf.dtype).itemsize for leaf in model.leaves.values()
     )

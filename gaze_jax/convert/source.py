@@ -13,16 +13,18 @@ import numpy as np
 
 from gaze_jax.convert import shards
 from gaze_jax.convert.checkpoint import Pending, flat_leaves, numpy_dtype
-from gaze_jax.convert.families import family_of, feature_tower
+from gaze_jax.convert.families import FAMILIES, family_type, feature_tower
 from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import DTYPES, NAMES, Tensor
-from gaze_jax.convert.table import Family, Json, Rule, copy
+from gaze_jax.convert.table import Family, Json, Part, Rule, copy
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params
 
 CONFIG = "config.json"
 UNUSED = "unused.safetensors"
+TOWER = "vision/"
+"""Before the names of the tower's leaves."""
 KEPT = (
     CONFIG,
     shards.INDEX,
@@ -36,11 +38,17 @@ KEPT = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
 )
 """Files that travel with the weights."""
 
-PartConfig = DecoderConfig | VisionConfig
+PartConfig = DecoderConfig | VisionConfig | MLLMConfig
+KINDS: Mapping[Part, str] = {
+    "decoder": "a language model",
+    "vision": "an image tower",
+    "model": "a whole multimodal model",
+}
 
 
 @functools.cache
@@ -62,22 +70,36 @@ class Opened:
 
     Attributes:
       directory: where it lies.
-      model_type, family: what it is.
+      model_type, family: what it is, as a key and a value of FAMILIES.
       config: of the part that is computed.
+      rules: of every parameter that it holds: all of the part's, unless a whole model's tower is elsewhere.
       files: of safetensors.
       used: canonical name -> tensor, of the table.
       unused: canonical name -> tensor, of what is kept beside the parameters.
-      notes: sentences about what is not converted.
+      left_out: sentences about tensors that are not converted.
+      remarks: sentences about settings that are ignored.
     """
 
     directory: Path
     model_type: str
     family: Family
     config: PartConfig
+    rules: tuple[Rule, ...]
     files: tuple[shards.File, ...]
     used: Mapping[str, Tensor]
     unused: Mapping[str, Tensor]
-    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the image tower is among its parameters."""
+        return any(rule.leaf.startswith(TOWER) for rule in self.rules)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the conversion."""
+        return self.left_out + self.remarks
 
     @property
     def source(self) -> Source:
@@ -92,7 +114,7 @@ class Opened:
                 if self.family.canonical(name) in kept
             }
             files[file.path.name] = {"metadata": dict(file.metadata), "tensors": names}
-        return Source(self.model_type, files)
+        return Source(self.model_type, files, self.left_out)
 
 
 def _sort(
@@ -136,7 +158,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 def _check_tensors(opened: Opened) -> None:
     """Names, shapes and dtypes, all problems at once."""
-    wanted = expected_tensors(opened.family.rules(opened.config), opened.config)
+    wanted = expected_tensors(opened.rules, opened.config)
     problems = []
     for name in sorted({*wanted, *opened.used}):
         tensor = opened.used.get(name)
@@ -165,13 +187,43 @@ def read_config(directory: Path) -> Json:
     return shards.read_json(directory / CONFIG)
 
 
-def open_directory(directory: Path, *, part: str | None = None, feature_layer: int = -2) -> Opened:
+def _read_part(
+    directory: Path, family: Family, values: Json, feature_layer: int, tower: VisionConfig | None
+) -> PartConfig:
+    """What ``config.json`` describes, up to the features that are read."""
+    try:
+        if family.tower_elsewhere:
+            return family.read_config(values, tower)
+        config = family.read_config(values)
+        return feature_tower(config, feature_layer) if isinstance(config, VisionConfig) else config
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from error
+
+
+def _rules(family: Family, config: PartConfig, names: Iterable[str]) -> tuple[Rule, ...]:
+    """The family's table, without the tower where a family allows that and the file has nothing of it."""
+    rules = family.rules(config)
+    if not family.tower_elsewhere or family.names is None:
+        return rules
+    if any(family.canonical(name).startswith(family.names.vision) for name in names):
+        return rules
+    return tuple(rule for rule in rules if not rule.leaf.startswith(TOWER))
+
+
+def open_directory(
+    directory: Path,
+    *,
+    part: Part | None = None,
+    feature_layer: int = -2,
+    tower: VisionConfig | None = None,
+) -> Opened:
     """Open and check a Hugging Face directory; reads headers only.
 
     Args:
       directory: with config.json and safetensors.
-      part: "decoder" or "vision", if only that will do.
+      part: what it must be, if only that will do.
       feature_layer: of a tower, see :func:`gaze_jax.convert.families.feature_tower`.
+      tower: up to the features, of a whole model whose config.json only names its tower.
 
     Raises:
       UserError: it is of no known family, of another part, or its tensors do not fit; all that do not are
@@ -180,20 +232,18 @@ def open_directory(directory: Path, *, part: str | None = None, feature_layer: i
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give one with config.json and safetensors files.")
     values = read_config(directory)
-    family = family_of(values, str(directory / CONFIG))
+    kind = family_type(values, str(directory / CONFIG))
+    family = FAMILIES[kind]
     if part is not None and family.part != part:
-        kind = {"decoder": "a language model", "vision": "an image tower"}
-        raise UserError(f"{directory} is {kind[family.part]} but {kind[part]} is wanted here.")
-    try:
-        config = family.read_config(values)
-        if isinstance(config, VisionConfig):
-            config = feature_tower(config, feature_layer)
-    except ValueError as error:
-        raise UserError(f"{directory / CONFIG}: {error}") from error
+        raise UserError(f"{directory} is {KINDS[family.part]} but {KINDS[part]} is wanted here.")
+    config = _read_part(directory, family, values, feature_layer, tower)
     files = shards.open_checkpoint(directory)
-    used, unused, notes = _sort(family, config, files)
+    rules = _rules(family, config, (name for file in files for name in file.tensors))
+    used, unused, left_out = _sort(family, config, files)
     _check_implied(family, config, used, directory)
-    opened = Opened(directory, values["model_type"], family, config, files, used, unused, notes)
+    opened = Opened(
+        directory, kind, family, config, rules, files, used, unused, left_out, family.remarks(values)
+    )
     _check_tensors(opened)
     return opened
 
@@ -226,7 +276,7 @@ def pending_leaves(opened: Opened, dtype: str | None = None) -> dict[str, Pendin
     """
     shapes = leaf_shapes(opened.config)
     leaves = {}
-    for rule in opened.family.rules(opened.config):
+    for rule in opened.rules:
         tensors = [opened.used[name] for name in rule.tensors]
         found = {DTYPES[tensor.dtype].name for tensor in tensors}
         if dtype is None and len(found) > 1:

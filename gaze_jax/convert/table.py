@@ -78,15 +78,55 @@ class Rule:
         return shape if axes is None else tuple(shape[axis] for axis in axes)
 
 
+def linear(leaf: str, tensor: str, layers: int, *, bias: bool) -> tuple[Rule, ...]:
+    """The rules of a linear layer, or of one in each of ``layers``."""
+    kernel = Rule(f"{leaf}/kernel", f"{tensor}.weight", "linear", layers)
+    return (kernel, Rule(f"{leaf}/bias", f"{tensor}.bias", "same", layers)) if bias else (kernel,)
+
+
+def layer_norm(leaf: str, tensor: str, layers: int = 0) -> tuple[Rule, ...]:
+    """The rules of a LayerNorm, or of one in each of ``layers``."""
+    return (
+        Rule(f"{leaf}/scale", f"{tensor}.weight", "same", layers),
+        Rule(f"{leaf}/bias", f"{tensor}.bias", "same", layers),
+    )
+
+
+Part = Literal["decoder", "vision", "model"]
+"""What a directory holds: a language model, an image tower, or both with what joins them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a whole model calls its parts.
+
+    Attributes:
+      decoder: before the names of transformers' language model, such as "language_model.".
+      vision: before the names of transformers' SiglipVisionModel, such as "vision_tower.".
+      projector: of its two linear layers.
+      newline: of the newline embedding.
+    """
+
+    decoder: str
+    vision: str
+    projector: tuple[str, str]
+    newline: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How one ``model_type`` maps to this project.
 
     Attributes:
-      part: the subtree of the parameters that it fills, "decoder" or "vision".
+      part: the subtree of the parameters that it fills, "decoder" or "vision"; "model" for all of them.
       read_config: from the checkpoint's ``config.json``; raises a UserError for what is not supported.
-      write_config: its inverse, for a model that was not converted from a checkpoint.
       rules: the table, of every parameter of the part.
+      write_config: the inverse of ``read_config``, for a part that was not converted from a checkpoint. A
+        whole model without a source is written as two parts, so its families have none.
+      names: of a whole model.
+      tower_elsewhere: of a whole model whose ``config.json`` only names its tower. ``read_config`` takes the
+        tower's VisionConfig (None: not known) as a second argument, and the file may lack the tower.
+      remarks: sentences about values of ``config.json`` that the original code ignores.
       canonical: a tensor's name without the prefixes that differ between versions of transformers.
       unused: whether the tensor of that canonical name belongs to the model but takes no part in what is
         computed here; such tensors are kept beside the parameters and written back.
@@ -97,10 +137,13 @@ class Family:
         a source.
     """
 
-    part: Literal["decoder", "vision"]
-    read_config: Callable[[Json], Any]
-    write_config: Callable[[Any], dict[str, Any]]
+    part: Part
+    read_config: Callable[..., Any]
     rules: Callable[[Any], tuple[Rule, ...]]
+    write_config: Callable[[Any], dict[str, Any]] | None = None
+    names: Names | None = None
+    tower_elsewhere: bool = False
+    remarks: Callable[[Json], tuple[str, ...]] = lambda config: ()
     canonical: Callable[[str], str] = str
     unused: Callable[[Any, str], bool] = lambda config, name: False
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -110,10 +153,10 @@ class Family:
 
 
 class Fields:
-    """Reads a ``config.json`` field by field, strictly."""
+    """Reads a ``config.json`` field by field, strictly; ``where`` is what messages call it."""
 
     def __init__(self, config: Json, where: str) -> None:
-        self._config, self._where = config, where
+        self._config, self.where = config, where
 
     def get(self, name: str, kind: type, default: Any = dataclasses.MISSING) -> Any:
         """The value of ``name``, or ``default``; None counts as absent.
@@ -124,19 +167,25 @@ class Fields:
         value = self._config.get(name)
         if value is None:
             if default is dataclasses.MISSING:
-                raise UserError(f"{self._where} lacks {name}; it does not describe a model of this family.")
+                raise UserError(f"{self.where} lacks {name}; it does not describe a model of this family.")
             return default
         if kind is float and type(value) is int:
             return float(value)
         if type(value) is not kind:
-            raise UserError(f"{self._where} has {name}={value!r}, which should be of type {kind.__name__}.")
+            raise UserError(f"{self.where} has {name}={value!r}, which should be of type {kind.__name__}.")
         return value
 
-    def only(self, name: str, *allowed: Any) -> None:
-        """Refuse a value that would change the computation in a way that is not implemented."""
-        value = self._config.get(name, allowed[0])
+    def only(self, name: str, *allowed: Any, required: bool = False) -> None:
+        """Refuse a value that would change the computation in a way that is not implemented.
+
+        Args:
+          name: of the field.
+          *allowed: values; the first is the default of an absent field.
+          required: an absent field is refused too, because its default is another.
+        """
+        value = self._config.get(name, None if required else allowed[0])
         if value not in allowed:
             raise UserError(
-                f"{self._where} has {name}={value!r}, which is not supported; only "
+                f"{self.where} has {name}={value!r}, which is not supported; only "
                 f"{' or '.join(map(repr, allowed))} is."
             )

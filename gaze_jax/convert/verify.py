@@ -5,6 +5,7 @@ plain ("eager") attention; bfloat16 and float16 weights are exact in float32.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gaze_jax.convert.load import load, one_device
-from gaze_jax.core.streams import text_streams
+from gaze_jax.convert.original import import_torch, load_original, load_tower
+from gaze_jax.core.streams import Streams, text_streams
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLM
 from gaze_jax.models.config import MLLMConfig, Numerics, VisionConfig
@@ -65,17 +67,43 @@ def _logits_stage(ours: np.ndarray, theirs: np.ndarray) -> Stage:
     return dataclasses.replace(_stage("logits", ours, theirs), kl=kl, top1=top1)
 
 
-def _import() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "--verify runs the original too, which needs: pip install 'gaze-jax[parity]'."
-        ) from error
-    transformers.logging.set_verbosity_error()  # it lists the text tower of a SigLIP as unexpected
-    transformers.logging.disable_progress_bar()
-    return torch, transformers
+# Compiled once per model, however many checkpoints of it are verified.
+@functools.partial(jax.jit, static_argnums=0)
+def _run_stages(model: MLLM, params: Tree, streams: Streams) -> Any:
+    return model.apply({"params": params}, None, streams, method="stages")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_encode(model: MLLM, params: Tree, images: jax.Array) -> Any:
+    return model.apply({"params": params}, images, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_tower(tower: VisionTower, params: Tree, images: jax.Array) -> Any:
+    return tower.apply({"params": params}, images)
+
+
+def _decoder_stages(original: Any, layers: Any, config: MLLMConfig, params: Tree, seed: int) -> list[Stage]:
+    """Compare a decoder with a model of transformers on random text, one row of it padded."""
+    torch, _ = import_torch()
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.decoder.vocab_size, (_ROWS, _LENGTH))
+    valid = np.arange(_LENGTH) < np.array([[_LENGTH], [_SHORT]])
+    hidden: list[np.ndarray] = []
+    # Hooked, because transformers reports the last layer's output after the final norm only.
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: hidden.append(np.asarray(output)))
+    with torch.no_grad():
+        out = original(torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64)))
+    theirs_logits = np.asarray(out.logits)
+    model = MLLM(dataclasses.replace(config, dtype="float32"))
+    streams = text_streams(jnp.asarray(tokens), jnp.asarray(valid))
+    ours, ours_logits = jax.device_get(_run_stages(model, params, streams))
+    stages = [
+        _stage(f"decoder layer {layer}", mine[valid], theirs[valid])
+        for layer, (mine, theirs) in enumerate(zip(ours, hidden, strict=True))
+    ]
+    return [*stages, _logits_stage(ours_logits[valid], theirs_logits[valid])]
 
 
 def verify_decoder(directory: Path, config: MLLMConfig, params: Tree, *, seed: int = 0) -> list[Stage]:
@@ -90,29 +118,30 @@ def verify_decoder(directory: Path, config: MLLMConfig, params: Tree, *, seed: i
     Returns:
       A stage per layer, and the logits.
     """
-    torch, transformers = _import()
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, config.decoder.vocab_size, (_ROWS, _LENGTH))
-    valid = np.arange(_LENGTH) < np.array([[_LENGTH], [_SHORT]])
+    torch, transformers = import_torch()
     original = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    hidden: list[np.ndarray] = []
-    # Hooked, because transformers reports the last layer's output after the final norm only.
-    for layer in original.model.layers:
-        layer.register_forward_hook(lambda module, inputs, output: hidden.append(np.asarray(output)))
+    return _decoder_stages(original, original.model.layers, config, params, seed)
+
+
+def _pixels(config: VisionConfig, seed: int) -> np.ndarray:
+    """Random images, float32 [2, image_size, image_size, 3]."""
+    size = config.image_size
+    return np.random.default_rng(seed).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+
+
+def _features(tower: Any, config: VisionConfig, pixels: np.ndarray) -> Any:
+    """What transformers' tower makes of ``pixels``, a tensor [2, tokens, width]."""
+    torch, _ = import_torch()
     with torch.no_grad():
-        out = original(torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64)))
-    theirs_logits = np.asarray(out.logits)
-    del original, out
-    model = MLLM(dataclasses.replace(config, dtype="float32"))
-    run = jax.jit(lambda params, streams: model.apply({"params": params}, None, streams, method="stages"))
-    ours, ours_logits = jax.device_get(run(params, text_streams(jnp.asarray(tokens), jnp.asarray(valid))))
-    stages = [
-        _stage(f"decoder layer {layer}", mine[valid], theirs[valid])
-        for layer, (mine, theirs) in enumerate(zip(ours, hidden, strict=True))
-    ]
-    return [*stages, _logits_stage(ours_logits[valid], theirs_logits[valid])]
+        out = tower(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    return out.last_hidden_state if config.post_norm else out.hidden_states[config.depth]
+
+
+def _tower_stage(config: VisionConfig, params: Tree, pixels: np.ndarray, theirs: Any) -> Stage:
+    ours = _run_tower(VisionTower(config, Numerics()), params, pixels)
+    return _stage("image tower", np.asarray(ours), np.asarray(theirs))
 
 
 def verify_tower(directory: Path, config: VisionConfig, params: Tree, *, seed: int = 0) -> list[Stage]:
@@ -124,32 +153,49 @@ def verify_tower(directory: Path, config: VisionConfig, params: Tree, *, seed: i
       params: of the tower, without the "vision" around it.
       seed: of the pixels.
     """
-    torch, transformers = _import()
-    size = config.image_size
-    pixels = np.random.default_rng(seed).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
-    original = transformers.SiglipVisionModel.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        out = original(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    theirs = np.asarray(out.last_hidden_state if config.post_norm else out.hidden_states[config.depth])
-    tower = VisionTower(config, Numerics())
-    ours = jax.jit(lambda params, pixels: tower.apply({"params": params}, pixels))(params, pixels)
-    return [_stage("image tower", np.asarray(ours), theirs)]
+    pixels = _pixels(config, seed)
+    return [_tower_stage(config, params, pixels, _features(load_tower(directory), config, pixels))]
+
+
+def verify_whole(
+    directory: Path, vision: Path | None, config: MLLMConfig, params: Tree, *, seed: int = 0
+) -> list[Stage]:
+    """Compare a whole model with the original: tower, projector, newline embedding, decoder on text.
+
+    Args:
+      directory: of the original.
+      vision: of its image tower, if that lies apart.
+      config, params: of the model.
+      seed: of pixels and tokens.
+    """
+    original = load_original(directory, vision, config.tower)
+    pixels = _pixels(config.tower, seed)
+    features = _features(original.tower, config.tower, pixels)
+    model = MLLM(dataclasses.replace(config, dtype="float32"))
+    ours = np.asarray(_run_encode(model, params, pixels[None]))
+    projected = np.asarray(original.projector(features).detach()).reshape(ours.shape)
+    return [
+        _tower_stage(config.tower, params["vision"], pixels, features),
+        _stage("projector", ours, projected),
+        _stage("newline", np.asarray(params["newline"], np.float32), np.asarray(original.newline.detach())),
+        *_decoder_stages(original.decoder, original.layers, config, params, seed),
+    ]
 
 
 def verify(directory: Path, originals: Mapping[str, Path]) -> list[Stage]:
-    """Compare every part of a model with the directory that transformers loads.
+    """Compare every part of a model with the directory that it came from.
 
     Args:
       directory: any that :func:`gaze_jax.convert.load.load` reads.
-      originals: by part, "decoder" or "vision".
+      originals: by part: "decoder" and "vision", or "model" (and "vision", if its tower lies apart).
 
     Raises:
       UserError: torch or transformers are not installed, or the model cannot be loaded.
     """
     found = load(directory, one_device())
     config, params = found.config, found.params
+    if isinstance(config, MLLMConfig) and "model" in originals:
+        return verify_whole(originals["model"], originals.get("vision"), config, params)
     stages = []
     tower = config if isinstance(config, VisionConfig) else config.vision
     if tower is not None and "vision" in originals:

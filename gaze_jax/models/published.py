@@ -7,6 +7,7 @@ rows that the paper joins are those of Gaze Attention (arXiv 2605.13080).
 import dataclasses
 from collections.abc import Mapping
 
+from gaze_jax.core.layout import ViewConfig
 from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 
 _QWEN2 = {"qk_norm": False, "qkv_bias": True}
@@ -50,13 +51,57 @@ def _cambrian(decoder: str, image_size: int) -> MLLMConfig:
     )
 
 
+# LLaVA-OneVision and Cambrian-S read 27x27 tokens of 384 pixels; regions of 7x7 make 16, as in the paper.
+_TILE = 384
+_DENSE_7X7 = GazeConfig(region=(7, 7), context_tokens=0)
+
+
+def _llava_onevision(decoder: str, rows: int) -> MLLMConfig:
+    # Two tokens were added to the vocabulary, and rows up to a multiple of 64.
+    sides = range(_TILE, 6 * _TILE + 1, _TILE)
+    return MLLMConfig(
+        dataclasses.replace(DECODERS[decoder], vocab_size=rows),
+        TOWERS["siglip-so400m-patch14-384"],
+        _DENSE_7X7,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        views=ViewConfig(
+            "llava_onevision", tuple((h, w) for h in sides for w in sides), max_tiles=9, frame_side=14
+        ),
+    )
+
+
+def _cambrian_s(decoder: str) -> MLLMConfig:
+    counts = [(h, w) for w in range(1, 10) for h in range(1, 10) if h * w <= 9]
+    return MLLMConfig(
+        DECODERS[decoder],
+        TOWERS["siglip2-so400m-patch14-384"],
+        _DENSE_7X7,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        views=ViewConfig(
+            "cambrian_s", tuple((h * _TILE, w * _TILE) for h, w in counts), image_side=27, frame_side=8
+        ),
+    )
+
+
 MODELS: Mapping[str, MLLMConfig] = {
     "cambrian-4b-384": _cambrian("qwen3-4b", 384),
     "cambrian-4b-512": _cambrian("qwen3-4b", 512),
     "cambrian-7b-384": _cambrian("qwen2.5-7b", 384),
     "cambrian-7b-512": _cambrian("qwen2.5-7b", 512),
+    "llava-onevision-qwen2-0.5b": _llava_onevision("qwen2.5-0.5b", 152000),
+    "llava-onevision-qwen2-7b": _llava_onevision("qwen2.5-7b", 152128),
+    "cambrian-s-0.5b": _cambrian_s("qwen2.5-0.5b"),
+    "cambrian-s-1.5b": _cambrian_s("qwen2.5-1.5b"),
+    "cambrian-s-3b": _cambrian_s("qwen2.5-3b"),
+    "cambrian-s-7b": _cambrian_s("qwen2.5-7b"),
 }
-"""The paper's models, 4 of 16 regions per query: its best average at 144 of 576 entries."""
+"""Whole models.
+
+The paper's, "cambrian-4b" and "cambrian-7b", select 4 of 16 regions per query: its best average at 144 of 576
+entries. The published LLaVA-OneVision and Cambrian-S are dense, as conversion writes them.
+"""
 
 
 def dense(config: MLLMConfig) -> MLLMConfig:

@@ -1,0 +1,173 @@
+"""The original of a whole multimodal model in torch, for comparison. Needs torch and transformers.
+
+transformers has a class for its own layout only. A model in the layout of LLaVA-NeXT or Cambrian-S is put
+together here: every tensor of its files goes under its own name into transformers' language model, its image
+tower or a projector, and each of them takes exactly what it has.
+"""
+
+import dataclasses
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from gaze_jax.convert import shards
+from gaze_jax.convert.families import FAMILIES, family_type
+from gaze_jax.convert.source import CONFIG, read_config
+from gaze_jax.convert.table import Json, Names
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import VisionConfig
+
+_TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+
+
+def import_torch() -> tuple[Any, Any]:
+    """torch and transformers, the latter quiet.
+
+    Raises:
+      UserError: they are not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "--verify runs the original too, which needs: pip install 'gaze-jax[parity]'."
+        ) from error
+    transformers.logging.set_verbosity_error()  # it lists the text tower of a SigLIP as unexpected
+    transformers.logging.disable_progress_bar()
+    return torch, transformers
+
+
+def load_tower(directory: Path) -> Any:
+    """transformers' image tower of a directory, in float32."""
+    torch, transformers = import_torch()
+    return transformers.SiglipVisionModel.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """A whole model's parts in torch, in float32.
+
+    Attributes:
+      decoder: a callable (tokens, attention_mask=) whose result has ``logits``.
+      layers: of the decoder, modules.
+      tower: a SiglipVisionModel.
+      projector: a module, from its features to the decoder's width.
+      newline: a tensor of that width.
+    """
+
+    decoder: Any
+    layers: Any
+    tower: Any
+    projector: Any
+    newline: Any
+
+
+def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> Original:
+    """The original of a whole model.
+
+    Args:
+      directory: of the model, in any layout that is converted.
+      vision: of its image tower, if that lies apart.
+      tower: up to the features, for a layout whose config.json does not describe it.
+
+    Raises:
+      UserError: torch or transformers are not installed.
+    """
+    torch, transformers = import_torch()
+    values = read_config(directory)
+    kind = family_type(values, str(directory / CONFIG))
+    if kind == "llava_onevision":
+        whole = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        inner = whole.model
+        return Original(
+            whole,
+            inner.language_model.layers,
+            inner.vision_tower,
+            inner.multi_modal_projector,
+            inner.image_newline,
+        )
+    return _assemble(directory, values, kind, vision, tower)
+
+
+def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
+    """Tensors by part, each under the name that it has in the part alone."""
+    prefixes = {
+        "tower": names.vision,
+        "first": f"{names.projector[0]}.",
+        "second": f"{names.projector[1]}.",
+        "newline": names.newline,
+        "decoder": names.decoder,
+    }
+    parts: dict[str, dict[str, Any]] = {part: {} for part in prefixes}
+    for name, tensor in tensors.items():
+        part = next(part for part, prefix in prefixes.items() if name.startswith(prefix))
+        parts[part][name.removeprefix(prefixes[part])] = tensor
+    return parts
+
+
+def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tower: VisionConfig) -> Original:
+    """transformers' parts with the tensors of a file that no class of it reads."""
+    torch, transformers = import_torch()
+    import safetensors.torch
+
+    family = FAMILIES[kind]
+    assert family.names is not None, "a whole model"
+    tensors = {}
+    for file in shards.open_checkpoint(directory):
+        for name, tensor in safetensors.torch.load_file(file.path).items():
+            canonical = family.canonical(name)
+            if not any(fnmatch.fnmatchcase(canonical, glob) for glob in family.left_out):
+                tensors[canonical] = tensor.float()
+    parts = _split(tensors, family.names)
+    fields = {name: values[name] for name in _TEXT_FIELDS if values.get(name) is not None}
+    nested = values.get("rope_parameters") or {}
+    text = transformers.Qwen2Config(**{"rope_theta": nested.get("rope_theta", 10_000.0)} | fields)
+    text._attn_implementation = "eager"
+    decoder = transformers.Qwen2ForCausalLM(text).eval()
+    if text.tie_word_embeddings:
+        parts["decoder"].setdefault("lm_head.weight", parts["decoder"]["model.embed_tokens.weight"])
+    decoder.load_state_dict(parts["decoder"], strict=True)
+    width, inner = text.hidden_size, tower.width
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(inner, width), torch.nn.GELU(), torch.nn.Linear(width, width)
+    )
+    projector[0].load_state_dict(parts["first"], strict=True)
+    projector[2].load_state_dict(parts["second"], strict=True)
+    found = load_tower(vision) if vision is not None else _tower(parts["tower"], tower)
+    return Original(decoder, decoder.model.layers, found, projector, parts["newline"][""])
+
+
+def _tower(tensors: dict[str, Any], config: VisionConfig) -> Any:
+    """transformers' image tower with all layers and whatever else ``tensors`` have."""
+    _, transformers = import_torch()
+    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
+    fields = transformers.SiglipVisionConfig(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_size=config.width,
+        num_hidden_layers=len(layers),
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_dim,
+        layer_norm_eps=config.norm_eps,
+        vision_use_head=any(name.startswith("head.") for name in tensors),
+    )
+    fields._attn_implementation = "eager"
+    tower = transformers.SiglipVisionModel(fields).eval()
+    tower.load_state_dict(tensors, strict=True)
+    return tower

@@ -1,0 +1,475 @@
+"""Whole multimodal checkpoints in three layouts: in, back byte for byte, and equal to the original."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from gaze_jax.convert import manifest, run, verify
+from gaze_jax.convert.checkpoint import flat_leaves
+from gaze_jax.convert.export import part_directories
+from gaze_jax.convert.families import family_of
+from gaze_jax.convert.load import load, one_device, place
+from gaze_jax.convert.shards import INDEX
+from gaze_jax.core.layout import ViewConfig
+from gaze_jax.core.streams import text_streams
+from gaze_jax.errors import UserError
+from gaze_jax.models import MLLM, published
+from gaze_jax.models.config import VisionConfig
+from tests.helpers import hf
+
+pytestmark = pytest.mark.xdist_group("parity")
+
+NFP = "nfp_head, which predicts the next frame in training and has no part in answers"
+TOWER = VisionConfig(24, 4, 48, depth=2, num_heads=4, mlp_dim=80)
+
+keep: list[tempfile.TemporaryDirectory] = []
+
+
+@functools.cache
+def tower(tied: bool = False) -> Path:
+    """The whole tower of the models that the other two layouts are made of."""
+    keep.append(where := tempfile.TemporaryDirectory())
+    name = "llava_onevision_penultimate" + ("_tied" if tied else "")
+    return hf.save_tower(name, Path(where.name) / "tower")
+
+
+def hub_layout(directory, **options):
+    return hf.rename(hf.save("llava_onevision_tied", directory, **options), hf.hub_name)
+
+
+def memory_layout(directory, **options):
+    return hf.rename(hf.save("llava_onevision", directory, **options), hf.memory_name)
+
+
+def wrapped_cambrian(directory, **options):
+    return hf.rename(
+        hf.save_cambrian(directory, **options), lambda name: name.replace("model.", "model._orig_module.", 1)
+    )
+
+
+LAYOUTS = {  # how it is written, and whether a second directory has the tower
+    "transformers 5": (functools.partial(hf.save, "llava_onevision"), False),
+    "transformers 5, tied": (functools.partial(hf.save, "llava_onevision_tied"), False),
+    "transformers 5, a layer early": (functools.partial(hf.save, "llava_onevision_penultimate"), False),
+    "transformers 5, odd grid": (functools.partial(hf.save, "llava_onevision_odd"), False),
+    "transformers 4": (hub_layout, False),
+    "in memory": (memory_layout, False),
+    "LLaVA-NeXT": (hf.save_llava_next, True),
+    "LLaVA-NeXT, tied": (functools.partial(hf.save_llava_next, tied=True), True),
+    "Cambrian-S": (hf.save_cambrian, True),
+    "Cambrian-S, tied, no tower": (functools.partial(hf.save_cambrian, tied=True, tower=False), True),
+    "Cambrian-S, no tower": (functools.partial(hf.save_cambrian, tower=False), True),
+    "Cambrian-S, wrapped": (wrapped_cambrian, True),
+}
+
+
+def original(layout: str):
+    """The model of transformers that a layout holds."""
+    if layout.startswith("transformers 5, odd"):
+        return hf.model("llava_onevision_odd")
+    name = "llava_onevision"
+    if "early" in layout or not layout.startswith(("transformers", "in memory")):
+        name += "_penultimate"
+    return hf.model(name + ("_tied" if "tied" in layout or layout == "transformers 4" else ""))
+
+
+@functools.cache
+def converted(layout: str) -> tuple[Path, Path]:
+    """The source of a layout and what it was converted to."""
+    keep.append(where := tempfile.TemporaryDirectory())
+    source, target = Path(where.name) / "source", Path(where.name) / "gaze"
+    write, elsewhere = LAYOUTS[layout]
+    write(source)
+    (source / "tokenizer.json").write_text('{"kept": "as it is"}')
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    run.write_plan(run.plan_directory(source, vision=tower("tied" in layout) if elsewhere else None), target)
+    return source, target
+
+
+def same_files(first, second):
+    names = {path.name for path in first.iterdir()}
+    assert names <= {path.name for path in second.iterdir()}
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    return names
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_file_comes_back_byte_for_byte(tmp_path, layout):
+    """Weights, configs, tokenizer, chat template and processor settings; a separate tower too."""
+    source, gaze = converted(layout)
+    run.convert_back(gaze, tmp_path / "back")
+    assert {"model.safetensors", "preprocessor_config.json"} <= same_files(source, tmp_path / "back")
+    found = manifest.read(gaze)
+    apart = "no tower" in layout
+    assert set(found.sources) == ({"model", "vision"} if apart else {"model"}) and not found.new
+    if apart:
+        assert "model.safetensors" in same_files(tower("tied" in layout), tmp_path / "back" / "vision")
+    again = run.plan_directory(tmp_path / "back")  # gaze.json knows what config.json does not
+    assert again.config == found.model
+    assert {name: pending.leaf for name, pending in again.leaves.items()} == found.leaves
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["transformers 4", "LLaVA-NeXT", "Cambrian-S"])
+def test_published_dtypes_come_back_byte_for_byte(tmp_path, layout, dtype):
+    """LLaVA-OneVision is published in float16, Cambrian-S in bfloat16."""
+    write, elsewhere = LAYOUTS[layout]
+    source = write(tmp_path / "hf", dtype=dtype)
+    plan = run.plan_directory(source, vision=tower() if elsewhere else None)
+    assert plan.config.param_dtype == dtype
+    assert plan.config.dtype == ("float32" if dtype == "float16" else dtype)
+    run.write_plan(plan, tmp_path / "gaze")
+    run.convert_back(tmp_path / "gaze", tmp_path / "back")
+    same_files(source, tmp_path / "back")
+
+
+def logits(model, tokens, valid):
+    with torch.no_grad():
+        return model(torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64))).logits.numpy()
+
+
+@functools.cache
+def text_logits(config):
+    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, top_k=None)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text_through_the_whole_model(layout):
+    """Logits of a text prompt, one row padded, are transformers'; the tokenizer and its files are found."""
+    source, gaze = converted(layout)
+    found = load(gaze, one_device())
+    assert found.tokenizer == (source / "tokenizer.json").read_text()
+    assert (found.files / "chat_template.jinja").read_text() == "{{ messages }}"
+    tokens = np.random.default_rng(1).integers(0, hf.TEXT["vocab_size"], (2, 20))
+    valid = np.arange(20) < np.array([[20], [11]])
+    theirs = logits(original(layout), tokens, valid)
+    streams = text_streams(jnp.asarray(tokens), jnp.asarray(valid))
+    ours = np.asarray(text_logits(found.config)(found.params, streams))
+    np.testing.assert_allclose(ours[valid], theirs[valid], atol=1e-4, rtol=0)
+    assert np.abs(theirs[valid]).max() > 1  # or 1e-4 would mean little
+
+
+@pytest.mark.parametrize(
+    "layout", ["transformers 4", "LLaVA-NeXT, tied", "Cambrian-S, wrapped", "Cambrian-S, no tower"]
+)
+def test_verify_reports_every_stage(layout):
+    """Tower, projector, newline and every layer of the decoder, against the original's own tensors."""
+    source, gaze = converted(layout)
+    originals = {"model": source} | ({"vision": tower("tied" in layout)} if "no tower" in layout else {})
+    stages = verify.verify(gaze, originals)
+    names = ["image tower", "projector", "newline", *(f"decoder layer {i}" for i in range(3)), "logits"]
+    assert [stage.name for stage in stages] == names
+    assert all(stage.relative < 1e-5 for stage in stages) and stages[-1].top1 == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensor", "stage"),
+    [
+        ("transformers 5", "multi_modal_projector.linear_2.bias", "projector"),
+        ("LLaVA-NeXT", "model.image_newline", "newline"),
+        (
+            "LLaVA-NeXT",
+            "model.vision_tower.vision_tower.vision_model.encoder.layers.1.mlp.fc2.bias",
+            "image tower",
+        ),
+        ("Cambrian-S", "model.mm_projector.0.weight", "projector"),
+        ("Cambrian-S, no tower", "model.layers.2.self_attn.v_proj.bias", "decoder layer 2"),
+    ],
+)
+def test_verify_finds_one_wrong_tensor(tmp_path, layout, tensor, stage):
+    """A tensor of the original is changed after conversion: its stage, and none before it, says so."""
+    _, gaze = converted(layout)
+    write, _ = LAYOUTS[layout]
+    other = write(tmp_path / "other")
+    hf.edit_tensors(other, lambda tensors: tensors | {tensor: tensors[tensor] + 0.01})
+    originals = {"model": other} | ({"vision": tower()} if "no tower" in layout else {})
+    stages = verify.verify(gaze, originals)
+    with pytest.raises(UserError, match="The models differ"):
+        verify.require_equal(stages)
+    wrong = [found.name for found in stages if found.relative > 1e-5]
+    assert wrong[0] == stage
+
+
+def test_the_three_namings_of_transformers_are_one_model(tmp_path):
+    """Whatever a file calls its tensors, the parameters are equal bit for bit."""
+    params = []
+    for index, new in enumerate((str, hf.hub_name, hf.memory_name)):
+        source = hf.rename(hf.save("llava_onevision", tmp_path / str(index)), new)
+        params.append(load(source, one_device()).params)
+    jax.tree.map(np.testing.assert_array_equal, *params[:2])
+    jax.tree.map(np.testing.assert_array_equal, *params[1:])
+
+
+@pytest.mark.parametrize("top", [None, False, True])
+@pytest.mark.parametrize("inner", [None, False, True])
+def test_tying_is_resolved_as_transformers_does(top, inner):
+    """tie_word_embeddings may stand at either level, or at none."""
+    text = hf.TEXT | {"model_type": "qwen2"} | ({} if inner is None else {"tie_word_embeddings": inner})
+    config = {
+        "model_type": "llava_onevision",
+        "text_config": text,
+        "vision_config": hf.VISION | {"model_type": "siglip_vision_model"},
+        "image_grid_pinpoints": hf.pinpoints(),
+    } | ({} if top is None else {"tie_word_embeddings": top})
+    theirs = transformers.LlavaOnevisionConfig(**config).tie_word_embeddings
+    assert family_of(config, "x").read_config(config).decoder.tie_embeddings == theirs
+
+
+def test_default_pinpoints_are_those_of_transformers():
+    """36 canvases in the same order."""
+    sizes = hf.VISION | {"image_size": 384, "patch_size": 14, "model_type": "siglip_vision_model"}
+    config = {"model_type": "llava_onevision", "text_config": hf.TEXT, "vision_config": sizes}
+    theirs = transformers.LlavaOnevisionConfig(vision_config=sizes).image_grid_pinpoints
+    assert family_of(config, "x").read_config(config).views.canvases == tuple(map(tuple, theirs))
+
+
+def test_views_of_the_small_models(tmp_path):
+    """What the processors will be told, of each layout."""
+    four = tuple(map(tuple, hf.pinpoints()))
+    llava = ViewConfig("llava_onevision", four, max_tiles=9, frame_side=3)
+    assert manifest.read(converted("transformers 4")[1]).model.views == llava
+    assert manifest.read(converted("LLaVA-NeXT")[1]).model.views.max_tiles == 9
+    odd = run.plan_directory(hf.save("llava_onevision_odd", tmp_path / "odd")).config
+    assert odd.views.canvases[1] == (20, 40) and odd.views.frame_side == 3 and odd.gaze.region == (5, 5)
+    shrunk = run.plan_directory(hf.save("llava_onevision_max_1", tmp_path / "one")).config
+    assert shrunk.views.max_tiles == 1
+    tiles = tuple((h * 24, w * 24) for w in range(1, 5) for h in range(1, 5) if h * w <= 4)
+    cambrian = ViewConfig("cambrian_s", tiles, image_side=6, frame_side=3)
+    assert manifest.read(converted("Cambrian-S")[1]).model.views == cambrian
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_next_frame_head_is_left_out_and_said_so(tmp_path, capsys, shards):
+    """Everything else comes back, also where the head had a shard of its own, and the index fits."""
+    source = hf.save_cambrian(tmp_path / "hf", nfp=True)
+    before = load_file(source / "model.safetensors")
+    if shards > 1:
+        hf.shard(source, lambda name: 2 if "nfp_head" in name else int("layers.2" in name))
+    plan = run.plan_directory(source, vision=tower())
+    assert f"4 tensors not converted: {NFP}" in run.summary(plan)
+    run.write_plan(plan, tmp_path / "gaze")
+    run.convert_back(tmp_path / "gaze", tmp_path / "back")
+    assert f"model: 4 tensors not converted: {NFP}" in capsys.readouterr().out
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) == max(1, shards - 1)
+    after = {name: values for file in files for name, values in load_file(file).items()}
+    assert set(after) == {name for name in before if "nfp_head" not in name}
+    for name, values in after.items():
+        np.testing.assert_array_equal(values, before[name])
+    if shards > 1:
+        index = json.loads((tmp_path / "back" / INDEX).read_text())
+        assert set(index["weight_map"]) == set(after)
+        untouched = "model-00002-of-00003.safetensors"
+        assert (source / untouched).read_bytes() == (tmp_path / "back" / untouched).read_bytes()
+    assert (source / "config.json").read_bytes() == (tmp_path / "back" / "config.json").read_bytes()
+    assert run.plan_directory(tmp_path / "back").config == plan.config
+
+
+def test_shards_keep_their_places(tmp_path):
+    """Files and index of a sharded whole model."""
+    source = hf.save("llava_onevision", tmp_path / "hf", shard="200KB")
+    run.write_plan(run.plan_directory(source), tmp_path / "gaze")
+    run.convert_back(tmp_path / "gaze", tmp_path / "back")
+    names = same_files(source, tmp_path / "back")
+    assert INDEX in names and sum(name.startswith("model-") for name in names) > 2
+
+
+@pytest.mark.parametrize("write", [hf.save_cambrian, hf.save_llava_next])
+def test_a_tower_that_is_elsewhere_must_be_named(tmp_path, monkeypatch, write):
+    """One sentence names the field and the flag, whether the tower's sizes are known or not."""
+    source = write(tmp_path / "hf")
+    vision = family_of(json.loads((source / "config.json").read_text()), "x").names.vision
+    field = "mm_vision_tower_aux_list" if write is hf.save_cambrian else "mm_vision_tower"
+    with pytest.raises(UserError, match=r"does not describe its image tower 'tiny/siglip.*with --vision"):
+        run.plan_directory(source)
+    hf.edit_tensors(source, lambda t: {name: v for name, v in t.items() if not name.startswith(vision)})
+    for name in ("siglip", "siglip2"):
+        monkeypatch.setitem(published.TOWERS, name, TOWER)
+    for read in (run.plan_directory, lambda directory: load(directory, one_device())):
+        with pytest.raises(UserError, match=rf"holds no image tower; its {field} names .*with --vision"):
+            read(source)
+    plan = run.plan_directory(source, vision=tower())
+    assert set(plan.opened) == {"model", "vision"} and plan.config.vision == TOWER
+    features = np.asarray(place(plan, one_device()).params["vision"]["position_embedding"])
+    np.testing.assert_array_equal(
+        features, load_file(tower() / "model.safetensors")["embeddings.position_embedding.weight"]
+    )
+
+
+def test_a_tower_in_the_file_is_the_one_that_is_used(tmp_path):
+    """It was trained: --vision then only describes it, and needs no weights."""
+    source = hf.save_llava_next(tmp_path / "hf")
+    described = tmp_path / "described"
+    described.mkdir()
+    (described / "config.json").write_bytes((tower() / "config.json").read_bytes())
+    name = "model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
+    hf.edit_tensors(source, lambda tensors: tensors | {name: tensors[name] + 1})
+    plan = run.plan_directory(source, vision=described)
+    found = np.asarray(place(plan, one_device()).params["vision"]["position_embedding"])
+    np.testing.assert_array_equal(found, load_file(source / "model.safetensors")[name])
+
+
+def test_a_published_tower_needs_no_description(tmp_path, monkeypatch):
+    """Its sizes are in a table, and every tensor must have them."""
+    monkeypatch.setitem(published.TOWERS, "siglip", TOWER)
+    source = hf.save_llava_next(tmp_path / "hf")
+    assert run.plan_directory(source).config.vision == TOWER
+    found = load(source, one_device())
+    assert found.files == source and found.config.vision == TOWER
+    monkeypatch.setitem(published.TOWERS, "siglip", VisionConfig(28, 4, 48, 2, 4, 80))
+    hf.edit_config(source, image_grid_pinpoints="(1x1),...,(2x2)")
+    with pytest.raises(UserError, match=r"position_embedding\.weight is \[36, 48\] and should be \[49, 48\]"):
+        run.plan_directory(source)
+
+
+def test_vision_where_it_has_no_effect(tmp_path):
+    """A model that has and describes its tower, a language model, and a directory that is no tower."""
+    whole = hf.save("llava_onevision", tmp_path / "whole")
+    with pytest.raises(UserError, match=r"--vision has no effect: .* with its image tower; drop it"):
+        run.plan_directory(whole, vision=tower())
+    llm = hf.save("qwen2_tied", tmp_path / "llm")
+    with pytest.raises(UserError, match=r"--vision has no effect: .* is a language model; drop it"):
+        run.plan_directory(llm, vision=tower())
+    source = hf.save_cambrian(tmp_path / "cambrian")
+    with pytest.raises(UserError, match="is no image tower, which --vision must name"):
+        run.plan_directory(source, vision=llm)
+    with pytest.raises(UserError, match="is not a directory; give that of an image tower"):
+        run.plan_directory(source, vision=tmp_path / "nothing")
+    exported = tmp_path / "back"
+    run.convert_back(converted("Cambrian-S")[1], exported)
+    with pytest.raises(UserError, match=r"--vision has no effect: .* is an export of this project"):
+        run.plan_directory(exported, vision=tower())
+
+
+@pytest.mark.parametrize("layout", ["transformers 4", "in memory", "LLaVA-NeXT", "Cambrian-S"])
+def test_everything_wrong_is_listed_at_once(tmp_path, layout):
+    """Missing, misshapen and unexpected tensors of every part, by name; nothing is converted."""
+    write, elsewhere = LAYOUTS[layout]
+    source = write(tmp_path / "hf")
+    names = {}
+
+    def break_it(tensors):
+        def find(end):
+            return next(name for name in tensors if name.endswith(end))
+
+        names["missing"] = [find("image_newline"), find("layers.1.layer_norm1.bias"), find("k_proj.bias")]
+        names["wrong"] = [find("position_embedding.weight"), find("layers.2.mlp.up_proj.weight")]
+        for name in names["missing"]:
+            del tensors[name]
+        for name in names["wrong"]:
+            tensors[name] = tensors[name][:-1]
+        return tensors | {"model.vision_resampler.weight": np.zeros(3, np.float32)}
+
+    hf.edit_tensors(source, break_it)
+    with pytest.raises(UserError) as error:
+        run.plan_directory(source, vision=tower() if elsewhere else None)
+    family = family_of(json.loads((source / "config.json").read_text()), "x")
+    message = str(error.value)
+    for name in names["missing"]:
+        assert f"{family.canonical(name)} [" in message and "is missing" in message, name
+    for name in names["wrong"]:
+        assert f"{family.canonical(name)} is [" in message and "and should be [" in message, name
+    assert "vision_resampler.weight [3] is unexpected" in message and "Nothing was converted" in message
+
+
+def test_a_tensor_under_two_of_its_names(tmp_path):
+    """The namings may not be mixed for one tensor."""
+    source = hf.save("llava_onevision", tmp_path / "hf")
+    hf.edit_tensors(source, lambda t: t | {"model.image_newline": t["image_newline"]})
+    with pytest.raises(UserError, match="has image_newline under two names"):
+        run.plan_directory(source)
+
+
+def test_a_tied_head_that_was_written_anyway(tmp_path):
+    """It is compared, and written again."""
+    source = hf.save_llava_next(tmp_path / "hf", tied=True)
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    hf.edit_tensors(source, lambda tensors: tensors | {head: tensors[table]})
+    run.write_plan(run.plan_directory(source, vision=tower(tied=True)), tmp_path / "gaze")
+    run.convert_back(tmp_path / "gaze", tmp_path / "back")
+    same_files(source, tmp_path / "back")
+    hf.edit_tensors(source, lambda tensors: tensors | {head: tensors[table] + 1})
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        run.plan_directory(source, vision=tower(tied=True))
+
+
+def test_a_cast_on_either_way(tmp_path):
+    """--dtype changes every tensor and what config.json says at each level; transformers loads the result."""
+    source = hub_layout(tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    text = config["text_config"] | {"torch_dtype": "float32"}  # as transformers 4 repeated it
+    hf.edit_config(source, text_config=text)
+    run.write_plan(run.plan_directory(source), tmp_path / "gaze")
+    run.convert_back(tmp_path / "gaze", tmp_path / "back", dtype="bfloat16")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["dtype"], config["text_config"]["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert config["text_config"]["vocab_size"] == hf.TEXT["vocab_size"]
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    for name, values in after.items():
+        np.testing.assert_array_equal(values, before[name].astype(values.dtype))
+        assert values.dtype.name == "bfloat16"
+    found, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "back", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and found.dtype is torch.bfloat16
+    plan = run.plan_directory(source, dtype="bfloat16")
+    assert {pending.leaf.dtype for pending in plan.leaves.values()} == {"bfloat16"}
+    assert (plan.config.dtype, plan.config.param_dtype) == ("bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize("layout", ["LLaVA-NeXT", "Cambrian-S, no tower"])
+def test_an_export_is_read_again(tmp_path, layout):
+    """With its settings, which may have changed since, and verified against the original."""
+    _, gaze = converted(layout)
+    run.convert_back(gaze, tmp_path / "back")
+    settings = json.loads((tmp_path / "back" / "gaze.json").read_text())
+    settings["model"]["gaze"]["top_k"] = 3
+    (tmp_path / "back" / "gaze.json").write_text(json.dumps(settings))
+    again = load(tmp_path / "back", one_device())
+    assert again.config.gaze.top_k == 3 and again.files == tmp_path / "back"
+    first, second = flat_leaves(load(gaze, one_device()).params), flat_leaves(again.params)
+    for name, values in first.items():
+        np.testing.assert_array_equal(np.asarray(values), np.asarray(second[name]), err_msg=name)
+    verify.require_equal(verify.verify(gaze, part_directories(tmp_path / "back")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["model"]["decoder"].update(rope_theta=1e4), "describes another decoder"),
+        (lambda s: s["model"]["vision"].update(num_heads=2), "describes another vision"),
+        (lambda s: s["model"]["views"].update(max_tiles=4), "describes another views"),
+        (lambda s: s["model"]["gaze"].update(context_tokens=2), "has gaze.context_tokens=2"),
+        (lambda s: s["parts"].update(model="elsewhere"), "which is not what was written"),
+    ],
+)
+def test_settings_that_do_not_fit_the_export_are_refused(tmp_path, change, message):
+    """gaze.json cannot make another model of the files beside it."""
+    run.convert_back(converted("transformers 5")[1], tmp_path / "back")
+    path = tmp_path / "back" / "gaze.json"
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        run.plan_directory(tmp_path / "back")
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    """Files beside a whole model are under checksums like the rest."""
+    source = hf.save("llava_onevision", tmp_path / "hf")
+    run.write_plan(run.plan_directory(source), tmp_path / "gaze")
+    path = tmp_path / "gaze" / "model" / "config.json"
+    path.write_bytes(path.read_bytes().replace(b"anyres_max_9", b"anyres_max_8"))
+    with pytest.raises(UserError, match=r"model/config\.json"):
+        load(tmp_path / "gaze", one_device())

@@ -28,6 +28,7 @@ from gaze_jax.data.views import (
 from gaze_jax.errors import UserError
 from tests.helpers.views import (
     cambrian_canvas,
+    cambrian_grid,
     layout,
     noise,
     pinpoints,
@@ -195,24 +196,8 @@ def test_onevision_frames_are_pooled_as_transformers_does(side, patch):
     assert frame_shape(at, 30, 40) == (pooled_side, pooled_side, False)
 
 
-def cambrian_grid(tokens, side: int, tiles: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """Cambrian-S in torch: pool each tile, join, cut the padding's rows or columns off, newline per row."""
-    grid = math.isqrt(tokens.shape[1])
-    stack = torch.from_numpy(tokens).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
-    if side != grid:
-        stack = torch.nn.functional.interpolate(stack, size=(side, side), mode="bilinear")
-    rows = stack.unflatten(0, tiles).permute(2, 0, 3, 1, 4)
-    joined = rows.reshape(3, tiles[0] * side, tiles[1] * side)
-    height, width = size
-    _, h, w = joined.shape
-    if width / height > w / h:
-        cut = (h - int(height * (w / width))) // 2
-        joined = joined[:, cut : h - cut]
-    else:
-        cut = (w - int(width * (h / height))) // 2
-        joined = joined[:, :, cut : w - cut]
-    newline = torch.from_numpy(NEWLINE)[:, None, None].expand(3, joined.shape[1], 1)
-    return torch.cat([joined, newline], dim=2).flatten(1).T.numpy()
+def pooled(tokens: np.ndarray, side: int, tiles: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    return cambrian_grid(torch.from_numpy(tokens), side, tiles, size, torch.from_numpy(NEWLINE)).numpy()
 
 
 def check_cambrian(at: VisualLayout, size: tuple[int, int]) -> int:
@@ -221,12 +206,12 @@ def check_cambrian(at: VisualLayout, size: tuple[int, int]) -> int:
     views = image_views(at, noise(*size), alone=True)
     tiles = len(views.units[1].images)
     tokens = features(1 + tiles, at.tokens)
-    snapshot = cambrian_grid(tokens[:1], image_side, (1, 1), size)
+    snapshot = pooled(tokens[:1], image_side, (1, 1), size)
     wide, tall = cambrian_canvas(
         size, at.image_size, max(width for _, width in at.views.canvases) // at.image_size
     )
     shape = tall // at.image_size, wide // at.image_size
-    both = np.concatenate([snapshot, cambrian_grid(tokens[1:], image_side, shape, size)])
+    both = np.concatenate([snapshot, pooled(tokens[1:], image_side, shape, size)])
     np.testing.assert_allclose(sequence(views, tokens), both, rtol=0, atol=1e-6)
     assert shapes_of(views) == image_shapes(at, *size, alone=True)
 
@@ -235,7 +220,7 @@ def check_cambrian(at: VisualLayout, size: tuple[int, int]) -> int:
     assert shapes_of(several) == image_shapes(at, *size, alone=False)
 
     frame = video_views(at, [noise(*size)])
-    expected = cambrian_grid(tokens[:1], frame_side, (1, 1), size)
+    expected = pooled(tokens[:1], frame_side, (1, 1), size)
     np.testing.assert_allclose(sequence(frame, tokens[:1]), expected, rtol=0, atol=1e-6)
     assert shapes_of(frame) == ([frame_shape(at, *size)], video_end_newline(at))
     return tiles

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.pixels import normalise
@@ -52,3 +53,36 @@ def cambrian_canvas(size: tuple[int, int], tile: int, limit: int) -> tuple[int, 
             if (shown, shown - wide * tall) > most:
                 best, most = (wide, tall), (shown, shown - wide * tall)
     return best
+
+
+def cambrian_grid(
+    tokens: torch.Tensor, side: int, tiles: tuple[int, int], size: tuple[int, int], newline: torch.Tensor
+) -> torch.Tensor:
+    """Cambrian-S in torch: pool each tile, join, cut the padding's rows or columns off, newline per row.
+
+    Args:
+      tokens: [n, grid * grid, M] of ``tiles`` = (rows, columns), by row.
+      side: tokens per side of a tile after pooling.
+      tiles: how they lie.
+      size: (height, width) of the image.
+      newline: [M].
+
+    Returns:
+      [N, M], the sequence of the view.
+    """
+    grid, width_of = math.isqrt(tokens.shape[1]), tokens.shape[2]
+    stack = tokens.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+    if side != grid:
+        stack = torch.nn.functional.interpolate(stack, size=(side, side), mode="bilinear")
+    rows = stack.unflatten(0, tiles).permute(2, 0, 3, 1, 4)
+    joined = rows.reshape(width_of, tiles[0] * side, tiles[1] * side)
+    height, width = size
+    _, h, w = joined.shape
+    if width / height > w / h:
+        cut = (h - int(height * (w / width))) // 2
+        joined = joined[:, cut : h - cut]
+    else:
+        cut = (w - int(width * (h / height))) // 2
+        joined = joined[:, :, cut : w - cut]
+    ends = newline[:, None, None].expand(width_of, joined.shape[1], 1)
+    return torch.cat([joined, ends], dim=2).flatten(1).T

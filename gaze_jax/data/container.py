@@ -22,6 +22,7 @@ SKIP = 16
 """Seek when a keyframe lies at least this many frames ahead; fewer are decoded sooner than skipped."""
 
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music
+_EMPTY = 8  # bytes up to which a packet may hold no picture: MPEG-4 marks a frame so that repeats the last
 _HALF = 1 << 15  # one half in the 16.16 fixed point of a display matrix
 
 
@@ -34,8 +35,8 @@ class Container:
       kind: FFmpeg's name of the container.
       fps: average frames per second.
       times: float64 [N]: when each frame is shown, in seconds after the first.
-      stamps: int64 [N]: the time stamp of each frame, by which it is known; None if they are not all there
-        or not distinct, or if the container is a stream: then a frame is known by counting from the first.
+      stamps: int64 [N]: the time stamp of each frame, by which it is known; None in an AVI, which has none,
+        or if they are not all there or not distinct: then a frame is known by counting from the first.
       keys: int64, ascending: frames from which decoding can start; 0 is among them.
     """
 
@@ -104,21 +105,25 @@ def open_container(name: str, kind: str) -> Container:
         _check_complete(name, kind, stream, packets)
         # Both are open only where there is a single frame, which has no rate.
         rate, base = float(stream.average_rate or stream.guessed_rate or 1), float(stream.time_base)
-    listed = _listed(packets) if kind in ("mov", "matroska") else None
+    # Nothing can be decoded before the first keyframe.
+    packets = list(itertools.dropwhile(lambda packet: not packet.key, packets))
+    listed = None if kind == "avi" else _listed(packets)
     if listed is not None:
         stamps, keys = listed
         times = (stamps - stamps[:1]) * base
     else:
         stamps, keys = None, np.zeros(1, np.int64)
-        times = _counted(name, kind, rate)
+        least = sum(packet.size > _EMPTY and not packet.hidden for packet in packets)
+        times = _counted(name, kind, rate, least)
     if not len(times):
         raise UserError(f"Video {name!r} has no frame that can be shown; download or write it again.")
     return Container(name, kind, rate, times, stamps, keys)
 
 
 class _Packet(NamedTuple):
-    """What is kept of a packet: when its frame is shown (None if it does not say), how long, and flags."""
+    """What is kept of a packet: bytes, when and how long its frame is shown (pts may be None), and flags."""
 
+    size: int
     pts: Any
     duration: int
     key: bool
@@ -128,7 +133,7 @@ class _Packet(NamedTuple):
     @classmethod
     def of(cls, packet: Any) -> "_Packet":
         flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
-        return cls(packet.pts, packet.duration or 0, *flags)
+        return cls(packet.size, packet.pts, packet.duration or 0, *flags)
 
 
 def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -> None:
@@ -137,8 +142,7 @@ def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -
     Fewer may also mean an edit list, which shows a part of the stream; that lasts as long as the header says,
     but for a frame at each end that it splits.
     """
-    # A transport stream counts its packets, and where two recordings meet FFmpeg takes them for damaged.
-    if kind != "mpegts" and any(packet.corrupt for packet in packets):
+    if any(packet.corrupt for packet in packets):
         raise UserError(f"Video {name!r} is damaged or cut short; copy or download it again.")
     if kind == "mov" and len(packets) < stream.frames and stream.duration is not None:
         shown = [packet.duration for packet in packets if not packet.hidden]
@@ -152,12 +156,11 @@ def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -
 def _listed(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
     """The time stamps of the frames that are shown and which of them are keyframes; None if stamps lack.
 
-    Nothing can be decoded before the first keyframe, and an edit list may have packets decoded and not shown.
+    The packets begin with a keyframe, before which no frame is shown; an edit list may hide more.
     """
-    keyed = list(itertools.dropwhile(lambda packet: not packet.key, packets))
-    if any(packet.pts is None for packet in keyed):
+    if any(packet.pts is None for packet in packets):
         return None
-    shown = [packet for packet in keyed if packet.pts >= keyed[0].pts and not packet.hidden]
+    shown = [packet for packet in packets if packet.pts >= packets[0].pts and not packet.hidden]
     stamps = np.sort(np.array([packet.pts for packet in shown], np.int64))
     if len(np.unique(stamps)) < len(stamps):
         return None
@@ -165,13 +168,18 @@ def _listed(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
     return stamps, np.union1d(np.zeros(1, np.int64), keys)
 
 
-def _counted(name: str, kind: str, rate: float) -> np.ndarray:
-    """float64 [N]: when each frame is shown, found by decoding all of them once."""
+def _counted(name: str, kind: str, rate: float, least: int) -> np.ndarray:
+    """float64 [N]: when each frame is shown, found by decoding all of them once, ``least`` or more."""
     with _opened(name, kind) as (container, stream):
         stream.thread_type = "AUTO"
         stamps = [frame.pts for frame in _decoded(container, stream)]
         base = float(stream.time_base)
-    if None in stamps:
+    if len(stamps) < least:
+        raise UserError(
+            f"Video {name!r} is damaged: only {len(stamps)} of {least} frames can be decoded; "
+            "copy or download it again."
+        )
+    if None in stamps or stamps != sorted(stamps):  # guessed from the order in which they are stored
         return np.arange(len(stamps)) / rate
     return (np.array(stamps, np.int64) - min(stamps, default=0)) * base
 

@@ -76,6 +76,22 @@ def remux(source, target, *, skip=0, shift=0, container=None):
     return target
 
 
+def join(first, second, target):
+    """The packets of one video behind those of another, under the headers of the first."""
+    with av.open(str(target), "w") as new:
+        copy, end = None, 0
+        for path in (first, second):
+            with av.open(str(path)) as old:
+                stream = old.streams.video[0]
+                copy = copy or new.add_stream_from_template(stream)
+                packets = [packet for packet in old.demux(stream) if packet.size]
+                for packet in packets:
+                    packet.pts, packet.dts, packet.stream = packet.pts + end, packet.dts + end, copy
+                    new.mux(packet)
+                end = max(packet.pts + packet.duration for packet in packets)
+    return target
+
+
 def turn(path, matrix):
     """Write a display matrix (a, b, c, d), in ones, into the track header of an MP4."""
     data = bytearray(path.read_bytes())

@@ -7,7 +7,6 @@ out of the decoder has to be the one that the list says comes next.
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import struct
 from collections.abc import Generator, Iterator
@@ -33,19 +32,24 @@ class Container:
     Attributes:
       name: path of the file.
       kind: FFmpeg's name of the container.
+      size: (height, width) of the first frame in pixels, upright.
       fps: average frames per second.
       times: float64 [N]: when each frame is shown, in seconds after the first.
       stamps: int64 [N]: the time stamp of each frame, by which it is known; None in an AVI, which has none,
         or if they are not all there or not distinct: then a frame is known by counting from the first.
       keys: int64, ascending: frames from which decoding can start; 0 is among them.
+      turn: how a stored frame becomes upright: whether its axes are swapped, and then the step, 1 or -1, in
+        which its rows and its columns are taken.
     """
 
     name: str
     kind: str
+    size: tuple[int, int]
     fps: float
     times: np.ndarray
     stamps: np.ndarray | None
     keys: np.ndarray
+    turn: tuple[bool, int, int]
 
     def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         """Decode the ``wanted`` frames, ascending and distinct: upright uint8 [height, width, 3] each.
@@ -66,7 +70,7 @@ class Container:
                 while position < target:
                     self._next(frames, position)
                     position += 1
-                yield _upright(self.name, self._next(frames, target))
+                yield self._upright(self._next(frames, target))
                 position += 1
 
     def _next(self, frames: Iterator[Any], position: int) -> Any:
@@ -83,9 +87,16 @@ class Container:
         except _av().FFmpegError as error:
             reason = f" ({error.strerror})"
         raise UserError(
-            f"Video {self.name!r} is damaged: decoding ends after {position} of {len(self.times)} frames"
-            f"{reason}; copy or download it again."
+            f"Video {self.name!r} is damaged or encrypted: decoding ends after {position} of "
+            f"{len(self.times)} frames{reason}; copy or download it again."
         )
+
+    def _upright(self, frame: Any) -> np.ndarray:
+        check_pixels(self.name, "Video", frame.width, frame.height)
+        pixels = frame.to_ndarray(format="rgb24")
+        swapped, rows, columns = self.turn
+        pixels = pixels.swapaxes(0, 1) if swapped else pixels
+        return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
 def open_container(name: str, kind: str) -> Container:
@@ -105,8 +116,6 @@ def open_container(name: str, kind: str) -> Container:
         _check_complete(name, kind, stream, packets)
         # Both are open only where there is a single frame, which has no rate.
         rate, base = float(stream.average_rate or stream.guessed_rate or 1), float(stream.time_base)
-    # Nothing can be decoded before the first keyframe.
-    packets = list(itertools.dropwhile(lambda packet: not packet.key, packets))
     listed = None if kind == "avi" else _listed(packets)
     if listed is not None:
         stamps, keys = listed
@@ -117,7 +126,12 @@ def open_container(name: str, kind: str) -> Container:
         times = _counted(name, kind, rate, least)
     if not len(times):
         raise UserError(f"Video {name!r} has no frame that can be shown; download or write it again.")
-    return Container(name, kind, rate, times, stamps, keys)
+    clip = Container(name, kind, (0, 0), rate, times, stamps, keys, (False, 1, 1))
+    with _opened(name, kind) as (container, stream):
+        first = clip._next(_decoded(container, stream), 0)
+        turn = _turn(name, first)
+        size = (first.width, first.height) if turn[0] else (first.height, first.width)
+    return dataclasses.replace(clip, size=size, turn=turn)
 
 
 class _Packet(NamedTuple):
@@ -137,11 +151,16 @@ class _Packet(NamedTuple):
 
 
 def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -> None:
-    """Refuse a file with a packet that is cut, or an MP4 with fewer than its header says.
+    """Refuse a file without a beginning or with a packet that is cut, or an MP4 with fewer than it says.
 
     Fewer may also mean an edit list, which shows a part of the stream; that lasts as long as the header says,
     but for a frame at each end that it splits.
     """
+    if packets and not packets[0].key:
+        raise UserError(
+            f"Video {name!r} does not begin with a keyframe, so its first frames cannot be decoded; "
+            "encode it anew from the original."
+        )
     if any(packet.corrupt for packet in packets):
         raise UserError(f"Video {name!r} is damaged or cut short; copy or download it again.")
     if kind == "mov" and len(packets) < stream.frames and stream.duration is not None:
@@ -156,7 +175,7 @@ def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -
 def _listed(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
     """The time stamps of the frames that are shown and which of them are keyframes; None if stamps lack.
 
-    The packets begin with a keyframe, before which no frame is shown; an edit list may hide more.
+    Before the first keyframe no frame can be shown, and an edit list may hide more.
     """
     if any(packet.pts is None for packet in packets):
         return None
@@ -219,34 +238,30 @@ def _opened(name: str, kind: str) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except av.FFmpegError as error:
         raise UserError(
-            f"Video {name!r} cannot be decoded ({error.strerror}); it is damaged, encrypted or unfinished."
+            f"Video {name!r} cannot be decoded ({error.strerror}); it is damaged or unfinished."
         ) from error
 
 
 def _decoded(container: Any, stream: Any) -> Generator[Any, None, None]:
     """Frames from the next keyframe on, in the order in which they are shown."""
-    started = False
     for packet in container.demux(stream):
-        started = started or (packet.is_keyframe and packet.size > 0)
-        if started and packet.size:  # an empty one would end the decoding
+        if packet.size:  # an empty one would end the decoding
             yield from packet.decode()
     yield from stream.codec_context.decode(None)
 
 
-def _upright(name: str, frame: Any) -> np.ndarray:
-    """uint8 [height, width, 3]: a frame turned and mirrored as its display matrix says, as players do.
+def _turn(name: str, frame: Any) -> tuple[bool, int, int]:
+    """How a frame is turned and mirrored by its display matrix, as players do; ``Container.turn``.
 
-    The matrix has rows (a, b, u), (c, d, v), (x, y, w); a pixel (p, q) is shown at (a p + c q, b p + d q).
+    The matrix has rows (a, b, u), (c, d, v), (x, y, w); a pixel (p, q) is shown at (a p + c q, b p + d q). It
+    is the same for all frames of a stream, and PyAV keeps a frame in memory whose side data was looked at.
     """
-    check_pixels(name, "Video", frame.width, frame.height)
-    pixels = frame.to_ndarray(format="rgb24")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return pixels
+        return False, 1, 1
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     along, across = min(abs(a), abs(d)) > _HALF, min(abs(b), abs(c)) > _HALF
     if along == across or max(map(abs, (b, c) if along else (a, d))) > _HALF // 50:
         raise UserError(f"Video {name!r} is to be shown at a slant; turn it by a multiple of 90 degrees.")
-    if across:
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(pixels[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1])
+    rows, columns = (b, c) if across else (d, a)
+    return across, 1 if rows > 0 else -1, 1 if columns > 0 else -1

@@ -10,6 +10,7 @@ Frames are chosen by their index, as the original models do, also where the fram
 average rate stands for it, and :attr:`Clip.times` says when the chosen frames are really shown.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.data.container import open_container
-from gaze_jax.data.images import check_pixels, read_image
+from gaze_jax.data.images import MAX_PIXELS, check_pixels, read_image
 from gaze_jax.data.media import (
     VIDEO_FORMATS,
     animation_delays,
@@ -38,8 +39,6 @@ from gaze_jax.errors import UserError
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _DEFAULT_DELAY = 100
 """Milliseconds that a picture of an animation is shown if it says 0, as browsers do."""
-
-_BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +119,10 @@ def sample_indices(frames: int, fps: float, sampling: Sampling) -> np.ndarray:
 
 
 class Source(Protocol):
-    """All frames of a video: their number, rate and times, and a way to read some."""
+    """All frames of a video: their size, number, rate and times, and a way to read some."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
 
     @property
     def fps(self) -> float: ...
@@ -225,9 +227,10 @@ def _source(name: str, frames_fps: float) -> Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
-    """Images as frames; ``files`` are their paths in order."""
+    """Images as frames; ``files`` are their paths in order, ``size`` that of the first."""
 
     files: tuple[str, ...]
+    size: tuple[int, int]
     fps: float
 
     @property
@@ -252,7 +255,9 @@ def _open_folder(name: str, fps: float) -> Folder:
             raise UserError(
                 f"Video {name!r} is a folder with {entry!r} in it, which is no image; leave only frames."
             )
-    return Folder(tuple(os.path.join(name, entry) for entry in sorted(names, key=_natural)), fps)
+    files = tuple(os.path.join(name, entry) for entry in sorted(names, key=_natural))
+    height, width = read_image(files[0]).shape[:2]
+    return Folder(files, (height, width), fps)
 
 
 def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
@@ -267,32 +272,45 @@ class Animation:
 
     Attributes:
       name: path of the file.
+      size: (height, width) in pixels.
       times: float64 [N]: seconds after the first.
       fps: pictures per second, on average.
     """
 
     name: str
+    size: tuple[int, int]
     times: np.ndarray
     fps: float
 
     def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         """Compose the ``wanted`` pictures on white: uint8 [height, width, 3] each."""
-        try:
-            with PIL.Image.open(self.name, formats=("GIF", "WEBP")) as image:
-                check_pixels(self.name, "Video", *image.size)
-                for index in wanted:
-                    image.seek(int(index))
-                    picture = image.convert("RGBA")
-                    page = PIL.Image.new("RGBA", picture.size, "white")
-                    yield np.array(PIL.Image.alpha_composite(page, picture).convert("RGB"))
-        except UserError:
-            raise
-        except (PIL.Image.DecompressionBombError, OSError, EOFError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"Video {self.name!r} cannot be decoded ({error}); the file is damaged."
-            ) from error
+        with _animated(self.name) as image:
+            for index in wanted:
+                image.seek(int(index))
+                picture = image.convert("RGBA")
+                page = PIL.Image.new("RGBA", picture.size, "white")
+                yield np.array(PIL.Image.alpha_composite(page, picture).convert("RGB"))
 
 
 def _open_animation(name: str, delays: list[int]) -> Animation:
     ends = np.cumsum([delay or _DEFAULT_DELAY for delay in delays]) / 1000
-    return Animation(name, np.concatenate([[0.0], ends[:-1]]), len(delays) / float(ends[-1]))
+    with _animated(name) as image:
+        size = (image.height, image.width)
+    return Animation(name, size, np.concatenate([[0.0], ends[:-1]]), len(delays) / float(ends[-1]))
+
+
+@contextlib.contextmanager
+def _animated(name: str) -> Iterator[PIL.Image.Image]:
+    """A GIF or WEBP in Pillow; errors of decoding it become one sentence."""
+    try:
+        with PIL.Image.open(name, formats=("GIF", "WEBP")) as image:
+            check_pixels(name, "Video", *image.size)
+            yield image
+    except UserError:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"Video {name!r} has more pixels than the limit of {MAX_PIXELS}; make it smaller."
+        ) from error
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
+        raise UserError(f"Video {name!r} cannot be decoded ({error}); the file is damaged.") from error

@@ -1,5 +1,6 @@
 """Which frames of a video are read, from every kind of file, and what is refused."""
 
+import gc
 import itertools
 import pickle
 import sys
@@ -225,6 +226,23 @@ def test_frames_are_decoded_when_they_are_asked_for(tmp_path, fed):
     assert fed() - opened <= first + 50
 
 
+def test_frames_do_not_pile_up(tmp_path):
+    """Memory does not grow with the length of a video, also while nobody collects garbage."""
+
+    def alive():
+        return sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+
+    gc.collect()
+    clip = open_video(write_video(tmp_path / "video.mkv", 240, bf="3"), Sampling())
+    gc.disable()
+    try:
+        before = alive()
+        assert sum(1 for _ in clip) == 240
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize("gops", ["closed", "open"])
 def test_seeking_saves_work_and_changes_nothing(suffix, gops, tmp_path, fed, monkeypatch):
@@ -281,12 +299,26 @@ def test_an_edit_list_shows_what_players_show(tmp_path):
     assert numbers(open_video(cut, Sampling(max_frames=3))) == [16, 37, 59]
 
 
-def test_a_video_begins_at_its_first_keyframe(tmp_path):
-    """What was cut off in the middle of a group of frames cannot be decoded before the next one."""
-    file = write_video(tmp_path / "whole.mp4", FRAMES, bf="3", sc_threshold="0")
-    for suffix in ("mp4", "mkv"):
-        late = remux(file, tmp_path / f"late.{suffix}", skip=3)
-        assert numbers(open_video(late, Sampling())) == list(range(12, 60))
+def test_what_belongs_before_the_first_keyframe_is_not_shown(tmp_path):
+    """A cut in front of an open group leaves frames behind that refer to what is gone."""
+    more = {"x264-params": "open-gop=1", "sc_threshold": "0"}
+    whole = write_video(tmp_path / "whole.mp4", FRAMES, bf="3", gop=12, **more)
+    with av.open(str(whole)) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+        step = packets[0].duration
+        second = [index for index, packet in enumerate(packets) if packet.is_keyframe][1]
+        shown = packets[second].pts // step
+        assert packets[second + 1].pts < packets[second].pts
+    clip = open_video(remux(whole, tmp_path / "rest.mkv", skip=second), Sampling())
+    assert numbers(clip) == list(range(shown, FRAMES))
+    assert clip.times[0] == 0.0
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_video_without_its_beginning_is_refused(suffix, tmp_path):
+    """FFmpeg drops frames up to the first keyframe and says nothing."""
+    whole = write_video(tmp_path / "whole.mp4", FRAMES, bf="3")
+    refuse(remux(whole, tmp_path / f"rest.{suffix}", skip=3), "does not begin with a keyframe")
 
 
 @pytest.mark.parametrize(
@@ -588,6 +620,22 @@ def test_size_is_checked_before_decoding(kind, folder, monkeypatch):
         open_kind(folder, kind, Sampling(max_frames=1))
 
 
+def test_an_animation_of_too_many_pixels_is_refused(folder, tmp_path):
+    """Above Pillow's own limit too, whose advice is for programmers."""
+    data = bytearray((folder / "video.gif").read_bytes())
+    for side in (10_001, 65_535):
+        data[6:10] = side.to_bytes(2, "little") * 2
+        (tmp_path / "video.gif").write_bytes(data)
+        refuse(tmp_path / "video.gif", "more .*than the limit of 100000000")
+
+
+def test_an_encrypted_video_is_refused(tmp_path):
+    """Its container is in order."""
+    cipher = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00" * 16, "encryption_kid": "11" * 16}
+    file = write_video(tmp_path / "video.mp4", FRAMES, container=cipher)
+    refuse(file, "is damaged or encrypted: decoding ends after 0 of 60 frames")
+
+
 def test_an_unknown_codec_is_refused(folder, tmp_path):
     """The container can be read, its frames not."""
     data = (folder / "video.mkv").read_bytes()
@@ -595,10 +643,11 @@ def test_an_unknown_codec_is_refused(folder, tmp_path):
     refuse(tmp_path / "video.mkv", "needs a decoder that PyAV lacks")
 
 
-def test_a_video_without_frames_is_refused(tmp_path):
-    """One whose only keyframe was cut off."""
-    whole = write_video(tmp_path / "whole.mp4", 20, gop=99, sc_threshold="0")
-    refuse(remux(whole, tmp_path / "rest.mkv", skip=1), "has no frame that can be shown")
+def test_a_video_without_frames_is_refused(folder, tmp_path):
+    """The header of a stream whose pieces never came."""
+    data = (folder / "video.fragmented.mp4").read_bytes()
+    (tmp_path / "video.mp4").write_bytes(data[: data.index(b"moof") - 4])
+    refuse(tmp_path / "video.mp4", "has no frame that can be shown")
 
 
 def test_nonsense_behind_a_good_beginning_is_refused(folder, tmp_path, capfd):

@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-gaze_environment dev,parity
+gaze_environment dev,parity,video
 cd "$root"
 
 failed=()

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tests.helpers.checkpoints import QWEN, SIGLIP, checkpoint
+from tests.helpers.checkpoints import CAMBRIAN, QWEN, SIGLIP, checkpoint
 from tests.helpers.doors import finish, start
 
 pytestmark = pytest.mark.xdist_group("doors")
@@ -51,6 +51,32 @@ def test_the_way_back(joined):
     for part, original in (("decoder", "llm"), ("vision", "tower")):
         for path in (where / original).iterdir():
             assert path.read_bytes() == (where / "back" / part / path.name).read_bytes()
+
+
+def without_tower(tensors):
+    """The names of a Cambrian-S whose tower was not trained, and a head that answers do not need."""
+    head = {"model.nfp_head.0.bias": np.ones(16, np.float32)}
+    return head | {name: values for name, values in tensors.items() if "vision_tower" not in name}
+
+
+def test_a_whole_model_and_its_tower(joined, tmp_path):
+    """convert.py --from --vision, and the sentences where --vision is missing or too much."""
+    where, _, _ = joined
+    source = checkpoint(tmp_path / "cambrian", CAMBRIAN, without_tower)
+    both = (f"--from={source}", f"--vision={where / 'tower'}")
+    out, _ = finish(start("convert.py", *both, f"--to={tmp_path / 'gaze'}"))
+    assert "model: cambrian_qwen" in out and "vision: siglip_vision_model" in out
+    assert "1 tensors not converted: nfp_head" in out
+    to = f"--to={tmp_path / 'new'}"
+    cases = {
+        ("convert.py", both[0], to): "does not describe its image tower 'tiny/siglip'",
+        ("convert.py", both[1], to): "Give either --from, or both --llm and --vision",
+        ("convert.py", *both, to, "--format=hf"): "--vision has no effect with",
+    }
+    running = {flags: start(*flags) for flags in cases}
+    for flags, message in cases.items():
+        out, err = finish(running[flags], status=2)
+        assert message in err and err.count("\n") == 1 and not out, (flags, err)
 
 
 def test_gaze_is_compared_with_dense(joined, tmp_path):

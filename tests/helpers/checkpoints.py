@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gaze_jax.convert.families import family_of
+from gaze_jax.convert.families import family_of, feature_tower
+from gaze_jax.convert.families.tower import read_siglip
 from gaze_jax.convert.source import expected_tensors
 
 QWEN = {
@@ -28,11 +29,23 @@ SIGLIP = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
+CAMBRIAN = QWEN | {
+    "model_type": "cambrian_qwen",
+    "connector_only": True,
+    "image_aspect_ratio": "pad",
+    "miv_token_len": 4,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower_aux_list": ["tiny/siglip"],
+    "si_token_len": 9,
+}
+"""A whole model whose tower is that of :data:`SIGLIP`, less its last layer."""
 
 
 def tensors_of(config) -> dict[str, np.ndarray]:
     family = family_of(config, "config.json")
-    whole = family.read_config(config)
+    tower = (feature_tower(read_siglip(SIGLIP), -2),) if family.tower_elsewhere else ()
+    whole = family.read_config(config, *tower)
     rng = np.random.default_rng(0)
     shapes = expected_tensors(family.rules(whole), whole)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

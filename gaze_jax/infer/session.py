@@ -20,6 +20,7 @@ from gaze_jax.data.processor import pad_to
 from gaze_jax.errors import UserError
 from gaze_jax.infer.generate import Params, next_token
 from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
+from gaze_jax.models.cache import with_room
 
 Array = jax.Array
 
@@ -80,7 +81,7 @@ class Session:
     Args:
       config, params: of the model.
       arrays: of the first prompt, from ``data.processor.process``.
-      room: most tokens that follow it, generated and read.
+      room: tokens that may follow it, generated and read; :meth:`grow` makes more.
       top_k: regions per query; None is dense attention.
 
     Raises:
@@ -113,7 +114,7 @@ class Session:
         logits, cache, out = _prefill(self._model, params, batch["images"], streams, self._budget, room=room)
         self._logits, self._cache = logits, cache
         self._selected = out.get("selected")
-        self._slot, self._end = dense, dense + room
+        self._slot, self._end = dense, cache.dense_order.shape[1]
         self._order = 1 + max(_last(arrays, "order"), -1)
         self._pos = 1 + max(_last(arrays, "pos"), -1)
 
@@ -127,6 +128,13 @@ class Session:
         """Tokens that still fit."""
         return self._end - self._slot
 
+    def grow(self, tokens: int) -> None:
+        """Make room for as many tokens; a larger cache is compiled for once."""
+        if tokens > self.room:
+            more = -(-(tokens - self.room) // _BUCKET) * _BUCKET
+            self._cache = with_room(self._cache, self._model.config.gaze, more)
+            self._end = self._cache.dense_order.shape[1]
+
     def feed(self, tokens: Sequence[int]) -> None:
         """Read tokens as if the model had said them.
 
@@ -135,8 +143,7 @@ class Session:
         """
         if len(tokens) > self.room:
             raise UserError(
-                f"{len(tokens)} tokens follow but the cache has room for {self.room}; give it more room "
-                "(--max_tokens) or ask less."
+                f"{len(tokens)} tokens follow but the cache has room for {self.room}; let it grow first."
             )
         for token in tokens:
             self._logits, self._cache, self._selected = _step(

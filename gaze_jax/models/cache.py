@@ -66,16 +66,26 @@ def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *,
         implementation wants S in whole tiles.
     """
     spec = decode_spec(gaze, layers["dense_k"].shape[-1])
-    room += -(layers["dense_k"].shape[3] + room) % api.dense_multiple(gaze.decode_implementation)
-    pad = ((0, 0),) * 3 + ((0, room), (0, 0))
-    dense_order = jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY)
-    return Cache(
+    cache = Cache(
         visual=api.pack(
             layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.decode_implementation
         ),
         descriptors=layers["descriptors"],
-        dense_k=jnp.pad(layers["dense_k"], pad),
-        dense_v=jnp.pad(layers["dense_v"], pad),
+        dense_k=layers["dense_k"],
+        dense_v=layers["dense_v"],
         visual_order=jnp.where(streams.visual_valid, streams.visual_order, EMPTY),
-        dense_order=jnp.pad(dense_order, ((0, 0), (0, room)), constant_values=EMPTY),
+        dense_order=jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY),
+    )
+    return with_room(cache, gaze, room)
+
+
+def with_room(cache: Cache, gaze: GazeConfig, room: int) -> Cache:
+    """The cache with ``room`` more dense slots, and a few more where the implementation wants S in tiles."""
+    room += -(cache.dense_order.shape[1] + room) % api.dense_multiple(gaze.decode_implementation)
+    pad = ((0, 0),) * 3 + ((0, room), (0, 0))
+    return dataclasses.replace(
+        cache,
+        dense_k=jnp.pad(cache.dense_k, pad),
+        dense_v=jnp.pad(cache.dense_v, pad),
+        dense_order=jnp.pad(cache.dense_order, ((0, 0), (0, room)), constant_values=EMPTY),
     )

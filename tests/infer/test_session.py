@@ -52,9 +52,10 @@ def test_tokens_and_selections_are_those_of_the_compiled_loop(top_k):
 def test_a_second_turn_with_the_cache_equals_one_pass(top_k):
     """Read a prompt, answer, read what follows: the logits are those of the whole sequence at once."""
     arrays = arrays_of("Which digit is in row 1, column 2?\n")
-    talk = session(arrays, top_k=top_k, room=40)
+    talk = session(arrays, top_k=top_k, room=6)
     said = [emitted.token for emitted in talk.generate(5, end_ids=())]
     follow = TOKENIZER.encode("Which digit is in row 2, column 1?\n")[0]
+    talk.grow(1 + len(follow))
     talk.feed([said[-1], *follow])
 
     more = np.asarray([*said, *follow], np.int32)

@@ -93,6 +93,11 @@ class Assistant:
             tokenizer = Tokenizer(found.tokenizer)
         except ValueError as error:
             raise UserError(f"{found.files / 'tokenizer.json'}: {error}") from error
+        if tokenizer.vocab_size > config.decoder.vocab_size:
+            raise UserError(
+                f"{found.files / 'tokenizer.json'} has {tokenizer.vocab_size} tokens but the model has rows "
+                f"for {config.decoder.vocab_size}; take the tokenizer that came with it."
+            )
         ends = frozenset({tokenizer.end_id, *_stated_ends(found.files)})
         return cls(config, found.params, tokenizer, ChatTemplate.load(found.files), ends)
 

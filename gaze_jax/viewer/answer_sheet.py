@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from gaze_jax.core.layout import VisualLayout
+from gaze_jax.data.sample import Frames
 from gaze_jax.data.units import Unit
 from gaze_jax.viewer.contact_sheet import contact_sheet
 
@@ -52,6 +53,35 @@ def most_looked_at(units: Sequence[Unit], selected: np.ndarray, count: int) -> l
     ranked = sorted(units, key=lambda unit: -float(often[unit.regions].mean()))  # stable: ties keep order
     kept = {unit.unit for unit in ranked[:count]}
     return [unit for unit in units if unit.unit in kept]
+
+
+def title_of(unit: Unit, units: Sequence[Unit], times: Sequence[np.ndarray]) -> str:
+    """What a unit shows, in words.
+
+    Args:
+      unit: one of
+      units: all of the prompt.
+      times: float [T] of each video, seconds at which its frames are shown.
+    """
+    if unit.video:
+        seconds = float(times[unit.index][unit.frame])
+        return f"Video {unit.index + 1}, frame {unit.frame + 1} of {len(times[unit.index])}, {seconds:.1f} s"
+    views = [other.unit for other in units if not other.video and other.index == unit.index]
+    view = f", view {views.index(unit.unit) + 1} of {len(views)}" if len(views) > 1 else ""
+    return f"Image {unit.index + 1}{view}"
+
+
+def pictures_of(
+    units: Sequence[Unit], images: Sequence[np.ndarray], videos: Sequence[Frames]
+) -> list[np.ndarray]:
+    """The image or frame of each unit, uint8 [height, width, 3]; videos are read through once."""
+    frames: dict[tuple[int, int], np.ndarray] = {}
+    for index in {unit.index for unit in units if unit.video}:
+        wanted = {unit.frame for unit in units if unit.video and unit.index == index}
+        for number, frame in enumerate(videos[index]):
+            if number in wanted:
+                frames[index, number] = np.array(frame)  # a decoder may fill its buffer again
+    return [frames[unit.index, unit.frame] if unit.video else images[unit.index] for unit in units]
 
 
 def unit_sheets(

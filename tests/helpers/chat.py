@@ -34,7 +34,7 @@ SENTENCES = [
 
 
 @functools.cache
-def tokenizer_json(*, trim=False):
+def tokenizer_json(*, trim=False, vocab_size=420):
     """A byte-level BPE tokenizer like Qwen's, with a vocabulary of a few hundred tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
@@ -43,7 +43,7 @@ def tokenizer_json(*, trim=False):
     backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=trim, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420,
+        vocab_size=vocab_size,
         special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -237,7 +237,7 @@ def _answer_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
         first, last = pieces[0][0], pieces[-1][1]
         opened, before = _turn_start(render, whole, first), answer[: _pieces(answer)[0][0]]
         if header and whole.startswith(header, opened):
-            first = min(first, opened + len(header))
+            first = opened + len(header)
         elif whole.endswith(before, opened, first):
             first -= len(before)
         spans.append((first, _turn_end(render, whole, last)))

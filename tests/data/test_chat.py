@@ -161,6 +161,25 @@ SAID = {
         {},
         [f" A cat. \n{END}", THOUGHT.text + END],
     ),
+    "an answer whose header is not that of the prompt": (
+        TEMPLATES["llava_onevision"].replace("{% generation %}", "").replace("{% endgeneration %}", ""),
+        (SEEN, ANSWER, AGAIN, BLACK),
+        {},
+        [f"A cat.{END}", f"It is black.{END}"],
+    ),
+    "what goes on after a prompt that begins the answer": (
+        TEMPLATES["qwen2_5"].replace("assistant\\n", "assistant\\nA"),
+        (QUESTION, ANSWER, AGAIN, BLACK),
+        {},
+        [f" cat.{END}", f"It is black.{END}"],
+    ),
+    "answers beside blocks that hold nothing": (
+        "{% for m in messages %}<|im_start|>{% generation %}{% endgeneration %}"
+        "{{ m.content }}<|im_end|>{% endfor %}",
+        (QUESTION, ANSWER),
+        {},
+        [f"A cat.{END}"],
+    ),
     "what is in blocks that hold something": (
         "{% for m in messages %}<|im_start|>{{ m.role }} {% generation %}{% endgeneration %}"
         "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
@@ -262,6 +281,14 @@ def cambrian_labels(messages):
                 learnt = message.role == "assistant" or token in unmasked
                 sequence.append((token, token if learnt else None))
     return sequence
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen2_5_generation"])
+def test_whole_turns_of_the_assistant_are_supervised_for_cambrian_s(name):
+    """With header and the line feed after the end token, whatever blocks a template has."""
+    turns = [f"<|im_start|>assistant\nA cat.{END}\n", f"<|im_start|>assistant\n{THOUGHT.text}{END}\n"]
+    parts = parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, THOUGHT), supervision="cambrian_s")
+    assert said(parts) == turns
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])
@@ -396,6 +423,12 @@ REFUSED = {
         (SYSTEM, QUESTION, ANSWER),
         {},
         "leaves out or rewrites text of a turn of role 'system' .'You are a helpful",
+    ),
+    "an answer that is measured": (
+        "{% for m in messages %}<|im_start|>{{ m.content | length }} {{ m.content }}<|im_end|>{% endfor %}",
+        (QUESTION, ANSWER),
+        {},
+        "rewrites or leaves out a part of an answer",
     ),
     "no place for images": (
         "{% for m in messages %}<|im_start|>{{ m.content | replace('<image>', '') }}<|im_end|>{% endfor %}",

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gaze_jax.core.layout import ViewConfig, VisualLayout
+from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.pixels import (
     BLACK,
     GREY,
@@ -45,24 +45,6 @@ GridShape = tuple[int, int, bool]
 
 SHRINK_ABOVE = 1.1
 """LLaVA-OneVision leaves a tile grid alone whose side is up to this many times what ``max_tiles`` allows."""
-
-
-def cambrian_canvases(size: int, max_subimages: int) -> tuple[Size, ...]:
-    """Canvases (height, width) of up to ``max_subimages`` tiles of ``size`` pixels, in Cambrian-S's order."""
-    sides = range(1, max_subimages + 1)
-    return tuple((y * size, x * size) for x in sides for y in sides if x * y <= max_subimages)
-
-
-LLAVA_ONEVISION = ViewConfig(
-    style="llava_onevision",
-    canvases=tuple((384 * y, 384 * x) for y in range(1, 7) for x in range(1, 7)),
-    max_tiles=9,
-    frame_side=14,
-)
-"""The views of the published LLaVA-OneVision checkpoints: a tower of 384 pixels and 27 x 27 tokens."""
-
-CAMBRIAN_S = ViewConfig(style="cambrian_s", canvases=cambrian_canvases(384, 9), image_side=27, frame_side=8)
-"""The views of the published Cambrian-S checkpoints, as they are evaluated: a frame has up to 64 tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

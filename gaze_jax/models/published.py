@@ -51,38 +51,45 @@ def _cambrian(decoder: str, image_size: int) -> MLLMConfig:
     )
 
 
-# LLaVA-OneVision and Cambrian-S read 27x27 tokens of 384 pixels; regions of 7x7 make 16, as in the paper.
-_TILE = 384
-_DENSE_7X7 = GazeConfig(region=(7, 7), context_tokens=0)
+def cambrian_canvases(size: int, max_subimages: int) -> tuple[tuple[int, int], ...]:
+    """Canvases (height, width) of up to ``max_subimages`` tiles of ``size`` pixels, in Cambrian-S's order."""
+    sides = range(1, max_subimages + 1)
+    return tuple((y * size, x * size) for x in sides for y in sides if x * y <= max_subimages)
+
+
+VIEWS: Mapping[str, ViewConfig] = {
+    "llava-onevision": ViewConfig(
+        "llava_onevision",
+        canvases=tuple((384 * y, 384 * x) for y in range(1, 7) for x in range(1, 7)),
+        max_tiles=9,
+        frame_side=14,
+    ),
+    "cambrian-s": ViewConfig("cambrian_s", canvases=cambrian_canvases(384, 9), image_side=27, frame_side=8),
+}
+"""What the published checkpoints make of images and frames with their tower of 384 pixels and 27x27 tokens;
+Cambrian-S as it is evaluated, where a frame has up to 64 tokens."""
+
+
+def _published(decoder: DecoderConfig, tower: str, views: str) -> MLLMConfig:
+    # Regions of 7x7 tokens make 16 of the 27x27, as many as the paper's.
+    return MLLMConfig(
+        decoder,
+        TOWERS[tower],
+        GazeConfig(region=(7, 7), context_tokens=0),
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        views=VIEWS[views],
+    )
 
 
 def _llava_onevision(decoder: str, rows: int) -> MLLMConfig:
     # Two tokens were added to the vocabulary, and rows up to a multiple of 64.
-    sides = range(_TILE, 6 * _TILE + 1, _TILE)
-    return MLLMConfig(
-        dataclasses.replace(DECODERS[decoder], vocab_size=rows),
-        TOWERS["siglip-so400m-patch14-384"],
-        _DENSE_7X7,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
-        views=ViewConfig(
-            "llava_onevision", tuple((h, w) for h in sides for w in sides), max_tiles=9, frame_side=14
-        ),
-    )
+    widened = dataclasses.replace(DECODERS[decoder], vocab_size=rows)
+    return _published(widened, "siglip-so400m-patch14-384", "llava-onevision")
 
 
 def _cambrian_s(decoder: str) -> MLLMConfig:
-    counts = [(h, w) for w in range(1, 10) for h in range(1, 10) if h * w <= 9]
-    return MLLMConfig(
-        DECODERS[decoder],
-        TOWERS["siglip2-so400m-patch14-384"],
-        _DENSE_7X7,
-        dtype="bfloat16",
-        param_dtype="bfloat16",
-        views=ViewConfig(
-            "cambrian_s", tuple((h * _TILE, w * _TILE) for h, w in counts), image_side=27, frame_side=8
-        ),
-    )
+    return _published(DECODERS[decoder], "siglip2-so400m-patch14-384", "cambrian-s")
 
 
 MODELS: Mapping[str, MLLMConfig] = {

@@ -16,9 +16,6 @@ from transformers.models.llava_onevision.processing_llava_onevision import Llava
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.pixels import normalise
 from gaze_jax.data.views import (
-    CAMBRIAN_S,
-    LLAVA_ONEVISION,
-    cambrian_canvases,
     frame_shape,
     image_shapes,
     image_views,
@@ -26,7 +23,10 @@ from gaze_jax.data.views import (
     video_views,
 )
 from gaze_jax.errors import UserError
+from gaze_jax.models.published import cambrian_canvases
 from tests.helpers.views import (
+    CAMBRIAN_S,
+    LLAVA_ONEVISION,
     cambrian_canvas,
     cambrian_grid,
     layout,

@@ -7,7 +7,10 @@ import torch
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.pixels import normalise
-from gaze_jax.data.views import Views, cambrian_canvases
+from gaze_jax.data.views import Views
+from gaze_jax.models.published import VIEWS, cambrian_canvases
+
+LLAVA_ONEVISION, CAMBRIAN_S = VIEWS["llava-onevision"], VIEWS["cambrian-s"]
 
 
 def noise(height: int, width: int) -> np.ndarray:

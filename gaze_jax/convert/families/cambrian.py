@@ -20,6 +20,7 @@ from gaze_jax.convert.table import Family, Fields, Json, Names
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.models.published import cambrian_canvases
 
 
 def _side(fields: Fields, name: str) -> int:
@@ -36,9 +37,7 @@ def _canvases(fields: Fields, size: int) -> tuple[tuple[int, int], ...]:
     fields.only("image_aspect_ratio", "anyres", "pad", required=True)
     if fields.get("image_aspect_ratio", str) == "pad":
         return ()
-    most = fields.get("anyres_max_subimages", int)
-    sides = range(1, most + 1)
-    return tuple((h * size, w * size) for w in sides for h in sides if w * h <= most)
+    return cambrian_canvases(size, fields.get("anyres_max_subimages", int))
 
 
 def _read_cambrian(config: Json, tower: VisionConfig | None = None) -> MLLMConfig:

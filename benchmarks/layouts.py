@@ -1,0 +1,114 @@
+"""What images and videos become: views, tokens, regions, and what a query reads of them.
+
+python -m benchmarks.layouts --json=benchmarks/results/layouts.json
+
+Counts, no times: the published families at the sizes of real pictures, videos of 16, 64 and 128 frames. A
+query of the language model attends to a tenth of the regions (rounded up), all newlines, context tokens and
+64 tokens of text; "read" is what that is of all. Slot fill: the share of the cache's slots that hold a token.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.regions import partition_frames
+from gaze_jax.data.views import GridShape, frame_shape, image_shapes, video_end_newline
+from gaze_jax.models.published import MODELS
+
+FAMILIES = {
+    "cambrian (paper), 384": "cambrian-4b-384",
+    "cambrian (paper), 512": "cambrian-4b-512",
+    "llava-onevision": "llava-onevision-qwen2-7b",
+    "cambrian-s": "cambrian-s-7b",
+}
+IMAGES = {"photo 640x480": (480, 640), "full HD 1920x1080": (1080, 1920), "page 1240x1754": (1754, 1240)}
+FRAME = (720, 1280)
+FRAMES = (16, 64, 128)
+KEEP = 0.1
+TEXT = 64
+LEAST_FILL = 0.87
+"""Below this, presets store and read too much padding."""
+
+
+def describe(
+    layout: VisualLayout, groups: list[tuple[int, GridShape]], end_newline: bool, video: bool
+) -> dict[str, Any]:
+    """Count what groups of equal views, (how many, grid) each, become."""
+    region = layout.frame_region if video else (1, *layout.region)
+    tables, newlines = [], int(end_newline)
+    for count, (height, width, rows) in groups:
+        routed = rows and layout.newlines == "region"
+        tables.append(partition_frames(count, height, width, region, newlines=routed))
+        newlines += count * height * (rows and not routed)
+    views = sum(count for count, _ in groups)
+    slots = max(table.shape[1] for table in tables)
+    regions = sum(len(table) for table in tables)
+    tokens = sum(int((table >= 0).sum()) for table in tables)
+    context = views * layout.context_tokens
+    top_k = math.ceil(KEEP * regions)
+    always = newlines + context + TEXT
+    return {
+        "views": views,
+        "tokens": tokens,
+        "regions": regions,
+        "slots": slots,
+        "slot_fill": tokens / (regions * slots),
+        "newlines": newlines,
+        "context": context,
+        "top_k": top_k,
+        "read": (top_k * tokens / regions + always) / (tokens + always),
+    }
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """A row for every family, what it is shown, and the place of newlines."""
+    for family, name in FAMILIES.items():
+        whole = MODELS[name].layout
+        for newlines in ("dense", "region"):
+            layout = dataclasses.replace(whole, newlines=newlines)
+            shown = []
+            for label, size in IMAGES.items():
+                shapes, end = image_shapes(layout, *size, alone=True)
+                shown.append((label, [(1, shape) for shape in shapes], end, False))
+            grid = frame_shape(layout, *FRAME)
+            end = video_end_newline(layout)
+            shown += [(f"{count} frames 1280x720", [(count, grid)], end, True) for count in FRAMES]
+            if newlines == "region" and not any(shape[2] for _, groups, _, _ in shown for _, shape in groups):
+                continue  # no newline inside a view: nothing to choose
+            for label, groups, end, video in shown:
+                yield {"family": family, "shown": label, "newlines_in": newlines} | describe(
+                    layout, groups, end, video
+                )
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    return (
+        f"{row['family']:22}{row['shown']:22}{row['newlines_in']:>8}{row['views']:>6}{row['tokens']:>8,}"
+        f"{row['regions']:>8,}{row['slots']:>6}{row['slot_fill']:>7.2f}{row['newlines']:>9,}"
+        f"{row['context']:>8,}{row['top_k']:>7}{row['read']:>8.3f}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layouts", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args(argv)
+    found = list(rows())
+    print(
+        f"{'':44}{'newline':>8}{'views':>6}{'tokens':>8}{'regions':>8}{'slots':>6}{'fill':>7}"
+        f"{'newlines':>9}{'context':>8}{'top_k':>7}{'read':>8}"
+    )
+    for row in found:
+        print(line(row))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"keep": KEEP, "text": TEXT, "rows": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

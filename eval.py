@@ -17,6 +17,7 @@ from absl import flags
 from gaze_jax import cli
 from gaze_jax.convert.load import load, one_device
 from gaze_jax.core.regions import DESCRIPTORS
+from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare
@@ -65,6 +66,8 @@ def _compare() -> None:
         tokenizer = Tokenizer(found.tokenizer)
     except ValueError as error:
         raise UserError(f"{_CHECKPOINT.value}: {error}") from error
+    # A run of train.py and a language model without a template read plain ChatML.
+    template = None if found.files is None else ChatTemplate.find(found.files)
     report = compare.compare(
         found.config,
         found.params,
@@ -74,6 +77,7 @@ def _compare() -> None:
         shares=_SHARES.value or (),
         descriptors=_DESCRIPTORS.value or (),
         max_tokens=_MAX_TOKENS.value or 0,
+        template=template,
     )
     report["command"] = shlex.join(["python", *sys.argv])
     print(compare.table(report), flush=True)

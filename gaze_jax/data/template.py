@@ -179,15 +179,15 @@ class ChatTemplate:
     name: str = "The chat template"
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> "ChatTemplate":
-        """Find the template of a checkpoint's directory.
+    def find(cls, directory: str | os.PathLike[str]) -> "ChatTemplate | None":
+        """The template of a checkpoint's directory, or None.
 
         The first of these, as a processor of transformers 5.23 takes it, and then its tokenizer:
         processor_config.json's "chat_template", chat_template.json, chat_template.jinja,
         tokenizer_config.json's "chat_template" (of a list, the one named "default").
 
         Raises:
-          UserError: there is none, or a file cannot be read.
+          UserError: a file cannot be read.
         """
         directory = Path(directory)
         special = _special(directory)
@@ -204,10 +204,22 @@ class ChatTemplate:
                 source = _default(_read_object(path).get("chat_template"), path)
             if source is not None:
                 return cls(source, special, str(path))
-        raise UserError(
-            f"{directory} has no chat template: no chat_template.jinja, chat_template.json, nor one in "
-            "tokenizer_config.json; take the files of the instruction-tuned checkpoint."
-        )
+        return None
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "ChatTemplate":
+        """:meth:`find`, where there must be one.
+
+        Raises:
+          UserError: there is none, or a file cannot be read.
+        """
+        found = cls.find(directory)
+        if found is None:
+            raise UserError(
+                f"{directory} has no chat template: no chat_template.jinja, chat_template.json, nor one in "
+                "tokenizer_config.json; take the files of the instruction-tuned checkpoint."
+            )
+        return found
 
     def render(
         self,

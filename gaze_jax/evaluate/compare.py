@@ -23,9 +23,12 @@ from gaze_jax.core import accounting, masks
 from gaze_jax.core.regions import DESCRIPTORS
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Kind, Streams
-from gaze_jax.data.pipeline import stack
+from gaze_jax.data.chat import Parts, conversation_parts, default_system
+from gaze_jax.data.messages import Message
+from gaze_jax.data.pipeline import Bucket, stack
 from gaze_jax.data.processor import Arrays, Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text
+from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import student_interval
@@ -63,7 +66,7 @@ class _Row:
     """A prompt with the answer that dense attention gave, as a batch of one.
 
     Attributes:
-      images: float32 [1, 1, image_size, image_size, 3].
+      images: float32 [1, images, image_size, image_size, 3].
       streams: of prompt and answer.
       sample: int32 [1], names the prompt for random routing.
       at: int32 [A] dense places of the queries that emit the answer's tokens.
@@ -141,18 +144,37 @@ def _routed_pass(
     )
 
 
-def _prompt_arrays(processor: Processor, index: int, prompt: Prompt) -> Arrays:
+def _prompt_arrays(
+    processor: Processor, index: int, prompt: Prompt, template: ChatTemplate | None = None
+) -> Arrays:
     """One prompt as a chat with the image first in the user's turn."""
-    if not prompt.question.strip():
+    question = prompt.question.strip()
+    if not question:
         raise UserError(f"The question about {prompt.name!r} is empty; ask something.")
-    parts = (Text(_BEFORE), Image(0), Text(_AFTER.format(question=prompt.question.strip())))
+    parts: Parts = (Text(_BEFORE), Image(0), Text(_AFTER.format(question=question)))
+    if template is not None:
+        style = processor.layout.views.style
+        system = default_system(style)
+        messages = [Message("system", system)] if system else []
+        messages.append(Message("user", (Image(0), question)))
+        parts = conversation_parts(template, messages, style=style, add_generation_prompt=True)
     return process(processor, Sample(index, (prompt.image,), parts, _FAMILY))
 
 
-def _with_answer(arrays: Arrays, answer: Sequence[int], regions: int, dense: int, length: int) -> _Row:
+def _bucket(arrays: Sequence[Arrays]) -> Bucket:
+    """Sizes that every prompt fits."""
+    return Bucket(
+        regions=max(len(row["visual_src"]) for row in arrays),
+        dense=-(-max(len(row["tokens"]) for row in arrays) // _BUCKET) * _BUCKET,
+        images=max(len(row["images"]) for row in arrays),
+        slots=max(row["visual_src"].shape[1] for row in arrays),
+    )
+
+
+def _with_answer(arrays: Arrays, answer: Sequence[int], bucket: Bucket, length: int) -> _Row:
     """Append the answer's tokens but the last, which is emitted and never read."""
     count, read = len(arrays["tokens"]), len(answer) - 1
-    batch = pad_to(arrays, regions=regions, dense=dense + length, images=1)
+    batch = pad_to(arrays, **asdict(replace(bucket, dense=bucket.dense + length)))
     new, steps = slice(count, count + read), np.arange(1, read + 1)
     for name, values in {
         "tokens": answer[:-1],
@@ -173,11 +195,9 @@ def _with_answer(arrays: Arrays, answer: Sequence[int], regions: int, dense: int
     )
 
 
-def _dense_answer(
-    generator: Generator, params: Params, arrays: Arrays, regions: int, dense: int
-) -> list[int]:
+def _dense_answer(generator: Generator, params: Params, arrays: Arrays, bucket: Bucket) -> list[int]:
     """What the model says when it attends to everything, the end token included."""
-    padded = stack([pad_to(arrays, regions=regions, dense=dense, images=1)])
+    padded = stack([pad_to(arrays, **asdict(bucket))])
     batch = {name: jnp.asarray(value) for name, value in padded.items()}
     found = generator(params, batch["images"], Streams.from_batch(batch), top_k=None)
     return [int(token) for token in np.asarray(found.tokens)[:, 0] if token >= 0]
@@ -226,6 +246,7 @@ def compare(
     descriptors: Iterable[str] = DESCRIPTORS,
     max_tokens: int = 32,
     resize: bool = True,
+    template: ChatTemplate | None = None,
 ) -> dict[str, Any]:
     """Measure every descriptor, share and top_k against dense attention, between an oracle and random.
 
@@ -236,11 +257,12 @@ def compare(
       shares: of ``GazeConfig.share``.
       descriptors: of ``GazeConfig.descriptor``.
       max_tokens: most tokens of a dense answer.
-      resize: squash images to the tower's size.
+      resize: squash images to the tower's size, where the model's views do not say how they fit.
+      template: how the model reads a question; None writes it in ChatML.
 
     Returns:
-      What is JSON-ready: "model" (the config), "regions" and "visual_tokens" of one image, "prompts" with
-      their dense answers, "answer_tokens" of all answers, "date", "device", and "rows", one for every
+      What is JSON-ready: "model" (the config), "regions" and "visual_tokens" of the largest prompt, "prompts"
+      with their dense answers, "answer_tokens" of all answers, "date", "device", and "rows", one for every
       setting and top_k. A row has "strategy", "descriptor" (None for oracle and random), "share", "top_k",
       "entries" (visual keys per query, layer and head), "entries_share" of dense attention's, "kl" (of
       the routed from the dense distribution, in nats) and "top1" (agreement), means over prompts of means
@@ -257,24 +279,22 @@ def compare(
         raise UserError("There are no prompts; give at least one image and question.")
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be at least 1.")
-    layout = config.layout
-    top_ks = sorted(set(default_top_ks(layout.regions) if top_ks is None else top_ks))
-    if not top_ks or not 1 <= top_ks[0] <= top_ks[-1] <= layout.regions:
-        raise UserError(f"top_ks={top_ks} must lie between 1 and {layout.regions}, the regions of an image.")
     settings = _settings(_chosen("shares", shares, SHARES), _chosen("descriptors", descriptors, DESCRIPTORS))
-
-    processor = Processor(layout, tokenizer, (_FAMILY,), resize)
+    processor = Processor(config.layout, tokenizer, (_FAMILY,), resize)
     try:
-        arrays = [_prompt_arrays(processor, index, prompt) for index, prompt in enumerate(prompts)]
+        arrays = [_prompt_arrays(processor, i, prompt, template) for i, prompt in enumerate(prompts)]
     except ValueError as error:
         raise UserError(str(error)) from error
-    dense_size = -(-max(len(row["tokens"]) for row in arrays) // _BUCKET) * _BUCKET
+    bucket = _bucket(arrays)
+    top_ks = sorted(set(default_top_ks(bucket.regions) if top_ks is None else top_ks))
+    if not top_ks or not 1 <= top_ks[0] <= top_ks[-1] <= bucket.regions:
+        raise UserError(f"top_ks={top_ks} must lie between 1 and {bucket.regions}, the regions of an image.")
     generator = Generator(MLLM(config), max_tokens, tokenizer.end_id)
     answers, dense_entries = [], []
     outcomes: dict[tuple[_Setting, int], list[_Outcome]] = {(s, k): [] for s in settings for k in top_ks}
     for prompt_arrays in arrays:
-        answers.append(_dense_answer(generator, params, prompt_arrays, layout.regions, dense_size))
-        row = _with_answer(prompt_arrays, answers[-1], layout.regions, dense_size, max_tokens)
+        answers.append(_dense_answer(generator, params, prompt_arrays, bucket))
+        row = _with_answer(prompt_arrays, answers[-1], bucket, max_tokens)
         dense, entries = _dense_pass(config, params, row)
         dense_entries.append(float(entries))
         for (setting, top_k), measured in outcomes.items():
@@ -288,8 +308,8 @@ def compare(
     rows = [asdict(setting) | {"top_k": k} | _summary(of, whole) for (setting, k), of in outcomes.items()]
     return {
         "model": to_dict(config),
-        "regions": layout.regions,
-        "visual_tokens": layout.tokens,
+        "regions": bucket.regions,
+        "visual_tokens": max(int((row["visual_src"] >= 0).sum()) for row in arrays),
         "prompts": [
             {"name": p.name, "question": p.question, "answer": tokenizer.decode(a, skip_special=True)}
             for p, a in zip(prompts, answers, strict=True)

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.convert.load import load, one_device
 from gaze_jax.core.routing import Routing
 from gaze_jax.data.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor
+from gaze_jax.data.template import ChatTemplate
+from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare as module
 from gaze_jax.evaluate.compare import compare, default_top_ks, plot, require_matplotlib, table
 from gaze_jax.evaluate.prompts import Prompt
-from tests.helpers import models
+from tests.helpers import models, multimodal
 from tests.helpers.experiments import tiny_experiment
 
 MODEL = tiny_experiment().model  # 4x4 tokens in 4 regions of 2x2, one context token
@@ -57,9 +60,10 @@ def answered(prompt, index=0):
     """The row that is measured, and the answer in it."""
     layout = MODEL.layout
     arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",)), index, prompt)
+    bucket = dataclasses.replace(module._bucket([arrays]), dense=160)
     generator = module.Generator(module.MLLM(MODEL), TOKENS, TOKENIZER.end_id)
-    answer = module._dense_answer(generator, peaky(), arrays, layout.regions, 160)
-    return module._with_answer(arrays, answer, layout.regions, 160, TOKENS), answer
+    answer = module._dense_answer(generator, peaky(), arrays, bucket)
+    return module._with_answer(arrays, answer, bucket, TOKENS), answer
 
 
 def test_the_report_has_a_row_for_every_setting_and_is_json(report):
@@ -253,3 +257,26 @@ def test_without_matplotlib_the_plot_says_what_to_install(monkeypatch, tmp_path)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'gaze-jax\[plot\]'"):
         plot({"rows": []}, tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "cambrian_s"])
+def test_a_published_layout_is_compared_with_its_own_template(family, tmp_path):
+    """Tiles and newlines: images of two sizes, and all regions equal dense attention."""
+    found = load(multimodal.write(family, tmp_path), one_device())
+    photos = [
+        np.random.default_rng(i).integers(256, size=(30 + 20 * i, 90, 3), dtype=np.uint8) for i in range(2)
+    ]
+    prompts = [Prompt(str(i), photo, "What is this?") for i, photo in enumerate(photos)]
+    report = compare(
+        found.config,
+        found.params,
+        Tokenizer(found.tokenizer),
+        prompts,
+        shares=("head",),
+        descriptors=("mean",),
+        max_tokens=3,
+        template=ChatTemplate.load(found.files),
+    )
+    whole = [row for row in report["rows"] if row["top_k"] == report["regions"]]
+    assert whole and all(row["kl"] < 1e-6 and row["top1"] == 1 for row in whole)
+    assert report["visual_tokens"] > 72, "tiles beside the whole image"

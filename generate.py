@@ -11,12 +11,14 @@ python generate.py --workdir=runs/digits --image=runs/digits/scene.png \\
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 from absl import flags
 
 from gaze_jax import cli
+from gaze_jax.core.layout import NEWLINES
 from gaze_jax.data.images import read_image
 from gaze_jax.data.video import Clip, Sampling, open_video
 from gaze_jax.errors import UserError
@@ -24,6 +26,7 @@ from gaze_jax.evaluate.run import load, routing_layer
 from gaze_jax.infer.answer import ask
 from gaze_jax.infer.chat import SAMPLING, Assistant, Said, Talk, check_question
 from gaze_jax.viewer.answer_sheet import answer_sheet, most_looked_at, pictures_of, title_of, unit_sheets
+from pallas_kernels.spec import SHARES
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of train.py.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a Hugging Face directory.")
@@ -36,6 +39,14 @@ _MAX_FRAMES = flags.DEFINE_integer("max_frames", None, "Most frames of a video t
 _FOLDER_FPS = flags.DEFINE_float("folder_fps", 1.0, "Frames per second that a folder of frames has.")
 _OUT = flags.DEFINE_string("out", None, "Write the picture to this PNG file.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Regions per query; default: what the model is configured for.")
+_SHARE = flags.DEFINE_enum("share", None, SHARES, "Who selects: each query head, or each kv head's group.")
+_REGION = flags.DEFINE_list("region", None, "Target size of an image's regions in tokens, such as 7,7.")
+_VIDEO_REGION = flags.DEFINE_list(
+    "video_region", None, "The same of a video, with frames first, such as 2,4,8."
+)
+_NEWLINES = flags.DEFINE_enum(
+    "newlines", None, NEWLINES, "Read all newlines, or route them with their regions."
+)
 _LAYER = flags.DEFINE_integer(
     "layer", None, "Layer of the picture; default: the best of eval.json, or all of a checkpoint."
 )
@@ -45,7 +56,8 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest tok
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _RESIZE = flags.DEFINE_bool("resize", False, "Squash an image of another size to the tower's.")
 
-_OF_CHECKPOINTS = (_VIDEO, _SYSTEM, _FPS, _MAX_FRAMES, _FOLDER_FPS, _UNITS)
+_OF_GAZE = {"share": _SHARE, "region": _REGION, "video_region": _VIDEO_REGION, "newlines": _NEWLINES}
+_OF_CHECKPOINTS = (_VIDEO, _SYSTEM, _FPS, _MAX_FRAMES, _FOLDER_FPS, _UNITS, *_OF_GAZE.values())
 
 
 def _ask_run(workdir: str) -> None:
@@ -90,15 +102,30 @@ def _open_videos(style: str) -> list[Clip]:
     return [open_video(name, sampling, frames_fps=_FOLDER_FPS.value) for name in _VIDEO.value]
 
 
+def _gaze() -> dict[str, Any]:
+    """Fields of ``GazeConfig`` that the flags choose."""
+    chosen: dict[str, Any] = {}
+    for name, holder in _OF_GAZE.items():
+        value: Any = holder.value
+        if isinstance(value, list):
+            if not all(side.isdigit() for side in value):
+                raise UserError(f"--{name}={','.join(value)} must be numbers with commas between them.")
+            value = tuple(int(side) for side in value)
+        if value is not None:
+            chosen[name] = value
+    return chosen
+
+
 def _chat(checkpoint: str) -> None:
     """Print the answers as they come and, with --out, draw them."""
     cli.refuse_flags((_RESIZE,), "is for --workdir; a checkpoint has its own way with images")
     if not _QUESTION.value:
         raise UserError("There is no question; ask one with --question.")
     check_question(_QUESTION.value[0], len(_IMAGE.value), len(_VIDEO.value))
+    gaze = _gaze()
     images = [read_image(name) for name in _IMAGE.value]
     _open_videos("square")  # what cannot be opened is said before the checkpoint is read
-    assistant = Assistant.load(Path(checkpoint))
+    assistant = Assistant.load(Path(checkpoint)).looking(**gaze)
     clips = _open_videos(assistant.layout.views.style)
     top_k = assistant.config.gaze.top_k if _TOP_K.value is None else _TOP_K.value
     if _OUT.value is not None and top_k is None:

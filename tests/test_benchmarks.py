@@ -1,13 +1,21 @@
 """The benchmarks of the attention ops: dry runs, and the figures that they derive."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, prefill, timing, tune_decode
+from benchmarks import decode, layouts, prefill, timing, tune_decode
 from gaze_jax.core import accounting
+from gaze_jax.core.regions import slot_fill
+from gaze_jax.core.streams import Kind
+from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.data.processor import Processor, process
+from gaze_jax.data.sample import Image, Sample, Video
+from gaze_jax.models.published import MODELS
 from pallas_kernels import dispatch
 
 
@@ -186,3 +194,28 @@ def test_regions_drawn_are_distinct_and_drawn_anew():
     assert picks.shape == (3, 4, 5) and picks.min() >= 0 and picks.max() < 20
     assert all(len(set(row)) == 5 for row in picks.reshape(-1, 5).tolist())
     assert len({tuple(sorted(row)) for row in picks.reshape(-1, 5).tolist()}) > 6
+
+
+def test_layouts_are_those_of_real_arrays_and_presets_waste_little():
+    """Counts from sizes alone equal what the processor makes of pixels; the committed table is this one."""
+    found = list(layouts.rows())
+    committed = json.loads(Path("benchmarks/results/layouts.json").read_text())
+    assert committed["rows"] == json.loads(json.dumps(found))
+    assert min(row["slot_fill"] for row in found) >= layouts.LEAST_FILL
+    photo, frames = np.zeros((480, 640, 3), np.uint8), np.zeros((16, *layouts.FRAME, 3), np.uint8)
+    for family in ("llava-onevision", "cambrian-s"):
+        for newlines in ("dense", "region"):
+            layout = dataclasses.replace(MODELS[layouts.FAMILIES[family]].layout, newlines=newlines)
+            processor = Processor(layout, build_tokenizer(), ("a",))
+            for part, name in ((Image(0), "photo 640x480"), (Video(0), "16 frames 1280x720")):
+                arrays = process(processor, Sample(0, (photo,), (part,), "a", (frames,)))
+                (row,) = (
+                    row
+                    for row in found
+                    if (row["family"], row["shown"], row["newlines_in"]) == (family, name, newlines)
+                )
+                valid = arrays["visual_src"] >= 0
+                assert (row["tokens"], row["regions"], row["slots"]) == (valid.sum(), *valid.shape)
+                assert row["slot_fill"] == pytest.approx(slot_fill(arrays["visual_src"]))
+                assert row["newlines"] == (arrays["kind"] == Kind.NEWLINE).sum()
+                assert row["views"] == arrays["visual_unit"].max() + 1

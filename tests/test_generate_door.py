@@ -39,6 +39,7 @@ def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
         "--max_tokens=4",
     ]
     flags += [f"--out={picture}", "--units=3", "--temperature=0.8", "--seed=2"]
+    flags += ["--share=group", "--region=3,3", "--video_region=2,3,3", "--newlines=region"]
     checkpoint = multimodal.write(family, tmp_path / "checkpoint")
     out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
     assert not err

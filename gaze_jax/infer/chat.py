@@ -101,6 +101,22 @@ class Assistant:
         ends = frozenset({tokenizer.end_id, *_stated_ends(found.files)})
         return cls(config, found.params, tokenizer, ChatTemplate.load(found.files), ends)
 
+    def looking(self, **fields: Any) -> "Assistant":
+        """The same assistant with other fields of its ``GazeConfig``; parameters do not depend on most.
+
+        Raises:
+          UserError: a value is out of range, or the field decides which parameters there are.
+        """
+        if "context_tokens" in fields:
+            raise UserError("context_tokens are parameters of the checkpoint; convert it with others.")
+        try:
+            gaze = dataclasses.replace(self.config.gaze, **fields)
+            config = dataclasses.replace(self.config, gaze=gaze)
+            _ = config.layout  # checks it
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return dataclasses.replace(self, config=config)
+
 
 def _stated_ends(directory: Path) -> Collection[int]:
     """The end tokens that generation_config.json names, if it is there."""

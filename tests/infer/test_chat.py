@@ -229,3 +229,23 @@ def test_checkpoints_that_cannot_be_talked_to(tmp_path):
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         Assistant.of(dataclasses.replace(found, files=tmp_path), Path("DIR"))
+
+
+def test_how_it_looks_can_be_chosen_when_it_runs():
+    """Slabs of frames, routed newlines and shared selections, without another checkpoint."""
+    one = assistant("cambrian_s")
+    plain = Talk(one, QUESTION, videos=[FRAMES], top_k=1)
+    other = one.looking(video_region=(2, 3, 3), newlines="region", share="group")
+    slabs = Talk(other, QUESTION, videos=[FRAMES], top_k=1)
+    assert len(plain.units) == len(slabs.units) == 4
+    assert (plain.regions, slabs.regions) == (4, 2)
+    (said,) = slabs.answer(1)
+    assert said.selected.shape == (3, 2, 2)
+    for wrong, sentence in (
+        ({"share": "x"}, "gaze.share='x' must be one of"),
+        ({"region": (9, 9)}, "is larger than the tower's 6x6 token grid"),
+        ({"video_region": (1, 2)}, "must be three sizes"),
+        ({"context_tokens": 1}, "are parameters of the checkpoint"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            one.looking(**wrong)

@@ -289,10 +289,11 @@ def test_a_varying_frame_rate_is_sampled_by_index(tmp_path):
 
 def test_an_edit_list_shows_what_players_show(tmp_path):
     """Of a trimmed MP4 the frames before the cut are decoded and neither counted nor returned."""
-    file = write_video(tmp_path / "whole.mp4", FRAMES, bf="3")
+    file = write_video(tmp_path / "whole.mp4", FRAMES, bf="3", sc_threshold="0")
     cut = remux(file, tmp_path / "cut.mp4", shift=-16, container={"avoid_negative_ts": "disabled"})
     with av.open(str(cut)) as file:
         assert file.streams.video[0].frames == FRAMES  # what the header says
+        assert any(packet.is_discard for packet in file.demux(video=0))
     clip = open_video(cut, Sampling())
     assert numbers(clip) == list(range(16, 60))
     assert (clip.frames, clip.times[0]) == (44, 0.0)
@@ -352,7 +353,8 @@ def test_a_video_is_turned_the_way_its_camera_was(matrix, shown, tmp_path):
 
 def test_a_video_at_a_slant_is_refused(tmp_path):
     """Nothing is resampled behind the user's back."""
-    refuse(turn(write_video(tmp_path / "video.mp4", 3), (0.7, 0.7, -0.7, 0.7)), "at a slant")
+    for matrix in ((0.7, 0.7, -0.7, 0.7), (0.98, 0.17, -0.17, 0.98), (0.0, 0.0, 0.0, 0.0)):
+        refuse(turn(write_video(tmp_path / "video.mp4", 3), matrix), "at a slant")
 
 
 def test_frames_without_time_stamps_are_counted(folder, monkeypatch):
@@ -473,12 +475,12 @@ def test_a_matroska_file_of_unknown_length_is_read_and_checked(tmp_path):
         refuse(file, "is cut short")
 
 
-def cut_at_a_packet(tmp_path, packets):
-    """An MP4 with its index at the front whose data end behind this many packets, and say so."""
+def cut_at_a_packet(tmp_path, packets, less=0):
+    """An MP4, index first, whose data end behind this many packets, or ``less`` bytes earlier, and say so."""
     file = write_video(tmp_path / "video.mp4", FRAMES, bf="3", container={"movflags": "faststart"})
     with av.open(str(file)) as opened:
         ends = [packet.pos + packet.size for packet in opened.demux(video=0) if packet.size]
-    data = bytearray(file.read_bytes())[: ends[packets - 1]]
+    data = bytearray(file.read_bytes())[: ends[packets - 1] - less]
     at = data.index(b"mdat") - 4
     data[at : at + 4] = (len(data) - at).to_bytes(4, "big")
     file.write_bytes(data)
@@ -489,6 +491,11 @@ def cut_at_a_packet(tmp_path, packets):
 def test_fewer_packets_than_the_header_says_are_refused(packets, tmp_path):
     """Both numbers are in the sentence."""
     refuse(cut_at_a_packet(tmp_path, packets), f"says 60 frames and {packets} are there")
+
+
+def test_a_packet_that_is_cut_is_refused(tmp_path):
+    """Also the last one, with nothing else missing."""
+    refuse(cut_at_a_packet(tmp_path, FRAMES, less=3), "is damaged or cut short")
 
 
 def spoil(file, packet, target):

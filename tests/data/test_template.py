@@ -69,8 +69,10 @@ def test_the_environment_of_templates_is_that_of_transformers():
   {{ bos_token }}|{{ pad_token }}|{{ m.role }}|{{ m | tojson }}|{{ {'b': '<&>'} | tojson(indent=1) }}
         {% endgeneration %}
     {% endfor %}{{ strftime_now('%Y') }}{{ dict(a=2)['a'] }}{{ tools is none }}{{ namespace(x=3).x }}
+    {{ messages[0].name is defined }}
     """
     turns = as_dicts((QUESTION, ANSWER, AGAIN, BLACK, QUESTION), "qwen3")
+    turns[0]["name"] = None
     backend = hf("qwen3")
     expected = backend.apply_chat_template(turns, chat_template=source, tokenize=False)
     made = ChatTemplate(source, backend.special_tokens_map)

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from gaze_jax.core.layout import VisualLayout
-from gaze_jax.core.streams import IGNORE
+from gaze_jax.core.layout import ViewConfig, VisualLayout
+from gaze_jax.core.streams import IGNORE, NEWLINE
 from gaze_jax.data.packing import MIXED, pack
 from gaze_jax.data.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.processor import PADDING, Processor, pad_to, process
-from gaze_jax.data.sample import Box, Image, Sample, Text
+from gaze_jax.data.sample import Box, Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END
 
 # 3x3 tokens in regions of 2x2: full, partial and empty slots.
@@ -146,3 +146,58 @@ def test_a_sample_padded_in_its_units_alone_is_refused():
     padded = pad_to(one, regions=len(one["visual_src"]), dense=len(one["tokens"]), images=2)
     with pytest.raises(ValueError, match="padded"):
         pack([padded, make(2, 1)])
+
+
+# Tiles, pooling and routed newlines: tokens that are sums of several tower tokens of several images.
+VIEWS = ViewConfig("cambrian_s", canvases=((6, 6), (6, 12)), image_side=2, frame_side=2)
+POOLED = Processor(
+    VisualLayout(6, 2, (2, 2), 1, views=VIEWS, newlines="region"), build_tokenizer(), FAMILIES, True
+)
+
+
+def make_pooled(number, images):
+    """As :func:`make`, with images of a shape that takes two tiles and, if ``images`` is 0, a video."""
+    rng = np.random.default_rng(number)
+    pixels = tuple(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8) for _ in range(images))
+    video = rng.integers(0, 256, (3, 9, 9, 3), dtype=np.uint8)
+    parts = [
+        Text("Read. " * number),
+        *map(Image, range(images)),
+        *([] if images else [Video(0)]),
+        Text("Where?"),
+    ]
+    return process(POOLED, Sample(number, pixels, tuple(parts), "read", (video,)))
+
+
+def look_pooled(arrays):
+    """What each visual slot shows, newlines as -7: mean colours of patches, mixed as the decoder does."""
+    images = arrays["images"]
+    patches = images.reshape(len(images), GRID, 2, GRID, 2, 3).mean(axis=(2, 4)).reshape(-1, 3)
+    taps, weights = arrays["visual_taps"], arrays["visual_weights"]
+    mixed = (patches[np.maximum(taps, 0)] * weights[..., None]).sum(axis=-2)
+    return np.where((taps[..., 0] == NEWLINE)[..., None], -7, mixed)
+
+
+def test_a_pack_of_pooled_samples_shows_what_each_shows():
+    """Taps move with the images that they point to, newlines stay, and regions of all sizes share P."""
+    samples = [make_pooled(1, 1), make_pooled(2, 0), make_pooled(3, 2)]
+    assert len({len(arrays["images"]) for arrays in samples}) == 2
+    row = pack(samples, image_tokens=TOKENS)
+    for number, arrays in enumerate(samples):
+        mine = row["region_segment"] == number
+        valid = arrays["visual_src"] >= 0
+        shown = look_pooled(row)[mine][:, : valid.shape[1]]
+        np.testing.assert_allclose(shown[valid], look_pooled(arrays)[valid], atol=1e-6)
+        assert (row["visual_src"][mine][:, valid.shape[1] :] == -1).all()
+        assert (look_pooled(arrays)[valid] == -7).any()
+    assert len(np.unique(row["visual_src"][row["visual_src"] >= 0])) == (row["visual_src"] >= 0).sum()
+    assert row["visual_unit"].max() + 1 == sum(arrays["visual_unit"].max() + 1 for arrays in samples)
+    padded = pad_to(row, regions=40, dense=60, images=12, slots=9)
+    assert padded["visual_taps"].shape == padded["visual_weights"].shape == (40, 9, 4)
+    assert (padded["visual_weights"][padded["visual_src"] < 0] == 0).all()
+
+
+def test_pooled_samples_are_packed_by_the_tokens_of_an_image():
+    """Which they do not know themselves."""
+    with pytest.raises(ValueError, match=r"give layout\.tokens"):
+        pack([make_pooled(1, 1), make_pooled(2, 1)])

@@ -18,7 +18,7 @@ from gaze_jax.convert.checkpoint import Config, numpy_dtype
 from gaze_jax.convert.families import FAMILIES, decoder_family, joint_rules
 from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import Tensor
-from gaze_jax.convert.source import CONFIG, TOWER, UNUSED, PartConfig, cast, read_config
+from gaze_jax.convert.source import CONFIG, UNUSED, PartConfig, cast, read_config
 from gaze_jax.convert.table import Family, Rule
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
@@ -117,10 +117,8 @@ def _part_entries(
 ) -> dict[str, _Entry]:
     """Every tensor of a part by canonical name."""
     entries: dict[str, _Entry] = {}
-    elsewhere = isinstance(config, MLLMConfig) and "vision" in model.sources
     for rule in family.rules(config):
-        if not (elsewhere and rule.leaf.startswith(TOWER)):
-            entries |= _of_rule(model, rule, dtype)
+        entries |= _of_rule(model, rule, dtype)
     for name, original in family.implied(config).items():
         entries[name] = entries[original]
     if beside is None:

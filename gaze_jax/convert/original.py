@@ -65,6 +65,7 @@ class Original:
       decoder: a callable (tokens, attention_mask=) whose result has ``logits``.
       layers: of the decoder, modules.
       tower: a SiglipVisionModel.
+      feature_layer: index into its hidden states of what the projector reads.
       projector: a module, from its features to the decoder's width.
       newline: a tensor of that width.
     """
@@ -72,6 +73,7 @@ class Original:
     decoder: Any
     layers: Any
     tower: Any
+    feature_layer: int
     projector: Any
     newline: Any
 
@@ -99,6 +101,7 @@ def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> 
             whole,
             inner.language_model.layers,
             inner.vision_tower,
+            whole.config.vision_feature_layer,
             inner.multi_modal_projector,
             inner.image_newline,
         )
@@ -149,8 +152,11 @@ def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tow
     )
     projector[0].load_state_dict(parts["first"], strict=True)
     projector[2].load_state_dict(parts["second"], strict=True)
-    found = load_tower(vision) if vision is not None else _tower(parts["tower"], tower)
-    return Original(decoder, decoder.model.layers, found, projector, parts["newline"][""])
+    if vision is None:
+        found, feature_layer = _tower(parts["tower"], tower), -1  # their code deletes the last layer
+    else:
+        found, feature_layer = load_tower(vision), -2
+    return Original(decoder, decoder.model.layers, found, feature_layer, projector, parts["newline"][""])
 
 
 def _tower(tensors: dict[str, Any], config: VisionConfig) -> Any:

@@ -131,12 +131,18 @@ def _pixels(config: VisionConfig, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
 
 
-def _features(tower: Any, config: VisionConfig, pixels: np.ndarray) -> Any:
-    """What transformers' tower makes of ``pixels``, a tensor [2, tokens, width]."""
+def _features(tower: Any, pixels: np.ndarray, layer: int | None) -> Any:
+    """What transformers' tower makes of ``pixels``, a tensor [2, tokens, width].
+
+    Args:
+      tower: of transformers.
+      pixels: see :func:`_pixels`.
+      layer: which hidden state; None is the last one after the final LayerNorm.
+    """
     torch, _ = import_torch()
     with torch.no_grad():
         out = tower(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    return out.last_hidden_state if config.post_norm else out.hidden_states[config.depth]
+    return out.last_hidden_state if layer is None else out.hidden_states[layer]
 
 
 def _tower_stage(config: VisionConfig, params: Tree, pixels: np.ndarray, theirs: Any) -> Stage:
@@ -154,7 +160,8 @@ def verify_tower(directory: Path, config: VisionConfig, params: Tree, *, seed: i
       seed: of the pixels.
     """
     pixels = _pixels(config, seed)
-    return [_tower_stage(config, params, pixels, _features(load_tower(directory), config, pixels))]
+    layer = None if config.post_norm else config.depth
+    return [_tower_stage(config, params, pixels, _features(load_tower(directory), pixels, layer))]
 
 
 def verify_whole(
@@ -170,7 +177,7 @@ def verify_whole(
     """
     original = load_original(directory, vision, config.tower)
     pixels = _pixels(config.tower, seed)
-    features = _features(original.tower, config.tower, pixels)
+    features = _features(original.tower, pixels, original.feature_layer)
     model = MLLM(dataclasses.replace(config, dtype="float32"))
     ours = np.asarray(_run_encode(model, params, pixels[None]))
     projected = np.asarray(original.projector(features).detach()).reshape(ours.shape)

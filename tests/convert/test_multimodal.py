@@ -161,7 +161,14 @@ def test_text_through_the_whole_model(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", ["transformers 4", "LLaVA-NeXT, tied", "Cambrian-S, wrapped", "Cambrian-S, no tower"]
+    "layout",
+    [
+        "transformers 4",
+        "transformers 5, a layer early",
+        "LLaVA-NeXT, tied",
+        "Cambrian-S, wrapped",
+        "Cambrian-S, no tower",
+    ],
 )
 def test_verify_reports_every_stage(layout):
     """Tower, projector, newline and every layer of the decoder, against the original's own tensors."""

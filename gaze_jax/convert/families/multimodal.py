@@ -110,7 +110,9 @@ def named_tower(name: str, given: VisionConfig | None, fields: Fields) -> Vision
             f"{', '.join(TOWERS)}; give a directory whose config.json does with --vision."
         )
     if published not in (None, tower):
-        raise UserError(f"--vision describes {tower} but {fields.where} names {name}, which is {published}.")
+        raise UserError(
+            f"{tower} is not the tower {name} that {fields.where} names, which is {published}; give that one."
+        )
     width = fields.get("mm_hidden_size", int, tower.width)
     if width != tower.width:
         raise UserError(

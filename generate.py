@@ -2,7 +2,7 @@
 
 python generate.py --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.png
     a multimodal checkpoint: converted, or a Hugging Face directory as it is. --image, --video and --question
-    may be repeated; a question may name media in place with <image> and <video>, further ones go on
+    may be repeated: further questions go on with the conversation
 
 python generate.py --workdir=runs/digits --image=runs/digits/scene.png \\
     --question="Which digit is in row 2, column 3?" --out=answer.png

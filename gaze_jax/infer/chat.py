@@ -137,7 +137,7 @@ def check_question(question: str, images: int, videos: int) -> None:
     """Refuse a question whose tags do not fit the media; costs nothing, so it can come before a load.
 
     Args:
-      question: may name media in place with ``<image>`` and ``<video>``; without a tag they come first.
+      question: may hold a tag ``<image>`` or ``<video>`` for each; without any, media come first.
       images, videos: how many there are.
 
     Raises:

@@ -19,7 +19,8 @@ VIDEO_FORMATS = ("MP4", "MOV", "MKV", "WEBM", "AVI")
 # ISO media files whose brand says that they hold pictures.
 _STILLS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"crx ", b"jxl ")
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_BOXES = (*_FIRST_BOXES, b"moof", b"styp", b"sidx", b"mfra", b"uuid", b"meta", b"udta")
+_LATER_BOXES = (b"moof", b"mfra", b"styp", b"sidx", b"ssix", b"emsg", b"prft", b"pdin", b"uuid", b"meta")
+_BOXES = _FIRST_BOXES + _LATER_BOXES
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 _ENTERED = (_SEGMENT, _CLUSTER)
 
@@ -74,7 +75,9 @@ def read_head(name: str) -> bytes:
 def check_whole(name: str, kind: str) -> None:
     """Compare a video file with the sizes that its container states.
 
-    MP4 and MOV state the size of every box, Matroska and WebM of every element, AVI of every RIFF chunk.
+    MP4 and MOV state the size of every box, Matroska and WebM of every element, AVI of every RIFF chunk. What
+    was written piece by piece, a fragmented MP4 or a Matroska segment of unknown size, counts as whole where
+    it ends between two pieces.
 
     Args:
       name: path of the file.

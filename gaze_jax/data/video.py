@@ -180,11 +180,14 @@ class Clip:
 
 
 def open_video(path: str | os.PathLike[str], sampling: Sampling, *, frames_fps: float = 1.0) -> Clip:
-    """Open a video and choose its frames; only the first one is decoded here.
+    """Open a video and choose its frames.
+
+    Of a video file every packet is listed and the first frame decoded; of an AVI, whose frames bear no time
+    stamps, all are decoded once to count them.
 
     Args:
-      path: a video file, of which every packet is listed; a GIF or WEBP that moves; or a folder of images,
-        one frame each, ordered by name with numbers in them as numbers.
+      path: a video file, a GIF or WEBP that moves, or a folder of images, one frame each, ordered by name
+        with numbers in them as numbers.
       sampling: which frames to take.
       frames_fps: frames per second of a folder, which cannot say so itself.
 
@@ -199,9 +202,8 @@ def open_video(path: str | os.PathLike[str], sampling: Sampling, *, frames_fps: 
         indices = sample_indices(len(source.times), source.fps, sampling)
     except UserError as error:
         raise UserError(f"Video {name!r}: {error}") from error
-    first = next(source.read(np.zeros(1, np.int64)))
-    height, width = first.shape[:2]
-    return Clip(name, indices, source.times[indices], source.fps, (height, width), len(source.times), source)
+    times = source.times
+    return Clip(name, indices, times[indices], source.fps, source.size, len(times), source)
 
 
 def _source(name: str, frames_fps: float) -> Source:

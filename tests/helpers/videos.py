@@ -4,9 +4,19 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pytest
 from PIL import Image
 
+from gaze_jax.data.video import Sampling, open_video
+from gaze_jax.errors import UserError
+
+EVERY = Sampling()
+
 SIZE = (48, 64)
+FRAMES = 60
+FILES = ("mp4", "fragmented.mp4", "mov", "mkv", "webm", "avi", "h264.avi")
+KINDS = (*FILES, "gif", "webp", "folder")
+_CODECS = {"webm": ("libvpx", {"deadline": "realtime", "cpu-used": "8"}), "avi": ("mpeg4", {"bf": "2"})}
 
 
 def bars(number, size=SIZE):
@@ -59,6 +69,32 @@ def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, c
             file.mux(stream.encode(picture))
         file.mux(stream.encode())
     return path
+
+
+def write_kinds(path):
+    """A video of ``FRAMES`` bars, 10 per second, in every kind of file: ``video.KIND``; returns ``path``."""
+    for kind in KINDS[:-1]:
+        codec, options = _CODECS.get(kind, ("libx264", {"bf": "3"}))
+        pieces = {"movflags": "frag_keyframe+empty_moov"} if "frag" in kind else {}
+        write_video(path / f"video.{kind}", FRAMES, codec=codec, container=pieces, **options)
+    (path / "video.folder").mkdir()
+    for index in range(FRAMES):
+        Image.fromarray(bars(index)).save(path / "video.folder" / f"frame{index}.png")
+    return path
+
+
+def open_kind(path, kind, sampling):
+    """Open one of the files of ``write_kinds``."""
+    return open_video(path / f"video.{kind}", sampling, frames_fps=10.0)
+
+
+def refuse(path, match, sampling=EVERY):
+    """Opening or reading fails with one sentence that names the file."""
+    with pytest.raises(UserError, match=match) as error:
+        list(open_video(path, sampling))
+    assert repr(str(path)) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(".")
 
 
 def remux(source, target, *, skip=0, shift=0, container=None):

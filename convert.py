@@ -38,7 +38,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "With --llm: of the new parameters.")
 
 def _gaze() -> GazeConfig:
     sides = _REGION.value
-    if len(sides) != 2 or not all(side.isdigit() for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
         raise UserError(f"--region={','.join(sides)} must be two numbers of tokens, such as 6,6.")
     try:
         region = (int(sides[0]), int(sides[1]))

@@ -60,6 +60,8 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(media):
         "looks like a URL": ["--image=https://example.org/cat.png", ASK],
         "has more pixels than the limit": [f"--image={media / 'huge.png'}", ASK],
         "The question is empty": [film, "--question="],
+        "--fps has no effect without --video": [photo, ASK, "--fps=1"],
+        "lies in a folder that does not exist": [photo, ASK, "--top_k=1", "--out=/nowhere/answer.png"],
     }
     found, waiting = {}, list(cases.items())
     while waiting:  # two at a time

@@ -153,7 +153,9 @@ def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tow
     projector[0].load_state_dict(parts["first"], strict=True)
     projector[2].load_state_dict(parts["second"], strict=True)
     if vision is None:
-        found, feature_layer = _tower(parts["tower"], tower), -1  # their code deletes the last layer
+        found = _tower(parts["tower"], tower)
+        # Their code deletes the last layer before it saves; where a file has it all the same, on loading.
+        feature_layer = -2 if len(found.encoder.layers) == tower.depth + 1 else -1
     else:
         found, feature_layer = load_tower(vision), -2
     return Original(decoder, decoder.model.layers, found, feature_layer, projector, parts["newline"][""])

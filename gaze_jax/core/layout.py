@@ -38,7 +38,10 @@ class ViewConfig:
     frame_side: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "canvases", tuple((height, width) for height, width in self.canvases))
+        object.__setattr__(self, "canvases", tuple(tuple(canvas) for canvas in self.canvases))
+        for canvas in self.canvases:
+            if len(canvas) != 2 or min(canvas) < 1:
+                raise ValueError(f"views.canvases has {canvas}, which should be (height, width) in pixels.")
         if self.style not in STYLES:
             raise ValueError(f"views.style={self.style!r} must be one of {STYLES}.")
         numbers = {name: getattr(self, name) for name in ("max_tiles", "image_side", "frame_side")}

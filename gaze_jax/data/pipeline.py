@@ -151,3 +151,8 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> No
 def stack(rows: list[Arrays]) -> Arrays:
     """Stack padded rows into a batch."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def prompt_length(tokens: int) -> int:
+    """The multiple of 16 that a prompt of so many dense tokens is padded to, so that few lengths compile."""
+    return -(-tokens // 16) * 16

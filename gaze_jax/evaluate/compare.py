@@ -25,7 +25,7 @@ from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.data.chat import Parts, conversation_parts, default_system
 from gaze_jax.data.messages import Message
-from gaze_jax.data.pipeline import Bucket, stack
+from gaze_jax.data.pipeline import Bucket, prompt_length, stack
 from gaze_jax.data.processor import Arrays, Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text
 from gaze_jax.data.template import ChatTemplate
@@ -41,7 +41,6 @@ from pallas_kernels.spec import SHARES
 Array = jax.Array
 
 _FAMILY = "compare"
-_BUCKET = 16  # prompts are padded to a multiple of this
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _AFTER = "\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -165,7 +164,7 @@ def _bucket(arrays: Sequence[Arrays]) -> Bucket:
     """Sizes that every prompt fits."""
     return Bucket(
         regions=max(len(row["visual_src"]) for row in arrays),
-        dense=-(-max(len(row["tokens"]) for row in arrays) // _BUCKET) * _BUCKET,
+        dense=prompt_length(max(len(row["tokens"]) for row in arrays)),
         images=max(len(row["images"]) for row in arrays),
         slots=max(row["visual_src"].shape[1] for row in arrays),
     )
@@ -262,10 +261,10 @@ def compare(
 
     Returns:
       What is JSON-ready: "model" (the config), "regions" and "visual_tokens" of the largest prompt, "prompts"
-      with their dense answers, "answer_tokens" of all answers, "date", "device", and "rows", one for every
-      setting and top_k. A row has "strategy", "descriptor" (None for oracle and random), "share", "top_k",
-      "entries" (visual keys per query, layer and head), "entries_share" of dense attention's, "kl" (of
-      the routed from the dense distribution, in nats) and "top1" (agreement), means over prompts of means
+      with their dense answers, "answer_tokens" of all answers, "template", "date", "device", and "rows", one
+      for every setting and top_k. A row has "strategy", "descriptor" (None for oracle and random), "share",
+      "top_k", "entries" (visual keys per query, layer and head), "entries_share" of dense attention's, "kl"
+      (of the routed from the dense distribution, in nats) and "top1" (agreement), means over prompts of means
       over an answer's tokens, and their 95 % intervals over prompts "kl_ci" and "top1_ci", None for a
       single prompt. Prompts about the same image are not independent either: an interval over few images
       is too narrow.
@@ -316,6 +315,7 @@ def compare(
         ],
         "answer_tokens": sum(len(answer) for answer in answers),
         "rows": rows,
+        "template": "ChatML" if template is None else template.name,
         "date": datetime.date.today().isoformat(),
         "device": describe_devices(),
     }

@@ -8,16 +8,16 @@ import numpy as np
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import Streams
-from gaze_jax.data.pipeline import stack
+from gaze_jax.data.pipeline import prompt_length, stack
 from gaze_jax.data.processor import Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.infer.generate import Generator, Params
+from gaze_jax.infer.session import check_sampling
 from gaze_jax.models import MLLM, MLLMConfig
 
 _FAMILY = "question"
-_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,7 @@ def ask(
     """
     if top_k is not None and not 1 <= top_k <= layout.regions:
         raise UserError(f"top_k={top_k} must be between 1 and {layout.regions}, the regions of the image.")
-    if max_tokens < 1 or not temperature >= 0:
-        raise UserError(
-            f"max_tokens={max_tokens} must be at least 1 and temperature={temperature} not negative."
-        )
+    check_sampling(max_tokens, temperature, seed)
     if not question.strip():
         raise UserError("The question is empty; ask something.")
     sample = Sample(0, (image,), (Image(0), Text(question.strip() + "\n")), _FAMILY)
@@ -81,7 +78,7 @@ def ask(
         arrays = process(Processor(layout, tokenizer, (_FAMILY,), resize), sample)
     except ValueError as error:
         raise UserError(str(error)) from error
-    dense = -(-len(arrays["tokens"]) // _BUCKET) * _BUCKET
+    dense = prompt_length(len(arrays["tokens"]))
     batch = stack([pad_to(arrays, regions=layout.regions, dense=dense, images=1)])
     generator = Generator(MLLM(config), max_tokens, tokenizer.end_id)
     found = jax.device_get(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from gaze_jax.data.units import Unit
 from gaze_jax.data.video import Sampling
 from gaze_jax.errors import UserError
 from gaze_jax.infer.generate import Params
-from gaze_jax.infer.session import Session
+from gaze_jax.infer.session import Session, check_sampling
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 
 _FAMILY = "chat"
 _NAME = "The question"
-# Stands for an answer while a template is asked what follows it. Unicode leaves it to private use.
-_ANSWER = "\ue000"
 _ROOM = 128  # tokens that follow before the cache has to grow
 _BROKEN = "\ufffd"  # how a tokenizer writes bytes that are no character yet
 
@@ -85,6 +83,10 @@ class Assistant:
         if isinstance(config, VisionConfig) or config.vision is None:
             kind = "an image tower" if isinstance(config, VisionConfig) else "a language model"
             raise UserError(f"{directory} is {kind} alone; give a multimodal checkpoint.")
+        if found.tokenizer is not None and found.files is None:
+            raise UserError(
+                f"{directory} is a run of train.py, whose models know no chat; ask it with --workdir."
+            )
         if found.tokenizer is None or found.files is None:
             raise UserError(
                 f"{directory} has no tokenizer.json, so no question can be read to it; add the file."
@@ -133,17 +135,30 @@ def _stated_ends(directory: Path) -> Collection[int]:
     return ends
 
 
-def check_question(question: str, images: int, videos: int) -> None:
-    """Refuse a question whose tags do not fit the media; costs nothing, so it can come before a load.
+def check_questions(questions: Sequence[str], images: int, videos: int) -> None:
+    """Refuse what :class:`Talk` would refuse of its questions; costs nothing, so it can come before a load.
 
     Args:
-      question: may hold a tag ``<image>`` or ``<video>`` for each; without any, media come first.
+      questions: in order. The first may hold a tag ``<image>`` or ``<video>`` for each of the media; without
+        any, media come first.
       images, videos: how many there are.
 
     Raises:
-      UserError: tags and media differ in number, or the question is empty.
+      UserError: there is no question or one is empty, tags and media differ in number, or a later question
+        shows media.
     """
-    _first_messages(question, images, videos, None)
+    if not questions:
+        raise UserError("There is no question; ask one.")
+    _first_messages(questions[0], images, videos, None)
+    for question in questions[1:]:
+        _check_further(question)
+
+
+def _check_further(question: str) -> None:
+    if TAG.search(question):
+        raise UserError("A later question shows media; show them with the first one, or begin anew.")
+    if not question.strip():
+        raise UserError("The question is empty; ask something.")
 
 
 def _first_messages(question: str, images: int, videos: int, system: str | None) -> tuple[Message, ...]:
@@ -155,6 +170,12 @@ def _first_messages(question: str, images: int, videos: int, system: str | None)
         "video": ["given"] * videos,
     }
     return from_llava(record, name=_NAME, system=system).messages
+
+
+def _unused(texts: Iterable[str]) -> str:
+    """A character that none of the texts has, from the range that Unicode leaves to private use."""
+    taken = set[str]().union(*texts)
+    return next(character for character in map(chr, range(0xE000, 0xF900)) if character not in taken)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,14 +199,15 @@ class Talk:
 
     Args:
       assistant: who answers.
-      question: the first one, see :func:`check_question`.
+      question: the first one, see :func:`check_questions`.
       images: uint8 [height, width, 3] each.
       videos: frames of each, uint8 [height, width, 3].
-      system: system prompt; None takes that of the model's style, "" none.
-      top_k: regions per query; None is dense attention.
+      system: system prompt, also an empty one; None takes that of the model's style.
+      top_k: regions per query; None is what the model is configured for, or all regions if it is more.
+      dense: attend to everything, whatever the model is configured for.
 
     Raises:
-      UserError: tags and media differ in number, the question cannot be read, or a number is out of range.
+      UserError: tags and media differ in number, the question cannot be read, or ``top_k`` is out of range.
     """
 
     def __init__(
@@ -197,11 +219,12 @@ class Talk:
         videos: Sequence[Frames] = (),
         system: str | None = None,
         top_k: int | None = None,
+        dense: bool = False,
     ) -> None:
         self._assistant = assistant
         if system is None:
             system = default_system(assistant.layout.views.style)
-        self._messages = _first_messages(question, len(images), len(videos), system or None)
+        self._messages = _first_messages(question, len(images), len(videos), system)
         # Other styles fit any image to the tower anyway.
         processor = Processor(assistant.layout, assistant.tokenizer, (_FAMILY,), resize=True)
         try:
@@ -211,12 +234,19 @@ class Talk:
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
-        self._session = Session(assistant.config, assistant.params, arrays, room=_ROOM, top_k=top_k)
+        configured = assistant.config.gaze.top_k
+        if top_k is None and configured is not None:
+            top_k = min(configured, len(arrays["visual_src"])) or None
+        self.top_k = None if dense else top_k
+        self._session = Session(assistant.config, assistant.params, arrays, room=_ROOM, top_k=self.top_k)
         self._unread: int | None = None  # the last token that was said, which no step has read yet
         self._waiting = True
 
     units: tuple[Unit, ...]
     """Where each view and frame is in the regions that :class:`Said` speaks of."""
+
+    top_k: int | None
+    """Regions per query; None is dense attention."""
 
     def _parts(self, messages: Sequence[Message]) -> Any:
         return conversation_parts(
@@ -234,6 +264,9 @@ class Talk:
     def ask(self, question: str) -> None:
         """Read a further question; only its own tokens are computed.
 
+        What was read and said stays as it was, also where the template would show it otherwise by now
+        (Qwen3's leaves the reasoning of earlier answers out).
+
         Raises:
           UserError: it shows media or is empty, or there is no answer yet.
         """
@@ -248,13 +281,12 @@ class Talk:
 
     def _following(self, question: str) -> tuple[list[int], tuple[Message, ...]]:
         """The tokens from the end of the last answer to the next, and the conversation up to there."""
-        if TAG.search(question):
-            raise UserError("A later question shows media; show them with the first one, or begin anew.")
-        if not question.strip():
-            raise UserError("The question is empty; ask something.")
-        messages = (*self._messages, Message("assistant", _ANSWER), Message("user", question))
+        _check_further(question)
+        asked = [message.text for message in self._messages]
+        mark = _unused([question, *asked, self._assistant.template.source])
+        messages = (*self._messages, Message("assistant", mark), Message("user", question))
         texts = [part.text for part in self._parts(messages) if isinstance(part, Text)]
-        _, found, tail = texts[-1].rpartition(_ANSWER)
+        _, found, tail = texts[-1].rpartition(mark)
         if not found:
             raise UserError(
                 f"{self._assistant.template.name} leaves the last answer out of what follows it, so the "
@@ -278,6 +310,7 @@ class Talk:
         """
         if not self._waiting:
             raise UserError("The last question was answered; ask another.")
+        check_sampling(max_tokens, temperature, seed)
         self._waiting = False
         self._session.grow(max_tokens)
         tokenizer, ends = self._assistant.tokenizer, self._assistant.end_ids

@@ -72,7 +72,7 @@ class Generator:
 
         Args:
           params: of the model.
-          images: float32 [B, F, image_size, image_size, 3].
+          images: float32 [B, N, image_size, image_size, 3], all that the tower reads.
           streams: prompts, one sample per row, any padding.
           top_k: regions per query, traced; None is dense attention.
           sample_id: int32 [B], matters to random routing only.

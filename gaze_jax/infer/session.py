@@ -15,7 +15,7 @@ import numpy as np
 
 from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.streams import Streams
-from gaze_jax.data.pipeline import stack
+from gaze_jax.data.pipeline import prompt_length, stack
 from gaze_jax.data.processor import pad_to
 from gaze_jax.errors import UserError
 from gaze_jax.infer.generate import Params, next_token
@@ -23,8 +23,6 @@ from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
 from gaze_jax.models.cache import with_room
 
 Array = jax.Array
-
-_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths compile
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="room")
@@ -82,7 +80,7 @@ class Session:
       config, params: of the model.
       arrays: of the first prompt, from ``data.processor.process``.
       room: tokens that may follow it, generated and read; :meth:`grow` makes more.
-      top_k: regions per query; None is dense attention.
+      top_k: regions per query; None is dense attention, as is anything where nothing is shown.
 
     Raises:
       UserError: ``top_k`` or ``room`` is out of range.
@@ -98,16 +96,17 @@ class Session:
         top_k: int | None,
     ) -> None:
         self.regions = len(arrays["visual_src"])
-        if top_k is not None and not 1 <= top_k <= max(self.regions, 1):
+        if top_k is not None and self.regions and not 1 <= top_k <= self.regions:
             raise UserError(
                 f"top_k={top_k} must be between 1 and {self.regions}, the regions of what is shown."
             )
+        top_k = top_k if self.regions else None  # nothing is shown, so there is nothing to select
         if room < 1:
             raise UserError(f"room={room} must be at least 1 token.")
         self._model, self._params = MLLM(config), params
         self._budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
         self._capacity = top_k
-        dense = -(-len(arrays["tokens"]) // _BUCKET) * _BUCKET
+        dense = prompt_length(len(arrays["tokens"]))
         padded = pad_to(dict(arrays), regions=self.regions, dense=dense, images=len(arrays["images"]))
         batch = {name: jnp.asarray(value) for name, value in stack([padded]).items()}
         streams = Streams.from_batch(batch)
@@ -131,7 +130,7 @@ class Session:
     def grow(self, tokens: int) -> None:
         """Make room for as many tokens; a larger cache is compiled for once."""
         if tokens > self.room:
-            more = -(-(tokens - self.room) // _BUCKET) * _BUCKET
+            more = prompt_length(tokens - self.room)
             self._cache = with_room(self._cache, self._model.config.gaze, more)
             self._end = self._cache.dense_order.shape[1]
 
@@ -176,10 +175,7 @@ class Session:
         Raises:
           UserError: a number is out of range, or there is no room.
         """
-        if max_tokens < 1 or not temperature >= 0:
-            raise UserError(
-                f"max_tokens={max_tokens} must be at least 1 and temperature={temperature} not negative."
-            )
+        check_sampling(max_tokens, temperature, seed)
         key, heat = jax.random.key(seed), jnp.asarray(temperature, jnp.float32)
         for t in range(max_tokens):
             token = int(_draw(self._logits, heat, jax.random.fold_in(key, t))[0])
@@ -187,6 +183,19 @@ class Session:
             if token in end_ids or t + 1 == max_tokens:
                 return
             self.feed([token])
+
+
+def check_sampling(max_tokens: int, temperature: float, seed: int) -> None:
+    """Refuse numbers that no answer can be generated with.
+
+    Raises:
+      UserError: one is out of range.
+    """
+    if max_tokens < 1 or not temperature >= 0 or not 0 <= seed < 2**32:
+        raise UserError(
+            f"max_tokens={max_tokens} must be at least 1, temperature={temperature} not negative and "
+            f"seed={seed} between 0 and 2**32 - 1."
+        )
 
 
 def _last(arrays: Mapping[str, np.ndarray], name: str) -> int:

@@ -43,7 +43,7 @@ class MLLM(nn.Module):
             self.context = self.param("context", logical(init, None, "norm"), shape, param_dtype)
 
     def encode(self, images: Array) -> Array:
-        """Images float32 [B, F, height, width, 3] to projected features [B, F * grid * grid, M]."""
+        """Images float32 [B, N, height, width, 3] to projected features [B, N * grid * grid, M]."""
         batch, units = images.shape[:2]
         features = self.projector(self.vision(images.reshape(batch * units, *images.shape[2:])))
         return features.reshape(batch, units * features.shape[1], features.shape[2])
@@ -123,7 +123,8 @@ class MLLM(nn.Module):
         """Teacher-forced pass.
 
         Args:
-          images: float32 [B, F, image_size, image_size, 3] in [-1, 1]; None for text alone.
+          images: float32 [B, N, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole
+            images, tiles, frames; None for text alone.
           streams: the batch.
           top_k: int32 broadcastable to [L, B, S]; None is dense attention.
           route: where region scores come from.

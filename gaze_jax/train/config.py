@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 
 from gaze_jax.config import from_dict
+from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.schedule import Schedule
 from gaze_jax.data.digits import DigitsConfig
 from gaze_jax.data.phrases import build_tokenizer
@@ -137,6 +138,13 @@ def resolve(experiment: Experiment) -> Experiment:
 
     require(experiment.arm in ARMS, f"arm={experiment.arm!r} must be one of {ARMS}.")
     require(experiment.model.vision is not None, "model.vision is empty; training needs an image tower.")
+    require(
+        experiment.model.views == ViewConfig()
+        and experiment.model.gaze.video_region is None
+        and experiment.model.gaze.newlines == "dense",
+        "model.views, model.gaze.video_region and model.gaze.newlines have no effect on the digit scenes, "
+        "which are one view each without newlines; leave them out.",
+    )
     experiment = _apply_arm(experiment)
     for name in ("steps", "batch_size", "keep_checkpoints", "log_every"):
         value = getattr(experiment, name)

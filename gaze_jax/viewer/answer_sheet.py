@@ -46,7 +46,7 @@ def most_looked_at(units: Sequence[Unit], selected: np.ndarray, count: int) -> l
 
     Args:
       units: of the prompt.
-      selected: bool [T, Hs, R] of one layer.
+      selected: bool [T, heads, R], of one layer or of several side by side.
       count: at least 1.
     """
     often = selected.astype(np.float32).mean(axis=(0, 1))
@@ -99,7 +99,7 @@ def unit_sheets(
       pictures: uint8 [height, width, 3] each, the image or frame that a unit was made from.
       units: F of them, where each was placed.
       pieces: T generated tokens as text.
-      selected: bool [T, Hs, R] of one layer.
+      selected: bool [T, heads, R], of one layer or of several side by side.
       titles: F headings.
       **options: of :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
 

@@ -19,7 +19,7 @@ from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.errors import UserError
 from gaze_jax.infer import chat
-from gaze_jax.infer.chat import Assistant, Talk, check_question
+from gaze_jax.infer.chat import Assistant, Talk, check_questions
 from gaze_jax.infer.session import Emitted, Session
 from gaze_jax.models import MLLM
 from tests.helpers import multimodal
@@ -73,6 +73,15 @@ def prompt_of(family, monkeypatch, **options):
     return "".join(p.text if isinstance(p, Text) else tags[type(p)] for p in seen[0].parts)
 
 
+def test_later_questions_show_no_media():
+    """Nor are they empty; said before anything is loaded."""
+    for wrong, sentence in (("<image> and this?", "shows media"), (" ", "is empty")):
+        with pytest.raises(UserError, match=sentence):
+            check_questions([QUESTION, wrong], 0, 0)
+    with pytest.raises(UserError, match="There is no question"):
+        check_questions([], 0, 0)
+
+
 @pytest.mark.parametrize("family", multimodal.FAMILIES)
 def test_the_prompt_is_the_templates(family, monkeypatch):
     """Media first, the family's system prompt, and the header of an answer."""
@@ -90,15 +99,23 @@ def test_the_system_prompt_is_the_users_if_there_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize("family", multimodal.FAMILIES)
-def test_answers_stream_and_name_regions(family):
+def test_answers_stream_and_name_regions(family, monkeypatch):
     """The texts of the steps are the answer; each step selects two regions in every layer and head."""
+    tokenizer, ends = assistant(family).tokenizer, assistant(family).end_ids
+    emitted = []
+    original = Session.generate
+
+    def watch(session, *args, **options):
+        for step in original(session, *args, **options):
+            emitted.append(step.token)
+            yield step
+
+    monkeypatch.setattr(Session, "generate", watch)
     said = list(talk(family, videos=[FRAMES]).answer(6))
-    assert 1 <= len(said) <= 6
-    tokenizer = assistant(family).tokenizer
-    ends = {tokenizer.decode([end]) for end in assistant(family).end_ids}
-    tokens = [step.token for step in said if step.token not in ends]
-    assert "".join(step.text for step in said)
-    assert len("".join(tokens)) >= len("".join(step.text for step in said))
+    assert 1 <= len(said) == len(emitted) <= 6
+    ids = [token for token in emitted if token not in ends]
+    assert "".join(step.text for step in said) == tokenizer.decode(ids) != ""
+    assert [step.token for step in said] == [tokenizer.decode([token]) for token in emitted]
     for step in said:
         assert step.selected.dtype == bool and step.selected.shape[:2] == (3, 4)
         assert (step.selected.sum(axis=-1) == 2).all()
@@ -127,17 +144,24 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "cambrian_s"])
-@pytest.mark.parametrize("answer", ["A cat.<|im_end|>", "A cat"])
-def test_a_further_question_equals_a_conversation_read_at_once(family, answer, monkeypatch):
+@pytest.mark.parametrize(
+    ("answer", "top_k"), [("A cat.<|im_end|>", 2), ("A cat.<|im_end|>", None), ("A cat", None)]
+)
+def test_a_further_question_equals_a_conversation_read_at_once(family, answer, top_k, monkeypatch):
     """The cache holds what the template writes around the answer, which ended or was cut."""
     one = assistant(family)
     ids = saying(monkeypatch, family, answer)
-    talking = talk(family, top_k=None)
+    talking = talk(family, top_k=top_k, dense=top_k is None)
     said = "".join(step.text for step in talking.answer(len(ids)))
     assert said == answer.removesuffix("<|im_end|>")
-    talking.ask(FURTHER)
+    further = f"{FURTHER} \ue000"  # a character that templates are asked with, if it is free
+    talking.ask(further)
     system = default_system(one.layout.views.style)
-    messages = [Message("user", (Image(0), QUESTION)), Message("assistant", said), Message("user", FURTHER)]
+    messages = [
+        Message("user", (Image(0), QUESTION)),
+        Message("assistant", said),
+        Message("user", further),
+    ]
     messages = [*([Message("system", system)] if system else []), *messages]
     style = one.layout.views.style
     parts = conversation_parts(one.template, messages, style=style, add_generation_prompt=True)
@@ -151,21 +175,54 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, m
     arrays = process(Processor(one.layout, one.tokenizer, ("a",)), Sample(0, (PHOTO,), parts, "a"))
     batch = {name: jnp.asarray(a) for name, a in stack([arrays]).items()}
     logits, _ = MLLM(one.config).apply(
-        {"params": one.params}, batch["images"], Streams.from_batch(batch), top_k=None
+        {"params": one.params},
+        batch["images"],
+        Streams.from_batch(batch),
+        top_k=None if top_k is None else jnp.int32(top_k),
     )
     np.testing.assert_allclose(talking._session.logits, logits[0, -1], atol=1e-4)
 
 
-def test_a_long_conversation_makes_its_cache_grow():
-    """Room is made as it is needed."""
-    talking = talk(top_k=None)
-    room = talking._session.room
-    steps = 0
-    for turn in range(3):
-        steps += sum(1 for _ in talking.answer(room // 2))
-        if turn < 2:
-            talking.ask(FURTHER)
-    assert steps >= 3
+def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
+    """Room is made as it is needed, and what was read before stays."""
+    monkeypatch.setattr(chat, "_ROOM", 4)
+    narrow = talk(top_k=None)
+    monkeypatch.setattr(chat, "_ROOM", 200)
+    wide = talk(top_k=None)
+    assert narrow._session.room < 20 < 200 <= wide._session.room
+    for talking in (narrow, wide):
+        list(talking.answer(3))
+        talking.ask(FURTHER)
+    np.testing.assert_allclose(narrow._session.logits, wide._session.logits, atol=1e-5)
+    assert [a.text for a in narrow.answer(3)] == [b.text for b in wide.answer(3)]
+
+
+def test_the_configured_budget_is_at_most_all_regions():
+    """And nothing where nothing is shown; one that the user names is refused instead."""
+    one = assistant("cambrian_s")
+    configured = one.looking(top_k=50)
+    shown = Talk(configured, QUESTION, images=[PHOTO])
+    assert shown.top_k == shown.regions < 50
+    assert Talk(configured, QUESTION, images=[PHOTO], dense=True).top_k is None
+    text = Talk(configured, QUESTION)
+    assert text.regions == 0 and len(list(text.answer(2))) == 2
+    assert len(list(Talk(one, QUESTION, top_k=4).answer(2))) == 2
+    with pytest.raises(UserError, match=f"top_k=50 must be between 1 and {shown.regions}"):
+        Talk(one, QUESTION, images=[PHOTO], top_k=50)
+
+
+def test_an_empty_system_prompt_is_one(monkeypatch):
+    """And not the template's own, nor the family's."""
+    got = prompt_of("cambrian_s", monkeypatch, system="")
+    assert got.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+
+
+def test_a_refused_answer_leaves_the_question_open():
+    """Numbers are looked at first."""
+    talking = talk()
+    with pytest.raises(UserError, match="max_tokens=0 must be at least 1"):
+        next(talking.answer(0))
+    assert len(list(talking.answer(1))) == 1
 
 
 def test_turns_take_turns():
@@ -194,7 +251,7 @@ def test_turns_take_turns():
 def test_tags_that_do_not_fit_the_media_are_refused(question, images, videos, sentence):
     """Before anything is loaded."""
     with pytest.raises(UserError, match=sentence):
-        check_question(question, images, videos)
+        check_questions([question], images, videos)
 
 
 def changed(family, tmp_path, **files):
@@ -218,6 +275,7 @@ def test_checkpoints_that_cannot_be_talked_to(tmp_path):
         "an image tower alone": tower,
         "a language model alone": text,
         "has no tokenizer.json": dataclasses.replace(found, tokenizer=None),
+        "is a run of train.py": dataclasses.replace(found, files=None),
         "tokens but the model has rows for 320": larger,
         "eos_token_id='x'": changed("llava_onevision", tmp_path, generation_config='{"eos_token_id": "x"}'),
     }

@@ -115,6 +115,6 @@ def test_tokens_that_do_not_fit_are_refused_with_the_numbers():
     assert talk.room == 1
     with pytest.raises(UserError, match="2 tokens follow but the cache has room for 1"):
         talk.feed([1, 2])
-    for wrong in ({"max_tokens": 0}, {"max_tokens": 1, "temperature": -1.0}):
-        with pytest.raises(UserError, match="must be at least 1 and temperature"):
+    for wrong in ({"max_tokens": 0}, {"max_tokens": 1, "temperature": -1.0}, {"max_tokens": 1, "seed": -1}):
+        with pytest.raises(UserError, match="must be at least 1, temperature="):
             next(talk.generate(**wrong, end_ids=()))

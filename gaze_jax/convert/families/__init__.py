@@ -42,7 +42,8 @@ def family_type(config: Json, where: str) -> str:
             "supported; use a fixed-resolution SigLIP2, whose model_type is 'siglip'."
         )
     # LLaVA-NeXT's code writes "llava", which is another model in transformers, or the language model's type.
-    if kind in ("llava", "qwen2") and _LLAVA_NEXT in (config.get("architectures") or ()):
+    classes = config.get("architectures")
+    if kind in ("llava", "qwen2") and isinstance(classes, list) and _LLAVA_NEXT in classes:
         return "llava_qwen"
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(

@@ -110,8 +110,11 @@ def named_tower(name: str, given: VisionConfig | None, fields: Fields) -> Vision
             f"{', '.join(TOWERS)}; give a directory whose config.json does with --vision."
         )
     if published not in (None, tower):
+        want, have = dataclasses.asdict(published or tower), dataclasses.asdict(tower)
+        wrong = [f"{key}={have[key]} instead of {want[key]}" for key in want if have[key] != want[key]]
         raise UserError(
-            f"{tower} is not the tower {name} that {fields.where} names, which is {published}; give that one."
+            f"{fields.where} names the tower {name}, but the one that --vision describes has "
+            f"{', '.join(wrong)}; give that one."
         )
     width = fields.get("mm_hidden_size", int, tower.width)
     if width != tower.width:

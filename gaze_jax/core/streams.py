@@ -41,6 +41,10 @@ class Kind(enum.IntEnum):
     CONTEXT = 3
 
 
+TAPS = ("visual_taps", "visual_weights")
+"""Fields of :class:`Streams` that only pooled tokens need."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
@@ -89,10 +93,10 @@ class Streams:
         """Take this class's fields out of a batch of named arrays.
 
         Raises:
-          KeyError: a field without a default is missing from ``batch``.
+          KeyError: a field other than :data:`TAPS` is missing from ``batch``.
         """
-        fields = dataclasses.fields(cls)
-        wanted = [f.name for f in fields if f.default is dataclasses.MISSING or f.name in batch]
+        names = [field.name for field in dataclasses.fields(cls)]
+        wanted = [name for name in names if name in batch or name not in TAPS]
         return cls(**{name: batch[name] for name in wanted})
 
     @property

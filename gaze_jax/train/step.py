@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from gaze_jax.core.routing import budget_from_keep
-from gaze_jax.core.streams import IGNORE, Streams
+from gaze_jax.core.streams import IGNORE, TAPS, Streams
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.attention import make_plan
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
@@ -26,7 +26,7 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 BATCH_FIELDS = (*(field.name for field in dataclasses.fields(Streams)), "images", "sample_id")
-"""What a step reads; a batch may hold more."""
+"""What a step reads, ``streams.TAPS`` where they are; a batch may hold more."""
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +93,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(batch[name]))
         for name in BATCH_FIELDS
+        if name in batch or name not in TAPS
     }
 
 
@@ -109,7 +110,7 @@ def loss_and_metrics(
 
     Args:
       params: of the model.
-      batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 [B, F, height, width, 3].
+      batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 [B, N, height, width, 3].
       keep: float32 scalar, fraction of the regions in sight that a query selects; None is dense attention.
       config: of the model.
 

@@ -22,13 +22,12 @@ def _expected(picks, regions):
 
 @given(
     st.integers(0, 2**32 - 1),
-    st.sampled_from([(1, 1), (4, 4), (4, 1), (7, 7), (8, 8), (15, 15)]),
-    st.integers(1, 9),
-    st.integers(1, 12),
+    # Few shapes, as each compiles: (G, lists, J, R).
+    st.sampled_from([(1, 1, 3, 5), (4, 4, 9, 5), (4, 1, 4, 12), (7, 7, 1, 1), (15, 15, 5, 12)]),
 )
-def test_equals_sets(seed, heads, capacity, regions):
+def test_equals_sets(seed, shape):
     """Regions, heads and count for random lists with -1 and duplicates, J above and below R."""
-    group, lists = heads
+    group, lists, capacity, regions = shape
     rng = np.random.default_rng(seed)
     picks = rng.integers(-1, regions, size=(2, 3, lists, capacity))
     got = jax.tree.map(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
+from gaze_jax.core.streams import TAPS
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
 from tests.helpers.streams import batch
@@ -89,6 +90,7 @@ def _abstract_decode(share):
     fields = {
         f.name: array(1, dense) if getattr(streams, f.name).ndim == 2 else array(1, regions, slots)
         for f in dataclasses.fields(streams)
+        if f.name not in TAPS
     }
     fields["region_segment"] = array(1, regions)
     variables = models.parameters(DUMMY)

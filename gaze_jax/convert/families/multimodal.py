@@ -113,7 +113,7 @@ def named_tower(name: str, given: VisionConfig | None, fields: Fields) -> Vision
         want, have = dataclasses.asdict(published or tower), dataclasses.asdict(tower)
         wrong = [f"{key}={have[key]} instead of {want[key]}" for key in want if have[key] != want[key]]
         raise UserError(
-            f"{fields.where} names the tower {name}, but the one that --vision describes has "
+            f"{fields.where} names the tower {name}, but the one that is given has "
             f"{', '.join(wrong)}; give that one."
         )
     width = fields.get("mm_hidden_size", int, tower.width)

@@ -208,6 +208,18 @@ def test_verify_finds_one_wrong_tensor(tmp_path, layout, tensor, stage):
     assert wrong[0] == stage
 
 
+def test_a_file_that_kept_the_towers_last_layer_is_verified_too(tmp_path):
+    """LLaVA-NeXT's code deletes it on loading, whether it is in the file or not."""
+    source = hf.save_llava_next(tmp_path / "source")
+    mine, theirs = "model.vision_tower.", "model.vision_tower.vision_tower.vision_model."
+    whole = hf.model("llava_onevision_penultimate").state_dict()
+    last = {theirs + n.removeprefix(mine): t.numpy() for n, t in whole.items() if n.startswith(mine)}
+    hf.edit_tensors(source, lambda tensors: last | tensors)
+    run.write_plan(run.plan_directory(source, vision=tower()), tmp_path / "gaze")
+    assert any("encoder.layers.2." in name for name in load_file(source / "model.safetensors"))
+    verify.require_equal(verify.verify(tmp_path / "gaze", {"model": source}))
+
+
 def test_the_three_namings_of_transformers_are_one_model(tmp_path):
     """Whatever a file calls its tensors, the parameters are equal bit for bit."""
     params = []

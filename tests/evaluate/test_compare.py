@@ -264,9 +264,8 @@ def test_without_matplotlib_the_plot_says_what_to_install(monkeypatch, tmp_path)
 def test_a_published_layout_is_compared_with_its_own_template(tmp_path):
     """Tiles and newlines: images of two sizes, and all regions equal dense attention."""
     found = load(multimodal.write("cambrian_s", tmp_path), one_device())
-    photos = [
-        np.random.default_rng(i).integers(256, size=(30 + 20 * i, 90, 3), dtype=np.uint8) for i in range(2)
-    ]
+    # The regions of a strip are smaller than those of a square.
+    photos = [RNG.integers(256, size=(height, 90, 3), dtype=np.uint8) for height in (16, 80)]
     prompts = [Prompt(str(i), photo, "What is this?") for i, photo in enumerate(photos)]
     report = compare(
         found.config,

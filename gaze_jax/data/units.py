@@ -11,13 +11,13 @@ import numpy as np
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.regions import partition_frames
-from gaze_jax.core.streams import EMPTY, NEWLINE
+from gaze_jax.core.streams import EMPTY, NEWLINE, TAPS
 from gaze_jax.data.sample import Corners
 from gaze_jax.data.views import View
 
 Arrays = dict[str, np.ndarray]
 
-TAPS = 4
+_TAPS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,25 +149,22 @@ def join(layout: VisualLayout, placed: Sequence[Placed]) -> Arrays:
     The tower's own tokens (style "square") need no taps.
     """
     slots = max((p.fields["visual_src"].shape[1] for p in placed), default=layout.slots)
-    none = {
-        "visual_src": np.zeros((0, slots), np.int32),
-        "visual_order": np.zeros((0, slots), np.int32),
-        "visual_pos": np.zeros((0, slots), np.int32),
-        "visual_unit": np.zeros((0, slots), np.int32),
-        "region_segment": np.zeros(0, np.int32),
-        "visual_taps": np.zeros((0, slots, TAPS), np.int32),
-        "visual_weights": np.zeros((0, slots, TAPS), np.float32),
-    }
     out = {}
-    for name, empty in none.items():
-        if layout.views.style == "square" and name in ("visual_taps", "visual_weights"):
+    for name in (*FILL, "region_segment"):
+        if layout.views.style == "square" and name in TAPS:
             continue
-        pieces = [pad_slots(p.fields[name], name, slots) for p in placed]
-        out[name] = np.concatenate([empty, *pieces])
+        slotted = (slots,) if name in FILL else ()
+        tail = (*slotted, _TAPS_PER_TOKEN) if name in TAPS else slotted
+        empty = np.zeros((0, *tail), np.float32 if name == "visual_weights" else np.int32)
+        out[name] = np.concatenate([empty, *(pad_slots(p.fields[name], name, slots) for p in placed)])
     return out
 
 
-FILL = {"visual_src": EMPTY, "visual_order": EMPTY, "visual_pos": 0, "visual_unit": EMPTY} | {
+FILL = {
+    "visual_src": EMPTY,
+    "visual_order": EMPTY,
+    "visual_pos": 0,
+    "visual_unit": EMPTY,
     "visual_taps": 0,
     "visual_weights": 0,
 }

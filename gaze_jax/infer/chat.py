@@ -230,8 +230,6 @@ class Talk:
         try:
             sample = Sample(0, tuple(images), self._parts(self._messages), _FAMILY, tuple(videos))
             arrays, self.units = process_with_units(processor, sample)
-        except UserError:
-            raise
         except ValueError as error:
             raise UserError(str(error)) from error
         configured = assistant.config.gaze.top_k

@@ -395,3 +395,10 @@ def test_numbers_that_a_style_has_no_use_for_are_refused():
         ViewConfig("llava_onevision", image_side=3)
     with pytest.raises(ValueError, match="max_tiles"):
         ViewConfig("cambrian_s", max_tiles=9)
+
+
+@pytest.mark.parametrize("canvas", [(0, 384), (384,), (384, 384, 384), (-384, 384)])
+def test_canvases_that_are_no_sizes_are_refused(canvas):
+    """Two positive numbers each."""
+    with pytest.raises(ValueError, match=r"views\.canvases has .* should be \(height, width\) in pixels"):
+        ViewConfig("llava_onevision", canvases=((384, 384), canvas))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
-from pallas_kernels.gaze_decode import cpu
+from pallas_kernels.gaze_decode import cpu, grow
 from pallas_kernels.gaze_decode.cpu import Layered, Side
 from pallas_kernels.gaze_decode.plan import first_mention, mentioned
 from pallas_kernels.spec import GazeSpec
@@ -44,6 +44,22 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
         packed = cpu.unpack(packed)
     k, v = (a.values if a.scales is None else quantize.dequantize(a.values, a.scales) for a in packed)
     return k, v
+
+
+def _axis(packed: Packed) -> int:
+    """Where R is: an array per layer has no axis L."""
+    return 2 if isinstance(packed, Layered) else 3
+
+
+def reserve(packed: Packed, regions: int, slots: int) -> Packed:
+    """Zeros behind R and P up to the new sizes."""
+    axis = _axis(packed)
+    return jax.tree.map(lambda a: grow.fill(a, {axis: regions, axis + 1: slots}), packed)
+
+
+def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
+    """Regions of ``piece`` in place of those from ``start`` on."""
+    return grow.write(packed, piece, start, _axis(packed))
 
 
 def _gather(array: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:

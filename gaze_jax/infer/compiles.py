@@ -6,7 +6,8 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _count = 0
 
 
-def _listen(event: str, _: float, **__: str | int) -> None:
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
     global _count
     _count += event == _EVENT
 

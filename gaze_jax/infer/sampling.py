@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,9 @@ class Sampling:
       seed: uint32 [B].
     """
 
-    temperature: Array
-    top_p: Array
-    seed: Array
+    temperature: Any
+    top_p: Any
+    seed: Any
 
     @classmethod
     def of(
@@ -43,7 +44,9 @@ class Sampling:
         seed = seed or [0] * rows
         for row in zip(temperature, top_p, seed, strict=True):
             check_sampling(1, *row)
-        return cls(np.float32(temperature), np.float32(top_p), np.uint32(seed))
+        return cls(
+            np.asarray(temperature, np.float32), np.asarray(top_p, np.float32), np.asarray(seed, np.uint32)
+        )
 
 
 def check_sampling(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:

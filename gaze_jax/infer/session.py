@@ -21,7 +21,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gaze_jax.core.accounting import entries
-from gaze_jax.core.routing import Keep
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
 from gaze_jax.data.pipeline import prompt_length, stack
 from gaze_jax.data.processor import pad_to
@@ -51,7 +50,8 @@ class Look:
 
     Attributes:
       top_k: int32 or fraction [L, B, 1]; None is dense attention.
-      bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`, or None.
+      bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`, or None. A session fills up what is
+        given of fewer regions.
       whole: bool [L], layers that read every region, or None.
     """
 
@@ -130,7 +130,7 @@ def _extend(
     return constrained(extended)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("room", "regions", "slots"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("room", "regions", "slots"))
 def _grown(config: MLLMConfig, cache: Cache, *, room: int, regions: int, slots: int) -> Cache:
     if regions or slots > cache.visual_order.shape[2]:
         cache = with_regions(cache, config.gaze, config.decoder.head_dim, regions=regions, slots=slots)
@@ -215,7 +215,10 @@ def _watched(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> 
     selected = out.get("selected")
     counts = entries(valid, seen, kind, selected=selected)
     parts = jnp.broadcast_arrays(counts.visual, counts.newline, counts.context, counts.text)
-    found = {"entries": jnp.stack(parts, axis=-1)}
+    found = {
+        "entries": jnp.stack(parts, axis=-1),
+        "visual_tokens": jnp.sum(valid, axis=(1, 2), dtype=jnp.int32),
+    }
     if found["entries"].ndim == 2:
         found["entries"] = found["entries"][None]  # dense attention: every layer the same
     names = [name for name in ("selected", "scores", "attention", "dense") if name in out]
@@ -230,7 +233,7 @@ class Session:
       params: of the model.
       rows: what each row begins with, from ``processor.process``, unpadded.
       room: dense slots to keep free for what follows.
-      look: what queries of the prompt may select, of :meth:`blank` rows and regions.
+      look: called whenever something is read or said: what queries may select, with arrays of ``batch`` rows.
       mesh: devices that the rows are dealt to; None is one device.
     """
 
@@ -258,11 +261,13 @@ class Session:
         self.slots = sizes["slots"]
         self.capacity = sizes["regions"]
         self.regions = max(len(row["visual_src"]) for row in read)
+        self.visual_tokens = max(int((row["visual_src"] >= 0).sum()) for row in read)
         self._look = look
         self._kind = np.full((self.batch, sizes["dense"]), Kind.PAD, np.int32)
         batch = self._batch(read, sizes)
         with self._devices():
-            self._cache = _begin(model, params, *self._inputs(batch), look(self), room=room)
+            chosen = _spread(look(self), self.regions, self.capacity)
+            self._cache = _begin(model, params, *self._inputs(batch), chosen, room=room)
         self._written(read, 0)
 
     def _devices(self) -> contextlib.AbstractContextManager[Any]:
@@ -333,6 +338,11 @@ class Session:
         return np.asarray(self._turn.order)[: self.rows] - self._ended
 
     @property
+    def dense(self) -> int:
+        """Dense slots that are taken."""
+        return int(self._turn.slot)
+
+    @property
     def room(self) -> int:
         """Dense tokens that fit before the cache has to grow."""
         return self._cache.dense_order.shape[1] - int(self._turn.slot)
@@ -372,11 +382,12 @@ class Session:
                 self._params,
                 *self._inputs(self._batch(read, sizes)),
                 self._cache,
-                _wider(self._look(self), sizes["regions"]),
+                _spread(self._look(self), self.regions, self.capacity, sizes["regions"]),
                 np.int32(self.regions),
                 np.int32(slot),
             )
         self.regions += max(len(row["visual_src"]) for row in read)
+        self.visual_tokens += max(int((row["visual_src"] >= 0).sum()) for row in read)
         self._written(read, slot)
 
     def say(
@@ -402,10 +413,11 @@ class Session:
           stopped: asked after every yield: which rows are done though they said no end token.
 
         Yields:
-          "tokens" int32 [n, rows], -100 after a row's end; with ``watch`` also "entries" float32
-          [n, L, rows, 4] (visual, newline, context, text keys, a mean over heads), "attention" and "dense"
-          float32 [n, L, rows, H, R], and under routing "selected" bool and "scores" float32
-          [n, L, rows, Hs, R]. The last token of a row is not read until the next :meth:`read`.
+          "tokens" int32 [n, rows], -100 after a row's end; with ``watch`` also "visual_tokens" int32
+          [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline, context, text keys, a mean over
+          heads), "attention" and "dense" float32 [n, L, rows, H, R], and under routing "selected" bool and
+          "scores" float32 [n, L, rows, Hs, R]. The last token of a row is not read until the next
+          :meth:`read`.
         """
         if not self._held.all() or self._ended.any():
             raise ValueError("Nothing was read since the last answer, or it ends in a picture.")
@@ -414,7 +426,8 @@ class Session:
         turn = dataclasses.replace(
             self._turn, done=np.arange(self.batch) >= self.rows, index=np.zeros(self.batch, np.int32)
         )
-        look, depth = self._look(self), self._model.config.decoder.depth
+        look = _spread(self._look(self), self.regions, self.capacity)
+        depth = self._model.config.decoder.depth
         last = np.asarray(sorted(ends) or [-1], np.int32)
         said = 0
         while said < max_tokens and not turn.done.all():
@@ -438,7 +451,8 @@ class Session:
             turn = self._turn = after
             said += ran
             rows = slice(0, self.rows)
-            out = {name: a[:ran, rows] if name == "tokens" else a[:ran, :, rows] for name, a in found.items()}
+            flat = ("tokens", "visual_tokens")
+            out = {name: a[:ran, rows] if name in flat else a[:ran, :, rows] for name, a in found.items()}
             if watch and out["entries"].shape[1] == 1:
                 out["entries"] = np.repeat(out["entries"], depth, axis=1)
             yield out
@@ -503,25 +517,18 @@ def _with_token(row: Arrays, token: int, order: int, pos: int) -> dict[str, np.n
     }
 
 
-def _wider(look: Look, regions: int) -> Look:
-    """For a cache and as many regions that come next, which no bias is known of yet."""
+def _spread(look: Look, regions: int, capacity: int, more: int = 0) -> Look:
+    """The look with a bias for a cache of ``capacity``, ``regions`` of them used, and ``more`` after it."""
     if look.bias is None:
         return look
-    return dataclasses.replace(look, bias=jnp.pad(look.bias, ((0, 0), (0, 0), (0, regions))))
+
+    def fill(bias: np.ndarray, size: int) -> np.ndarray:
+        return np.pad(bias, ((0, 0), (0, 0), (0, size - bias.shape[2])))
+
+    before, after = look.bias[..., :regions], look.bias[..., regions:]
+    bias = np.concatenate([fill(before, capacity), fill(after, more)], axis=2)
+    return dataclasses.replace(look, bias=bias)
 
 
 def _padded(sampling: Sampling, rows: int) -> Sampling:
     return jax.tree.map(lambda a: np.pad(a, (0, rows - len(a)), mode="edge"), sampling)
-
-
-def budget_look(
-    session: Session, top_k: Sequence[int] | Sequence[float] | None, depth: int, **fields: Any
-) -> Look:
-    """A :class:`Look` from a count, or a fraction, for each row; None is dense attention."""
-    if top_k is None:
-        return Look(**fields)
-    rows = list(top_k) + [top_k[0]] * (session.batch - len(top_k))
-    shape = (depth, session.batch, 1)
-    if isinstance(rows[0], float):
-        return Look(Keep(np.broadcast_to(np.float32(rows)[:, None], shape)), **fields)
-    return Look(np.broadcast_to(np.int32(rows)[:, None], shape), **fields)

@@ -263,7 +263,7 @@ class Session:
         self.regions = max(len(row["visual_src"]) for row in read)
         self.visual_tokens = max(int((row["visual_src"] >= 0).sum()) for row in read)
         self._look = look
-        self._kind = np.full((self.batch, sizes["dense"]), Kind.PAD, np.int32)
+        self._kind = np.zeros((self.batch, 0), np.int32)
         batch = self._batch(read, sizes)
         with self._devices():
             chosen = _spread(look(self), self.regions, self.capacity)
@@ -320,17 +320,16 @@ class Session:
 
     def _written(self, rows: Sequence[Arrays], slot: int) -> None:
         """Note what kind of token is where, and which slot is free next."""
-        size = self._cache.dense_order.shape[1]
-        # Whatever is decoded is text.
-        kind = np.full((self.batch, size), Kind.TEXT, np.int32)
-        before = min(slot, self._kind.shape[1])
-        kind[:, :before] = self._kind[:, :before]
         longest = max(len(row["kind"]) for row in rows)
-        kind[:, slot : slot + longest] = Kind.PAD
+        new = np.full((self.batch, longest), Kind.PAD, np.int32)
         for b, row in enumerate(rows):
-            kind[b, slot : slot + len(row["kind"])] = row["kind"]
-        self._kind = kind
+            new[b, : len(row["kind"])] = row["kind"]
+        self._kind = np.concatenate([self._kinds(slot), new], axis=1)
         self._turn = dataclasses.replace(self._turn, slot=np.int32(slot + longest))
+
+    def _kinds(self, slots: int) -> np.ndarray:
+        """int32 [B, slots], what kind of token is where; whatever was or will be decoded is text."""
+        return np.pad(self._kind, ((0, 0), (0, slots - self._kind.shape[1])), constant_values=Kind.TEXT)
 
     @property
     def order(self) -> np.ndarray:
@@ -442,7 +441,7 @@ class Session:
                     self._put(_padded(sampling, self.batch)),
                     last,
                     np.int32(steps),
-                    self._put(self._kind),
+                    self._put(self._kinds(self._cache.dense_order.shape[1])),
                     capacity=budget,
                     watch=watch,
                 )

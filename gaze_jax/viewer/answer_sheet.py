@@ -10,6 +10,7 @@ from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.sample import Frames
 from gaze_jax.data.units import Unit
 from gaze_jax.viewer.contact_sheet import contact_sheet
+from gaze_jax.viewer.trace import Trace
 
 
 def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
@@ -69,6 +70,16 @@ def title_of(unit: Unit, units: Sequence[Unit], times: Sequence[np.ndarray]) -> 
     views = [other.unit for other in units if not other.video and other.index == unit.index]
     view = f", view {views.index(unit.unit) + 1} of {len(views)}" if len(views) > 1 else ""
     return f"Image {unit.index + 1}{view}"
+
+
+def titles(trace: Trace) -> list[str]:
+    """What each unit of a trace shows, in words."""
+    shown = [picture for picture in trace.pictures if picture.video]
+    times: list[np.ndarray] = []
+    for index in range(1 + max((picture.index for picture in shown), default=-1)):
+        seconds = {picture.frame: picture.seconds for picture in shown if picture.index == index}
+        times.append(np.array([seconds.get(frame, np.nan) for frame in range(1 + max(seconds, default=-1))]))
+    return [title_of(unit, trace.units, times) for unit in trace.units]
 
 
 def pictures_of(

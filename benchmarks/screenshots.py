@@ -58,11 +58,16 @@ def press(driver: Any, keys: str) -> None:
 
 def open_page(driver: Any, path: Path) -> None:
     """Open a file and wait until it shows something."""
+    driver.get(path.resolve().as_uri())
+    wait_until_shown(driver)
+
+
+def wait_until_shown(driver: Any) -> None:
+    """Wait until the script of a page has shown its main part."""
     from selenium.webdriver.support.wait import WebDriverWait
 
-    driver.get(path.resolve().as_uri())
     shown = "const main = document.querySelector('main'); return !!main && !main.hidden"
-    WebDriverWait(driver, 30).until(lambda driver: driver.execute_script(shown))
+    WebDriverWait(driver, 30, poll_frequency=0.05).until(lambda driver: driver.execute_script(shown))
 
 
 def shoot(driver: Any, out: Path, height: int | None = None) -> None:

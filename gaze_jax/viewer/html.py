@@ -1,7 +1,7 @@
 """The HTML viewer: one self-contained page for a trace, and an index of many.
 
-Nothing of a page is fetched: its Content-Security-Policy allows its own script and style, by their hashes, and
-``data:`` images. What came from data reaches the page as JSON in an element that is not executed, and the
+Nothing of a page is fetched: its Content-Security-Policy allows its own script and style, by their hashes,
+and ``data:`` images. What came from data reaches the page as JSON in an element that is not executed, and the
 script sets it as text.
 """
 
@@ -22,8 +22,8 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.errors import UserError
-from gaze_jax.viewer.answer_sheet import titles
-from gaze_jax.viewer.trace import Trace
+from gaze_jax.viewer.answer_sheet import titles_of
+from gaze_jax.viewer.trace import Trace, check_layer
 
 _ASSETS = Path(__file__).parent / "assets"
 _MOST_DENSE = 32_000_000
@@ -36,8 +36,8 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
     """The page that shows a trace.
 
     Shares of attention are kept to 1/510 of the query's largest and scores to 1/65534 of the layer's, both
-    said on the page. Dense attention is kept per head up to 32 million numbers, T * L * H * R, and beyond that
-    as the mean over the heads, also said on the page.
+    said on the page. Dense attention is kept per head up to 32 million numbers, T * L * H * R, and beyond
+    that as the mean over the heads, also said on the page.
 
     Args:
       trace: what to show.
@@ -108,16 +108,6 @@ def index_page(entries: Sequence[Entry]) -> str:
     return _page("index.html", "index.css", None, entries=lines)
 
 
-def check_layer(trace: Trace, layer: int | None) -> None:
-    """Refuse a layer that the trace has not.
-
-    Raises:
-      UserError: ``layer`` is neither None nor one of its layers.
-    """
-    if layer is not None and not 0 <= layer < trace.layers:
-        raise UserError(f"layer={layer} must be between 0 and {trace.layers - 1}, the layers of the trace.")
-
-
 def _page(template: str, style: str, script: str | None, **values: Any) -> str:
     """A template filled, with its style and script in it and a policy that allows these alone."""
     css = (_ASSETS / style).read_text(encoding="utf-8")
@@ -154,7 +144,7 @@ def _units(trace: Trace) -> list[dict[str, Any]]:
     keys = [picture.key for picture in trace.pictures]
     videos = len({unit.index for unit in trace.units if unit.video})
     units = []
-    for unit, title in zip(trace.units, titles(trace), strict=True):
+    for unit, title in zip(trace.units, titles_of(trace), strict=True):
         number = keys.index((unit.video, unit.index, unit.frame))
         height, width = trace.pictures[number].size
         x0, y0, x1, y1 = map(float, unit.corners)

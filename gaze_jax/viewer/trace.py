@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.data.units import Unit
+from gaze_jax.errors import UserError
 from pallas_kernels.spec import SHARES
 
 LONGEST = 640
@@ -157,6 +158,16 @@ class Trace:
         chosen = np.zeros((*self.selected.shape[:3], self.regions + 1), bool)
         np.put_along_axis(chosen, self.selected, True, axis=-1)  # -1 falls on the last, which is cut off
         return chosen[..., :-1]
+
+
+def check_layer(trace: Trace, layer: int | None) -> None:
+    """Refuse a layer that the trace has not.
+
+    Raises:
+      UserError: ``layer`` is neither None nor one of its layers.
+    """
+    if layer is not None and not 0 <= layer < trace.layers:
+        raise UserError(f"layer={layer} must be between 0 and {trace.layers - 1}, the layers of the trace.")
 
 
 def _check_shapes(trace: Trace) -> None:

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target
-from pallas_kernels.gaze_decode import cpu, gpu, grow, reference, tpu, xla
+from pallas_kernels.gaze_decode import cpu, gpu, grow, offload, reference, tpu, xla
 from pallas_kernels.spec import GazeSpec
 
-IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu})
+IMPLEMENTATIONS = MappingProxyType(
+    {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "offload": offload}
+)
 
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:
@@ -33,7 +35,8 @@ def dense_multiple(implementation: str) -> int:
 
 def compiler_splits(implementation: str) -> bool:
     """Whether XLA can split the op over the devices of a mesh; if not, it takes ``jax.shard_map``."""
-    return implementation not in KERNELS and not (implementation == "xla" and target() == "cpu")
+    whole = (*KERNELS, "offload")  # nor is what the host computes split
+    return implementation not in whole and not (implementation == "xla" and target() == "cpu")
 
 
 def cache_axes(visual: Any) -> tuple[str, ...]:

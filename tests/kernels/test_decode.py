@@ -35,6 +35,14 @@ class TestTpu(DecodeSuite):
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
 
 
+class TestOffload(DecodeSuite):
+    """Regions in host memory, fetched by number."""
+
+    implementation = "offload"
+    has_vmap = False  # what the host computes has no batching rule
+    shards_heads = False
+
+
 class TestXlaElsewhere(DecodeSuite):
     """As an accelerator gets it: one tile, and products in the dtype of the query."""
 

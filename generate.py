@@ -19,8 +19,6 @@ from typing import Any
 
 import jax
 from absl import flags
-from gaze_jax.viewer.html import Entry, index_page, viewer_page
-from gaze_jax.viewer.video import need_av, write_clip
 
 from gaze_jax import cli
 from gaze_jax.core.layout import NEWLINES
@@ -36,8 +34,10 @@ from gaze_jax.infer.sampling import check_sampling
 from gaze_jax.infer.steer import LookAt
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.viewer.answer_sheet import sheet
+from gaze_jax.viewer.html import Entry, index_page, viewer_page
 from gaze_jax.viewer.trace import Trace
 from gaze_jax.viewer.trace_file import save
+from gaze_jax.viewer.video import need_av, write_clip
 from pallas_kernels.spec import SHARES
 
 _CHECKPOINT = flags.DEFINE_string(

@@ -75,7 +75,9 @@ def nucleus(logits: Array, top_p: Array) -> Array:
     chances = jax.nn.softmax(ranked, axis=-1)
     # A token stays if what is likelier than it does not reach top_p.
     before = jnp.cumsum(chances, axis=-1) - chances
-    kept = jnp.sum(before < top_p[:, None], axis=-1, keepdims=True, dtype=jnp.int32)
+    # Rounded sums may reach 1 too early; all of the probability is all tokens.
+    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    kept = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
     cut = jnp.take_along_axis(ranked, jnp.maximum(kept - 1, 0), axis=-1)
     return jnp.where(logits >= cut, logits, -jnp.inf)
 

@@ -68,7 +68,7 @@ def _logits(share, dtype, implementation, top_k, fed):
 
 @pytest.mark.parametrize(("share", "dtype"), KINDS)
 def test_fetched_regions_give_the_resident_logits(share, dtype):
-    """Two steps' choices of 2 regions of 12, copied from host memory: equal logits, and the cache stayed there."""
+    """Two steps' choices of 2 regions of 12, copied from the host's memory: equal logits."""
     fed = ((5, 7), (9, 11), (3, 2))
     here, expected = _logits(share, dtype, "xla", 2, fed)
     there, found = _logits(share, dtype, "offload", 2, fed)

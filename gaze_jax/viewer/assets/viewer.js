@@ -111,6 +111,15 @@
     return made;
   }
 
+  // Canvases of which one of a size is enough, because what is drawn on them is drawn elsewhere at once.
+  const spare = new Map();
+
+  function scratch(use, width, height) {
+    const key = `${use} ${width} ${height}`;
+    if (!spare.has(key)) spare.set(key, canvas(width, height));
+    return spare.get(key);
+  }
+
   // The rectangle that a unit's grid covers, as large as asked: clear, veiled and grey. Padding is black.
   function prepared(unit, least, most) {
     const image = images[unit.picture];
@@ -128,17 +137,16 @@
     const sx = clear.width / (x1 - x0), sy = clear.height / (y1 - y0);
     pen.drawImage(image, -x0 * sx, -y0 * sy, sx, sy);
     const veiled = canvas(clear.width, clear.height), grey = canvas(clear.width, clear.height);
-    const pixels = pen.getImageData(0, 0, clear.width, clear.height);
-    const other = new ImageData(clear.width, clear.height);
-    for (let i = 0; i < pixels.data.length; i += 4) {
-      const [r, g, b] = pixels.data.subarray(i, i + 3);
-      const luma = 0.299 * r + 0.587 * g + 0.114 * b;
+    const pixels = pen.getImageData(0, 0, clear.width, clear.height), veil = pixels.data;
+    const other = new ImageData(clear.width, clear.height), dim = other.data;
+    for (let i = 0; i < veil.length; i += 4) {
+      const luma = 0.299 * veil[i] + 0.587 * veil[i + 1] + 0.114 * veil[i + 2];
       // As the PNG sheets veil: 36 % of the brightness and of that 15 % of the colour.
-      for (let c = 0; c < 3; c++) {
-        other.data[i + c] = 0.58 * luma;
-        pixels.data[i + c] = 0.36 * (0.15 * pixels.data[i + c] + 0.85 * luma);
+      for (let c = i; c < i + 3; c++) {
+        dim[c] = 0.58 * luma;
+        veil[c] = 0.36 * (0.15 * veil[c] + 0.85 * luma);
       }
-      other.data[i + 3] = 255;
+      dim[i + 3] = 255;
     }
     veiled.getContext("2d").putImageData(pixels, 0, 0);
     grey.getContext("2d").putImageData(other, 0, 0);
@@ -148,8 +156,9 @@
   // The grid of a unit as a small picture, a pixel per token.
   function gridded(unit, colour) {
     const [height, width] = unit.grid;
-    const small = canvas(width, height), pixels = new ImageData(width, height);
-    unit.regions.forEach((region, i) => pixels.data.set(colour(region), 4 * i));
+    const small = scratch("grid", width, height), pixels = new ImageData(width, height);
+    const colours = new Map(unit.own.map((region) => [region, colour(region)]));
+    unit.regions.forEach((region, i) => pixels.data.set(colours.get(region), 4 * i));
     small.getContext("2d").putImageData(pixels, 0, 0);
     return small;
   }
@@ -158,7 +167,8 @@
     const { width, height } = picture.clear;
     if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
     const pen = target.getContext("2d");
-    const lit = canvas(width, height), light = lit.getContext("2d");
+    const lit = scratch("lit", width, height), light = lit.getContext("2d");
+    light.globalCompositeOperation = "copy";
     light.drawImage(picture.clear, 0, 0);
     light.globalCompositeOperation = "destination-in";
     light.imageSmoothingEnabled = false;
@@ -172,7 +182,8 @@
     const [rows, columns] = unit.grid;
     const { width, height } = target;
     const pen = target.getContext("2d");
-    const inside = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns && share[unit.regions[y * columns + x]] >= 0.5;
+    const within = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns;
+    const inside = (y, x) => within(y, x) && share[unit.regions[y * columns + x]] >= 0.5;
     const across = (x) => Math.round(x * width / columns), down = (y) => Math.round(y * height / rows);
     pen.fillStyle = GAZE_OUTLINE;
     for (let y = 0; y < rows; y++) {
@@ -211,9 +222,9 @@
   }
 
   function drawLegends() {
-    const ramps = [["veil", (x) => [0.36 * 206 + x * 0.64 * 206, 0.36 * 206 + x * 0.64 * 200, 0.36 * 206 + x * 0.64 * 180]],
-                   ["heat", (x) => { const [r, g, b, a] = heat(x); return [r, g, b].map((c) => 60 + (c - 60) * a / 255); }]];
-    for (const [id, colour] of ramps) {
+    const veil = (x) => [206, 200, 180].map((c) => 0.36 * 206 + x * 0.64 * c);
+    const warmth = (x) => heat(x).slice(0, 3).map((c) => 60 + (c - 60) * heat(x)[3] / 255);
+    for (const [id, colour] of [["veil", veil], ["heat", warmth]]) {
       const pen = $(id).getContext("2d");
       for (let x = 0; x < 96; x++) {
         pen.fillStyle = `rgb(${colour(x / 95).map(Math.round).join(" ")})`;
@@ -228,6 +239,8 @@
 
   const JOINED = /^(\p{P}|[^\s\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}])/u;
 
+  const hexadecimal = (letter) => letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+
   function visible(button, token) {
     const mark = (text) => {
       const span = document.createElement("span");
@@ -241,7 +254,7 @@
       if (letter === "\n") mark("↵");
       else if (letter === " ") mark(first ? "·" : " ");
       else if (letter === "\t") mark("⇥");
-      else if (INVISIBLE.test(letter)) mark(`U+${letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+      else if (INVISIBLE.test(letter)) mark(`U+${hexadecimal(letter)}`);
       else button.append(letter);
       first = false;
     }
@@ -276,8 +289,10 @@
     const button = document.createElement("button"), name = document.createElement("span");
     const share = document.createElement("span"), warm = document.createElement("span");
     button.type = "button";
-    unit.thumb = canvas(1, 1);
-    unit.small = units.length > 1 ? prepared(unit, 0, 248) : null;
+    const image = images[unit.picture], [x0, y0, x1, y1] = unit.corners;
+    // Of the right shape before it is drawn, so that nothing moves when it is.
+    const shape = (x1 - x0) * image.naturalWidth / ((y1 - y0) * image.naturalHeight);
+    unit.thumb = canvas(Math.max(1, Math.round(90 * shape)), 90);
     name.className = "name";
     name.textContent = unit.short;
     [share.className, warm.className] = ["share", "share warm"];
@@ -327,7 +342,8 @@
     const densePart = units.length > 1 ? `, ${percent(would)} here` : "";
     $("gaze-note").textContent = `${percent(total(now.attention))} of attention on what was selected${part}`;
     const mean = denseHeads === heads || state.head < 0 ? "" : ", mean of all heads";
-    $("dense-note").textContent = `${percent(total(now.dense))} of attention on all regions${densePart}${mean}`;
+    const whole = percent(total(now.dense));
+    $("dense-note").textContent = `${whole} of attention on all regions${densePart}${mean}`;
     $("most").textContent = percent(most);
     if (!isDense) {
       drawGaze($("gaze"), unit, picture, now.share);
@@ -344,11 +360,6 @@
     const gaze = units.map((unit) => sum(now.attention, unit.own)), most1 = Math.max(...gaze);
     const dense = units.map((unit) => sum(now.dense, unit.own)), most2 = Math.max(...dense);
     units.forEach((unit, i) => {
-      if (isDense) drawDense(unit.thumb, unit, unit.small, now.dense, most);
-      else {
-        drawGaze(unit.thumb, unit, unit.small, now.share);
-        outline(unit.thumb, unit, now.share, 3);
-      }
       const current = i === state.unit, bars = frames[i].querySelectorAll(".share span");
       const widths = isDense ? [dense[i] / (most2 || 1)] : [gaze[i] / (most1 || 1), dense[i] / (most2 || 1)];
       widths.forEach((width, k) => { bars[k].style.width = `${100 * width}%`; });
@@ -359,6 +370,29 @@
       frames[i].title = `${unit.title}: ${shares}`;
     });
     reveal($("strip"), frames[state.unit]);
+    waiting = { now, most, units: new Set(units.keys()) };
+    drawThumbs();
+  }
+
+  // A long video has many frames, and few of them are in sight.
+  let waiting = { units: new Set() };
+
+  function drawThumbs() {
+    const { now, most } = waiting, box = $("strip"), width = box.clientWidth;
+    const seen = [...waiting.units].filter((i) => {
+      const left = frames[i].offsetLeft - box.scrollLeft;
+      return left < 2 * width && left + frames[i].offsetWidth > -width;
+    });
+    for (const i of seen) {
+      const unit = units[i];
+      waiting.units.delete(i);
+      unit.small ??= prepared(unit, 0, 248);
+      if (isDense) drawDense(unit.thumb, unit, unit.small, now.dense, most);
+      else {
+        drawGaze(unit.thumb, unit, unit.small, now.share);
+        outline(unit.thumb, unit, now.share, 3);
+      }
+    }
   }
 
   // Scrolls a box, never the page.
@@ -386,12 +420,13 @@
 
   function showTable(now) {
     const one = state.layer >= 0, by = isDense ? now.dense : now.attention;
-    const ranked = Array.from(by.keys()).filter((r) => by[r] > 0).sort((a, b) => by[b] - by[a]).slice(0, ROWS);
+    const ranked = [...by.keys()].filter((r) => by[r] > 0).sort((a, b) => by[b] - by[a]).slice(0, ROWS);
     document.querySelector("th.score").hidden = isDense || !one;
     $("rows").replaceChildren(...ranked.map((r) => {
       const row = document.createElement("tr"), homes = units.filter((unit) => unit.own.includes(r));
       const home = homes.length > 1 ? `${homes[0].short} to ${homes.at(-1).short}` : homes[0]?.short ?? "";
-      const gaze = isDense ? [] : [percent(now.share[r]), ...(one ? [now.score[r].toFixed(2)] : []), percent(now.attention[r])];
+      const score = one ? [now.score[r].toFixed(2)] : [];
+      const gaze = isDense ? [] : [percent(now.share[r]), ...score, percent(now.attention[r])];
       for (const text of [String(r), ...(units.length > 1 ? [home] : []), ...gaze, percent(now.dense[r])]) {
         const cell = document.createElement("td");
         if (text === home) cell.className = "in";
@@ -423,8 +458,8 @@
     showStrip(now, most);
     showTable(now);
     if (!state.timer) {
-      $("status").textContent = `Word ${state.token + 1} of ${tokens.length}, ${spoken(tokens[state.token])}: ` +
-        `${$("visual").textContent} ${$("visual-of").textContent}`;
+      const word = `Word ${state.token + 1} of ${tokens.length}, ${spoken(tokens[state.token])}`;
+      $("status").textContent = `${word}: ${$("visual").textContent} ${$("visual-of").textContent}`;
     }
   }
 
@@ -484,6 +519,8 @@
   $("layer").addEventListener("change", () => go({ layer: Number($("layer").value) }));
   $("head").addEventListener("change", () => go({ head: Number($("head").value) }));
   $("follow").addEventListener("change", show);
+  $("strip").addEventListener("scroll", drawThumbs, { passive: true });
+  addEventListener("resize", drawThumbs);
 
   fill();
   $("problem").hidden = true;

@@ -142,23 +142,29 @@ def _data_url(jpeg: bytes) -> str:
 def _units(trace: Trace) -> list[dict[str, Any]]:
     """What the page needs of each unit; corners as shares of the picture's width and height."""
     keys = [picture.key for picture in trace.pictures]
-    videos = len({unit.index for unit in trace.units if unit.video})
     units = []
     for unit, title in zip(trace.units, titles_of(trace), strict=True):
         number = keys.index((unit.video, unit.index, unit.frame))
         height, width = trace.pictures[number].size
         x0, y0, x1, y1 = map(float, unit.corners)
-        of = f"Video {unit.index + 1}, " if videos > 1 else ""
+        numbers = {other.index for other in trace.units if other.video == unit.video}
         units.append(
             {
                 "title": title,
-                "short": title if not unit.video else f"{of}{trace.pictures[number].seconds:.1f} s",
+                "short": _short(title, alone=len(numbers) == 1),
                 "picture": number,
                 "corners": [x0 / width, y0 / height, x1 / width, y1 / height],
                 "grid": unit.regions.shape,
             }
         )
     return units
+
+
+def _short(title: str, *, alone: bool) -> str:
+    """A title in little room: which view, or when, and of which image or video unless it is ``alone``."""
+    parts = title.split(", ")
+    text = parts[-1] if alone or len(parts) == 1 else f"{parts[0]}, {parts[-1]}"
+    return text[0].upper() + text[1:]
 
 
 def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:

@@ -64,7 +64,7 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
         "layout": layout,
         "arrays": base64.b64encode(blob).decode(),
     }
-    return _page("viewer.html", "viewer.css", "viewer.js", data=_json(data))
+    return _page("viewer.html", "viewer.css", ["draw.js", "viewer.js"], data=_json(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +105,15 @@ def index_page(entries: Sequence[Entry]) -> str:
         | dataclasses.asdict(entry)
         for entry in entries
     ]
-    return _page("index.html", "index.css", None, entries=lines)
+    return _page("index.html", "index.css", [], entries=lines)
 
 
-def _page(template: str, style: str, script: str | None, **values: Any) -> str:
-    """A template filled, with its style and script in it and a policy that allows these alone."""
+def _page(template: str, style: str, scripts: Sequence[str], **values: Any) -> str:
+    """A template filled, with its style and its script in it and a policy that allows these alone."""
     css = (_ASSETS / style).read_text(encoding="utf-8")
-    js = None if script is None else (_ASSETS / script).read_text(encoding="utf-8")
+    js = "\n".join((_ASSETS / script).read_text(encoding="utf-8") for script in scripts)
     policy = ["default-src 'none'", f"style-src '{_sha256(css)}'", "img-src data:"]
-    if js is not None:
+    if scripts:
         policy.append(f"script-src '{_sha256(js)}'")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
@@ -121,7 +121,7 @@ def _page(template: str, style: str, script: str | None, **values: Any) -> str:
     return environment.get_template(template).render(
         policy="; ".join([*policy, "base-uri 'none'", "form-action 'none'"]),
         style=markupsafe.Markup(css),
-        script=None if js is None else markupsafe.Markup(js),
+        script=markupsafe.Markup(js),
         **values,
     )
 

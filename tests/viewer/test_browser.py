@@ -226,8 +226,10 @@ def test_choosers_choose_layers_and_heads(show):
         entries = trace.entries[0, :, 0] if layer == ALL else trace.entries[0, layer, 0]
         assert float(page.text("#visual")) == pytest.approx(entries.mean(), abs=0.051)
     # Arrows in a chooser are the chooser's.
-    page.find("#head").send_keys("\ue015")
-    assert page.current() == 0
+    page.find("#head").send_keys("\ue013")
+    chosen = page.js("return ['layer', 'head'].map((id) => Number(document.getElementById(id).value))")
+    assert chosen == [ALL, 2]
+    assert_gaze(page, trace, 0, ALL, 2)
 
 
 def test_dense_attention_is_a_map_beside_it(show):

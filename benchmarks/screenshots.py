@@ -8,7 +8,7 @@ Needs Debian's chromium and chromium-driver, and selenium from the dev extra.
 import argparse
 import base64
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def shoot(driver: Any, out: Path, height: int | None = None) -> None:
     out.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="device pixels per CSS pixel")
     parser.add_argument("--keys", default="", help="keys to press first, such as 'ArrowRight*4 ArrowUp'")
     parser.add_argument("--dark", action="store_true", help="as it looks where dark colours are preferred")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with browser() as driver:
         resize(driver, args.width, args.height or 900, scale=args.scale, mobile=args.width < 600)
         prefer(driver, prefers_color_scheme="dark" if args.dark else "light", prefers_reduced_motion="reduce")

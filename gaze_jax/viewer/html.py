@@ -64,7 +64,7 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
         "layout": layout,
         "arrays": base64.b64encode(blob).decode(),
     }
-    return _page("viewer.html", "viewer.css", "viewer.js", data=_json(data))
+    return _page("viewer.html", "viewer.css", ["draw.js", "viewer.js"], data=_json(data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +105,15 @@ def index_page(entries: Sequence[Entry]) -> str:
         | dataclasses.asdict(entry)
         for entry in entries
     ]
-    return _page("index.html", "index.css", None, entries=lines)
+    return _page("index.html", "index.css", [], entries=lines)
 
 
-def _page(template: str, style: str, script: str | None, **values: Any) -> str:
-    """A template filled, with its style and script in it and a policy that allows these alone."""
+def _page(template: str, style: str, scripts: Sequence[str], **values: Any) -> str:
+    """A template filled, with its style and its script in it and a policy that allows these alone."""
     css = (_ASSETS / style).read_text(encoding="utf-8")
-    js = None if script is None else (_ASSETS / script).read_text(encoding="utf-8")
+    js = "\n".join((_ASSETS / script).read_text(encoding="utf-8") for script in scripts)
     policy = ["default-src 'none'", f"style-src '{_sha256(css)}'", "img-src data:"]
-    if js is not None:
+    if scripts:
         policy.append(f"script-src '{_sha256(js)}'")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
@@ -121,7 +121,7 @@ def _page(template: str, style: str, script: str | None, **values: Any) -> str:
     return environment.get_template(template).render(
         policy="; ".join([*policy, "base-uri 'none'", "form-action 'none'"]),
         style=markupsafe.Markup(css),
-        script=None if js is None else markupsafe.Markup(js),
+        script=markupsafe.Markup(js),
         **values,
     )
 
@@ -142,23 +142,29 @@ def _data_url(jpeg: bytes) -> str:
 def _units(trace: Trace) -> list[dict[str, Any]]:
     """What the page needs of each unit; corners as shares of the picture's width and height."""
     keys = [picture.key for picture in trace.pictures]
-    videos = len({unit.index for unit in trace.units if unit.video})
     units = []
     for unit, title in zip(trace.units, titles_of(trace), strict=True):
         number = keys.index((unit.video, unit.index, unit.frame))
         height, width = trace.pictures[number].size
         x0, y0, x1, y1 = map(float, unit.corners)
-        of = f"Video {unit.index + 1}, " if videos > 1 else ""
+        numbers = {other.index for other in trace.units if other.video == unit.video}
         units.append(
             {
                 "title": title,
-                "short": title if not unit.video else f"{of}{trace.pictures[number].seconds:.1f} s",
+                "short": _short(title, alone=len(numbers) == 1),
                 "picture": number,
                 "corners": [x0 / width, y0 / height, x1 / width, y1 / height],
                 "grid": unit.regions.shape,
             }
         )
     return units
+
+
+def _short(title: str, *, alone: bool) -> str:
+    """A title in little room: which view, or when, and of which image or video unless it is ``alone``."""
+    parts = title.split(", ")
+    text = parts[-1] if alone or len(parts) == 1 else f"{parts[0]}, {parts[-1]}"
+    return text[0].upper() + text[1:]
 
 
 def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:

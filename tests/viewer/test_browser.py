@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import screenshots
 from benchmarks.screenshots import browser, open_page, prefer, press, resize, wait_until_shown
 from gaze_jax.viewer import html
 from gaze_jax.viewer.contact_sheet import _veiled
@@ -225,8 +226,10 @@ def test_choosers_choose_layers_and_heads(show):
         entries = trace.entries[0, :, 0] if layer == ALL else trace.entries[0, layer, 0]
         assert float(page.text("#visual")) == pytest.approx(entries.mean(), abs=0.051)
     # Arrows in a chooser are the chooser's.
-    page.find("#head").send_keys("\ue015")
-    assert page.current() == 0
+    page.find("#head").send_keys("\ue013")
+    chosen = page.js("return ['layer', 'head'].map((id) => Number(document.getElementById(id).value))")
+    assert chosen == [ALL, 2]
+    assert_gaze(page, trace, 0, ALL, 2)
 
 
 def test_dense_attention_is_a_map_beside_it(show):
@@ -549,6 +552,21 @@ def test_a_browser_that_is_too_old_is_told(driver, tmp_path):
         assert "2023 or newer" in page.text("#problem")
     finally:
         driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", gone)
+
+
+def test_screenshots_show_a_page_after_keys(tmp_path):
+    """Of the width, scale and height asked for, in light or dark."""
+    (tmp_path / "page.html").write_text(viewer_page(make_trace()), encoding="utf-8")
+    flags = ["--width=400", "--height=300", "--scale=2", "--keys=ArrowRight*2"]
+    shots = []
+    for more in ([], ["--dark"], ["--keys="]):
+        out = tmp_path / "shot.png"
+        screenshots.main([str(tmp_path / "page.html"), str(out), *flags, *more])
+        with Image.open(out) as image:
+            assert image.size == (800, 600)
+            shots.append(np.asarray(image.convert("RGB")))
+    assert shots[0][0, 0].min() > 200 and shots[1][0, 0].max() < 60
+    assert (shots[0] != shots[2]).any()
 
 
 def test_the_index_leads_to_every_page(show, driver, tmp_path):

@@ -176,3 +176,17 @@ def test_an_index_says_what_was_attended_to():
     assert [attrs["href"] for _, attrs, _ in Parsed(page).named("a")] == ["a.html", "b.html"]
     assert f"{100 * entry.visual:.1f} % of visual keys" in page
     assert "What is this?" in page and "Where?" in page and "tests/made-up" in page
+
+
+def test_short_names_leave_out_what_is_the_same_everywhere():
+    """One image needs no number, nor does one video."""
+    rng = np.random.default_rng(0)
+    units, pictures = make_media(rng, views=2, frames=2)
+    shorts = [unit["short"] for unit in data_of(viewer_page(make_trace(media=(units, pictures))))[0]["units"]]
+    assert shorts == ["View 1 of 2", "View 2 of 2", "0.0 s", "0.5 s"]
+    more = [dataclasses.replace(unit, unit=unit.unit + 4, index=1) for unit in units]
+    twice = [dataclasses.replace(picture, index=1) for picture in pictures]
+    trace = make_trace(media=((*units, *more), (*pictures, *twice)))
+    shorts = [unit["short"] for unit in data_of(viewer_page(trace))[0]["units"]]
+    assert shorts[:3] == ["Image 1, view 1 of 2", "Image 1, view 2 of 2", "Video 1, 0.0 s"]
+    assert shorts[4:] == ["Image 2, view 1 of 2", "Image 2, view 2 of 2", "Video 2, 0.0 s", "Video 2, 0.5 s"]

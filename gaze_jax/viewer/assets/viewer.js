@@ -1,10 +1,8 @@
-"use strict";
 (async () => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
   const { layers, heads, denseHeads, selectors, slots, regions, units, tokens } = data;
   const isDense = slots === 0;
-  const GAZE_OUTLINE = "rgb(0, 133, 202)";
   const PACE = 900; // milliseconds per word
   const ROWS = 8;
   const LONGEST_WORD = 20;
@@ -102,131 +100,13 @@
   const percent = (share) => `${(100 * share).toFixed(share && share < 0.0995 ? 1 : 0)}\u00a0%`;
   const count = (number) => (Number.isInteger(number) ? String(number) : number.toFixed(1));
 
-  // --- Drawing ---
-
-  function canvas(width, height) {
-    const made = document.createElement("canvas");
-    made.width = width;
-    made.height = height;
-    return made;
-  }
-
-  // The rectangle that a unit's grid covers, as large as asked: clear, veiled and grey. Padding is black.
-  function prepared(unit, least, most) {
-    const image = images[unit.picture];
-    const [x0, y0, x1, y1] = unit.corners;
-    const width = (x1 - x0) * image.naturalWidth, height = (y1 - y0) * image.naturalHeight;
-    const longest = Math.max(width, height);
-    let scale = Math.min(1, most / longest);
-    if (longest < least) scale = Math.max(1, Math.floor(least / longest));
-    const clear = canvas(Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale)));
-    const pen = clear.getContext("2d", { willReadFrequently: true });
-    pen.fillStyle = "black";
-    pen.fillRect(0, 0, clear.width, clear.height);
-    pen.imageSmoothingEnabled = scale <= 1;
-    pen.imageSmoothingQuality = "high";
-    const sx = clear.width / (x1 - x0), sy = clear.height / (y1 - y0);
-    pen.drawImage(image, -x0 * sx, -y0 * sy, sx, sy);
-    const veiled = canvas(clear.width, clear.height), grey = canvas(clear.width, clear.height);
-    const pixels = pen.getImageData(0, 0, clear.width, clear.height);
-    const other = new ImageData(clear.width, clear.height);
-    for (let i = 0; i < pixels.data.length; i += 4) {
-      const [r, g, b] = pixels.data.subarray(i, i + 3);
-      const luma = 0.299 * r + 0.587 * g + 0.114 * b;
-      // As the PNG sheets veil: 36 % of the brightness and of that 15 % of the colour.
-      for (let c = 0; c < 3; c++) {
-        other.data[i + c] = 0.58 * luma;
-        pixels.data[i + c] = 0.36 * (0.15 * pixels.data[i + c] + 0.85 * luma);
-      }
-      other.data[i + 3] = 255;
-    }
-    veiled.getContext("2d").putImageData(pixels, 0, 0);
-    grey.getContext("2d").putImageData(other, 0, 0);
-    return { clear, veiled, grey };
-  }
-
-  // The grid of a unit as a small picture, a pixel per token.
-  function gridded(unit, colour) {
-    const [height, width] = unit.grid;
-    const small = canvas(width, height), pixels = new ImageData(width, height);
-    unit.regions.forEach((region, i) => pixels.data.set(colour(region), 4 * i));
-    small.getContext("2d").putImageData(pixels, 0, 0);
-    return small;
-  }
-
-  function drawGaze(target, unit, picture, share) {
-    const { width, height } = picture.clear;
-    if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
-    const pen = target.getContext("2d");
-    const lit = canvas(width, height), light = lit.getContext("2d");
-    light.drawImage(picture.clear, 0, 0);
-    light.globalCompositeOperation = "destination-in";
-    light.imageSmoothingEnabled = false;
-    light.drawImage(gridded(unit, (r) => [0, 0, 0, Math.round(255 * share[r])]), 0, 0, width, height);
-    pen.drawImage(picture.veiled, 0, 0);
-    pen.drawImage(lit, 0, 0);
-  }
-
-  // Around what half of the heads or more selected; drawn into the veil, so that nothing clear is hidden.
-  function outline(target, unit, share, line) {
-    const [rows, columns] = unit.grid;
-    const { width, height } = target;
-    const pen = target.getContext("2d");
-    const inside = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns && share[unit.regions[y * columns + x]] >= 0.5;
-    const across = (x) => Math.round(x * width / columns), down = (y) => Math.round(y * height / rows);
-    pen.fillStyle = GAZE_OUTLINE;
-    for (let y = 0; y < rows; y++) {
-      for (let x = 0; x < columns; x++) {
-        if (inside(y, x)) continue;
-        const left = across(x), top = down(y), right = across(x + 1), bottom = down(y + 1);
-        if (inside(y, x - 1)) pen.fillRect(left, top, line, bottom - top);
-        if (inside(y, x + 1)) pen.fillRect(right - line, top, line, bottom - top);
-        if (inside(y - 1, x)) pen.fillRect(left, top, right - left, line);
-        if (inside(y + 1, x)) pen.fillRect(left, bottom - line, right - left, line);
-        for (const [dy, dx] of [[-1, -1], [-1, 1], [1, -1], [1, 1]]) {
-          if (!inside(y + dy, x + dx)) continue;
-          pen.fillRect(dx < 0 ? left : right - line, dy < 0 ? top : bottom - line, line, line);
-        }
-      }
-    }
-  }
-
-  // From nothing over red and orange to light yellow, which order by brightness too.
-  const STOPS = [[20, 11, 53], [101, 21, 110], [188, 55, 84], [237, 105, 37], [252, 180, 40], [252, 255, 164]];
-
-  function heat(value) {
-    const at = Math.min(Math.max(value, 0), 1) * (STOPS.length - 1);
-    const low = Math.min(Math.floor(at), STOPS.length - 2), part = at - low;
-    const colour = STOPS[low].map((from, c) => Math.round(from + part * (STOPS[low + 1][c] - from)));
-    return [...colour, Math.round(255 * 0.78 * Math.sqrt(Math.min(Math.max(value, 0), 1)))];
-  }
-
-  function drawDense(target, unit, picture, dense, most) {
-    const { width, height } = picture.clear;
-    if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
-    const pen = target.getContext("2d");
-    pen.drawImage(picture.grey, 0, 0);
-    pen.imageSmoothingEnabled = false;
-    pen.drawImage(gridded(unit, (r) => heat(dense[r] / (most || 1))), 0, 0, width, height);
-  }
-
-  function drawLegends() {
-    const ramps = [["veil", (x) => [0.36 * 206 + x * 0.64 * 206, 0.36 * 206 + x * 0.64 * 200, 0.36 * 206 + x * 0.64 * 180]],
-                   ["heat", (x) => { const [r, g, b, a] = heat(x); return [r, g, b].map((c) => 60 + (c - 60) * a / 255); }]];
-    for (const [id, colour] of ramps) {
-      const pen = $(id).getContext("2d");
-      for (let x = 0; x < 96; x++) {
-        pen.fillStyle = `rgb(${colour(x / 95).map(Math.round).join(" ")})`;
-        pen.fillRect(x, 0, 1, 12);
-      }
-    }
-  }
-
   // --- The parts of the page ---
 
   const INVISIBLE = /[\u0000-\u001f\u007f-\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/;
 
   const JOINED = /^(\p{P}|[^\s\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}])/u;
+
+  const hexadecimal = (letter) => letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 
   function visible(button, token) {
     const mark = (text) => {
@@ -241,7 +121,7 @@
       if (letter === "\n") mark("↵");
       else if (letter === " ") mark(first ? "·" : " ");
       else if (letter === "\t") mark("⇥");
-      else if (INVISIBLE.test(letter)) mark(`U+${letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+      else if (INVISIBLE.test(letter)) mark(`U+${hexadecimal(letter)}`);
       else button.append(letter);
       first = false;
     }
@@ -276,8 +156,10 @@
     const button = document.createElement("button"), name = document.createElement("span");
     const share = document.createElement("span"), warm = document.createElement("span");
     button.type = "button";
-    unit.thumb = canvas(1, 1);
-    unit.small = units.length > 1 ? prepared(unit, 0, 248) : null;
+    const image = images[unit.picture], [x0, y0, x1, y1] = unit.corners;
+    // Of the right shape before it is drawn, so that nothing moves when it is.
+    const shape = (x1 - x0) * image.naturalWidth / ((y1 - y0) * image.naturalHeight);
+    unit.thumb = canvas(Math.max(1, Math.round(90 * shape)), 90);
     name.className = "name";
     name.textContent = unit.short;
     [share.className, warm.className] = ["share", "share warm"];
@@ -318,7 +200,7 @@
 
   function showStage(now, most) {
     const unit = units[state.unit];
-    if (stage.unit !== state.unit) stage = { unit: state.unit, picture: prepared(unit, 560, Infinity) };
+    if (stage.unit !== state.unit) stage = { unit: state.unit, picture: prepared(images[unit.picture], unit, 560, Infinity) };
     const { picture } = stage;
     const line = Math.max(2, Math.round(picture.clear.width / 280));
     const got = sum(now.attention, unit.own), would = sum(now.dense, unit.own);
@@ -327,7 +209,8 @@
     const densePart = units.length > 1 ? `, ${percent(would)} here` : "";
     $("gaze-note").textContent = `${percent(total(now.attention))} of attention on what was selected${part}`;
     const mean = denseHeads === heads || state.head < 0 ? "" : ", mean of all heads";
-    $("dense-note").textContent = `${percent(total(now.dense))} of attention on all regions${densePart}${mean}`;
+    const whole = percent(total(now.dense));
+    $("dense-note").textContent = `${whole} of attention on all regions${densePart}${mean}`;
     $("most").textContent = percent(most);
     if (!isDense) {
       drawGaze($("gaze"), unit, picture, now.share);
@@ -344,11 +227,6 @@
     const gaze = units.map((unit) => sum(now.attention, unit.own)), most1 = Math.max(...gaze);
     const dense = units.map((unit) => sum(now.dense, unit.own)), most2 = Math.max(...dense);
     units.forEach((unit, i) => {
-      if (isDense) drawDense(unit.thumb, unit, unit.small, now.dense, most);
-      else {
-        drawGaze(unit.thumb, unit, unit.small, now.share);
-        outline(unit.thumb, unit, now.share, 3);
-      }
       const current = i === state.unit, bars = frames[i].querySelectorAll(".share span");
       const widths = isDense ? [dense[i] / (most2 || 1)] : [gaze[i] / (most1 || 1), dense[i] / (most2 || 1)];
       widths.forEach((width, k) => { bars[k].style.width = `${100 * width}%`; });
@@ -359,6 +237,29 @@
       frames[i].title = `${unit.title}: ${shares}`;
     });
     reveal($("strip"), frames[state.unit]);
+    waiting = { now, most, units: new Set(units.keys()) };
+    drawThumbs();
+  }
+
+  // A long video has many frames, and few of them are in sight.
+  let waiting = { units: new Set() };
+
+  function drawThumbs() {
+    const { now, most } = waiting, box = $("strip"), width = box.clientWidth;
+    const seen = [...waiting.units].filter((i) => {
+      const left = frames[i].offsetLeft - box.scrollLeft;
+      return left < 2 * width && left + frames[i].offsetWidth > -width;
+    });
+    for (const i of seen) {
+      const unit = units[i];
+      waiting.units.delete(i);
+      unit.small ??= prepared(images[unit.picture], unit, 0, 248);
+      if (isDense) drawDense(unit.thumb, unit, unit.small, now.dense, most);
+      else {
+        drawGaze(unit.thumb, unit, unit.small, now.share);
+        outline(unit.thumb, unit, now.share, 3);
+      }
+    }
   }
 
   // Scrolls a box, never the page.
@@ -386,12 +287,13 @@
 
   function showTable(now) {
     const one = state.layer >= 0, by = isDense ? now.dense : now.attention;
-    const ranked = Array.from(by.keys()).filter((r) => by[r] > 0).sort((a, b) => by[b] - by[a]).slice(0, ROWS);
+    const ranked = [...by.keys()].filter((r) => by[r] > 0).sort((a, b) => by[b] - by[a]).slice(0, ROWS);
     document.querySelector("th.score").hidden = isDense || !one;
     $("rows").replaceChildren(...ranked.map((r) => {
       const row = document.createElement("tr"), homes = units.filter((unit) => unit.own.includes(r));
       const home = homes.length > 1 ? `${homes[0].short} to ${homes.at(-1).short}` : homes[0]?.short ?? "";
-      const gaze = isDense ? [] : [percent(now.share[r]), ...(one ? [now.score[r].toFixed(2)] : []), percent(now.attention[r])];
+      const score = one ? [now.score[r].toFixed(2)] : [];
+      const gaze = isDense ? [] : [percent(now.share[r]), ...score, percent(now.attention[r])];
       for (const text of [String(r), ...(units.length > 1 ? [home] : []), ...gaze, percent(now.dense[r])]) {
         const cell = document.createElement("td");
         if (text === home) cell.className = "in";
@@ -423,8 +325,8 @@
     showStrip(now, most);
     showTable(now);
     if (!state.timer) {
-      $("status").textContent = `Word ${state.token + 1} of ${tokens.length}, ${spoken(tokens[state.token])}: ` +
-        `${$("visual").textContent} ${$("visual-of").textContent}`;
+      const word = `Word ${state.token + 1} of ${tokens.length}, ${spoken(tokens[state.token])}`;
+      $("status").textContent = `${word}: ${$("visual").textContent} ${$("visual-of").textContent}`;
     }
   }
 
@@ -484,6 +386,8 @@
   $("layer").addEventListener("change", () => go({ layer: Number($("layer").value) }));
   $("head").addEventListener("change", () => go({ head: Number($("head").value) }));
   $("follow").addEventListener("change", show);
+  $("strip").addEventListener("scroll", drawThumbs, { passive: true });
+  addEventListener("resize", drawThumbs);
 
   fill();
   $("problem").hidden = true;

@@ -8,7 +8,7 @@ Needs Debian's chromium and chromium-driver, and selenium from the dev extra.
 import argparse
 import base64
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,21 @@ def wait_until_shown(driver: Any) -> None:
     WebDriverWait(driver, 30, poll_frequency=0.05).until(lambda driver: driver.execute_script(shown))
 
 
-def shoot(driver: Any, out: Path, height: int | None = None) -> None:
-    """Write what is shown as a PNG: the whole page, or ``height`` CSS pixels of it."""
+def photograph(
+    driver: Any, page: Path, out: Path, *, width: int, height: int | None, scale: float, keys: str, dark: bool
+) -> None:
+    """Write a PNG of a page after ``keys``: all of it, or ``height`` CSS pixels; a phone's below 600 wide."""
+    resize(driver, width, height or 900, scale=scale, mobile=width < 600)
+    prefer(driver, prefers_color_scheme="dark" if dark else "light", prefers_reduced_motion="reduce")
+    open_page(driver, page)
+    press(driver, keys)
     size = driver.execute_script("return [innerWidth, document.documentElement.scrollHeight]")
     clip = {"x": 0, "y": 0, "width": size[0], "height": height or size[1], "scale": 1}
     options = {"captureBeyondViewport": True, "clip": clip}
     out.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,13 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="device pixels per CSS pixel")
     parser.add_argument("--keys", default="", help="keys to press first, such as 'ArrowRight*4 ArrowUp'")
     parser.add_argument("--dark", action="store_true", help="as it looks where dark colours are preferred")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     with browser() as driver:
-        resize(driver, args.width, args.height or 900, scale=args.scale, mobile=args.width < 600)
-        prefer(driver, prefers_color_scheme="dark" if args.dark else "light", prefers_reduced_motion="reduce")
-        open_page(driver, args.page)
-        press(driver, args.keys)
-        shoot(driver, args.out, args.height)
+        photograph(driver, **vars(args))
 
 
 if __name__ == "__main__":

@@ -211,10 +211,7 @@ def _read_array(
     length = math.prod(found) * np.dtype(dtype).itemsize
     if length + len(start) + len(header) != size:
         raise ValueError(f"{name} has not the length that it declares")
-    data = entry.read(length)
-    if len(data) != length or entry.read(1):  # the second read meets the end, where the checksum is compared
-        raise ValueError(f"{name} has not the length that it declares")
-    return np.frombuffer(data, dtype).reshape(found)
+    return np.frombuffer(entry.read(), dtype).reshape(found)  # to the end, where the checksum is compared
 
 
 def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[str, Any]:

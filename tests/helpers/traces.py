@@ -72,10 +72,15 @@ def make_trace(
         selected[0, 0, 0, -1], best[0, 0, 0, -1] = -1, 0
         attention[0, 0, : heads // selectors, -1] = 0
     total = sum(unit.regions.size for unit in units)
-    visual = (
-        (selected >= 0).sum(-1).mean(-1) * (total / regions) if slots else np.full((count, layers), total)
-    )
-    entries = np.stack([visual, visual * 0 + 4, visual * 0 + 2, visual * 0 + 30], -1).astype(np.float32)
+    # Some of the keys of the selected regions; every number differs between tokens or layers.
+    read = (selected >= 0).sum(-1).mean(-1) / regions * rng.uniform(0.5, 1, (count, layers))
+    kinds = [
+        read * total if slots else np.full((count, layers), total),
+        np.full((count, layers), 4),
+        np.broadcast_to(2 + np.arange(layers), (count, layers)),
+        np.broadcast_to(30 + np.arange(count)[:, None], (count, layers)),
+    ]
+    entries = np.stack(kinds, axis=-1).astype(np.float32)
     return Trace(
         question,
         "".join(tokens),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import screenshots
-from benchmarks.screenshots import browser, open_page, prefer, press, resize, wait_until_shown
+from benchmarks.screenshots import browser, open_page, photograph, prefer, press, resize, wait_until_shown
 from gaze_jax.viewer import html
 from gaze_jax.viewer.contact_sheet import _veiled
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
@@ -390,6 +389,7 @@ def test_nothing_is_wider_than_the_window(show, driver, width, trace):
     page = show(trace)
     assert page.js("return innerWidth") == width
     assert page.js("return document.documentElement.scrollWidth") <= width
+    assert page.js("const a = document.getElementById('answer'); return a.scrollWidth <= a.clientWidth")
     boxes = [
         page.js("return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", name)
         for name in ("#gaze", "#dense")
@@ -554,19 +554,21 @@ def test_a_browser_that_is_too_old_is_told(driver, tmp_path):
         driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", gone)
 
 
-def test_screenshots_show_a_page_after_keys(tmp_path):
+def test_screenshots_show_a_page_after_keys(driver, tmp_path):
     """Of the width, scale and height asked for, in light or dark."""
     (tmp_path / "page.html").write_text(viewer_page(make_trace()), encoding="utf-8")
-    flags = ["--width=400", "--height=300", "--scale=2", "--keys=ArrowRight*2"]
-    shots = []
-    for more in ([], ["--dark"], ["--keys="]):
-        out = tmp_path / "shot.png"
-        screenshots.main([str(tmp_path / "page.html"), str(out), *flags, *more])
-        with Image.open(out) as image:
-            assert image.size == (800, 600)
-            shots.append(np.asarray(image.convert("RGB")))
-    assert shots[0][0, 0].min() > 200 and shots[1][0, 0].max() < 60
-    assert (shots[0] != shots[2]).any()
+
+    def shot(**changes):
+        options = {"width": 400, "height": 300, "scale": 2, "keys": "ArrowRight*2", "dark": False, **changes}
+        photograph(driver, tmp_path / "page.html", tmp_path / "shot.png", **options)
+        with Image.open(tmp_path / "shot.png") as image:
+            return np.asarray(image.convert("RGB"))
+
+    light, dark, before, whole = shot(), shot(dark=True), shot(keys=""), shot(height=None, scale=1)
+    assert light.shape == dark.shape == before.shape == (600, 800, 3)
+    assert light[0, 0].min() > 200 and dark[0, 0].max() < 60
+    assert (light != before).any()
+    assert whole.shape[1] == 400 and whole.shape[0] > 900
 
 
 def test_the_index_leads_to_every_page(show, driver, tmp_path):

@@ -76,6 +76,10 @@ def test_a_clip_shows_the_units_that_were_looked_at_most():
     for units in (2, 4, 8):
         (size,) = {page.size for page in clip_pages(trace, layer=0, units=units)}
         assert size[0] == WIDTH and size[1] % 2 == 0
+    for height in (13, 14, 15):  # of them some would make an odd page
+        flat = make_trace(media=make_media(np.random.default_rng(0), size=(height, 64)), tokens=("A",))
+        (page,) = clip_pages(flat, layer=0, units=1)
+        assert page.height % 2 == 0
     (unit,) = most_looked_at(trace.units, trace.mask()[:, 0], 1)
     alone = dataclasses.replace(trace, units=(unit,), pictures=(trace.picture_of(unit),))
     for page, other in zip(clip_pages(trace, layer=0, units=1), clip_pages(alone, layer=0, units=8)):

@@ -5,7 +5,7 @@
   const isDense = slots === 0;
   const PACE = 900; // milliseconds per word
   const ROWS = 8;
-  const LONGEST_WORD = 20;
+  const LONGEST_WORD = 16; // letters that fit a phone's width in any font
 
   // --- What was embedded ---
 
@@ -139,7 +139,7 @@
     visible(button, token);
     if (!token.trim()) button.setAttribute("aria-label", spoken(token));
     button.addEventListener("click", () => go({ token: i }));
-    if (!word || !JOINED.test(token) || word.textContent.length > LONGEST_WORD) {
+    if (!word || !JOINED.test(token) || word.textContent.length + token.length > LONGEST_WORD) {
       word = document.createElement("span");
       word.className = "word";
       $("answer").append(word);

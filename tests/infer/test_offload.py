@@ -45,7 +45,6 @@ def _logits(share, dtype, implementation, top_k, fed):
     model = MLLM(_config(share, dtype, implementation))
     variables = models.parameters(DUMMY)
 
-    @jax.jit
     def run(variables, images, streams, tokens):
         budget = None if top_k is None else jnp.int32(top_k)
         _, cache, _ = model.apply(variables, images, streams, room=STEPS, top_k=budget, method="prefill")
@@ -62,6 +61,8 @@ def _logits(share, dtype, implementation, top_k, fed):
         cache, found = jax.lax.scan(step, cache, (jnp.arange(STEPS, dtype=jnp.int32), tokens))
         return cache.visual, found
 
+    # As users compile it: the tests' quick code rounds by what it happens to join into one loop.
+    run = jax.jit(run, compiler_options={"xla_cpu_use_fusion_emitters": True})
     visual, found = run(variables, models.images(2, 1), _prompts(), jnp.asarray(fed, jnp.int32))
     return {a.sharding.memory_kind for a in jax.tree.leaves(visual)}, jax.device_get(found)
 

@@ -44,6 +44,15 @@ def cache_axes(visual: Any) -> tuple[str, ...]:
     return ("batch", "kv_heads") if isinstance(visual, cpu.Layered) else ("layers", "batch", "kv_heads")
 
 
+def one_layer(visual: Any, layer: jax.Array) -> Any:
+    """A packed cache of one layer, for :func:`unpack`; ``layer`` is an int32 scalar."""
+    if isinstance(visual, cpu.Layered):
+        # No index reaches into a tuple.
+        branches = [lambda side=side: side for side in visual.layers]
+        return cpu.Layered((jax.lax.switch(layer, branches),))
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), visual)
+
+
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:
     """Lay the visual cache out as ``implementation`` wants it.
 

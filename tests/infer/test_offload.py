@@ -69,7 +69,7 @@ def _logits(share, dtype, implementation, top_k, fed):
 
 @pytest.mark.parametrize(("share", "dtype"), KINDS)
 def test_fetched_regions_give_the_resident_logits(share, dtype):
-    """Two steps' choices of 2 regions of 12, copied from host memory: equal logits, and the cache stayed there."""
+    """2 regions of 12 per query, copied from host memory: equal logits, and the cache stayed there."""
     fed = ((5, 7), (9, 11), (3, 2))
     here, expected = _logits(share, dtype, "xla", 2, fed)
     there, found = _logits(share, dtype, "offload", 2, fed)
@@ -78,7 +78,7 @@ def test_fetched_regions_give_the_resident_logits(share, dtype):
     assert np.isfinite(found[0]).all() and (found[1] >= 0).any()
 
 
-@pytest.mark.parametrize(("share", "dtype"), KINDS)
+@pytest.mark.parametrize(("share", "dtype"), KINDS[::3])
 def test_generator_says_the_same(share, dtype):
     """Answers through the door that the evaluation uses, whose lists may hold every region."""
     found, expected = (_generated(share, dtype, name) for name in ("offload", "xla"))

@@ -175,8 +175,14 @@ def gaze_decode(
     if target() != "cpu":
         return xla.attend(fetch, everything, *rest, scale=spec.scale)
 
-    def listed(at: Array) -> Any:
-        both = fetch(at)
-        return lambda b, h, n: jax.tree.map(lambda a: a[b, h, n], both)
+    # The resident form is a branch of a conditional. So is this, or the compiler would join it with what
+    # surrounds it, which may round elsewhere.
+    def attend(*rest: Any) -> Array:
+        def listed(at: Array) -> Any:
+            both = fetch(at)
+            return lambda b, h, n: jax.tree.map(lambda a: a[b, h, n], both)
 
-    return cpu.attend(listed, everything, *rest, scale=spec.scale)
+        return cpu.attend(listed, everything, *rest, scale=spec.scale)
+
+    layers = visual.rows.shape[0]
+    return jax.lax.cond(layer < layers, attend, lambda q, *_: jnp.zeros_like(q), *rest)

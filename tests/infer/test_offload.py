@@ -45,7 +45,6 @@ def _logits(share, dtype, implementation, top_k, fed):
     model = MLLM(_config(share, dtype, implementation))
     variables = models.parameters(DUMMY)
 
-    @jax.jit
     def run(variables, images, streams, tokens):
         budget = None if top_k is None else jnp.int32(top_k)
         _, cache, _ = model.apply(variables, images, streams, room=STEPS, top_k=budget, method="prefill")
@@ -62,13 +61,15 @@ def _logits(share, dtype, implementation, top_k, fed):
         cache, found = jax.lax.scan(step, cache, (jnp.arange(STEPS, dtype=jnp.int32), tokens))
         return cache.visual, found
 
+    # As users compile it: the tests' quick code rounds by what it happens to join into one loop.
+    run = jax.jit(run, compiler_options={"xla_cpu_use_fusion_emitters": True})
     visual, found = run(variables, models.images(2, 1), _prompts(), jnp.asarray(fed, jnp.int32))
     return {a.sharding.memory_kind for a in jax.tree.leaves(visual)}, jax.device_get(found)
 
 
 @pytest.mark.parametrize(("share", "dtype"), KINDS)
 def test_fetched_regions_give_the_resident_logits(share, dtype):
-    """Two steps' choices of 2 regions of 12, copied from the host's memory: equal logits."""
+    """2 regions of 12 per query, copied from host memory: equal logits, and the cache stayed there."""
     fed = ((5, 7), (9, 11), (3, 2))
     here, expected = _logits(share, dtype, "xla", 2, fed)
     there, found = _logits(share, dtype, "offload", 2, fed)
@@ -77,7 +78,7 @@ def test_fetched_regions_give_the_resident_logits(share, dtype):
     assert np.isfinite(found[0]).all() and (found[1] >= 0).any()
 
 
-@pytest.mark.parametrize(("share", "dtype"), KINDS)
+@pytest.mark.parametrize(("share", "dtype"), KINDS[::3])
 def test_generator_says_the_same(share, dtype):
     """Answers through the door that the evaluation uses, whose lists may hold every region."""
     found, expected = (_generated(share, dtype, name) for name in ("offload", "xla"))

@@ -38,12 +38,7 @@ def test_prefill_and_decode_are_those_of_stacked_parameters(name, top_k):
         stages = [(logits, out.get("selected"))]
         for t in range(2):
             logits, cache, out = models.decode(config, top_k)(
-                variables,
-                jnp.array([5 + t, 9], jnp.int32),
-                order + t,
-                cache,
-                models.step(order + t, 20 + t),
-                top_k,
+                variables, tokens + t, order + t, cache, models.step(order + t, 20 + t), top_k
             )
             stages.append((logits, out.get("indices")))
         found.append((stages, jax.tree.leaves(cache)))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gaze_jax.core import routing
 from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.routing import Keep, Routing
+from gaze_jax.models import apart
 from gaze_jax.models.attention import Plan, gaze_attention, region_scores
 from gaze_jax.models.cache import Cache, decode_spec, layer_keys, past_of
 from gaze_jax.models.config import DTYPES, MLLMConfig
@@ -345,10 +346,28 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., M] to float32 [..., V]."""
+        split = apart.is_split(self.get_variable("params", "layers"))
         if not self.config.decoder.tie_embeddings:
+            if split:
+                kernel: Array = self.get_variable("params", "lm_head")["kernel"].layers[0]
+                return apart.product(kernel.astype(hidden.dtype), hidden).astype(jnp.float32)
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.embedding.astype(hidden.dtype)
+        if split:
+            return apart.product(table, hidden, preferred_element_type=jnp.float32)
         return jnp.einsum("...M,VM->...V", hidden, table, preferred_element_type=jnp.float32)
+
+    def _over_layers(
+        self, body: Callable[..., Any], carry: Any, inputs: Any, *, remat: bool = False, **options: Any
+    ) -> Any:
+        """Scan ``body``, of (block, carry, inputs), over the blocks; their parameters may be apart."""
+        blocks: Any = self.get_variable("params", "layers")
+        if apart.is_split(blocks):
+            return apart.scan(Block(self.config, parent=None), blocks, body, carry, inputs)
+        if remat:
+            body = nn.remat(body, prevent_cse=False)
+        scan = nn.scan(body, length=self.config.decoder.depth, **options, **PER_LAYER_SCAN)
+        return scan(self.layers, carry, inputs)
 
     def touch(self, x: Array, pos: Array) -> Array:
         """:meth:`forward` without attention, for making parameters: it traces in a third of the time."""
@@ -426,10 +445,8 @@ class Decoder(nn.Module):
                 out, wanted = out | {"hidden": x}, wanted | {"hidden"}
             return x, {name: out[name] for name in sorted(wanted & set(out))}
 
-        if self.config.remat:
-            body = nn.remat(body, prevent_cse=False)
-        scan = nn.scan(body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN)
-        x, out = scan(self.layers, x, per_layer)
+        named = {"metadata_params": {nn.PARTITION_NAME: "layers"}}
+        x, out = self._over_layers(body, x, per_layer, remat=self.config.remat, **named)
         return self.norm(x), out
 
     def decode(
@@ -496,7 +513,7 @@ class Decoder(nn.Module):
             )
             return (x, now.dense_k, now.dense_v), out
 
-        scan = nn.scan(body, length=c.depth, **PER_LAYER_SCAN)
-        (x, dense_k, dense_v), out = scan(self.layers, (x[:, None], cache.dense_k, cache.dense_v), per_layer)
+        carry = (x[:, None], cache.dense_k, cache.dense_v)
+        (x, dense_k, dense_v), out = self._over_layers(body, carry, per_layer)
         cache = dataclasses.replace(cache, dense_k=dense_k, dense_v=dense_v)
         return self.norm(x)[:, 0], cache, out

@@ -27,6 +27,7 @@ from gaze_jax.infer.look import Looking
 from gaze_jax.infer.memory import cache_bytes, free_bytes, written
 from gaze_jax.infer.session import Params
 from gaze_jax.models import MLLM, MLLMConfig
+from gaze_jax.models.apart import split_layers
 from gaze_jax.models.config import VisionConfig
 from gaze_jax.viewer.trace import Trace
 
@@ -75,7 +76,8 @@ class Assistant:
     """A checkpoint in memory; :func:`gaze_jax.load` makes one.
 
     Attributes:
-      config, params: of the model.
+      config, params: of the model; the parameters as the device wants to read them
+        (:mod:`gaze_jax.models.apart`).
       tokenizer: of the model.
       template: how it was trained to read a conversation.
       end_ids: tokens that end an answer.
@@ -123,7 +125,10 @@ class Assistant:
         """
         path = Path(directory)
         found = checkpoints.load(path, checkpoints.one_device() if mesh is None else mesh, check=check)
-        return dataclasses.replace(cls.of(found, path), mesh=mesh)
+        assistant = dataclasses.replace(cls.of(found, path), mesh=mesh)
+        if mesh is None and jax.local_devices()[0].platform == "cpu":
+            return dataclasses.replace(assistant, params=split_layers(assistant.params))
+        return assistant
 
     @classmethod
     def of(cls, found: Converted, directory: Path) -> "Assistant":

@@ -61,22 +61,40 @@ def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
     )
 
 
+def packed_layer(layer: dict[str, Any], gaze: GazeConfig) -> dict[str, Any]:
+    """What a layer keeps of its prefill, its visual part packed already where it leaves for the host.
+
+    Packing all layers at once would first hold all of them on the device.
+    """
+    if gaze.decode_implementation != "offload":
+        return layer
+    kept = {name: a for name, a in layer.items() if name not in ("visual_k", "visual_v")}
+    spec = decode_spec(gaze, layer["visual_k"].shape[-1])
+    k, v = (layer[name][None] for name in ("visual_k", "visual_v"))
+    return kept | {"visual": api.pack(k, v, spec=spec, implementation=gaze.decode_implementation)}
+
+
 def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, room: int) -> Cache:
     """Make a cache of what prefill computed.
 
     Args:
-      layers: "visual_k", "visual_v" [L, B, K, R, P, D], "dense_k", "dense_v" [L, B, K, S, D] and
-        "descriptors" [L, B, K, R, E].
+      layers: "visual_k", "visual_v" [L, B, K, R, P, D] or, stacked, what :func:`packed_layer` made of them;
+        "dense_k", "dense_v" [L, B, K, S, D] and "descriptors" [L, B, K, R, E].
       streams: the prefilled batch; not packed (one sample per row).
       gaze: of the model.
       room: dense slots to add for tokens that will be decoded; a few more come with them where the
         implementation wants S in whole tiles.
     """
     spec = decode_spec(gaze, layers["dense_k"].shape[-1])
-    cache = Cache(
-        visual=api.pack(
+    if "visual" in layers:
+        # A scan stacked caches of one layer each.
+        visual = jax.tree.map(lambda a: a.reshape(a.shape[0], *a.shape[2:]), layers["visual"])
+    else:
+        visual = api.pack(
             layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.decode_implementation
-        ),
+        )
+    cache = Cache(
+        visual=visual,
         descriptors=layers["descriptors"],
         dense_k=layers["dense_k"],
         dense_v=layers["dense_v"],

@@ -17,7 +17,7 @@ from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.routing import Keep, Routing
 from gaze_jax.models import apart
 from gaze_jax.models.attention import Plan, gaze_attention, region_scores
-from gaze_jax.models.cache import Cache, decode_spec, layer_keys, past_of
+from gaze_jax.models.cache import Cache, decode_spec, layer_keys, packed_layer, past_of
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.layers import RMSNorm, apply_rope, dense, logical, rope_angles
 from gaze_jax.models.ops import gaze_decode
@@ -440,6 +440,8 @@ class Decoder(nn.Module):
             )
             wanted = {"scores", "selected"} if collect else set()
             if keep_kv:
+                if past is None:
+                    out = packed_layer(out, self.config.gaze)
                 wanted |= set(out) - {"scores", "selected"}
             if keep_hidden:
                 out, wanted = out | {"hidden": x}, wanted | {"hidden"}

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.sample import Frames
 from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
 from gaze_jax.viewer.contact_sheet import contact_sheet
@@ -82,19 +81,6 @@ def titles_of(trace: Trace) -> list[str]:
         seconds = {picture.frame: picture.seconds for picture in shown if picture.index == index}
         times.append(np.array([seconds.get(frame, np.nan) for frame in range(1 + max(seconds, default=-1))]))
     return [title_of(unit, trace.units, times) for unit in trace.units]
-
-
-def pictures_of(
-    units: Sequence[Unit], images: Sequence[np.ndarray], videos: Sequence[Frames]
-) -> list[np.ndarray]:
-    """The image or frame of each unit, uint8 [height, width, 3]; videos are read through once."""
-    frames: dict[tuple[int, int], np.ndarray] = {}
-    for index in {unit.index for unit in units if unit.video}:
-        wanted = {unit.frame for unit in units if unit.video and unit.index == index}
-        for number, frame in enumerate(videos[index]):
-            if number in wanted:
-                frames[index, number] = np.array(frame)  # a decoder may fill its buffer again
-    return [frames[unit.index, unit.frame] if unit.video else images[unit.index] for unit in units]
 
 
 def covered(picture: np.ndarray, unit: Unit) -> np.ndarray:

@@ -16,7 +16,6 @@ from gaze_jax.convert.checkpoint import Converted
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.chat import default_system
 from gaze_jax.data.images import read_image
-from gaze_jax.data.pipeline import prompt_length
 from gaze_jax.data.sample import Frames
 from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer.chat import Said, Talk
 from gaze_jax.infer.look import Looking
 from gaze_jax.infer.memory import cache_bytes, free_bytes, written
-from gaze_jax.infer.session import Params
+from gaze_jax.infer.session import Params, bucket
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.apart import split_layers
 from gaze_jax.models.config import VisionConfig
@@ -299,7 +298,7 @@ def load(
 
 def room_for(max_tokens: int) -> int:
     """Dense slots to keep free for an answer, few sizes of them so that few programs compile."""
-    return prompt_length(max(max_tokens, 128))
+    return bucket(max(max_tokens, 128))
 
 
 def said(talk: Talk, steps: Iterator[Said], on_text: Callable[[str], Any] | None = None) -> Answer:

@@ -311,7 +311,7 @@ class Session:
 
     def _batch(self, rows: Sequence[Arrays], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         """Padded and stacked; rows beyond the last are copies of the first, which nobody listens to."""
-        padded = [pad_to({n: row[n] for n in row}, **sizes) for row in rows]
+        padded = [pad_to(dict(row), **sizes) for row in rows]
         return stack(padded + [padded[0]] * (self.batch - len(padded)))
 
     def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams]:

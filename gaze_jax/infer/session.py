@@ -137,11 +137,16 @@ def _grown(config: MLLMConfig, cache: Cache, *, room: int, regions: int, slots: 
     return with_room(cache, config.gaze, room) if room else cache
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("capacity", "watch"), donate_argnames="cache")
+_MOVING = ("dense_k", "dense_v", "dense_order")
+"""What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("capacity", "watch"), donate_argnames="moving")
 def _say(
     model: MLLM,
     params: Params,
-    cache: Cache,
+    still: Cache,
+    moving: dict[str, Array],
     turn: Turn,
     look: Look,
     sampling: Sampling,
@@ -151,15 +156,21 @@ def _say(
     *,
     capacity: int | None,
     watch: bool,
-) -> tuple[Cache, Turn, dict[str, Array]]:
+) -> tuple[dict[str, Array], Turn, dict[str, Array]]:
     """Up to ``steps`` decoding steps, fewer when every row is done.
 
+    Args:
+      still: the cache; of it everything but ``moving`` is read.
+      moving: its fields :data:`_MOVING`.
+      The others are those of :meth:`Session.say`.
+
     Returns:
-      The cache and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
+      ``moving`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
       was done or no step ran; with ``watch`` also what :meth:`Session.say` describes.
     """
 
-    def step(cache: Cache, turn: Turn) -> tuple[Cache, Turn, dict[str, Array]]:
+    def step(moving: dict[str, Array], turn: Turn) -> tuple[dict[str, Array], Turn, dict[str, Array]]:
+        cache = dataclasses.replace(still, **moving)
         # What a finished row writes is nobody's: order -1 is empty.
         order = jnp.where(turn.done, EMPTY, turn.order)
         logits, cache, out = _apply(
@@ -188,9 +199,9 @@ def _say(
             index=jnp.where(turn.done, turn.index, turn.index + 1),
             slot=turn.slot + 1,
         )
-        return cache, after, found
+        return {name: getattr(cache, name) for name in _MOVING}, after, found
 
-    shapes = jax.eval_shape(step, cache, turn)[2]
+    shapes = jax.eval_shape(step, moving, turn)[2]
     rows = {name: jnp.zeros((STEPS, *a.shape), a.dtype) for name, a in shapes.items()}
     rows["tokens"] -= 100  # IGNORE
 
@@ -199,13 +210,14 @@ def _say(
         return (t < steps) & ~jnp.all(turn.done)
 
     def body(state: Any) -> Any:
-        cache, turn, rows, t = state
-        cache, turn, found = step(cache, turn)
+        moving, turn, rows, t = state
+        moving, turn, found = step(moving, turn)
         rows = {name: jax.lax.dynamic_update_index_in_dim(a, found[name], t, 0) for name, a in rows.items()}
-        return cache, turn, rows, t + 1
+        return moving, turn, rows, t + 1
 
-    cache, turn, rows, _ = jax.lax.while_loop(more, body, (cache, turn, rows, jnp.zeros((), jnp.int32)))
-    return constrained(cache), turn, rows
+    moving, turn, rows, _ = jax.lax.while_loop(more, body, (moving, turn, rows, jnp.zeros((), jnp.int32)))
+    whole = constrained(dataclasses.replace(still, **moving))
+    return {name: getattr(whole, name) for name in _MOVING}, turn, rows
 
 
 def _watched(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:
@@ -432,10 +444,12 @@ class Session:
         while said < max_tokens and not turn.done.all():
             steps = min(STEPS if whole else 1, max_tokens - said)
             with self._devices():
-                self._cache, after, found = _say(
+                cache = self._cache
+                moving, after, found = _say(
                     self._model,
                     self._params,
-                    self._cache,
+                    dataclasses.replace(cache, **dict.fromkeys(_MOVING)),
+                    {name: getattr(cache, name) for name in _MOVING},
                     self._put_turn(turn),
                     look,
                     self._put(_padded(sampling, self.batch)),
@@ -445,6 +459,7 @@ class Session:
                     capacity=budget,
                     watch=watch,
                 )
+            self._cache = dataclasses.replace(cache, **moving)
             found, after = jax.device_get((found, after))
             ran = int(after.slot - turn.slot)
             turn = self._turn = after

@@ -27,6 +27,7 @@ from gaze_jax.models.config import DecoderConfig, GazeConfig
 from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.parameters import boxed_params
 from pallas_kernels.gaze_decode import api
+from pallas_kernels.gaze_decode.cpu import Layered
 
 Array = jax.Array
 
@@ -209,25 +210,26 @@ def follow(
 def random_cache(config: MLLMConfig, case: Case) -> Cache:
     """What a prefill leaves, with random keys and values: FILLED tokens of text, DENSE in all."""
     decoder, gaze = config.decoder, config.gaze
-    lead = (case.batch, decoder.num_kv_heads)
+    spec, implementation = decode_spec(gaze, decoder.head_dim), gaze.decode_implementation
 
-    def one(key: Array, *sizes: int) -> Array:
-        return jax.random.normal(key, (decoder.depth, *lead, *sizes, decoder.head_dim))
+    def one(key: Array, *sizes: int, layers: int = decoder.depth) -> Array:
+        return jax.random.normal(key, (layers, case.batch, decoder.num_kv_heads, *sizes, decoder.head_dim))
 
+    @jax.jit
     def visual(key: Array) -> Any:
-        keys, values = (one(k, case.regions, SLOTS) for k in jax.random.split(key))
-        return api.pack(
-            keys,
-            values,
-            spec=decode_spec(gaze, decoder.head_dim),
-            implementation=gaze.decode_implementation,
-        )
+        keys, values = (one(k, case.regions, SLOTS, layers=1) for k in jax.random.split(key))
+        return api.pack(keys, values, spec=spec, implementation=implementation)
+
+    def joined(*packed: Any) -> Any:
+        if isinstance(packed[0], Layered):
+            return Layered(tuple(layer for each in packed for layer in each.layers))
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *packed)
 
     keys = jax.random.split(jax.random.key(0), 4)
     streams = _streams(jnp.zeros((case.batch, DENSE), jnp.int32), case.tokens)
     filled = jnp.arange(DENSE) < FILLED
     return Cache(
-        visual=jax.jit(visual)(keys[0]),
+        visual=joined(*map(visual, jax.random.split(keys[0], decoder.depth))),
         descriptors=one(keys[1], case.regions),
         dense_k=one(keys[2], DENSE),
         dense_v=one(keys[3], DENSE),

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, layouts, prefill, timing, tune_decode
+from benchmarks import decode, generate, generate_models, layouts, prefill, timing, tune_decode
 from gaze_jax.core import accounting
 from gaze_jax.core.regions import slot_fill
 from gaze_jax.core.streams import Kind
@@ -221,3 +222,118 @@ def test_layouts_are_those_of_real_arrays_and_presets_waste_little():
                 assert row["slot_fill"] == pytest.approx(slot_fill(arrays["visual_src"]))
                 assert row["newlines"] == (arrays["kind"] == Kind.NEWLINE).sum()
                 assert row["views"] == arrays["visual_unit"].max() + 1
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    path = tmp_path_factory.mktemp("generate") / "result.json"
+    generate.main(["--quick", "--measure=prefill,attention,decode", f"--json={path}"])
+    return json.loads(path.read_text())
+
+
+def test_generate_writes_a_row_per_part_and_case(answered):
+    """Every variant in every row, what the caches hold, and what it was measured with."""
+    rows = answered["rows"]
+    found = [(row["part"], row["tokens"], row["batch"], row["cache"].split()[0]) for row in rows]
+    assert found == [
+        ("prefill", 72, 1, "prefilled"),
+        ("attention", 72, 1, "filled"),
+        ("attention", 72, 2, "filled"),
+        ("decode", 72, 1, "filled"),
+        ("decode", 72, 2, "filled"),
+    ]
+    assert list(rows[0]["first_turn_ms"]) == list(rows[0]["second_turn_ms"]) == list(generate.VARIANTS)
+    assert all(list(row["ms"]) == list(generate.OURS) for row in rows[1:3])
+    assert all(list(row["ms"]) == list(generate.VARIANTS) for row in rows[3:])
+    assert answered["versions"].keys() >= {"jax", "torch", "transformers"}
+
+
+def test_generate_figures_agree_with_each_other(answered):
+    """Tokens per second and the distance from the byte model follow from the times, the bytes from sizes."""
+    parameters = 320 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 64 + 2 * 32 + 3 * 64 * 96 + 2 * 64)
+    for row in answered["rows"][3:]:
+        seen = 32 + (row["steps"] + 1) / 2
+        for name in generate.OURS:
+            seconds, need = row["ms"][name]["median"] / 1e3, row["bytes"][name]
+            assert row["tokens_per_second"][name] == pytest.approx(row["batch"] / seconds)
+            assert row["times_model"][name] == pytest.approx(seconds * 1e3 / row["model_ms"][name])
+            assert row["model_ms"][name] == pytest.approx(1e3 * sum(need.values()) / row["bandwidth"])
+            assert need["parameters"] == 4 * parameters
+        # K=2, D=16, 2 layers, 4 bytes; one region of 36 tokens and 2 descriptors, or both regions.
+        each = 2 * 4 * 2 * 16 * row["batch"]
+        assert row["bytes"]["group"]["cache"] == pytest.approx(each * (2 + 2 * (36 + seen)))
+        assert row["bytes"]["dense"]["cache"] == pytest.approx(each * 2 * (72 + seen))
+        assert each * 2 * 36 < row["bytes"]["head"]["cache"] <= each * (2 + 2 * (72 + seen))
+
+
+def test_generate_says_what_was_met_and_what_was_missed():
+    """Each bound against the rows that it is about; what was not measured is not judged."""
+
+    def row(part, tokens, batch, **figures):
+        return {"part": part, "tokens": tokens, "batch": batch} | figures
+
+    def ratio(**values):
+        return {name.replace("_", " / "): {"median": value} for name, value in values.items()}
+
+    rows = [
+        row(
+            "decode", 576, 1, ratio=ratio(transformers_dense=0.9, dense_group=1.0), times_model={"group": 2.5}
+        ),
+        row("decode", 18432, 8, ratio=ratio(dense_group=1.5), times_model={"group": 1.0}),
+        row("attention", 18432, 1, ratio=ratio(dense_group=6.0, dense_head=0.5)),
+        row("prefill", 4608, 1, **{"turn_1 / turn_2": {"dense": 20.0, "transformers": 3.0}}),
+    ]
+    found = [(t["tokens"], t["batch"], t["bound"], t["met"], t["margin"]) for t in generate.targets(rows)]
+    assert sorted(found) == [
+        (576, 1, 0.95, False, pytest.approx(0.9 / 0.95)),
+        (576, 1, 1.0, True, 1.0),
+        (576, 1, 1.25, False, 0.5),
+        (4608, 1, 10.0, True, 2.0),
+        (18432, 1, 3.0, True, 2.0),
+        (18432, 8, 1.0, True, 1.5),
+        (18432, 8, 1.25, True, 1.25),
+        (18432, 8, 1.6, False, pytest.approx(1.5 / 1.6)),
+    ]
+
+
+def test_generate_compares_one_model_with_itself():
+    """transformers gives the same logits after a prompt, and after a second turn the same next token."""
+    case, decoder = generate.Case(72, 2), generate.TINY
+    bench = generate.build(decoder, ["dense", "transformers"])
+    config, visual = bench.config("dense"), generate_models.embeddings(decoder, case)
+    first, second = (generate_models.question(decoder, case, turn) for turn in (1, 2))
+    logits, cache = generate_models.prefill(config, None, bench.params, visual, first)
+    expected, theirs = bench.theirs.prefill(visual, first)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert np.abs(expected).max() > 0.1
+    steps = first.shape[1] + 3
+    where = (np.int32(72 + first.shape[1]), np.int32(first.shape[1]), np.int32(steps))
+    token, last, picks = generate_models.follow(config, None, bench.params, second, *where, cache)
+    for _ in range(2):  # the cache is left as it was
+        wanted, expected = bench.theirs.follow(second, steps, theirs)
+        np.testing.assert_array_equal(token, wanted)
+        np.testing.assert_allclose(last, expected, atol=1e-4)
+    assert picks is None
+
+
+def test_generate_measures_memory_in_a_process_of_its_own(monkeypatch):
+    """The command that it calls itself with runs one variant and prints the two figures."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[1:])
+        return subprocess.CompletedProcess(command, 0, json.dumps({"loaded": 5, "peak": len(asked)}))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    args = generate.parse(["--quick", "--measure=memory", "--variants=group,transformers"])
+    first, second = generate.benchmark(args)
+    assert first["peak_bytes"] == {"group": 1, "transformers": 2} and first["cache"] == "prefilled"
+    assert second["loaded_bytes"] == {"group": 5, "transformers": 5} and second["batch"] == 2
+    assert asked[1] == ["-m", "benchmarks.generate", "--peak=transformers/72/1/prefill", "--quick"]
+
+
+def test_generate_reports_the_memory_of_one_variant(capsys):
+    """A peak above what the parameters and the process took."""
+    generate.main(["--peak=group/72/2/decode", "--quick"])
+    figures = json.loads(capsys.readouterr().out)
+    assert 10**7 < figures["loaded"] <= figures["peak"] < 10**11

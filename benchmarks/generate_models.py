@@ -1,0 +1,316 @@
+"""A language model of ours and the same one in transformers, ready to be timed.
+
+Both get visual tokens as embeddings, so that no tower is in the way, and both hold the same random weights:
+ours are drawn, and the conversion table says which tensor of transformers each is.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import SLOTS
+from gaze_jax.convert.families import FAMILIES
+from gaze_jax.core import accounting
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.streams import EMPTY, Kind, Streams
+from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
+from gaze_jax.models.apart import split_layers
+from gaze_jax.models.attention import make_plan
+from gaze_jax.models.cache import build_cache, decode_spec
+from gaze_jax.models.config import DecoderConfig, GazeConfig
+from gaze_jax.models.decoder import Decoder
+from gaze_jax.models.parameters import boxed_params
+from pallas_kernels.gaze_decode import api
+from pallas_kernels.gaze_decode.cpu import Layered
+
+Array = jax.Array
+
+OURS = ("dense", "head", "group")
+"""Dense attention, and Gaze by what shares a selection."""
+
+QUESTION = 16
+"""Tokens of a user's turn."""
+
+FILLED, DENSE = 32, 64
+"""Tokens of text in a cache that was not prefilled, and the room for them and what is decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sequences of a batch: visual tokens in regions of 36, of which Gaze selects a tenth."""
+
+    tokens: int
+    batch: int
+
+    @property
+    def regions(self) -> int:
+        return self.tokens // SLOTS
+
+    def top_k(self, variant: str) -> int | None:
+        return None if variant == "dense" else max(1, round(self.regions / 10))
+
+
+def config_of(decoder: DecoderConfig, variant: str) -> MLLMConfig:
+    share = "group" if variant == "group" else "head"
+    return MLLMConfig(decoder, None, GazeConfig(region=(6, 6), context_tokens=0, share=share))
+
+
+def draw(decoder: DecoderConfig) -> Any:
+    """Random parameters as numpy arrays, the blocks stacked: activations neither vanish nor explode."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path: Any, boxed: Any) -> np.ndarray:
+        values = rng.random(boxed.shape, np.float32)  # three times as quick as a normal distribution
+        values -= 0.5
+        name = path[-1].key
+        if name in ("weight", "bias"):
+            return values * np.float32(0.4) + np.float32(name == "weight")
+        fan_in = boxed.shape[-2] if name == "kernel" else boxed.shape[-1]
+        values *= np.float32((12 / fan_in) ** 0.5)
+        return values
+
+    shapes = nn.meta.unbox(boxed_params(config_of(decoder, "dense")))
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def ours(drawn: Any) -> Any:
+    """Parameters as a CPU decodes with them, as they are anywhere else."""
+    stacked = jax.tree.map(jnp.asarray, drawn)
+    return split_layers(stacked) if jax.default_backend() == "cpu" else stacked
+
+
+def tensors(drawn: Any, decoder: DecoderConfig) -> dict[str, np.ndarray]:
+    """The same as transformers names and lays them out."""
+    leaves = {
+        "/".join(part.key for part in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(drawn)
+    }
+    found = {}
+    for rule in FAMILIES["qwen2"].rules(decoder):
+        for i, name in enumerate(rule.tensors):
+            leaf = leaves[rule.leaf]
+            found[name] = rule.to_tensor(leaf[i] if rule.layers else leaf)
+    return found
+
+
+def embeddings(decoder: DecoderConfig, case: Case) -> np.ndarray:
+    """float32 [B, tokens, M], what a projector might make of images."""
+    shape = (case.batch, case.tokens, decoder.width)
+    return np.random.default_rng(1).standard_normal(shape, np.float32) * np.float32(decoder.width**-0.5)
+
+
+def question(decoder: DecoderConfig, case: Case, turn: int) -> np.ndarray:
+    """int32 [B, QUESTION]."""
+    shape = (case.batch, QUESTION)
+    return np.random.default_rng(1 + turn).integers(0, decoder.vocab_size, shape, np.int32)
+
+
+def _streams(tokens: Array, visual: int) -> Streams:
+    """``visual`` tokens, a region after the other, and then text [B, S]."""
+    batch, dense = tokens.shape
+
+    def rows(a: Array) -> Array:
+        return jnp.broadcast_to(a, (batch, *a.shape))
+
+    order = rows(jnp.arange(visual, dtype=jnp.int32).reshape(-1, SLOTS))
+    after = rows(visual + jnp.arange(dense, dtype=jnp.int32))
+    text = jnp.zeros_like(after)
+    return Streams(
+        visual_src=order,
+        visual_order=order,
+        visual_pos=order,
+        visual_unit=jnp.zeros_like(order),
+        region_segment=jnp.zeros_like(order[:, :, 0]),
+        tokens=tokens,
+        kind=text + Kind.TEXT,
+        dense_order=after,
+        dense_pos=after,
+        dense_segment=text,
+        dense_unit=text + EMPTY,
+        targets=text,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    config: MLLMConfig, top_k: int | None, params: Any, visual: Array, tokens: Array
+) -> tuple[Array, Cache]:
+    """Read visual embeddings [B, n, M] and text int32 [B, S]: the last logits [B, V] and the cache."""
+    decoder: Callable[..., Any] = functools.partial(Decoder(config).apply, {"params": params["decoder"]})
+    streams = _streams(tokens, visual.shape[1])
+    x = jnp.concatenate([visual, decoder(tokens, method="embed")], axis=1)
+    pos = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    hidden, layers = decoder(
+        x,
+        pos,
+        make_plan(streams, config.gaze),
+        top_k=None if top_k is None else jnp.int32(top_k),
+        route=Routing(),
+        forced=None,
+        collect=False,
+        keep_kv=True,
+        method="forward",
+    )
+    return decoder(hidden[:, -1], method="logits"), build_cache(layers, streams, config.gaze, room=DENSE)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def follow(
+    config: MLLMConfig,
+    top_k: int | None,
+    params: Any,
+    tokens: Array,
+    order: Array,
+    slot: Array,
+    steps: Array,
+    cache: Cache,
+) -> tuple[Array, Array, Array | None]:
+    """Read tokens int32 [B, T], then the likeliest ones, ``steps`` steps in all.
+
+    Args:
+      tokens: the first of them.
+      order, slot: int32 scalars, place in the sequence and in the dense stream of the first.
+      steps: int32 scalar.
+
+    Returns:
+      The likeliest next token [B], the last logits [B, V], and the last selections int32 [L, B, Hs, J].
+    """
+    batch, known = tokens.shape
+    apply: Callable[..., Any] = MLLM(config).apply
+    # What a step does not change stays out of the loop, which would copy it.
+    moving = ("dense_k", "dense_v", "dense_order")
+
+    def step(token: Array, i: Array, parts: Mapping[str, Array]) -> Any:
+        at = jnp.broadcast_to(order + i, (batch,))
+        where = Step(order=at, slot=slot + i, sample=jnp.zeros_like(at))
+        now = dataclasses.replace(cache, **parts)
+        budget = None if top_k is None else jnp.int32(top_k)
+        return apply({"params": params}, token, at, now, where, top_k=budget, capacity=top_k, method="decode")
+
+    def body(i: Array, state: Any) -> Any:
+        token, parts, _, _ = state
+        given = jax.lax.dynamic_index_in_dim(tokens, jnp.minimum(i, known - 1), axis=1, keepdims=False)
+        logits, now, out = step(jnp.where(i < known, given, token), i, parts)
+        parts = {name: getattr(now, name) for name in moving}
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), parts, logits, out.get("indices")
+
+    parts = {name: getattr(cache, name) for name in moving}
+    zero = jnp.zeros((), jnp.int32)
+    logits, _, out = jax.eval_shape(step, tokens[:, 0], zero, parts)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (logits, out.get("indices")))
+    token, _, last, picks = jax.lax.fori_loop(0, steps, body, (tokens[:, 0], parts, *nothing))
+    return token, last, picks
+
+
+def random_cache(config: MLLMConfig, case: Case) -> Cache:
+    """What a prefill leaves, with random keys and values: FILLED tokens of text, DENSE in all."""
+    decoder, gaze = config.decoder, config.gaze
+    spec, implementation = decode_spec(gaze, decoder.head_dim), gaze.decode_implementation
+
+    def one(key: Array, *sizes: int, layers: int = decoder.depth) -> Array:
+        return jax.random.normal(key, (layers, case.batch, decoder.num_kv_heads, *sizes, decoder.head_dim))
+
+    @jax.jit
+    def visual(key: Array) -> Any:
+        keys, values = (one(k, case.regions, SLOTS, layers=1) for k in jax.random.split(key))
+        return api.pack(keys, values, spec=spec, implementation=implementation)
+
+    def joined(*packed: Any) -> Any:
+        if isinstance(packed[0], Layered):
+            return Layered(tuple(layer for each in packed for layer in each.layers))
+        return jax.tree.map(lambda *a: jnp.concatenate(a), *packed)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    streams = _streams(jnp.zeros((case.batch, DENSE), jnp.int32), case.tokens)
+    filled = jnp.arange(DENSE) < FILLED
+    return Cache(
+        visual=joined(*map(visual, jax.random.split(keys[0], decoder.depth))),
+        descriptors=one(keys[1], case.regions),
+        dense_k=one(keys[2], DENSE),
+        dense_v=one(keys[3], DENSE),
+        visual_order=streams.visual_order,
+        dense_order=jnp.where(filled, streams.dense_order, EMPTY),
+    )
+
+
+def step_bytes(
+    config: MLLMConfig, params: Any, case: Case, picks: Array | None, dense: float
+) -> dict[str, float]:
+    """What a decoding step must read: every parameter once, and the keys and values that are attended to.
+
+    Of the embedding the head reads every row. Regions that several query heads of a kv head select are read
+    once, and with Gaze every descriptor is.
+
+    Args:
+      config: of the model.
+      params: of the model.
+      case: the sequences.
+      picks: int32 [L, B, Hs, J], selections of a step; None for dense attention.
+      dense: keys of the dense stream that a step sees.
+    """
+    decoder, union, regions = config.decoder, float(case.regions), None
+    if picks is not None:
+        mask, regions = accounting.mask_from_indices(picks, case.regions), case.regions
+        union = float(jnp.mean(accounting.union_over_group(mask, decoder.num_kv_heads)))
+    reads = accounting.decode_floor(decoder.num_kv_heads, decoder.head_dim, 4, regions, SLOTS, union, dense)
+    cache = float(reads.total) * decoder.depth * case.batch
+    return {"parameters": float(sum(leaf.nbytes for leaf in jax.tree.leaves(params))), "cache": cache}
+
+
+class Theirs:
+    """transformers' Qwen2 on a CPU, with a cache; calls end where the next token is known."""
+
+    def __init__(self, drawn: Any, decoder: DecoderConfig):
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        family = FAMILIES["qwen2"]
+        assert family.write_config is not None
+        fields = {k: v for k, v in family.write_config(decoder).items() if k != "model_type"}
+        config = transformers.Qwen2Config(**fields, max_position_embeddings=32768)
+        found = {name: torch.from_numpy(values) for name, values in tensors(drawn, decoder).items()}
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+        self.model = transformers.Qwen2ForCausalLM.from_pretrained(
+            None, config=config, state_dict=found, attn_implementation="sdpa", dtype=torch.float32
+        ).eval()
+        self.decoder, self._new = decoder, transformers.DynamicCache
+
+    def prefill(self, visual: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
+        """As :func:`prefill`."""
+        import torch
+
+        with torch.inference_mode():
+            text = self.model.get_input_embeddings()(torch.from_numpy(tokens).long())
+            x = torch.cat([torch.from_numpy(visual), text], dim=1)
+            out = self.model(inputs_embeds=x, past_key_values=self._new(), use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1].numpy(), out.past_key_values
+
+    def follow(self, tokens: np.ndarray, steps: int, cache: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As :func:`follow`, but that the known tokens are read at once; the cache is left as it was."""
+        import torch
+
+        before = cache.get_seq_length()
+        with torch.inference_mode():
+            ids = torch.from_numpy(tokens).long()
+            for _ in range(steps - tokens.shape[1] + 1):
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids = out.logits[:, -1:].argmax(-1)
+        cache.crop(before - cache.get_seq_length())
+        return ids[:, 0].numpy(), out.logits[:, -1].numpy()
+
+    def random_cache(self, case: Case) -> Any:
+        """As :func:`random_cache`."""
+        import torch
+
+        cache, decoder = self._new(), self.decoder
+        size = (case.batch, decoder.num_kv_heads, case.tokens + FILLED, decoder.head_dim)
+        for layer in range(decoder.depth):
+            cache.update(torch.randn(size), torch.randn(size), layer)
+        return cache

@@ -314,6 +314,10 @@ def test_generate_compares_one_model_with_itself():
         np.testing.assert_array_equal(token, wanted)
         np.testing.assert_allclose(last, expected, atol=1e-4)
     assert picks is None
+    last, changed = generate_models.read_on(config, None, bench.params, second, *where[:2], cache)
+    _, expected = bench.theirs.follow(second, first.shape[1], theirs)
+    np.testing.assert_allclose(last, expected, atol=1e-4)
+    assert changed["dense_order"].max() == 72 + 2 * first.shape[1] - 1
 
 
 def test_generate_measures_memory_in_a_process_of_its_own(monkeypatch):

@@ -47,8 +47,8 @@ TARGETS = (
     ("step of Gaze, group-shared, against dense", "decode", 18432, 8, ("dense", "group"), 1.6),
 )
 SLACK, SOONER, VIDEO = 1.25, 10.0, 4608
-"""At most so many times the byte model; turn 2 is at least so many times as quick as turn 1, where what both are
-about is as long as a video."""
+"""At most so many times the byte model; turn 2 is at least so many times as quick as turn 1, where what both
+are about is as long as a video."""
 
 
 @dataclasses.dataclass(frozen=True)

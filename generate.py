@@ -1,21 +1,23 @@
-"""Ask a model about images and videos, and draw where every token of the answer looked.
+"""Ask a model about images and videos, and see where every token of the answer looked.
 
-python generate.py --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.png
-    a multimodal checkpoint: converted, or a Hugging Face directory as it is. --image, --video and --question
-    may be repeated: further questions go on with the conversation
+python generate.py --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.html
+    any multimodal checkpoint: converted, a Hugging Face directory as it is, or a run of train.py. --image,
+    --video and --question may be repeated: further questions go on with the conversation. --out may be too:
+    .html is the viewer, .png a sheet, .mp4 a clip, .gaze the trace itself (python -m gaze_jax.viewer)
 
-python generate.py --workdir=runs/digits --image=runs/digits/scene.png \\
-    --question="Which digit is in row 2, column 3?" --out=answer.png
-    a model trained here, which reads one image and one question
+python generate.py --checkpoint=ckpt/llava --questions=questions.jsonl --answers=answers.jsonl --traces=looked
+    many questions, a JSON object a line, answered in batches; see gaze_jax/infer/requests.py for its fields
 """
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
+import jax
 from absl import flags
 
 from gaze_jax import cli
@@ -23,27 +25,44 @@ from gaze_jax.core.layout import NEWLINES
 from gaze_jax.data.images import read_image
 from gaze_jax.data.video import Clip, open_video
 from gaze_jax.errors import UserError
-from gaze_jax.evaluate.run import load, routing_layer
-from gaze_jax.infer.answer import ask
-from gaze_jax.infer.chat import SAMPLING, Assistant, Said, Talk, check_questions
-from gaze_jax.infer.session import check_sampling
-from gaze_jax.viewer.answer_sheet import answer_sheet, most_looked_at, pictures_of, title_of, unit_sheets
+from gaze_jax.evaluate.run import best_layer_of
+from gaze_jax.infer.assistant import SAMPLING, Assistant, load, room_for, said
+from gaze_jax.infer.chat import check_questions
+from gaze_jax.infer.look import Looking
+from gaze_jax.infer.requests import Request, answer_all, read_requests, record
+from gaze_jax.infer.sampling import check_sampling
+from gaze_jax.infer.steer import LookAt
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.viewer.answer_sheet import sheet
+from gaze_jax.viewer.html import Entry, index_page, viewer_page
+from gaze_jax.viewer.trace import Trace
+from gaze_jax.viewer.trace_file import save
+from gaze_jax.viewer.video import need_av, write_clip
 from pallas_kernels.spec import SHARES
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of train.py.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, or a Hugging Face directory.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A converted checkpoint, a Hugging Face directory, or a run of train.py."
+)
 _IMAGE = flags.DEFINE_multi_string("image", [], "An image file.")
 _VIDEO = flags.DEFINE_multi_string("video", [], "A video file, an animation, or a folder of frames.")
 _QUESTION = flags.DEFINE_multi_string("question", [], "What to ask; several are turns of one conversation.")
+_QUESTIONS = flags.DEFINE_string("questions", None, "JSON Lines file of many questions.")
+_ANSWERS = flags.DEFINE_string("answers", None, "JSON Lines file to write their answers to.")
+_TRACES = flags.DEFINE_string("traces", None, "Folder for a trace and a viewer page of each, and an index.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Most questions of the file to answer at once.")
 _SYSTEM = flags.DEFINE_string("system", None, "System prompt; default: the one of the model's family.")
 _FPS = flags.DEFINE_float("fps", None, "Frames of a video to show per second; default: the family's.")
 _MAX_FRAMES = flags.DEFINE_integer(
     "max_frames", None, "Most frames of a video to show; default: the family's."
 )
 _FOLDER_FPS = flags.DEFINE_float("folder_fps", 1.0, "Frames per second that a folder of frames has.")
-_OUT = flags.DEFINE_string("out", None, "Write the picture to this PNG file.")
+_OUT = flags.DEFINE_multi_string(
+    "out", [], "Where the last answer looked: a file that ends in .html, .png, .mp4 or .gaze."
+)
 _TOP_K = flags.DEFINE_integer("top_k", None, "Regions per query; default: what the model is configured for.")
+_KEEP = flags.DEFINE_float("keep", None, "The same as a fraction of the regions in sight.")
 _DENSE = flags.DEFINE_bool("dense", False, "Attend to everything, whatever the model is configured for.")
+_DENSE_LAYERS = flags.DEFINE_list("dense_layers", [], "Layers that attend to everything, such as 0,1.")
 _SHARE = flags.DEFINE_enum("share", None, SHARES, "Who selects: each query head, or each kv head's group.")
 _REGION = flags.DEFINE_list("region", None, "Target size of an image's regions in tokens, such as 7,7.")
 _VIDEO_REGION = flags.DEFINE_list(
@@ -52,53 +71,74 @@ _VIDEO_REGION = flags.DEFINE_list(
 _NEWLINES = flags.DEFINE_enum(
     "newlines", None, NEWLINES, "Read all newlines, or route them with their regions."
 )
-_LAYER = flags.DEFINE_integer(
-    "layer", None, "Layer of the picture; default: the best of eval.json, or all of a checkpoint."
+_LOOK_AT = flags.DEFINE_multi_string(
+    "look_at", [], "Box x0,y0,x1,y1 in pixels, and perhaps a frame's number: look nowhere else."
 )
-_UNITS = flags.DEFINE_integer("units", 8, "Most views and frames in the picture: those looked at most.")
+_LOOK_AT_LAYERS = flags.DEFINE_list("look_at_layers", None, "Layers that --look_at is for; default: all.")
+_LOOK_AT_BIAS = flags.DEFINE_float(
+    "look_at_bias", None, "Make the boxes likelier by as many logits, in place of looking nowhere else."
+)
+_VISUAL_DTYPE = flags.DEFINE_enum("visual_dtype", None, ["int8"], "Keep visual keys and values as int8.")
+_OFFLOAD = flags.DEFINE_bool(
+    "offload", False, "Keep visual keys and values in the host's memory and fetch what is selected."
+)
+_LAYER = flags.DEFINE_integer(
+    "layer", None, "Layer of the pictures; default: all, or the best one of a run's eval.json."
+)
+_UNITS = flags.DEFINE_integer("units", 8, "Most views and frames in a PNG or MP4: those looked at most.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Most tokens to generate for a question.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, more samples.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that reach this probability.")
+_STOP = flags.DEFINE_multi_string("stop", [], "End the answer before this string.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_RESIZE = flags.DEFINE_bool("resize", False, "Squash an image of another size to the tower's.")
+_RESIZE = flags.DEFINE_bool("resize", False, "Squash an image of another size to that of a run's tower.")
+_CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", None, "Most tokens in the cache; default: what fits.")
+_FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the parameters, with all devices.")
+_ALL_DEVICES = flags.DEFINE_bool("all_devices", False, "Split batches over all devices, not one.")
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "gaze_jax"),
+    "Folder that keeps compiled programs; empty for none.",
+)
 
-_OF_GAZE = {"share": _SHARE, "region": _REGION, "video_region": _VIDEO_REGION, "newlines": _NEWLINES}
+_OF_GAZE = {
+    "share": _SHARE,
+    "region": _REGION,
+    "video_region": _VIDEO_REGION,
+    "newlines": _NEWLINES,
+    "visual_dtype": _VISUAL_DTYPE,
+}
 _OF_VIDEOS = (_FPS, _MAX_FRAMES, _FOLDER_FPS, _VIDEO_REGION)
 _OF_PICTURES = (_LAYER, _UNITS)
-_OF_CHECKPOINTS = (_VIDEO, _SYSTEM, _FPS, _MAX_FRAMES, _FOLDER_FPS, _UNITS, _DENSE, *_OF_GAZE.values())
+_OF_ONE = (_IMAGE, _VIDEO, _QUESTION, _OUT, _FPS, _MAX_FRAMES, _FOLDER_FPS, _UNITS)
+_OF_MANY = (_ANSWERS, _TRACES, _BATCH_SIZE)
+_SUFFIXES = (".html", ".png", ".mp4", ".gaze")
 
 
-def _ask_run(workdir: str) -> None:
-    """Print the answer of a model trained here and, with --out, draw it."""
-    cli.refuse_flags(_OF_CHECKPOINTS, "is for --checkpoint")
-    if len(_IMAGE.value) != 1 or len(_QUESTION.value) != 1:
-        raise UserError("A model trained here reads one image and one question; give one of each.")
-    image, question = read_image(_IMAGE.value[0]), _QUESTION.value[0]
-    trained = load(workdir)
-    model = trained.experiment.model
-    layout = model.layout
-    top_k = model.gaze.top_k if _TOP_K.value is None else _TOP_K.value
-    out = _OUT.value
-    if out is not None and top_k is None:
-        raise UserError("This run attends densely, so there is nothing to draw; drop --out or give --top_k.")
-    layer = 0 if out is None else routing_layer(workdir, _LAYER.value, model.decoder.depth)
-    answer = ask(
-        model,
-        trained.params,
-        trained.tokenizer,
-        layout,
-        image,
-        question,
-        top_k=top_k,
-        max_tokens=_MAX_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        seed=_SEED.value,
-        resize=_RESIZE.value,
-    )
-    print(answer.text)
-    if out is not None and answer.selected is not None:
-        title = f"{question}\n{top_k} of {layout.regions} regions, layer {layer}"
-        sheet = answer_sheet(image, answer.pieces, answer.selected[:, layer], layout, title=title)
-        sheet.save(Path(out), format="PNG")
+def _numbers(holder: flags.FlagHolder) -> tuple[int, ...] | None:
+    """A list flag as integers; None if it was not given."""
+    if holder.value is None:
+        return None
+    if not all(word.isdecimal() for word in holder.value):
+        raise UserError(f"--{holder.name}={','.join(holder.value)} must be numbers with commas between them.")
+    return tuple(int(word) for word in holder.value)
+
+
+def _gaze() -> dict[str, Any]:
+    """Fields of ``GazeConfig`` that the flags choose."""
+    values = {n: _numbers(h) if isinstance(h.value, list) else h.value for n, h in _OF_GAZE.items()}
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return chosen | ({"decode_implementation": "offload"} if _OFFLOAD.value else {})
+
+
+def _looking() -> Looking:
+    """Which regions queries may select."""
+    layers = _numbers(_LOOK_AT_LAYERS)
+    if not _LOOK_AT.value:
+        cli.refuse_flags((_LOOK_AT_LAYERS, _LOOK_AT_BIAS), "has no effect without --look_at")
+    boxes = tuple(LookAt.parse(text, layers=layers, bias=_LOOK_AT_BIAS.value) for text in _LOOK_AT.value)
+    dense_layers = _numbers(_DENSE_LAYERS) or ()
+    return Looking(_TOP_K.value, _KEEP.value, _DENSE.value is True, dense_layers, boxes)
 
 
 def _open_videos(style: str) -> list[Clip]:
@@ -111,108 +151,174 @@ def _open_videos(style: str) -> list[Clip]:
     return [open_video(name, sampling, frames_fps=_FOLDER_FPS.value) for name in _VIDEO.value]
 
 
-def _gaze() -> dict[str, Any]:
-    """Fields of ``GazeConfig`` that the flags choose."""
-    chosen: dict[str, Any] = {}
-    for name, holder in _OF_GAZE.items():
-        value: Any = holder.value
-        if isinstance(value, list):
-            if not all(side.isdecimal() for side in value):
-                raise UserError(f"--{name}={','.join(value)} must be numbers with commas between them.")
-            value = tuple(int(side) for side in value)
-        if value is not None:
-            chosen[name] = value
-    return chosen
+def _check_out() -> None:
+    """Refuse a picture that could not be written when the answer is there."""
+    for name in _OUT.value:
+        if Path(name).suffix not in _SUFFIXES:
+            raise UserError(f"--out={name} must end in one of {', '.join(_SUFFIXES)}.")
+        if not Path(name).absolute().parent.is_dir():
+            raise UserError(f"--out={name} lies in a folder that does not exist; make it first.")
+        if name.endswith(".mp4"):
+            need_av()
+    if _UNITS.value < 1:
+        raise UserError(f"--units={_UNITS.value} must be at least 1.")
 
 
-def _check_chat() -> dict[str, Any]:
-    """Refuse, before anything is read, what cannot be asked; returns the chosen fields of ``GazeConfig``."""
-    cli.refuse_flags((_RESIZE,), "is for --workdir; a checkpoint has its own way with images")
+def _check_one() -> None:
+    """Refuse, before anything is read, what cannot be asked."""
+    cli.refuse_flags(_OF_MANY, "is for --questions")
     if not _VIDEO.value:
         cli.refuse_flags(_OF_VIDEOS, "has no effect without --video")
-    if _OUT.value is None:
+    if not _OUT.value:
         cli.refuse_flags(_OF_PICTURES, "has no effect without --out")
     elif not _IMAGE.value and not _VIDEO.value:
         raise UserError("Nothing is shown to the model, so there is nothing to draw; drop --out.")
     if _DENSE.value:
-        cli.refuse_flags((_TOP_K, _SHARE, _OUT), "has no effect with --dense, which selects nothing")
+        cli.refuse_flags((_SHARE,), "has no effect with --dense, which selects nothing")
+        if drawn := [name for name in _OUT.value if Path(name).suffix in (".png", ".mp4")]:
+            raise UserError(
+                f"--out={drawn[0]} shows what was selected, and --dense selects nothing; drop one."
+            )
     check_questions(_QUESTION.value, len(_IMAGE.value), len(_VIDEO.value))
-    check_sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _SEED.value)
-    if _TOP_K.value is not None and _TOP_K.value < 1:
-        raise UserError(f"--top_k={_TOP_K.value} must be at least 1; --dense attends to everything.")
-    if _UNITS.value < 1:
-        raise UserError(f"--units={_UNITS.value} must be at least 1.")
-    return _gaze()
 
 
-def _check_out() -> None:
-    """Refuse a picture that could not be written when the answer is there."""
-    if _OUT.value is not None and not Path(_OUT.value).absolute().parent.is_dir():
-        raise UserError(f"--out={_OUT.value} lies in a folder that does not exist; make it first.")
-
-
-def _chat(checkpoint: str) -> None:
-    """Print the answers as they come and, with --out, draw them."""
-    gaze = _check_chat()
-    images = [read_image(name) for name in _IMAGE.value]
-    _open_videos("square")  # what cannot be opened is said before the checkpoint is read
-    assistant = Assistant.load(Path(checkpoint)).looking(**gaze)
-    clips = _open_videos(assistant.layout.views.style)
-    if _TOP_K.value is None and assistant.config.gaze.top_k is None:
-        if _OUT.value is not None:
-            raise UserError("This checkpoint attends densely, so there is nothing to draw; give --top_k.")
+def _assistant() -> Assistant:
+    """The checkpoint, on the devices that the flags say."""
+    mesh = make_mesh(MeshConfig(fsdp=_FSDP.value)) if _ALL_DEVICES.value else None
+    if mesh is None:
+        cli.refuse_flags((_FSDP,), "has no effect without --all_devices")
+    assistant = load(_CHECKPOINT.value or "", mesh=mesh, **_gaze())
+    if assistant.resize:
+        cli.refuse_flags((_RESIZE,), "is for runs of train.py; a checkpoint has its own way with images")
+    if assistant.config.gaze.top_k is None and _TOP_K.value is None and _KEEP.value is None:
         cli.refuse_flags((_SHARE,), "has no effect on a checkpoint that attends densely without --top_k")
     depth = assistant.config.decoder.depth
     if _LAYER.value is not None and not 0 <= _LAYER.value < depth:
         raise UserError(f"--layer={_LAYER.value} must be between 0 and {depth - 1}.")
-    talk = Talk(
-        assistant,
-        _QUESTION.value[0],
-        images=images,
-        videos=clips,
-        system=_SYSTEM.value,
-        top_k=_TOP_K.value,
-        dense=_DENSE.value is True,
+    return dataclasses.replace(
+        assistant, resize=assistant.resize or _RESIZE.value is True, cache_tokens=_CACHE_TOKENS.value
     )
-    said: list[Said] = []
-    for turn, question in enumerate(_QUESTION.value):
-        if turn:
-            talk.ask(question)
-        for step in talk.answer(_MAX_TOKENS.value, temperature=_TEMPERATURE.value, seed=_SEED.value):
-            print(step.text, end="", flush=True)
-            said.append(step)
+
+
+def _ask() -> None:
+    """Print the answers as they come and, with --out, show where the last one looked."""
+    _check_one()
+    looking = _looking()
+    images = [read_image(name) for name in _IMAGE.value]
+    _open_videos("square")  # what cannot be opened is said before the checkpoint is read
+    assistant = _assistant()
+    clips = _open_videos(assistant.layout.views.style)
+    talk = assistant.talk(system=_SYSTEM.value, looking=looking, room=room_for(_MAX_TOKENS.value))
+    if talk.top_k is None and any(Path(name).suffix in (".png", ".mp4") for name in _OUT.value):
+        raise UserError("This checkpoint attends densely, so there is nothing to draw; give --top_k.")
+    answer = None
+    for turn, question in enumerate(_QUESTION.value, start=1):
+        talk.ask(question, images=images if turn == 1 else (), videos=clips if turn == 1 else ())
+        steps = talk.answer(
+            _MAX_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            stop=_STOP.value,
+            seed=_SEED.value,
+            watch=bool(_OUT.value) and turn == len(_QUESTION.value),
+        )
+        answer = said(talk, steps, lambda text: print(text, end="", flush=True))
         print(flush=True)
-    if _OUT.value is not None:
-        sheet = _drawn(talk, said, images, clips, f"{talk.top_k} of {talk.regions} regions")
-        sheet.save(Path(_OUT.value), format="PNG")
+    if answer is not None and answer.trace is not None:
+        for name in _OUT.value:
+            _show(answer.trace, Path(name))
 
 
-def _drawn(
-    talk: Talk, said: Sequence[Said], images: Sequence[np.ndarray], clips: Sequence[Clip], budget: str
-) -> PIL.Image.Image:
-    """The picture: the answers over the views and frames that they looked at most."""
-    selected = np.stack([step.selected for step in said if step.selected is not None])
-    if _LAYER.value is None:
-        # All layers' heads side by side.
-        selected, layer = selected.reshape(len(selected), -1, selected.shape[-1]), "all layers"
+def _show(trace: Trace, path: Path) -> None:
+    """Write a trace in the form that the suffix names."""
+    layer = best_layer_of(_CHECKPOINT.value or "") if _LAYER.value is None else _LAYER.value
+    if path.suffix == ".gaze":
+        save(trace, path)
+    elif path.suffix == ".html":
+        path.write_text(viewer_page(trace, layer=layer), encoding="utf-8", newline="\n")
+    elif path.suffix == ".png":
+        sheet(trace, layer=layer, units=_UNITS.value).save(path, format="PNG")
     else:
-        selected, layer = selected[:, _LAYER.value], f"layer {_LAYER.value}"
-    units = most_looked_at(talk.units, selected, _UNITS.value)
-    titles = [title_of(unit, talk.units, [clip.times for clip in clips]) for unit in units]
-    titles[0] = f"{_QUESTION.value[0]}\n{budget}, {layer}. {titles[0]}"
-    pictures = pictures_of(units, images, clips)
-    return unit_sheets(pictures, units, [step.token for step in said], selected, titles=titles)
+        write_clip(trace, path, layer=layer, units=_UNITS.value)
+
+
+def _check_many() -> list[Request]:
+    """Read the questions; refuse what could not be written when they are answered."""
+    cli.refuse_flags(_OF_ONE, "is for one conversation; write it into the lines of --questions")
+    if _ANSWERS.value is None:
+        raise UserError("Give --answers, the file to write.")
+    if not Path(_ANSWERS.value).absolute().parent.is_dir():
+        raise UserError(f"--answers={_ANSWERS.value} lies in a folder that does not exist; make it first.")
+    if _BATCH_SIZE.value < 1:
+        raise UserError(f"--batch_size={_BATCH_SIZE.value} must be at least 1.")
+    defaults: dict[str, Any] = {
+        "system": _SYSTEM.value,
+        "max_tokens": _MAX_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value,
+        "stop": tuple(_STOP.value),
+        "seed": _SEED.value,
+    }
+    requests = read_requests(_QUESTIONS.value or "", **defaults)
+    if _TRACES.value is None:
+        return requests
+    if odd := [request.id for request in requests if not re.fullmatch(r"[\w.-]+", request.id)]:
+        raise UserError(
+            f"With --traces an id is a file's name; {odd[0]!r} has other characters than a-z0-9._-."
+        )
+    Path(_TRACES.value).mkdir(parents=True, exist_ok=True)
+    return requests
+
+
+def _with_looking(requests: list[Request], looking: Looking) -> Iterator[Request]:
+    """The questions with what the flags say, where they say nothing themselves."""
+    boxes = tuple(_LOOK_AT.value)
+    for request in requests:
+        if request.dense or request.top_k is not None or request.keep is not None:
+            yield request
+            continue
+        yield dataclasses.replace(
+            request,
+            top_k=looking.top_k,
+            keep=looking.keep,
+            dense=looking.dense,
+            dense_layers=request.dense_layers or looking.dense_layers,
+            look_at=request.look_at or boxes,
+        )
+
+
+def _ask_many() -> None:
+    """Answer a file of questions; every answer is written when it is there."""
+    requests = list(_with_looking(_check_many(), _looking()))
+    assistant = _assistant()
+    entries = []
+    with open(_ANSWERS.value or "", "w", encoding="utf-8") as file:
+        found = answer_all(assistant, requests, batch_size=_BATCH_SIZE.value, watch=_TRACES.value is not None)
+        for request, answer in found:
+            file.write(json.dumps(record(request, answer), ensure_ascii=False) + "\n")
+            file.flush()
+            if answer.trace is not None and _TRACES.value is not None:
+                page = Path(_TRACES.value, f"{request.id}.html")
+                _show(answer.trace, page)
+                _show(answer.trace, page.with_name(f"{request.id}.gaze"))
+                entries.append(Entry.of(answer.trace, page.name))
+    if entries:
+        index = Path(_TRACES.value or "", "index.html")
+        index.write_text(index_page(entries), encoding="utf-8", newline="\n")
 
 
 def main() -> None:
-    """Answer with a run of train.py or with a checkpoint."""
-    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
-        raise UserError("Give either --workdir, a run of train.py, or --checkpoint.")
+    """Answer one conversation or a file of questions."""
+    if _CHECKPOINT.value is None:
+        raise UserError("Give --checkpoint, a converted one, a Hugging Face directory or a run of train.py.")
+    if _COMPILATION_CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
+    check_sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value)
     _check_out()
-    if _WORKDIR.value is not None:
-        _ask_run(_WORKDIR.value)
+    if _QUESTIONS.value is None:
+        _ask()
     else:
-        _chat(_CHECKPOINT.value or "")
+        _ask_many()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     scripts/tpu_aot.sh [--json=FILE] [--chips v5e v5p v6e] [--only SUBSTRING]
 
 What it proves: that the kernels compile, what each program holds at its peak, and that no operation of a
-decode step copies as much as one layer's visual cache. It measures no time on a TPU.
+decode step copies as much as one layer's visual cache; for a cache in host memory, how much of it the device
+holds at once. It measures no time on a TPU.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -81,7 +83,7 @@ def compile_one(
     """Compile for the target; figures and the optimised HLO."""
 
     def place(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+        return a if a.sharding is not None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
     start = time.perf_counter()
     compiled = (
@@ -94,6 +96,8 @@ def compile_one(
     figures = {
         "compile_seconds": round(seconds, 2),
         "argument_bytes": memory.argument_size_in_bytes,
+        "host_argument_bytes": memory.host_argument_size_in_bytes,
+        "written_in_place_bytes": memory.alias_size_in_bytes + memory.host_alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "kernels": kernels,
@@ -159,32 +163,53 @@ def _decode_step(
     return MLLM(config).apply(variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode")
 
 
+def on_host(tree: Any, where: jax.sharding.NamedSharding) -> Any:
+    """The arrays of a tree, without values, in pinned host memory."""
+    host = where.with_memory_kind("pinned_host")
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host), tree)
+
+
+def compile_step(
+    chip: str, implementation: str, shape: decode_shapes.Shape
+) -> tuple[dict[str, Any], str, dict[str, int]]:
+    """Compile a decoding step of a whole model: layers scanned, cache donated, 40 regions per query.
+
+    Returns:
+      Figures and optimised HLO of :func:`compile_one`; and the bytes of the cache's parts.
+    """
+    gaze = GazeConfig(share=shape.share, context_tokens=0, decode_implementation=implementation)
+    config = MLLMConfig(DECODERS[shape.heads], None, gaze, dtype="bfloat16", param_dtype="bfloat16")
+    integers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    with target(chip) as where:
+        step = Step(order=integers, slot=jax.ShapeDtypeStruct((), jnp.int32), sample=integers)
+        variables = {"params": nn.meta.unbox(boxed_params(config))}
+        cache = abstract_cache(config, shape)
+        if implementation == "offload":
+            cache = dataclasses.replace(cache, visual=on_host(cache.visual, where))
+        run = functools.partial(_decode_step, config)
+        arguments = (variables, cache, integers, integers, step, jax.ShapeDtypeStruct((), jnp.int32))
+        figures, text = compile_one(run, arguments, where, donate=(1,))
+
+    def size(*trees: Any) -> int:
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trees))
+
+    parts = {
+        "visual": size(cache.visual),
+        "descriptors": size(cache.descriptors),
+        "dense": size(cache.dense_k, cache.dense_v),
+    }
+    return figures, text, parts
+
+
 def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
-    """Compile a decoding step of whole models: layers scanned, cache donated, 40 of 256 regions."""
+    """A decoding step of whole models, 40 of 256 regions."""
     for name in STEPS:
         for share in ("head", "group"):
             shape = decode_shapes.Shape(name, 9_216, 1, share, layers=decode_shapes.HEADS[name][0])
             label = f"decode step {shape.name}"
             if only not in label:
                 continue
-            gaze = GazeConfig(share=share, context_tokens=0, decode_implementation="tpu")
-            config = MLLMConfig(DECODERS[name], None, gaze, dtype="bfloat16", param_dtype="bfloat16")
-            with target(chip) as where:
-                integers = jax.ShapeDtypeStruct((1,), jnp.int32)
-                step = Step(order=integers, slot=jax.ShapeDtypeStruct((), jnp.int32), sample=integers)
-                variables = {"params": nn.meta.unbox(boxed_params(config))}
-
-                run = functools.partial(_decode_step, config)
-
-                arguments = (
-                    variables,
-                    abstract_cache(config, shape),
-                    integers,
-                    integers,
-                    step,
-                    jax.ShapeDtypeStruct((), jnp.int32),
-                )
-                figures, text = compile_one(run, arguments, where, donate=(1,))
+            figures, text, _ = compile_step(chip, "tpu", shape)
             size, line = largest_operation(text)
             yield (
                 {"chip": chip, "kernel": label}
@@ -197,6 +222,88 @@ def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
             )
 
 
+LIMITS = {"group": 0.03, "head": 0.06}
+"""Device memory for an offloaded visual cache, of what it would take there, by who shares a selection."""
+
+
+def host_results(text: str) -> list[int]:
+    """Bytes of each array that a computation on the host hands to the device, per call in the HLO text."""
+    sizes = []
+    for start in re.findall(r"(%[\w.\-]+) = .*custom_call_target=\"HostExecute\"", text):
+        done = re.search(rf"= (.*) custom-call-done\({re.escape(start)}\)", text)
+        made = done[1] if done else re.search(rf"{re.escape(start)} = (.*) custom-call\(", text)[1]
+        sizes += [
+            ITEMSIZE[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", made)
+        ]
+    return sizes
+
+
+def other_host_operations(text: str) -> list[str]:
+    """Lines that read or write host memory and are neither arguments, views, loops nor calls of the host."""
+    free = re.compile(r"\b(parameter|bitcast|get-tuple-element|tuple|while|conditional)\(|HostExecute")
+    body = (line.strip() for line in text.splitlines() if re.match(r"\s+(?:ROOT )?%", line))
+    return [line[:200] for line in body if "S(5)" in line and not free.search(line)]
+
+
+def offload_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
+    """A decoding step of Qwen3-4B whose visual cache is in host memory, 40 of 256 regions.
+
+    What the device holds of the visual cache is taken to be the descriptors, which are an argument, and
+    *all* temporaries of the step: those that have nothing to do with the cache are counted too.
+    """
+    for share, limit in LIMITS.items():
+        layers, kv_heads, group, dim = decode_shapes.HEADS["qwen3-4b"]
+        shape = decode_shapes.Shape("qwen3-4b", 9_216, 1, share, layers=layers)
+        label = f"offload step {shape.name}"
+        if only not in label:
+            continue
+        figures, text, parts = compile_step(chip, "offload", shape)
+        resident, _, whole = compile_step(chip, "tpu", shape)
+        size, line = largest_operation(text)
+        lists = kv_heads * (group if share == "head" else 1)
+        visual = parts["descriptors"] + figures["temporary_bytes"]
+        yield (
+            {"chip": chip, "kernel": label}
+            | figures
+            | {
+                "layer_bytes": shape.layer_bytes,
+                "largest_operation_bytes": size,
+                "largest_operation": line,
+                "resident_visual_bytes": whole["visual"],
+                "resident_argument_bytes": resident["argument_bytes"],
+                "resident_temporary_bytes": resident["temporary_bytes"],
+                "descriptor_bytes": parts["descriptors"],
+                "dense_bytes": parts["dense"],
+                "fetched_bytes": host_results(text),
+                "selected_bytes": lists * 40 * decode_shapes.SLOTS * dim * 2 * 2,
+                "other_host_operations": other_host_operations(text),
+                "visual_on_device": visual / whole["visual"],
+                "visual_limit": limit,
+                "kv_on_device": (visual + parts["dense"]) / (whole["visual"] + parts["dense"]),
+            }
+        )
+
+
+def append_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
+    """Append 8 regions to a donated cache of 256."""
+    for implementation in ("tpu", "xla", "offload"):
+        for visual_dtype in (None, "int8"):
+            shape = decode_shapes.Shape("qwen3-4b", 9_216, visual_dtype=visual_dtype, layers=36)
+            label = f"append {implementation} {shape.name}"
+            if only not in label:
+                continue
+            with target(chip) as where:
+                packed = shape.arguments(implementation)[1]
+                packed = on_host(packed, where) if implementation == "offload" else packed
+                new = jax.ShapeDtypeStruct((36, 1, 8, 8, decode_shapes.SLOTS, 128), jnp.bfloat16)
+                run = functools.partial(decode_api.append, spec=shape.spec, implementation=implementation)
+                start = jax.ShapeDtypeStruct((), jnp.int32)
+                figures, _ = compile_one(run, (packed, new, new, start), where, donate=(0,))
+            cache = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(packed))
+            yield {"chip": chip, "kernel": label} | figures | {"cache_bytes": cache}
+
+
 def prefill_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
     """Compile gaze_prefill, forward and backward."""
     for name, build in prefill_shapes.PROGRAMS:
@@ -207,7 +314,7 @@ def prefill_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
             yield {"chip": chip, "kernel": label} | figures
 
 
-PARTS = (decode_rows, step_rows, prefill_rows)
+PARTS = (decode_rows, step_rows, offload_rows, append_rows, prefill_rows)
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -215,7 +322,18 @@ def problems(row: dict[str, Any]) -> list[str]:
     if "skipped" in row:
         return []
     found = []
-    if not row["kernels"]:
+    if "cache_bytes" in row:
+        if row["written_in_place_bytes"] < row["cache_bytes"]:
+            found.append("the cache is not written in place")
+        if row["temporary_bytes"] > row["cache_bytes"] / 10:
+            found.append(f"temporaries of {row['temporary_bytes']} bytes for a few regions")
+    elif "visual_on_device" in row:
+        if row["visual_on_device"] > row["visual_limit"]:
+            found.append(f"{row['visual_on_device']:.4f} of the visual cache is on the device")
+        if sum(row["fetched_bytes"]) != row["selected_bytes"]:
+            found.append(f"{row['fetched_bytes']} bytes come from the host, not {row['selected_bytes']}")
+        found += [f"host memory is used by {line}" for line in row["other_host_operations"]]
+    elif not row["kernels"]:
         found.append("no kernel is in the program")
     if "layer_bytes" in row and row["largest_operation_bytes"] >= row["layer_bytes"]:
         found.append(f"an operation makes a layer's cache anew: {row['largest_operation']}")
@@ -235,7 +353,7 @@ def main(argv: list[str]) -> int:
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
         "libtpu": metadata.version("libtpu"),
-        "command": "scripts/tpu_aot.sh",
+        "command": " ".join(["scripts/tpu_aot.sh", *argv]),
     }
     for chip in flags.chips:
         for row in itertools.chain.from_iterable(part(chip, flags.only) for part in PARTS):

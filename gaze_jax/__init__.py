@@ -1,3 +1,33 @@
-"""Gaze Attention for JAX and Flax: multimodal language models that select visual regions, then attend."""
+"""Gaze Attention for JAX and Flax: multimodal language models that select visual regions, then attend.
+
+model = gaze_jax.load("ckpt/llava")
+answer = model.generate("How many rooms?", video="walk.mp4", looking=gaze_jax.Looking(keep=0.1))
+print(answer.text)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gaze_jax.infer.assistant import Answer as Answer
+    from gaze_jax.infer.assistant import Assistant as Assistant
+    from gaze_jax.infer.assistant import load as load
+    from gaze_jax.infer.look import Looking as Looking
+    from gaze_jax.infer.steer import LookAt as LookAt
 
 __version__ = "0.1.0"
+
+# Imported when they are asked for: whoever trains or converts needs none of this.
+_LAZY = {
+    "Answer": "gaze_jax.infer.assistant",
+    "Assistant": "gaze_jax.infer.assistant",
+    "LookAt": "gaze_jax.infer.steer",
+    "Looking": "gaze_jax.infer.look",
+    "load": "gaze_jax.infer.assistant",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'gaze_jax' has no attribute {name!r}")

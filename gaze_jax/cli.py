@@ -37,26 +37,32 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        print(f"{os.path.basename(argv[0])}: {_sentence(error, argv)}", file=sys.stderr)
+        print(f"{_program()}: {_sentence(error, argv)}", file=sys.stderr)
         sys.exit(2)
 
 
-def run_door(main: Callable[[], None]) -> None:
-    """Parse the flags and call ``main``.
+def _program() -> str:
+    """How the program was started, for messages."""
+    spec = sys.modules["__main__"].__spec__
+    return os.path.basename(sys.argv[0]) if spec is None else f"python -m {spec.parent}"
+
+
+def run_door(main: Callable[..., None], *, arguments: bool = False) -> None:
+    """Parse the flags and call ``main``, with a list of what is no flag if it takes ``arguments``.
 
     A :class:`UserError` ends the program with status 2 and its sentence alone; anything else is a defect
     and keeps its traceback.
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        name = os.path.basename(sys.argv[0])
+        name = _program()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             print(f"{name}: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
             sys.exit(2)
         try:
-            main()
+            main(*([argv[1:]] if arguments else []))
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
             sys.exit(2)

@@ -29,6 +29,8 @@ import hypothesis
 import jax
 import pytest
 
+from benchmarks.screenshots import CHROMIUM, DRIVER
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A test that passes because yesterday's program was still on disk has tested yesterday's program.
 jax.config.update("jax_enable_compilation_cache", False)
@@ -46,12 +48,17 @@ def _promotion(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests for hardware or a compiler that is not here, saying what would run them."""
+    """Skips tests for hardware, a compiler or a browser that is not here, saying what would run them."""
     skips = {}
     if jax.config.jax_platforms.split(",")[0] not in ("cuda", "gpu"):
         skips["gpu"] = pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda")
     if importlib.util.find_spec("libtpu") is None:
         skips["tpu_aot"] = pytest.mark.skip(reason="needs the tpu-aot extra (libtpu); no TPU")
+    missing = [str(program) for program in (CHROMIUM, DRIVER) if not program.exists()]
+    if importlib.util.find_spec("selenium") is None:
+        missing.append("selenium (the dev extra)")
+    if missing:
+        skips["browser"] = pytest.mark.skip(reason=f"needs {' and '.join(missing)}")
     for item in items:
         for name, skip in skips.items():
             if item.get_closest_marker(name):

@@ -93,7 +93,7 @@ def run(tmp_path_factory):
 def test_generate_answers_and_draws(start, run, tmp_path):
     image = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
-    flags = [f"--workdir={run}", f"--image={tmp_path / 'image.png'}", "--question=Where is the only 7?"]
+    flags = [f"--checkpoint={run}", f"--image={tmp_path / 'image.png'}", "--question=Where is the only 7?"]
     picture = tmp_path / "answer.png"
     out, err = finish(start("generate.py", *flags, f"--out={picture}", "--layer=1", "--max_tokens=3"))
     assert out.endswith("\n")
@@ -104,8 +104,9 @@ def test_generate_answers_and_draws(start, run, tmp_path):
 
 def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(start, run, tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "fits.png")
     (tmp_path / "text.png").write_text("not a picture")
-    ask = ["generate.py", f"--workdir={run}", "--question=Where is the only 7?"]
+    ask = ["generate.py", f"--checkpoint={run}", "--question=Where is the only 7?"]
     train = ["train.py", CONFIG, ONE_DEVICE, f"--workdir={tmp_path / 'new'}"]
     cases = {
         "'topk' does not exist, did you mean 'top_k'": [*train, "--config.model.gaze.topk=2"],
@@ -119,9 +120,7 @@ def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(start, run, tmp
         "is 20x30 pixels but the tower takes 20x20; resize it": [*ask, f"--image={tmp_path / 'wide.png'}"],
         "is none of JPEG, PNG": [*ask, f"--image={tmp_path / 'text.png'}"],
         "is not a file; check the path": [*ask, f"--image={tmp_path / 'none.png'}"],
-        "names no best layer; run eval.py first": [
-            *[*ask, f"--image={tmp_path / 'wide.png'}", f"--out={tmp_path / 'out.png'}"]
-        ],
+        "a character has no token": [*ask[:2], f"--image={tmp_path / 'fits.png'}", "--question=Où?"],
         "holds no checkpoint": ["eval.py", f"--workdir={tmp_path}"],
         "unexpected argument 'runs/digits'": ["eval.py", f"--workdir={tmp_path}", "runs/digits"],
     }

@@ -1,10 +1,13 @@
-"""generate.py on multimodal checkpoints of each family: a photograph, a film, several turns, and mistakes."""
+"""generate.py on multimodal checkpoints of each family: media, turns, files of questions, and mistakes."""
+
+import json
 
 import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
 
+from gaze_jax.viewer.trace_file import load
 from tests.helpers import multimodal
 from tests.helpers.doors import finish, start
 from tests.helpers.videos import write_video
@@ -30,22 +33,63 @@ def media(tmp_path_factory):
 
 @pytest.mark.parametrize("family", multimodal.FAMILIES)
 def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
-    """Two turns about both: an answer each, and a picture of the views and frames looked at most."""
-    picture = tmp_path / "answer.png"
+    """Two turns about both: an answer each; of one family, everything that shows where the second looked."""
+    suffixes = (".png", ".html", ".gaze", ".mp4") if family == "cambrian_s" else ()
+    files = [tmp_path / f"answer{suffix}" for suffix in suffixes]
     flags = [f"--image={media / 'photo.jpg'}", f"--video={media / 'film.mp4'}", "--max_frames=5", "--top_k=3"]
     flags += [
         "--question=What is in <image> and in <video>?",
         "--question=And what colour?",
         "--max_tokens=4",
     ]
-    flags += [f"--out={picture}", "--units=3", "--temperature=0.8", "--seed=2"]
-    flags += ["--share=group", "--region=3,3", "--video_region=2,3,3", "--newlines=region"]
+    flags += [
+        *(f"--out={file}" for file in files),
+        *["--units=3"] * bool(files),
+        "--temperature=0.8",
+        "--seed=2",
+    ]
+    flags += ["--share=group", "--region=3,3", "--video_region=2,3,3", "--newlines=region", "--top_p=0.9"]
+    flags += ["--look_at=0,0,50,50", "--look_at_layers=1", "--look_at_bias=2", "--dense_layers=2"]
+    flags += [f"--compilation_cache={tmp_path / 'programs'}"]
     checkpoint = multimodal.write(family, tmp_path / "checkpoint")
     out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
     assert not err
     assert out.count("\n") >= 2 and len(out.strip()) > 0
-    with Image.open(picture) as sheet:
+    assert any((tmp_path / "programs").iterdir()), "compiled programs are kept"
+    if not files:
+        return
+    with Image.open(files[0]) as sheet:
         assert sheet.format == "PNG" and sheet.height > 3 * 200, "three sheets, one under the other"
+    assert files[1].read_text().startswith("<!doctype html>") and files[3].stat().st_size > 1000
+    trace = load(files[2])
+    assert trace.question == "And what colour?" and len(trace.pictures) == 6
+    chosen = trace.mask().sum(axis=-1)
+    assert (chosen[:, :2] == 3).all() and (chosen[:, 2] == trace.regions).all(), "the last layer reads all"
+
+
+def test_answers_a_file_of_questions(media, tmp_path):
+    """An answer a line, in order, and a page of each with an index; the cache in the host's memory."""
+    checkpoint = multimodal.write("cambrian_s", tmp_path / "checkpoint")
+    photo = str(media / "photo.jpg")
+    lines = [
+        {"question": "What is this?", "images": [photo]},
+        {"question": "<image> or <image>?", "images": [photo, str(media / "mirror.png")], "id": "two"},
+        {"question": "How long?", "videos": [str(media / "film.mp4")], "keep": 0.5, "max_tokens": 2},
+    ]
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    flags = [f"--questions={questions}", f"--answers={answers}", f"--traces={tmp_path / 'looked'}"]
+    flags += ["--top_k=2", "--max_tokens=3", "--offload", "--compilation_cache="]
+    out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
+    assert not err and not out
+    found = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["id"] for line in found] == ["1", "two", "3"]
+    assert [line["top_k"] for line in found] == [2, 2, 0.5]
+    assert found[2]["tokens"] <= 2 and all(line["finish"] in ("end", "length") for line in found)
+    index = (tmp_path / "looked" / "index.html").read_text()
+    for line in found:
+        assert f'"{line["id"]}.html"' in index
+        assert load(tmp_path / "looked" / f"{line['id']}.gaze").answer == line["answer"]
 
 
 def test_mistakes_are_said_before_the_checkpoint_is_read(media):
@@ -62,6 +106,10 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(media):
         "The question is empty": [film, "--question="],
         "--fps has no effect without --video": [photo, ASK, "--fps=1"],
         "lies in a folder that does not exist": [photo, ASK, "--top_k=1", "--out=/nowhere/answer.png"],
+        "must end in one of .html": [photo, ASK, "--top_k=1", "--out=answer.txt"],
+        "look_at='1,2,3' must be": [photo, ASK, "--top_k=1", "--look_at=1,2,3"],
+        "q.jsonl is not a readable UTF-8 file": ["--questions=q.jsonl", "--answers=a.jsonl"],
+        "nowhere is not a directory; give a checkpoint": [photo, ASK, "--top_k=1"],
     }
     found, waiting = {}, list(cases.items())
     while waiting:  # two at a time

@@ -40,6 +40,21 @@ class Routing:
             raise ValueError(f"Routing.strategy={self.strategy!r} must be one of {STRATEGIES}.")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """A budget as a fraction of the regions in sight of a query, in place of a count.
+
+    Images of 16 regions and videos of 555 share one setting, and what a query may select grows with what it
+    sees.
+
+    Attributes:
+      fraction: float32; 1 keeps every region. Its shape broadcasts like that of the count it stands for.
+    """
+
+    fraction: Array
+
+
 def query_features(q: Array, descriptor: str) -> Array:
     """What to multiply with a descriptor so that the product is the region's score.
 
@@ -93,6 +108,93 @@ def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
     return scores.reshape(batch, queries, heads, -1)
 
 
+def steer(scores: Array, seen: Array, bias: Array, *, heads: int, dim: int) -> tuple[Array, Array]:
+    """Make regions likelier to be selected, or leave them out, by hand.
+
+    A bias counts as if every logit of the region were so much higher, for the selection only: with it the
+    selection changes and the attention over what was selected does not.
+
+    Args:
+      scores: float32 [B, T, Hs, R] from descriptors.
+      seen: bool, broadcastable to it.
+      bias: float32 [B, R] in logits; -inf leaves a region out.
+      heads: H, of which Hs add up their scores.
+      dim: D; a score is its mean logit times the root of it.
+
+    Returns:
+      The scores, and what may still be selected.
+    """
+    allowed = bias > -jnp.inf
+    unit = dim**0.5 * (heads // scores.shape[2])
+    added = jnp.where(allowed, bias, 0.0) * jnp.float32(unit)
+    return scores + added[:, None, None, :], seen & allowed[:, None, None, :]
+
+
+def log_masses(
+    q: Array, visual_k: Array, dense_k: Array, visual_seen: Array, dense_seen: Array, *, scale: float
+) -> tuple[Array, Array]:
+    """How much of a softmax goes to each region and to the dense keys, before it is normalised.
+
+    Args:
+      q: [B, H, D] post-RoPE, one query of each row.
+      visual_k: [B, K, R, P, D].
+      dense_k: [B, K, S, D].
+      visual_seen: bool [B, R, P] visual keys that count; others may be NaN.
+      dense_seen: bool [B, S].
+      scale: of the logits.
+
+    Returns:
+      float32 [B, K, G, R] and [B, K, G], logarithms; -inf where nothing counts.
+    """
+    batch, heads, dim = q.shape
+    kv_heads = visual_k.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    visual = scale * jnp.einsum("BKGD,BKRPD->BKGRP", grouped, visual_k, **options)
+    dense = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, dense_k, **options)
+    visual = jnp.where(visual_seen[:, None, None], visual, -jnp.inf)
+    dense = jnp.where(dense_seen[:, None, None], dense, -jnp.inf)
+    return jax.nn.logsumexp(visual, axis=-1), jax.nn.logsumexp(dense, axis=-1)
+
+
+def _normalised(regions: Array, dense: Array) -> Array:
+    """Logarithm of each region's share of the softmax over these regions and the dense keys."""
+    whole = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), dense)[..., None]
+    return regions - jnp.where(jnp.isfinite(whole), whole, 0.0)
+
+
+def attention_shares(
+    q: Array,
+    visual_k: Array,
+    dense_k: Array,
+    visual_seen: Array,
+    dense_seen: Array,
+    selected: Array | None,
+    *,
+    scale: float,
+) -> tuple[Array, Array]:
+    """Where the attention of a query went, and where that of dense attention would have gone.
+
+    For who watches: it reads every key.
+
+    Args:
+      q, visual_k, dense_k, visual_seen, dense_seen, scale: as in :func:`log_masses`.
+      selected: bool [B, Hs, R], the regions that were attended to; None is dense attention.
+
+    Returns:
+      Two float32 [B, H, R]: the share of each head's softmax that went to each region, and the share that
+      dense attention gives it.
+    """
+    batch, heads, _ = q.shape
+    regions, dense = log_masses(q, visual_k, dense_k, visual_seen, dense_seen, scale=scale)
+    everywhere = jnp.exp(_normalised(regions, dense))
+    here = everywhere
+    if selected is not None:
+        chosen = selected.reshape(batch, regions.shape[1], -1, regions.shape[-1])
+        here = jnp.exp(_normalised(jnp.where(chosen, regions, -jnp.inf), dense))
+    return here.reshape(batch, heads, -1), everywhere.reshape(batch, heads, -1)
+
+
 def oracle_scores(
     q: Array,
     visual_k: Array,
@@ -120,20 +222,11 @@ def oracle_scores(
     Returns:
       float32 [B, T, Hs, R], the logarithm of the mass: small ones stay apart. -inf where nothing is seen.
     """
-    batch, _, heads, dim = q.shape
-    kv_heads = visual_k.shape[1]
+    batch, _, heads, _ = q.shape
 
     def one(query: tuple[Array, Array, Array]) -> Array:
         q, visual_seen, dense_seen = query
-        grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-        options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-        visual = scale * jnp.einsum("BKGD,BKRPD->BKGRP", grouped, visual_k, **options)
-        dense = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, dense_k, **options)
-        visual = jnp.where(visual_seen[:, None, None], visual, -jnp.inf)
-        dense = jnp.where(dense_seen[:, None, None], dense, -jnp.inf)
-        regions = jax.nn.logsumexp(visual, axis=-1)
-        whole = jax.nn.logsumexp(jnp.concatenate([regions, dense], axis=-1), axis=-1, keepdims=True)
-        mass = regions - jnp.where(jnp.isfinite(whole), whole, 0.0)
+        mass = _normalised(*log_masses(q, visual_k, dense_k, visual_seen, dense_seen, scale=scale))
         if share == "group":
             return jax.nn.logsumexp(mass, axis=2)
         return mass.reshape(batch, heads, -1)
@@ -271,6 +364,11 @@ def select_indices(scores: Array, visible: Array, top_k: Array, capacity: int, p
     keep = (keys > _UNSEEN) & (jnp.arange(width, dtype=jnp.int32) < budget)
     indices = jnp.where(keep, indices, -1)
     return jnp.pad(indices, ((0, 0),) * 3 + ((0, capacity - width),), constant_values=-1)
+
+
+def count(top_k: "Array | Keep", visible: Array) -> Array:
+    """A budget as a count, int32 broadcastable to [B, T], of regions in sight: ``visible`` bool [B, T, R]."""
+    return budget_from_keep(top_k.fraction, visible) if isinstance(top_k, Keep) else top_k
 
 
 def budget_from_keep(keep: Array | float, visible: Array) -> Array:

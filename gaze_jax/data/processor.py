@@ -16,6 +16,7 @@ The field names are those of :class:`gaze_jax.core.streams.Streams`, without the
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +27,7 @@ from gaze_jax.data.pixels import normalise
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.data.units import Arrays, Place, Placed, Unit, join, pad_slots, place_views
-from gaze_jax.data.views import Views, image_views, video_views
+from gaze_jax.data.views import Views, image_views, video_end_newline, video_views
 from gaze_jax.errors import UserError
 
 # Field -> (the axis that a bucket fixes, value of what is padded).
@@ -113,7 +114,10 @@ def _views(processor: Processor, sample: Sample, part: Image | Video) -> Views:
     """The views of an image or a video of the sample."""
     layout, size = processor.layout, processor.layout.image_size
     if isinstance(part, Video):
-        return video_views(layout, sample.videos[part.index])
+        if part.stop == part.start:
+            return Views((), part.ends and video_end_newline(layout))
+        views = video_views(layout, itertools.islice(sample.videos[part.index], part.start, part.stop))
+        return views if part.ends else dataclasses.replace(views, end_newline=False)
     image = sample.images[part.index]
     fits = image.shape[:2] == (size, size)
     if layout.views.style == "square" and not fits and not processor.resize:
@@ -229,11 +233,11 @@ def _unit_pieces(layout: VisualLayout, placed: Placed, first: int) -> list[Array
 
 
 def _process_parts(
-    processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text]
+    processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text], order: int = 0
 ) -> tuple[Arrays, dict[int, int], tuple[Unit, ...]]:
     """Arrays of ``parts``, which unit shows each image, and every unit."""
     layout = processor.layout
-    at = Place()
+    at = Place(order=order)
     images: list[np.ndarray] = []
     pieces: list[Arrays] = []
     placed: list[Placed] = []
@@ -248,7 +252,8 @@ def _process_parts(
         views = _views(processor, sample, part)
         video = isinstance(part, Video)
         # A region never spans two views of an image, but may span frames.
-        groups = [views.units] if video else [(view,) for view in views.units]
+        groups = [views.units] * bool(views.units) if video else [(view,) for view in views.units]
+        first = part.start if isinstance(part, Video) else 0
         for group in groups:
             region = layout.frame_region if video else (1, *layout.region)
             found = place_views(layout, group, region, at)
@@ -256,7 +261,7 @@ def _process_parts(
             pieces += _unit_pieces(layout, found, at.unit)
             images += [view.images for view in group]
             for i, (view, grid) in enumerate(zip(group, found.grids)):
-                units.append(Unit(at.unit + i, video, part.index, i, view.corners, grid))
+                units.append(Unit(at.unit + i, video, part.index, first + i, view.corners, grid))
             at = found.next
         if not video:
             shows[part.index] = at.unit - 1
@@ -276,9 +281,17 @@ def _process_parts(
     return arrays, shows, tuple(units)
 
 
-def process_with_units(processor: Processor, sample: Sample) -> tuple[Arrays, tuple[Unit, ...]]:
-    """:func:`process`, and where every unit went."""
-    arrays, _, units = _process_parts(processor, sample, sample.parts)
+def process_with_units(
+    processor: Processor, sample: Sample, *, since: int = 0, order: int = 0
+) -> tuple[Arrays, tuple[Unit, ...]]:
+    """:func:`process`, and where every unit went.
+
+    Args:
+      processor, sample: as there.
+      since: the first part to process; what is before it was read earlier.
+      order: of the first token of these parts. Regions, units and images are numbered from 0 all the same.
+    """
+    arrays, _, units = _process_parts(processor, sample, sample.parts[since:], order)
     return arrays, units
 
 

@@ -53,9 +53,19 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Show video number ``index`` of the sample; each of its frames makes a unit."""
+    """Show video number ``index`` of the sample, or a piece of it; each frame makes a unit.
+
+    Attributes:
+      index: of the video.
+      start, stop: frames to show, ``stop`` exclusive; None is to the end. There may be none: then only what
+        follows a video is shown.
+      ends: the video ends here; False where more of its frames will come.
+    """
 
     index: int
+    start: int = 0
+    stop: int | None = None
+    ends: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ from gaze_jax.data.digits import credit, evaluation_samples, sequence_lengths
 from gaze_jax.data.phrases import FAMILIES
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Arrays, pad_answers, pad_to, prompt
-from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import (
     accuracy,
     best_layer,
@@ -267,18 +266,8 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
     return evaluation.report
 
 
-def routing_layer(workdir: str | Path, layer: int | None, depth: int) -> int:
-    """The layer to draw: ``layer`` itself, or the best one of the run's ``eval.json``.
-
-    Raises:
-      UserError: the model has no such layer, or there is none to choose from.
-    """
-    if layer is None:
-        path = Path(workdir, FILE)
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "gaze" not in report:
-            raise UserError(f"{path} names no best layer; run eval.py first or choose one with --layer.")
-        layer = int(report["gaze"]["routing"]["layer"])
-    if not 0 <= layer < depth:
-        raise UserError(f"--layer={layer} must be between 0 and {depth - 1}, the model's last.")
-    return layer
+def best_layer_of(workdir: str | Path) -> int | None:
+    """The layer that routed best in the run's ``eval.json``; None if it names none."""
+    path = Path(workdir, FILE)
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return int(report["gaze"]["routing"]["layer"]) if "gaze" in report else None

@@ -1,5 +1,1 @@
-"""Cached generation in one compiled program."""
-
-from gaze_jax.infer.generate import Generation, Generator, next_token
-
-__all__ = ["Generation", "Generator", "next_token"]
+"""Answers of a checkpoint: one, many, or a conversation; on one cache, in programs that compile once."""

@@ -1,138 +1,31 @@
-"""Chatting with a checkpoint about images and videos: its template, its views, its answers as they come."""
+"""A conversation with a checkpoint: media and questions in turns, running videos, text as it comes."""
 
 import dataclasses
-import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gaze_jax.convert.checkpoint import Converted
-from gaze_jax.convert.load import load, one_device
-from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.chat import conversation_parts, default_system
+from gaze_jax.data.chat import conversation_parts
 from gaze_jax.data.messages import TAG, Message, from_llava
 from gaze_jax.data.processor import Processor, process_with_units
-from gaze_jax.data.sample import Frames, Sample, Text
-from gaze_jax.data.template import ChatTemplate
-from gaze_jax.data.tokenizer import Tokenizer
+from gaze_jax.data.sample import Frames, Image, Sample, Text, Video
 from gaze_jax.data.units import Unit
-from gaze_jax.data.video import Sampling
 from gaze_jax.errors import UserError
-from gaze_jax.infer.generate import Params
-from gaze_jax.infer.session import Session, check_sampling
-from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.infer.look import Looking, join, most
+from gaze_jax.infer.sampling import Sampling
+from gaze_jax.infer.session import Session
+from gaze_jax.infer.text import Speech
+from gaze_jax.infer.watch import Glance, pictures_of, trace_of
+from gaze_jax.viewer.trace import Trace
 
-_FAMILY = "chat"
+if TYPE_CHECKING:
+    from gaze_jax.infer.assistant import Assistant
+
+FAMILY = "chat"
 _NAME = "The question"
-_ROOM = 128  # tokens that follow before the cache has to grow
-_BROKEN = "\ufffd"  # how a tokenizer writes bytes that are no character yet
 
-SAMPLING = {
-    "square": Sampling(max_frames=32),
-    "llava_onevision": Sampling(max_frames=32),
-    "cambrian_s": Sampling(fps=1.0, max_frames=128),
-}
-"""Style of views -> which frames of a video its models are shown, as their authors evaluate them."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Assistant:
-    """A checkpoint that can be talked to.
-
-    Attributes:
-      config, params: of the model.
-      tokenizer: of the model.
-      template: how it was trained to read a conversation.
-      end_ids: tokens that end an answer.
-    """
-
-    config: MLLMConfig
-    params: Params
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    end_ids: frozenset[int]
-
-    @property
-    def layout(self) -> VisualLayout:
-        """How it makes tokens of images and frames."""
-        return self.config.layout
-
-    @classmethod
-    def load(cls, directory: Path, *, check: bool = True) -> "Assistant":
-        """Load a checkpoint: converted, or a Hugging Face directory as it is.
-
-        Args:
-          directory: of the checkpoint.
-          check: compare a converted checkpoint with its checksums.
-
-        Raises:
-          UserError: it is damaged, has no image tower, or lacks its tokenizer or chat template.
-        """
-        return cls.of(load(directory, one_device(), check=check), directory)
-
-    @classmethod
-    def of(cls, found: Converted, directory: Path) -> "Assistant":
-        """The assistant in a loaded checkpoint; ``directory`` is for messages.
-
-        Raises:
-          UserError: it has no image tower, or lacks its tokenizer or chat template.
-        """
-        config = found.config
-        if isinstance(config, VisionConfig) or config.vision is None:
-            kind = "an image tower" if isinstance(config, VisionConfig) else "a language model"
-            raise UserError(f"{directory} is {kind} alone; give a multimodal checkpoint.")
-        if found.tokenizer is not None and found.files is None:
-            raise UserError(
-                f"{directory} is a run of train.py, whose models know no chat; ask it with --workdir."
-            )
-        if found.tokenizer is None or found.files is None:
-            raise UserError(
-                f"{directory} has no tokenizer.json, so no question can be read to it; add the file."
-            )
-        try:
-            tokenizer = Tokenizer(found.tokenizer)
-        except ValueError as error:
-            raise UserError(f"{found.files / 'tokenizer.json'}: {error}") from error
-        if tokenizer.vocab_size > config.decoder.vocab_size:
-            raise UserError(
-                f"{found.files / 'tokenizer.json'} has {tokenizer.vocab_size} tokens but the model has rows "
-                f"for {config.decoder.vocab_size}; take the tokenizer that came with it."
-            )
-        ends = frozenset({tokenizer.end_id, *_stated_ends(found.files)})
-        return cls(config, found.params, tokenizer, ChatTemplate.load(found.files), ends)
-
-    def looking(self, **fields: Any) -> "Assistant":
-        """The same assistant with other fields of its ``GazeConfig``; parameters do not depend on most.
-
-        Raises:
-          UserError: a value is out of range, or the field decides which parameters there are.
-        """
-        if "context_tokens" in fields:
-            raise UserError("context_tokens are parameters of the checkpoint; convert it with others.")
-        try:
-            gaze = dataclasses.replace(self.config.gaze, **fields)
-            config = dataclasses.replace(self.config, gaze=gaze)
-            _ = config.layout  # checks it
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return dataclasses.replace(self, config=config)
-
-
-def _stated_ends(directory: Path) -> Collection[int]:
-    """The end tokens that generation_config.json names, if it is there."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return ()
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a JSON object ({error}); download it again.") from error
-    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    if not all(type(end) is int for end in ends):
-        raise UserError(f"{path} has eos_token_id={stated!r}; it must be a token id or a list of them.")
-    return ends
+Part = Image | Video | Text
 
 
 def check_questions(questions: Sequence[str], images: int, videos: int) -> None:
@@ -145,34 +38,39 @@ def check_questions(questions: Sequence[str], images: int, videos: int) -> None:
 
     Raises:
       UserError: there is no question or one is empty, tags and media differ in number, or a later question
-        shows media.
+        has tags.
     """
     if not questions:
         raise UserError("There is no question; ask one.")
-    _first_messages(questions[0], images, videos, None)
+    user_turn(questions[0], range(images), range(videos))
     for question in questions[1:]:
-        _check_further(question)
+        user_turn(question, (), ())
 
 
-def _check_further(question: str) -> None:
-    if TAG.search(question):
-        raise UserError("A later question shows media; show them with the first one, or begin anew.")
-    if not question.strip():
-        raise UserError("The question is empty; ask something.")
+def user_turn(question: str, images: Sequence[int], videos: Sequence[int]) -> Message:
+    """The turn that asks ``question`` and shows these images and videos of the conversation.
 
-
-def _first_messages(question: str, images: int, videos: int, system: str | None) -> tuple[Message, ...]:
+    Raises:
+      UserError: the question is empty, or its tags and the media differ in number.
+    """
     if not TAG.sub("", question).strip():
         raise UserError("The question is empty; ask something.")
     record: dict[str, Any] = {
         "conversations": [{"from": "human", "value": question}],
-        "image": ["given"] * images,
-        "video": ["given"] * videos,
+        "image": ["given"] * len(images),
+        "video": ["given"] * len(videos),
     }
-    return from_llava(record, name=_NAME, system=system).messages
+    (message,) = from_llava(record, name=_NAME, system=None).messages
+
+    def numbered(item: Any) -> Any:
+        if isinstance(item, Image):
+            return Image(images[item.index])
+        return Video(videos[item.index]) if isinstance(item, Video) else item
+
+    return Message("user", tuple(numbered(item) for item in message.items))
 
 
-def _unused(texts: Iterable[str]) -> str:
+def unused(texts: Sequence[str]) -> str:
     """A character that none of the texts has, from the range that Unicode leaves to private use."""
     taken = set[str]().union(*texts)
     return next(character for character in map(chr, range(0xE000, 0xF900)) if character not in taken)
@@ -183,145 +81,326 @@ class Said:
     """One step of an answer.
 
     Attributes:
-      text: what can be shown now; empty while a character is incomplete, and for the token that ends it all.
+      text: what can be shown now; empty while a character or a stop string is incomplete, and for the token
+        that ends it all.
       token: the token as text.
-      selected: bool [L, Hs, R], the regions that the query which emitted it attended to; None under dense
-        attention.
+      glance: where the query looked that emitted it, if the answer is watched.
     """
 
     text: str
     token: str
-    selected: np.ndarray | None
+    glance: Glance | None
 
 
 class Talk:
-    """One conversation: media and a first question, answers as they come, further questions.
+    """One conversation on one cache: what was shown and said is never computed again.
+
+    ``ask`` a question, with images and videos or without, then take the ``answer``, and so on. Frames of a
+    video that is still going on are shown with ``watch``, any number of times before a question.
+
+    What was read and said stays as it was, also where the template would show it otherwise by now (Qwen3's
+    leaves the reasoning of earlier answers out, and LLaVA-OneVision cuts only an image that is alone into
+    tiles).
 
     Args:
       assistant: who answers.
-      question: the first one, see :func:`check_questions`.
-      images: uint8 [height, width, 3] each.
-      videos: frames of each, uint8 [height, width, 3].
       system: system prompt, also an empty one; None takes that of the model's style.
-      top_k: regions per query; None is what the model is configured for, or all regions if it is more.
-      dense: attend to everything, whatever the model is configured for.
-
-    Raises:
-      UserError: tags and media differ in number, the question cannot be read, or ``top_k`` is out of range.
+      looking: which regions its queries may select.
+      room: tokens that follow before the cache has to grow.
     """
 
     def __init__(
         self,
-        assistant: Assistant,
-        question: str,
+        assistant: "Assistant",
         *,
-        images: Sequence[np.ndarray] = (),
-        videos: Sequence[Frames] = (),
         system: str | None = None,
-        top_k: int | None = None,
-        dense: bool = False,
+        looking: Looking | None = None,
+        room: int = 128,
     ) -> None:
-        self._assistant = assistant
+        looking = Looking() if looking is None else looking
+        self._assistant, self._looking, self._room = assistant, looking, room
+        self._budget = looking.budget(assistant.config.gaze.top_k)
         if system is None:
-            system = default_system(assistant.layout.views.style)
-        self._messages = _first_messages(question, len(images), len(videos), system)
-        # Other styles fit any image to the tower anyway.
-        processor = Processor(assistant.layout, assistant.tokenizer, (_FAMILY,), resize=True)
-        try:
-            sample = Sample(0, tuple(images), self._parts(self._messages), _FAMILY, tuple(videos))
-            arrays, self.units = process_with_units(processor, sample)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        configured = assistant.config.gaze.top_k
-        if top_k is None and configured is not None:
-            top_k = min(configured, len(arrays["visual_src"])) or None
-        self.top_k = None if dense else top_k
-        self._session = Session(assistant.config, assistant.params, arrays, room=_ROOM, top_k=self.top_k)
-        self._unread: int | None = None  # the last token that was said, which no step has read yet
-        self._waiting = True
+            system = assistant.system
+        self._messages: tuple[Message, ...] = () if system is None else (Message("system", system),)
+        self._processor = Processor(assistant.layout, assistant.tokenizer, (FAMILY,), resize=assistant.resize)
+        self._session: Session | None = None
+        self._parts: tuple[Part, ...] = ()  # that were read
+        self._images: list[np.ndarray] = []
+        self._videos: list[Any] = []
+        self._running: _Running | None = None
+        self._answers, self._waiting = 0, False
+        self._question = ""
+        self.units, self.speech, self.glances = (), None, []
 
     units: tuple[Unit, ...]
-    """Where each view and frame is in the regions that :class:`Said` speaks of."""
+    """Where each view and frame is in the regions that a :class:`Glance` speaks of."""
 
-    top_k: int | None
-    """Regions per query; None is dense attention."""
+    speech: Speech | None
+    """The last answer."""
 
-    def _parts(self, messages: Sequence[Message]) -> Any:
-        return conversation_parts(
-            self._assistant.template,
-            messages,
-            style=self._assistant.layout.views.style,
-            add_generation_prompt=True,
-        )
+    glances: list[Glance]
+    """Where its tokens looked, if it was watched."""
+
+    @property
+    def top_k(self) -> int | float | None:
+        """Regions per query, or the fraction of those in sight; None is dense attention."""
+        if isinstance(self._budget, int) and self.regions:
+            return min(self._budget, self.regions)
+        return self._budget
 
     @property
     def regions(self) -> int:
         """R of the conversation."""
-        return self._session.regions
+        return 0 if self._session is None else self._session.regions
 
-    def ask(self, question: str) -> None:
-        """Read a further question; only its own tokens are computed.
+    def _budgets(self) -> list[int | float] | None:
+        return None if self._budget is None else [self._budget]
 
-        What was read and said stays as it was, also where the template would show it otherwise by now
-        (Qwen3's leaves the reasoning of earlier answers out).
+    def _look(self, session: Session) -> Any:
+        layers = self._assistant.config.decoder.depth
+        return join(session, [self._looking], self._budgets(), [self.units], layers)
 
-        Raises:
-          UserError: it shows media or is empty, or there is no answer yet.
-        """
-        if self._waiting:
-            raise UserError("The last question has no answer yet; let it be answered first.")
-        tokens, self._messages = self._following(question)
-        if self._unread is not None:
-            tokens = [self._unread, *tokens]
-        self._session.grow(len(tokens))
-        self._session.feed(tokens)
-        self._unread, self._waiting = None, True
+    def _rendered(self, turn: Message) -> tuple[tuple[Part, ...], tuple[Message, ...]]:
+        """What follows the last answer, up to the next one, and all turns up to there."""
+        one = self._assistant
+        mark = unused([turn.text, *(message.text for message in self._messages), one.template.source])
+        answered = (Message("assistant", mark),) if self._answers else ()
+        messages = (*self._messages, *answered, turn)
+        style = one.layout.views.style
+        parts = conversation_parts(one.template, messages, style=style, add_generation_prompt=True)
+        if not answered:
+            return parts, messages
+        for number, part in reversed(list(enumerate(parts))):
+            if isinstance(part, Text) and mark in part.text:
+                tail = part.text.rpartition(mark)[2]
+                return (*((Text(tail),) if tail else ()), *parts[number + 1 :]), messages
+        raise UserError(
+            f"{one.template.name} leaves the last answer out of what follows it, so the conversation cannot "
+            "go on from where it is; begin anew."
+        )
 
-    def _following(self, question: str) -> tuple[list[int], tuple[Message, ...]]:
-        """The tokens from the end of the last answer to the next, and the conversation up to there."""
-        _check_further(question)
-        asked = [message.text for message in self._messages]
-        mark = _unused([question, *asked, self._assistant.template.source])
-        messages = (*self._messages, Message("assistant", mark), Message("user", question))
-        texts = [part.text for part in self._parts(messages) if isinstance(part, Text)]
-        _, found, tail = texts[-1].rpartition(mark)
-        if not found:
-            raise UserError(
-                f"{self._assistant.template.name} leaves the last answer out of what follows it, so the "
-                "conversation cannot go on from where it is; begin anew."
-            )
+    def _read(self, parts: Sequence[Part]) -> None:
+        """Read parts of the conversation; only their own tokens are computed."""
+        one, session = self._assistant, self._session
         try:
-            return self._assistant.tokenizer.encode(tail)[0], messages
+            known = (*self._parts, *parts)
+            sample = Sample(0, tuple(self._images), known, FAMILY, tuple(self._videos))
+            arrays, units = process_with_units(
+                self._processor,
+                sample,
+                since=len(self._parts),
+                order=0 if session is None else int(session.order[0]) + 1,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
+        before = self.regions
+        shown = tuple(
+            dataclasses.replace(unit, unit=unit.unit + len(self.units), regions=unit.regions + before)
+            for unit in units
+        )
+        if session is None and self._looking.top_k is not None and self._running is None:
+            regions = len(arrays["visual_src"])
+            if self._looking.top_k > regions:
+                raise UserError(
+                    f"top_k={self._looking.top_k} must be between 1 and {regions}, the regions of what is "
+                    "shown."
+                )
+        self._check_room(arrays, self._room if session is None else 0)
+        self.units += shown
+        if session is None:
+            self._session = Session(
+                one.model, one.params, [arrays], room=self._room, look=self._look, mesh=one.mesh
+            )
+        else:
+            session.read([arrays])
+        self._parts = known
 
-    def answer(self, max_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Iterator[Said]:
+    def _check_room(self, arrays: Mapping[str, np.ndarray], tokens: int) -> None:
+        """Refuse what the cache would have no room for with these arrays and as many tokens in it."""
+        session = self._session
+        regions, slots = arrays["visual_src"].shape
+        dense = len(arrays["tokens"]) + tokens
+        visual = int((arrays["visual_src"] >= 0).sum())
+        fits = False
+        if session is not None:
+            fits = dense <= session.room and session.regions + regions <= session.capacity
+            regions, slots = regions + session.regions, max(slots, session.slots)
+            dense, visual = dense + session.dense, visual + session.visual_tokens
+        self._assistant.check_room(
+            rows=1, regions=regions, slots=slots, dense=dense, visual=visual, there=fits
+        )
+
+    def _refuse_waiting(self) -> None:
+        if self._waiting:
+            raise UserError("The last question has no answer yet; let it be answered first.")
+
+    def watch(self, frames: Frames, *, last: bool = False) -> None:
+        """Read more frames of a running video.
+
+        The first frames after a question begin a new video. Regions over several frames
+        (``gaze.video_region``) are cut within the frames of one call: give whole slabs.
+
+        Args:
+          frames: uint8 [height, width, 3] each.
+          last: nothing more of this video will come, so what follows a video is read too.
+
+        Raises:
+          UserError: a frame cannot be read, the video has ended, or the last question has no answer yet.
+        """
+        self._refuse_waiting()
+        if not len(frames):
+            raise UserError("There are no frames; give at least one.")
+        parts: tuple[Part, ...] = ()
+        if self._running is None:
+            number = len(self._videos)
+            head, _ = self._around(self._rendered(user_turn("?", (), (number,)))[0])
+            self._videos.append([])
+            self._running = _Running(number, head)
+            parts = head
+        elif self._running.ended:
+            raise UserError("The video has ended; ask a question before another one begins.")
+        video = self._videos[self._running.number]
+        start = len(video)
+        video += [np.array(frame) for frame in frames]  # a decoder may fill its buffer again
+        self._read((*parts, Video(self._running.number, start, len(video), ends=last)))
+        self._running = dataclasses.replace(self._running, ended=last)
+
+    def _around(self, parts: tuple[Part, ...]) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """What a turn about a running video has before it, and what after it."""
+        at = [isinstance(part, Video) for part in parts].index(True)
+        return parts[:at], parts[at + 1 :]
+
+    def ask(self, question: str, *, images: Sequence[np.ndarray] = (), videos: Sequence[Frames] = ()) -> None:
+        """Read a question, and what it shows; only its own tokens are computed.
+
+        Args:
+          question: with a tag ``<image>`` or ``<video>`` for each of the media, or without any. After
+            :meth:`watch` it is about the running video, which ends.
+          images: uint8 [height, width, 3] each.
+          videos: frames of each, uint8 [height, width, 3].
+
+        Raises:
+          UserError: tags and media differ in number, the question cannot be read, it is too much for the
+            cache, ``top_k`` is out of range, or the last question has no answer yet.
+        """
+        self._refuse_waiting()
+        if self._running is not None:
+            if images or videos:
+                raise UserError("A question about a running video shows nothing else; show it afterwards.")
+            messages = self._close(question, self._running)
+        else:
+            counts = len(self._images), len(self._videos)
+            images_at = range(counts[0], counts[0] + len(images))
+            videos_at = range(counts[1], counts[1] + len(videos))
+            parts, messages = self._rendered(user_turn(question, images_at, videos_at))
+            self._images += images
+            self._videos += videos
+            try:
+                self._read(parts)
+            except UserError:
+                del self._images[counts[0] :], self._videos[counts[1] :]
+                raise
+        self._messages, self._running = messages, None
+        self._question, self._waiting = question, True
+
+    def _close(self, question: str, running: "_Running") -> tuple[Message, ...]:
+        """Read what follows the running video; returns the turns so far."""
+        parts, messages = self._rendered(user_turn(question, (), (running.number,)))
+        head, tail = self._around(parts)
+        if head != running.head:
+            raise UserError(
+                f"{self._assistant.template.name} begins a turn otherwise once it knows the question, so no "
+                "frames can be read before it; ask with the whole video."
+            )
+        frames = len(self._videos[running.number])
+        end = () if running.ended else (Video(running.number, frames, frames),)
+        self._read((*end, *tail))
+        return messages
+
+    def answer(
+        self,
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        watch: bool = False,
+        stream: bool = True,
+    ) -> Iterator[Said]:
         """Answer the last question, token by token.
 
         Args:
           max_tokens: most tokens to generate; the answer is cut there.
-          temperature: 0 is greedy.
-          seed: of the sampling.
+          temperature, top_p, seed: of :class:`gaze_jax.infer.sampling.Sampling`.
+          stop: strings that end the answer before them.
+          watch: also say where each token looked.
+          stream: yield a token as soon as it is there; False computes some at once, the same ones.
 
         Raises:
-          UserError: a number is out of range, or the question was answered.
+          UserError: a number is out of range, the cache has no room, or the question was answered.
         """
-        if not self._waiting:
+        if not self._waiting or self._session is None:
             raise UserError("The last question was answered; ask another.")
-        check_sampling(max_tokens, temperature, seed)
-        self._waiting = False
-        self._session.grow(max_tokens)
-        tokenizer, ends = self._assistant.tokenizer, self._assistant.end_ids
-        ids: list[int] = []
-        shown = ""
-        emitted = self._session.generate(max_tokens, end_ids=ends, temperature=temperature, seed=seed)
-        for step in emitted:
-            ended = step.token in ends
-            ids += [] if ended else [step.token]
-            # What follows an answer in the template begins with its end.
-            self._unread = None if ended else step.token
-            whole = tokenizer.decode(ids)
-            last = ended or len(ids) == max_tokens
-            new = whole[len(shown) :] if last or not whole.endswith(_BROKEN) else ""
-            shown += new
-            yield Said(new, tokenizer.decode([step.token]), step.selected)
+        sampling = Sampling.of([temperature], [top_p], [seed])
+        one, session = self._assistant, self._session
+        speech = Speech(one.tokenizer, one.end_ids, stop, max_tokens)
+        if max_tokens < 1:
+            raise UserError(f"max_tokens={max_tokens} must be at least 1.")
+        self._check_room(_NOTHING, max_tokens)
+        self._waiting, self._answers = False, self._answers + 1
+        self.speech, self.glances = speech, []
+        found = session.say(
+            max_tokens,
+            ends=one.end_ids,
+            sampling=sampling,
+            watch=watch and self.regions > 0,
+            whole=not stream and not stop,
+            budget=most(self._budgets(), session.capacity),
+            stopped=lambda: [speech.finish is not None],
+        )
+        for out in found:
+            for step, token in enumerate(out["tokens"][:, 0]):
+                if speech.finish is not None:
+                    break
+                new = speech.add(int(token))
+                glance = Glance.of(out, step, 0, self.regions) if "attention" in out else None
+                if glance is not None:
+                    self.glances.append(glance)
+                yield Said(new, speech.pieces[-1], glance)
+
+    def trace(self) -> Trace:
+        """Where the tokens of the last answer looked, which must have been watched to its end.
+
+        Raises:
+          UserError: it was not, or nothing was shown.
+        """
+        if self.speech is None or not self.glances or self.speech.finish is None:
+            raise UserError("There is no watched answer about anything shown, so there is no trace of it.")
+        one = self._assistant
+        budget = self._budgets()
+        top_k = None if budget is None else most(budget, self.regions)
+        return trace_of(
+            self.glances,
+            question=self._question,
+            answer=self.speech.text,
+            tokens=self.speech.pieces,
+            model=one.name,
+            top_k=top_k,
+            share=one.config.gaze.share,
+            units=self.units,
+            pictures=pictures_of(self.units, self._images, self._videos),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A video that is still going on: its number, what was read before it, and whether its end was read."""
+
+    number: int
+    head: tuple[Part, ...]
+    ended: bool = False
+
+
+_NOTHING = {"visual_src": np.zeros((0, 0), np.int32), "tokens": np.zeros(0, np.int32)}

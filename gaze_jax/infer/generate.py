@@ -1,4 +1,4 @@
-"""Free-running generation: prefill, then one compiled loop of cached decoding steps."""
+"""Greedy answers of a batch of prompts and what they looked at, in one program: what evaluation counts."""
 
 import dataclasses
 import functools
@@ -34,13 +34,6 @@ class Generation:
     entries: Entries
 
 
-def next_token(logits: Array, temperature: Array, key: Array) -> Array:
-    """Greedy at temperature 0, else a sample: float32 [B, V] to int32 [B]."""
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    drawn = jax.random.categorical(key, scaled, axis=-1)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-
-
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """Compiled generation for one model; a new batch shape compiles once.
@@ -65,8 +58,6 @@ class Generator:
         *,
         top_k: int | None,
         sample_id: Array | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
     ) -> Generation:
         """Answer a batch of prompts, one per row.
 
@@ -76,13 +67,14 @@ class Generator:
           streams: prompts, one sample per row, any padding.
           top_k: regions per query, traced; None is dense attention.
           sample_id: int32 [B], matters to random routing only.
-          temperature: 0 is greedy.
-          seed: of the sampling.
         """
         sample = jnp.zeros(streams.tokens.shape[0], jnp.int32) if sample_id is None else sample_id
         budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
-        heat = jnp.asarray(temperature, jnp.float32)
-        return _run(self, params, images, streams, budget, sample, heat, jax.random.key(seed))
+        return _run(self, params, images, streams, budget, sample)
+
+
+def _likeliest(logits: Array) -> Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,8 +85,6 @@ def _run(
     streams: Streams,
     top_k: Array | None,
     sample: Array,
-    temperature: Array,
-    key: Array,
 ) -> Generation:
     model, route, length = generator.model, generator.route, generator.length
     variables = {"params": params}
@@ -138,12 +128,12 @@ def _run(
         indices = out.get("indices")
         regions = cache.visual_order.shape[1]
         selected = None if indices is None else mask_from_indices(indices, regions)
-        new = next_token(logits, temperature, jax.random.fold_in(key, t + 1))
+        new = _likeliest(logits)
         done = done | (token == generator.end_id)
         new = jnp.where(done, IGNORE, new)
         return (cache, new, done), Generation(new, selected, count(cache, order, selected))
 
-    first = next_token(logits, temperature, jax.random.fold_in(key, 0))
+    first = _likeliest(logits)
     begun = Generation(first, out.get("selected"), count(cache, last, out.get("selected")))
     carry = (cache, first, jnp.zeros(first.shape, bool))
     _, rest = jax.lax.scan(step, carry, jnp.arange(length - 1, dtype=jnp.int32))

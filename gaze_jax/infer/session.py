@@ -1,204 +1,548 @@
-"""One conversation token by token: read a prompt once, answer, go on with what follows.
+"""Sequences that are read, answered and read on, on one cache that nothing is evicted from.
 
-The cache is kept, so that a later turn costs its own tokens only. For a batch of prompts that is answered
-once, ``infer.generate`` runs the whole loop as one program.
+A session is a batch of rows, one sequence each. Reading runs the model over what is new, text and frames
+alike, against the cache; answering runs one compiled loop of decoding steps. The last token that was read is
+held back and fed to the first step of the loop, so every token of an answer is emitted by the same program,
+and an answer that is taken token by token has the same bits as one that is taken whole.
+
+Sizes that decide about programs are buckets (:func:`bucket`): prompts of similar sizes share them.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from gaze_jax.core.accounting import mask_from_indices
-from gaze_jax.core.streams import Streams
+from gaze_jax.core.accounting import entries
+from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
 from gaze_jax.data.pipeline import prompt_length, stack
 from gaze_jax.data.processor import pad_to
-from gaze_jax.errors import UserError
-from gaze_jax.infer.generate import Params, next_token
+from gaze_jax.infer.sampling import Sampling, next_token
 from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
-from gaze_jax.models.cache import with_room
+from gaze_jax.models.cache import constrained, with_regions, with_room
+from gaze_jax.parallel.rules import batch_sharding, flax_rules
 
 Array = jax.Array
+Params = dict[str, object]
+Arrays = Mapping[str, np.ndarray]
+
+STEPS = 16
+"""Most steps of one call of the compiled loop."""
+
+
+def bucket(size: int) -> int:
+    """The least of 0 to 8, 10, 12, 14, 16, 20, 24, ... that is not smaller: four sizes an octave."""
+    unit = 1 << max(size - 1, 0).bit_length() >> 3
+    return size if unit <= 1 else -(-size // unit) * unit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the rows' queries may select.
+
+    Attributes:
+      top_k: int32 or fraction [L, B, 1]; None is dense attention.
+      bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`, or None. A session fills up what is
+        given of fewer regions.
+      whole: bool [L], layers that read every region, or None.
+    """
+
+    top_k: Any = None
+    bias: Any = None
+    whole: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Where every row stands.
+
+    Attributes:
+      token: int32 [B], read by the next step.
+      order, pos: int32 [B], of that token.
+      done: bool [B], rows that say nothing more.
+      index: int32 [B], tokens that the answer has so far.
+      slot: int32 scalar, the next free dense slot.
+    """
+
+    token: Any
+    order: Any
+    pos: Any
+    done: Any
+    index: Any
+    slot: Any
+
+
+def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
+    apply: Callable[..., Any] = model.apply  # linen's own type knows one method's result only
+    return apply({"params": params}, *arguments, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="room")
-def _prefill(
-    model: MLLM, params: Params, images: Array, streams: Streams, top_k: Array | None, *, room: int
-) -> Any:
-    apply: Callable[..., Any] = model.apply  # linen's own type knows one method's result only
-    return apply({"params": params}, images, streams, room=room, top_k=top_k, method="prefill")
+def _begin(
+    model: MLLM, params: Params, images: Array | None, streams: Streams, look: Look, *, room: int
+) -> Cache:
+    _, cache, _ = _apply(
+        model,
+        params,
+        images,
+        streams,
+        room=room,
+        top_k=look.top_k,
+        bias=look.bias,
+        collect=False,
+        method="prefill",
+    )
+    return constrained(cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity", donate_argnames="cache")
-def _step(
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _extend(
     model: MLLM,
     params: Params,
-    token: Array,
-    order: Array,
-    pos: Array,
-    slot: Array,
+    images: Array | None,
+    streams: Streams,
     cache: Cache,
-    top_k: Array | None,
+    look: Look,
+    region: Array,
+    slot: Array,
+) -> Cache:
+    extended = _apply(
+        model,
+        params,
+        images,
+        streams,
+        cache,
+        region=region,
+        slot=slot,
+        top_k=look.top_k,
+        bias=look.bias,
+        method="extend",
+    )
+    return constrained(extended)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("room", "regions", "slots"))
+def _grown(config: MLLMConfig, cache: Cache, *, room: int, regions: int, slots: int) -> Cache:
+    if regions or slots > cache.visual_order.shape[2]:
+        cache = with_regions(cache, config.gaze, config.decoder.head_dim, regions=regions, slots=slots)
+    return with_room(cache, config.gaze, room) if room else cache
+
+
+_MOVING = ("dense_k", "dense_v", "dense_order")
+"""What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("capacity", "watch"), donate_argnames="moving")
+def _say(
+    model: MLLM,
+    params: Params,
+    still: Cache,
+    moving: dict[str, Array],
+    turn: Turn,
+    look: Look,
+    sampling: Sampling,
+    ends: Array,
+    steps: Array,
+    kind: Array,
     *,
     capacity: int | None,
-) -> Any:
-    apply: Callable[..., Any] = model.apply
-    step = Step(order=order, slot=slot, sample=jnp.zeros_like(order))
-    logits, cache, out = apply(
-        {"params": params}, token, pos, cache, step, top_k=top_k, capacity=capacity, method="decode"
-    )
-    indices = out.get("indices")
-    regions = cache.visual_order.shape[1]
-    return logits, cache, None if indices is None else mask_from_indices(indices, regions)
+    watch: bool,
+) -> tuple[dict[str, Array], Turn, dict[str, Array]]:
+    """Up to ``steps`` decoding steps, fewer when every row is done.
 
+    Args:
+      still: the cache; of it everything but ``moving`` is read.
+      moving: its fields :data:`_MOVING`.
+      The others are those of :meth:`Session.say`.
 
-_draw = jax.jit(next_token)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Emitted:
-    """One generated token.
-
-    Attributes:
-      token: its id.
-      selected: bool [L, Hs, R], the regions that the query which emitted it attended to; None under dense
-        attention.
+    Returns:
+      ``moving`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
+      was done or no step ran; with ``watch`` also what :meth:`Session.say` describes.
     """
 
-    token: int
-    selected: np.ndarray | None
+    def step(moving: dict[str, Array], turn: Turn) -> tuple[dict[str, Array], Turn, dict[str, Array]]:
+        cache = dataclasses.replace(still, **moving)
+        # What a finished row writes is nobody's: order -1 is empty.
+        order = jnp.where(turn.done, EMPTY, turn.order)
+        logits, cache, out = _apply(
+            model,
+            params,
+            turn.token,
+            turn.pos,
+            cache,
+            Step(order=order, slot=turn.slot, sample=jnp.zeros_like(order)),
+            top_k=look.top_k,
+            capacity=capacity,
+            bias=look.bias,
+            whole=look.whole,
+            watch=watch,
+            method="decode",
+        )
+        token = next_token(logits, sampling, turn.index)
+        found = {"tokens": jnp.where(turn.done, IGNORE, token)}
+        if watch:
+            found |= _watched(cache, order, kind, out)
+        after = Turn(
+            token=jnp.where(turn.done, turn.token, token),
+            order=jnp.where(turn.done, turn.order, turn.order + 1),
+            pos=jnp.where(turn.done, turn.pos, turn.pos + 1),
+            done=turn.done | jnp.any(token[:, None] == ends[None], axis=1),
+            index=jnp.where(turn.done, turn.index, turn.index + 1),
+            slot=turn.slot + 1,
+        )
+        return {name: getattr(cache, name) for name in _MOVING}, after, found
+
+    shapes = jax.eval_shape(step, moving, turn)[2]
+    rows = {name: jnp.zeros((STEPS, *a.shape), a.dtype) for name, a in shapes.items()}
+    rows["tokens"] -= 100  # IGNORE
+
+    def more(state: Any) -> Array:
+        _, turn, _, t = state
+        return (t < steps) & ~jnp.all(turn.done)
+
+    def body(state: Any) -> Any:
+        moving, turn, rows, t = state
+        moving, turn, found = step(moving, turn)
+        rows = {name: jax.lax.dynamic_update_index_in_dim(a, found[name], t, 0) for name, a in rows.items()}
+        return moving, turn, rows, t + 1
+
+    moving, turn, rows, _ = jax.lax.while_loop(more, body, (moving, turn, rows, jnp.zeros((), jnp.int32)))
+    whole = constrained(dataclasses.replace(still, **moving))
+    return {name: getattr(whole, name) for name in _MOVING}, turn, rows
+
+
+def _watched(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:
+    """Of one step: where it looked and what that counts."""
+    valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
+    seen = (cache.dense_order >= 0) & (cache.dense_order <= order[:, None])
+    selected = out.get("selected")
+    counts = entries(valid, seen, kind, selected=selected)
+    parts = jnp.broadcast_arrays(counts.visual, counts.newline, counts.context, counts.text)
+    found = {
+        "entries": jnp.stack(parts, axis=-1),
+        "visual_tokens": jnp.sum(valid, axis=(1, 2), dtype=jnp.int32),
+    }
+    if found["entries"].ndim == 2:
+        found["entries"] = found["entries"][None]  # dense attention: every layer the same
+    names = [name for name in ("selected", "scores", "attention", "dense") if name in out]
+    return found | {name: out[name] for name in names}
 
 
 class Session:
-    """A conversation with one model; holds the cache.
+    """Rows of a batch, read and answered in turns.
 
     Args:
-      config, params: of the model.
-      arrays: of the first prompt, from ``data.processor.process``.
-      room: tokens that may follow it, generated and read; :meth:`grow` makes more.
-      top_k: regions per query; None is dense attention, as is anything where nothing is shown.
-
-    Raises:
-      UserError: ``top_k`` or ``room`` is out of range.
+      model: the network.
+      params: of the model.
+      rows: what each row begins with, from ``processor.process``, unpadded.
+      room: dense slots to keep free for what follows.
+      look: called whenever something is read or said: what queries may select, with arrays of ``batch`` rows.
+      mesh: devices that the rows are dealt to; None is one device.
     """
 
     def __init__(
         self,
-        config: MLLMConfig,
+        model: MLLM,
         params: Params,
-        arrays: Mapping[str, np.ndarray],
+        rows: Sequence[Arrays],
         *,
         room: int,
-        top_k: int | None,
+        look: Callable[["Session"], Look] = lambda _: Look(),
+        mesh: Mesh | None = None,
     ) -> None:
-        self.regions = len(arrays["visual_src"])
-        if top_k is not None and self.regions and not 1 <= top_k <= self.regions:
-            raise UserError(
-                f"top_k={top_k} must be between 1 and {self.regions}, the regions of what is shown."
+        self._model, self._params = model, params
+        self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self.rows = len(rows)
+        devices = 1 if self._mesh is None else self._mesh.size
+        self.batch = bucket(-(-len(rows) // devices)) * devices
+        blank = np.zeros(self.batch, np.int32)
+        self._turn = Turn(blank, blank - 1, blank - 1, blank > 0, blank, np.int32(0))
+        self._held = np.zeros(len(rows), bool)
+        self._ends: frozenset[int] = frozenset()
+        read = self._hold(rows)
+        sizes = _sizes(read)
+        self.slots = sizes["slots"]
+        self.capacity = sizes["regions"]
+        self.regions = max(len(row["visual_src"]) for row in read)
+        self.visual_tokens = max(int((row["visual_src"] >= 0).sum()) for row in read)
+        self._look = look
+        self._kind = np.zeros((self.batch, 0), np.int32)
+        batch = self._batch(read, sizes)
+        with self._devices():
+            chosen = _spread(look(self), self.regions, self.capacity)
+            self._cache = _begin(model, params, *self._inputs(batch), chosen, room=room)
+        self._written(read, 0)
+
+    def _devices(self) -> contextlib.AbstractContextManager[Any]:
+        """Where programs run: on the mesh, if there is one."""
+        stack = contextlib.ExitStack()
+        if self._mesh is not None:
+            stack.enter_context(jax.set_mesh(self._mesh))
+            stack.enter_context(nn.logical_axis_rules(flax_rules()))
+        return stack
+
+    def _put(self, tree: Any) -> Any:
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return jax.device_put(tree, batch_sharding(self._mesh))
+
+    def _hold(self, rows: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        """Set each row's last token aside, if it is text; a row that ends in a picture holds none."""
+        held, token = [], np.array(self._turn.token)
+        order, pos = np.array(self._turn.order), np.array(self._turn.pos)
+        for b, row in enumerate(rows):
+            own = dict(row)
+            before = self._ended[b]
+            order[b] = max(order[b] - before, _last(row, "order"))
+            pos[b] = max(pos[b] - before, _last(row, "pos"))
+            ready = (
+                len(row["kind"]) > 0 and row["kind"][-1] == Kind.TEXT and row["dense_order"][-1] == order[b]
             )
-        top_k = top_k if self.regions else None  # nothing is shown, so there is nothing to select
-        if room < 1:
-            raise UserError(f"room={room} must be at least 1 token.")
-        self._model, self._params = MLLM(config), params
-        self._budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
-        self._capacity = top_k
-        dense = prompt_length(len(arrays["tokens"]))
-        padded = pad_to(dict(arrays), regions=self.regions, dense=dense, images=len(arrays["images"]))
-        batch = {name: jnp.asarray(value) for name, value in stack([padded]).items()}
-        streams = Streams.from_batch(batch)
-        logits, cache, out = _prefill(self._model, params, batch["images"], streams, self._budget, room=room)
-        self._logits, self._cache = logits, cache
-        self._selected = out.get("selected")
-        self._slot, self._end = dense, cache.dense_order.shape[1]
-        self._order = 1 + max(_last(arrays, "order"), -1)
-        self._pos = 1 + max(_last(arrays, "pos"), -1)
+            if ready:
+                token[b] = row["tokens"][-1]
+                own |= {name: row[name][:-1] for name in _DENSE}
+            held.append(own)
+            self._held[b] = ready
+        self._turn = dataclasses.replace(self._turn, token=token, order=order, pos=pos, done=order > order)
+        return held
 
     @property
-    def logits(self) -> np.ndarray:
-        """float32 [V], of the token that comes next."""
-        return np.asarray(self._logits[0])
+    def _ended(self) -> np.ndarray:
+        """bool [rows]: said an end token, which nobody has read and nobody will."""
+        token, done = np.asarray(self._turn.token), np.asarray(self._turn.done)
+        return (done & np.isin(token, list(self._ends)))[: self.rows]
+
+    def _batch(self, rows: Sequence[Arrays], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Padded and stacked; rows beyond the last are copies of the first, which nobody listens to."""
+        padded = [pad_to(dict(row), **sizes) for row in rows]
+        return stack(padded + [padded[0]] * (self.batch - len(padded)))
+
+    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams]:
+        images = batch["images"] if batch["images"].shape[1] else None
+        return self._put(images), self._put(Streams.from_batch(batch))
+
+    def _written(self, rows: Sequence[Arrays], slot: int) -> None:
+        """Note what kind of token is where, and which slot is free next."""
+        longest = max(len(row["kind"]) for row in rows)
+        new = np.full((self.batch, longest), Kind.PAD, np.int32)
+        for b, row in enumerate(rows):
+            new[b, : len(row["kind"])] = row["kind"]
+        self._kind = np.concatenate([self._kinds(slot), new], axis=1)
+        self._turn = dataclasses.replace(self._turn, slot=np.int32(slot + longest))
+
+    def _kinds(self, slots: int) -> np.ndarray:
+        """int32 [B, slots], what kind of token is where; whatever was or will be decoded is text."""
+        return np.pad(self._kind, ((0, 0), (0, slots - self._kind.shape[1])), constant_values=Kind.TEXT)
+
+    @property
+    def order(self) -> np.ndarray:
+        """int32 [rows], of the last token that was read or said; an end token does not count."""
+        return np.asarray(self._turn.order)[: self.rows] - self._ended
+
+    @property
+    def dense(self) -> int:
+        """Dense slots that are taken."""
+        return int(self._turn.slot)
 
     @property
     def room(self) -> int:
-        """Tokens that still fit."""
-        return self._end - self._slot
+        """Dense tokens that fit before the cache has to grow."""
+        return self._cache.dense_order.shape[1] - int(self._turn.slot)
 
-    def grow(self, tokens: int) -> None:
-        """Make room for as many tokens; a larger cache is compiled for once."""
-        if tokens > self.room:
-            more = prompt_length(tokens - self.room)
-            self._cache = with_room(self._cache, self._model.config.gaze, more)
-            self._end = self._cache.dense_order.shape[1]
+    def reserve(self, *, dense: int = 0, regions: int = 0, slots: int = 0) -> None:
+        """Make room for as many more dense tokens and regions; a larger cache is compiled for once."""
+        room = prompt_length(dense - self.room) if dense > self.room else 0
+        missing = self.regions + regions - self.capacity
+        more = bucket(self.capacity + missing) - self.capacity if missing > 0 else 0
+        wider = max(slots, self.slots)
+        if room or more or wider > self.slots:
+            with self._devices():
+                self._cache = _grown(self._model.config, self._cache, room=room, regions=more, slots=wider)
+            self.capacity, self.slots = self.capacity + more, wider
 
-    def feed(self, tokens: Sequence[int]) -> None:
-        """Read tokens as if the model had said them.
-
-        Raises:
-          UserError: they do not fit the cache.
-        """
-        if len(tokens) > self.room:
-            raise UserError(
-                f"{len(tokens)} tokens follow but the cache has room for {self.room}; let it grow first."
-            )
-        for token in tokens:
-            self._logits, self._cache, self._selected = _step(
-                self._model,
-                self._params,
-                jnp.asarray([token], jnp.int32),
-                jnp.asarray([self._order], jnp.int32),
-                jnp.asarray([self._pos], jnp.int32),
-                jnp.asarray(self._slot, jnp.int32),
-                self._cache,
-                self._budget,
-                capacity=self._capacity,
-            )
-            self._order, self._pos, self._slot = self._order + 1, self._pos + 1, self._slot + 1
-
-    def generate(
-        self, max_tokens: int, *, end_ids: Collection[int], temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[Emitted]:
-        """Emit tokens until one of ``end_ids``, which is emitted too, or ``max_tokens`` of them.
-
-        What was emitted has been read when the next token is asked for, but for the last token: :meth:`feed`
-        it with what follows.
+    def read(self, rows: Sequence[Arrays]) -> None:
+        """Read what comes next in each row; only its own tokens are computed.
 
         Args:
-          max_tokens: at most this many; the cache must have room for all but the last.
-          end_ids: tokens that end the answer.
-          temperature: 0 is greedy.
-          seed: of the sampling.
-
-        Raises:
-          UserError: a number is out of range, or there is no room.
+          rows: from ``processor.process_with_units``, with ``order`` one more than :attr:`order`.
         """
-        check_sampling(max_tokens, temperature, seed)
-        key, heat = jax.random.key(seed), jnp.asarray(temperature, jnp.float32)
-        for t in range(max_tokens):
-            token = int(_draw(self._logits, heat, jax.random.fold_in(key, t))[0])
-            yield Emitted(token, None if self._selected is None else np.asarray(self._selected[:, 0]))
-            if token in end_ids or t + 1 == max_tokens:
-                return
-            self.feed([token])
+        turn, unread = self._turn, self._held & ~self._ended
+        rows = [
+            _with_token(row, turn.token[b], turn.order[b], turn.pos[b]) if unread[b] else row
+            for b, row in enumerate(rows)
+        ]
+        read = self._hold(rows)
+        if not any(len(row["kind"]) or len(row["visual_src"]) for row in read):
+            return
+        sizes = _sizes(read)
+        self.reserve(dense=sizes["dense"] + 1, regions=sizes["regions"], slots=sizes["slots"])
+        sizes["slots"] = self.slots
+        slot = int(self._turn.slot)
+        with self._devices():
+            self._cache = _extend(
+                self._model,
+                self._params,
+                *self._inputs(self._batch(read, sizes)),
+                self._cache,
+                _spread(self._look(self), self.regions, self.capacity, sizes["regions"]),
+                np.int32(self.regions),
+                np.int32(slot),
+            )
+        self.regions += max(len(row["visual_src"]) for row in read)
+        self.visual_tokens += max(int((row["visual_src"] >= 0).sum()) for row in read)
+        self._written(read, slot)
 
+    def say(
+        self,
+        max_tokens: int,
+        *,
+        ends: Collection[int],
+        sampling: Sampling,
+        watch: bool = False,
+        whole: bool = True,
+        budget: int | None = None,
+        stopped: Callable[[], Sequence[bool]] | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Answer in all rows.
 
-def check_sampling(max_tokens: int, temperature: float, seed: int) -> None:
-    """Refuse numbers that no answer can be generated with.
+        Args:
+          max_tokens: of each row.
+          ends: tokens that end a row's answer, which are said too.
+          sampling: of the rows.
+          watch: also yield where each step looked, which reads every key.
+          whole: yield some steps at once; False yields every step when it is there.
+          budget: J, the most regions that a query selects; None is all.
+          stopped: asked after every yield: which rows are done though they said no end token.
 
-    Raises:
-      UserError: one is out of range.
-    """
-    if max_tokens < 1 or not temperature >= 0 or not 0 <= seed < 2**32:
-        raise UserError(
-            f"max_tokens={max_tokens} must be at least 1, temperature={temperature} not negative and "
-            f"seed={seed} between 0 and 2**32 - 1."
+        Yields:
+          "tokens" int32 [n, rows], -100 after a row's end; with ``watch`` also "visual_tokens" int32
+          [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline, context, text keys, a mean over
+          heads), "attention" and "dense" float32 [n, L, rows, H, R], and under routing "selected" bool and
+          "scores" float32 [n, L, rows, Hs, R]. The last token of a row is not read until the next
+          :meth:`read`.
+        """
+        if not self._held.all() or self._ended.any():
+            raise ValueError("Nothing was read since the last answer, or it ends in a picture.")
+        self.reserve(dense=max_tokens)
+        self._ends = frozenset(ends)
+        turn = dataclasses.replace(
+            self._turn, done=np.arange(self.batch) >= self.rows, index=np.zeros(self.batch, np.int32)
         )
+        look = _spread(self._look(self), self.regions, self.capacity)
+        depth = self._model.config.decoder.depth
+        last = np.asarray(sorted(ends) or [-1], np.int32)
+        said = 0
+        while said < max_tokens and not turn.done.all():
+            steps = min(STEPS if whole else 1, max_tokens - said)
+            with self._devices():
+                cache = self._cache
+                moving, after, found = _say(
+                    self._model,
+                    self._params,
+                    dataclasses.replace(cache, **dict.fromkeys(_MOVING)),
+                    {name: getattr(cache, name) for name in _MOVING},
+                    self._put_turn(turn),
+                    look,
+                    self._put(_padded(sampling, self.batch)),
+                    last,
+                    np.int32(steps),
+                    self._put(self._kinds(self._cache.dense_order.shape[1])),
+                    capacity=budget,
+                    watch=watch,
+                )
+            self._cache = dataclasses.replace(cache, **moving)
+            found, after = jax.device_get((found, after))
+            ran = int(after.slot - turn.slot)
+            turn = self._turn = after
+            said += ran
+            rows = slice(0, self.rows)
+            flat = ("tokens", "visual_tokens")
+            out = {name: a[:ran, rows] if name in flat else a[:ran, :, rows] for name, a in found.items()}
+            if watch and out["entries"].shape[1] == 1:
+                out["entries"] = np.repeat(out["entries"], depth, axis=1)
+            yield out
+            if stopped is not None:
+                done = turn.done.copy()
+                done[: self.rows] |= np.asarray(stopped())
+                turn = self._turn = dataclasses.replace(turn, done=done)
+
+    def _put_turn(self, turn: Turn) -> Turn:
+        placed = self._put(dataclasses.replace(turn, slot=None))
+        return dataclasses.replace(placed, slot=np.int32(turn.slot))
 
 
-def _last(arrays: Mapping[str, np.ndarray], name: str) -> int:
-    """The largest order or position of a prompt, of either stream."""
+_DENSE = (
+    "tokens",
+    "kind",
+    "dense_order",
+    "dense_pos",
+    "dense_segment",
+    "dense_unit",
+    "targets",
+    "target_box",
+    "target_unit",
+)
+
+
+def _last(arrays: Arrays, name: str) -> int:
+    """The largest order or position of a row, of either stream."""
     values = (arrays[f"visual_{name}"], arrays[f"dense_{name}"])
     return max(int(a.max(initial=-1)) for a in values)
+
+
+def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
+    """The bucket that all rows fit."""
+
+    def most(name: str, axis: int = 0) -> int:
+        return max(row[name].shape[axis] for row in rows)
+
+    return {
+        "regions": bucket(most("visual_src")),
+        "dense": prompt_length(max(most("kind"), 1)),
+        "images": bucket(most("images")),
+        "slots": most("visual_src", 1),
+    }
+
+
+def _with_token(row: Arrays, token: int, order: int, pos: int) -> dict[str, np.ndarray]:
+    """The row with a token of text before it."""
+    first: dict[str, Any] = {
+        "tokens": [token],
+        "kind": [Kind.TEXT],
+        "dense_order": [order],
+        "dense_pos": [pos],
+        "dense_segment": [0],
+        "dense_unit": [EMPTY],
+        "targets": [IGNORE],
+        "target_box": [[-1.0] * 4],
+        "target_unit": [EMPTY],
+    }
+    return dict(row) | {
+        name: np.concatenate([np.asarray(value, row[name].dtype), row[name]]) for name, value in first.items()
+    }
+
+
+def _spread(look: Look, regions: int, capacity: int, more: int = 0) -> Look:
+    """The look with a bias for a cache of ``capacity``, ``regions`` of them used, and ``more`` after it."""
+    if look.bias is None:
+        return look
+
+    def fill(bias: np.ndarray, size: int) -> np.ndarray:
+        return np.pad(bias, ((0, 0), (0, 0), (0, size - bias.shape[2])))
+
+    before, after = look.bias[..., :regions], look.bias[..., regions:]
+    bias = np.concatenate([fill(before, capacity), fill(after, more)], axis=2)
+    return dataclasses.replace(look, bias=bias)
+
+
+def _padded(sampling: Sampling, rows: int) -> Sampling:
+    return jax.tree.map(lambda a: np.pad(a, (0, rows - len(a)), mode="edge"), sampling)

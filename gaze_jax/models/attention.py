@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gaze_jax.core import masks, regions, routing
-from gaze_jax.core.routing import Routing
-from gaze_jax.core.streams import Streams
+from gaze_jax.core.routing import Keep, Routing
+from gaze_jax.core.streams import EMPTY, Streams
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_prefill
 from pallas_kernels import GazeSpec, KeyPlaces, Windows
@@ -28,9 +28,11 @@ class Plan:
 
     Attributes:
       visual, dense: windows of the visual [B, R * P] and the dense [B, S] queries.
-      places: where the keys stand.
-      valid: bool [B, R, P] slots that hold a token.
-      visible: bool [B, S, R] regions a dense query may choose from; False for unrouted queries.
+      places: where the keys stand, those of a cache first.
+      order: int32 [B, S] of the dense queries.
+      valid: bool [B, R, P] slots of the batch that hold a token.
+      visible: bool [B, S, R] regions a dense query may choose from, those of a cache first; False for
+        unrouted queries.
       first: int32 [B, R] order of each region's first token.
       permutation: int32 [B, R] regions by first token, for ties.
       sample: int32 [B, S] or [B, 1], names the sample for random routing.
@@ -39,6 +41,7 @@ class Plan:
     visual: Windows
     dense: Windows
     places: KeyPlaces
+    order: Array
     valid: Array
     visible: Array
     first: Array
@@ -46,10 +49,56 @@ class Plan:
     sample: Array
 
 
-def make_plan(streams: Streams, gaze: GazeConfig, sample: Array | None = None) -> Plan:
-    """Derive the plan of a batch; ``sample`` is int32 [B] or [B, S] (default 0), of random routing."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What was read before, as one layer sees it.
+
+    Attributes:
+      visual_k, visual_v: [B, K, R, P, D].
+      dense_k, dense_v: [B, K, S, D].
+      descriptors: [B, K, R, E].
+    """
+
+    visual_k: Array
+    visual_v: Array
+    dense_k: Array
+    dense_v: Array
+    descriptors: Array
+
+
+def make_plan(
+    streams: Streams,
+    gaze: GazeConfig,
+    sample: Array | None = None,
+    past: tuple[Array, Array] | None = None,
+) -> Plan:
+    """Derive the plan of a batch.
+
+    Args:
+      streams: the batch.
+      gaze: of the model.
+      sample: int32 [B] or [B, S] (default 0), of random routing.
+      past: order of what a cache holds, int32 [B, R, P] and [B, S], -1 where nothing is; the batch goes on
+        with it, one sample per row.
+    """
     visual, dense = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
     places = masks.key_places(streams)
+    order = places.dense_order
+    if past is not None:
+
+        def after(before: Array, now: Array) -> Array:
+            return jnp.concatenate([before, now], axis=1)
+
+        def segment(order: Array) -> Array:
+            return jnp.where(order >= 0, 0, EMPTY).astype(jnp.int32)
+
+        places = KeyPlaces(
+            visual_order=after(past[0], places.visual_order),
+            region_segment=after(segment(jnp.max(past[0], axis=2)), places.region_segment),
+            dense_order=after(past[1], order),
+            dense_segment=after(segment(past[1]), places.dense_segment),
+        )
     first, last = regions.region_span(places.visual_order)
     visible = masks.visible_regions(dense, places, first, last) & dense.routed[:, :, None]
     batch = streams.tokens.shape[0]
@@ -57,6 +106,7 @@ def make_plan(streams: Streams, gaze: GazeConfig, sample: Array | None = None) -
         visual=visual,
         dense=dense,
         places=places,
+        order=order,
         valid=streams.visual_valid,
         visible=visible,
         first=first,
@@ -77,6 +127,7 @@ def region_scores(
     first: Array,
     layer: Array,
     forced: Array | None,
+    bias: Array | None,
     oracle: Callable[[], Array],
 ) -> tuple[Array, Array]:
     """Scores of every region and whether it may be chosen, for any strategy.
@@ -92,6 +143,7 @@ def region_scores(
       first: int32 [B, R].
       layer: int32 scalar.
       forced: int32 [B, T, Hs, J] for strategy "forced", broadcastable in T and Hs; else None.
+      bias: float32 [B, R] of :func:`gaze_jax.core.routing.steer`, for strategy "descriptor"; or None.
       oracle: makes the scores of strategy "oracle", which needs every key; see
         :func:`gaze_jax.core.routing.oracle_scores`.
 
@@ -99,8 +151,11 @@ def region_scores(
       float32 [B, T, Hs, R] and bool, broadcastable to it.
 
     Raises:
-      ValueError: ``forced`` is given without strategy "forced", or the reverse.
+      ValueError: ``forced`` is given without strategy "forced", or the reverse; or ``bias`` with another
+        strategy than "descriptor".
     """
+    if bias is not None and route.strategy != "descriptor":
+        raise ValueError(f"A bias steers scores of descriptors, not Routing(strategy={route.strategy!r}).")
     if (forced is not None) != (route.strategy == "forced"):
         raise ValueError("forced regions and Routing(strategy='forced') go together: give both or neither.")
     batch, queries = order.shape
@@ -115,7 +170,10 @@ def region_scores(
         scores, listed = routing.forced_scores(forced, descriptors.shape[2])
         return scores, seen & listed
     features = routing.query_features(q, gaze.descriptor)
-    return routing.descriptor_scores(features, descriptors, share=gaze.share), seen
+    scores = routing.descriptor_scores(features, descriptors, share=gaze.share)
+    if bias is None:
+        return scores, seen
+    return routing.steer(scores, seen, bias, heads=q.shape[2], dim=q.shape[3])
 
 
 def gaze_attention(
@@ -127,9 +185,11 @@ def gaze_attention(
     gaze: GazeConfig,
     route: Routing,
     layer: Array,
-    top_k: Array | None,
+    top_k: Array | Keep | None,
     forced: Array | None,
     collect: bool,
+    bias: Array | None = None,
+    past: Past | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """Attention of all tokens of a batch, training or prefill.
 
@@ -140,14 +200,15 @@ def gaze_attention(
       gaze: of the model.
       route: the strategy.
       layer: int32 scalar.
-      top_k: int32 broadcastable to [B, S]; None is dense attention.
-      forced: see :func:`region_scores`.
+      top_k: int32 broadcastable to [B, S], or a fraction; None is dense attention.
+      forced, bias: see :func:`region_scores`.
       collect: also return what the routing saw.
+      past: keys and values that were read before; ``plan`` was made with their order.
 
     Returns:
       [B, N, H, D], and a dict with the regional "visual_k", "visual_v" [B, K, R, P, D], "dense_k",
-      "dense_v" [B, K, S, D] and "descriptors" [B, K, R, E]; with ``collect`` and routing also "scores"
-      float32 and "selected" bool [B, S, Hs, R].
+      "dense_v" [B, K, S, D] and "descriptors" [B, K, R, E] of these tokens; with ``collect`` and routing
+      also "scores" float32 and "selected" bool [B, S, Hs, R], where R has the regions of the past first.
     """
     batch, _, _, dim = q.shape
     num_regions, slots = plan.valid.shape[1:]
@@ -165,6 +226,15 @@ def gaze_attention(
         "dense_v": dense_v,
         "descriptors": regions.describe(visual_k, plan.valid, gaze.descriptor),
     }
+    descriptors = out["descriptors"]
+    if past is not None:
+        # A cache may keep other kinds of numbers than the model computes with (int8).
+        kind = visual_k.dtype
+        visual_k = jnp.concatenate([past.visual_k.astype(kind), visual_k], axis=2)
+        visual_v = jnp.concatenate([past.visual_v.astype(kind), visual_v], axis=2)
+        dense_k = jnp.concatenate([past.dense_k, dense_k], axis=2)
+        dense_v = jnp.concatenate([past.dense_v, dense_v], axis=2)
+        descriptors = jnp.concatenate([past.descriptors, descriptors], axis=2)
     spec = GazeSpec(scale=dim**-0.5, share=gaze.share, query_block=gaze.query_block)
 
     def attend(q: Array, queries: Windows, selected: Array | None) -> Array:
@@ -181,7 +251,7 @@ def gaze_attention(
             implementation=gaze.prefill_implementation,
         )
 
-    if top_k is None or tokens == 0:
+    if top_k is None or descriptors.shape[2] == 0:
         everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), plan.visual, plan.dense)
         return attend(q, everyone, None), out
 
@@ -198,20 +268,24 @@ def gaze_attention(
 
     scores, seen = region_scores(
         q[:, tokens:],
-        out["descriptors"],
+        descriptors,
         plan.visible,
         gaze=gaze,
         route=route,
         sample=plan.sample,
-        order=plan.places.dense_order,
+        order=plan.order,
         first=plan.first,
         layer=layer,
         forced=forced,
+        bias=bias,
         oracle=oracle,
     )
+    top_k = routing.count(top_k, plan.visible)
     selected = routing.select_mask(scores, seen, top_k, plan.permutation)
     if collect:
         out |= {"scores": jax.lax.stop_gradient(scores), "selected": selected}
-    visual_out = attend(q[:, :tokens], plan.visual, None)
     dense_out = attend(q[:, tokens:], plan.dense, selected)
+    if tokens == 0:
+        return dense_out, out
+    visual_out = attend(q[:, :tokens], plan.visual, None)
     return jnp.concatenate([visual_out, dense_out], axis=1), out

@@ -6,11 +6,13 @@ Nothing is evicted. The cache is stacked over layers and handed whole to every l
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gaze_jax.core import regions
 from gaze_jax.core.streams import EMPTY, Streams
+from gaze_jax.models.attention import Past
 from gaze_jax.models.config import GazeConfig
 from pallas_kernels import GazeSpec
 from pallas_kernels.gaze_decode import api
@@ -51,25 +53,48 @@ class Cache:
 
 def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
     """The static choices of a model's decode op."""
-    return GazeSpec(scale=head_dim**-0.5, share=gaze.share, query_block=gaze.query_block)
+    return GazeSpec(
+        scale=head_dim**-0.5,
+        share=gaze.share,
+        query_block=gaze.query_block,
+        visual_dtype=gaze.visual_dtype,
+    )
+
+
+def packed_layer(layer: dict[str, Any], gaze: GazeConfig) -> dict[str, Any]:
+    """What a layer keeps of its prefill, its visual part packed already where it leaves for the host.
+
+    Packing all layers at once would first hold all of them on the device.
+    """
+    if gaze.decode_implementation != "offload":
+        return layer
+    kept = {name: a for name, a in layer.items() if name not in ("visual_k", "visual_v")}
+    spec = decode_spec(gaze, layer["visual_k"].shape[-1])
+    k, v = (layer[name][None] for name in ("visual_k", "visual_v"))
+    return kept | {"visual": api.pack(k, v, spec=spec, implementation=gaze.decode_implementation)}
 
 
 def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, room: int) -> Cache:
     """Make a cache of what prefill computed.
 
     Args:
-      layers: "visual_k", "visual_v" [L, B, K, R, P, D], "dense_k", "dense_v" [L, B, K, S, D] and
-        "descriptors" [L, B, K, R, E].
+      layers: "visual_k", "visual_v" [L, B, K, R, P, D] or, stacked, what :func:`packed_layer` made of them;
+        "dense_k", "dense_v" [L, B, K, S, D] and "descriptors" [L, B, K, R, E].
       streams: the prefilled batch; not packed (one sample per row).
       gaze: of the model.
       room: dense slots to add for tokens that will be decoded; a few more come with them where the
         implementation wants S in whole tiles.
     """
     spec = decode_spec(gaze, layers["dense_k"].shape[-1])
-    cache = Cache(
-        visual=api.pack(
+    if "visual" in layers:
+        # A scan stacked caches of one layer each.
+        visual = jax.tree.map(lambda a: a.reshape(a.shape[0], *a.shape[2:]), layers["visual"])
+    else:
+        visual = api.pack(
             layers["visual_k"], layers["visual_v"], spec=spec, implementation=gaze.decode_implementation
-        ),
+        )
+    cache = Cache(
+        visual=visual,
         descriptors=layers["descriptors"],
         dense_k=layers["dense_k"],
         dense_v=layers["dense_v"],
@@ -88,4 +113,116 @@ def with_room(cache: Cache, gaze: GazeConfig, room: int) -> Cache:
         dense_k=jnp.pad(cache.dense_k, pad),
         dense_v=jnp.pad(cache.dense_v, pad),
         dense_order=jnp.pad(cache.dense_order, ((0, 0), (0, room)), constant_values=EMPTY),
+    )
+
+
+def with_regions(cache: Cache, gaze: GazeConfig, head_dim: int, *, regions: int, slots: int) -> Cache:
+    """The cache with room for as many more regions, each of at least ``slots`` token slots."""
+    spec = decode_spec(gaze, head_dim)
+    wider = max(slots - cache.visual_order.shape[2], 0)
+    pad = ((0, 0), (0, regions), (0, wider))
+    return dataclasses.replace(
+        cache,
+        visual=api.reserve(
+            cache.visual,
+            regions,
+            slots=cache.visual_order.shape[2] + wider,
+            spec=spec,
+            implementation=gaze.decode_implementation,
+        ),
+        descriptors=jnp.pad(cache.descriptors, ((0, 0),) * 3 + ((0, regions), (0, 0))),
+        visual_order=jnp.pad(cache.visual_order, pad, constant_values=EMPTY),
+    )
+
+
+def append(
+    cache: Cache, layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, region: Array, slot: Array
+) -> Cache:
+    """Write what was read later into a cache that has room for it.
+
+    Args:
+      cache: with free regions and slots; what does not fit would be written over what is there, so the
+        caller counts.
+      layers, streams: as in :func:`build_cache`.
+      gaze: of the model.
+      region, slot: int32 scalars, the first free ones, the same in every row.
+    """
+    spec = decode_spec(gaze, cache.dense_k.shape[-1])
+    zero = jnp.zeros((), jnp.int32)
+
+    def write(stack: Array, new: Array, start: Array) -> Array:
+        """Along the axis before the last of [L, B, K, N, D]."""
+        at = (zero, zero, zero, start, zero)
+        return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), at)
+
+    visual_order = jnp.where(streams.visual_valid, streams.visual_order, EMPTY)
+    slots = cache.visual_order.shape[2] - visual_order.shape[2]
+    visual_order = jnp.pad(visual_order, ((0, 0), (0, 0), (0, slots)), constant_values=EMPTY)
+    dense_order = jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY)
+    grown = cache
+    if visual_order.shape[1]:
+        grown = dataclasses.replace(
+            grown,
+            visual=api.append(
+                cache.visual,
+                layers["visual_k"],
+                layers["visual_v"],
+                region,
+                spec=spec,
+                implementation=gaze.decode_implementation,
+            ),
+            descriptors=write(cache.descriptors, layers["descriptors"], region),
+            visual_order=jax.lax.dynamic_update_slice(cache.visual_order, visual_order, (zero, region, zero)),
+        )
+    return dataclasses.replace(
+        grown,
+        dense_k=write(cache.dense_k, layers["dense_k"], slot),
+        dense_v=write(cache.dense_v, layers["dense_v"], slot),
+        dense_order=jax.lax.dynamic_update_slice(cache.dense_order, dense_order, (zero, slot)),
+    )
+
+
+def _layer(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> tuple[Array, Array]:
+    """Visual keys and values [B, K, R, P, D] of a layer."""
+    one = api.one_layer(cache.visual, layer)
+    k, v = api.unpack(one, spec=decode_spec(gaze, head_dim), implementation=gaze.decode_implementation)
+    return k[0], v[0]
+
+
+def layer_keys(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> tuple[Array, Array]:
+    """All keys of a layer: visual [B, K, R, P, D] and dense [B, K, S, D]."""
+    visual, _ = _layer(cache, layer, gaze, head_dim)
+    return visual, jax.lax.dynamic_index_in_dim(cache.dense_k, layer, keepdims=False)
+
+
+def past_of(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> Past:
+    """What a layer holds, for tokens that come after it."""
+
+    def take(a: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+
+    return Past(
+        *_layer(cache, layer, gaze, head_dim),
+        take(cache.dense_k),
+        take(cache.dense_v),
+        take(cache.descriptors),
+    )
+
+
+def constrained(cache: Cache) -> Cache:
+    """The cache, split over a mesh as its logical axes say; without one it stays as it is."""
+
+    def split(tree: Any, names: tuple[str, ...]) -> Any:
+        return jax.tree.map(
+            lambda a: nn.with_logical_constraint(a, (*names, *(None,) * (a.ndim - len(names)))), tree
+        )
+
+    stack = ("layers", "batch", "kv_heads")
+    return Cache(
+        visual=split(cache.visual, api.cache_axes(cache.visual)),
+        descriptors=split(cache.descriptors, stack),
+        dense_k=split(cache.dense_k, stack),
+        dense_v=split(cache.dense_v, stack),
+        visual_order=split(cache.visual_order, ("batch",)),
+        dense_order=split(cache.dense_order, ("batch",)),
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gaze_jax.core.layout import NEWLINES, ViewConfig, VisualLayout
 from gaze_jax.core.regions import DESCRIPTORS
-from pallas_kernels.spec import SHARES
+from pallas_kernels.spec import SHARES, VISUAL_DTYPES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAM_DTYPES = DTYPES | {"float16": jnp.float16}
@@ -128,6 +128,8 @@ class GazeConfig:
         one frame and ``region``.
       newlines: "dense" keeps the newlines of a unit in the dense stream, which every query reads whole;
         "region" routes each with the last region of its row.
+      visual_dtype: how the cache keeps visual keys and values: None as they are computed, or "int8", with
+        a scale for each token and head; descriptors and the dense stream stay as they are.
     """
 
     region: tuple[int, int] = (6, 6)
@@ -142,6 +144,7 @@ class GazeConfig:
     query_block: int = 512
     video_region: tuple[int, int, int] | None = None
     newlines: str = "dense"
+    visual_dtype: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))
@@ -168,6 +171,10 @@ class GazeConfig:
         )
         _require(
             self.visual_scope in SCOPES, f"gaze.visual_scope={self.visual_scope!r} must be one of {SCOPES}."
+        )
+        _require(
+            self.visual_dtype in VISUAL_DTYPES,
+            f"gaze.visual_dtype={self.visual_dtype!r} must be one of {VISUAL_DTYPES}.",
         )
         _require(self.query_block >= 1, f"gaze.query_block={self.query_block} must be at least 1.")
 

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from gaze_jax.core import routing
-from gaze_jax.core.routing import Routing
+from gaze_jax.core.accounting import mask_from_indices
+from gaze_jax.core.routing import Keep, Routing
 from gaze_jax.models import apart
 from gaze_jax.models.attention import Plan, gaze_attention, region_scores
-from gaze_jax.models.cache import Cache, decode_spec
+from gaze_jax.models.cache import Cache, decode_spec, layer_keys, packed_layer, past_of
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.layers import RMSNorm, apply_rope, dense, logical, rope_angles
 from gaze_jax.models.ops import gaze_decode
-from pallas_kernels.gaze_decode.api import unpack
 
 Array = jax.Array
 Angles = tuple[Array, Array]
@@ -117,10 +117,10 @@ class Block(nn.Module):
         sight: "Sight",
         *,
         layer: Array,
-        top_k: Array | None,
-        forced: Array | None,
+        choice: "Choice",
         route: Routing,
         capacity: int | None,
+        watch: bool,
     ) -> tuple[tuple[Array, Cache], dict[str, Array]]:
         """One token per row, [B, 1, M]: append its key and value, select regions, attend."""
         gaze, spec = self.config.gaze, decode_spec(self.config.gaze, self.config.decoder.head_dim)
@@ -131,12 +131,13 @@ class Block(nn.Module):
             new_cache = _append(cache, k, v, layer, step.slot)
             indices, out = None, {}
 
+            def keys() -> tuple[Array, Array]:
+                return layer_keys(new_cache, layer, gaze, self.config.decoder.head_dim)
+
             def oracle() -> Array:
-                visual_k, _ = unpack(cache.visual, spec=spec, implementation=gaze.decode_implementation)
                 return routing.oracle_scores(
                     q,
-                    jax.lax.dynamic_index_in_dim(visual_k, layer, keepdims=False),
-                    jax.lax.dynamic_index_in_dim(new_cache.dense_k, layer, keepdims=False),
+                    *keys(),
                     sight.visual[:, None],
                     sight.dense[:, None],
                     scale=spec.scale,
@@ -144,7 +145,8 @@ class Block(nn.Module):
                     query_block=1,
                 )
 
-            if top_k is not None and cache.visual_order.shape[1] > 0:
+            regions = cache.visual_order.shape[1]
+            if choice.top_k is not None and regions > 0:
                 descriptors = jax.lax.dynamic_index_in_dim(cache.descriptors, layer, keepdims=False)
                 scores, seen = region_scores(
                     q,
@@ -156,28 +158,83 @@ class Block(nn.Module):
                     order=step.order[:, None],
                     first=sight.first,
                     layer=layer,
-                    forced=forced,
+                    forced=choice.forced,
+                    bias=choice.bias,
                     oracle=oracle,
                 )
-                slots = cache.visual_order.shape[1] if capacity is None else capacity
+                top_k = routing.count(choice.top_k, sight.regions[:, None])
+                slots = regions if capacity is None else capacity
                 indices = routing.select_indices(scores, seen, top_k, slots, sight.permutation)[:, 0]
                 out = {"indices": indices, "scores": scores[:, 0]}
-            heads = gaze_decode(
-                q[:, 0],
-                new_cache.visual,
-                new_cache.dense_k,
-                new_cache.dense_v,
-                layer,
-                indices,
-                sight.visual,
-                sight.dense,
-                spec=spec,
-                implementation=gaze.decode_implementation,
-            )
+
+            def read(indices: Array | None) -> Array:
+                return gaze_decode(
+                    q[:, 0],
+                    new_cache.visual,
+                    new_cache.dense_k,
+                    new_cache.dense_v,
+                    layer,
+                    indices,
+                    sight.visual,
+                    sight.dense,
+                    spec=spec,
+                    implementation=gaze.decode_implementation,
+                )
+
+            if indices is None or choice.whole is None:
+                heads = read(indices)
+            else:
+                heads = jax.lax.cond(choice.whole, lambda: read(None), lambda: read(indices))
+            if watch and regions > 0:
+                selected = None
+                if indices is not None:
+                    selected = mask_from_indices(indices, regions)
+                    if choice.whole is not None:
+                        selected |= choice.whole & sight.regions[:, None]
+                    out["selected"] = selected
+                out["attention"], out["dense"] = routing.attention_shares(
+                    q[:, 0], *keys(), sight.visual, sight.dense, selected, scale=spec.scale
+                )
             return heads[:, None], out
 
         x, out = self._around(x, angles, attend)
         return (x, new_cache), out
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What decides about regions besides the scores, for all layers or, without its axis L, for one.
+
+    Attributes:
+      top_k: int32 or a fraction, [L, B, T] or broadcastable in B and T; None is dense attention.
+      forced: int32 [L, B, T, Hs, J], for strategy "forced".
+      bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`.
+      whole: bool [L], layers that read every region.
+    """
+
+    top_k: Array | Keep | None
+    forced: Array | None
+    bias: Array | None
+    whole: Array | None = None
+
+    @classmethod
+    def make(
+        cls,
+        layers: int,
+        top_k: Array | Keep | None,
+        forced: Array | None,
+        bias: Array | None,
+        whole: Array | None = None,
+    ) -> "Choice":
+        """Give everything its axis L."""
+        if isinstance(top_k, Keep):
+            fraction = jnp.asarray(top_k.fraction, jnp.float32)
+            budget: Array | Keep | None = Keep(_lead(fraction, layers, 2))
+        else:
+            budget = _per_layer(top_k, layers, 2)
+        steered = None if bias is None else _lead(jnp.asarray(bias, jnp.float32), layers, 2)
+        return cls(budget, _per_layer(forced, layers, 4), steered, whole)
 
 
 @jax.tree_util.register_dataclass
@@ -247,18 +304,26 @@ def _per_layer(value: Array | None, layers: int, trailing: int) -> Array | None:
     if not jnp.issubdtype(jnp.asarray(value).dtype, jnp.integer):
         raise TypeError(
             f"top_k and forced regions must be integers, got {jnp.asarray(value).dtype}; "
-            "core.routing.budget_from_keep turns a fraction into a count."
+            "core.routing.Keep is a budget as a fraction."
         )
-    value = jnp.asarray(value, jnp.int32)
+    return _lead(jnp.asarray(value, jnp.int32), layers, trailing)
+
+
+def _lead(value: Array, layers: int, trailing: int) -> Array:
+    """``value`` with a leading layer axis before its ``trailing`` ones."""
     if value.ndim <= trailing:
         value = value.reshape((1,) * (trailing + 1 - value.ndim) + value.shape)
     return jnp.broadcast_to(value, (layers, *value.shape[1:]))
 
 
-def _check_forced(top_k: Array | None, route: Routing, forced: Array | None) -> None:
+def _check_steering(
+    top_k: Array | Keep | None, route: Routing, forced: Array | None, bias: Array | None
+) -> None:
     """Raise a ValueError where dense attention would silently ignore a steered selection."""
     if top_k is None and (forced is not None or route.strategy == "forced"):
         raise ValueError("Forced regions need top_k: dense attention (top_k=None) reads every region.")
+    if top_k is None and bias is not None:
+        raise ValueError("A bias needs top_k: dense attention (top_k=None) reads every region.")
 
 
 class Decoder(nn.Module):
@@ -326,12 +391,14 @@ class Decoder(nn.Module):
         pos: Array,
         plan: Plan,
         *,
-        top_k: Array | None,
+        top_k: Array | Keep | None,
         route: Routing,
         forced: Array | None,
         collect: bool,
         keep_kv: bool,
         keep_hidden: bool = False,
+        bias: Array | None = None,
+        past: Cache | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Training or prefill over both streams.
 
@@ -339,32 +406,42 @@ class Decoder(nn.Module):
           x: [B, N, M] embedded tokens.
           pos: int32 [B, N] RoPE positions.
           plan: of the batch.
-          top_k: int32 broadcastable to [L, B, S]; None is dense attention.
+          top_k: int32 broadcastable to [L, B, S], or a fraction; None is dense attention.
           route: where scores come from.
           forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
           collect: return scores and selections.
           keep_kv: return keys, values and descriptors.
           keep_hidden: return "hidden" [L, B, N, M], the residual stream after each block.
+          bias: float32 broadcastable to [L, B, R], see :func:`gaze_jax.core.routing.steer`.
+          past: what was read before, whose order ``plan`` knows; what is new goes on with it.
 
         Returns:
           [B, N, M] after the final norm, and a dict of arrays stacked over layers.
         """
-        _check_forced(top_k, route, forced)
+        _check_steering(top_k, route, forced, bias)
         c = self.config.decoder
         angles = rope_angles(pos, c.head_dim, c.rope_theta)
-        per_layer = (
-            jnp.arange(c.depth, dtype=jnp.int32),
-            _per_layer(top_k, c.depth, 2),
-            _per_layer(forced, c.depth, 4),
-        )
+        layers = jnp.arange(c.depth, dtype=jnp.int32)
+        per_layer = (layers, Choice.make(c.depth, top_k, forced, bias))
 
         def body(block: Block, x: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
-            layer, top_k, forced = inputs
+            layer, choice = inputs
             x, out = block.forward(
-                x, angles, plan, route=route, layer=layer, top_k=top_k, forced=forced, collect=collect
+                x,
+                angles,
+                plan,
+                route=route,
+                layer=layer,
+                top_k=choice.top_k,
+                forced=choice.forced,
+                bias=choice.bias,
+                past=None if past is None else past_of(past, layer, self.config.gaze, c.head_dim),
+                collect=collect,
             )
             wanted = {"scores", "selected"} if collect else set()
             if keep_kv:
+                if past is None:
+                    out = packed_layer(out, self.config.gaze)
                 wanted |= set(out) - {"scores", "selected"}
             if keep_hidden:
                 out, wanted = out | {"hidden": x}, wanted | {"hidden"}
@@ -381,10 +458,13 @@ class Decoder(nn.Module):
         cache: Cache,
         step: Step,
         *,
-        top_k: Array | None,
+        top_k: Array | Keep | None,
         route: Routing,
         forced: Array | None,
         capacity: int | None,
+        bias: Array | None = None,
+        whole: Array | None = None,
+        watch: bool = False,
     ) -> tuple[Array, Cache, dict[str, Array]]:
         """One token per row with the cache.
 
@@ -393,32 +473,34 @@ class Decoder(nn.Module):
           pos: int32 [B] RoPE positions.
           cache: of the rows.
           step: where the tokens stand; ``step.slot`` must be free.
-          top_k: int32 broadcastable to [L, B, 1]; None is dense attention.
+          top_k: int32 broadcastable to [L, B, 1], or a fraction; None is dense attention.
           route: where scores come from.
           forced: int32 broadcastable to [L, B, 1, Hs, J], for strategy "forced".
           capacity: J; None allows all R regions.
+          bias: float32 broadcastable to [L, B, R], see :func:`gaze_jax.core.routing.steer`.
+          whole: bool [L], layers that read every region whatever J is.
+          watch: also return where the attention went, which reads every key.
 
         Returns:
           [B, M] after the final norm, the cache with the token in it, and, if routed, "indices" int32
-          [L, B, Hs, J] and "scores" float32 [L, B, Hs, R].
+          [L, B, Hs, J] and "scores" float32 [L, B, Hs, R]; with ``watch`` also "selected" bool
+          [L, B, Hs, R], if routed, and "attention" and "dense", float32 [L, B, H, R] of
+          :func:`gaze_jax.core.routing.attention_shares`.
         """
-        _check_forced(top_k, route, forced)
+        _check_steering(top_k, route, forced, bias)
         c = self.config.decoder
         angles = rope_angles(pos[:, None], c.head_dim, c.rope_theta)
         zero = jnp.zeros((), jnp.int32)
         dense_order = jax.lax.dynamic_update_slice(cache.dense_order, step.order[:, None], (zero, step.slot))
         cache = dataclasses.replace(cache, dense_order=dense_order)
-        per_layer = (
-            jnp.arange(c.depth, dtype=jnp.int32),
-            _per_layer(top_k, c.depth, 2),
-            _per_layer(forced, c.depth, 4),
-        )
+        layers = jnp.arange(c.depth, dtype=jnp.int32)
+        per_layer = (layers, Choice.make(c.depth, top_k, forced, bias, whole))
         # Only what changes is carried; the visual cache is closed over and never copied.
         still, sight = cache, _sight(cache, step)
 
         def body(block: Block, carry: Any, inputs: Any) -> tuple[Any, dict[str, Array]]:
             x, dense_k, dense_v = carry
-            layer, top_k, forced = inputs
+            layer, choice = inputs
             (x, now), out = block.decode(
                 x,
                 dataclasses.replace(still, dense_k=dense_k, dense_v=dense_v),
@@ -426,10 +508,10 @@ class Decoder(nn.Module):
                 step,
                 sight,
                 layer=layer,
-                top_k=top_k,
-                forced=forced,
+                choice=choice,
                 route=route,
                 capacity=capacity,
+                watch=watch,
             )
             return (x, now.dense_k, now.dense_v), out
 

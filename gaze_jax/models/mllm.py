@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gaze_jax.core.regions import pool_to_regions, to_regions
-from gaze_jax.core.routing import Routing
+from gaze_jax.core.routing import Keep, Routing
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.models.attention import make_plan
-from gaze_jax.models.cache import Cache, build_cache
+from gaze_jax.models.cache import Cache, append, build_cache
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.decoder import Decoder, Step
 from gaze_jax.models.layers import logical
@@ -90,12 +90,19 @@ class MLLM(nn.Module):
         return self.decoder.touch(self.decoder.embed(token), token)
 
     def hidden(
-        self, images: Array | None, streams: Streams, sample_id: Array | None, **options: Any
+        self,
+        images: Array | None,
+        streams: Streams,
+        sample_id: Array | None,
+        *,
+        past: Cache | None = None,
+        **options: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """The dense stream before the head, for who wants the logits of a few places only.
 
         Args:
           images, streams, sample_id: see :meth:`__call__`.
+          past: what was read before.
           **options: of :meth:`gaze_jax.models.decoder.Decoder.forward`.
 
         Returns:
@@ -105,8 +112,9 @@ class MLLM(nn.Module):
         batch, size = visual.shape[:2]
         x = jnp.concatenate([visual, self._embed_dense(streams)], axis=1)
         pos = jnp.concatenate([streams.visual_pos.reshape(batch, -1), streams.dense_pos], axis=1)
-        plan = make_plan(streams, self.config.gaze, sample_id)
-        hidden, out = self.decoder.forward(x, pos, plan, **options)
+        before = None if past is None else (past.visual_order, past.dense_order)
+        plan = make_plan(streams, self.config.gaze, sample_id, before)
+        hidden, out = self.decoder.forward(x, pos, plan, past=past, **options)
         return hidden[:, size:], out
 
     def __call__(
@@ -174,16 +182,18 @@ class MLLM(nn.Module):
         streams: Streams,
         *,
         room: int,
-        top_k: Array | None,
+        top_k: Array | Keep | None,
         route: Routing = Routing(),
         forced: Array | None = None,
         sample_id: Array | None = None,
+        bias: Array | None = None,
+        collect: bool = True,
     ) -> tuple[Array, Cache, dict[str, Array]]:
         """Read prompts (one sample per row) and make a cache with ``room`` free dense slots.
 
         Returns:
-          float32 logits [B, V] at each row's last token in order, the cache, and "selected" bool
-          [L, B, Hs, R] of that token (absent if dense).
+          float32 logits [B, V] at each row's last token in order, the cache, and, with ``collect``,
+          "selected" bool [L, B, Hs, R] of that token (absent if dense).
         """
         hidden, layers = self.hidden(
             images,
@@ -192,7 +202,8 @@ class MLLM(nn.Module):
             top_k=top_k,
             route=route,
             forced=forced,
-            collect=True,
+            bias=bias,
+            collect=collect,
             keep_kv=True,
         )
         last = jnp.argmax(jnp.where(streams.dense_segment >= 0, streams.dense_order, -1), axis=1)
@@ -204,6 +215,44 @@ class MLLM(nn.Module):
         cache = build_cache(layers, streams, self.config.gaze, room=room)
         return self.decoder.logits(at_last), cache, out
 
+    def extend(
+        self,
+        images: Array | None,
+        streams: Streams,
+        cache: Cache,
+        *,
+        region: Array,
+        slot: Array,
+        top_k: Array | Keep | None,
+        bias: Array | None = None,
+    ) -> Cache:
+        """Read what comes after a cache, one sample per row: text, images, frames.
+
+        Args:
+          images, streams: as in :meth:`__call__`; orders and positions go on where those of the cache end,
+            regions have as many slots as its own.
+          cache: with room for all of it.
+          region, slot: int32 scalars, the first free region and dense slot, the same in every row.
+          top_k: int32 broadcastable to [L, B, S], or a fraction; None is dense attention.
+          bias: float32 broadcastable to [L, B, R], of the regions of the cache and then the new ones.
+
+        Returns:
+          The cache with everything in it.
+        """
+        _, layers = self.hidden(
+            images,
+            streams,
+            None,
+            past=cache,
+            top_k=top_k,
+            route=Routing(),
+            forced=None,
+            bias=bias,
+            collect=False,
+            keep_kv=True,
+        )
+        return append(cache, layers, streams, self.config.gaze, region=region, slot=slot)
+
     def decode(
         self,
         tokens: Array,
@@ -211,14 +260,27 @@ class MLLM(nn.Module):
         cache: Cache,
         step: Step,
         *,
-        top_k: Array | None,
+        top_k: Array | Keep | None,
         route: Routing = Routing(),
         forced: Array | None = None,
         capacity: int | None = None,
+        bias: Array | None = None,
+        whole: Array | None = None,
+        watch: bool = False,
     ) -> tuple[Array, Cache, dict[str, Array]]:
         """Feed one token per row, int32 [B]; see :meth:`Decoder.decode`. Logits are float32 [B, V]."""
         x = self.decoder.embed(tokens)
         hidden, cache, out = self.decoder.decode(
-            x, pos, cache, step, top_k=top_k, route=route, forced=forced, capacity=capacity
+            x,
+            pos,
+            cache,
+            step,
+            top_k=top_k,
+            route=route,
+            forced=forced,
+            capacity=capacity,
+            bias=bias,
+            whole=whole,
+            watch=watch,
         )
         return self.decoder.logits(hidden), cache, out

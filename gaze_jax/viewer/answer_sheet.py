@@ -1,5 +1,6 @@
 """Contact sheets of a model's answer: selections over regions, drawn over the images they were cut from."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.sample import Frames
 from gaze_jax.data.units import Unit
+from gaze_jax.errors import UserError
 from gaze_jax.viewer.contact_sheet import contact_sheet
+from gaze_jax.viewer.trace import Trace, check_layer
 
 
 def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
@@ -71,17 +73,20 @@ def title_of(unit: Unit, units: Sequence[Unit], times: Sequence[np.ndarray]) -> 
     return f"Image {unit.index + 1}{view}"
 
 
-def pictures_of(
-    units: Sequence[Unit], images: Sequence[np.ndarray], videos: Sequence[Frames]
-) -> list[np.ndarray]:
-    """The image or frame of each unit, uint8 [height, width, 3]; videos are read through once."""
-    frames: dict[tuple[int, int], np.ndarray] = {}
-    for index in {unit.index for unit in units if unit.video}:
-        wanted = {unit.frame for unit in units if unit.video and unit.index == index}
-        for number, frame in enumerate(videos[index]):
-            if number in wanted:
-                frames[index, number] = np.array(frame)  # a decoder may fill its buffer again
-    return [frames[unit.index, unit.frame] if unit.video else images[unit.index] for unit in units]
+def titles_of(trace: Trace) -> list[str]:
+    """What each unit of a trace shows, in words."""
+    shown = [picture for picture in trace.pictures if picture.video]
+    times: list[np.ndarray] = []
+    for index in range(1 + max((picture.index for picture in shown), default=-1)):
+        seconds = {picture.frame: picture.seconds for picture in shown if picture.index == index}
+        times.append(np.array([seconds.get(frame, np.nan) for frame in range(1 + max(seconds, default=-1))]))
+    return [title_of(unit, trace.units, times) for unit in trace.units]
+
+
+def covered(picture: np.ndarray, unit: Unit) -> np.ndarray:
+    """The part of a picture, uint8 [height, width, 3], that a unit's grid shows; padding is black."""
+    left, top, right, bottom = (round(edge) for edge in unit.corners)
+    return np.asarray(Image.fromarray(picture).crop((left, top, right, bottom)))
 
 
 def unit_sheets(
@@ -109,10 +114,8 @@ def unit_sheets(
     share = selected.astype(np.float32).mean(axis=1)
     sheets = []
     for picture, unit, title in zip(pictures, units, titles, strict=True):
-        # A grid may show padding, which lies outside of the picture.
-        left, top, right, bottom = (round(edge) for edge in unit.corners)
-        covered = np.asarray(Image.fromarray(picture).crop((left, top, right, bottom)))
-        sheets.append(contact_sheet(covered, pieces, share[:, unit.regions], title=title, **options))
+        part = covered(picture, unit)
+        sheets.append(contact_sheet(part, pieces, share[:, unit.regions], title=title, **options))
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     whole = Image.new("RGB", (width, height), sheets[0].getpixel((0, 0)))
     at = 0
@@ -120,3 +123,50 @@ def unit_sheets(
         whole.paste(sheet, (0, at))
         at += sheet.height
     return whole
+
+
+def sheet(trace: Trace, *, layer: int | None, units: int, **options: Any) -> Image.Image:
+    """The contact sheets of a trace: its answer over the views and frames that it looked at most.
+
+    Args:
+      trace: of a run that selects.
+      layer: whose heads are shown; None is those of all layers.
+      units: most views and frames, at least 1.
+      **options: of :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
+
+    Returns:
+      An RGB picture.
+
+    Raises:
+      UserError: there is no such layer, or nothing was selected because the run was dense.
+    """
+    selected = selection(trace, layer)
+    shown = most_looked_at(trace.units, selected, units)
+    titles = [title for unit, title in zip(trace.units, titles_of(trace)) if unit in shown]
+    where = "all layers" if layer is None else f"layer {layer}"
+    titles[0] = f"{trace.question}\n{trace.top_k} of {trace.regions} regions, {where}. {titles[0]}"
+    pictures = [trace.picture_of(unit).pixels() for unit in shown]
+    copies = [on_copy(trace, unit) for unit in shown]
+    return unit_sheets(pictures, copies, trace.tokens, selected, titles=titles, **options)
+
+
+def selection(trace: Trace, layer: int | None) -> np.ndarray:
+    """bool [T, heads, R]: the selections of one layer, or (None) of all layers side by side.
+
+    Raises:
+      UserError: there is no such layer, or the run was dense.
+    """
+    check_layer(trace, layer)
+    if trace.top_k is None:
+        raise UserError("The trace is of a dense run, which selects nothing to draw; its page shows it.")
+    mask = trace.mask()
+    return mask.reshape(len(mask), -1, trace.regions) if layer is None else mask[:, layer]
+
+
+def on_copy(trace: Trace, unit: Unit) -> Unit:
+    """A unit with its corners in pixels of the copy in the trace."""
+    picture = trace.picture_of(unit)
+    (height, width), (rows, columns) = picture.size, picture.pixels().shape[:2]
+    x, y = columns / width, rows / height
+    x0, y0, x1, y1 = unit.corners
+    return dataclasses.replace(unit, corners=(x0 * x, y0 * y, x1 * x, y1 * y))

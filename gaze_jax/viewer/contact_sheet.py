@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
 
-_PAPER: Colour = (250, 250, 247)
-_INK: Colour = (33, 35, 40)
-_MUTED: Colour = (120, 124, 132)
+# Of every picture that is drawn here.
+PAPER: Colour = (250, 250, 247)
+INK: Colour = (33, 35, 40)
+MUTED: Colour = (120, 124, 132)
 # Blue and vermilion, near the Okabe-Ito palette: apart for every kind of colour vision, on light and on dark.
-_SELECTED: Colour = (0, 133, 202)
+SELECTED: Colour = (0, 133, 202)
 _TARGET: Colour = (230, 97, 0)
 
 _MARGIN = 28
@@ -73,8 +74,8 @@ def contact_sheet(
         OSError: if ``font`` cannot be read as a font.
     """
     image, selected, boxes = _validated(image, tokens, selected, panel, columns, boxes)
-    fonts = _Fonts.load(font)
-    picture, factor = _fitted(image, panel)
+    fonts = Fonts.load(font)
+    picture, factor = fitted(image, panel)
     width, height = picture.size
 
     across = min(columns, len(tokens))
@@ -83,13 +84,13 @@ def contact_sheet(
     heading = _heading(title, inner, fonts)
     legend = _legend(selected.dtype == np.bool_, any(box is not None for box in boxes), fonts)
     legend_rows = _legend_rows(legend, inner, fonts)
-    credit_lines = _wrapped(_drawable(credit, fonts.small), inner, fonts.small) if credit else []
+    credit_lines = wrapped(drawable(credit, fonts.small), inner, fonts.small) if credit else []
 
     panels_top = _MARGIN + sum(leading for _, _, _, leading in heading) + 12
     legend_top = panels_top + down * (height + _LABEL + _GAP) - _GAP + 14
     credit_top = legend_top + _LEGEND_ROW * len(legend_rows)
     bottom = credit_top + _CREDIT_ROW * len(credit_lines) + _MARGIN - 6
-    sheet = Image.new("RGB", (inner + 2 * _MARGIN, bottom), _PAPER)
+    sheet = Image.new("RGB", (inner + 2 * _MARGIN, bottom), PAPER)
     draw = ImageDraw.Draw(sheet)
 
     y = _MARGIN
@@ -100,14 +101,14 @@ def contact_sheet(
     for index, (token, mask, box) in enumerate(zip(tokens, selected, boxes, strict=True)):
         row, column = divmod(index, across)
         at = (_MARGIN + column * (width + _GAP), panels_top + row * (height + _LABEL + _GAP))
-        _paste_panel(sheet, at, picture, mask)
+        paste_panel(sheet, at, picture, mask)
         if box is not None:
             _draw_target(draw, at, box, factor)
         _draw_label(draw, (at[0], at[1] + height), width, token, float(mask.mean()), fonts)
 
     _draw_legend(draw, legend_top, legend_rows, fonts)
     for index, line in enumerate(credit_lines):
-        draw.text((_MARGIN, credit_top + _CREDIT_ROW * index + 14), line, _MUTED, fonts.small, anchor="ls")
+        draw.text((_MARGIN, credit_top + _CREDIT_ROW * index + 14), line, MUTED, fonts.small, anchor="ls")
     return sheet
 
 
@@ -148,7 +149,7 @@ def _validated(
     return image, selected, boxes
 
 
-def _fitted(image: np.ndarray, panel: int) -> tuple[Image.Image, float]:
+def fitted(image: np.ndarray, panel: int) -> tuple[Image.Image, float]:
     """The picture of a panel, its longest side at most ``panel``, and its size over the image's."""
     source = Image.fromarray(image)
     longest = max(source.size)
@@ -187,7 +188,7 @@ def _veiled(pixels: np.ndarray, share: np.ndarray) -> np.ndarray:
     return np.rint(clear * colour + (1 - clear) * veil).astype(np.uint8)
 
 
-def _paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, mask: np.ndarray) -> None:
+def paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, mask: np.ndarray) -> None:
     """Puts one veiled picture at ``at`` and outlines what at least half of the heads selected.
 
     The outline lies outside the selected cells, in the veil or in the margin, and hides no selected pixel.
@@ -200,7 +201,7 @@ def _paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, 
     most = Image.new("L", (width + 2 * line, height + 2 * line), 0)
     most.paste(Image.fromarray(np.where(share >= 0.5, np.uint8(255), np.uint8(0))), (line, line))
     outline = np.asarray(most.filter(ImageFilter.MaxFilter(2 * line + 1))) & ~np.asarray(most)
-    sheet.paste(_SELECTED, (at[0] - line, at[1] - line), Image.fromarray(outline))
+    sheet.paste(SELECTED, (at[0] - line, at[1] - line), Image.fromarray(outline))
 
 
 def _draw_target(draw: ImageDraw.ImageDraw, at: tuple[int, int], box: Box, factor: float) -> None:
@@ -208,12 +209,12 @@ def _draw_target(draw: ImageDraw.ImageDraw, at: tuple[int, int], box: Box, facto
     x0, y0 = at[0] + round(box[0] * factor), at[1] + round(box[1] * factor)
     # A box that covers less than a pixel of the panel still gets a mark.
     x1, y1 = max(x0, at[0] + round(box[2] * factor) - 1), max(y0, at[1] + round(box[3] * factor) - 1)
-    draw.rectangle((x0 - 4, y0 - 4, x1 + 4, y1 + 4), outline=_PAPER, width=4)
+    draw.rectangle((x0 - 4, y0 - 4, x1 + 4, y1 + 4), outline=PAPER, width=4)
     draw.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), outline=_TARGET, width=2)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fonts:
+class Fonts:
     """One face in the sheet's four sizes."""
 
     heading: ImageFont.FreeTypeFont
@@ -222,7 +223,7 @@ class _Fonts:
     small: ImageFont.FreeTypeFont
 
     @classmethod
-    def load(cls, path: Path | None) -> "_Fonts":
+    def load(cls, path: Path | None) -> "Fonts":
         """The face in ``path``, or the one that Pillow brings."""
 
         def face(size: int) -> ImageFont.FreeTypeFont:
@@ -233,7 +234,7 @@ class _Fonts:
         return cls(heading=face(22), body=face(16), token=face(16), small=face(12))
 
 
-def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
     """The text with a Python escape for every character that the font has no glyph for."""
     # The last code point is assigned to nothing, so every font draws its "missing" glyph for it.
     missing = bytes(font.getmask("\U0010ffff"))
@@ -247,7 +248,7 @@ def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
 
 def _token_text(token: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     """The token with its white space visible, cut with an ellipsis where it exceeds ``room`` pixels."""
-    text = _drawable(token.replace(" ", "·"), font) if token else '""'
+    text = drawable(token.replace(" ", "·"), font) if token else '""'
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "…") > room:
@@ -256,17 +257,17 @@ def _token_text(token: str, font: ImageFont.FreeTypeFont, room: float) -> str:
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, share: float, fonts: _Fonts
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, share: float, fonts: Fonts
 ) -> None:
     """Prints the token on the left under a panel and the share of the image it attended to on the right."""
     baseline = at[1] + 22
     note = f"{100 * share:.0f} %"
-    draw.text((at[0] + width, baseline), note, _MUTED, fonts.small, anchor="rs")
+    draw.text((at[0] + width, baseline), note, MUTED, fonts.small, anchor="rs")
     room = width - fonts.small.getlength(note) - 8
-    draw.text((at[0], baseline), _token_text(token, fonts.token, room), _INK, fonts.token, anchor="ls")
+    draw.text((at[0], baseline), _token_text(token, fonts.token, room), INK, fonts.token, anchor="ls")
 
 
-def _wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
+def wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
     """The text broken at spaces into lines of at most ``room`` pixels; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
@@ -277,16 +278,16 @@ def _wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def _heading(title: str, room: float, fonts: _Fonts) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:
+def _heading(title: str, room: float, fonts: Fonts) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:
     """The title's lines, each with its face, its colour and the pixels it takes downwards."""
     first, *rest = title.split("\n")
     lines = [
-        (line, fonts.heading, _INK, 30)
-        for line in _wrapped(_drawable(first, fonts.heading), room, fonts.heading)
+        (line, fonts.heading, INK, 30)
+        for line in wrapped(drawable(first, fonts.heading), room, fonts.heading)
     ]
     for text in rest:
         lines += [
-            (line, fonts.body, _INK, 24) for line in _wrapped(_drawable(text, fonts.body), room, fonts.body)
+            (line, fonts.body, INK, 24) for line in wrapped(drawable(text, fonts.body), room, fonts.body)
         ]
     return lines
 
@@ -295,13 +296,13 @@ def _heading(title: str, room: float, fonts: _Fonts) -> list[tuple[str, ImageFon
 _Entry = tuple[int, Callable[[ImageDraw.ImageDraw, int, int], None], str]
 
 
-def _legend(boolean: bool, targets: bool, fonts: _Fonts) -> list[_Entry]:
+def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
     """What the marks in the panels mean, each with a swatch of it."""
     sample = (214, 206, 178)
     last = _SWATCH - 1
 
     def outlined(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-        draw.rectangle((x, y, x + last, y + last), sample, _SELECTED, 2)
+        draw.rectangle((x, y, x + last, y + last), sample, SELECTED, 2)
 
     def veiled(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
         shares = np.zeros((1, _SWATCH)) if boolean else np.linspace(0, 1, 3 * _SWATCH)[None]
@@ -313,7 +314,7 @@ def _legend(boolean: bool, targets: bool, fonts: _Fonts) -> list[_Entry]:
         draw.rectangle((x, y, x + last, y + last), None, _TARGET, 2)
 
     def percent(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-        draw.text((x, y + last - 2), "%", _MUTED, fonts.small, anchor="ls")
+        draw.text((x, y + last - 2), "%", MUTED, fonts.small, anchor="ls")
 
     if boolean:
         entries: list[_Entry] = [(_SWATCH, outlined, "attended to"), (_SWATCH, veiled, "not selected")]
@@ -330,7 +331,7 @@ def _legend(boolean: bool, targets: bool, fonts: _Fonts) -> list[_Entry]:
     ]
 
 
-def _legend_rows(entries: list[_Entry], room: float, fonts: _Fonts) -> list[list[_Entry]]:
+def _legend_rows(entries: list[_Entry], room: float, fonts: Fonts) -> list[list[_Entry]]:
     """The entries in as many rows as they need."""
     rows: list[list[_Entry]] = [[]]
     used = 0.0
@@ -344,12 +345,12 @@ def _legend_rows(entries: list[_Entry], room: float, fonts: _Fonts) -> list[list
     return rows
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, top: int, rows: list[list[_Entry]], fonts: _Fonts) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, top: int, rows: list[list[_Entry]], fonts: Fonts) -> None:
     """Draws the rows from ``top`` downwards."""
     for index, row in enumerate(rows):
         x, y = _MARGIN, top + _LEGEND_ROW * index
         for across, swatch, text in row:
             swatch(draw, x, y)
             x += across + 7
-            draw.text((x, y + _SWATCH - 3), text, _MUTED, fonts.small, anchor="ls")
+            draw.text((x, y + _SWATCH - 3), text, MUTED, fonts.small, anchor="ls")
             x += round(fonts.small.getlength(text)) + _ENTRY_GAP

@@ -12,12 +12,15 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target
-from pallas_kernels.gaze_decode import cpu, gpu, reference, tpu, xla
+from pallas_kernels.gaze_decode import cpu, gpu, grow, offload, reference, tpu, xla
 from pallas_kernels.spec import GazeSpec
 
-IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu})
+IMPLEMENTATIONS = MappingProxyType(
+    {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "offload": offload}
+)
 
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:
@@ -32,12 +35,22 @@ def dense_multiple(implementation: str) -> int:
 
 def compiler_splits(implementation: str) -> bool:
     """Whether XLA can split the op over the devices of a mesh; if not, it takes ``jax.shard_map``."""
-    return implementation not in KERNELS and not (implementation == "xla" and target() == "cpu")
+    whole = (*KERNELS, "offload")  # nor is what the host computes split
+    return implementation not in whole and not (implementation == "xla" and target() == "cpu")
 
 
 def cache_axes(visual: Any) -> tuple[str, ...]:
     """Names of the leading axes of every array in a packed cache."""
     return ("batch", "kv_heads") if isinstance(visual, cpu.Layered) else ("layers", "batch", "kv_heads")
+
+
+def one_layer(visual: Any, layer: jax.Array) -> Any:
+    """A packed cache of one layer, for :func:`unpack`; ``layer`` is an int32 scalar."""
+    if isinstance(visual, cpu.Layered):
+        # No index reaches into a tuple.
+        branches = [lambda side=side: side for side in visual.layers]
+        return cpu.Layered((jax.lax.switch(layer, branches),))
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), visual)
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:
@@ -57,6 +70,80 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> 
 def unpack(packed: Any, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
     """The inverse of :func:`pack`: two arrays [L, B, K, R, P, D]; float32 if they were quantised."""
     return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).unpack(packed)
+
+
+def _sizes(module: Any, packed: Any) -> tuple[int, ...]:
+    """(L, B, K, R, P, D) of a packed cache."""
+    return jax.eval_shape(module.unpack, packed)[0].shape
+
+
+def reserve(
+    packed: Any, regions: int, *, spec: GazeSpec, implementation: str, slots: int | None = None
+) -> Any:
+    """A cache with room for more regions, which :func:`append` fills; what it holds stays as it is.
+
+    This makes a new cache, whose shapes and programs are new as well: reserve seldom and for much.
+
+    Args:
+      packed: from :func:`pack`.
+      regions: to add behind the last one. Their tokens are zeros until they are written.
+      spec: static choices.
+      implementation: the one that packed.
+      slots: P of the new cache, where regions to come have more tokens than those there are; not less
+        than now. The slots added to old regions are zeros as well.
+
+    Raises:
+      ValueError: fewer regions or slots than the cache has.
+    """
+    module = pick("gaze_decode", IMPLEMENTATIONS, implementation, spec)
+    *_, now, least, _ = _sizes(module, packed)
+    slots = least if slots is None else slots
+    if regions < 0 or slots < least:
+        raise ValueError(
+            f"gaze_decode: a cache of {now} regions of {least} slots cannot shrink by reserving {regions} "
+            f"regions of {slots}."
+        )
+    return module.reserve(packed, now + regions, slots)
+
+
+def append(
+    packed: Any, k: jax.Array, v: jax.Array, start: jax.Array | int, *, spec: GazeSpec, implementation: str
+) -> Any:
+    """Write regions into a packed cache, in place where the caller donated it.
+
+    Args:
+      packed: from :func:`pack` or :func:`reserve`.
+      k, v: [L, B, K, N, P', D] with P' <= P; their missing slots become zeros, whatever was there.
+      start: int32 scalar, the region of the cache that takes the first of the N. Where it is known while
+        tracing, N regions must fit behind it. Where it is traced nobody can tell, and XLA moves a start
+        that is out of bounds to the nearest one that fits: other regions would be written over. So the
+        caller counts the regions.
+      spec: static choices.
+      implementation: the one that packed.
+
+    Returns:
+      The cache; as if those regions had been packed with the others, bit for bit.
+
+    Raises:
+      ValueError: a shape, a dtype or a known ``start`` does not fit.
+    """
+    op = "gaze_decode"
+    module = pick(op, IMPLEMENTATIONS, implementation, spec)
+    *lead, regions, slots, dim = _sizes(module, packed)
+    new, given = k.shape[3:5] if k.ndim == 6 else (0, 0)
+    for name, array in (("k", k), ("v", v)):
+        check_shape(op, f"appended {name}", array, (*lead, new, min(given, slots), dim))
+    known = not isinstance(start, jax.core.Tracer)
+    if new > regions or (known and not 0 <= int(start) <= regions - new):
+        at = f" at {int(start)}" if known else ""
+        raise ValueError(f"{op}: {new} regions{at} do not fit a cache of {regions}; reserve more first.")
+    if new == 0:
+        return packed
+    piece = module.pack(*(grow.fill(a, {4: slots}) for a in (k, v)), spec=spec)
+    for array, part in zip(jax.tree.leaves(packed), jax.tree.leaves(piece), strict=True):
+        if array.dtype != part.dtype:
+            raise ValueError(f"{op}: a cache of {array.dtype} cannot take regions that pack as {part.dtype}.")
+    return module.write(packed, piece, jnp.asarray(start, jnp.int32))
 
 
 def gaze_decode(

@@ -11,6 +11,7 @@ Loops over selections are not split over devices; on a mesh this runs under ``ja
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,13 +64,26 @@ def gaze_decode(
 ) -> Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
     rest: Any = (q, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
-    branches = [functools.partial(_attend, k, v, scale=scale) for k, v in visual.layers]
+    branches = [functools.partial(_resident, both, scale=scale) for both in visual.layers]
     return jax.lax.switch(layer, branches, *rest)
 
 
-def _attend(
-    keys: Side,
-    values: Side,
+def _resident(both: tuple[Side, Side], *arguments: Any, scale: float) -> Array:
+    """One layer, whose visual keys and values are [B, K, R, P, D]."""
+
+    def listed(at: Array) -> Any:
+        def one(b: Array, h: Array, n: Array) -> tuple[Side, Side]:
+            k, v = (jax.tree.map(lambda a: _gather(a, b, h, at[b, h, n]), side) for side in both)
+            return tokens(k), tokens(v)
+
+        return one
+
+    return attend(listed, lambda: (tokens(both[0]), tokens(both[1])), *arguments, scale=scale)
+
+
+def attend(
+    listed: Callable[[Array], Callable[[Array, Array, Array], tuple[Side, Side]]],
+    everything: Callable[[], tuple[Side, Side]],
     q: Array,
     dense_k: Array,
     dense_v: Array,
@@ -80,7 +94,14 @@ def _attend(
     *,
     scale: float,
 ) -> Array:
-    """One layer, whose visual keys and values are [B, K, R, P, D]."""
+    """One layer, wherever its visual cache is.
+
+    Args:
+      listed: of regions int32 [B, K, N, J], gives a function of a row, a kv head and a list that gives that
+        list's keys and values, [J * P, D] each.
+      everything: gives all of the layer's keys and values, [B, K, R * P, D] each.
+      q, dense_k, dense_v, layer, indices, visual_seen, dense_seen, scale: of :func:`gaze_decode`.
+    """
     batch, heads, dim = q.shape
     kv_heads = dense_k.shape[2]
     group, regions = heads // kv_heads, visual_seen.shape[1]
@@ -92,12 +113,13 @@ def _attend(
         # One selection at a time: of a kv head, or of each of its query heads.
         lists = picks.shape[2]
         fresh = first_mention(picks, regions)
+        places = jnp.clip(picks, 0, regions - 1)
+        fetch = listed(places)
 
         def one(i: Array) -> Part:
             b, h, n = i // (kv_heads * lists), i // lists % kv_heads, i % lists
-            at = jnp.clip(picks[b, h, n], 0, regions - 1)
-            seen = (visual_seen[b, at] & fresh[b, h, n][:, None]).reshape(1, -1)
-            k, v = (_tokens(jax.tree.map(lambda a: _gather(a, b, h, at), side)) for side in (keys, values))
+            seen = (visual_seen[b, places[b, h, n]] & fresh[b, h, n][:, None]).reshape(1, -1)
+            k, v = fetch(b, h, n)
             return part(rows[b, h].reshape(lists, group // lists, dim)[n], k, v, seen)
 
         # Products of a single row keep a machine busy two at a time; larger ones do alone.
@@ -109,13 +131,14 @@ def _attend(
         if picks is not None:
             seen = seen & mentioned(picks, regions)[..., None]
         seen = seen.reshape(*seen.shape[:3], -1)
-        if keys.values.dtype == jnp.float32:
-            visual = _whole(part, rows, _tokens(keys), _tokens(values), seen)
+        both = everything()
+        if both[0].values.dtype == jnp.float32:
+            visual = _whole(part, rows, *both, seen)
         else:
 
             def head(i: Array) -> Part:
                 b, h = i // kv_heads, i % kv_heads
-                k, v = (_tokens(jax.tree.map(lambda a: a[b, h], side)) for side in (keys, values))
+                k, v = jax.tree.map(lambda a: a[b, h], both)
                 return part(rows[b, h], k, v, seen[b, h])
 
             visual = jax.lax.map(head, jnp.arange(batch * kv_heads, dtype=jnp.int32))
@@ -170,7 +193,7 @@ def _gather(array: Array, b: Array, h: Array, at: Array) -> Array:
     return jax.lax.gather(array, where, dims, (1, 1, 1, *array.shape[3:]), mode="promise_in_bounds")
 
 
-def _tokens(side: Side) -> Side:
+def tokens(side: Side) -> Side:
     """[..., R, P, D] as [..., R * P, D], and the scales likewise."""
     *lead, regions, slots, dim = side.values.shape
     values = side.values.reshape(*lead, regions * slots, dim)

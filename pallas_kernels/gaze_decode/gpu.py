@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import needs
+from pallas_kernels.gaze_decode import grow
 from pallas_kernels.gaze_decode.gpu_kernel import DIMS, ROWS, Shape, Tiles, launch
 from pallas_kernels.gaze_decode.plan import Union, everything, union
 from pallas_kernels.quantize import dequantize, quantize
@@ -78,15 +79,6 @@ def _pieces(slots: int, dim: int, itemsize: int) -> tuple[int, int]:
     return count, each
 
 
-def _fill(array: jax.Array, **sizes: int) -> jax.Array:
-    """Zeros behind the named axes (``axis_3=40``) up to their new size."""
-    widths = [(0, 0)] * array.ndim
-    for name, size in sizes.items():
-        axis = int(name.removeprefix("axis_"))
-        widths[axis] = (0, size - array.shape[axis])
-    return jnp.pad(array, widths) if any(after for _, after in widths) else array
-
-
 def _wide(dim: int) -> int:
     return -(-dim // DIMS) * DIMS
 
@@ -98,9 +90,9 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
     if spec.visual_dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
     count, each = _pieces(slots, _wide(dim), k.dtype.itemsize)
-    k, v = (_fill(a, axis_4=count * each, axis_5=_wide(dim)) for a in (k, v))
+    k, v = (grow.fill(a, {4: count * each, 5: _wide(dim)}) for a in (k, v))
     if k_scale is not None and v_scale is not None:
-        k_scale, v_scale = (_fill(a, axis_4=count * each) for a in (k_scale, v_scale))
+        k_scale, v_scale = (grow.fill(a, {4: count * each}) for a in (k_scale, v_scale))
     return Packed(k, v, k_scale, v_scale, slots, dim)
 
 
@@ -110,6 +102,18 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
     if packed.k_scale is not None and packed.v_scale is not None:
         k, v = dequantize(k, packed.k_scale), dequantize(v, packed.v_scale)
     return k[..., : packed.slots, : packed.dim], v[..., : packed.slots, : packed.dim]
+
+
+def reserve(packed: Packed, regions: int, slots: int) -> Packed:
+    """Zeros behind R and P up to the new sizes; slots of a region follow each other, whatever its pieces."""
+    count, each = _pieces(slots, packed.k.shape[-1], packed.k.dtype.itemsize)
+    larger = jax.tree.map(lambda a: grow.fill(a, {3: regions, 4: count * each}), packed)
+    return dataclasses.replace(larger, slots=slots)
+
+
+def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
+    """Regions of ``piece`` in place of those from ``start`` on."""
+    return grow.write(packed, piece, start, 3)
 
 
 def _parts(dtype: Any) -> int:
@@ -147,7 +151,7 @@ def _plan(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regi
 def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
     """[..., N] int32 into [..., chunks, rows], zeros behind."""
     each = seen.shape[-1] // chunks
-    return _fill(seen.reshape(*seen.shape[:-1], chunks, each), **{f"axis_{seen.ndim}": rows})
+    return grow.fill(seen.reshape(*seen.shape[:-1], chunks, each), {seen.ndim: rows})
 
 
 def _visual_operands(
@@ -168,11 +172,11 @@ def _visual_operands(
     blocks = jnp.where(plan.regions[..., None] >= 0, blocks, -1).reshape(batch, kv_heads, -1)
     blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, length - listed * count)), constant_values=-1)
 
-    seen = _fill(visual_seen, axis_2=slots)[b, at]
+    seen = grow.fill(visual_seen, {2: slots})[b, at]
     seen = jnp.where(seen, plan.heads[..., None], 0)
 
     def keys(a: jax.Array) -> jax.Array:
-        a = _fill(a.reshape(batch, kv_heads, -1), axis_2=length * piece)
+        a = grow.fill(a.reshape(batch, kv_heads, -1), {2: length * piece})
         return _seen_rows(a, chunks, rows)
 
     operands = {
@@ -196,7 +200,7 @@ def _dense_operands(
     keys = dense_k.shape[3]
     if keys < rows or dense_k.shape[-1] != dim:
         dense_k, dense_v = (
-            _fill(lax.dynamic_slice_in_dim(a, layer, 1), axis_3=max(keys, rows), axis_4=dim)
+            grow.fill(lax.dynamic_slice_in_dim(a, layer, 1), {3: max(keys, rows), 4: dim})
             for a in (dense_k, dense_v)
         )
         layer = jnp.zeros_like(layer)
@@ -206,7 +210,7 @@ def _dense_operands(
     start = jnp.minimum(place, length - rows)
     key = start + jnp.arange(rows)
     fresh = key >= place
-    seen = _fill(dense_seen, axis_1=length)[:, key] & fresh
+    seen = grow.fill(dense_seen, {1: length})[:, key] & fresh
     last = jnp.where(jnp.any(seen, axis=-1), jnp.arange(1, chunks + 1, dtype=jnp.int32), 0)
     return {
         "layer": layer.astype(jnp.int32).reshape(1),
@@ -221,7 +225,7 @@ def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
     """bfloat16 [B * K * parts * 64, D]: the rows of a kv head, filled up, as a sum of parts."""
     batch, heads, _ = q.shape
     q = q.reshape(batch, kv_heads, heads // kv_heads, q.shape[-1])
-    q = _fill(q, axis_2=ROWS, axis_3=dim)
+    q = grow.fill(q, {2: ROWS, 3: dim})
     found = []
     for _ in range(parts):
         found.append(lax.reduce_precision(q, 8, 7).astype(jnp.bfloat16))

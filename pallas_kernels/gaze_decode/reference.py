@@ -32,6 +32,20 @@ def unpack(packed: Packed) -> Packed:
     return packed
 
 
+def reserve(packed: Packed, regions: int, slots: int) -> Packed:
+    """Zeros behind R and P up to the new sizes."""
+    k, v = packed
+    more = [(0, 0)] * 3 + [(0, regions - k.shape[3]), (0, slots - k.shape[4]), (0, 0)]
+    return jnp.pad(k, more), jnp.pad(v, more)
+
+
+def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
+    """Regions of ``piece`` in place of those from ``start`` on."""
+    (k, v), (new_k, new_v) = packed, piece
+    put = jax.lax.dynamic_update_slice_in_dim
+    return put(k, new_k, start, 3), put(v, new_v, start, 3)
+
+
 def gaze_decode(
     q: jax.Array,
     visual: Packed,

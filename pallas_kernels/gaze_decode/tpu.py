@@ -33,6 +33,8 @@ MAX_UNION = 32_000  # region numbers of a row and of the next one, double-buffer
 
 pack = tpu_layout.pack
 unpack = tpu_layout.unpack
+reserve = tpu_layout.reserve
+write = tpu_layout.write
 
 _LOWEST = -0.5 * float(jnp.finfo(jnp.float32).max)
 

@@ -22,6 +22,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gaze_decode import grow
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
@@ -69,12 +70,6 @@ def _rows(slots: int, per_row: int) -> int:
     return max(1, -(-slots // per_row))
 
 
-def _pad(a: jax.Array, axis: int, size: int) -> jax.Array:
-    pad = [(0, 0)] * a.ndim
-    pad[axis] = (0, size - a.shape[axis])
-    return jnp.pad(a, pad)
-
-
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
     """Lay [L, B, K, R, P, D] keys and values out as the module says.
 
@@ -88,7 +83,7 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
         raise NotImplementedError(
             f"gaze_decode implementation 'tpu' keeps float32 and bfloat16 caches, not {k.dtype}."
         )
-    scales: tuple[jax.Array, ...] = ()
+    scales: tuple[jax.Array, jax.Array] | None = None
     if spec.visual_dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
         scales = (k_scale, v_scale)
@@ -99,16 +94,21 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
     rows = _rows(slots, per_row)
 
     def cut(a: jax.Array) -> jax.Array:
-        a = _pad(_pad(_pad(a, -1, width), -2, rows * per_row), -3, max(1, regions))
+        a = grow.fill(a, {-1: width, -2: rows * per_row, -3: max(1, regions)})
         return a.reshape(*lead, max(1, regions), rows, per_row, width)
 
     words = jnp.concatenate([cut(k), cut(v)], axis=-1 if joint else -2)
-    if scales:
-        both = jnp.concatenate(scales, axis=-1)
-        both = _pad(_pad(both, -1, -(-2 * slots // LANES) * LANES), -2, max(1, regions))
-        as_bytes = jax.lax.bitcast_convert_type(both.reshape(*both.shape[:-1], -1, LANES), jnp.int8)
-        words = jnp.concatenate([words, jnp.swapaxes(as_bytes, -1, -2)], axis=-3)
+    if scales is not None:
+        words = jnp.concatenate([words, _scale_rows(*scales, max(1, regions))], axis=-3)
     return Packed(words, regions, slots, dim)
+
+
+def _scale_rows(k_scale: jax.Array, v_scale: jax.Array, regions: int) -> jax.Array:
+    """Scales float32 [..., R, P] as word rows int8 [..., regions, E, 4, 128], for :func:`scales_of`."""
+    both = jnp.concatenate([k_scale, v_scale], axis=-1)
+    both = grow.fill(both, {-1: -(-both.shape[-1] // LANES) * LANES, -2: regions})
+    as_bytes = jax.lax.bitcast_convert_type(both.reshape(*both.shape[:-1], -1, LANES), jnp.int8)
+    return jnp.swapaxes(as_bytes, -1, -2)
 
 
 def scales_of(rows: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -134,12 +134,30 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
     return k, v
 
 
+def reserve(packed: Packed, regions: int, slots: int) -> Packed:
+    """Word rows of zeros behind R and P up to the new sizes."""
+    rows = _rows(slots, packed.per_row)
+    tokens = grow.fill(packed.words[..., : packed.rows, :, :], {3: max(1, regions), 4: rows})
+    if not packed.scaled:
+        return Packed(tokens, regions, slots, packed.dim)
+    # The scales of the values follow those of the keys at once, so a larger P moves them.
+    scales = scales_of(packed.words[..., packed.rows :, :, :], packed.slots)
+    k_scale, v_scale = (grow.fill(a, {-1: slots}) for a in scales)
+    words = jnp.concatenate([tokens, _scale_rows(k_scale, v_scale, max(1, regions))], axis=-3)
+    return Packed(words, regions, slots, packed.dim)
+
+
+def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
+    """Regions of ``piece`` in place of those from ``start`` on."""
+    return grow.write(packed, piece, start, 3)
+
+
 def by_row(packed: Packed, slots: jax.Array) -> jax.Array:
     """Order token slots [..., C, P] as the kernel meets them in C regions: [..., N].
 
     Word rows are split into their places, so the kernel sees the first token of all rows, then the second.
     """
-    slots = _pad(slots, -1, packed.rows * packed.per_row)
+    slots = grow.fill(slots, {-1: packed.rows * packed.per_row})
     lead, chunk = slots.shape[:-2], slots.shape[-2]
     slots = slots.reshape(*lead, chunk * packed.rows, packed.per_row)
     return jnp.swapaxes(slots, -1, -2).reshape(*lead, -1)

@@ -6,19 +6,21 @@ devices. Where the selections of a group's query heads add up to R regions or mo
 once under a mask is less work than gathering. A CPU gets a program of its own, in ``cpu.py``.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
-from pallas_kernels.gaze_decode import cpu
+from pallas_kernels.gaze_decode import cpu, grow
 from pallas_kernels.gaze_decode.cpu import Layered, Side
 from pallas_kernels.gaze_decode.plan import first_mention, mentioned
 from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[Side, Side] | Layered
+_Tree = TypeVar("_Tree")
 
 DENSE_MULTIPLE = 1
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
@@ -46,6 +48,26 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
     return k, v
 
 
+def _axis(packed: Packed) -> int:
+    """Where R is: an array per layer has no axis L."""
+    return 2 if isinstance(packed, Layered) else 3
+
+
+def reserve(packed: Packed, regions: int, slots: int) -> Packed:
+    """Zeros behind R and P up to the new sizes."""
+    return grown(packed, _axis(packed), regions, slots)
+
+
+def grown(sides: _Tree, axis: int, regions: int, slots: int) -> _Tree:
+    """Sides with zeros behind R, which is at ``axis``, and P up to the new sizes."""
+    return jax.tree.map(lambda a: grow.fill(a, {axis: regions, axis + 1: slots}), sides)
+
+
+def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
+    """Regions of ``piece`` in place of those from ``start`` on."""
+    return grow.write(packed, piece, start, _axis(packed))
+
+
 def _gather(array: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
     """[L, B, K, R, ...] at int32 [B, K, N, J]: [B, K, N, J, ...]."""
     # Rows and kv heads are batch dimensions, not indices: the partitioner can split them. Written out,
@@ -62,39 +84,27 @@ def _gather(array: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def _read(
-    keys: Side, values: Side, layer: jax.Array, picks: jax.Array | None, visual_seen: jax.Array
+    listed: Callable[[jax.Array], tuple[Side, Side]],
+    everything: Callable[[], tuple[Side, Side]],
+    picks: jax.Array | None,
+    visual_seen: jax.Array,
 ) -> tuple[Side, Side, jax.Array]:
     """What the heads look at: keys and values [B, K, N, A, D], and which count: bool [B, K, N, G/N or 1, A].
 
     N is G selections per kv head, or the single one that the group shares, or 1 if everything is read.
     """
     batch, regions, slots = visual_seen.shape
-    kv_heads = keys.values.shape[2]
     if picks is not None and picks.shape[2] * picks.shape[3] < regions:
         at = jnp.clip(picks, 0, regions - 1)
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
         seen = visual_seen[rows, at] & first_mention(picks, regions)[..., None]
-        seen = seen.reshape(*picks.shape[:3], 1, -1)
-
-        def read(array: jax.Array) -> jax.Array:
-            return _gather(array, layer, at)
-
-    else:
-        seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, regions, slots))
-        if picks is not None:
-            seen = seen & mentioned(picks, regions)[..., None]
-        seen = seen.reshape(batch, kv_heads, 1, seen.shape[2], regions * slots)
-
-        def read(array: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)[:, :, None]
-
-    def flat(side: Side) -> Side:
-        found = jax.tree.map(read, side)
-        lead = (*found.values.shape[:3], found.values.shape[3] * slots)
-        scales = None if found.scales is None else found.scales.reshape(lead)
-        return Side(found.values.reshape(*lead, found.values.shape[-1]), scales)
-
-    return flat(keys), flat(values), seen
+        return *listed(at), seen.reshape(*picks.shape[:3], 1, -1)
+    both = jax.tree.map(lambda a: a[:, :, None], everything())
+    kv_heads = both[0].values.shape[1]
+    seen = jnp.broadcast_to(visual_seen[:, None, None], (batch, kv_heads, 1, regions, slots))
+    if picks is not None:
+        seen = seen & mentioned(picks, regions)[..., None]
+    return *both, seen.reshape(batch, kv_heads, 1, seen.shape[2], regions * slots)
 
 
 def gaze_decode(
@@ -110,14 +120,49 @@ def gaze_decode(
     spec: GazeSpec,
 ) -> jax.Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
+    rest: Any = (dense_k, dense_v, layer, indices, visual_seen, dense_seen)
     if isinstance(visual, Layered):
-        rest: Any = (dense_k, dense_v, layer, indices, visual_seen, dense_seen)
         return cpu.gaze_decode(q, visual, *rest, scale=spec.scale)
+
+    def tokens(read: Callable[[jax.Array], jax.Array]) -> tuple[Side, Side]:
+        k, v = (cpu.tokens(jax.tree.map(read, side)) for side in visual)
+        return k, v
+
+    def listed(at: jax.Array) -> tuple[Side, Side]:
+        return tokens(lambda a: _gather(a, layer, at))
+
+    def everything() -> tuple[Side, Side]:
+        return tokens(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False))
+
+    return attend(listed, everything, q, *rest, scale=spec.scale)
+
+
+def attend(
+    listed: Callable[[jax.Array], tuple[Side, Side]],
+    everything: Callable[[], tuple[Side, Side]],
+    q: jax.Array,
+    dense_k: jax.Array,
+    dense_v: jax.Array,
+    layer: jax.Array,
+    indices: jax.Array | None,
+    visual_seen: jax.Array,
+    dense_seen: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """One layer, wherever its visual cache is.
+
+    Args:
+      listed: of regions int32 [B, K, N, J], gives their keys and values, [B, K, N, J * P, D] each.
+      everything: gives all of the layer's keys and values, [B, K, R * P, D] each.
+      q, dense_k, dense_v, layer, indices, visual_seen, dense_seen: of :func:`gaze_decode`.
+      scale: of the logits.
+    """
     batch, heads, dim = q.shape
     kv_heads = dense_k.shape[2]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     picks = None if indices is None else indices.reshape(batch, kv_heads, -1, indices.shape[-1])
-    keys, values, seen = _read(*visual, layer, picks, visual_seen)
+    keys, values, seen = _read(listed, everything, picks, visual_seen)
     rows = grouped.reshape(batch, kv_heads, keys.values.shape[2], -1, dim)
 
     def product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -125,13 +170,13 @@ def gaze_decode(
         return jnp.einsum(form, a, b, precision=_EXACT, preferred_element_type=jnp.float32)
 
     # What is not seen may be NaN: of a key only its own logit is, and that is overruled; a value must go.
-    logits = product("BKNGD,BKNAD->BKNGA", rows, keys.values) * spec.scale
+    logits = product("BKNGD,BKNAD->BKNGA", rows, keys.values) * scale
     if keys.scales is not None:
         logits = logits * keys.scales[:, :, :, None]
     logits = jnp.where(seen, logits, -jnp.inf)
     dk, dv = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (dense_k, dense_v))
     dv = jnp.where(dense_seen[:, None, :, None], dv, jnp.zeros((), dv.dtype))
-    dense = product("BKGD,BKSD->BKGS", grouped, dk) * spec.scale
+    dense = product("BKGD,BKSD->BKGS", grouped, dk) * scale
     dense = jnp.where(dense_seen[:, None, None], dense, -jnp.inf)
 
     top = jnp.maximum(

@@ -23,9 +23,9 @@ from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.views import image_views, video_views
-from gaze_jax.infer.session import Session
 from gaze_jax.models import MLLM
 from tests.helpers import hf
+from tests.helpers.sessions import logits, row, session
 from tests.helpers.views import cambrian_canvas, cambrian_grid
 
 pytestmark = pytest.mark.xdist_group("parity")
@@ -225,14 +225,15 @@ def test_cambrian_s(model, name):
 def test_several_turns_with_the_cache_equal_one_pass(model, name):
     """An answer and a second question after it, read with the cache: the logits of the whole in one pass."""
     found, sample = loaded(model), scene(name)
-    talk = Session(found.config, found.params, arrays_of(found.config, sample), room=60, top_k=None)
+    rows = arrays_of(found.config, sample)
+    talk = session(rows, config=found.config, params=found.params, budgets=None, room=60)
     turns = (Text("7<|im_end|>"), MORE, Text("3<|im_end|>"))
     for turn in turns:
-        talk.feed(build_tokenizer().encode(turn.text)[0])
+        talk.read([row(turn, config=found.config, order=int(talk.order[0]) + 1)])
         sample = dataclasses.replace(sample, parts=(*sample.parts, turn))
         whole = arrays_of(found.config, sample)
         last = ours(found, whole)[len(whole["tokens"]) - 1]
-        np.testing.assert_allclose(talk.logits, last, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(logits(talk)[0], last, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 
 from gaze_jax.core.routing import Routing
 from gaze_jax.data.images import read_image
-from gaze_jax.errors import UserError
 from gaze_jax.evaluate import run as evaluation
 from tests.helpers.experiments import save_untrained, tiny_experiment
 
@@ -41,6 +40,7 @@ def test_the_report_has_every_way_of_attending_and_every_family(runs, capsys):
     assert report["gaze"]["routing"]["random"] == report["random_routing"]["routing"]["random"] == 0.25
     assert len(report["gaze"]["routing"]["per_layer"]) == 2
     assert "routing" not in report["dense"]
+    assert evaluation.best_layer_of(runs["gaze"]) == report["gaze"]["routing"]["layer"]
     printed = capsys.readouterr().out
     assert "random routing" in printed
     assert f"{report['gaze']['transcribe']['acc']:.3f}" in printed
@@ -51,8 +51,7 @@ def test_a_dense_run_reports_itself_alone_and_draws_nothing(runs):
     assert not {"gaze", "random_routing"} & set(report)
     assert report["dense"]["read"]["samples"] == 2
     assert not (runs["dense"] / "gaze.png").exists()
-    with pytest.raises(UserError, match="names no best layer"):
-        evaluation.routing_layer(runs["dense"], None, 2)
+    assert evaluation.best_layer_of(runs["dense"]) is None
 
 
 def test_the_picture_has_a_panel_per_token_and_the_scene_is_what_the_model_saw(runs):
@@ -93,15 +92,6 @@ def test_questions_come_without_their_answers(runs):
             said = trained.tokenizer.decode(answer[answer >= 0].tolist())
             assert asked.endswith("\n") and said.endswith("<|im_end|>")
             assert said not in asked
-
-
-@pytest.mark.parametrize(("layer", "fits"), [(0, True), (1, True), (2, False), (-1, False)])
-def test_a_layer_is_one_of_the_models(layer, fits, tmp_path):
-    if fits:
-        assert evaluation.routing_layer(tmp_path, layer, 2) == layer
-    else:
-        with pytest.raises(UserError, match="must be between 0 and 1"):
-            evaluation.routing_layer(tmp_path, layer, 2)
 
 
 def test_test_scenes_are_the_same_for_every_arm_and_seed(runs):

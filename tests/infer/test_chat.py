@@ -5,30 +5,30 @@ import functools
 import tempfile
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import skimage.data
 
 from gaze_jax.convert.load import load, one_device
-from gaze_jax.core.streams import Streams
 from gaze_jax.data.chat import conversation_parts, default_system
 from gaze_jax.data.messages import Message
-from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.errors import UserError
 from gaze_jax.infer import chat
-from gaze_jax.infer.chat import Assistant, Talk, check_questions
-from gaze_jax.infer.session import Emitted, Session
-from gaze_jax.models import MLLM
+from gaze_jax.infer.assistant import Assistant
+from gaze_jax.infer.chat import check_questions
+from gaze_jax.infer.look import Looking
+from gaze_jax.infer.session import Session
 from tests.helpers import multimodal
 from tests.helpers.chat import tokenizer_json
+from tests.helpers.sessions import at_once, logits, said_row
 
 pytestmark = pytest.mark.xdist_group("parity")
 
 PHOTO = skimage.data.astronaut()[:60, :90]
 FRAMES = np.stack([PHOTO[t : t + 40, :50] for t in range(4)])
+TWO, DENSE = Looking(top_k=2), Looking(dense=True)
 QUESTION, FURTHER = "What is this?", "And what is the colour?"
 
 keep: list[tempfile.TemporaryDirectory] = []
@@ -45,9 +45,11 @@ def assistant(family):
     return Assistant.load(directory(family))
 
 
-def talk(family="cambrian_s", question=QUESTION, **options):
-    options = {"images": [PHOTO], "top_k": 2} | options
-    return Talk(assistant(family), question, **options)
+def talk(family="cambrian_s", question=QUESTION, *, videos=(), looking=TWO, **options):
+    """A conversation about the photograph whose first question was read."""
+    talking = assistant(family).talk(looking=looking, **options)
+    talking.ask(question, images=[PHOTO], videos=videos)
+    return talking
 
 
 EXPECTED = {
@@ -63,9 +65,9 @@ def prompt_of(family, monkeypatch, **options):
     seen = []
     original = chat.process_with_units
 
-    def watch(processor, sample):
+    def watch(processor, sample, **options):
         seen.append(sample)
-        return original(processor, sample)
+        return original(processor, sample, **options)
 
     monkeypatch.setattr(chat, "process_with_units", watch)
     talk(family, **options)
@@ -73,9 +75,9 @@ def prompt_of(family, monkeypatch, **options):
     return "".join(p.text if isinstance(p, Text) else tags[type(p)] for p in seen[0].parts)
 
 
-def test_later_questions_show_no_media():
-    """Nor are they empty; said before anything is loaded."""
-    for wrong, sentence in (("<image> and this?", "shows media"), (" ", "is empty")):
+def test_later_questions_are_looked_at_too():
+    """A tag without a picture, or nothing; said before anything is loaded."""
+    for wrong, sentence in (("<image> and this?", "has 1 <image>"), (" ", "is empty")):
         with pytest.raises(UserError, match=sentence):
             check_questions([QUESTION, wrong], 0, 0)
     with pytest.raises(UserError, match="There is no question"):
@@ -103,68 +105,72 @@ def test_answers_stream_and_name_regions(family, monkeypatch):
     """The texts of the steps are the answer; each step selects two regions in every layer and head."""
     tokenizer, ends = assistant(family).tokenizer, assistant(family).end_ids
     emitted = []
-    original = Session.generate
+    original = Session.say
 
     def watch(session, *args, **options):
-        for step in original(session, *args, **options):
-            emitted.append(step.token)
-            yield step
+        for out in original(session, *args, **options):
+            emitted.extend(out["tokens"][:, 0].tolist())
+            yield out
 
-    monkeypatch.setattr(Session, "generate", watch)
-    said = list(talk(family, videos=[FRAMES]).answer(6))
+    monkeypatch.setattr(Session, "say", watch)
+    talking = talk(family, videos=[FRAMES])
+    said = list(talking.answer(6, watch=True))
     assert 1 <= len(said) == len(emitted) <= 6
     ids = [token for token in emitted if token not in ends]
-    assert "".join(step.text for step in said) == tokenizer.decode(ids) != ""
+    assert "".join(step.text for step in said) == talking.speech.text == tokenizer.decode(ids) != ""
     assert [step.token for step in said] == [tokenizer.decode([token]) for token in emitted]
     for step in said:
-        assert step.selected.dtype == bool and step.selected.shape[:2] == (3, 4)
-        assert (step.selected.sum(axis=-1) == 2).all()
+        selected = step.glance.selected
+        assert selected.dtype == bool and selected.shape == (3, 4, talking.regions)
+        assert (selected.sum(axis=-1) == 2).all()
+    trace = talking.trace()
+    assert trace.tokens == tuple(step.token for step in said) and trace.answer == talking.speech.text
+    np.testing.assert_array_equal(trace.mask(), np.stack([step.glance.selected for step in said]))
+    assert [picture.key for picture in trace.pictures] == [(False, 0, 0), *((True, 0, t) for t in range(4))]
+    # The same in one go, unwatched.
+    again = talk(family, videos=[FRAMES])
+    list(again.answer(6, stream=False))
+    assert again.speech.pieces == talking.speech.pieces
 
 
 def saying(monkeypatch, family, text):
     """Sessions of this test say the tokens of ``text``; returns them."""
     ids = assistant(family).tokenizer.encode(text)[0]
 
-    def generate(session, max_tokens, *, end_ids, **options):
-        said = ids[:max_tokens]
-        for i, token in enumerate(said):
-            yield Emitted(token, None)
-            if token not in end_ids and i + 1 < len(said):
-                session.feed([token])
+    def say(session, max_tokens, *, ends, **options):
+        session._ends = frozenset(ends)
+        for token in ids[:max_tokens]:
+            session.read([said_row([token], int(session.order[0]) + 1)])
+            done = np.full(session.batch, token in ends)
+            session._turn = dataclasses.replace(session._turn, done=done)
+            yield {"tokens": np.full((1, 1), token, np.int32)}
 
-    monkeypatch.setattr(Session, "generate", generate)
+    monkeypatch.setattr(Session, "say", say)
     return ids
 
 
-def test_a_character_of_several_tokens_is_shown_when_it_is_whole(monkeypatch):
-    """Bytes that are no character yet are held back; at the end of the room they are shown as broken."""
-    ids = saying(monkeypatch, "cambrian_s", "öaö")
-    assert len(ids) == 5, "two tokens for an ö"
-    assert [step.text for step in talk(top_k=None).answer(4)] == ["", "ö", "a", "\ufffd"]
-
-
 @pytest.mark.parametrize(
-    ("family", "answer", "top_k"),
+    ("family", "answer", "looking", "shown"),
     [
-        ("llava_onevision", "A cat.<|im_end|>", None),
-        ("cambrian_s", "A cat.<|im_end|>", 2),
-        ("cambrian_s", "A cat", None),
+        ("llava_onevision", "A cat.<|im_end|>", DENSE, ()),
+        ("cambrian_s", "A cat.<|im_end|>", TWO, (FRAMES,)),
+        ("cambrian_s", "A cat", DENSE, ()),
     ],
 )
-def test_a_further_question_equals_a_conversation_read_at_once(family, answer, top_k, monkeypatch):
-    """The cache holds what the template writes around the answer, which ended or was cut."""
+def test_a_further_question_equals_a_conversation_read_at_once(family, answer, looking, shown, monkeypatch):
+    """The cache holds what the template writes around the answer, which ended or was cut; then media."""
     one = assistant(family)
     ids = saying(monkeypatch, family, answer)
-    talking = talk(family, top_k=top_k, dense=top_k is None)
+    talking = talk(family, looking=looking)
     said = "".join(step.text for step in talking.answer(len(ids)))
     assert said == answer.removesuffix("<|im_end|>")
     further = f"{FURTHER} \ue000"  # a character that templates are asked with, if it is free
-    talking.ask(further)
+    talking.ask(further, videos=shown)
     system = default_system(one.layout.views.style)
     messages = [
         Message("user", (Image(0), QUESTION)),
         Message("assistant", said),
-        Message("user", further),
+        Message("user", (*map(Video, range(len(shown))), further)),
     ]
     messages = [*([Message("system", system)] if system else []), *messages]
     style = one.layout.views.style
@@ -176,44 +182,77 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, t
         assert last.text.count("<|im_start|>assistant \n") == 1
         asked = last.text.replace("<|im_start|>assistant \n", "<|im_start|>assistant\n")
         parts = (*media, dataclasses.replace(last, text=asked))
-    arrays = process(Processor(one.layout, one.tokenizer, ("a",)), Sample(0, (PHOTO,), parts, "a"))
-    batch = {name: jnp.asarray(a) for name, a in stack([arrays]).items()}
-    logits, _ = MLLM(one.config).apply(
-        {"params": one.params},
-        batch["images"],
-        Streams.from_batch(batch),
-        top_k=None if top_k is None else jnp.int32(top_k),
-    )
-    np.testing.assert_allclose(talking._session.logits, logits[0, -1], atol=1e-4)
+    sample = Sample(0, (PHOTO,), parts, "a", shown)
+    arrays = process(Processor(one.layout, one.tokenizer, ("a",)), sample)
+    expected = at_once(one.config, one.params, arrays, looking.top_k)
+    np.testing.assert_allclose(logits(talking._session)[0], expected, atol=1e-4)
 
 
-def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
+def test_a_long_conversation_makes_its_cache_grow():
     """Room is made as it is needed, and what was read before stays."""
-    monkeypatch.setattr(chat, "_ROOM", 4)
-    narrow = talk(top_k=None)
-    monkeypatch.setattr(chat, "_ROOM", 200)
-    wide = talk(top_k=None)
+    narrow, wide = talk(looking=DENSE, room=4), talk(looking=DENSE, room=200)
     assert narrow._session.room < 20 < 200 <= wide._session.room
     for talking in (narrow, wide):
-        for _ in range(3):
+        for _ in range(2):
             list(talking.answer(3))
             talking.ask(FURTHER)
-    np.testing.assert_allclose(narrow._session.logits, wide._session.logits, atol=1e-5)
+    np.testing.assert_allclose(logits(narrow._session), logits(wide._session), atol=1e-5)
     assert [a.text for a in narrow.answer(3)] == [b.text for b in wide.answer(3)]
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "cambrian_s"])
+def test_a_running_video_equals_the_whole_one(family):
+    """Frames as they come, in pieces, with a question in between: the logits of the conversation at once."""
+    one = assistant(family)
+    keep = Looking(keep=0.5)
+    running, whole = one.talk(looking=keep), one.talk(looking=keep)
+    running.watch(FRAMES[:1])
+    running.watch(FRAMES[1:3], last=True)
+    for talking in (running, whole):
+        talking.ask(QUESTION, **({} if talking is running else {"videos": [FRAMES[:3]]}))
+        np.testing.assert_array_equal([u.frame for u in talking.units], [0, 1, 2])
+    assert running.regions == whole.regions
+    np.testing.assert_allclose(logits(running._session), logits(whole._session), atol=1e-4)
+    assert [a.text for a in running.answer(3)] == [a.text for a in whole.answer(3)]
+    running.watch(FRAMES[3:])
+    running.ask(FURTHER)
+    whole.ask(FURTHER, videos=[FRAMES[3:]])
+    np.testing.assert_allclose(logits(running._session), logits(whole._session), atol=1e-4)
+    for mine, theirs in zip(running.units, whole.units, strict=True):
+        assert (mine.unit, mine.index, mine.frame) == (theirs.unit, theirs.index, theirs.frame)
+        np.testing.assert_array_equal(mine.regions, theirs.regions)
+
+
+def test_a_running_video_is_asked_about_alone():
+    """One sentence for each mistake, and the conversation goes on."""
+    talking = assistant("cambrian_s").talk()
+    with pytest.raises(UserError, match="There are no frames"):
+        talking.watch([])
+    talking.watch(FRAMES[:1], last=True)
+    with pytest.raises(UserError, match="The video has ended"):
+        talking.watch(FRAMES[1:])
+    with pytest.raises(UserError, match="shows nothing else"):
+        talking.ask(QUESTION, images=[PHOTO])
+    talking.ask(QUESTION)
+    with pytest.raises(UserError, match="has no answer yet"):
+        talking.watch(FRAMES[:1])
 
 
 def test_the_configured_budget_is_at_most_all_regions():
     """And nothing where nothing is shown; one that the user names is refused instead."""
     one = assistant("cambrian_s")
     configured = one.looking(top_k=50)
-    shown = Talk(configured, QUESTION, images=[PHOTO])
+    shown = configured.talk()
+    shown.ask(QUESTION, images=[PHOTO])
     assert shown.top_k == shown.regions < 50
-    assert Talk(configured, QUESTION, images=[PHOTO], dense=True).top_k is None
-    text = Talk(configured, QUESTION)
-    assert text.regions == 0 and len(list(text.answer(2))) == 2
-    assert len(list(Talk(one, QUESTION, top_k=4).answer(2))) == 2
+    assert configured.talk(looking=DENSE).top_k is None
+    text = configured.talk()
+    text.ask(QUESTION)
+    assert text.regions == 0 and len(list(text.answer(2, watch=True))) == 2
+    with pytest.raises(UserError, match="no watched answer about anything shown"):
+        text.trace()
     with pytest.raises(UserError, match=f"top_k=50 must be between 1 and {shown.regions}"):
-        Talk(one, QUESTION, images=[PHOTO], top_k=50)
+        one.talk(looking=Looking(top_k=50)).ask(QUESTION, images=[PHOTO])
 
 
 def test_an_empty_system_prompt_is_one(monkeypatch):
@@ -238,7 +277,7 @@ def test_turns_take_turns():
     list(talking.answer(1))
     with pytest.raises(UserError, match="was answered; ask another"):
         list(talking.answer(1))
-    for wrong, sentence in (("<image> and this?", "shows media"), ("  ", "is empty")):
+    for wrong, sentence in (("<image> and this?", "has 1 <image>"), ("  ", "is empty")):
         with pytest.raises(UserError, match=sentence):
             talking.ask(wrong)
 
@@ -280,7 +319,6 @@ def test_checkpoints_that_cannot_be_talked_to(tmp_path):
         "an image tower alone": tower,
         "a language model alone": text,
         "has no tokenizer.json": dataclasses.replace(found, tokenizer=None),
-        "is a run of train.py": dataclasses.replace(found, files=None),
         "tokens but the model has rows for 320": larger,
         "eos_token_id='x'": changed("llava_onevision", tmp_path, generation_config='{"eos_token_id": "x"}'),
     }
@@ -297,13 +335,14 @@ def test_checkpoints_that_cannot_be_talked_to(tmp_path):
 def test_how_it_looks_can_be_chosen_when_it_runs():
     """Slabs of frames, routed newlines and shared selections, without another checkpoint."""
     one = assistant("cambrian_s")
-    plain = Talk(one, QUESTION, videos=[FRAMES], top_k=1)
     other = one.looking(video_region=(2, 3, 3), newlines="region", share="group")
-    slabs = Talk(other, QUESTION, videos=[FRAMES], top_k=1)
+    plain, slabs = (each.talk(looking=Looking(top_k=1)) for each in (one, other))
+    for talking in (plain, slabs):
+        talking.ask(QUESTION, videos=[FRAMES])
     assert len(plain.units) == len(slabs.units) == 4
     assert (plain.regions, slabs.regions) == (4, 2)
-    (said,) = slabs.answer(1)
-    assert said.selected.shape == (3, 2, 2)
+    (said,) = slabs.answer(1, watch=True)
+    assert said.glance.selected.shape == (3, 2, 2)
     for wrong, sentence in (
         ({"share": "x"}, "gaze.share='x' must be one of"),
         ({"region": (9, 9)}, "is larger than the tower's 6x6 token grid"),

@@ -159,6 +159,43 @@ class DecodeSuite:
         np.testing.assert_array_equal(k, case.k)
         np.testing.assert_array_equal(v, case.v)
 
+    @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+    @pytest.mark.parametrize(("dim", "slots"), [(7, 5), (70, 67)])
+    def test_appended_equals_packed_at_once(self, dim, slots, kind):
+        """Reserve, widen, append at traced places: every array of the cache as if all had been there.
+
+        Odd P and D, both sides of the layouts' cuts at 64; the regions come with fewer slots than P.
+        """
+        case = cases.decode(slots=slots, dim=dim, dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+        spec = dataclasses.replace(case.spec, visual_dtype="int8" if kind == "int8" else None)
+        options = {"spec": cases.runnable(spec), "implementation": self.implementation}
+        cut = np.arange(slots) < np.array([3, 3, 4, 4, 4, slots, slots])[:, None]
+        k, v = (jnp.where(cut[..., None], a, jnp.zeros((), a.dtype)) for a in (case.k, case.v))
+        packed = api.pack(k[:, :, :, :2, :3], v[:, :, :, :2, :3], **options)
+        packed = api.reserve(packed, 2, **options)
+        packed = api.reserve(packed, 3, slots=slots, **options)
+        append = jax.jit(functools.partial(api.append, **options))
+        packed = append(packed, k[:, :, :, 5:], v[:, :, :, 5:], jnp.int32(5))
+        packed = append(packed, k[:, :, :, 2:5, :4], v[:, :, :, 2:5, :4], jnp.int32(2))
+        expected = api.pack(k, v, **options)
+        for got, whole in zip(jax.tree.leaves(packed), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(got, whole)
+        for got, whole in zip(api.unpack(packed, **options), api.unpack(expected, **options), strict=True):
+            np.testing.assert_array_equal(got, whole)
+
+    def test_append_writes_in_place(self):
+        """Of a donated cache no copy is made: it is the output, and temporaries are far smaller."""
+        case = cases.decode(regions=64)
+        options = {"spec": cases.runnable(case.spec), "implementation": self.implementation}
+        packed = api.pack(case.k, case.v, **options)
+        new = jax.ShapeDtypeStruct((3, 2, 2, 1, 5, 8), jnp.float32)
+        start = jax.ShapeDtypeStruct((), jnp.int32)
+        append = jax.jit(functools.partial(api.append, **options), donate_argnums=0)
+        memory = append.lower(packed, new, new, start).compile().memory_analysis()
+        cache = sum(a.nbytes for a in jax.tree.leaves(packed))
+        assert memory.alias_size_in_bytes == cache
+        assert memory.temp_size_in_bytes < cache / 10
+
     # Edge cases
 
     def test_edge_01_the_order_of_the_list_does_not_matter(self):

@@ -190,3 +190,55 @@ def test_the_package_imports_jax_and_numpy_only():
             elif isinstance(node, ast.ImportFrom):
                 found.add((node.module or "").split(".")[0])
     assert found - set(sys.stdlib_module_names) <= {"jax", "numpy", "pallas_kernels"}
+
+
+def _cache(regions=4, slots=5):
+    case = cases.decode(regions=regions, slots=slots)
+    options = {"spec": case.spec, "implementation": "xla"}
+    return decode_api.pack(case.k, case.v, **options), case, options
+
+
+@pytest.mark.parametrize("start", [-1, 3, jnp.int32(3), jnp.int32(-1)])
+def test_append_refuses_a_known_start_that_does_not_fit(start):
+    """2 regions at 3 of 4 would move to 2 and overwrite a region: refused wherever the number is known."""
+    packed, case, options = _cache()
+    piece = case.k[:, :, :, :2]
+    with pytest.raises(ValueError, match=rf"2 regions at {int(start)} do not fit a cache of 4; reserve more"):
+        decode_api.append(packed, piece, piece, start, **options)
+    with pytest.raises(ValueError, match="8 regions do not fit a cache of 4; reserve"):
+        piece = jnp.concatenate([case.k, case.k], axis=3)
+        jax.jit(lambda start: decode_api.append(packed, piece, piece, start, **options))(jnp.int32(0))
+
+
+def test_append_refuses_regions_of_another_kind():
+    """More slots than the cache has, another D, fewer values than keys, another dtype: no cut, no cast."""
+    packed, case, options = _cache()
+
+    def refused(k, v, match):
+        with pytest.raises(ValueError, match=match):
+            decode_api.append(packed, k, v, 0, **options)
+
+    wide = cases.decode(regions=2, slots=6)
+    refused(wide.k, wide.v, "appended k has shape .* 6, 8.*, expected .* 5, 8")
+    refused(case.k[..., :7], case.v[..., :7], "appended k has shape")
+    refused(case.k, case.v[:, :, :, :2], "appended v has shape")
+    refused(case.k[0], case.v[0], "appended k has shape")
+    half = case.k.astype(jnp.bfloat16)
+    refused(half, half, "a cache of float32 cannot take regions that pack as bfloat16")
+
+
+def test_reserve_only_grows():
+    """Fewer slots or a negative number of regions: refused with both sizes."""
+    packed, _, options = _cache()
+    with pytest.raises(ValueError, match="of 4 regions of 5 slots cannot shrink by reserving 1 regions of 4"):
+        decode_api.reserve(packed, 1, slots=4, **options)
+    with pytest.raises(ValueError, match="cannot shrink by reserving -1"):
+        decode_api.reserve(packed, -1, **options)
+
+
+def test_appending_nothing_changes_nothing():
+    """No regions: the cache itself, also one without any."""
+    for regions in (0, 4):
+        packed, case, options = _cache(regions)
+        piece = case.k[:, :, :, :0]
+        assert decode_api.append(packed, piece, piece, regions, **options) is packed

@@ -1,5 +1,8 @@
 """The shared suite of ``gaze_decode``, one subclass per implementation, and what XLA reads."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +36,14 @@ class TestTpu(DecodeSuite):
 
     implementation = "tpu"
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
+
+
+class TestOffload(DecodeSuite):
+    """Regions in host memory, fetched by number."""
+
+    implementation = "offload"
+    has_vmap = False  # what the host computes has no batching rule
+    shards_heads = False
 
 
 class TestXlaElsewhere(DecodeSuite):
@@ -140,3 +151,28 @@ def test_xla_holds_only_selected_regions(share):
     )
     layer_keys = 4 * kv * regions * slots * dim
     assert compiled.memory_analysis().temp_size_in_bytes < layer_keys / 10
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("share", "capacity"), [("head", 3), ("group", 3), ("group", None)])
+def test_offloaded_has_the_bits_of_resident(share, capacity, kind):
+    """3 of 20 regions per list, or all, in every layer; the cache is in host memory, the result is not."""
+    dtype = jnp.bfloat16 if kind == "bfloat16" else jnp.float32
+    case = cases.decode(share=share, capacity=capacity, regions=20, dtype=dtype)
+    spec = dataclasses.replace(case.spec, visual_dtype="int8" if kind == "int8" else None)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def every_layer(case, implementation):
+        packed = api.pack(case.k, case.v, spec=spec, implementation=implementation)
+        rest = (case.indices, case.visual_seen, case.dense_seen)
+
+        def one(layer):
+            arguments = (case.q, packed, case.dense_k, case.dense_v, layer, *rest)
+            return gaze_decode(*arguments, spec=spec, implementation=implementation)
+
+        return packed, jax.lax.map(one, jnp.arange(3, dtype=jnp.int32))
+
+    packed, found = every_layer(case, "offload")
+    assert packed.rows.sharding.memory_kind == "pinned_host" and found.sharding.memory_kind == "device"
+    np.testing.assert_array_equal(found, every_layer(case, "xla")[1])
+    assert (found[0] != found[1]).any() and (found[1] != found[2]).any()

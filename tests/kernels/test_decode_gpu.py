@@ -26,7 +26,8 @@ def no_races():
     """Fails a test in which two accesses were ordered by nothing but luck."""
     yield
     if jax.default_backend() == "cpu":
-        assert not gpu_callbacks.get_races().races_found
+        races = gpu_callbacks._races  # None until a kernel has been interpreted
+        assert races is None or not races.races_found
 
 
 @pytest.mark.usefixtures("no_races")

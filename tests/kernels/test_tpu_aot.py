@@ -55,6 +55,39 @@ def test_rows_with_a_problem_are_named():
     assert tpu_aot.problems({"skipped": "too large"}) == []
 
 
+HOST = """ENTRY %main (cache: f32[9,512]) -> f32[64] {
+  %cache = f32[9,512]{1,0:T(8,128)S(5)} parameter(0)
+  %view = f32[4608]{0:T(1024)S(5)} bitcast(%cache)
+  %call.start = ((f32[9,512]{1,0:S(5)}, s32[2]{0}), (f32[2,512]{1,0}, s8[2,4]{1,0}), u32[]) \
+custom-call-start(%cache), custom_call_target="HostExecute"
+  %call.done = (f32[2,512]{1,0}, s8[2,4]{1,0}) custom-call-done(%call.start)
+  ROOT %fusion = f32[64]{0} fusion(%call.done)
+}
+"""
+
+
+def test_what_comes_from_the_host_is_counted():
+    """The results of its computations, not their arguments; and whatever else touches its memory is named."""
+    assert tpu_aot.host_results(HOST) == [2 * 512 * 4, 2 * 4]
+    assert tpu_aot.other_host_operations(HOST) == []
+    copied = HOST.replace("bitcast(%cache)", "copy(%cache)")
+    assert "%view = f32[4608]" in tpu_aot.other_host_operations(copied)[0]
+
+
+def test_offloaded_steps_and_appended_caches_with_a_problem_are_named():
+    """More on the device than allowed, other bytes than the selected ones, a cache that is copied."""
+    step = {"kernels": 0, "visual_on_device": 0.03, "visual_limit": 0.03, "fetched_bytes": [3, 4]}
+    step |= {"selected_bytes": 7, "other_host_operations": [], "layer_bytes": 9, "largest_operation_bytes": 7}
+    assert tpu_aot.problems(step) == []
+    assert "0.0310 of the visual" in tpu_aot.problems(step | {"visual_on_device": 0.031})[0]
+    assert "come from the host, not 8" in tpu_aot.problems(step | {"selected_bytes": 8})[0]
+    assert "used by copy" in tpu_aot.problems(step | {"other_host_operations": ["copy"]})[0]
+    append = {"kernels": 0, "cache_bytes": 90, "written_in_place_bytes": 90, "temporary_bytes": 9}
+    assert tpu_aot.problems(append) == []
+    assert "not written in place" in tpu_aot.problems(append | {"written_in_place_bytes": 89})[0]
+    assert "temporaries of 10" in tpu_aot.problems(append | {"temporary_bytes": 10})[0]
+
+
 def test_layers_are_cut_to_the_memory():
     """A million tokens of Qwen3-4B in bfloat16 take 4.3 GB a layer: three fit 15.75 GB, in int8 seven."""
     shape = shapes.Shape("qwen3-4b", 1_048_576)
@@ -70,3 +103,16 @@ def test_layers_are_cut_to_the_memory():
 def test_every_kernel_compiles_for_real_chips(chip):
     """All shapes, no operation of a layer's cache size; scripts/tpu_aot.sh prints the same as a table."""
     assert tpu_aot.main(["--chips", chip]) == 0
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("share", ["group", "head"])
+def test_an_offloaded_cache_leaves_the_device(share):
+    """Qwen3-4B, 40 of 256 regions: at most 0.03 (per head 0.06) of the resident visual cache is on a v5e."""
+    (row,) = tpu_aot.offload_rows("v5e", f"offload step qwen3-4b 9216 B1 {share}")
+    assert row["visual_limit"] == {"group": 0.03, "head": 0.06}[share]
+    assert row["resident_visual_bytes"] == 36 * 8 * 256 * 36 * 128 * 2 * 2
+    assert row["visual_on_device"] <= row["visual_limit"]
+    assert row["host_argument_bytes"] == row["resident_visual_bytes"]
+    assert row["resident_argument_bytes"] - row["argument_bytes"] == row["resident_visual_bytes"]
+    assert tpu_aot.problems(row) == []

@@ -151,6 +151,7 @@ MODEL = {
     "gaze.query_block": (_program, 7),
     "gaze.video_region": (_as_configured, (2, 2, 2)),
     "gaze.newlines": (_with_newlines, "region"),
+    "gaze.visual_dtype": (_cache, "int8"),
     "views": (_as_configured, VIEWS),
     "dtype": (_cache, "bfloat16"),
     "param_dtype": (_parameters, "bfloat16"),

@@ -1,10 +1,21 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.units import Unit
-from gaze_jax.viewer.answer_sheet import answer_sheet, most_looked_at, over_grid, unit_sheets
+from gaze_jax.errors import UserError
+from gaze_jax.viewer.answer_sheet import (
+    answer_sheet,
+    most_looked_at,
+    over_grid,
+    sheet,
+    titles_of,
+    unit_sheets,
+)
 from gaze_jax.viewer.contact_sheet import contact_sheet
+from tests.helpers.traces import make_media, make_trace
 
 
 @pytest.mark.parametrize(("grid", "region"), [(4, (2, 2)), (5, (2, 3)), (3, (1, 1))])
@@ -65,3 +76,46 @@ def test_padding_that_a_grid_shows_is_black():
     one = unit(0, [[0]], (0.0, -5.0, 20.0, 15.0))
     got = unit_sheets([picture], [one], ["a"], np.ones((1, 2, 1), bool), titles=["t"])
     np.testing.assert_array_equal(got, contact_sheet(padded, ["a"], np.ones((1, 1, 1)), title="t"))
+
+
+def test_the_sheet_of_a_trace_is_that_of_the_units_it_looked_at_most():
+    """Of one layer, or of the heads of all; the first title has the question and the budget."""
+    trace = make_trace(media=make_media(np.random.default_rng(0), views=2, frames=3), selectors=2)
+    mask = trace.mask()
+    for layer, selected, where in ((1, mask[:, 1], "layer 1"), (None, mask.reshape(5, 6, -1), "all layers")):
+        units = most_looked_at(trace.units, selected, 2)
+        titles = [titles_of(trace)[unit.unit] for unit in units]
+        titles[0] = f"What is this?\n2 of {trace.regions} regions, {where}. {titles[0]}"
+        pictures = [trace.picture_of(unit).pixels() for unit in units]
+        wanted = unit_sheets(pictures, units, trace.tokens, selected, titles=titles)
+        np.testing.assert_array_equal(sheet(trace, layer=layer, units=2), wanted)
+
+
+def test_titles_say_what_a_unit_of_a_trace_shows():
+    """Views are counted, frames have their time."""
+    trace = make_trace(media=make_media(np.random.default_rng(0), views=2, frames=2))
+    assert titles_of(trace) == [
+        "Image 1, view 1 of 2",
+        "Image 1, view 2 of 2",
+        "Video 1, frame 1 of 2, 0.0 s",
+        "Video 1, frame 2 of 2, 0.5 s",
+    ]
+
+
+def test_a_sheet_is_cut_from_the_copy_as_the_unit_from_the_original():
+    """The original was ten times as large."""
+    units, pictures = make_media(np.random.default_rng(0), views=2)
+    large = tuple(dataclasses.replace(picture, size=(480, 640)) for picture in pictures)
+    wide = tuple(
+        dataclasses.replace(unit, corners=tuple(10 * edge for edge in unit.corners)) for unit in units
+    )
+    one, other = make_trace(media=(units, pictures)), make_trace(media=(wide, large))
+    np.testing.assert_array_equal(sheet(one, layer=0, units=2), sheet(other, layer=0, units=2))
+
+
+def test_what_cannot_be_drawn_is_refused():
+    """A layer that is not there, and a dense run."""
+    with pytest.raises(UserError, match="layer=3 must be between 0 and 2"):
+        sheet(make_trace(), layer=3, units=1)
+    with pytest.raises(UserError, match="dense run, which selects nothing"):
+        sheet(make_trace(top_k=None), layer=None, units=1)

@@ -1,0 +1,110 @@
+"""How an answer looks at what it is shown, chosen when it runs."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from gaze_jax.core.routing import Keep
+from gaze_jax.data.units import Unit
+from gaze_jax.errors import UserError
+from gaze_jax.infer.session import Look, Session, bucket
+from gaze_jax.infer.steer import LookAt, bias_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Looking:
+    """Which regions a query may select. Every field is traced: another value is no other program.
+
+    Attributes:
+      top_k: regions per query; None: what the model is configured for, or all regions if they are fewer.
+      keep: the budget as a fraction of the regions in sight, in place of ``top_k``.
+      dense: attend to everything, whatever the model is configured for.
+      dense_layers: layers that attend to everything.
+      look_at: boxes to look into.
+
+    Raises:
+      UserError: a number is out of range, or fields that exclude each other.
+    """
+
+    top_k: int | None = None
+    keep: float | None = None
+    dense: bool = False
+    dense_layers: tuple[int, ...] = ()
+    look_at: tuple[LookAt, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k} must be at least 1; dense attends to everything.")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UserError(f"keep={self.keep} must be above 0 and at most 1, a fraction of the regions.")
+        if self.top_k is not None and self.keep is not None:
+            raise UserError("top_k and keep are both budgets; give one of them.")
+        chosen = [name for name in ("top_k", "keep", "dense_layers", "look_at") if getattr(self, name)]
+        if self.dense and chosen:
+            raise UserError(f"{chosen[0]} has no effect with dense, which selects nothing; drop one of them.")
+
+    def budget(self, configured: int | None) -> int | float | None:
+        """A count, a fraction, or None for dense attention.
+
+        Raises:
+          UserError: something is to be selected by a model that attends densely.
+        """
+        if self.dense:
+            return None
+        found = self.keep if self.keep is not None else self.top_k if self.top_k is not None else configured
+        if found is None and (self.dense_layers or self.look_at):
+            raise UserError(
+                "This checkpoint attends densely, so there is nothing to steer; give top_k or keep."
+            )
+        return found
+
+
+def join(
+    session: Session,
+    lookings: Sequence[Looking],
+    budgets: Sequence[int | float] | None,
+    units: Sequence[tuple[Unit, ...]],
+    layers: int,
+) -> Look:
+    """What a session's rows may select.
+
+    Args:
+      session: of the rows.
+      lookings: of each row, with the same dense layers.
+      budgets: of each row, all counts or all fractions; None is dense attention.
+      units: of each row.
+      layers: L of the model.
+
+    Raises:
+      UserError: a layer that the model has not, or a box outside of everything.
+    """
+    if budgets is None:
+        return Look()
+    more = session.batch - len(lookings)  # rows that nobody listens to
+    whole = bias = None
+    if chosen := lookings[0].dense_layers:
+        if min(chosen) < 0 or max(chosen) >= layers:
+            raise UserError(f"dense_layers={chosen} must be between 0 and {layers - 1}, the model's last.")
+        whole = np.isin(np.arange(layers), chosen)
+    if any(looking.look_at for looking in lookings):
+        regions = 1 + max((int(unit.regions.max()) for of_row in units for unit in of_row), default=-1)
+        rows = [bias_of(looking.look_at, of, layers, regions) for looking, of in zip(lookings, units)]
+        bias = np.stack(rows + [rows[0]] * more, axis=1)
+    budget = np.asarray([*budgets, *[budgets[0]] * more])[None, :, None]
+    fraction = budget.dtype.kind == "f"
+    budget = budget.astype(np.float32 if fraction else np.int32)
+    if whole is not None:
+        # A layer that reads everything has all regions as its budget; decoding also has a shorter way.
+        budget = np.where(whole[:, None, None], budget.dtype.type(1 if fraction else 1 << 30), budget)
+    budget = np.broadcast_to(budget, (layers, session.batch, 1))
+    return Look(Keep(jnp.asarray(budget)) if fraction else budget, bias, whole)
+
+
+def most(budgets: Sequence[int | float] | None, capacity: int) -> int | None:
+    """J: the bucket of the largest budget of a session with so many regions; None is all of them."""
+    if budgets is None or capacity == 0:
+        return None
+    counts = [round(b * capacity) if isinstance(b, float) else b for b in budgets]
+    return min(bucket(max(*counts, 1)), capacity)

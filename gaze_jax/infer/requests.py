@@ -1,0 +1,296 @@
+"""Many questions at once: batches of unequal samples, and files of them in JSON Lines."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from gaze_jax.data.chat import conversation_parts
+from gaze_jax.data.messages import Message
+from gaze_jax.data.processor import Processor, process_with_units
+from gaze_jax.data.sample import Frames, Sample
+from gaze_jax.data.units import Unit
+from gaze_jax.errors import UserError
+from gaze_jax.infer.assistant import Answer, Assistant, room_for
+from gaze_jax.infer.chat import FAMILY, user_turn
+from gaze_jax.infer.look import Looking, join, most
+from gaze_jax.infer.sampling import Sampling, check_sampling
+from gaze_jax.infer.session import Session
+from gaze_jax.infer.steer import LookAt
+from gaze_jax.infer.text import Speech
+from gaze_jax.infer.watch import Glance, pictures_of, trace_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One question; a line of a file is an object of these fields, of which "question" must be there.
+
+    Attributes:
+      question: with a tag for each of the media, or without any: media first.
+      id: names it in answers and files; the line's number, from 1, if there is none.
+      images, videos: files.
+      system, max_tokens, temperature, top_p, stop, seed: as in ``Assistant.generate``.
+      top_k, keep, dense, dense_layers: as in :class:`gaze_jax.infer.look.Looking`.
+      look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
+
+    Raises:
+      UserError: a number is out of range.
+    """
+
+    question: str
+    id: str = ""
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    system: str | None = None
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    top_k: int | None = None
+    keep: float | None = None
+    dense: bool = False
+    dense_layers: tuple[int, ...] = ()
+    look_at: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        user_turn(self.question, range(len(self.images)), range(len(self.videos)))
+        _ = self.looking
+
+    @property
+    def looking(self) -> Looking:
+        """Which regions its queries may select."""
+        boxes = tuple(LookAt.parse(text) for text in self.look_at)
+        return Looking(self.top_k, self.keep, self.dense, self.dense_layers, boxes)
+
+    @classmethod
+    def parse(cls, line: str, name: str, **defaults: Any) -> Self:
+        """Of a line of JSON; ``name`` stands for it in messages, ``defaults`` for fields that it leaves out.
+
+        Raises:
+          UserError: it is no object of these fields and their types, or a number is out of range.
+        """
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name} is not valid JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{name} must be a JSON object, not {type(record).__name__}.")
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for key, value in record.items():
+            if key not in known:
+                raise UserError(f"{name} has an unknown field {key!r}; known are {', '.join(known)}.")
+            kind = str(known[key].type)
+            if not _fits(value, kind):
+                raise UserError(f"{name} has {key}={value!r}, which should be {_KINDS[kind]}.")
+        if "question" not in record:
+            raise UserError(f"{name} has no question; ask something.")
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+        try:
+            return cls(**(defaults | fields))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
+_KINDS = {
+    "<class 'str'>": "text",
+    "<class 'int'>": "an integer",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "str | None": "text or null",
+    "int | None": "an integer or null",
+    "float | None": "a number or null",
+    "tuple[str, ...]": "a list of texts",
+    "tuple[int, ...]": "a list of integers",
+}
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if value is None:
+        return kind.endswith("| None")
+    if kind.startswith("tuple"):
+        return isinstance(value, list) and all(type(v) is (str if "str" in kind else int) for v in value)
+    if "float" in kind:
+        return type(value) in (int, float)
+    return type(value) is (bool if "bool" in kind else int if "int" in kind else str)
+
+
+def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
+    """The questions of a JSON Lines file; empty lines do not count.
+
+    Raises:
+      UserError: the file cannot be read, a line is wrong, or two have one id.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable UTF-8 file ({error}); give a JSON Lines file.") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            request = Request.parse(line, f"Line {number} of {path}", **defaults)
+            found.append(request if request.id else dataclasses.replace(request, id=str(number)))
+    if not found:
+        raise UserError(f"{path} has no questions; write one JSON object a line.")
+    ids = [request.id for request in found]
+    if twice := {name for name in ids if ids.count(name) > 1}:
+        raise UserError(f"{path} has id {min(twice)!r} more than once; answers could not be told apart.")
+    return found
+
+
+def record(request: Request, answer: Answer) -> dict[str, Any]:
+    """A line of the answers: what was asked and said, and how much was looked at."""
+    return {
+        "id": request.id,
+        "question": request.question,
+        "answer": answer.text,
+        "finish": answer.finish,
+        "tokens": len(answer.tokens),
+        "regions": answer.regions,
+        "top_k": answer.top_k,
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """A request that was read from its files."""
+
+    request: Request
+    images: list[np.ndarray]
+    videos: list[Frames]
+    arrays: Mapping[str, np.ndarray]
+    units: tuple[Unit, ...]
+    budget: int | float | None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Rows of one batch have this in common."""
+        return type(self.budget), self.request.dense_layers
+
+
+def _row(assistant: Assistant, request: Request) -> _Row:
+    images, videos = assistant.read_images(request.images), assistant.read_videos(request.videos)
+    system = assistant.system if request.system is None else request.system
+    turn = user_turn(request.question, range(len(images)), range(len(videos)))
+    messages = (*(() if system is None else (Message("system", system),)), turn)
+    style = assistant.layout.views.style
+    parts = conversation_parts(assistant.template, messages, style=style, add_generation_prompt=True)
+    processor = Processor(assistant.layout, assistant.tokenizer, (FAMILY,), resize=assistant.resize)
+    sample = Sample(0, tuple(images), parts, FAMILY, tuple(videos))
+    arrays, units = process_with_units(processor, sample)
+    budget = request.looking.budget(assistant.config.gaze.top_k)
+    regions = len(arrays["visual_src"])
+    if request.top_k is not None and request.top_k > regions:
+        raise UserError(
+            f"top_k={request.top_k} must be between 1 and {regions}, the regions of what is shown."
+        )
+    return _Row(request, images, videos, arrays, units, budget)
+
+
+def answer_all(
+    assistant: Assistant, requests: Iterable[Request], *, batch_size: int = 8, watch: bool = False
+) -> Iterator[tuple[Request, Answer]]:
+    """Answer questions, some at a time, in their order.
+
+    An answer does not depend on what else is in its batch. Neighbours that attend in different ways (a count,
+    a fraction, densely) are answered apart.
+
+    Args:
+      assistant: who answers.
+      requests: the questions.
+      batch_size: most rows of a batch.
+      watch: record where every token looked.
+
+    Raises:
+      UserError: a request's media or question cannot be read, or a batch does not fit memory.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    waiting: list[_Row] = []
+    for request in requests:
+        try:
+            row = _row(assistant, request)
+        except (UserError, ValueError) as error:
+            raise UserError(f"Question {request.id or request.question!r}: {error}") from error
+        if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
+            yield from _answer(assistant, waiting, watch)
+            waiting = []
+        waiting.append(row)
+    if waiting:
+        yield from _answer(assistant, waiting, watch)
+
+
+def _answer(assistant: Assistant, rows: Sequence[_Row], watch: bool) -> Iterator[tuple[Request, Answer]]:
+    """Answer one batch."""
+    requests = [row.request for row in rows]
+    length = max(request.max_tokens for request in requests)
+    _check_room(assistant, rows, length)
+    lookings = [request.looking for request in requests]
+    budgets = None if rows[0].budget is None else [row.budget for row in rows if row.budget is not None]
+    units, layers = [row.units for row in rows], assistant.config.decoder.depth
+    session = Session(
+        assistant.model,
+        assistant.params,
+        [row.arrays for row in rows],
+        room=room_for(length),
+        look=lambda session: join(session, lookings, budgets, units, layers),
+        mesh=assistant.mesh,
+    )
+    speeches = [Speech(assistant.tokenizer, assistant.end_ids, r.stop, r.max_tokens) for r in requests]
+    glances: list[list[Glance]] = [[] for _ in rows]
+    found = session.say(
+        length,
+        ends=assistant.end_ids,
+        sampling=Sampling.of(
+            [r.temperature for r in requests], [r.top_p for r in requests], [r.seed for r in requests]
+        ),
+        watch=watch and session.regions > 0,
+        whole=not any(request.stop for request in requests),
+        budget=most(budgets, session.capacity),
+        stopped=lambda: [speech.finish is not None for speech in speeches],
+    )
+    for out in found:
+        for b, speech in enumerate(speeches):
+            for step, token in enumerate(out["tokens"][:, b]):
+                if speech.finish is None:
+                    speech.add(int(token))
+                    if "attention" in out and rows[b].units:
+                        glances[b].append(Glance.of(out, step, b, len(rows[b].arrays["visual_src"])))
+    for row, speech, seen in zip(rows, speeches, glances, strict=True):
+        yield row.request, _finished(assistant, row, speech, seen)
+
+
+def _finished(assistant: Assistant, row: _Row, speech: Speech, glances: Sequence[Glance]) -> Answer:
+    regions, budget = len(row.arrays["visual_src"]), row.budget
+    if isinstance(budget, int) and regions:
+        budget = min(budget, regions)
+    trace = None
+    if glances:
+        trace = trace_of(
+            glances,
+            question=row.request.question,
+            answer=speech.text,
+            tokens=speech.pieces,
+            model=assistant.name,
+            top_k=None if budget is None else most([budget], regions),
+            share=assistant.config.gaze.share,
+            units=row.units,
+            pictures=pictures_of(row.units, row.images, row.videos),
+        )
+    assert speech.finish is not None, "an answer was taken to its end"
+    return Answer(speech.text, tuple(speech.pieces), speech.finish, regions, budget, trace)
+
+
+def _check_room(assistant: Assistant, rows: Sequence[_Row], tokens: int) -> None:
+    sources = [row.arrays["visual_src"] for row in rows]
+    assistant.check_room(
+        rows=len(rows),
+        regions=max(len(source) for source in sources),
+        slots=max(source.shape[1] for source in sources),
+        dense=max(len(row.arrays["tokens"]) for row in rows) + tokens,
+        visual=max(int((source >= 0).sum()) for source in sources),
+    )

@@ -1,0 +1,65 @@
+"""Tokens to text as they come: whole characters only, and not beyond a stop string."""
+
+from collections.abc import Sequence
+
+from gaze_jax.data.tokenizer import Tokenizer
+from gaze_jax.errors import UserError
+
+_BROKEN = "\ufffd"  # how a tokenizer writes bytes that are no character yet
+
+
+class Speech:
+    """The text of one answer.
+
+    Args:
+      tokenizer: of the model.
+      ends: tokens that end the answer.
+      stop: strings that end it; the text ends before the first of them.
+      limit: most tokens.
+
+    Attributes:
+      ids: tokens so far, without the end token.
+      pieces: every token as text, the end token too.
+      text: what was shown so far.
+      finish: why the answer ended: "end", "stop" or "length"; None while it goes on.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, ends: frozenset[int], stop: Sequence[str] = (), limit: int = 1 << 30
+    ) -> None:
+        if not all(stop):
+            raise UserError("A stop string is empty; leave it out.")
+        self._tokenizer, self._ends, self._stop, self._limit = tokenizer, ends, tuple(stop), limit
+        self.ids: list[int] = []
+        self.pieces: list[str] = []
+        self.text = ""
+        self.finish: str | None = None
+
+    def add(self, token: int) -> str:
+        """Take the next token; returns what can be shown now: often a word, nothing while it is open."""
+        self.pieces.append(self._tokenizer.decode([token]))
+        if token in self._ends:
+            self.finish = "end"
+        else:
+            self.ids.append(token)
+            if len(self.ids) == self._limit:
+                self.finish = "length"
+        whole = self._tokenizer.decode(self.ids)
+        cuts = [at for at in (whole.find(stop) for stop in self._stop) if at >= 0]
+        if cuts:
+            whole, self.finish = whole[: min(cuts)], "stop"
+        elif self.finish is None:
+            if whole.endswith(_BROKEN):
+                return ""
+            whole = whole[: len(whole) - self._open(whole)]
+        new = whole[len(self.text) :]
+        self.text += new
+        return new
+
+    def _open(self, whole: str) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1)
+        for size in range(min(longest - 1, len(whole)), 0, -1):
+            if any(stop.startswith(whole[-size:]) for stop in self._stop):
+                return size
+        return 0

@@ -1,0 +1,107 @@
+"""Look at gaze traces: a page for each in any browser, and if asked a PNG sheet and an MP4.
+
+python -m gaze_jax.viewer street.gaze --out=looked
+    writes looked/street.html, one file that needs no network
+
+python -m gaze_jax.viewer answers/*.gaze --out=looked --png --mp4 --layer=12
+    a page, a sheet and a clip of each, and looked/index.html, which lists them
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from PIL import ImageFont
+
+from gaze_jax import cli
+from gaze_jax.errors import UserError
+from gaze_jax.viewer.answer_sheet import sheet
+from gaze_jax.viewer.html import Entry, index_page, viewer_page
+from gaze_jax.viewer.trace_file import load
+from gaze_jax.viewer.video import check_seconds, need_av, write_clip
+
+_OUT = flags.DEFINE_string("out", None, "Folder to write to; it is made if it does not exist.")
+_PNG = flags.DEFINE_bool("png", False, "Write a contact sheet of each trace too.")
+_MP4 = flags.DEFINE_bool("mp4", False, "Write a clip of each trace too; needs the video extra.")
+_LAYER = flags.DEFINE_integer(
+    "layer", None, "Layer to show: of pages at first, of the others always; default: all."
+)
+_UNITS = flags.DEFINE_integer("units", 8, "Most views and frames in a sheet or clip: those looked at most.")
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "Seconds that a clip shows each token.")
+_FONT = flags.DEFINE_string("font", None, "TrueType file of sheets and clips, for scripts beyond ASCII.")
+
+_INDEX = "index"
+
+
+def _names(traces: Sequence[str]) -> list[str]:
+    """What the files of each trace are called, without suffix."""
+    if not traces:
+        raise UserError("There is no trace to show; give the files of one or more.")
+    names = [Path(trace).name.removesuffix(".npz").removesuffix(".gaze") for trace in traces]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            first = traces[names.index(name)]
+            raise UserError(f"{first} and {traces[number]} would both write {name}.html; rename one.")
+        if name == _INDEX and len(names) > 1:
+            raise UserError(f"{traces[number]} would write {_INDEX}.html, which lists the others; rename it.")
+    return names
+
+
+def _check_flags() -> None:
+    """Refuse what would do nothing or fail only when half of the files are written."""
+    if not _MP4.value:
+        cli.refuse_flags((_SECONDS,), "has no effect without --mp4")
+    if not _MP4.value and not _PNG.value:
+        cli.refuse_flags((_UNITS, _FONT), "has no effect without --png or --mp4")
+    if _MP4.value:
+        check_seconds(_SECONDS.value)
+        need_av()
+    if _UNITS.value < 1:
+        raise UserError(f"--units={_UNITS.value} must be at least 1.")
+    if _FONT.value is not None:
+        try:
+            ImageFont.truetype(_FONT.value)
+        except OSError as error:
+            raise UserError(f"--font={_FONT.value} is no TrueType file that can be read.") from error
+
+
+def _folder() -> Path:
+    if _OUT.value is None:
+        raise UserError("Give --out, the folder to write to.")
+    folder = Path(_OUT.value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={_OUT.value} cannot be a folder ({error.strerror}).") from error
+    return folder
+
+
+def main(traces: Sequence[str]) -> None:
+    """Write what the flags ask for."""
+    names = _names(traces)
+    _check_flags()
+    folder = _folder()
+    font = None if _FONT.value is None else Path(_FONT.value)
+    entries = []
+    for path, name in zip(traces, names):
+        trace = load(path)
+        file = folder / f"{name}.html"
+        file.write_text(viewer_page(trace, layer=_LAYER.value), encoding="utf-8", newline="\n")
+        print(file)
+        if _PNG.value:
+            picture = sheet(trace, layer=_LAYER.value, units=_UNITS.value, font=font)
+            picture.save(folder / f"{name}.png")
+            print(folder / f"{name}.png")
+        if _MP4.value:
+            clip = folder / f"{name}.mp4"
+            write_clip(trace, clip, layer=_LAYER.value, units=_UNITS.value, seconds=_SECONDS.value, font=font)
+            print(clip)
+        if len(names) > 1:
+            entries.append(Entry.of(trace, file.name))
+    if entries:
+        (folder / f"{_INDEX}.html").write_text(index_page(entries), encoding="utf-8", newline="\n")
+        print(folder / f"{_INDEX}.html")
+
+
+if __name__ == "__main__":
+    cli.run_door(main, arguments=True)

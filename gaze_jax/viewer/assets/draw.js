@@ -1,0 +1,133 @@
+"use strict";
+
+// Drawing on canvases: a unit {corners, grid, regions, own} of an image, and numbers per region.
+
+const GAZE_OUTLINE = "rgb(0, 133, 202)";
+
+function canvas(width, height) {
+  const made = document.createElement("canvas");
+  made.width = width;
+  made.height = height;
+  return made;
+}
+
+// Canvases of which one of a size is enough, because what is drawn on them is drawn elsewhere at once.
+const spare = new Map();
+
+function scratch(use, width, height) {
+  const key = `${use} ${width} ${height}`;
+  if (!spare.has(key)) spare.set(key, canvas(width, height));
+  return spare.get(key);
+}
+
+// The rectangle that a unit's grid covers, as large as asked: clear, veiled and grey. Padding is black.
+function prepared(image, unit, least, most) {
+  const [x0, y0, x1, y1] = unit.corners;
+  const width = (x1 - x0) * image.naturalWidth, height = (y1 - y0) * image.naturalHeight;
+  const longest = Math.max(width, height);
+  let scale = Math.min(1, most / longest);
+  if (longest < least) scale = Math.max(1, Math.floor(least / longest));
+  const clear = canvas(Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale)));
+  const pen = clear.getContext("2d", { willReadFrequently: true });
+  pen.fillStyle = "black";
+  pen.fillRect(0, 0, clear.width, clear.height);
+  pen.imageSmoothingEnabled = scale <= 1;
+  pen.imageSmoothingQuality = "high";
+  const sx = clear.width / (x1 - x0), sy = clear.height / (y1 - y0);
+  pen.drawImage(image, -x0 * sx, -y0 * sy, sx, sy);
+  const veiled = canvas(clear.width, clear.height), grey = canvas(clear.width, clear.height);
+  const pixels = pen.getImageData(0, 0, clear.width, clear.height), veil = pixels.data;
+  const other = new ImageData(clear.width, clear.height), dim = other.data;
+  for (let i = 0; i < veil.length; i += 4) {
+    const luma = 0.299 * veil[i] + 0.587 * veil[i + 1] + 0.114 * veil[i + 2];
+    // As the PNG sheets veil: 36 % of the brightness and of that 15 % of the colour.
+    for (let c = i; c < i + 3; c++) {
+      dim[c] = 0.58 * luma;
+      veil[c] = 0.36 * (0.15 * veil[c] + 0.85 * luma);
+    }
+    dim[i + 3] = 255;
+  }
+  veiled.getContext("2d").putImageData(pixels, 0, 0);
+  grey.getContext("2d").putImageData(other, 0, 0);
+  return { clear, veiled, grey };
+}
+
+// The grid of a unit as a small picture, a pixel per token.
+function gridded(unit, colour) {
+  const [height, width] = unit.grid;
+  const small = scratch("grid", width, height), pixels = new ImageData(width, height);
+  const colours = new Map(unit.own.map((region) => [region, colour(region)]));
+  unit.regions.forEach((region, i) => pixels.data.set(colours.get(region), 4 * i));
+  small.getContext("2d").putImageData(pixels, 0, 0);
+  return small;
+}
+
+function drawGaze(target, unit, picture, share) {
+  const { width, height } = picture.clear;
+  if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
+  const pen = target.getContext("2d");
+  const lit = scratch("lit", width, height), light = lit.getContext("2d");
+  light.globalCompositeOperation = "copy";
+  light.drawImage(picture.clear, 0, 0);
+  light.globalCompositeOperation = "destination-in";
+  light.imageSmoothingEnabled = false;
+  light.drawImage(gridded(unit, (r) => [0, 0, 0, Math.round(255 * share[r])]), 0, 0, width, height);
+  pen.drawImage(picture.veiled, 0, 0);
+  pen.drawImage(lit, 0, 0);
+}
+
+// Around what half of the heads or more selected; drawn into the veil, so that nothing clear is hidden.
+function outline(target, unit, share, line) {
+  const [rows, columns] = unit.grid;
+  const { width, height } = target;
+  const pen = target.getContext("2d");
+  const within = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns;
+  const inside = (y, x) => within(y, x) && share[unit.regions[y * columns + x]] >= 0.5;
+  const across = (x) => Math.round(x * width / columns), down = (y) => Math.round(y * height / rows);
+  pen.fillStyle = GAZE_OUTLINE;
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0; x < columns; x++) {
+      if (inside(y, x)) continue;
+      const left = across(x), top = down(y), right = across(x + 1), bottom = down(y + 1);
+      if (inside(y, x - 1)) pen.fillRect(left, top, line, bottom - top);
+      if (inside(y, x + 1)) pen.fillRect(right - line, top, line, bottom - top);
+      if (inside(y - 1, x)) pen.fillRect(left, top, right - left, line);
+      if (inside(y + 1, x)) pen.fillRect(left, bottom - line, right - left, line);
+      for (const [dy, dx] of [[-1, -1], [-1, 1], [1, -1], [1, 1]]) {
+        if (!inside(y + dy, x + dx)) continue;
+        pen.fillRect(dx < 0 ? left : right - line, dy < 0 ? top : bottom - line, line, line);
+      }
+    }
+  }
+}
+
+// From nothing over red and orange to light yellow, which order by brightness too.
+const STOPS = [[20, 11, 53], [101, 21, 110], [188, 55, 84], [237, 105, 37], [252, 180, 40], [252, 255, 164]];
+
+function heat(value) {
+  const at = Math.min(Math.max(value, 0), 1) * (STOPS.length - 1);
+  const low = Math.min(Math.floor(at), STOPS.length - 2), part = at - low;
+  const colour = STOPS[low].map((from, c) => Math.round(from + part * (STOPS[low + 1][c] - from)));
+  return [...colour, Math.round(255 * 0.78 * Math.sqrt(Math.min(Math.max(value, 0), 1)))];
+}
+
+function drawDense(target, unit, picture, dense, most) {
+  const { width, height } = picture.clear;
+  if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
+  const pen = target.getContext("2d");
+  pen.drawImage(picture.grey, 0, 0);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(gridded(unit, (r) => heat(dense[r] / (most || 1))), 0, 0, width, height);
+}
+
+function drawLegends() {
+  const veil = (x) => [206, 200, 180].map((c) => 0.36 * 206 + x * 0.64 * c);
+  const warmth = (x) => heat(x).slice(0, 3).map((c) => 60 + (c - 60) * heat(x)[3] / 255);
+  for (const [id, colour] of [["veil", veil], ["heat", warmth]]) {
+    const pen = document.getElementById(id).getContext("2d");
+    for (let x = 0; x < 96; x++) {
+      pen.fillStyle = `rgb(${colour(x / 95).map(Math.round).join(" ")})`;
+      pen.fillRect(x, 0, 1, 12);
+    }
+  }
+}

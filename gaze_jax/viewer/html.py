@@ -1,0 +1,214 @@
+"""The HTML viewer: one self-contained page for a trace, and an index of many.
+
+Nothing of a page is fetched: its Content-Security-Policy allows its own script and style, by their hashes,
+and ``data:`` images. What came from data reaches the page as JSON in an element that is not executed, and the
+script sets it as text.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import urllib.parse
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import numpy as np
+import PIL.Image
+
+from gaze_jax.errors import UserError
+from gaze_jax.viewer.answer_sheet import titles_of
+from gaze_jax.viewer.trace import Trace, check_layer
+
+_ASSETS = Path(__file__).parent / "assets"
+_MOST_DENSE = 32_000_000
+"""Numbers of dense attention that a page holds, a byte each; with more it holds the mean over the heads."""
+_THUMBNAIL = 192
+_TYPES = {"float32": "f4", "int32": "i4", "int16": "i2", "uint8": "u1"}
+
+
+def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
+    """The page that shows a trace.
+
+    Shares of attention are kept to 1/510 of the query's largest and scores to 1/65534 of the layer's, both
+    said on the page. Dense attention is kept per head up to 32 million numbers, T * L * H * R, and beyond
+    that as the mean over the heads, also said on the page.
+
+    Args:
+      trace: what to show.
+      layer: shown at first; None is all layers.
+
+    Raises:
+      UserError: there is no such layer, or the trace is too long for a page.
+    """
+    check_layer(trace, layer)
+    arrays, per_head = _arrays(trace)
+    blob, layout = _packed(arrays)
+    data = {
+        **{name: getattr(trace, name) for name in ("question", "answer", "tokens", "model", "share")},
+        "topK": trace.top_k,
+        "layer": -1 if layer is None else layer,
+        "layers": trace.layers,
+        "heads": trace.heads,
+        "denseHeads": trace.heads if per_head else 1,
+        "selectors": trace.selected.shape[2],
+        "slots": trace.selected.shape[3],
+        "regions": trace.regions,
+        "units": _units(trace),
+        "pictures": [_data_url(picture.jpeg) for picture in trace.pictures],
+        "layout": layout,
+        "arrays": base64.b64encode(blob).decode(),
+    }
+    return _page("viewer.html", "viewer.css", ["draw.js", "viewer.js"], data=_json(data))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A line of an index; :meth:`of` makes one.
+
+    Attributes:
+      file: name of the viewer's page in the folder of the index.
+      question, answer, model: as text.
+      visual: share of the visual keys that a query attended to, mean over tokens, layers and heads.
+      thumbnail: a small JPEG.
+    """
+
+    file: str
+    question: str
+    answer: str
+    model: str
+    visual: float
+    thumbnail: bytes
+
+    @classmethod
+    def of(cls, trace: Trace, file: str) -> "Entry":
+        """The line of a trace whose page is ``file``."""
+        keys = trace.entries[..., 0].mean(axis=1)
+        visual = float((keys / np.maximum(trace.visual_tokens, 1)).mean())
+        image = PIL.Image.fromarray(trace.pictures[0].pixels())
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        small = io.BytesIO()
+        image.save(small, "JPEG", quality=80)
+        return cls(file, trace.question, trace.answer, trace.model, visual, small.getvalue())
+
+
+def index_page(entries: Sequence[Entry]) -> str:
+    """A page that lists viewer pages of its own folder; it needs no script."""
+    lines = [
+        # A quoted name is no scheme and no other folder, whatever it holds.
+        {"href": urllib.parse.quote(entry.file, safe=""), "image": _data_url(entry.thumbnail)}
+        | dataclasses.asdict(entry)
+        for entry in entries
+    ]
+    return _page("index.html", "index.css", [], entries=lines)
+
+
+def _page(template: str, style: str, scripts: Sequence[str], **values: Any) -> str:
+    """A template filled, with its style and its script in it and a policy that allows these alone."""
+    css = (_ASSETS / style).read_text(encoding="utf-8")
+    js = "\n".join((_ASSETS / script).read_text(encoding="utf-8") for script in scripts)
+    policy = ["default-src 'none'", f"style-src '{_sha256(css)}'", "img-src data:"]
+    if scripts:
+        policy.append(f"script-src '{_sha256(js)}'")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(
+        policy="; ".join([*policy, "base-uri 'none'", "form-action 'none'"]),
+        style=markupsafe.Markup(css),
+        script=markupsafe.Markup(js),
+        **values,
+    )
+
+
+def _sha256(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _json(data: Any) -> markupsafe.Markup:
+    """JSON that may stand in a script element: nothing in it can end the element or open a comment."""
+    return markupsafe.Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+def _data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
+def _units(trace: Trace) -> list[dict[str, Any]]:
+    """What the page needs of each unit; corners as shares of the picture's width and height."""
+    keys = [picture.key for picture in trace.pictures]
+    units = []
+    for unit, title in zip(trace.units, titles_of(trace), strict=True):
+        number = keys.index((unit.video, unit.index, unit.frame))
+        height, width = trace.pictures[number].size
+        x0, y0, x1, y1 = map(float, unit.corners)
+        numbers = {other.index for other in trace.units if other.video == unit.video}
+        units.append(
+            {
+                "title": title,
+                "short": _short(title, alone=len(numbers) == 1),
+                "picture": number,
+                "corners": [x0 / width, y0 / height, x1 / width, y1 / height],
+                "grid": unit.regions.shape,
+            }
+        )
+    return units
+
+
+def _short(title: str, *, alone: bool) -> str:
+    """A title in little room: which view, or when, and of which image or video unless it is ``alone``."""
+    parts = title.split(", ")
+    text = parts[-1] if alone or len(parts) == 1 else f"{parts[0]}, {parts[-1]}"
+    return text[0].upper() + text[1:]
+
+
+def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:
+    """The numbers of a page, and whether dense attention is there per head."""
+    dense, per_head = trace.dense, trace.dense.size <= _MOST_DENSE
+    if not per_head:
+        dense = dense.mean(axis=2, keepdims=True)
+    if dense.size > _MOST_DENSE:
+        raise UserError(
+            f"A page holds {_MOST_DENSE} numbers and tokens x layers x regions are {dense.size}; "
+            "trace fewer tokens."
+        )
+    ids = np.int16 if trace.regions <= np.iinfo(np.int16).max else np.int32
+    dense_bytes, dense_largest = _quantised(dense)
+    attention_bytes, attention_largest = _quantised(trace.attention)
+    most = np.abs(trace.scores).max(axis=(0, 2, 3), initial=0)
+    scale = np.where(most > 0, most, 1).astype(np.float32)
+    scores = np.rint(trace.scores / scale[:, None, None] * np.iinfo(np.int16).max).astype(np.int16)
+    return {
+        "entries": trace.entries,
+        "visual": trace.visual_tokens,
+        "denseLargest": dense_largest,
+        "attentionLargest": attention_largest,
+        "scoreLargest": scale,
+        "selected": trace.selected.astype(ids),
+        "grids": np.concatenate([unit.regions.ravel() for unit in trace.units]).astype(ids),
+        "scores": scores,
+        "dense": dense_bytes,
+        "attention": attention_bytes,
+    }, per_head
+
+
+def _quantised(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares [..., N] as uint8 [..., N], 255 being the largest of its row, and these, float32 [...]."""
+    largest = shares.max(axis=-1, initial=0)
+    scale = np.where(largest > 0, largest, 1).astype(np.float32)
+    return np.rint(shares / scale[..., None] * 255).astype(np.uint8), scale
+
+
+def _packed(arrays: dict[str, np.ndarray]) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
+    """Arrays one after the other, deflated, and {name: (type, offset, count)}; wide types come first."""
+    layout, pieces, offset = {}, [], 0
+    for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):
+        layout[name] = (_TYPES[array.dtype.name], offset, array.size)
+        pieces.append(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+        offset += array.nbytes
+    return zlib.compress(b"".join(pieces), 9), layout

@@ -1,0 +1,188 @@
+"""gaze_decode over a visual cache in host memory: only the regions that are read come to the device.
+
+Layout. A region of a kv head is one contiguous row of the host's memory, its keys, then its values, so
+that one gather brings both. Its last axes are [n, 128] with n = 4 / itemsize (2 for float32 as well): those
+are what a TPU's compiler makes a tile of, so a tile belongs to one region, in any dtype and for any P and D.
+
+A step computes on the device which rows it wants; the host gathers them, copies only them, and the
+device attends to them with the arithmetic of ``xla.py`` (on a CPU ``cpu.py``), so that a CPU gives the
+bits of implementation "xla". Per query head the rows are those of its own list: with static shapes a
+union of the lists would be as long, J * G.
+
+Where a list holds all regions or more, or nothing is listed (dense attention), the layer's whole visual
+cache is copied to the device, attended to and dropped, layer by layer: right, and as slow as that sounds.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compute_on import compute_on
+
+from pallas_kernels import quantize
+from pallas_kernels.dispatch import target
+from pallas_kernels.gaze_decode import cpu, grow, xla
+from pallas_kernels.gaze_decode.cpu import Side
+from pallas_kernels.spec import GazeSpec
+
+Array = jax.Array
+
+DENSE_MULTIPLE = 1
+LANES = 128
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A visual cache in host memory (memory kind "pinned_host").
+
+    Attributes:
+      rows: [L, B, K, R, W, n, 128]: the keys [P, D], the values [P, D], for int8 the bytes of the float32
+        scales of keys [P] and values [P], and zeros up to the end of the row.
+      slots, dim: P and D.
+    """
+
+    rows: Array
+    slots: int = dataclasses.field(metadata={"static": True})
+    dim: int = dataclasses.field(metadata={"static": True})
+
+
+def supports(spec: GazeSpec) -> str | None:
+    """Every spec, wherever JAX can compute on the host: CPU, TPU and GPU."""
+    del spec
+    return None
+
+
+def _rows(k: Side, v: Side) -> Array:
+    """[..., P, D] keys and values as rows [..., W, n, 128]."""
+    *lead, slots, dim = k.values.shape
+    parts = [side.values.reshape(*lead, slots * dim) for side in (k, v)]
+    for side in (k, v):
+        if side.scales is not None:
+            scale_bytes = jax.lax.bitcast_convert_type(side.scales, jnp.int8)
+            parts.append(scale_bytes.reshape(*lead, slots * 4))
+    flat = jnp.concatenate(parts, axis=-1)
+    tile = (4 if flat.dtype == jnp.int8 else 2, LANES)
+    count = -(-flat.shape[-1] // math.prod(tile))
+    return grow.fill(flat, {-1: count * math.prod(tile)}).reshape(*lead, count, *tile)
+
+
+def _sides(rows: Array, slots: int, dim: int) -> tuple[Side, Side]:
+    """Rows [..., W, n, 128] as keys and values [..., P, D] each."""
+    lead = rows.shape[:-3]
+    flat = rows.reshape(*lead, math.prod(rows.shape[-3:]))
+
+    def cut(first: int, *shape: int) -> Array:
+        part = jax.lax.slice_in_dim(flat, first, first + math.prod(shape), axis=-1)
+        return part.reshape(*lead, *shape)
+
+    def side(which: int) -> Side:
+        values = cut(which * slots * dim, slots, dim)
+        if rows.dtype != jnp.int8:
+            return Side(values)
+        scale_bytes = cut(2 * slots * dim + which * 4 * slots, slots, 4)
+        return Side(values, jax.lax.bitcast_convert_type(scale_bytes, jnp.float32))
+
+    return side(0), side(1)
+
+
+def _to_host(k: Side, v: Side) -> Packed:
+    slots, dim = k.values.shape[-2:]
+    return Packed(jax.device_put(_rows(k, v), _HOST), slots, dim)
+
+
+def _to_device(packed: Packed) -> tuple[Side, Side]:
+    """All of it: keys and values [L, B, K, R, P, D]."""
+    return _sides(jax.device_put(packed.rows, _DEVICE), packed.slots, packed.dim)
+
+
+def pack(k: Array, v: Array, *, spec: GazeSpec) -> Packed:
+    """Lay [L, B, K, R, P, D] keys and values out as the module says, and move them to the host."""
+    if spec.visual_dtype == "int8":
+        return _to_host(Side(*quantize.quantize(k)), Side(*quantize.quantize(v)))
+    return _to_host(Side(k), Side(v))
+
+
+def unpack(packed: Packed) -> tuple[Array, Array]:
+    """[L, B, K, R, P, D] on the device again, float32 if it was quantised."""
+    return xla.unpack(_to_device(packed))
+
+
+def reserve(packed: Packed, regions: int, slots: int) -> Packed:
+    """Zeros behind R and P up to the new sizes; by way of the device, which must hold all of it once."""
+    k, v = xla.grown(_to_device(packed), 3, regions, slots)
+    return _to_host(k, v)
+
+
+def write(packed: Packed, piece: Packed, start: Array) -> Packed:
+    """Regions of ``piece`` in place of those from ``start`` on."""
+    # Copied by the device: what the host computes comes back whole, by way of the device's memory.
+    return grow.write(packed, piece, start, 3)
+
+
+def _tokens(rows: Array, visual: Packed) -> tuple[Side, Side]:
+    """Rows [..., J, W, n, 128] as keys and values [..., J * P, D] each."""
+    k, v = map(cpu.tokens, _sides(rows, visual.slots, visual.dim))
+    return k, v
+
+
+def _fetch(visual: Packed, layer: Array, at: Array) -> tuple[Side, Side]:
+    """Regions ``at`` [B, K, N, J] of a layer, to the device: keys and values [B, K, N, J * P, D]."""
+    b, h = (jax.lax.broadcasted_iota(jnp.int32, at.shape, axis) for axis in (0, 1))
+    where = jnp.stack([jnp.broadcast_to(layer.astype(jnp.int32), at.shape), b, h, at], axis=-1)
+    where = jax.device_put(where, _HOST)
+    dims = jax.lax.GatherDimensionNumbers(
+        offset_dims=(4, 5, 6), collapsed_slice_dims=(0, 1, 2, 3), start_index_map=(0, 1, 2, 3)
+    )
+    sizes = (1, 1, 1, 1, *visual.rows.shape[4:])
+    with compute_on("device_host"):
+        rows = jax.lax.gather(visual.rows, where, dims, sizes, mode="promise_in_bounds")
+        both = _tokens(rows, visual)
+    return jax.device_put(both, _DEVICE)
+
+
+def _everything(visual: Packed, layer: Array) -> tuple[Side, Side]:
+    """All regions of a layer, to the device: keys and values [B, K, R * P, D]."""
+    if visual.rows.shape[3] == 0:  # nothing to compute, at which the host's part of a program fails
+        return _tokens(jnp.zeros(visual.rows.shape[1:], visual.rows.dtype), visual)
+    layer = jax.device_put(layer, _HOST)
+    with compute_on("device_host"):
+        rows = jax.lax.dynamic_index_in_dim(visual.rows, layer, keepdims=False)
+        both = _tokens(rows, visual)
+    return jax.device_put(both, _DEVICE)
+
+
+def gaze_decode(
+    q: Array,
+    visual: Packed,
+    dense_k: Array,
+    dense_v: Array,
+    layer: Array,
+    indices: Array | None,
+    visual_seen: Array,
+    dense_seen: Array,
+    *,
+    spec: GazeSpec,
+) -> Array:
+    """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
+    rest: Any = (q, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    fetch = functools.partial(_fetch, visual, layer)
+    everything = functools.partial(_everything, visual, layer)
+    if target() != "cpu":
+        return xla.attend(fetch, everything, *rest, scale=spec.scale)
+
+    # The resident form is a branch of a conditional. So is this, or the compiler would join it with what
+    # surrounds it, which may round elsewhere.
+    def attend(*rest: Any) -> Array:
+        def listed(at: Array) -> Any:
+            both = fetch(at)
+            return lambda b, h, n: jax.tree.map(lambda a: a[b, h, n], both)
+
+        return cpu.attend(listed, everything, *rest, scale=spec.scale)
+
+    layers = visual.rows.shape[0]
+    return jax.lax.cond(layer < layers, attend, lambda q, *_: jnp.zeros_like(q), *rest)

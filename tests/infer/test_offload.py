@@ -1,0 +1,94 @@
+"""Generation with the visual cache in host memory: the resident cache's tokens and logits, bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gaze_jax.infer.generate import Generator
+from gaze_jax.models import DUMMY, MLLM, Step
+from tests.helpers import models
+from tests.helpers.streams import Newline, Text, Unit, batch, pad, sample
+
+STEPS = 3
+KINDS = [("head", "float32"), ("group", "float32"), ("head", "bfloat16"), ("group", "bfloat16")]
+
+
+def _config(share, dtype, implementation):
+    gaze = {"share": share, "decode_implementation": implementation}
+    return models.changed(DUMMY, dtype=dtype, gaze=gaze)
+
+
+@functools.cache
+def _prompts():
+    grid = models.GRID
+    rows = (
+        sample([Unit(grid, grid), Text(3)], seed=1),
+        sample([Text(1), Unit(grid, grid), Newline(), Text(4)], seed=2),
+    )
+    return batch([pad(row, regions=12, dense=14) for row in rows])
+
+
+@functools.cache
+def _generated(share, dtype, implementation):
+    config = _config(share, dtype, implementation)
+    generator = Generator(MLLM(config), STEPS + 1, end_id=-7)
+    params = models.parameters(DUMMY)["params"]
+    return jax.device_get(generator(params, models.images(2, 1), _prompts(), top_k=2))
+
+
+@functools.cache
+def _logits(share, dtype, implementation, top_k, fed):
+    """float32 [STEPS, B, V] after a prompt and ``fed`` tokens; at most 2 regions of 12 come per query."""
+    model = MLLM(_config(share, dtype, implementation))
+    variables = models.parameters(DUMMY)
+
+    def run(variables, images, streams, tokens):
+        budget = None if top_k is None else jnp.int32(top_k)
+        _, cache, _ = model.apply(variables, images, streams, room=STEPS, top_k=budget, method="prefill")
+        last = jnp.max(streams.dense_order, axis=1)
+
+        def step(cache, inputs):
+            t, token = inputs
+            where = Step(order=last + 1 + t, slot=14 + t, sample=jnp.zeros_like(last))
+            logits, cache, out = model.apply(
+                variables, token, last + 1 + t, cache, where, top_k=budget, capacity=2, method="decode"
+            )
+            return cache, (logits, out.get("indices"))
+
+        cache, found = jax.lax.scan(step, cache, (jnp.arange(STEPS, dtype=jnp.int32), tokens))
+        return cache.visual, found
+
+    # As users compile it: the tests' quick code rounds by what it happens to join into one loop.
+    run = jax.jit(run, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    visual, found = run(variables, models.images(2, 1), _prompts(), jnp.asarray(fed, jnp.int32))
+    return {a.sharding.memory_kind for a in jax.tree.leaves(visual)}, jax.device_get(found)
+
+
+@pytest.mark.parametrize(("share", "dtype"), KINDS)
+def test_fetched_regions_give_the_resident_logits(share, dtype):
+    """2 regions of 12 per query, copied from host memory: equal logits, and the cache stayed there."""
+    fed = ((5, 7), (9, 11), (3, 2))
+    here, expected = _logits(share, dtype, "xla", 2, fed)
+    there, found = _logits(share, dtype, "offload", 2, fed)
+    assert there == {"pinned_host"} and here == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.isfinite(found[0]).all() and (found[1] >= 0).any()
+
+
+@pytest.mark.parametrize(("share", "dtype"), KINDS[::3])
+def test_generator_says_the_same(share, dtype):
+    """Answers through the door that the evaluation uses, whose lists may hold every region."""
+    found, expected = (_generated(share, dtype, name) for name in ("offload", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_dense_attention_over_an_offloaded_cache():
+    """top_k=None brings a layer at a time, and gives the resident logits."""
+    fed = ((5, 7), (9, 11), (3, 2))
+    _, expected = _logits("head", "float32", "xla", None, fed)
+    there, found = _logits("head", "float32", "offload", None, fed)
+    assert there == {"pinned_host"}
+    np.testing.assert_array_equal(found[0], expected[0])

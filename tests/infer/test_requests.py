@@ -1,0 +1,196 @@
+"""Many questions: batches of unequal samples, files of them, and what is refused."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+import gaze_jax
+from gaze_jax.errors import UserError
+from gaze_jax.infer import memory
+from gaze_jax.infer.assistant import Assistant
+from gaze_jax.infer.look import Looking
+from gaze_jax.infer.requests import Request, answer_all, read_requests, record
+from tests.helpers import multimodal
+
+pytestmark = pytest.mark.xdist_group("parity")
+
+PHOTO = skimage.data.astronaut()[:60, :90]
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory):
+    return Assistant.load(multimodal.write("cambrian_s", tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for name, photo in (("wide", PHOTO), ("tall", PHOTO[:, :40])):
+        Image.fromarray(photo).save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_batch_says_what_each_would_say_alone(assistant, photos):
+    """Unequal pictures, questions, lengths, budgets, seeds, boxes and stops."""
+    wide, tall = str(photos / "wide.png"), str(photos / "tall.png")
+    requests = [
+        Request("What is this?", "a", (wide,), max_tokens=9, temperature=0.9, seed=3, top_k=2),
+        Request("<image> and <image>, which?", "b", (tall, wide), max_tokens=3, top_k=1),
+        Request("Colour?", "c", (tall,), max_tokens=12, stop=("x",), look_at=("0,0,5,5",), top_k=1),
+        Request("And this?", "d", (wide,), max_tokens=4, dense=True),
+    ]
+    found = dict(
+        zip("abcd", [answer for _, answer in answer_all(assistant, requests, watch=True)], strict=True)
+    )
+    for request in requests:
+        alone = assistant.generate(
+            request.question,
+            images=request.images,
+            looking=request.looking,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            stop=request.stop,
+            watch=True,
+        )
+        together = found[request.id]
+        assert (together.tokens, together.text, together.finish) == (alone.tokens, alone.text, alone.finish)
+        assert (together.regions, together.top_k) == (alone.regions, alone.top_k)
+        np.testing.assert_array_equal(together.trace.selected, alone.trace.selected)
+        np.testing.assert_allclose(together.trace.dense, alone.trace.dense, atol=1e-4)
+    assert found["b"].finish == "length" and len(found["b"].tokens) == 3
+    assert found["d"].trace.selected.size == 0 and found["d"].top_k is None
+    assert record(requests[0], found["a"])["regions"] == found["a"].regions
+
+
+def test_questions_come_from_lines_of_json(tmp_path, photos):
+    """With defaults for what a line leaves out, and its number for an id."""
+    path = tmp_path / "questions.jsonl"
+    lines = [
+        {
+            "question": "<image> What?",
+            "images": ["x.png"],
+            "top_k": 2,
+            "temperature": 1,
+            "look_at": ["0,0,5,5"],
+        },
+        {"question": "Why?", "id": "why", "stop": ["."], "keep": 0.5, "system": None},
+    ]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    first, second = read_requests(path, max_tokens=7, system="Be brief.")
+    assert (first.id, first.images, first.max_tokens, first.system) == ("1", ("x.png",), 7, "Be brief.")
+    assert first.looking.look_at[0].box == (0.0, 0.0, 5.0, 5.0)
+    assert (second.id, second.stop, second.keep, second.system) == ("why", (".",), 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"question": "a", "topk": 1}', "Line 1 of .* has an unknown field 'topk'; known are question, id"),
+        ('{"question": "a", "top_k": "1"}', "has top_k='1', which should be an integer or null"),
+        ('{"question": "a", "top_k": true}', "has top_k=True, which should be an integer"),
+        ('{"question": "a", "images": "x.png"}', "has images='x.png', which should be a list of texts"),
+        ('{"question": "a", "dense": 1}', "has dense=1, which should be true or false"),
+        ('{"images": []}', "has no question; ask something"),
+        ('{"question": "<image> a"}', "has 1 <image> and 0 <video> tags but 0 images"),
+        ('{"question": "a", "top_k": 0}', "Line 1 of .*: top_k=0 must be at least 1"),
+        ('{"question": "a", "top_p": 2}', "top_p=2 above 0 and at most 1"),
+        ('{"question": "a", "look_at": ["1,2"]}', "look_at='1,2' must be x0,y0,x1,y1"),
+        ("[1]", "must be a JSON object, not list"),
+        ("{", "is not valid JSON"),
+        ("", "has no questions; write one JSON object a line"),
+        ('{"question": "a", "id": "2"}\n{"question": "b"}', "has id '2' more than once"),
+    ],
+)
+def test_a_wrong_line_is_named(line, sentence, tmp_path):
+    """One sentence, before anything is loaded."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=sentence) as error:
+        read_requests(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_question_that_cannot_be_read_is_named(assistant, photos):
+    """Its file is missing, its picture has fewer regions than it selects."""
+    for request, sentence in (
+        (Request("What?", "q7", ("none.png",)), "Question 'q7': Image 'none.png' is not a file"),
+        (
+            Request("What?", "q7", (str(photos / "tall.png"),), top_k=99),
+            "Question 'q7': top_k=99 must be between",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            list(answer_all(assistant, [request]))
+    with pytest.raises(UserError, match="batch_size=0"):
+        list(answer_all(assistant, [], batch_size=0))
+    with pytest.raises(UserError, match="is not a readable UTF-8 file"):
+        read_requests("nowhere.jsonl")
+
+
+def test_too_much_for_the_cache_is_said_before_it_is_computed(assistant, monkeypatch):
+    """With the numbers: of a limit, and of memory."""
+    monkeypatch.setattr("gaze_jax.infer.chat.Session", None)  # whoever computes fails otherwise
+    small = dataclasses.replace(assistant, cache_tokens=60)
+    with pytest.raises(UserError) as error:
+        small.generate("What is this?", images=[PHOTO], max_tokens=200)
+    tokens = [int(word) for word in re.findall(r"\b\d+\b", str(error.value))]
+    visual, other, wanted = tokens[:3]
+    assert visual + other == wanted > 60 and other > 200 and "cache_tokens=60" in str(error.value)
+    monkeypatch.setattr("gaze_jax.infer.assistant.free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match=r"takes 0\.\d MB on a device but 0\.0 MB are free; show less"):
+        assistant.generate("What is this?", images=[PHOTO])
+
+
+def test_bytes_of_a_cache_are_those_of_its_arrays(assistant):
+    """Resident in float32, as int8, and without the visual part."""
+    config = assistant.config
+    c = config.decoder
+    per = c.depth * c.num_kv_heads
+    expected = per * (2 * 4 * c.head_dim * (5 * 9 + 32) + 4 * c.head_dim * 5)
+    assert memory.cache_bytes(config, 1, 5, 9, 32) == expected
+    assert memory.cache_bytes(config, 3, 5, 9, 32) == 3 * expected
+    talk = assistant.talk(looking=Looking(top_k=1))
+    talk.ask("What?", images=[PHOTO])
+    cache = talk._session._cache
+    regions, slots = cache.visual_order.shape[1:]
+    held = sum(
+        a.nbytes for a in (*jax.tree.leaves(cache.visual), cache.descriptors, cache.dense_k, cache.dense_v)
+    )
+    assert held == memory.cache_bytes(config, 1, regions, slots, cache.dense_k.shape[3])
+    small = assistant.looking(visual_dtype="int8").config
+    saved = per * 2 * 45 * (4 * c.head_dim - c.head_dim - 4)
+    assert expected - memory.cache_bytes(small, 1, 5, 9, 32) == saved
+    away = assistant.looking(decode_implementation="offload").config
+    assert expected - memory.cache_bytes(away, 1, 5, 9, 32) == per * 2 * 45 * 4 * c.head_dim
+
+
+def test_the_package_loads_and_answers(assistant, tmp_path):
+    """gaze_jax.load and generate are the whole of it; a field of GazeConfig may be chosen on the way."""
+    where = multimodal.write("llava_onevision", tmp_path)
+    model = gaze_jax.load(where, share="group")
+    assert model.config.gaze.share == "group" and model.name == "source"
+    heard = []
+    answer = model.generate(
+        "What is this?",
+        images=[PHOTO],
+        looking=gaze_jax.Looking(keep=0.5),
+        max_tokens=5,
+        on_text=heard.append,
+    )
+    assert isinstance(answer, gaze_jax.Answer) and "".join(heard) == answer.text
+    assert answer.top_k == 0.5 and answer.trace is None
+    with pytest.raises(UserError, match="must be a list of images"):
+        model.generate("What?", images="photo.png")
+    with pytest.raises(UserError, match="is not a directory; give a checkpoint"):
+        gaze_jax.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gaze.share='x' must be one of"):
+        gaze_jax.load(where, share="x")
+    with pytest.raises(AttributeError, match="has no attribute 'laod'"):
+        _ = gaze_jax.laod

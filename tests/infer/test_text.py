@@ -1,0 +1,58 @@
+"""Text as it comes: whole characters, ends, stop strings."""
+
+import pytest
+
+from gaze_jax.errors import UserError
+from gaze_jax.infer.text import Speech
+from tests.helpers.chat import TOKENIZER
+
+END = frozenset({TOKENIZER.end_id})
+
+
+def spoken(text, stop=(), limit=100):
+    speech = Speech(TOKENIZER, END, stop, limit)
+    shown = []
+    for token in TOKENIZER.encode(text)[0]:
+        shown.append(speech.add(token))
+        if speech.finish is not None:
+            break
+    return speech, shown
+
+
+def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
+    """Bytes that are no character yet are held back; at the limit they are shown as broken."""
+    speech, shown = spoken("öaö", limit=4)
+    assert shown == ["", "ö", "a", "\ufffd"] and speech.finish == "length"
+    speech, shown = spoken("öaö")
+    assert "".join(shown) == speech.text == "öaö" and speech.finish is None
+
+
+def test_the_end_token_is_a_piece_and_no_text():
+    """It is the last piece."""
+    speech, shown = spoken("A cat.<|im_end|>")
+    assert speech.text == "".join(shown) == "A cat." and speech.finish == "end"
+    assert speech.pieces[-1] == "<|im_end|>" and "".join(speech.pieces) == "A cat.<|im_end|>"
+
+
+@pytest.mark.parametrize("text", ["one, two END three", "one, two EN", "one, two E", "END"])
+def test_nothing_of_a_stop_string_is_ever_shown(text):
+    """What may be its beginning is held back until it is not."""
+    speech, shown = spoken(text, stop=("END", "!"))
+    if "END" in text:
+        assert speech.finish == "stop" and "".join(shown) == speech.text == text[: text.index("END")]
+    else:
+        assert speech.finish is None and text.startswith("".join(shown))
+        assert len(text) - len("".join(shown)) == len(text) - len(text.rstrip("EN"))
+
+
+def test_the_first_stop_string_counts():
+    """Also when a longer one begins before it in the text."""
+    assert spoken("a b c d", stop=("d", "b"))[0].text == "a "
+    with pytest.raises(UserError, match="A stop string is empty"):
+        Speech(TOKENIZER, END, ("",))
+
+
+def test_held_back_text_comes_at_the_end():
+    """An answer that is cut ends with all that was said."""
+    speech, shown = spoken("two E", stop=("END",), limit=len(TOKENIZER.encode("two E")[0]))
+    assert speech.finish == "length" and "".join(shown) == "two E"

@@ -1,0 +1,596 @@
+"""The viewer in a real Chromium: what it shows against the trace, what a reader does, what must not be."""
+
+import base64
+import dataclasses
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.screenshots import browser, open_page, photograph, prefer, press, resize, wait_until_shown
+from gaze_jax.viewer import html
+from gaze_jax.viewer.contact_sheet import _veiled
+from gaze_jax.viewer.html import Entry, index_page, viewer_page
+from gaze_jax.viewer.trace import picture
+from tests.helpers.traces import make_media, make_trace
+
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+
+OUTLINE = (0, 133, 202)
+ALL = -1
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    '"><img src=x onerror=alert(3)>',
+    "<!--",
+)
+
+
+class Page:
+    """A page in the browser, by what a reader sees and does."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def js(self, script, *args):
+        return self.driver.execute_script(script, *args)
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector):
+        return self.js("return document.querySelector(arguments[0]).textContent", selector)
+
+    def press(self, keys):
+        press(self.driver, keys)
+
+    def choose(self, selector, value):
+        self.find(f'{selector} option[value="{value}"]').click()
+
+    def texts(self, selector):
+        return self.js(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+        )
+
+    def current(self, selector="#answer button"):
+        """Which of the elements is marked; exactly one is."""
+        marks = self.js(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.getAttribute('aria-current'))",
+            selector,
+        )
+        assert marks.count("true") == 1
+        return marks.index("true")
+
+    def pixels(self, selector):
+        url = self.js("return document.querySelector(arguments[0]).toDataURL('image/png')", selector)
+        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def driver():
+    with browser() as driver:
+        driver.execute_cdp_cmd("Page.enable", {})
+        hear = "window.said = []; window.alert = (text) => said.push(text);"
+        # Playing takes a third of the time.
+        hear += "const every = setInterval; window.setInterval = (what, pace) => every(what, pace / 3);"
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hear})
+        yield driver
+
+
+def complaints(driver):
+    """What the console was told since last asked, violations of the policy included."""
+    return [entry["message"] for entry in driver.get_log("browser")]
+
+
+def requested(driver):
+    """Every URL that was asked for since last asked, and why it was not sent, if so: {URL: reason}."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    failed = {
+        event["params"]["requestId"]: event["params"].get("blockedReason")
+        for event in events
+        if event["method"] == "Network.loadingFailed"
+    }
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return {event["request"]["url"]: failed.get(event["requestId"]) for event in sent}
+
+
+@pytest.fixture
+def show(driver, tmp_path):
+    """Opens a trace's page; afterwards nothing was complained of, run by data, or fetched."""
+    resize(driver, 1200, 900)
+    prefer(driver, prefers_color_scheme="light", prefers_reduced_motion="reduce")
+
+    def opened(trace, **options):
+        (tmp_path / "page.html").write_text(viewer_page(trace, **options), encoding="utf-8")
+        open_page(driver, tmp_path / "page.html")
+        return Page(driver)
+
+    driver.get("about:blank")
+    complaints(driver), requested(driver)
+    yield opened
+    assert complaints(driver) == []
+    assert driver.execute_script("return window.said") == []
+    urls = requested(driver)
+    assert all(url.startswith(("data:", tmp_path.as_uri())) for url in urls), urls
+    assert sum(url.startswith("file:") for url in urls) >= 1
+
+
+def expected_share(trace, token, layer, head):
+    """[R]: the share of the chosen heads that selected each region, from the trace alone."""
+    mask = np.repeat(trace.mask(), trace.heads // trace.selected.shape[2], axis=2)[token].astype(np.float32)
+    mask = mask if layer == ALL else mask[layer : layer + 1]
+    mask = mask if head == ALL else mask[:, head : head + 1]
+    return mask.mean(axis=(0, 1))
+
+
+def expected_dense(trace, token, layer, head):
+    dense = trace.dense[token] if layer == ALL else trace.dense[token, layer : layer + 1]
+    return (dense if head == ALL else dense[:, head : head + 1]).mean(axis=(0, 1))
+
+
+def cells(unit, shape):
+    """Which region each pixel of a canvas of this (height, width) shows."""
+    rows, columns = unit.regions.shape
+    y = (np.arange(shape[0]) + 0.5) * rows / shape[0]
+    x = (np.arange(shape[1]) + 0.5) * columns / shape[1]
+    return unit.regions[y.astype(int)][:, x.astype(int)]
+
+
+def covered(trace, unit, factor):
+    """What a unit covers of its picture, enlarged pixel by pixel; padding is black."""
+    part = Image.fromarray(trace.picture_of(unit).pixels()).crop([round(edge) for edge in unit.corners])
+    return np.asarray(part).repeat(factor, 0).repeat(factor, 1)
+
+
+def assert_gaze(page, trace, token, layer, head, unit=None):
+    """The canvas shows selected regions as the picture is, others veiled by the heads that left them out."""
+    unit = unit or trace.units[0]
+    got = page.pixels("#gaze")
+    clear = covered(trace, unit, 560 // max(covered(trace, unit, 1).shape[:2]))
+    assert got.shape == clear.shape
+    share = expected_share(trace, token, layer, head)[cells(unit, got.shape)]
+    outline = (got == OUTLINE).all(-1)
+    difference = np.abs(got.astype(int) - _veiled(clear, share))
+    assert difference[~outline].max() <= 4
+    # The outline hides nothing that half of the heads selected, and lies beside it.
+    assert not (outline & (share >= 0.5)).any()
+    assert outline.any() == bool((share >= 0.5).any() and (share < 0.5).any())
+    return share
+
+
+def test_a_word_shows_where_it_looked(show):
+    """Clicks change the mark, the place, the counter and the canvas, all as the trace says."""
+    trace = make_trace(media=make_media(np.random.default_rng(1)))
+    page = show(trace, layer=1)
+    seen = []
+    for token in (3, 0, 4):
+        page.all("#answer button")[token].click()
+        assert page.current() == token
+        assert page.text("#place") == f"{token + 1} of 5"
+        visual, newline, context, text = trace.entries[token, 1]
+        assert float(page.text("#visual")) == pytest.approx(visual, abs=0.05)
+        assert page.text("#visual-of") == "of 16 visual keys"
+        percent = float(page.text("#percent").removesuffix("\u00a0%"))
+        assert percent == pytest.approx(100 * visual / 16, abs=0.5)
+        found = [float(page.text(name)) for name in ("#newline", "#context", "#text")]
+        assert found == [newline, context, text]
+        seen.append(assert_gaze(page, trace, token, 1, ALL).tobytes())
+    assert len(set(seen)) == 3
+
+
+def test_arrow_keys_choose_words_and_layers(show):
+    """Left and right, up and down, home and end; nothing moves beyond the ends."""
+    trace = make_trace()
+    page = show(trace)
+    page.press("ArrowLeft")
+    assert page.current() == 0
+    page.press("ArrowRight*2")
+    assert page.current() == 2
+    page.press("ArrowLeft")
+    assert page.current() == 1
+    assert_gaze(page, trace, 1, ALL, ALL)
+    page.press("End ArrowRight")
+    assert page.current() == 4
+    page.press("Home")
+    assert page.current() == 0
+    layer = lambda: int(page.js("return document.getElementById('layer').value"))  # noqa: E731
+    page.press("ArrowDown")
+    assert layer() == ALL
+    page.press("ArrowUp*2")
+    assert layer() == 1
+    assert_gaze(page, trace, 0, 1, ALL)
+    page.press("ArrowUp*9")
+    assert layer() == 2
+    page.press("ArrowDown")
+    assert layer() == 1
+
+
+def test_choosers_choose_layers_and_heads(show):
+    """Each combination as the trace has it; all heads and all layers are means."""
+    trace = make_trace(selectors=2, top_k=3)
+    page = show(trace)
+    assert [o.text for o in page.all("#layer option")] == ["all layers", "0", "1", "2"]
+    assert page.all("#head option")[3].text == "2 (group 1)"
+    for layer, head in ((ALL, ALL), (2, 1), (2, 2), (0, ALL), (ALL, 3)):
+        page.choose("#layer", layer)
+        page.choose("#head", head)
+        assert_gaze(page, trace, 0, layer, head)
+        entries = trace.entries[0, :, 0] if layer == ALL else trace.entries[0, layer, 0]
+        assert float(page.text("#visual")) == pytest.approx(entries.mean(), abs=0.051)
+    # Arrows in a chooser are the chooser's.
+    page.find("#head").send_keys("\ue013")
+    chosen = page.js("return ['layer', 'head'].map((id) => Number(document.getElementById(id).value))")
+    assert chosen == [ALL, 2]
+    assert_gaze(page, trace, 0, ALL, 2)
+
+
+def test_dense_attention_is_a_map_beside_it(show):
+    """Over black the map's brightness orders regions as the trace does, for each layer and head."""
+    units, _ = make_media(np.random.default_rng(0), size=(48, 64))
+    black = (picture(np.zeros((48, 64, 3), np.uint8)),)
+    trace = make_trace(media=(units, black), top_k=1)
+    page = show(trace)
+    for token, layer, head in ((0, ALL, ALL), (1, 0, 3), (1, 2, ALL)):
+        page.choose("#layer", layer)
+        page.choose("#head", head)
+        page.all("#answer button")[token].click()
+        dense = expected_dense(trace, token, layer, head)
+        got = page.pixels("#dense").astype(float).mean(axis=-1)
+        where = cells(trace.units[0], got.shape)
+        light = np.array([np.median(got[where == r]) for r in range(trace.regions)])
+        np.testing.assert_array_equal(np.argsort(light), np.argsort(dense))
+        assert page.text("#most") == f"{100 * dense.max():.0f}\u00a0%"
+        share = float(page.text("#dense-note").split("\u00a0")[0])
+        assert share == pytest.approx(100 * dense.sum(), abs=0.5)
+
+
+def test_the_table_names_the_regions_with_most_attention(show):
+    """Best first, with the numbers of the trace, of one head's and of all."""
+    trace = make_trace(selectors=2, top_k=3)
+    page = show(trace, layer=1)
+    for head in (2, ALL):
+        page.choose("#head", head)
+        attention = np.zeros((trace.heads, trace.regions))
+        ids = np.repeat(trace.selected[0, 1], 2, axis=0)
+        np.put_along_axis(attention, ids, trace.attention[0, 1], axis=-1)
+        attention = attention.mean(0) if head == ALL else attention[head]
+        ranked = [r for r in np.argsort(-attention) if attention[r] > 0]
+        rows = np.reshape(page.texts("#rows td"), (-1, 5)).tolist()
+        assert [int(row[0]) for row in rows] == ranked
+        share, dense = expected_share(trace, 0, 1, head), expected_dense(trace, 0, 1, head)
+        for r, row in zip(ranked, rows, strict=True):
+            numbers = [float(text.removesuffix("\u00a0%")) for text in row[1:]]
+            assert numbers[0] == pytest.approx(100 * share[r], abs=0.5)
+            chosen = [0, 1] if head == ALL else [head // 2]
+            scores = [trace.scores[0, 1, s][trace.selected[0, 1, s] == r] for s in chosen]
+            assert numbers[1] == pytest.approx(np.concatenate(scores).mean(), abs=0.006)
+            assert numbers[2:] == pytest.approx([100 * attention[r], 100 * dense[r]], abs=0.51)
+    page.choose("#layer", ALL)
+    assert not page.find("th.score").is_displayed()  # scores of different layers have no mean
+
+
+def test_play_steps_through_the_words_and_pauses(show):
+    """By the button and by the space bar; it ends at the last word and begins anew from there."""
+    page = show(make_trace())
+    page.find("#play").click()
+    wait(lambda: page.current() >= 1)
+    assert page.find("#play").get_attribute("aria-label") == "Pause"
+    page.find("#play").click()
+    at = page.current()
+    time.sleep(0.5)
+    assert page.current() == at
+    assert page.find("#play").get_attribute("aria-pressed") == "false"
+    page.js("document.activeElement.blur()")
+    page.press("End ArrowLeft Space")
+    wait(lambda: page.current() == 4)
+    wait(lambda: page.find("#play").get_attribute("aria-pressed") == "false")
+    page.press("Space")
+    assert page.current() == 0
+    page.press("Space")
+
+
+def wait(condition, seconds=5):
+    """Waits until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_frames_of_a_video_are_a_strip(show):
+    """The stage follows the attention until a reader chooses a frame: by a click, comma or full stop."""
+    trace = make_trace(media=make_media(np.random.default_rng(2), views=2, frames=6, slab=2))
+    page = show(trace, layer=2)
+    assert len(page.all("#strip button")) == 8
+    for token in range(5):
+        page.all("#answer button")[token].click()
+        attention = np.zeros(trace.regions)
+        for head in range(4):
+            attention[trace.selected[token, 2, head]] += trace.attention[token, 2, head]
+        sums = [attention[np.unique(unit.regions)].sum() for unit in trace.units]
+        unit = int(np.argmax(sums))
+        assert page.current("#strip button") == unit
+        assert_gaze(page, trace, token, 2, ALL, trace.units[unit])
+    for unit in (1, 7):
+        page.all("#strip button")[unit].click()
+        assert not page.find("#follow").is_selected()
+        assert_gaze(page, trace, 4, 2, ALL, trace.units[unit])
+    assert page.text("#unit") == "Video 1, frame 6 of 6, 2.5 s"
+    page.press("ArrowLeft")
+    assert page.current("#strip button") == 7  # as it was chosen
+    page.press(". , ,")
+    assert page.current("#strip button") == 5
+    thumb = page.pixels("#strip button:nth-child(6) canvas")
+    share = expected_share(trace, 3, 2, ALL)[cells(trace.units[5], thumb.shape)]
+    inner = ~(thumb == OUTLINE).all(-1)
+    clear = covered(trace, trace.units[5], 1)  # a thumb is never larger than the copy
+    assert np.abs(thumb.astype(int) - _veiled(clear, share))[inner].max() <= 4
+    page.find("#follow").click()
+    page.press("End")
+    assert page.current("#strip button") == unit_of(trace, 4)
+
+
+def unit_of(trace, token):
+    attention = np.zeros(trace.regions)
+    for head in range(trace.heads):
+        attention[trace.selected[token, 2, head]] += trace.attention[token, 2, head]
+    return int(np.argmax([attention[np.unique(unit.regions)].sum() for unit in trace.units]))
+
+
+def test_a_dense_run_shows_what_it_attended_to(show):
+    """There is no selection, so there is no panel, column or bar for one."""
+    trace = make_trace(top_k=None, media=make_media(np.random.default_rng(0), frames=2))
+    page = show(trace)
+    assert page.text("#budget") == "dense"
+    assert not page.find("#gaze").is_displayed() and page.find("#dense").is_displayed()
+    assert [th.text for th in page.all("thead th") if th.is_displayed()] == ["Region", "In", "Dense"]
+    dense = expected_dense(trace, 0, ALL, ALL)
+    assert int(page.text("#rows td")) == np.argmax(dense)
+    sums = [dense[np.unique(unit.regions)].sum() for unit in trace.units]
+    assert page.current("#strip button") == np.argmax(sums)
+
+
+def test_dense_attention_that_is_a_mean_says_so(show, monkeypatch):
+    """Choosing a head then changes the selection alone."""
+    trace = make_trace()
+    monkeypatch.setattr(html, "_MOST_DENSE", trace.dense.size - 1)
+    page = show(trace, layer=1)
+    assert page.find("#mean-note").is_displayed()
+    before = page.pixels("#dense")
+    page.choose("#head", 2)
+    np.testing.assert_array_equal(page.pixels("#dense"), before)
+    assert "mean of all heads" in page.text("#dense-note")
+    assert_gaze(page, trace, 0, 1, 2)
+    assert float(page.text("#dense-note").split("\u00a0")[0]) == pytest.approx(
+        100 * expected_dense(trace, 0, 1, ALL).sum(), abs=0.5
+    )
+
+
+LONG = make_trace(
+    tokens=(" word",) * 30 + ("x" * 300, "\n", "\n\n", "", " ", "日本語" * 40, ".", "\u202e\u0007"),
+    question="Why " + "o" * 200 + "?",
+    layers=2,
+    media=make_media(np.random.default_rng(0), views=2, frames=12, size=(48, 128)),
+)
+
+
+@pytest.mark.parametrize("trace", [make_trace(), LONG], ids=["short", "long"])
+@pytest.mark.parametrize("width", [360, 700, 1200])
+def test_nothing_is_wider_than_the_window(show, driver, width, trace):
+    """Dense beside gaze where there is room and below it on a phone."""
+    resize(driver, width, 740, mobile=width < 600)
+    page = show(trace)
+    assert page.js("return innerWidth") == width
+    assert page.js("return document.documentElement.scrollWidth") <= width
+    assert page.js("const a = document.getElementById('answer'); return a.scrollWidth <= a.clientWidth")
+    boxes = [
+        page.js("return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", name)
+        for name in ("#gaze", "#dense")
+    ]
+    if width > 800:
+        assert boxes[0]["top"] == boxes[1]["top"] and boxes[0]["right"] < boxes[1]["left"]
+    else:
+        assert boxes[0]["bottom"] < boxes[1]["top"] and boxes[0]["left"] == boxes[1]["left"]
+    assert all(box["left"] >= 0 and box["right"] <= width for box in boxes)
+    small = "return [...document.querySelectorAll('.steps button, select')].map(e => e.offsetHeight)"
+    assert min(page.js(small)) >= 36
+
+
+def test_what_cannot_be_seen_of_a_token_is_shown(show):
+    """Spaces, line ends, nothing at all and control characters."""
+    page = show(make_trace(tokens=(" a b", "\n", "", "\t\u202e", "c")))
+    assert page.texts("#answer button") == ["·a b", "↵", "∅", "⇥U+202E", "c"]
+    assert len(page.all("#answer br")) == 1
+
+
+def test_text_stays_text(show):
+    """Whatever a question, token or model's name holds: nothing of it runs or becomes markup."""
+    text = " ".join(HOSTILE)
+    trace = dataclasses.replace(make_trace(tokens=(*HOSTILE, text), question=text), model=text)
+    page = show(trace)
+    assert page.texts("#answer button")[:-1] == list(HOSTILE)
+    assert page.text("#question") == page.text("#model") == text
+    assert page.js("return document.title") == f"Gaze: {text}"
+    page.press("End")
+    assert page.js("return [document.scripts.length, document.images.length]") == [2, 0]
+    assert page.js("return window.said") == []
+
+
+def test_the_policy_forbids_what_it_should(show, driver):
+    """Scripts, styles, images, fetches and forms that are not the page's own; each is reported."""
+    page = show(make_trace())
+    page.js("""
+        const add = (name, fields) =>
+            document.body.append(Object.assign(document.createElement(name), fields));
+        add("script", { textContent: "window.said.push('inline')" });
+        add("style", { textContent: "body { color: rgb(1, 2, 3) }" });
+        add("img", { src: "http://127.0.0.1:9/picture.png" });
+        add("iframe", { src: "http://127.0.0.1:9/frame" });
+        document.body.setAttribute("onclick", "window.said.push('handler')");
+        document.body.click();
+        fetch("http://127.0.0.1:9/data").catch(() => {});
+    """)
+    blocked = []
+    wait(lambda: blocked.extend(complaints(driver)) or len(blocked) >= 6)
+    for kind in ("script-src", "style-src", "img-src", "default-src"):
+        assert any(kind in message for message in blocked), kind
+    assert page.js("return getComputedStyle(document.body).color") != "rgb(1, 2, 3)"
+    time.sleep(0.2)
+    elsewhere = {url: why for url, why in requested(driver).items() if url.startswith("http")}
+    assert set(elsewhere.values()) == {"csp"}
+    assert page.js("return window.said") == []
+    complaints(driver)
+    show(make_trace())
+
+
+def test_the_keyboard_alone_is_enough(show):
+    """Tab visits one word, the buttons and the choosers; what has the focus shows it."""
+    page = show(make_trace(media=make_media(np.random.default_rng(0), frames=3)))
+    page.press("ArrowRight")
+    page.js("document.activeElement.blur()")
+    body, visited, outlines = page.find("body"), [], []
+    body.send_keys("\ue004")
+    for _ in range(9):
+        visited.append(
+            page.js(
+                "return document.activeElement.id || document.activeElement.className || "
+                "document.activeElement.closest('[id]').id"
+            )
+        )
+        outlines.append(
+            page.js(
+                "const s = getComputedStyle(document.activeElement); "
+                "return s.outlineStyle + ' ' + s.outlineWidth"
+            )
+        )
+        page.driver.switch_to.active_element.send_keys("\ue004")
+    assert visited[:9] == ["answer", "back", "play", "next", "layer", "head", "follow", "strip", "scroll"]
+    assert set(outlines) == {"solid 3px"}
+    # The focus goes with the word, and Enter chooses what has it.
+    page.all("#answer button")[1].click()
+    page.press("ArrowRight")
+    assert page.js("return document.activeElement === document.querySelectorAll('#answer button')[2]")
+    page.find("#next").send_keys("\ue007")
+    assert page.current() == 3
+    assert "Word 4 of 5, two" in page.text("#status")
+
+
+def luminance(colour):
+    channels = [float(c) / 255 for c in colour.strip("rgba()").split(",")[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(show, driver, scheme):
+    """At least 4.5 to 1 against what lies behind it, in light and in dark."""
+    prefer(driver, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+    page = show(make_trace(media=make_media(np.random.default_rng(0), frames=3)))
+    assert (luminance(page.js("return getComputedStyle(document.body).backgroundColor")) < 0.1) == (
+        scheme == "dark"
+    )
+    for name in (
+        ".about",
+        ".about strong",
+        "h1",
+        "#answer button",
+        '#answer [aria-current="true"]',
+        "#place",
+        "select",
+        "#percent",
+        "#visual-of",
+        "dt",
+        "figcaption span",
+        ".legend",
+        "th",
+        "td",
+        "footer p",
+        "kbd",
+        "#strip .name",
+        '#strip [aria-current="true"] .name',
+    ):
+        text, behind = page.js(
+            """
+            let at = document.querySelector(arguments[0]);
+            const colour = getComputedStyle(at).color;
+            while (at && getComputedStyle(at).backgroundColor === "rgba(0, 0, 0, 0)") at = at.parentElement;
+            return [colour, getComputedStyle(at).backgroundColor];
+        """,
+            name,
+        )
+        light, dark = sorted([luminance(text), luminance(behind)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, text, behind)
+
+
+def test_motion_is_reduced_for_who_prefers_that(show, driver):
+    """The only transition, that of the meter, is off then."""
+    trace = make_trace()
+    lasts = "return getComputedStyle(document.getElementById('fill')).transitionDuration"
+    assert show(trace).js(lasts) == "0s"
+    prefer(driver, prefers_color_scheme="light", prefers_reduced_motion="no-preference")
+    assert show(trace).js(lasts) != "0s"
+
+
+def test_a_browser_that_is_too_old_is_told(driver, tmp_path):
+    """The page says what it needs, where it would be empty."""
+    gone = driver.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument", {"source": "delete window.DecompressionStream"}
+    )
+    try:
+        (tmp_path / "page.html").write_text(viewer_page(make_trace()), encoding="utf-8")
+        driver.get((tmp_path / "page.html").as_uri())
+        page = Page(driver)
+        wait(lambda: complaints(driver))
+        assert page.find("#problem").is_displayed() and not page.find("#main").is_displayed()
+        assert "2023 or newer" in page.text("#problem")
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", gone)
+
+
+def test_screenshots_show_a_page_after_keys(driver, tmp_path):
+    """Of the width, scale and height asked for, in light or dark."""
+    (tmp_path / "page.html").write_text(viewer_page(make_trace()), encoding="utf-8")
+
+    def shot(**changes):
+        options = {"width": 400, "height": 300, "scale": 2, "keys": "ArrowRight*2", "dark": False, **changes}
+        photograph(driver, tmp_path / "page.html", tmp_path / "shot.png", **options)
+        with Image.open(tmp_path / "shot.png") as image:
+            return np.asarray(image.convert("RGB"))
+
+    light, dark, before, whole = shot(), shot(dark=True), shot(keys=""), shot(height=None, scale=1)
+    assert light.shape == dark.shape == before.shape == (600, 800, 3)
+    assert light[0, 0].min() > 200 and dark[0, 0].max() < 60
+    assert (light != before).any()
+    assert whole.shape[1] == 400 and whole.shape[0] > 900
+
+
+def test_the_index_leads_to_every_page(show, driver, tmp_path):
+    """Also where a name has characters that mean something in an address; text stays text."""
+    names = ["50%#?& ü.html", "javascript:alert(1).html"]
+    entries = []
+    for name, text in zip(names, HOSTILE):
+        trace = make_trace(question=text, tokens=(text, name), layers=1)
+        (tmp_path / name).write_text(viewer_page(trace), encoding="utf-8")
+        entries.append(Entry.of(trace, name))
+    (tmp_path / "index.html").write_text(index_page(entries), encoding="utf-8")
+    for number, (name, text) in enumerate(zip(names, HOSTILE)):
+        open_page(driver, tmp_path / "index.html")
+        page = Page(driver)
+        assert page.texts(".question") == list(HOSTILE[:2])
+        assert page.js("return [document.scripts.length, document.images.length]") == [0, 2]
+        assert page.js("return [...document.images].every((image) => image.naturalWidth > 0)")
+        page.all("li a")[number].click()
+        wait_until_shown(driver)
+        assert page.text("#question") == text
+        assert page.text("#answer").endswith(name)
+    for width in (360, 1200):
+        resize(driver, width, 740, mobile=width < 600)
+        open_page(driver, tmp_path / "index.html")
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width

@@ -1,0 +1,103 @@
+"""python -m gaze_jax.viewer as a process."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gaze_jax.viewer.answer_sheet import sheet
+from gaze_jax.viewer.html import viewer_page
+from gaze_jax.viewer.trace_file import load, save
+from tests.helpers.doors import finish, start
+from tests.helpers.traces import make_trace
+
+
+def run(*arguments, status=0):
+    return finish(start("-m", "gaze_jax.viewer", *arguments), status)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """Two traces in files; the second of another question."""
+    folder = tmp_path_factory.mktemp("traces")
+    save(make_trace(tokens=("a", " b")), folder / "one.gaze")
+    save(make_trace(tokens=("c",), question="And this?", seed=1), folder / "two.gaze.npz")
+    return folder
+
+
+def test_traces_become_pages_sheets_clips_and_an_index(traces, tmp_path):
+    """What is printed is what is written, and a page and a sheet are those of the functions."""
+    flags = ("--png", "--mp4", "--layer=1", "--seconds=0.2", f"--out={tmp_path / 'new' / 'out'}")
+    out, err = run(traces / "one.gaze", traces / "two.gaze.npz", *flags)
+    folder = tmp_path / "new" / "out"
+    names = [f"{name}.{kind}" for name in ("one", "two") for kind in ("html", "png", "mp4")]
+    assert out.split() == [str(folder / name) for name in [*names, "index.html"]]
+    assert err == ""
+    assert {path.name for path in folder.iterdir()} == {*names, "index.html"}
+    trace = load(traces / "one.gaze")
+    assert (folder / "one.html").read_text() == viewer_page(trace, layer=1)
+    np.testing.assert_array_equal(Image.open(folder / "one.png"), sheet(trace, layer=1, units=8))
+    index = (folder / "index.html").read_text()
+    assert 'href="one.html"' in index and 'href="two.html"' in index and "And this?" in index
+
+
+MISTAKES = {
+    "There is no trace to show": ["--out=OUT"],
+    "Give --out": ["ONE"],
+    "cannot be read (No such file or directory)": ["absent.gaze", "--out=OUT"],
+    "would both write one.html; rename one": ["ONE", "ONE", "--out=OUT"],
+    "index.gaze would write index.html, which": ["ONE", "index.gaze", "--out=OUT"],
+    "layer=9 must be between 0 and 2": ["ONE", "--out=OUT", "--layer=9"],
+    "cannot be a folder": ["ONE", "--out=ONE"],
+    "--seconds has no effect without --mp4": ["ONE", "--out=OUT", "--seconds=2", "--png"],
+    "--units has no effect without --png or --mp4": ["ONE", "--out=OUT", "--units=2"],
+    "--font has no effect without --png or --mp4": ["ONE", "--out=OUT", "--font=a.ttf"],
+    "--units=0 must be at least 1": ["ONE", "--out=OUT", "--units=0", "--png"],
+    "--font=a.ttf is no TrueType file": ["ONE", "--out=OUT", "--font=a.ttf", "--png"],
+    "seconds=0 must be between": ["ONE", "--out=OUT", "--seconds=0", "--mp4"],
+    "flag --layer=x: invalid": ["ONE", "--layer=x"],
+    "Unknown command line flag 'colour'": ["ONE", "--colour=red"],
+}
+
+EACH = """
+import json, sys
+from absl import flags
+from gaze_jax import cli
+from gaze_jax.viewer import __main__ as command
+
+for arguments in json.loads(sys.argv[1]):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    sys.argv[1:] = arguments
+    try:
+        cli.run_door(command.main, arguments=True)
+    except SystemExit as end:
+        assert end.code in (None, 2), end.code
+"""
+
+
+def test_mistakes_are_one_sentence_each(traces, tmp_path):
+    """With status 2, no traceback and nothing written; one trace alone writes its page and no index.
+
+    All in one process, because one starts slowly.
+    """
+    calls = [
+        [word.replace("OUT", str(tmp_path)).replace("ONE", str(traces / "one.gaze")) for word in arguments]
+        for arguments in MISTAKES.values()
+    ]
+    (tmp_path / "right").mkdir()
+    calls.append([str(traces / "one.gaze"), f"--out={tmp_path / 'right'}"])
+    out, err = finish(start("-c", EACH, json.dumps(calls)))
+    lines = err.splitlines()
+    assert [path.name for path in tmp_path.rglob("*")] == ["right", "one.html"]
+    assert out.split() == [str(tmp_path / "right" / "one.html")]
+    assert len(lines) == len(MISTAKES), err
+    for sentence, line in zip(MISTAKES, lines):
+        assert sentence in line
+
+
+def test_a_mistake_names_the_command(tmp_path):
+    """As it was started, not as Python names its file."""
+    out, err = run("absent.gaze", f"--out={tmp_path}", status=2)
+    assert err.startswith("python -m gaze_jax.viewer: Trace 'absent.gaze' cannot be read") and out == ""

@@ -123,9 +123,9 @@ def turns(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         inputs = (bench.params, jnp.asarray(visual), jnp.asarray(questions[0]))
         read = models.prefill.lower(config, top_k, *inputs).compile()
         first[name] = functools.partial(read, *inputs)
-        order, slot, steps = jnp.int32(case.tokens + QUESTION), jnp.int32(QUESTION), jnp.int32(QUESTION)
+        order, slot = jnp.int32(case.tokens + QUESTION), jnp.int32(QUESTION)
         ask = functools.partial(
-            models.follow, config, top_k, bench.params, jnp.asarray(questions[1]), order, slot, steps
+            models.ask, config, top_k, bench.params, jnp.asarray(questions[1]), order, slot
         )
         second[name] = functools.partial(lambda name, ask: ask(kept[name]), name, ask)
     times = in_turn({n: functools.partial(keep, n, r) for n, r in first.items()}, args.prefill_rounds)

@@ -317,6 +317,10 @@ def test_generate_compares_one_model_with_itself():
         np.testing.assert_array_equal(token, wanted)
         np.testing.assert_allclose(last, expected, atol=1e-4)
     assert picks is None
+    token, last, _ = generate_models.ask(config, None, bench.params, second, *where[:2], cache)
+    wanted, expected = bench.theirs.follow(second, second.shape[1], theirs)
+    np.testing.assert_array_equal(token, wanted)
+    np.testing.assert_allclose(last, expected, atol=1e-4)
 
 
 def test_generate_measures_memory_in_a_process_of_its_own(monkeypatch):

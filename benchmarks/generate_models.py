@@ -110,15 +110,15 @@ def question(decoder: DecoderConfig, case: Case, turn: int) -> np.ndarray:
     return np.random.default_rng(1 + turn).integers(0, decoder.vocab_size, shape, np.int32)
 
 
-def _streams(tokens: Array, visual: int) -> Streams:
-    """``visual`` tokens, a region after the other, and then text [B, S]."""
+def _streams(tokens: Array, visual: int, start: Array | int) -> Streams:
+    """``visual`` tokens, a region after the other, and text [B, S] from ``start`` in the sequence on."""
     batch, dense = tokens.shape
 
     def rows(a: Array) -> Array:
         return jnp.broadcast_to(a, (batch, *a.shape))
 
     order = rows(jnp.arange(visual, dtype=jnp.int32).reshape(-1, SLOTS))
-    after = rows(visual + jnp.arange(dense, dtype=jnp.int32))
+    after = rows(start + jnp.arange(dense, dtype=jnp.int32))
     text = jnp.zeros_like(after)
     return Streams(
         visual_src=order,
@@ -142,7 +142,7 @@ def prefill(
 ) -> tuple[Array, Cache]:
     """Read visual embeddings [B, n, M] and text int32 [B, S]: the last logits [B, V] and the cache."""
     decoder: Callable[..., Any] = functools.partial(Decoder(config).apply, {"params": params["decoder"]})
-    streams = _streams(tokens, visual.shape[1])
+    streams = _streams(tokens, visual.shape[1], visual.shape[1])
     x = jnp.concatenate([visual, decoder(tokens, method="embed")], axis=1)
     pos = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     hidden, layers = decoder(
@@ -240,6 +240,35 @@ def follow(
     return token, last, picks
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def ask(
+    config: MLLMConfig,
+    top_k: int | None,
+    params: Any,
+    tokens: Array,
+    order: Array,
+    slot: Array,
+    cache: Cache,
+) -> tuple[Array, Array, Array | None]:
+    """Read tokens int32 [B, T] after what is in the cache: all but the last at once, as a session does.
+
+    Arguments and result are those of :func:`follow`.
+    """
+    apply: Callable[..., Any] = MLLM(config).apply
+    extended = apply(
+        {"params": params},
+        None,
+        _streams(tokens[:, :-1], 0, order),
+        cache,
+        region=jnp.int32(cache.visual_order.shape[1]),
+        slot=slot,
+        top_k=None if top_k is None else jnp.int32(top_k),
+        method="extend",
+    )
+    known = tokens.shape[1] - 1
+    return follow(config, top_k, params, tokens[:, -1:], order + known, slot + known, jnp.int32(1), extended)
+
+
 def random_cache(config: MLLMConfig, case: Case) -> Cache:
     """What a prefill leaves, with random keys and values: FILLED tokens of text, DENSE in all."""
     decoder, gaze = config.decoder, config.gaze
@@ -259,7 +288,7 @@ def random_cache(config: MLLMConfig, case: Case) -> Cache:
         return jax.tree.map(lambda *a: jnp.concatenate(a), *packed)
 
     keys = jax.random.split(jax.random.key(0), 4)
-    streams = _streams(jnp.zeros((case.batch, DENSE), jnp.int32), case.tokens)
+    streams = _streams(jnp.zeros((case.batch, DENSE), jnp.int32), case.tokens, case.tokens)
     filled = jnp.arange(DENSE) < FILLED
     return Cache(
         visual=joined(*map(visual, jax.random.split(keys[0], decoder.depth))),

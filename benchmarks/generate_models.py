@@ -22,7 +22,7 @@ from gaze_jax.core.streams import EMPTY, Kind, Streams
 from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
 from gaze_jax.models.apart import split_layers
 from gaze_jax.models.attention import make_plan
-from gaze_jax.models.cache import append, build_cache, decode_spec
+from gaze_jax.models.cache import build_cache, decode_spec
 from gaze_jax.models.config import DecoderConfig, GazeConfig
 from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.parameters import boxed_params
@@ -157,39 +157,6 @@ def prefill(
         method="forward",
     )
     return decoder(hidden[:, -1], method="logits"), build_cache(layers, streams, config.gaze, room=DENSE)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def read_on(
-    config: MLLMConfig, top_k: int | None, params: Any, tokens: Array, order: Array, slot: Array, cache: Cache
-) -> tuple[Array, dict[str, Array]]:
-    """Read text int32 [B, T] that follows what the cache holds, all of it at once.
-
-    Args:
-      order, slot: int32 scalars, place in the sequence and in the dense stream of the first token.
-
-    Returns:
-      The last logits [B, V], and the fields of the cache that changed.
-    """
-    decoder: Callable[..., Any] = functools.partial(Decoder(config).apply, {"params": params["decoder"]})
-    streams = _streams(tokens, 0)
-    after = order + streams.dense_order
-    streams = dataclasses.replace(streams, dense_order=after, dense_pos=after)
-    hidden, layers = decoder(
-        decoder(tokens, method="embed"),
-        after,
-        make_plan(streams, config.gaze, past=(cache.visual_order, cache.dense_order)),
-        top_k=None if top_k is None else jnp.int32(top_k),
-        route=Routing(),
-        forced=None,
-        collect=False,
-        keep_kv=True,
-        past=cache,
-        method="forward",
-    )
-    now = append(cache, layers, streams, config.gaze, region=jnp.int32(0), slot=slot)
-    changed = {name: getattr(now, name) for name in ("dense_k", "dense_v", "dense_order")}
-    return decoder(hidden[:, -1], method="logits"), changed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -201,19 +201,23 @@ class Talk:
         )
         if session is None and self._looking.top_k is not None and self._running is None:
             regions = len(arrays["visual_src"])
-            if self._looking.top_k > regions:
+            if 0 < regions < self._looking.top_k:
                 raise UserError(
                     f"top_k={self._looking.top_k} must be between 1 and {regions}, the regions of what is "
                     "shown."
                 )
         self._check_room(arrays, self._room if session is None else 0)
-        self.units += shown
-        if session is None:
-            self._session = Session(
-                one.model, one.params, [arrays], room=self._room, look=self._look, mesh=one.mesh
-            )
-        else:
-            session.read([arrays])
+        earlier, self.units = self.units, (*self.units, *shown)
+        try:
+            if session is None:
+                self._session = Session(
+                    one.model, one.params, [arrays], room=self._room, look=self._look, mesh=one.mesh
+                )
+            else:
+                session.read([arrays])
+        except UserError:
+            self.units = earlier
+            raise
         self._parts = known
 
     def _check_room(self, arrays: Mapping[str, np.ndarray], tokens: int) -> None:
@@ -252,19 +256,23 @@ class Talk:
         if not len(frames):
             raise UserError("There are no frames; give at least one.")
         parts: tuple[Part, ...] = ()
-        if self._running is None:
+        running = self._running
+        if running is None:
             number = len(self._videos)
-            head, _ = self._around(self._rendered(user_turn("?", (), (number,)))[0])
-            self._videos.append([])
-            self._running = _Running(number, head)
-            parts = head
-        elif self._running.ended:
+            parts, _ = self._around(self._rendered(user_turn("?", (), (number,)))[0])
+            running = _Running(number, parts)
+        elif running.ended:
             raise UserError("The video has ended; ask a question before another one begins.")
-        video = self._videos[self._running.number]
-        start = len(video)
-        video += [np.array(frame) for frame in frames]  # a decoder may fill its buffer again
-        self._read((*parts, Video(self._running.number, start, len(video), ends=last)))
-        self._running = dataclasses.replace(self._running, ended=last)
+        shown = self._videos[running.number] if self._running else []
+        start, earlier = len(shown), list(self._videos)
+        # A decoder may fill its buffer again.
+        self._videos[running.number :] = [shown + [np.array(frame) for frame in frames]]
+        try:
+            self._read((*parts, Video(running.number, start, start + len(frames), ends=last)))
+        except UserError:
+            self._videos = earlier
+            raise
+        self._running = dataclasses.replace(running, ended=last)
 
     def _around(self, parts: tuple[Part, ...]) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
         """What a turn about a running video has before it, and what after it."""

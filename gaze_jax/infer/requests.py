@@ -184,7 +184,7 @@ def _row(assistant: Assistant, request: Request) -> _Row:
     arrays, units = process_with_units(processor, sample)
     budget = request.looking.budget(assistant.config.gaze.top_k)
     regions = len(arrays["visual_src"])
-    if request.top_k is not None and request.top_k > regions:
+    if request.top_k is not None and 0 < regions < request.top_k:
         raise UserError(
             f"top_k={request.top_k} must be between 1 and {regions}, the regions of what is shown."
         )

@@ -83,6 +83,8 @@ def bias_of(looks: Sequence[LookAt], units: Sequence[Unit], layers: int, regions
     Raises:
       UserError: a layer that the model has not, a frame that is not shown, or a box outside of everything.
     """
+    if looks and not units:
+        raise UserError("Nothing is shown, so there is nowhere to look; drop look_at.")
     bias = np.zeros((layers, regions), np.float32)
     restricted = np.zeros(layers, bool)
     allowed = np.zeros((layers, regions), bool)

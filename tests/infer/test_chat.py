@@ -228,6 +228,8 @@ def test_a_running_video_is_asked_about_alone():
     talking = assistant("cambrian_s").talk()
     with pytest.raises(UserError, match="There are no frames"):
         talking.watch([])
+    with pytest.raises(UserError, match="Frame 0 of a video"):
+        talking.watch([PHOTO[0]])
     talking.watch(FRAMES[:1], last=True)
     with pytest.raises(UserError, match="The video has ended"):
         talking.watch(FRAMES[1:])

@@ -59,6 +59,7 @@ def test_biases_add_up_in_their_layers():
         (lambda: LookAt.parse("1,2,3"), "look_at='1,2,3' must be x0,y0,x1,y1"),
         (lambda: LookAt.parse("1,2,3,4,a"), "and perhaps a frame's number"),
         (lambda: allowed(LookAt((0, 0, 1, 1), frame=2)), "frame 2 is not shown; there are 2 frames"),
+        (lambda: allowed(LookAt((0, 0, 1, 1)), units=()), "Nothing is shown, so there is nowhere to look"),
         (lambda: allowed(LookAt((30, 0, 31, 1))), "lies outside of everything that is shown"),
         (lambda: allowed(LookAt((0, 0, 1, 1), layers=(2,))), "must be between 0 and 1, the model's last"),
         (lambda: Looking(dense=True, look_at=(LookAt((0, 0, 1, 1)),)), "look_at has no effect with dense"),

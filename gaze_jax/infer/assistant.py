@@ -24,7 +24,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer.chat import Said, Talk
 from gaze_jax.infer.look import Looking
 from gaze_jax.infer.memory import cache_bytes, free_bytes, written
-from gaze_jax.infer.session import Params, bucket
+from gaze_jax.infer.programs import Params, bucket
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.apart import split_layers
 from gaze_jax.models.config import VisionConfig

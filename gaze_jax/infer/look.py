@@ -9,7 +9,8 @@ import numpy as np
 from gaze_jax.core.routing import Keep
 from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
-from gaze_jax.infer.session import Look, Session, bucket
+from gaze_jax.infer.programs import Look, bucket
+from gaze_jax.infer.session import Session
 from gaze_jax.infer.steer import LookAt, bias_of
 
 

@@ -12,7 +12,7 @@ from gaze_jax.data.sample import Video
 from gaze_jax.infer.compiles import compiles
 from gaze_jax.infer.generate import Generator
 from gaze_jax.infer.look import Looking
-from gaze_jax.infer.session import STEPS, bucket
+from gaze_jax.infer.programs import STEPS, bucket
 from gaze_jax.models import MLLM
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers.models import parameters

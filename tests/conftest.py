@@ -4,8 +4,10 @@ Unless ``JAX_PLATFORMS`` says otherwise the tests use the CPU, whatever the mach
 ``JAX_PLATFORMS=cuda pytest -m gpu`` runs the GPU tests.
 """
 
+import gc
 import importlib.util
 import os
+import pathlib
 
 # Before the first import of jax, which reads the environment once. A value that is set already stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,6 +39,17 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 hypothesis.settings.register_profile("gaze", derandomize=True, max_examples=15, deadline=None)
 hypothesis.settings.load_profile("gaze")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs():
+    """Drops compiled programs before they are too many: each maps memory, Linux allows a process 65,530 maps,
+    and XLA's compiler crashes where it gets no more."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

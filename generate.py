@@ -110,7 +110,18 @@ _OF_GAZE = {
 }
 _OF_VIDEOS = (_FPS, _MAX_FRAMES, _FOLDER_FPS, _VIDEO_REGION)
 _OF_PICTURES = (_LAYER, _UNITS)
-_OF_ONE = (_IMAGE, _VIDEO, _QUESTION, _OUT, _FPS, _MAX_FRAMES, _FOLDER_FPS, _UNITS)
+_OF_ONE = (
+    _IMAGE,
+    _VIDEO,
+    _QUESTION,
+    _OUT,
+    _FPS,
+    _MAX_FRAMES,
+    _FOLDER_FPS,
+    _UNITS,
+    _LOOK_AT_LAYERS,
+    _LOOK_AT_BIAS,
+)
 _OF_MANY = (_ANSWERS, _TRACES, _BATCH_SIZE)
 _SUFFIXES = (".html", ".png", ".mp4", ".gaze")
 
@@ -190,7 +201,7 @@ def _assistant() -> Assistant:
     assistant = load(_CHECKPOINT.value or "", mesh=mesh, **_gaze())
     if assistant.resize:
         cli.refuse_flags((_RESIZE,), "is for runs of train.py; a checkpoint has its own way with images")
-    if assistant.config.gaze.top_k is None and _TOP_K.value is None and _KEEP.value is None:
+    if assistant.config.gaze.top_k is None and not (_TOP_K.value or _KEEP.value or _QUESTIONS.value):
         cli.refuse_flags((_SHARE,), "has no effect on a checkpoint that attends densely without --top_k")
     depth = assistant.config.decoder.depth
     if _LAYER.value is not None and not 0 <= _LAYER.value < depth:
@@ -274,14 +285,15 @@ def _with_looking(requests: list[Request], looking: Looking) -> Iterator[Request
     """The questions with what the flags say, where they say nothing themselves."""
     boxes = tuple(_LOOK_AT.value)
     for request in requests:
-        if request.dense or request.top_k is not None or request.keep is not None:
+        if request.dense:
             yield request
             continue
+        if request.top_k is None and request.keep is None:
+            request = dataclasses.replace(
+                request, top_k=looking.top_k, keep=looking.keep, dense=looking.dense
+            )
         yield dataclasses.replace(
             request,
-            top_k=looking.top_k,
-            keep=looking.keep,
-            dense=looking.dense,
             dense_layers=request.dense_layers or looking.dense_layers,
             look_at=request.look_at or boxes,
         )

@@ -12,7 +12,7 @@ from gaze_jax.data.processor import Processor, process_with_units
 from gaze_jax.data.sample import Frames, Image, Sample, Text, Video
 from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
-from gaze_jax.infer.look import Looking, join, most
+from gaze_jax.infer.look import Looking, counted, join, most
 from gaze_jax.infer.sampling import Sampling
 from gaze_jax.infer.session import Session
 from gaze_jax.infer.text import Speech
@@ -387,8 +387,7 @@ class Talk:
         if self.speech is None or not self.glances or self.speech.finish is None:
             raise UserError("There is no watched answer about anything shown, so there is no trace of it.")
         one = self._assistant
-        budget = self._budgets()
-        top_k = None if budget is None else most(budget, self.regions)
+        top_k = None if self._budget is None else counted(self._budget, self.regions)
         return trace_of(
             self.glances,
             question=self._question,

@@ -1,6 +1,7 @@
 """How an answer looks at what it is shown, chosen when it runs."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from gaze_jax.infer.steer import LookAt, bias_of
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
-    """Which regions a query may select. Every field is traced: another value is no other program.
+    """Which regions a query may select. Values are traced: only a budget of another bucket, or a field that
+    was empty before, is another program.
 
     Attributes:
       top_k: regions per query; None: what the model is configured for, or all regions if they are fewer.
@@ -107,5 +109,10 @@ def most(budgets: Sequence[int | float] | None, capacity: int) -> int | None:
     """J: the bucket of the largest budget of a session with so many regions; None is all of them."""
     if budgets is None or capacity == 0:
         return None
-    counts = [round(b * capacity) if isinstance(b, float) else b for b in budgets]
-    return min(bucket(max(*counts, 1)), capacity)
+    return min(bucket(max(counted(budget, capacity) for budget in budgets)), capacity)
+
+
+def counted(budget: int | float, regions: int) -> int:
+    """Most regions that a query selects of so many, where ``budget`` is a count or a fraction."""
+    # Not rounded down: the device rounds in float32.
+    return min(math.ceil(budget * regions) if isinstance(budget, float) else budget, regions) or 1

@@ -16,7 +16,7 @@ from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
 from gaze_jax.infer.assistant import Answer, Assistant, room_for
 from gaze_jax.infer.chat import FAMILY, user_turn
-from gaze_jax.infer.look import Looking, join, most
+from gaze_jax.infer.look import Looking, counted, join, most
 from gaze_jax.infer.sampling import Sampling, check_sampling
 from gaze_jax.infer.session import Session
 from gaze_jax.infer.steer import LookAt
@@ -276,7 +276,7 @@ def _finished(assistant: Assistant, row: _Row, speech: Speech, glances: Sequence
             answer=speech.text,
             tokens=speech.pieces,
             model=assistant.name,
-            top_k=None if budget is None else most([budget], regions),
+            top_k=None if budget is None else counted(budget, regions),
             share=assistant.config.gaze.share,
             units=row.units,
             pictures=pictures_of(row.units, row.images, row.videos),

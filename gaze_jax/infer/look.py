@@ -17,8 +17,9 @@ from gaze_jax.infer.steer import LookAt, bias_of
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
-    """Which regions a query may select. Values are traced: only a budget of another bucket, or a field that
-    was empty before, is another program.
+    """Which regions a query may select.
+
+    Values are traced: only a budget of another bucket, or a field that was empty before, is another program.
 
     Attributes:
       top_k: regions per query; None: what the model is configured for, or all regions if they are fewer.

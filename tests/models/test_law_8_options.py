@@ -226,6 +226,7 @@ def _scores(route):
         first=first,
         layer=jnp.int32(0),
         forced=None,
+        bias=None,
         oracle=lambda: jnp.zeros((1, 3, 4, 5)),
     )
     return np.asarray(scores)

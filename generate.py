@@ -26,12 +26,13 @@ from gaze_jax.data.images import read_image
 from gaze_jax.data.video import Clip, open_video
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.run import best_layer_of
-from gaze_jax.infer.assistant import SAMPLING, Assistant, load, room_for, said
+from gaze_jax.infer.assistant import SAMPLING, Assistant, load, said
 from gaze_jax.infer.chat import check_questions
 from gaze_jax.infer.look import Looking
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
 from gaze_jax.infer.sampling import check_sampling
 from gaze_jax.infer.steer import LookAt
+from gaze_jax.infer.text import check_limits
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
@@ -109,7 +110,16 @@ _OF_GAZE = {
     "visual_dtype": _VISUAL_DTYPE,
 }
 _OF_VIDEOS = (_FPS, _MAX_FRAMES, _FOLDER_FPS, _VIDEO_REGION)
-_OF_PICTURES = (_LAYER, _UNITS)
+_OF_REGIONS = (
+    *_OF_GAZE.values(),
+    _OFFLOAD,
+    _TOP_K,
+    _KEEP,
+    _DENSE,
+    _DENSE_LAYERS,
+    _LOOK_AT,
+    _RESIZE,
+)
 _OF_ONE = (
     _IMAGE,
     _VIDEO,
@@ -167,8 +177,7 @@ def _check_out() -> None:
     for name in _OUT.value:
         if Path(name).suffix not in _SUFFIXES:
             raise UserError(f"--out={name} must end in one of {', '.join(_SUFFIXES)}.")
-        if not Path(name).absolute().parent.is_dir():
-            raise UserError(f"--out={name} lies in a folder that does not exist; make it first.")
+        cli.check_file("out", name)
         if name.endswith(".mp4"):
             need_av()
     if _UNITS.value < 1:
@@ -180,10 +189,19 @@ def _check_one() -> None:
     cli.refuse_flags(_OF_MANY, "is for --questions")
     if not _VIDEO.value:
         cli.refuse_flags(_OF_VIDEOS, "has no effect without --video")
-    if not _OUT.value:
-        cli.refuse_flags(_OF_PICTURES, "has no effect without --out")
-    elif not _IMAGE.value and not _VIDEO.value:
-        raise UserError("Nothing is shown to the model, so there is nothing to draw; drop --out.")
+    suffixes = {Path(name).suffix for name in _OUT.value}
+    if not suffixes - {".gaze"}:
+        cli.refuse_flags((_LAYER,), "has no effect without an --out that shows a layer")
+    if not suffixes & {".png", ".mp4"}:
+        cli.refuse_flags((_UNITS,), "has no effect without --out=....png or .mp4")
+    if not any(Path(name).is_dir() for name in _VIDEO.value):
+        cli.refuse_flags((_FOLDER_FPS,), "has no effect without a --video that is a folder")
+    if _TEMPERATURE.value == 0:
+        cli.refuse_flags((_TOP_P, _SEED), "has no effect at --temperature=0, which samples nothing")
+    if not _IMAGE.value and not _VIDEO.value:
+        cli.refuse_flags(_OF_REGIONS, "has no effect without --image or --video")
+        if _OUT.value:
+            raise UserError("Nothing is shown to the model, so there is nothing to draw; drop --out.")
     if _DENSE.value:
         cli.refuse_flags((_SHARE,), "has no effect with --dense, which selects nothing")
         if drawn := [name for name in _OUT.value if Path(name).suffix in (".png", ".mp4")]:
@@ -219,7 +237,7 @@ def _ask() -> None:
     _open_videos("square")  # what cannot be opened is said before the checkpoint is read
     assistant = _assistant()
     clips = _open_videos(assistant.layout.views.style)
-    talk = assistant.talk(system=_SYSTEM.value, looking=looking, room=room_for(_MAX_TOKENS.value))
+    talk = assistant.talk(system=_SYSTEM.value, looking=looking, room=_MAX_TOKENS.value)
     if talk.top_k is None and any(Path(name).suffix in (".png", ".mp4") for name in _OUT.value):
         raise UserError("This checkpoint attends densely, so there is nothing to draw; give --top_k.")
     answer = None
@@ -246,9 +264,11 @@ def _show(trace: Trace, path: Path) -> None:
     if path.suffix == ".gaze":
         save(trace, path)
     elif path.suffix == ".html":
-        path.write_text(viewer_page(trace, layer=layer), encoding="utf-8", newline="\n")
+        cli.write_text(path, viewer_page(trace, layer=layer))
     elif path.suffix == ".png":
-        sheet(trace, layer=layer, units=_UNITS.value).save(path, format="PNG")
+        picture = sheet(trace, layer=layer, units=_UNITS.value)
+        with cli.writing(path):
+            picture.save(path, format="PNG")
     else:
         write_clip(trace, path, layer=layer, units=_UNITS.value)
 
@@ -258,8 +278,9 @@ def _check_many() -> list[Request]:
     cli.refuse_flags(_OF_ONE, "is for one conversation; write it into the lines of --questions")
     if _ANSWERS.value is None:
         raise UserError("Give --answers, the file to write.")
-    if not Path(_ANSWERS.value).absolute().parent.is_dir():
-        raise UserError(f"--answers={_ANSWERS.value} lies in a folder that does not exist; make it first.")
+    cli.check_file("answers", _ANSWERS.value)
+    if Path(_ANSWERS.value).resolve() == Path(_QUESTIONS.value or "").resolve():
+        raise UserError("--answers is the file of --questions, which it would replace; name another.")
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size={_BATCH_SIZE.value} must be at least 1.")
     defaults: dict[str, Any] = {
@@ -272,12 +293,19 @@ def _check_many() -> list[Request]:
     }
     requests = read_requests(_QUESTIONS.value or "", **defaults)
     if _TRACES.value is None:
+        cli.refuse_flags((_LAYER,), "has no effect without --traces")
         return requests
-    if odd := [request.id for request in requests if not re.fullmatch(r"[\w.-]+", request.id)]:
-        raise UserError(
-            f"With --traces an id is a file's name; {odd[0]!r} has other characters than a-z0-9._-."
-        )
-    Path(_TRACES.value).mkdir(parents=True, exist_ok=True)
+    taken = {"index"}
+    for request in requests:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", request.id):
+            raise UserError(
+                f"With --traces an id is a file's name; {request.id[:200]!r} must be 1 to 200 of the "
+                "characters A-Z a-z 0-9 . _ -."
+            )
+        if request.id.lower() in taken:  # not every file system tells A from a
+            raise UserError(f"With --traces an id is a file's name; {request.id!r} is taken, rename it.")
+        taken.add(request.id.lower())
+    cli.make_folder("traces", _TRACES.value)
     return requests
 
 
@@ -288,15 +316,16 @@ def _with_looking(requests: list[Request], looking: Looking) -> Iterator[Request
         if request.dense:
             yield request
             continue
+        chosen: dict[str, Any] = {
+            "dense_layers": request.dense_layers or looking.dense_layers,
+            "look_at": request.look_at or boxes,
+        }
         if request.top_k is None and request.keep is None:
-            request = dataclasses.replace(
-                request, top_k=looking.top_k, keep=looking.keep, dense=looking.dense
-            )
-        yield dataclasses.replace(
-            request,
-            dense_layers=request.dense_layers or looking.dense_layers,
-            look_at=request.look_at or boxes,
-        )
+            chosen |= {"top_k": looking.top_k, "keep": looking.keep, "dense": looking.dense}
+        try:
+            yield dataclasses.replace(request, **chosen)
+        except UserError as error:
+            raise UserError(f"Question {request.id!r}: {error}") from error
 
 
 def _ask_many() -> None:
@@ -304,19 +333,24 @@ def _ask_many() -> None:
     requests = list(_with_looking(_check_many(), _looking()))
     assistant = _assistant()
     entries = []
-    with open(_ANSWERS.value or "", "w", encoding="utf-8") as file:
-        found = answer_all(assistant, requests, batch_size=_BATCH_SIZE.value, watch=_TRACES.value is not None)
-        for request, answer in found:
-            file.write(json.dumps(record(request, answer), ensure_ascii=False) + "\n")
-            file.flush()
-            if answer.trace is not None and _TRACES.value is not None:
-                page = Path(_TRACES.value, f"{request.id}.html")
-                _show(answer.trace, page)
-                _show(answer.trace, page.with_name(f"{request.id}.gaze"))
-                entries.append(Entry.of(answer.trace, page.name))
-    if entries:
-        index = Path(_TRACES.value or "", "index.html")
-        index.write_text(index_page(entries), encoding="utf-8", newline="\n")
+    answers = _ANSWERS.value or ""
+    with cli.writing(answers):
+        file = open(answers, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        with file:
+            watch = _TRACES.value is not None
+            for request, answer in answer_all(assistant, requests, batch_size=_BATCH_SIZE.value, watch=watch):
+                with cli.writing(answers):
+                    file.write(json.dumps(record(request, answer), ensure_ascii=False) + "\n")
+                    file.flush()
+                if answer.trace is not None and _TRACES.value is not None:
+                    page = Path(_TRACES.value, f"{request.id}.html")
+                    _show(answer.trace, page.with_name(f"{request.id}.gaze"))
+                    _show(answer.trace, page)
+                    entries.append(Entry.of(answer.trace, page.name))
+    finally:
+        if entries:  # of what was answered, whatever came after it
+            cli.write_text(Path(_TRACES.value or "", "index.html"), index_page(entries))
 
 
 def main() -> None:
@@ -325,7 +359,8 @@ def main() -> None:
         raise UserError("Give --checkpoint, a converted one, a Hugging Face directory or a run of train.py.")
     if _COMPILATION_CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _COMPILATION_CACHE.value)
-    check_sampling(_MAX_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    check_limits(_MAX_TOKENS.value, _STOP.value)
+    check_sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     _check_out()
     if _QUESTIONS.value is None:
         _ask()

@@ -1,9 +1,11 @@
 """What all doors share: flags in, exit status out, and one sentence for what the user can mend."""
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import ml_collections
 from absl import app, flags, logging
@@ -75,6 +77,47 @@ def refuse_flags(holders: Iterable[flags.FlagHolder], why: str) -> None:
     for holder in holders:
         if flags.FLAGS[holder.name].present:
             raise UserError(f"--{holder.name} {why}; drop it.")
+
+
+def check_file(flag: str, path: str) -> None:
+    """Raise a UserError if no file could be written at ``path``, which the user gave with a flag."""
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--{flag}={path} lies in a folder that does not exist; make it first.")
+    if Path(path).is_dir():
+        raise UserError(f"--{flag}={path} is a folder; give the name of a file.")
+
+
+def make_folder(flag: str, path: str) -> Path:
+    """The folder that the user gave with a flag, made if it does not exist.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}={path} cannot be a folder ({error.strerror}).") from error
+    return folder
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Where a file is written: what the system refuses is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)!r} cannot be written ({error.strerror}).") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, UTF-8 with line feeds.
+
+    Raises:
+      UserError: the system refuses.
+    """
+    with writing(path):
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:

@@ -24,7 +24,9 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer.chat import Said, Talk
 from gaze_jax.infer.look import Looking
 from gaze_jax.infer.memory import cache_bytes, free_bytes, written
-from gaze_jax.infer.programs import Params, bucket
+from gaze_jax.infer.programs import Params
+from gaze_jax.infer.sampling import check_sampling
+from gaze_jax.infer.text import check_limits
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.apart import split_layers
 from gaze_jax.models.config import VisionConfig
@@ -219,9 +221,11 @@ class Assistant:
         Raises:
           UserError: media or the prompt cannot be read, a number is out of range, or it does not fit memory.
         """
-        talk = self.talk(system=system, looking=looking, room=room_for(max_tokens))
-        films = [*(() if video is None else (video,)), *videos]
-        talk.ask(prompt, images=self.read_images(images), videos=self.read_videos(films))
+        check_limits(max_tokens, stop)
+        check_sampling(temperature, top_p, seed)
+        talk = self.talk(system=system, looking=looking, room=max_tokens)
+        films = [*(() if video is None else (video,)), *self.read_videos(videos)]
+        talk.ask(prompt, images=images, videos=films)
         steps = talk.answer(
             max_tokens,
             temperature=temperature,
@@ -241,6 +245,8 @@ class Assistant:
 
     def read_videos(self, films: Sequence[Film]) -> list[Frames]:
         """Frames of each video, files sampled as models of this family are shown them."""
+        if isinstance(films, str | os.PathLike):
+            raise UserError(f"videos={str(films)!r} must be a list of videos; put brackets around it.")
         sampling = SAMPLING[self.layout.views.style]
         return [open_video(f, sampling) if isinstance(f, str | os.PathLike) else f for f in films]
 
@@ -268,8 +274,10 @@ class Assistant:
         if there:
             return
         devices = 1 if self.mesh is None else self.mesh.size
-        needed = cache_bytes(self.config, -(-rows // devices), regions, slots, dense)
-        free = free_bytes(jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0])
+        device = jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        sizes = -(-rows // devices), regions, slots, dense
+        needed = cache_bytes(self.config, *sizes, on_host=device.platform == "cpu")
+        free = free_bytes(device)
         if free is not None and needed > free:
             raise UserError(
                 f"A cache of {rows} x {visual} visual and {dense} other tokens takes {written(needed)} on a "
@@ -294,11 +302,6 @@ def load(
         range.
     """
     return Assistant.load(directory, mesh=mesh, check=check).looking(**gaze)
-
-
-def room_for(max_tokens: int) -> int:
-    """Dense slots to keep free for an answer, few sizes of them so that few programs compile."""
-    return bucket(max(max_tokens, 128))
 
 
 def said(talk: Talk, steps: Iterator[Said], on_text: Callable[[str], Any] | None = None) -> Answer:

@@ -12,7 +12,8 @@ from gaze_jax.data.processor import Processor, process_with_units
 from gaze_jax.data.sample import Frames, Image, Sample, Text, Video
 from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
-from gaze_jax.infer.look import Looking, counted, join, most
+from gaze_jax.infer.look import Looking, check, counted, join, most
+from gaze_jax.infer.programs import room_for
 from gaze_jax.infer.sampling import Sampling
 from gaze_jax.infer.session import Session
 from gaze_jax.infer.text import Speech
@@ -20,7 +21,7 @@ from gaze_jax.infer.watch import Glance, pictures_of, trace_of
 from gaze_jax.viewer.trace import Trace
 
 if TYPE_CHECKING:
-    from gaze_jax.infer.assistant import Assistant
+    from gaze_jax.infer.assistant import Assistant, Film, Picture
 
 FAMILY = "chat"
 _NAME = "The question"
@@ -106,7 +107,8 @@ class Talk:
       assistant: who answers.
       system: system prompt, also an empty one; None takes that of the model's style.
       looking: which regions its queries may select.
-      room: tokens that follow before the cache has to grow.
+      room: tokens that will follow what is shown first. The cache has room for them at least before it has
+        to grow.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Talk:
         self._videos: list[Any] = []
         self._running: _Running | None = None
         self._answers, self._waiting = 0, False
-        self._question = ""
+        self._question, self._about = "", _About("", (), 0)
         self.units, self.speech, self.glances = (), None, []
 
     units: tuple[Unit, ...]
@@ -199,23 +201,30 @@ class Talk:
             dataclasses.replace(unit, unit=unit.unit + len(self.units), regions=unit.regions + before)
             for unit in units
         )
-        if session is None and self._looking.top_k is not None and self._running is None:
+        going_on = any(isinstance(part, Video) and not part.ends for part in parts)
+        if session is None and self._looking.top_k is not None and not going_on:
             regions = len(arrays["visual_src"])
             if 0 < regions < self._looking.top_k:
                 raise UserError(
                     f"top_k={self._looking.top_k} must be between 1 and {regions}, the regions of what is "
                     "shown."
                 )
+        check(self._looking, (*self.units, *shown), one.config.decoder.depth)
         self._check_room(arrays, self._room if session is None else 0)
         earlier, self.units = self.units, (*self.units, *shown)
         try:
             if session is None:
                 self._session = Session(
-                    one.model, one.params, [arrays], room=self._room, look=self._look, mesh=one.mesh
+                    one.model,
+                    one.params,
+                    [arrays],
+                    room=room_for(self._room),
+                    look=self._look,
+                    mesh=one.mesh,
                 )
             else:
                 session.read([arrays])
-        except UserError:
+        except BaseException:
             self.units = earlier
             raise
         self._parts = known
@@ -228,8 +237,10 @@ class Talk:
         visual = int((arrays["visual_src"] >= 0).sum())
         fits = False
         if session is not None:
-            fits = dense <= session.room and session.regions + regions <= session.capacity
-            regions, slots = regions + session.regions, max(slots, session.slots)
+            slots = max(slots, session.slots) if regions else session.slots
+            wide = slots == session.slots
+            fits = wide and dense <= session.room and session.regions + regions <= session.capacity
+            regions += session.regions
             dense, visual = dense + session.dense, visual + session.visual_tokens
         self._assistant.check_room(
             rows=1, regions=regions, slots=slots, dense=dense, visual=visual, there=fits
@@ -269,7 +280,7 @@ class Talk:
         self._videos[running.number :] = [shown + [np.array(frame) for frame in frames]]
         try:
             self._read((*parts, Video(running.number, start, start + len(frames), ends=last)))
-        except UserError:
+        except BaseException:
             self._videos = earlier
             raise
         self._running = dataclasses.replace(running, ended=last)
@@ -279,18 +290,17 @@ class Talk:
         at = [isinstance(part, Video) for part in parts].index(True)
         return parts[:at], parts[at + 1 :]
 
-    def ask(self, question: str, *, images: Sequence[np.ndarray] = (), videos: Sequence[Frames] = ()) -> None:
+    def ask(self, question: str, *, images: Sequence["Picture"] = (), videos: Sequence["Film"] = ()) -> None:
         """Read a question, and what it shows; only its own tokens are computed.
 
         Args:
           question: with a tag ``<image>`` or ``<video>`` for each of the media, or without any. After
             :meth:`watch` it is about the running video, which ends.
-          images: uint8 [height, width, 3] each.
-          videos: frames of each, uint8 [height, width, 3].
+          images, videos: as in ``Assistant.generate``.
 
         Raises:
-          UserError: tags and media differ in number, the question cannot be read, it is too much for the
-            cache, ``top_k`` is out of range, or the last question has no answer yet.
+          UserError: media or the question cannot be read, tags and media differ in number, it is too much for
+            the cache, ``top_k`` is out of range, or the last question has no answer yet.
         """
         self._refuse_waiting()
         if self._running is not None:
@@ -298,15 +308,16 @@ class Talk:
                 raise UserError("A question about a running video shows nothing else; show it afterwards.")
             messages = self._close(question, self._running)
         else:
+            pictures, films = self._assistant.read_images(images), self._assistant.read_videos(videos)
             counts = len(self._images), len(self._videos)
             images_at = range(counts[0], counts[0] + len(images))
             videos_at = range(counts[1], counts[1] + len(videos))
             parts, messages = self._rendered(user_turn(question, images_at, videos_at))
-            self._images += images
-            self._videos += videos
+            self._images += pictures
+            self._videos += films
             try:
                 self._read(parts)
-            except UserError:
+            except BaseException:
                 del self._images[counts[0] :], self._videos[counts[1] :]
                 raise
         self._messages, self._running = messages, None
@@ -354,11 +365,10 @@ class Talk:
         sampling = Sampling.of([temperature], [top_p], [seed])
         one, session = self._assistant, self._session
         speech = Speech(one.tokenizer, one.end_ids, stop, max_tokens)
-        if max_tokens < 1:
-            raise UserError(f"max_tokens={max_tokens} must be at least 1.")
         self._check_room(_NOTHING, max_tokens)
         self._waiting, self._answers = False, self._answers + 1
         self.speech, self.glances = speech, []
+        self._about = _About(self._question, self.units, self.regions)
         found = session.say(
             max_tokens,
             ends=one.end_ids,
@@ -386,18 +396,18 @@ class Talk:
         """
         if self.speech is None or not self.glances or self.speech.finish is None:
             raise UserError("There is no watched answer about anything shown, so there is no trace of it.")
-        one = self._assistant
-        top_k = None if self._budget is None else counted(self._budget, self.regions)
+        one, about = self._assistant, self._about
+        top_k = None if self._budget is None else counted(self._budget, about.regions)
         return trace_of(
             self.glances,
-            question=self._question,
+            question=about.question,
             answer=self.speech.text,
             tokens=self.speech.pieces,
             model=one.name,
             top_k=top_k,
             share=one.config.gaze.share,
-            units=self.units,
-            pictures=pictures_of(self.units, self._images, self._videos),
+            units=about.units,
+            pictures=pictures_of(about.units, self._images, self._videos),
         )
 
 
@@ -408,6 +418,15 @@ class _Running:
     number: int
     head: tuple[Part, ...]
     ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """What an answer is about: its question, and what had been shown by then."""
+
+    question: str
+    units: tuple[Unit, ...]
+    regions: int
 
 
 _NOTHING = {"visual_src": np.zeros((0, 0), np.int32), "tokens": np.zeros(0, np.int32)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -39,6 +40,15 @@ class Looking:
     look_at: tuple[LookAt, ...] = ()
 
     def __post_init__(self) -> None:
+        # Their types tell a count from a fraction, further on.
+        try:
+            object.__setattr__(self, "top_k", None if self.top_k is None else operator.index(self.top_k))
+        except TypeError as error:
+            raise UserError(f"top_k={self.top_k!r} must be a whole number; keep is a fraction.") from error
+        try:
+            object.__setattr__(self, "keep", None if self.keep is None else float(self.keep))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"keep={self.keep!r} must be a number, a fraction of the regions.") from error
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k={self.top_k} must be at least 1; dense attends to everything.")
         if self.keep is not None and not 0 < self.keep <= 1:
@@ -87,11 +97,7 @@ def join(
     if budgets is None:
         return Look()
     more = session.batch - len(lookings)  # rows that nobody listens to
-    whole = bias = None
-    if chosen := lookings[0].dense_layers:
-        if min(chosen) < 0 or max(chosen) >= layers:
-            raise UserError(f"dense_layers={chosen} must be between 0 and {layers - 1}, the model's last.")
-        whole = np.isin(np.arange(layers), chosen)
+    whole, bias = _whole(lookings[0], layers), None
     if any(looking.look_at for looking in lookings):
         regions = 1 + max((int(unit.regions.max()) for of_row in units for unit in of_row), default=-1)
         rows = [bias_of(looking.look_at, of, layers, regions) for looking, of in zip(lookings, units)]
@@ -106,14 +112,38 @@ def join(
     return Look(Keep(jnp.asarray(budget)) if fraction else budget, bias, whole)
 
 
+def check(looking: Looking, units: Sequence[Unit], layers: int) -> None:
+    """Refuse what :func:`join` would refuse of one row, before anything is computed.
+
+    Raises:
+      UserError: a layer that the model has not, or a box outside of everything.
+    """
+    _whole(looking, layers)
+    if looking.look_at:
+        bias_of(looking.look_at, units, layers, 1 + max((int(u.regions.max()) for u in units), default=-1))
+
+
+def _whole(looking: Looking, layers: int) -> np.ndarray | None:
+    """bool [L], layers that read every region."""
+    chosen = looking.dense_layers
+    if not chosen:
+        return None
+    if min(chosen) < 0 or max(chosen) >= layers:
+        raise UserError(f"dense_layers={chosen} must be between 0 and {layers - 1}, the model's last.")
+    return np.isin(np.arange(layers), chosen)
+
+
 def most(budgets: Sequence[int | float] | None, capacity: int) -> int | None:
     """J: the bucket of the largest budget of a session with so many regions; None is all of them."""
     if budgets is None or capacity == 0:
         return None
-    return min(bucket(max(counted(budget, capacity) for budget in budgets)), capacity)
+    # Fractions rounded up: what is rounded is the number of regions in sight, of which no query has more.
+    counts = (math.ceil(budget * capacity) if isinstance(budget, float) else budget for budget in budgets)
+    return min(bucket(max(counts)), capacity)
 
 
 def counted(budget: int | float, regions: int) -> int:
-    """Most regions that a query selects of so many, where ``budget`` is a count or a fraction."""
-    # Not rounded down: the device rounds in float32.
-    return min(math.ceil(budget * regions) if isinstance(budget, float) else budget, regions) or 1
+    """Regions that a query selects of so many in sight, where ``budget`` is a count or a fraction."""
+    if isinstance(budget, float):  # in float32, as the device rounds
+        budget = round(float(np.float32(budget) * np.float32(regions)))
+    return max(1, min(budget, regions))

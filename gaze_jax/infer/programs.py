@@ -30,6 +30,11 @@ def bucket(size: int) -> int:
     return size if unit <= 1 else -(-size // unit) * unit
 
 
+def room_for(tokens: int) -> int:
+    """Dense slots to keep free for so many, few sizes of them so that few programs compile."""
+    return bucket(max(tokens, 128))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Look:

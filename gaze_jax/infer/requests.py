@@ -14,13 +14,14 @@ from gaze_jax.data.processor import Processor, process_with_units
 from gaze_jax.data.sample import Frames, Sample
 from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
-from gaze_jax.infer.assistant import Answer, Assistant, room_for
+from gaze_jax.infer.assistant import Answer, Assistant
 from gaze_jax.infer.chat import FAMILY, user_turn
-from gaze_jax.infer.look import Looking, counted, join, most
+from gaze_jax.infer.look import Looking, check, counted, join, most
+from gaze_jax.infer.programs import room_for
 from gaze_jax.infer.sampling import Sampling, check_sampling
 from gaze_jax.infer.session import Session
 from gaze_jax.infer.steer import LookAt
-from gaze_jax.infer.text import Speech
+from gaze_jax.infer.text import Speech, check_limits
 from gaze_jax.infer.watch import Glance, pictures_of, trace_of
 
 
@@ -57,7 +58,8 @@ class Request:
     look_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        check_limits(self.max_tokens, self.stop)
+        check_sampling(self.temperature, self.top_p, self.seed)
         user_turn(self.question, range(len(self.images)), range(len(self.videos)))
         _ = self.looking
 
@@ -126,7 +128,8 @@ def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
       UserError: the file cannot be read, a line is wrong, or two have one id.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a string of JSON may hold U+2028 and its like.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable UTF-8 file ({error}); give a JSON Lines file.") from error
     found = []
@@ -188,6 +191,7 @@ def _row(assistant: Assistant, request: Request) -> _Row:
         raise UserError(
             f"top_k={request.top_k} must be between 1 and {regions}, the regions of what is shown."
         )
+    check(request.looking, units, assistant.config.decoder.depth)
     return _Row(request, images, videos, arrays, units, budget)
 
 
@@ -290,7 +294,7 @@ def _check_room(assistant: Assistant, rows: Sequence[_Row], tokens: int) -> None
     assistant.check_room(
         rows=len(rows),
         regions=max(len(source) for source in sources),
-        slots=max(source.shape[1] for source in sources),
+        slots=max((source.shape[1] for source in sources if len(source)), default=1),
         dense=max(len(row.arrays["tokens"]) for row in rows) + tokens,
         visual=max(int((source >= 0).sum()) for source in sources),
     )

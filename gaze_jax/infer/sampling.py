@@ -43,23 +43,24 @@ class Sampling:
         top_p = [1.0] * rows if top_p is None else top_p
         seed = seed or [0] * rows
         for row in zip(temperature, top_p, seed, strict=True):
-            check_sampling(1, *row)
+            check_sampling(*row)
         return cls(
             np.asarray(temperature, np.float32), np.asarray(top_p, np.float32), np.asarray(seed, np.uint32)
         )
 
 
-def check_sampling(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Refuse numbers that no answer can be generated with.
+def check_sampling(temperature: float, top_p: float, seed: int) -> None:
+    """Refuse numbers that no token can be drawn with.
 
     Raises:
       UserError: one is out of range.
     """
-    if max_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1 or not 0 <= seed < 2**32:
-        raise UserError(
-            f"max_tokens={max_tokens} must be at least 1, temperature={temperature} not negative, "
-            f"top_p={top_p} above 0 and at most 1, and seed={seed} between 0 and 2**32 - 1."
-        )
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature={temperature} must be a finite number, 0 or more.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} must be above 0 and at most 1.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must be between 0 and 2**32 - 1.")
 
 
 def nucleus(logits: Array, top_p: Array) -> Array:
@@ -93,10 +94,13 @@ def next_token(logits: Array, sampling: Sampling, index: Array) -> Array:
     Returns:
       int32 [B].
     """
+    # Smaller numbers are 0 to a device.
+    hot = sampling.temperature >= jnp.finfo(jnp.float32).tiny
 
     def draw() -> Array:
-        hot = sampling.temperature > 0
-        scaled = logits / jnp.where(hot, sampling.temperature, 1.0)[:, None]
+        # Of differences, the likeliest being 0: a temperature near 0 makes the others -inf, and nothing NaN.
+        differences = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled = differences / jnp.where(hot, sampling.temperature, 1.0)[:, None]
         # Sorting a vocabulary is worth avoiding where nobody asked for it.
         some = jnp.any(sampling.top_p < 1)
         scaled = jax.lax.cond(some, lambda: nucleus(scaled, sampling.top_p), lambda: scaled)
@@ -108,4 +112,4 @@ def next_token(logits: Array, sampling: Sampling, index: Array) -> Array:
         return jnp.where(hot, drawn, best).astype(jnp.int32)
 
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: best)
+    return jax.lax.cond(jnp.any(hot), draw, lambda: best)

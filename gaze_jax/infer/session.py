@@ -115,7 +115,7 @@ class Session:
 
     def _batch(self, rows: Sequence[Arrays], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         """Padded and stacked; rows beyond the last are copies of the first, which nobody listens to."""
-        padded = [pad_to(dict(row), **sizes) for row in rows]
+        padded = [pad_to(_narrow(row, sizes["slots"]), **sizes) for row in rows]
         return stack(padded + [padded[0]] * (self.batch - len(padded)))
 
     def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams]:
@@ -152,9 +152,12 @@ class Session:
 
     def reserve(self, *, dense: int = 0, regions: int = 0, slots: int = 0) -> None:
         """Make room for as many more dense tokens and regions; a larger cache is compiled for once."""
-        room = prompt_length(dense - self.room) if dense > self.room else 0
-        missing = self.regions + regions - self.capacity
-        more = bucket(self.capacity + missing) - self.capacity if missing > 0 else 0
+        # By half at least, so that a long conversation does not compile for every turn.
+        slots_now = self._cache.dense_order.shape[1]
+        missing = dense - self.room
+        room = bucket(slots_now + max(missing, slots_now // 2)) - slots_now if missing > 0 else 0
+        wanted = self.regions + regions
+        more = bucket(wanted) - self.capacity if wanted > self.capacity else 0
         wider = max(slots, self.slots)
         if room or more or wider > self.slots:
             with self._devices():
@@ -272,6 +275,8 @@ class Session:
         return dataclasses.replace(placed, slot=np.int32(turn.slot))
 
 
+_VISUAL = ("visual_src", "visual_order", "visual_pos", "visual_unit")
+
 _DENSE = (
     "tokens",
     "kind",
@@ -291,6 +296,13 @@ def _last(arrays: Arrays, name: str) -> int:
     return max(int(a.max(initial=-1)) for a in values)
 
 
+def _narrow(row: Arrays, slots: int) -> dict[str, np.ndarray]:
+    """The row with no more than ``slots`` token slots where it has no regions that could use them."""
+    if len(row["visual_src"]):
+        return dict(row)
+    return dict(row) | {name: row[name][:, :slots] for name in _VISUAL}
+
+
 def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
     """The bucket that all rows fit."""
 
@@ -301,7 +313,8 @@ def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
         "regions": bucket(most("visual_src")),
         "dense": prompt_length(max(most("kind"), 1)),
         "images": bucket(most("images")),
-        "slots": most("visual_src", 1),
+        # Of rows that show something: the others' is only what the layout says.
+        "slots": max((row["visual_src"].shape[1] for row in rows if len(row["visual_src"])), default=1),
     }
 
 

@@ -31,6 +31,8 @@ class LookAt:
     bias: float | None = None
 
     def __post_init__(self) -> None:
+        if len(self.box) != 4:
+            raise UserError(f"look_at={self.box} must be four numbers: x0,y0,x1,y1.")
         x0, y0, x1, y1 = self.box
         if not all(map(math.isfinite, self.box)) or not (x0 < x1 and y0 < y1):
             raise UserError(f"look_at={self.box} must be x0,y0,x1,y1 with x0 < x1 and y0 < y1, in pixels.")

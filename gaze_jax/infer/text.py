@@ -8,6 +8,20 @@ from gaze_jax.errors import UserError
 _BROKEN = "\ufffd"  # how a tokenizer writes bytes that are no character yet
 
 
+def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
+    """Refuse limits that no answer can have.
+
+    Raises:
+      UserError: ``max_tokens`` is less than 1, a stop string is empty, or ``stop`` is no list.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens} must be at least 1.")
+    if isinstance(stop, str):
+        raise UserError(f"stop={stop!r} must be a list of strings; put brackets around it.")
+    if not all(stop):
+        raise UserError("A stop string is empty; leave it out.")
+
+
 class Speech:
     """The text of one answer.
 
@@ -27,8 +41,7 @@ class Speech:
     def __init__(
         self, tokenizer: Tokenizer, ends: frozenset[int], stop: Sequence[str] = (), limit: int = 1 << 30
     ) -> None:
-        if not all(stop):
-            raise UserError("A stop string is empty; leave it out.")
+        check_limits(limit, stop)
         self._tokenizer, self._ends, self._stop, self._limit = tokenizer, ends, tuple(stop), limit
         self.ids: list[int] = []
         self.pieces: list[str] = []

@@ -17,6 +17,7 @@ from gaze_jax import cli
 from gaze_jax.errors import UserError
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
+from gaze_jax.viewer.trace import Trace
 from gaze_jax.viewer.trace_file import load
 from gaze_jax.viewer.video import check_seconds, need_av, write_clip
 
@@ -39,6 +40,10 @@ def _names(traces: Sequence[str]) -> list[str]:
         raise UserError("There is no trace to show; give the files of one or more.")
     names = [Path(trace).name.removesuffix(".npz").removesuffix(".gaze") for trace in traces]
     for number, name in enumerate(names):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"The name {name!r} is not UTF-8, which a page's must be; rename it.") from error
         if name in names[:number]:
             first = traces[names.index(name)]
             raise UserError(f"{first} and {traces[number]} would both write {name}.html; rename one.")
@@ -65,42 +70,44 @@ def _check_flags() -> None:
             raise UserError(f"--font={_FONT.value} is no TrueType file that can be read.") from error
 
 
-def _folder() -> Path:
-    if _OUT.value is None:
-        raise UserError("Give --out, the folder to write to.")
-    folder = Path(_OUT.value)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={_OUT.value} cannot be a folder ({error.strerror}).") from error
-    return folder
+def _show(trace: Trace, stem: Path, font: Path | None) -> None:
+    """Write what the flags ask for of one trace."""
+    page, picture, clip = (stem.with_name(stem.name + suffix) for suffix in (".html", ".png", ".mp4"))
+    cli.write_text(page, viewer_page(trace, layer=_LAYER.value))
+    print(page)
+    if _PNG.value:
+        drawn = sheet(trace, layer=_LAYER.value, units=_UNITS.value, font=font)
+        with cli.writing(picture):
+            drawn.save(picture)
+        print(picture)
+    if _MP4.value:
+        write_clip(trace, clip, layer=_LAYER.value, units=_UNITS.value, seconds=_SECONDS.value, font=font)
+        print(clip)
 
 
 def main(traces: Sequence[str]) -> None:
-    """Write what the flags ask for."""
+    """Write what the flags ask for; if it cannot all be, an index of what was written."""
     names = _names(traces)
     _check_flags()
-    folder = _folder()
+    if _OUT.value is None:
+        raise UserError("Give --out, the folder to write to.")
+    folder = cli.make_folder("out", _OUT.value)
     font = None if _FONT.value is None else Path(_FONT.value)
     entries = []
-    for path, name in zip(traces, names):
-        trace = load(path)
-        file = folder / f"{name}.html"
-        file.write_text(viewer_page(trace, layer=_LAYER.value), encoding="utf-8", newline="\n")
-        print(file)
-        if _PNG.value:
-            picture = sheet(trace, layer=_LAYER.value, units=_UNITS.value, font=font)
-            picture.save(folder / f"{name}.png")
-            print(folder / f"{name}.png")
-        if _MP4.value:
-            clip = folder / f"{name}.mp4"
-            write_clip(trace, clip, layer=_LAYER.value, units=_UNITS.value, seconds=_SECONDS.value, font=font)
-            print(clip)
-        if len(names) > 1:
-            entries.append(Entry.of(trace, file.name))
-    if entries:
-        (folder / f"{_INDEX}.html").write_text(index_page(entries), encoding="utf-8", newline="\n")
-        print(folder / f"{_INDEX}.html")
+    try:
+        for path, name in zip(traces, names):
+            trace = load(path)
+            try:
+                _show(trace, folder / name, font)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+            if len(names) > 1:
+                entries.append(Entry.of(trace, f"{name}.html"))
+    finally:
+        if entries:
+            index = folder / f"{_INDEX}.html"
+            cli.write_text(index, index_page(entries))
+            print(index)
 
 
 if __name__ == "__main__":

@@ -57,36 +57,32 @@ def most_looked_at(units: Sequence[Unit], selected: np.ndarray, count: int) -> l
     return [unit for unit in units if unit.unit in kept]
 
 
-def title_of(unit: Unit, units: Sequence[Unit], times: Sequence[np.ndarray]) -> str:
-    """What a unit shows, in words.
-
-    Args:
-      unit: one of
-      units: all of the prompt.
-      times: float [T] of each video, seconds at which its frames are shown.
-    """
-    if unit.video:
-        seconds = float(times[unit.index][unit.frame])
-        return f"Video {unit.index + 1}, frame {unit.frame + 1} of {len(times[unit.index])}, {seconds:.1f} s"
-    views = [other.unit for other in units if not other.video and other.index == unit.index]
-    view = f", view {views.index(unit.unit) + 1} of {len(views)}" if len(views) > 1 else ""
-    return f"Image {unit.index + 1}{view}"
-
-
 def titles_of(trace: Trace) -> list[str]:
     """What each unit of a trace shows, in words."""
-    shown = [picture for picture in trace.pictures if picture.video]
-    times: list[np.ndarray] = []
-    for index in range(1 + max((picture.index for picture in shown), default=-1)):
-        seconds = {picture.frame: picture.seconds for picture in shown if picture.index == index}
-        times.append(np.array([seconds.get(frame, np.nan) for frame in range(1 + max(seconds, default=-1))]))
-    return [title_of(unit, trace.units, times) for unit in trace.units]
+    frames: dict[int, int] = {}
+    views: dict[int, list[int]] = {}
+    for unit in trace.units:
+        if unit.video:
+            frames[unit.index] = max(frames.get(unit.index, 0), unit.frame + 1)
+        else:
+            views.setdefault(unit.index, []).append(unit.unit)
+
+    def title(unit: Unit) -> str:
+        if unit.video:
+            seconds = trace.picture_of(unit).seconds
+            return f"Video {unit.index + 1}, frame {unit.frame + 1} of {frames[unit.index]}, {seconds:.1f} s"
+        of = views[unit.index]
+        view = f", view {of.index(unit.unit) + 1} of {len(of)}" if len(of) > 1 else ""
+        return f"Image {unit.index + 1}{view}"
+
+    return [title(unit) for unit in trace.units]
 
 
 def covered(picture: np.ndarray, unit: Unit) -> np.ndarray:
     """The part of a picture, uint8 [height, width, 3], that a unit's grid shows; padding is black."""
     left, top, right, bottom = (round(edge) for edge in unit.corners)
-    return np.asarray(Image.fromarray(picture).crop((left, top, right, bottom)))
+    box = (left, top, max(right, left + 1), max(bottom, top + 1))
+    return np.asarray(Image.fromarray(picture).crop(box))
 
 
 def unit_sheets(

@@ -3,6 +3,7 @@
 Axes: T generated tokens; h, w the token grid of the image, row-major from the top left; H, W image pixels.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -268,13 +269,18 @@ def _draw_label(
 
 
 def wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The text broken at spaces into lines of at most ``room`` pixels; a longer word gets its own line."""
+    """The text broken at spaces into lines of at most ``room`` pixels; a longer word is broken anywhere."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= room:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        while font.getlength(word) > room and len(word) > 1:
+            rest = range(2, len(word))
+            cut = 1 + bisect.bisect_right(rest, room, key=lambda end, word=word: font.getlength(word[:end]))
+            lines.append(word[:cut])
+            word = word[cut:]
+        lines.append(word)
     return lines
 
 

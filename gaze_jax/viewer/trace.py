@@ -18,6 +18,7 @@ LONGEST = 640
 """Longest side of a picture's copy in pixels."""
 
 _QUALITY = 85
+_PADDED = 8  # times a picture's longest side: no view or frame shows more
 _SLACK = 1e-3  # softmax shares are sums of many float32 numbers
 
 
@@ -53,8 +54,10 @@ class Picture:
         try:
             with PIL.Image.open(io.BytesIO(self.jpeg), formats=("JPEG",)) as image:
                 sides = image.size
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{what} is not a JPEG file.") from error
+                if max(sides) <= LONGEST:
+                    image.load()
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"{what} is not a JPEG file of at most {LONGEST} pixels a side.") from error
         if max(sides) > LONGEST:
             raise ValueError(f"{what} is a copy of {sides[0]}x{sides[1]} pixels; at most {LONGEST} a side.")
 
@@ -210,8 +213,8 @@ def _check_shapes(trace: Trace) -> None:
 
 
 def _check_pictures(trace: Trace) -> None:
-    keys = [picture.key for picture in trace.pictures]
-    if len(set(keys)) < len(keys) or set(keys) != {(u.video, u.index, u.frame) for u in trace.units}:
+    sizes = {picture.key: picture.size for picture in trace.pictures}
+    if len(sizes) < len(trace.pictures) or set(sizes) != {(u.video, u.index, u.frame) for u in trace.units}:
         raise ValueError(
             "pictures must hold one picture for each image and frame of the units, and no other."
         )
@@ -225,6 +228,10 @@ def _check_pictures(trace: Trace) -> None:
         left, top, right, bottom = unit.corners
         if not (np.isfinite(unit.corners).all() and left < right and top < bottom):
             raise ValueError(f"unit {unit.unit} has corners={unit.corners}, which are no rectangle.")
+        # With a margin for padding; whoever draws it takes memory for that.
+        longest, sides = max(sizes[unit.video, unit.index, unit.frame]), (right - left, bottom - top)
+        if max(sides) > _PADDED * longest or max(map(abs, unit.corners)) > 2 * _PADDED * longest:
+            raise ValueError(f"unit {unit.unit} has corners={unit.corners}, far outside of its picture.")
 
 
 def _check_selection(trace: Trace) -> None:

@@ -23,6 +23,7 @@ MAX_BYTES = 2 << 30
 """Largest trace that is read, in bytes after decompression."""
 
 _MAX_META = 64 << 20
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # their readers take no more than they are asked for
 
 # The arrays of the file: their types there, as .npy writes them, and their axes.
 _STORED = {
@@ -107,6 +108,12 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     arrays["grids"] = np.concatenate([unit.regions.ravel() for unit in trace.units]).astype(ids)
     arrays["jpegs"] = np.frombuffer(b"".join(picture.jpeg for picture in trace.pictures), np.uint8)
     text = json.dumps(meta, allow_nan=False, default=_plain).encode()
+    held = len(text) + sum(array.nbytes for array in arrays.values())
+    if held > MAX_BYTES:
+        raise UserError(
+            f"Trace {os.fspath(path)!r} would hold {held} bytes, more than the limit of {MAX_BYTES}; "
+            "trace fewer tokens."
+        )
     try:
         with open(path, "wb") as file:  # savez would add .npz to a name
             np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
@@ -140,7 +147,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         raise UserError(f"Trace {name!r} is damaged, cut short or no trace; write it again.") from error
     except OSError as error:
         raise UserError(f"Trace {name!r} cannot be read ({error.strerror}).") from error
-    # RuntimeError and NotImplementedError: encrypted, or compressed in a way that NumPy does not use.
+    # RuntimeError: encrypted.
     except (ValueError, EOFError, OverflowError, zlib.error, RuntimeError) as error:
         why = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"Trace {name!r} is damaged ({why}); write it again.") from error
@@ -148,6 +155,8 @@ def load(path: str | os.PathLike[str]) -> Trace:
 
 def _read(file: zipfile.ZipFile, name: str) -> Trace:
     entries = {info.filename: info for info in file.infolist()}
+    if any(info.compress_type not in _PACKED for info in entries.values()):
+        raise ValueError("it is compressed in a way that NumPy does not use")
     if "meta.npy" not in entries:
         raise UserError(f"Trace {name!r} is no trace: it has no entry 'meta'; give a file that holds one.")
     meta = _read_meta(file, entries["meta.npy"], name)
@@ -211,7 +220,10 @@ def _read_array(
     length = math.prod(found) * np.dtype(dtype).itemsize
     if length + len(start) + len(header) != size:
         raise ValueError(f"{name} has not the length that it declares")
-    return np.frombuffer(entry.read(), dtype).reshape(found)  # to the end, where the checksum is compared
+    values = entry.read(length)
+    if len(values) < length or entry.read(1):  # at the end the checksum is compared
+        raise ValueError(f"{name} has not the length that it declares")
+    return np.frombuffer(values, dtype).reshape(found)
 
 
 def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[str, Any]:
@@ -245,7 +257,7 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
     for picture in meta["pictures"]:
         _check_fields("a picture", picture, _PICTURE)
         _check_numbers("size", picture["size"], 2)
-        _check_numbers("bytes", [picture["bytes"]], 1)
+        _check_numbers("index, frame and bytes", [picture[name] for name in ("index", "frame", "bytes")], 3)
     return meta
 
 
@@ -285,7 +297,6 @@ def _pictures(stored: list[dict[str, Any]], jpegs: bytes) -> tuple[Picture, ...]
         jpeg = jpegs[at : at + one["bytes"]]
         at += one["bytes"]
         height, width = one["size"]
-        pictures.append(
-            Picture(one["video"], one["index"], one["frame"], one["seconds"], (height, width), jpeg)
-        )
+        seconds = None if one["seconds"] is None else float(one["seconds"])
+        pictures.append(Picture(one["video"], one["index"], one["frame"], seconds, (height, width), jpeg))
     return tuple(pictures)

@@ -1,6 +1,7 @@
 """A trace as an MP4: a clip that steps through the answer, with what each token looked at clear."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -29,7 +30,8 @@ FPS = 10
 WIDTH = 1280
 _MARGIN = 32
 _GAP = 16
-_ROOM = 640  # most pixels downwards that the pictures take
+_ROOM = 640  # most pixels downwards that the pictures take, unless each were smaller than
+_SMALLEST = 48
 _LABEL = 26  # under each, where there are several
 _LINE = 30  # of the caption
 _LINES = 3
@@ -123,8 +125,11 @@ def clip_pages(
     across, down = max(p.width for p in panels) + _GAP, max(p.height for p in panels) + label + _GAP
     fonts = Fonts.load(font)
 
-    heading = wrapped(drawable(trace.question, fonts.heading), WIDTH - 2 * _MARGIN, fonts.heading)
-    heading = heading[:_QUESTION_LINES]
+    heading = [
+        line
+        for part in trace.question.splitlines()
+        for line in wrapped(drawable(part, fonts.heading), WIDTH - 2 * _MARGIN, fonts.heading)
+    ][:_QUESTION_LINES]
     captions_top = _MARGIN + _LINE * len(heading) + 8
     top = captions_top + _LINE * _LINES + 34
     height = top + down * -(-len(parts) // columns) - _GAP + _MARGIN
@@ -150,16 +155,19 @@ def clip_pages(
 
 
 def _arranged(sizes: Sequence[tuple[int, int]], label: int) -> tuple[int, int]:
-    """How many columns show pictures of these (height, width) largest, and their longest side then."""
-    best = (0.0, 1, 0)
-    for columns in range(1, len(sizes) + 1):
+    """How many columns show pictures of these (height, width) largest, and their longest side then.
+
+    Where they would be smaller than _SMALLEST they are that large, in a page that is longer.
+    """
+    room = WIDTH - 2 * _MARGIN + _GAP
+    best = (-math.inf, 0, 1)
+    for columns in range(1, min(len(sizes), room // (_SMALLEST + _GAP)) + 1):
         rows = -(-len(sizes) // columns)
-        wide = (WIDTH - 2 * _MARGIN + _GAP) / columns - _GAP
-        high = (_ROOM + _GAP) / rows - _GAP - label
+        wide, high = room / columns - _GAP, (_ROOM + _GAP) / rows - _GAP - label
         # All are drawn with one longest side.
         panel = min(max(size) * min(wide / size[1], high / size[0]) for size in sizes)
         best = max(best, (panel, -columns, columns))
-    return best[2], max(48, int(best[0]))
+    return best[2], max(_SMALLEST, int(best[0]))
 
 
 def _draw_caption(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
+import skimage.io
 
 from gaze_jax.convert.load import load, one_device
 from gaze_jax.data.chat import conversation_parts, default_system
@@ -188,8 +189,9 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, l
     np.testing.assert_allclose(logits(talking._session)[0], expected, atol=1e-4)
 
 
-def test_a_long_conversation_makes_its_cache_grow():
+def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
     """Room is made as it is needed, and what was read before stays."""
+    monkeypatch.setattr(chat, "room_for", lambda tokens: tokens)
     narrow, wide = talk(looking=DENSE, room=4), talk(looking=DENSE, room=200)
     assert narrow._session.room < 20 < 200 <= wide._session.room
     for talking in (narrow, wide):
@@ -261,6 +263,68 @@ def test_an_empty_system_prompt_is_one(monkeypatch):
     """And not the template's own, nor the family's."""
     got = prompt_of("cambrian_s", monkeypatch, system="")
     assert got.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+
+
+def test_a_question_without_pictures_leaves_their_cache_as_it_is():
+    """Nobody reads empty slots of regions that the layout could have and no picture has."""
+    talking = assistant("cambrian_s").looking(region=(4, 4)).talk(looking=Looking(keep=0.5))
+    talking.ask(QUESTION, videos=[FRAMES[:2]])
+    before = talking._session.slots, talking._session._cache.visual_order.shape
+    assert before[0] < assistant("cambrian_s").looking(region=(4, 4)).layout.slots
+    list(talking.answer(2))
+    talking.ask(FURTHER)
+    assert (talking._session.slots, talking._session._cache.visual_order.shape) == before
+
+
+def test_files_can_be_asked_about_in_turns(tmp_path):
+    """Named, as in generate; what is none is refused, and the conversation goes on."""
+    skimage.io.imsave(tmp_path / "photo.png", PHOTO)
+    talking = assistant("cambrian_s").talk(looking=TWO)
+    with pytest.raises(UserError, match=r"absent\.png"):
+        talking.ask(QUESTION, images=[str(tmp_path / "absent.png")])
+    with pytest.raises(UserError, match=r"videos='walk\.mp4' must be a list of videos"):
+        talking.ask(QUESTION, videos="walk.mp4")
+    talking.ask(QUESTION, images=[tmp_path / "photo.png"])
+    expected = talk()
+    assert [a.text for a in talking.answer(3)] == [a.text for a in expected.answer(3)]
+
+
+def test_a_running_video_may_have_fewer_regions_than_the_budget_at_first():
+    """More are to come."""
+    talking = assistant("cambrian_s").talk(looking=Looking(top_k=50))
+    talking.watch(FRAMES[:1])
+    assert talking.top_k == talking.regions < 50
+    with pytest.raises(UserError, match="top_k=50 must be between"):
+        assistant("cambrian_s").talk(looking=Looking(top_k=50)).watch(FRAMES[:1], last=True)
+
+
+def test_a_trace_is_of_the_question_that_was_answered():
+    """Also when another one, about another picture, has been read."""
+    talking = talk(looking=Looking(top_k=1))
+    list(talking.answer(2, watch=True))
+    before = talking.trace()
+    talking.ask(FURTHER, images=[PHOTO[:, ::-1]])
+    after = talking.trace()
+    assert after.question == QUESTION and len(after.units) == len(before.units)
+    np.testing.assert_array_equal(after.selected, before.selected)
+    list(talking.answer(2, watch=True))
+    assert talking.trace().question == FURTHER and len(talking.trace().pictures) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"stop": "END"}, "put brackets around it"),
+        ({"looking": Looking(top_k=1, dense_layers=(9,))}, r"dense_layers=\(9,\) must be"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_before_anything_is_computed(options, sentence, monkeypatch):
+    """Prefill may take minutes."""
+    monkeypatch.setattr(chat, "Session", None)
+    with pytest.raises(UserError, match=sentence):
+        assistant("cambrian_s").generate(QUESTION, images=[PHOTO], **options)
 
 
 def test_a_refused_answer_leaves_the_question_open():

@@ -63,11 +63,25 @@ def test_greedy_takes_the_first_of_the_likeliest():
     assert drawn[0] == 1 and drawn[2] == 0 and drawn.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-44])
+def test_a_temperature_near_0_is_greedy(temperature):
+    """Where dividing by it overflows too."""
+    sampling = Sampling.of([temperature], [0.9], [1])
+    assert next_token(jnp.asarray([[1.0, 5.0, 2.0]]), sampling, jnp.zeros(1, jnp.int32)).tolist() == [1]
+
+
 @pytest.mark.parametrize(
-    "wrong", [(0, 0.0, 1.0, 0), (1, -1.0, 1.0, 0), (1, float("nan"), 1.0, 0), (1, 0.0, 0.0, 0)]
+    ("sentence", "wrong"),
+    [
+        ("temperature=-1.0 must be", (-1.0, 1.0, 0)),
+        ("temperature=nan must be", (float("nan"), 1.0, 0)),
+        ("temperature=inf must be", (float("inf"), 1.0, 0)),
+        ("top_p=0.0 must be", (0.0, 0.0, 0)),
+        ("top_p=1.1 must be", (0.0, 1.1, 0)),
+        ("seed=-1 must be", (0.0, 1.0, -1)),
+    ],
 )
-def test_numbers_out_of_range_are_refused(wrong):
-    """So are a top_p above 1 and a seed below 0."""
-    for numbers in (wrong, (1, 0.0, 1.1, 0), (1, 0.0, 1.0, -1)):
-        with pytest.raises(UserError, match="must be at least 1, temperature="):
-            check_sampling(*numbers)
+def test_numbers_out_of_range_are_refused(sentence, wrong):
+    """Named, each."""
+    with pytest.raises(UserError, match=sentence):
+        check_sampling(*wrong)

@@ -169,6 +169,20 @@ def test_nothing_compiles_twice():
     assert compiles() > before, "the counter counts"
 
 
+def test_a_long_conversation_compiles_seldom():
+    """The cache grows by half at least, so of many equal turns few make it grow."""
+    talk = session(row(0, ASK))
+    compiled, sizes = [], []
+    for _ in range(10):
+        before = compiles()
+        say(talk, 8)
+        talk.read([row(MORE, order=int(talk.order[0]) + 1)])
+        compiled.append(compiles() > before)
+        sizes.append(talk._cache.dense_order.shape[1])
+    grew = np.diff(sizes) > 0
+    assert 0 < grew.sum() <= 3 and sum(compiled[4:]) <= 2
+
+
 def test_a_mesh_changes_where_rows_are_and_not_what_they_say():
     """Rows are dealt to the devices, three rows to four of them; the cache stays split."""
     rows = [row(0, ASK), row(1, MORE), row(3, MORE)]

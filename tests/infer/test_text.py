@@ -48,8 +48,20 @@ def test_nothing_of_a_stop_string_is_ever_shown(text):
 def test_the_first_stop_string_counts():
     """Also when a longer one begins before it in the text."""
     assert spoken("a b c d", stop=("d", "b"))[0].text == "a "
-    with pytest.raises(UserError, match="A stop string is empty"):
-        Speech(TOKENIZER, END, ("",))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "stop", "limit"),
+    [
+        ("A stop string is empty", ("",), 1),
+        ("stop='END' must be a list of strings", "END", 1),
+        ("max_tokens=0 must be at least 1", (), 0),
+    ],
+)
+def test_limits_that_no_answer_can_have_are_refused(sentence, stop, limit):
+    """A string is no list of its letters."""
+    with pytest.raises(UserError, match=sentence):
+        Speech(TOKENIZER, END, stop, limit)
 
 
 def test_held_back_text_comes_at_the_end():

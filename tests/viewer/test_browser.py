@@ -294,6 +294,11 @@ def test_play_steps_through_the_words_and_pauses(show):
     page.press("Space")
     assert page.current() == 0
     page.press("Space")
+    page.all("#answer button")[2].click()  # with the focus on a word too
+    page.press("Space")
+    assert page.find("#play").get_attribute("aria-pressed") == "true"
+    page.press("Space")
+    assert page.find("#play").get_attribute("aria-pressed") == "false" and page.current() == 2
 
 
 def wait(condition, seconds=5):
@@ -480,6 +485,12 @@ def test_the_keyboard_alone_is_enough(show):
     page.find("#next").send_keys("\ue007")
     assert page.current() == 3
     assert "Word 4 of 5, two" in page.text("#status")
+    page.all("#strip button")[0].click()
+    page.press(".")
+    assert page.js("return document.activeElement === document.querySelectorAll('#strip button')[1]")
+    page.js("document.querySelector('.scroll').focus()")
+    page.press("ArrowLeft")
+    assert page.current() == 3, "arrows scroll the table"
 
 
 def luminance(colour):
@@ -552,6 +563,17 @@ def test_a_browser_that_is_too_old_is_told(driver, tmp_path):
         assert "2023 or newer" in page.text("#problem")
     finally:
         driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", gone)
+
+
+def test_a_damaged_page_says_so(driver, tmp_path):
+    """Not that the browser is at fault."""
+    text = viewer_page(make_trace())
+    assert '"arrays":"' in text
+    (tmp_path / "page.html").write_text(text.replace('"arrays":"', '"arrays":"AAAA'), encoding="utf-8")
+    driver.get((tmp_path / "page.html").as_uri())
+    page = Page(driver)
+    wait(lambda: "This page is damaged" in page.text("#problem"))
+    assert not page.find("#main").is_displayed() and complaints(driver) == []
 
 
 def test_screenshots_show_a_page_after_keys(driver, tmp_path):

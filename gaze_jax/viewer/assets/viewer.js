@@ -31,8 +31,16 @@
     return image;
   }
 
-  const numbers = await unpacked();
-  const images = await Promise.all(data.pictures.map(decoded));
+  let numbers, images;
+  try {
+    numbers = await unpacked();
+    images = await Promise.all(data.pictures.map(decoded));
+  } catch (error) {
+    // A browser that is too old for the rest has said so already.
+    if (error instanceof ReferenceError) throw error;
+    $("problem").textContent = `This page is damaged (${error.message}); write it again.`;
+    return;
+  }
   let cells = 0;
   for (const unit of units) {
     unit.cells = unit.grid[0] * unit.grid[1];
@@ -339,6 +347,9 @@
     if ("token" in change && document.activeElement?.closest("#answer")) {
       words[within(change.token, 0, tokens.length - 1)].focus({ preventScroll: true });
     }
+    if ("unit" in change && document.activeElement?.closest("#strip")) {
+      frames[within(change.unit, 0, units.length - 1)].focus({ preventScroll: true });
+    }
     Object.assign(state, change);
     state.token = within(state.token, 0, tokens.length - 1);
     state.layer = within(state.layer, -1, layers - 1);
@@ -371,14 +382,22 @@
     " ": () => play(!state.timer),
   };
 
+  // Words and frames are chosen with Enter: on them, as elsewhere, the space bar plays.
+  const onChoice = (at) => at.closest("#answer, #strip") !== null;
+
   document.addEventListener("keydown", (event) => {
     const at = event.target;
-    // A chooser has its own use for arrows, and a button for the space bar.
+    // A chooser and a box that scrolls have their own use for arrows, and a button for the space bar.
     if (event.ctrlKey || event.altKey || event.metaKey || at instanceof HTMLSelectElement) return;
-    if (event.key === " " && (at instanceof HTMLButtonElement || at instanceof HTMLInputElement)) return;
+    if (at.closest(".scroll")) return;
+    const button = at instanceof HTMLButtonElement || at instanceof HTMLInputElement;
+    if (event.key === " " && button && !onChoice(at)) return;
     if (!Object.hasOwn(KEYS, event.key)) return;
     event.preventDefault();
     KEYS[event.key]();
+  });
+  document.addEventListener("keyup", (event) => {
+    if (event.key === " " && onChoice(event.target)) event.preventDefault(); // Firefox clicks here
   });
   $("back").addEventListener("click", KEYS.ArrowLeft);
   $("next").addEventListener("click", KEYS.ArrowRight);

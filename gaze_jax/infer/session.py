@@ -275,8 +275,6 @@ class Session:
         return dataclasses.replace(placed, slot=np.int32(turn.slot))
 
 
-_VISUAL = ("visual_src", "visual_order", "visual_pos", "visual_unit")
-
 _DENSE = (
     "tokens",
     "kind",
@@ -300,7 +298,7 @@ def _narrow(row: Arrays, slots: int) -> dict[str, np.ndarray]:
     """The row with no more than ``slots`` token slots where it has no regions that could use them."""
     if len(row["visual_src"]):
         return dict(row)
-    return dict(row) | {name: row[name][:, :slots] for name in _VISUAL}
+    return {name: a[:, :slots] if name.startswith("visual_") else a for name, a in row.items()}
 
 
 def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:

@@ -87,8 +87,13 @@ def at_once(config, params, arrays, top_k):
     batch = {name: jnp.asarray(value) for name, value in stack([arrays]).items()}
     budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
     images = batch["images"] if batch["images"].shape[1] else None
-    found, _ = MLLM(config).apply({"params": params}, images, Streams.from_batch(batch), top_k=budget)
+    found = _one_pass(MLLM(config), params, images, Streams.from_batch(batch), budget)
     return np.asarray(found[0, len(arrays["tokens"]) - 1])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_pass(model, params, images, streams, top_k):
+    return model.apply({"params": params}, images, streams, top_k=top_k)[0]
 
 
 def said_row(ids, order):

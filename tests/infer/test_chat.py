@@ -267,10 +267,10 @@ def test_an_empty_system_prompt_is_one(monkeypatch):
 
 def test_a_question_without_pictures_leaves_their_cache_as_it_is():
     """Nobody reads empty slots of regions that the layout could have and no picture has."""
-    talking = assistant("cambrian_s").looking(region=(4, 4)).talk(looking=Looking(keep=0.5))
+    talking = assistant("cambrian_s").talk(looking=Looking(keep=0.5))
     talking.ask(QUESTION, videos=[FRAMES[:2]])
     before = talking._session.slots, talking._session._cache.visual_order.shape
-    assert before[0] < assistant("cambrian_s").looking(region=(4, 4)).layout.slots
+    assert before[0] < assistant("cambrian_s").layout.slots
     list(talking.answer(2))
     talking.ask(FURTHER)
     assert (talking._session.slots, talking._session._cache.visual_order.shape) == before

@@ -100,7 +100,7 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
         ('{"images": []}', "has no question; ask something"),
         ('{"question": "<image> a"}', "has 1 <image> and 0 <video> tags but 0 images"),
         ('{"question": "a", "top_k": 0}', "Line 1 of .*: top_k=0 must be at least 1"),
-        ('{"question": "a", "top_p": 2}', "top_p=2 above 0 and at most 1"),
+        ('{"question": "a", "top_p": 2}', "top_p=2 must be above 0 and at most 1"),
         ('{"question": "a", "look_at": ["1,2"]}', "look_at='1,2' must be x0,y0,x1,y1"),
         ("[1]", "must be a JSON object, not list"),
         ("{", "is not valid JSON"),

@@ -171,16 +171,16 @@ def test_nothing_compiles_twice():
 
 def test_a_long_conversation_compiles_seldom():
     """The cache grows by half at least, so of many equal turns few make it grow."""
-    talk = session(row(0, ASK))
+    talk = session(row(0, ASK), room=128)
     compiled, sizes = [], []
-    for _ in range(10):
+    for _ in range(8):
         before = compiles()
         say(talk, 8)
         talk.read([row(MORE, order=int(talk.order[0]) + 1)])
         compiled.append(compiles() > before)
         sizes.append(talk._cache.dense_order.shape[1])
     grew = np.diff(sizes) > 0
-    assert 0 < grew.sum() <= 3 and sum(compiled[4:]) <= 2
+    assert grew.sum() == 1 and sum(compiled[2:]) <= 2  # the turn that grows, and the next one's answer
 
 
 def test_a_mesh_changes_where_rows_are_and_not_what_they_say():

@@ -4,12 +4,13 @@ A token that is decoded reads every parameter once, so what counts is how often 
 copies a layer out of a stacked kernel before it multiplies: three times the traffic. And it packs a kernel
 that is a product's right side, even for a handful of rows, but not a left side that is [out, in]. So the
 layer index picks a branch, each with an array of its own, which stands on the left. Values are those of the
-stacked form up to rounding. Products of thousands of rows are no slower, so prefill reads the same arrays.
+stacked form up to rounding. Prefill reads the same arrays, from the right side where it has many rows.
 
 Accelerators want the stacked form: there a branch costs a synchronisation and a slice nothing.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Tree = Any
+
+# From so many rows on packing a kernel costs little, and turning the product around more.
+_MANY = 128
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +76,8 @@ def is_split(blocks: Tree) -> bool:
 
 def product(kernel: Array, x: Array, **kinds: Any) -> Array:
     """``x @ kernel.T`` of [out, in] and [..., in], where the kernel is multiplied as it lies in memory."""
+    if math.prod(x.shape[:-1]) >= _MANY:
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), **kinds)
     out = jax.lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())), **kinds)
     # Without the barrier XLA turns the product around, and the kernel is its right side again.
     return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], kernel.shape[0])

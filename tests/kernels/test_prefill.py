@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import gaze_prefill
-from pallas_kernels.gaze_prefill import tpu, tpu_kernels
+from pallas_kernels.gaze_prefill import cpu, tpu, tpu_kernels
 from tests.helpers import cases, oracle
 from tests.helpers.streams import Text, Unit, sample
 from tests.kernels.prefill_suite import PrefillSuite, _rows
@@ -30,6 +30,64 @@ class TestXla(PrefillSuite):
     """Plain XLA, on whatever backend runs the tests."""
 
     implementation = "xla"
+
+
+class TestXlaInChunks:
+    """What a CPU does with long sequences, here with chunks of 7 keys and blocks of 16 queries."""
+
+    @pytest.fixture(autouse=True)
+    def _small_chunks(self, monkeypatch):
+        monkeypatch.setattr(cpu, "CHUNK", 7)
+        monkeypatch.setattr(cpu, "_LOGITS", 1)
+
+    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("routed", [True, False])
+    def test_values_and_gradients(self, share, routed):
+        """Of several samples a row, with and without a selection; NaN where no query looks."""
+        case = cases.prefill(_rows(), share=share)
+        case = case if routed else dataclasses.replace(case, selected=None)
+        out, got = jax.jit(lambda case: _with_gradients(case, "xla"))(case)
+        expected, exact = jax.jit(lambda case: _with_gradients(case, "reference"))(case)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+        for mine, theirs in zip(got, exact, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
+
+    @pytest.mark.parametrize("parts", [[Text(20)], [Text(1), Unit(6, 6)]], ids=["text", "image"])
+    def test_a_stream_alone(self, parts):
+        """No visual keys at all, or hardly any others; fewer than a chunk and many chunks."""
+        case = cases.prefill([sample(parts)])
+        out = jax.jit(lambda case: _with_gradients(case, "xla")[0])(case)
+        expected = jax.jit(lambda case: _with_gradients(case, "reference")[0])(case)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+
+    def test_bf16(self):
+        """Near the float32 values of the same numbers."""
+        case = cases.prefill(_rows(), dtype=jnp.bfloat16)
+        wide = case.with_arrays(tuple(a.astype(jnp.float32) for a in case.arrays()))
+        out = jax.jit(lambda case: _with_gradients(case, "xla")[0])(case)
+        expected = jax.jit(lambda case: _with_gradients(case, "reference")[0])(wide)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
+
+    def test_a_chunk_that_nobody_sees_is_not_read(self):
+        """NaN in it would reach the sums through 0 * NaN."""
+        rng = np.random.default_rng(0)
+        q, k, v = (
+            jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 4, 8), *((1, 2, 21, 8),) * 2)
+        )
+        seen = jnp.ones((1, 3, 1, 21), bool).at[..., 7:14].set(False)
+        bad = cpu.chunked(k.at[:, :, 7:14].set(jnp.nan), v.at[:, :, 7:14].set(jnp.nan))
+        out = cpu.attend(q, [(bad, seen)], 0.5)
+        np.testing.assert_array_equal(out, cpu.attend(q, [(cpu.chunked(k, v), seen)], 0.5))
+        half = seen.at[:, 1, :, 10].set(True)
+        assert np.isnan(cpu.attend(q, [(bad, half)], 0.5)).any()
+
+    def test_logits_stay_in_cache(self, monkeypatch):
+        """Fewer queries at once for more rows and heads, but never a handful."""
+        monkeypatch.undo()
+        assert cpu.queries_at_once(512, 1, 14) == 146
+        assert cpu.queries_at_once(64, 1, 14) == 64
+        assert cpu.queries_at_once(512, 64, 32) == 16
 
 
 class TestTpu(PrefillSuite):

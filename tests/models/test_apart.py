@@ -50,6 +50,16 @@ def test_prefill_and_decode_are_those_of_stacked_parameters(name, top_k):
         models.close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, apart._MANY - 1, apart._MANY, 300])
+def test_a_product_is_that_of_any_side(rows):
+    """Few rows and many are multiplied from different sides."""
+    rng = np.random.default_rng(rows)
+    kernel, x = rng.normal(size=(24, 16)).astype(np.float32), rng.normal(size=(rows, 16)).astype(np.float32)
+    np.testing.assert_allclose(apart.product(kernel, jnp.asarray(x)), x @ kernel.T, rtol=1e-5, atol=1e-5)
+    deep = apart.product(kernel, jnp.asarray(x).reshape(1, rows, 16))
+    np.testing.assert_allclose(deep[0], x @ kernel.T, rtol=1e-5, atol=1e-5)
+
+
 def test_teacher_forced_logits_of_split_parameters():
     """Whole sequences, of unequal lengths."""
     images, streams = models.toy()

@@ -1,0 +1,125 @@
+"""Attention of a block of queries as a CPU wants it: keys in chunks, one softmax that grows with them.
+
+What counts on a CPU is that logits stay in its cache: a block of queries meets a chunk of keys, adds to a
+running maximum, sum and output (online softmax, arXiv 1805.02867), and the logits are gone. A chunk that no
+query of the block sees is skipped, which for causal attention is half of them. Other devices do better with
+few large products, and a branch costs them a synchronisation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+CHUNK = 512
+"""Keys that are attended to at once."""
+
+_LOGITS = 1 << 20  # that exist at once: 4 MB
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def queries_at_once(most: int, batch: int, heads: int) -> int:
+    """T of a block: at most ``most``, and few enough that its logits for a chunk stay in cache."""
+    return max(1, min(most, max(16, _LOGITS // (batch * heads * CHUNK))))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Keys and values [count, B, K, CHUNK, D], zeros behind the last of them."""
+
+    k: Array
+    v: Array
+
+
+def chunked(k: Array, v: Array) -> Chunks:
+    """Keys and values [B, K, N, D] cut along N; a stream that is shorter is one chunk."""
+    return Chunks(*(_cut(a, 2) for a in (k, v)))
+
+
+def _cut(a: Array, axis: int) -> Array:
+    """``axis`` cut into chunks, which come first."""
+    size = a.shape[axis]
+    chunk = min(CHUNK, size)
+    count = -(-size // chunk) if size else 0
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, count * chunk - size)
+    shape = (*a.shape[:axis], count, chunk, *a.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(a, widths).reshape(shape), axis, 0)
+
+
+def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array:
+    """One softmax of a block of queries over streams of keys.
+
+    Args:
+      q: [B, T, H, D].
+      streams: keys and values, and which of them a query sees, bool [B, T, 1 or K or H, N].
+      scale: of the logits.
+
+    Returns:
+      [B, T, H, D] in the dtype of ``q``; 0 where a query sees nothing.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads = streams[0][0].k.shape[2]
+    group = heads // kv_heads
+    # Query heads of a kv head as rows of one matrix: products of two axes of rows are much slower.
+    rows = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, dim), 1, 3)
+    rows = rows.reshape(batch, kv_heads, group * length, dim)
+    state = (
+        jnp.full((*rows.shape[:3], 1), -jnp.inf, jnp.float32),
+        jnp.zeros((*rows.shape[:3], 1), jnp.float32),
+        jnp.zeros(rows.shape, jnp.float32),
+    )
+    for chunks, seen in streams:
+        if chunks.k.shape[0]:
+            state, _ = jax.lax.scan(
+                lambda state, xs: (_add(state, rows, *xs, scale), None), state, (chunks, _cut(seen, 3))
+            )
+    _, total, out = state
+    out = out / jnp.where(total > 0, total, 1.0)
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, group, length, dim), 3, 1)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+State = tuple[Array, Array, Array]
+
+
+def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) -> State:
+    """The softmax with a chunk more.
+
+    Args:
+      state: running maximum and sum [B, K, G * T, 1] and output [B, K, G * T, D], float32.
+      rows: [B, K, G * T, D].
+      chunk: [B, K, N, D].
+      seen: bool [B, T, 1 or K or H, N].
+      scale: of the logits.
+    """
+    batch, kv_heads, count, _ = rows.shape
+    length, shared = seen.shape[1:3]
+    group = count // length
+
+    def grown(state: State) -> State:
+        top, total, out = state
+        logits = jnp.einsum(
+            "BKMD,BKND->BKMN", rows, chunk.k, precision=_EXACT, preferred_element_type=jnp.float32
+        )
+        mask = jnp.moveaxis(seen, 1, 2)  # [B, 1 or K or H, T, N]
+        mask = mask.reshape(batch, -1, group if shared == kv_heads * group else 1, *mask.shape[2:])
+        logits = logits.reshape(batch, kv_heads, group, length, -1)
+        logits = jnp.where(mask, logits * scale, -jnp.inf).reshape(batch, kv_heads, count, -1)
+        higher = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True)))
+        base = jnp.where(jnp.isfinite(higher), higher, 0.0)
+        weights, kept = jnp.exp(logits - base), jnp.exp(top - base)
+        more = jnp.einsum(
+            "BKMN,BKND->BKMD",
+            weights.astype(rows.dtype),
+            chunk.v,
+            precision=_EXACT,
+            preferred_element_type=jnp.float32,
+        )
+        total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+        return higher, total, out * kept + more
+
+    return jax.lax.cond(jnp.any(seen), grown, lambda state: state, state)

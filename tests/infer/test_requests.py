@@ -87,6 +87,8 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
     assert (first.id, first.images, first.max_tokens, first.system) == ("1", ("x.png",), 7, "Be brief.")
     assert first.looking.look_at[0].box == (0.0, 0.0, 5.0, 5.0)
     assert (second.id, second.stop, second.keep, second.system) == ("why", (".",), 0.5, None)
+    path.write_text("\ufeff" + json.dumps({"question": "one\u2028two\x85"}, ensure_ascii=False) + "\r\n")
+    assert [request.question for request in read_requests(path)] == ["one\u2028two\x85"]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,7 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
         ('{"images": []}', "has no question; ask something"),
         ('{"question": "<image> a"}', "has 1 <image> and 0 <video> tags but 0 images"),
         ('{"question": "a", "top_k": 0}', "Line 1 of .*: top_k=0 must be at least 1"),
+        ('{"question": "a", "stop": [""]}', "Line 1 of .*: A stop string is empty"),
         ('{"question": "a", "top_p": 2}', "top_p=2 must be above 0 and at most 1"),
         ('{"question": "a", "look_at": ["1,2"]}', "look_at='1,2' must be x0,y0,x1,y1"),
         ("[1]", "must be a JSON object, not list"),
@@ -169,6 +172,7 @@ def test_bytes_of_a_cache_are_those_of_its_arrays(assistant):
     assert expected - memory.cache_bytes(small, 1, 5, 9, 32) == saved
     away = assistant.looking(decode_implementation="offload").config
     assert expected - memory.cache_bytes(away, 1, 5, 9, 32) == per * 2 * 45 * 4 * c.head_dim
+    assert memory.cache_bytes(away, 1, 5, 9, 32, on_host=True) == expected
 
 
 def test_the_package_loads_and_answers(assistant, tmp_path):

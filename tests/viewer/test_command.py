@@ -42,6 +42,14 @@ def test_traces_become_pages_sheets_clips_and_an_index(traces, tmp_path):
     assert 'href="one.html"' in index and 'href="two.html"' in index and "And this?" in index
 
 
+def test_what_was_written_is_indexed_whatever_comes_after_it(traces, tmp_path):
+    """A folder where a page should be, or a dense trace that has no sheet: named, and no traceback."""
+    (tmp_path / "out" / "two.html").mkdir(parents=True)
+    _, err = run(traces / "one.gaze", traces / "two.gaze.npz", f"--out={tmp_path / 'out'}", status=2)
+    assert "two.html' cannot be written" in err and err.count("\n") == 1
+    assert 'href="one.html"' in (tmp_path / "out" / "index.html").read_text()
+
+
 MISTAKES = {
     "There is no trace to show": ["--out=OUT"],
     "Give --out": ["ONE"],

@@ -3,9 +3,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from gaze_jax.viewer.contact_sheet import contact_sheet
+from gaze_jax.viewer.contact_sheet import contact_sheet, wrapped
 
 PAPER, SELECTED, TARGET = (250, 250, 247), (0, 133, 202), (230, 97, 0)
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -151,6 +151,15 @@ def test_tokens_that_differ_in_what_cannot_be_seen_are_told_apart(one, other):
         contact_sheet(tiny_image(), [token], quadrants(1, 0, 0, 0) > 0, title="q") for token in (one, other)
     ]
     assert sheets[0].tobytes() != sheets[1].tobytes()
+
+
+@pytest.mark.parametrize("text", ["a" * 400, "short " + "b" * 300 + " end", "\u65e5" * 90])
+def test_a_line_is_never_wider_than_its_room(text):
+    """Scripts without spaces and long words are broken; nothing is lost."""
+    font = ImageFont.load_default(22)
+    lines = wrapped(text, 300, font)
+    assert len(lines) > 1 and all(font.getlength(line) <= 300 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 def test_long_words_stay_within_the_panel_and_long_titles_within_the_sheet():

@@ -1,6 +1,8 @@
 import dataclasses
 import io
 import json
+import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -319,6 +321,14 @@ DAMAGE = {
     "lying": (lying, "dense has not the length that it declares"),
     "short": (lambda e: e.update({"dense.npy": e["dense.npy"][:-2]}), "not the length"),
     "long": (lambda e: e.update({"dense.npy": e["dense.npy"] + b"\0"}), "not the length"),
+    "index": (edit(pictures=lambda p: first(p, index=-1)), "whole numbers, 0 or more"),
+    "frame": (edit(pictures=lambda p: first(p, frame=1 << 40)), "whole numbers, 0 or more"),
+    "outside": (edit(units=lambda u: first(u, corners=[0, 0, 1e6, 1e6])), "far outside of its picture"),
+    "moment": (edit(pictures=lambda p: [*p[:-1], p[-1] | {"seconds": 10**400}]), "is damaged"),
+    "cut picture": (
+        lambda e: e.update({"jpegs.npy": e["jpegs.npy"][:-400] + bytes(400)}),
+        "not a JPEG file",
+    ),
     "values": (put("entries", np.full((5, 3, 4), np.nan, np.float32)), "entries and visual_tokens must be"),
 }
 
@@ -374,6 +384,41 @@ def test_a_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(trace_file, "_read_array", recorded(opened, trace_file._read_array))
     refused(path, "more than the limit of 1048576")
     assert opened == ["meta"]
+
+
+def test_a_bomb_that_declares_little_is_read_no_further(tmp_path):
+    """More compressed zeros than the headers say: memory for what they say is all that is taken."""
+    path = tmp_path / "a.gaze"
+    save(make_trace(), path)
+    with zipfile.ZipFile(path) as file:
+        sizes = {info.filename: info.file_size for info in file.infolist()}
+    rewritten(path, lambda e: e.update({"dense.npy": e["dense.npy"] + bytes(64 << 20)}))
+    honest, true = struct.pack("<L", sizes["dense.npy"]), struct.pack("<L", sizes["dense.npy"] + (64 << 20))
+    whole = path.read_bytes()
+    assert whole.count(true) == 2
+    path.write_bytes(whole.replace(true, honest))
+    tracemalloc.start()
+    refused(path, "damaged")
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 8 << 20
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compressions_are_refused(way, tmp_path):
+    """Their readers take what memory they like."""
+    path = tmp_path / "a.gaze"
+    save(make_trace(), path)
+    rewritten(path, lambda entries: None, way)
+    refused(path, "compressed in a way that NumPy does not use")
+
+
+def test_a_trace_that_is_too_large_is_not_written(tmp_path, monkeypatch):
+    """What could not be read again."""
+    monkeypatch.setattr(trace_file, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match="more than the limit of 1000"):
+        save(make_trace(), tmp_path / "a.gaze")
+    assert not list(tmp_path.iterdir())
 
 
 def recorded(names, function):

@@ -10,7 +10,7 @@ import pytest
 from gaze_jax.errors import UserError
 from gaze_jax.viewer.answer_sheet import most_looked_at
 from gaze_jax.viewer.contact_sheet import SELECTED, _veiled
-from gaze_jax.viewer.video import FPS, WIDTH, clip_pages, write_clip
+from gaze_jax.viewer.video import FPS, WIDTH, _arranged, clip_pages, write_clip
 from tests.helpers.traces import make_media, make_trace
 
 
@@ -84,6 +84,25 @@ def test_a_clip_shows_the_units_that_were_looked_at_most():
     alone = dataclasses.replace(trace, units=(unit,), pictures=(trace.picture_of(unit),))
     for page, other in zip(clip_pages(trace, layer=0, units=1), clip_pages(alone, layer=0, units=8)):
         np.testing.assert_array_equal(page, other)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 130, 1200])
+@pytest.mark.parametrize("size", [(90, 90), (40, 160), (160, 40)])
+def test_any_number_of_pictures_fits_the_width(count, size):
+    """Many are small, never smaller than can be seen; the page becomes longer."""
+    columns, panel = _arranged([size] * count, 26)
+    width = panel * size[1] / max(size)
+    assert 1 <= columns <= count and panel >= 48
+    assert columns * (width + 16) - 16 <= WIDTH - 64
+
+
+def test_a_question_of_several_lines_is_headed_by_them():
+    """A choice below a question is not shown with signs for its line ends."""
+    apart, joined = (
+        make_trace(tokens=("a",), layers=1, question=q) for q in ("Which?\nA. cat", "Which? A. cat")
+    )
+    (one,), (other,) = (clip_pages(trace, layer=0, units=1) for trace in (apart, joined))
+    assert one.height > other.height
 
 
 @pytest.mark.parametrize("tokens", [("a", "\n", "b"), ("w" * 200, " x"), ("",), (" " + "w" * 60,) * 7])

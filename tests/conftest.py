@@ -47,7 +47,7 @@ def _programs():
     and XLA's compiler crashes where it gets no more."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > 25_000:
+    if maps.exists() and maps.read_text().count("\n") > 35_000:
         jax.clear_caches()
         gc.collect()
 

@@ -128,6 +128,8 @@ def test_a_question_that_cannot_be_read_is_named(assistant, photos):
             Request("What?", "q7", (str(photos / "tall.png"),), top_k=99),
             "Question 'q7': top_k=99 must be between",
         ),
+        (Request("What?", "q7", top_k=1, look_at=("0,0,1,1",)), "Question 'q7': Nothing is shown"),
+        (Request("What?", "q7", top_k=1, dense_layers=(9,)), r"Question 'q7': dense_layers=\(9,\) must be"),
     ):
         with pytest.raises(UserError, match=sentence):
             list(answer_all(assistant, [request]))

@@ -57,6 +57,14 @@ class TestCopiesAndIndicesInterpreted(DecodeSuite):
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
+    @pytest.mark.parametrize("share", ["group"])  # the interpreter takes ten seconds for each
+    def test_edge_02_listing_every_region_equals_dense(self, share):
+        super().test_edge_02_listing_every_region_equals_dense(share)
+
+    @pytest.mark.parametrize("share", ["head"])
+    def test_edge_07_minus_one_and_duplicates(self, share):
+        super().test_edge_07_minus_one_and_duplicates(share)
+
     @pytest.mark.parametrize("share", ["head", "group"])
     def test_a_ring_slot_is_filled_again(self, share):
         """More chunks for a block than there are stages; and float32 is float32, not a sum of two parts."""

@@ -278,6 +278,13 @@ def first(items, **fields):
     return [items[0] | fields, *items[1:]]
 
 
+def cut(entries):
+    """The last picture lacks its end."""
+    jpegs = np.load(io.BytesIO(entries["jpegs.npy"]))
+    entries["jpegs.npy"] = npy(jpegs[:-200])
+    edit(pictures=lambda p: [*p[:-1], p[-1] | {"bytes": p[-1]["bytes"] - 200}])(entries)
+
+
 DAMAGE = {
     "no meta": (without("meta"), "has no entry 'meta'"),
     "no array": (without("dense"), "its entries must be"),
@@ -325,10 +332,7 @@ DAMAGE = {
     "frame": (edit(pictures=lambda p: first(p, frame=1 << 40)), "whole numbers, 0 or more"),
     "outside": (edit(units=lambda u: first(u, corners=[0, 0, 1e6, 1e6])), "far outside of its picture"),
     "moment": (edit(pictures=lambda p: [*p[:-1], p[-1] | {"seconds": 10**400}]), "is damaged"),
-    "cut picture": (
-        lambda e: e.update({"jpegs.npy": e["jpegs.npy"][:-400] + bytes(400)}),
-        "not a JPEG file",
-    ),
+    "cut picture": (cut, "not a JPEG file"),
     "values": (put("entries", np.full((5, 3, 4), np.nan, np.float32)), "entries and visual_tokens must be"),
 }
 

@@ -4,7 +4,7 @@ python -m benchmarks.generate --json=benchmarks/results/generate_cpu.json
 
 Four parts. "prefill" reads visual tokens and a question of 16 tokens (turn 1), then another question on the
 cache that it left (turn 2), each up to the first token of the answer. "decode" times generated tokens; its
-caches are filled with random keys and values, because prefilling them would take most of an hour. "attention"
+caches are filled with random keys and values, because prefilling would take most of the time. "attention"
 is the share of routing and attention in such a step. "memory" runs each case in a process of its own and
 reports the highest resident memory after the parameters were loaded, parameters included. Competitors of a
 row take turns in one process; the byte model divides what a step must read by the bandwidth of a large sum

@@ -276,12 +276,16 @@ def wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
             lines[-1] += f" {word}"
             continue
         while font.getlength(word) > room and len(word) > 1:
-            rest = range(2, len(word))
-            cut = 1 + bisect.bisect_right(rest, room, key=lambda end, word=word: font.getlength(word[:end]))
+            cut = _fitting(word, room, font)
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)
     return lines
+
+
+def _fitting(word: str, room: float, font: ImageFont.FreeTypeFont) -> int:
+    """How many letters of a word fit, at least one."""
+    return 1 + bisect.bisect_right(range(2, len(word)), room, key=lambda end: font.getlength(word[:end]))
 
 
 def _heading(title: str, room: float, fonts: Fonts) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:

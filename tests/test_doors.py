@@ -47,6 +47,7 @@ def content(workdir):
     return step, leaves, [file.read_bytes() for file in files]
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_ends_in_the_same_bits(start, tmp_path):
     # Rows and checkpoints fall on different steps, so that a kill leaves rows behind its checkpoint.
     flags = [CONFIG, ONE_DEVICE, "--config.steps=60", "--config.checkpoint_every=6", "--config.log_every=4"]

@@ -12,7 +12,7 @@ from tests.helpers import models
 from tests.helpers.streams import Newline, Text, Unit, batch, pad, sample
 
 STEPS = 3
-KINDS = [("head", "float32"), ("group", "bfloat16")]
+KINDS = [("head", "float32"), pytest.param("group", "bfloat16", marks=pytest.mark.long)]
 
 
 def _config(share, dtype, implementation):

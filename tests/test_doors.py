@@ -47,8 +47,8 @@ def content(workdir):
     return step, leaves, [file.read_bytes() for file in files]
 
 
-@pytest.mark.long
-def test_a_run_that_was_killed_ends_in_the_same_bits(start, tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_a_run_that_was_killed_ends_in_the_same_bits(kills, start, tmp_path):
     # Rows and checkpoints fall on different steps, so that a kill leaves rows behind its checkpoint.
     flags = [CONFIG, ONE_DEVICE, "--config.steps=60", "--config.checkpoint_every=6", "--config.log_every=4"]
     flags.append("--config.eval.samples=2")
@@ -57,16 +57,17 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(start, tmp_path):
     assert "step 60/60" in out and "random routing" in out
 
     rng = np.random.default_rng(time.time_ns())
-    moment = rng.integers(1, 50)
-    process = start("train.py", *flags, f"--workdir={killed}")
-    while last_row(killed) < moment:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.5))
-    process.send_signal(signal.SIGKILL)
-    finish(process, status=-signal.SIGKILL)
+    moments = np.sort(rng.integers(1, 50, size=kills))
+    for moment in moments:
+        process = start("train.py", *flags, f"--workdir={killed}")
+        while last_row(killed) < moment:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        finish(process, status=-signal.SIGKILL)
     finish(start("train.py", *flags, f"--workdir={killed}"))
-    assert content(killed) == content(whole), f"killed after step {moment}"
+    assert content(killed) == content(whole), f"killed after steps {moments}"
 
 
 def test_sigterm_saves_and_ends_well(start, tmp_path):

@@ -50,6 +50,25 @@ def _cut(a: Array, axis: int) -> Array:
     return jnp.moveaxis(jnp.pad(a, widths).reshape(shape), axis, 0)
 
 
+def rows_of(q: Array, kv_heads: int) -> Array:
+    """Queries [B, T, H, D] as [B, K, G * T, D], a matrix for each kv head.
+
+    Every backend multiplies matrices best; products of two axes of rows are plain loops on a CPU.
+    """
+    batch, length, heads, dim = q.shape
+    group = heads // kv_heads
+    rows = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, dim), 1, 3)
+    return rows.reshape(batch, kv_heads, group * length, dim)
+
+
+def queries_of(rows: Array, q: Array) -> Array:
+    """The inverse of :func:`rows_of`, in the shape and dtype of ``q``."""
+    batch, length, heads, dim = q.shape
+    kv_heads = rows.shape[1]
+    rows = rows.reshape(batch, kv_heads, heads // kv_heads, length, dim)
+    return jnp.moveaxis(rows, 3, 1).reshape(q.shape).astype(q.dtype)
+
+
 def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array:
     """One softmax of a block of queries over streams of keys.
 
@@ -61,12 +80,7 @@ def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array
     Returns:
       [B, T, H, D] in the dtype of ``q``; 0 where a query sees nothing.
     """
-    batch, length, heads, dim = q.shape
-    kv_heads = streams[0][0].k.shape[2]
-    group = heads // kv_heads
-    # Query heads of a kv head as rows of one matrix: products of two axes of rows are much slower.
-    rows = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, dim), 1, 3)
-    rows = rows.reshape(batch, kv_heads, group * length, dim)
+    rows = rows_of(q, streams[0][0].k.shape[2])
     state = (
         jnp.full((*rows.shape[:3], 1), -jnp.inf, jnp.float32),
         jnp.zeros((*rows.shape[:3], 1), jnp.float32),
@@ -78,9 +92,7 @@ def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array
                 lambda state, xs: (_add(state, rows, *xs, scale), None), state, (chunks, _cut(seen, 3))
             )
     _, total, out = state
-    out = out / jnp.where(total > 0, total, 1.0)
-    out = jnp.moveaxis(out.reshape(batch, kv_heads, group, length, dim), 3, 1)
-    return out.reshape(q.shape).astype(q.dtype)
+    return queries_of(out / jnp.where(total > 0, total, 1.0), q)
 
 
 State = tuple[Array, Array, Array]

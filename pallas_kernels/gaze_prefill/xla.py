@@ -64,12 +64,10 @@ def _attend(
     scale: float,
 ) -> jax.Array:
     """One softmax over both streams for one block of queries; the masks say what counts."""
-    batch, length, heads, dim = q.shape
+    batch, length, heads = q.shape[:3]
     kv_heads, tokens = visual_k.shape[1:3]
     group = heads // kv_heads
-    # Query heads of a kv head as rows of one matrix, which every backend multiplies best.
-    rows = jnp.moveaxis(q.reshape(batch, length, kv_heads, group, dim), 1, 3)
-    rows = rows.reshape(batch, kv_heads, group * length, dim)
+    rows = cpu.rows_of(q, kv_heads)
 
     def by_group(mask: jax.Array) -> jax.Array:
         """[B, T, 1 | K | H, N] to [B, K or 1, G or 1, T, N]."""
@@ -98,9 +96,7 @@ def _attend(
             "BKMN,BKND->BKMD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
         )
 
-    out = weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], dense_v)
-    out = jnp.moveaxis(out.reshape(batch, kv_heads, group, length, dim), 3, 1)
-    return out.reshape(q.shape).astype(q.dtype)
+    return cpu.queries_of(weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], dense_v), q)
 
 
 def _blocked(tree: Any, count: int, block: int) -> Any:

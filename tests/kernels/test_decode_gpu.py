@@ -57,11 +57,12 @@ class TestCopiesAndIndicesInterpreted(DecodeSuite):
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
-    @pytest.mark.parametrize("share", ["group"])  # the interpreter takes ten seconds for each
+    # The interpreter takes ten seconds for each; `-m gpu` and `-m long` run both.
+    @pytest.mark.parametrize("share", [pytest.param("head", marks=pytest.mark.long), "group"])
     def test_edge_02_listing_every_region_equals_dense(self, share):
         super().test_edge_02_listing_every_region_equals_dense(share)
 
-    @pytest.mark.parametrize("share", ["head"])
+    @pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.long)])
     def test_edge_07_minus_one_and_duplicates(self, share):
         super().test_edge_07_minus_one_and_duplicates(share)
 

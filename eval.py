@@ -15,16 +15,16 @@ from pathlib import Path
 from absl import flags
 
 from gaze_jax import cli
+from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.convert.load import load, one_device
 from gaze_jax.core.regions import DESCRIPTORS
-from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare
 from gaze_jax.evaluate.prompts import default_prompts, read_prompts
 from gaze_jax.evaluate.run import run
 from gaze_jax.models.config import VisionConfig
-from pallas_kernels.spec import SHARES
+from pallas_kernels.spec import SELECT_PER
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of train.py.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Questions of each family; default: the config's.")
@@ -33,13 +33,15 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A converted checkpoint, o
 _CHECK = flags.DEFINE_bool("check", True, "Compare the checkpoint's files with their checksums first.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "JSONL of image and question; default: two bundled photos.")
 _TOP_KS = flags.DEFINE_list("top_ks", None, "Regions per query; default: powers of two, and all.")
-_SHARES = flags.DEFINE_list("shares", list(SHARES), "Who selects: each query head, or each kv head's group.")
+_SELECT_PER = flags.DEFINE_list(
+    "shares", list(SELECT_PER), "Who selects: each query head, or each kv head's group."
+)
 _DESCRIPTORS = flags.DEFINE_list("descriptors", list(DESCRIPTORS), "How a region is described.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Most tokens of a dense answer.")
 _OUT = flags.DEFINE_string("out", "compare", "Folder for compare.json and compare.png.")
 
 _OF_RUNS = (_WORKDIR, _SAMPLES)
-_OF_COMPARISONS = (_CHECKPOINT, _CHECK, _PROMPTS, _TOP_KS, _SHARES, _DESCRIPTORS, _MAX_TOKENS, _OUT)
+_OF_COMPARISONS = (_CHECKPOINT, _CHECK, _PROMPTS, _TOP_KS, _SELECT_PER, _DESCRIPTORS, _MAX_TOKENS, _OUT)
 
 
 def _top_ks() -> tuple[int, ...] | None:
@@ -74,7 +76,7 @@ def _compare() -> None:
         tokenizer,
         prompts,
         top_ks=_top_ks(),
-        shares=_SHARES.value or (),
+        shares=_SELECT_PER.value or (),
         descriptors=_DESCRIPTORS.value or (),
         max_tokens=_MAX_TOKENS.value or 0,
         template=template,
@@ -105,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_door(main)
+    cli.run(main)

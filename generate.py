@@ -22,24 +22,24 @@ from absl import flags
 
 from gaze_jax import cli
 from gaze_jax.core.layout import NEWLINES
-from gaze_jax.data.images import read_image
-from gaze_jax.data.video import Clip, open_video
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.run import best_layer_of
-from gaze_jax.infer.assistant import SAMPLING, Assistant, load, said
-from gaze_jax.infer.chat import check_questions
-from gaze_jax.infer.look import Looking
+from gaze_jax.infer.chat_session import check_questions
+from gaze_jax.infer.detokenizer import check_limits
+from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
+from gaze_jax.infer.sampler import FRAME_SAMPLING, Sampler, collect_answer, load
 from gaze_jax.infer.sampling import check_sampling
 from gaze_jax.infer.steer import LookAt
-from gaze_jax.infer.text import check_limits
+from gaze_jax.infer.trace import Trace
+from gaze_jax.infer.trace_file import save
+from gaze_jax.media.images import read_image
+from gaze_jax.media.video import Clip, open_video
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
-from gaze_jax.viewer.trace import Trace
-from gaze_jax.viewer.trace_file import save
 from gaze_jax.viewer.video import need_av, write_clip
-from pallas_kernels.spec import SHARES
+from pallas_kernels.spec import SELECT_PER
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A converted checkpoint, a Hugging Face directory, or a run of train.py."
@@ -63,8 +63,10 @@ _OUT = flags.DEFINE_multi_string(
 _TOP_K = flags.DEFINE_integer("top_k", None, "Regions per query; default: what the model is configured for.")
 _KEEP = flags.DEFINE_float("keep", None, "The same as a fraction of the regions in sight.")
 _DENSE = flags.DEFINE_bool("dense", False, "Attend to everything, whatever the model is configured for.")
-_DENSE_LAYERS = flags.DEFINE_list("dense_layers", [], "Layers that attend to everything, such as 0,1.")
-_SHARE = flags.DEFINE_enum("share", None, SHARES, "Who selects: each query head, or each kv head's group.")
+_FULL_LAYERS = flags.DEFINE_list("full_layers", [], "Layers that attend to everything, such as 0,1.")
+_SELECT_PER = flags.DEFINE_enum(
+    "select_per", None, SELECT_PER, "Who selects: each query head, or each kv head's group."
+)
 _REGION = flags.DEFINE_list("region", None, "Target size of an image's regions in tokens, such as 7,7.")
 _VIDEO_REGION = flags.DEFINE_list(
     "video_region", None, "The same of a video, with frames first, such as 2,4,8."
@@ -86,7 +88,7 @@ _OFFLOAD = flags.DEFINE_bool(
 _LAYER = flags.DEFINE_integer(
     "layer", None, "Layer of the pictures; default: all, or the best one of a run's eval.json."
 )
-_UNITS = flags.DEFINE_integer("units", 8, "Most views and frames in a PNG or MP4: those looked at most.")
+_VIEWS = flags.DEFINE_integer("views", 8, "Most views and frames in a PNG or MP4: those looked at most.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Most tokens to generate for a question.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, more samples.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that reach this probability.")
@@ -103,7 +105,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 )
 
 _OF_GAZE = {
-    "share": _SHARE,
+    "select_per": _SELECT_PER,
     "region": _REGION,
     "video_region": _VIDEO_REGION,
     "newlines": _NEWLINES,
@@ -116,7 +118,7 @@ _OF_REGIONS = (
     _TOP_K,
     _KEEP,
     _DENSE,
-    _DENSE_LAYERS,
+    _FULL_LAYERS,
     _LOOK_AT,
     _RESIZE,
 )
@@ -128,7 +130,7 @@ _OF_ONE = (
     _FPS,
     _MAX_FRAMES,
     _FOLDER_FPS,
-    _UNITS,
+    _VIEWS,
     _LOOK_AT_LAYERS,
     _LOOK_AT_BIAS,
 )
@@ -152,19 +154,19 @@ def _gaze() -> dict[str, Any]:
     return chosen | ({"decode_implementation": "offload"} if _OFFLOAD.value else {})
 
 
-def _looking() -> Looking:
+def _gaze_options() -> GazeOptions:
     """Which regions queries may select."""
     layers = _numbers(_LOOK_AT_LAYERS)
     if not _LOOK_AT.value:
         cli.refuse_flags((_LOOK_AT_LAYERS, _LOOK_AT_BIAS), "has no effect without --look_at")
     boxes = tuple(LookAt.parse(text, layers=layers, bias=_LOOK_AT_BIAS.value) for text in _LOOK_AT.value)
-    dense_layers = _numbers(_DENSE_LAYERS) or ()
-    return Looking(_TOP_K.value, _KEEP.value, _DENSE.value is True, dense_layers, boxes)
+    full_layers = _numbers(_FULL_LAYERS) or ()
+    return GazeOptions(_TOP_K.value, _KEEP.value, _DENSE.value is True, full_layers, boxes)
 
 
 def _open_videos(style: str) -> list[Clip]:
     """The videos, sampled as models of this style are shown them but for what the flags say."""
-    sampling = SAMPLING[style]
+    sampling = FRAME_SAMPLING[style]
     if _FPS.value is not None:
         sampling = dataclasses.replace(sampling, fps=_FPS.value)
     if _MAX_FRAMES.value is not None:
@@ -180,8 +182,8 @@ def _check_out() -> None:
         cli.check_file("out", name)
         if name.endswith(".mp4"):
             need_av()
-    if _UNITS.value < 1:
-        raise UserError(f"--units={_UNITS.value} must be at least 1.")
+    if _VIEWS.value < 1:
+        raise UserError(f"--views={_VIEWS.value} must be at least 1.")
 
 
 def _check_one() -> None:
@@ -193,7 +195,7 @@ def _check_one() -> None:
     if not suffixes - {".gaze"}:
         cli.refuse_flags((_LAYER,), "has no effect without an --out that shows a layer")
     if not suffixes & {".png", ".mp4"}:
-        cli.refuse_flags((_UNITS,), "has no effect without --out=....png or .mp4")
+        cli.refuse_flags((_VIEWS,), "has no effect without --out=....png or .mp4")
     if not any(Path(name).is_dir() for name in _VIDEO.value):
         cli.refuse_flags((_FOLDER_FPS,), "has no effect without a --video that is a folder")
     if _TEMPERATURE.value == 0:
@@ -203,7 +205,7 @@ def _check_one() -> None:
         if _OUT.value:
             raise UserError("Nothing is shown to the model, so there is nothing to draw; drop --out.")
     if _DENSE.value:
-        cli.refuse_flags((_SHARE,), "has no effect with --dense, which selects nothing")
+        cli.refuse_flags((_SELECT_PER,), "has no effect with --dense, which selects nothing")
         if drawn := [name for name in _OUT.value if Path(name).suffix in (".png", ".mp4")]:
             raise UserError(
                 f"--out={drawn[0]} shows what was selected, and --dense selects nothing; drop one."
@@ -211,47 +213,47 @@ def _check_one() -> None:
     check_questions(_QUESTION.value, len(_IMAGE.value), len(_VIDEO.value))
 
 
-def _assistant() -> Assistant:
+def _sampler() -> Sampler:
     """The checkpoint, on the devices that the flags say."""
     mesh = make_mesh(MeshConfig(fsdp=_FSDP.value)) if _ALL_DEVICES.value else None
     if mesh is None:
         cli.refuse_flags((_FSDP,), "has no effect without --all_devices")
-    assistant = load(_CHECKPOINT.value or "", mesh=mesh, **_gaze())
-    if assistant.resize:
+    sampler = load(_CHECKPOINT.value or "", mesh=mesh, **_gaze())
+    if sampler.resize:
         cli.refuse_flags((_RESIZE,), "is for runs of train.py; a checkpoint has its own way with images")
-    if assistant.config.gaze.top_k is None and not (_TOP_K.value or _KEEP.value or _QUESTIONS.value):
-        cli.refuse_flags((_SHARE,), "has no effect on a checkpoint that attends densely without --top_k")
-    depth = assistant.config.decoder.depth
+    if sampler.config.gaze.top_k is None and not (_TOP_K.value or _KEEP.value or _QUESTIONS.value):
+        cli.refuse_flags((_SELECT_PER,), "has no effect on a checkpoint that attends densely without --top_k")
+    depth = sampler.config.decoder.depth
     if _LAYER.value is not None and not 0 <= _LAYER.value < depth:
         raise UserError(f"--layer={_LAYER.value} must be between 0 and {depth - 1}.")
     return dataclasses.replace(
-        assistant, resize=assistant.resize or _RESIZE.value is True, cache_tokens=_CACHE_TOKENS.value
+        sampler, resize=sampler.resize or _RESIZE.value is True, cache_tokens=_CACHE_TOKENS.value
     )
 
 
 def _ask() -> None:
     """Print the answers as they come and, with --out, show where the last one looked."""
     _check_one()
-    looking = _looking()
+    gaze = _gaze_options()
     images = [read_image(name) for name in _IMAGE.value]
     _open_videos("square")  # what cannot be opened is said before the checkpoint is read
-    assistant = _assistant()
-    clips = _open_videos(assistant.layout.views.style)
-    talk = assistant.talk(system=_SYSTEM.value, looking=looking, room=_MAX_TOKENS.value)
-    if talk.top_k is None and any(Path(name).suffix in (".png", ".mp4") for name in _OUT.value):
+    sampler = _sampler()
+    clips = _open_videos(sampler.layout.views.style)
+    chat = sampler.chat(system=_SYSTEM.value, gaze=gaze, free_slots=_MAX_TOKENS.value)
+    if chat.top_k is None and any(Path(name).suffix in (".png", ".mp4") for name in _OUT.value):
         raise UserError("This checkpoint attends densely, so there is nothing to draw; give --top_k.")
     answer = None
     for turn, question in enumerate(_QUESTION.value, start=1):
-        talk.ask(question, images=images if turn == 1 else (), videos=clips if turn == 1 else ())
-        steps = talk.answer(
+        chat.ask(question, images=images if turn == 1 else (), videos=clips if turn == 1 else ())
+        steps = chat.stream(
             _MAX_TOKENS.value,
             temperature=_TEMPERATURE.value,
             top_p=_TOP_P.value,
             stop=_STOP.value,
             seed=_SEED.value,
-            watch=bool(_OUT.value) and turn == len(_QUESTION.value),
+            return_trace=bool(_OUT.value) and turn == len(_QUESTION.value),
         )
-        answer = said(talk, steps, lambda text: print(text, end="", flush=True))
+        answer = collect_answer(chat, steps, lambda text: print(text, end="", flush=True))
         print(flush=True)
     if answer is not None and answer.trace is not None:
         for name in _OUT.value:
@@ -266,11 +268,11 @@ def _show(trace: Trace, path: Path) -> None:
     elif path.suffix == ".html":
         cli.write_text(path, viewer_page(trace, layer=layer))
     elif path.suffix == ".png":
-        picture = sheet(trace, layer=layer, units=_UNITS.value)
+        picture = sheet(trace, layer=layer, views=_VIEWS.value)
         with cli.writing(path):
             picture.save(path, format="PNG")
     else:
-        write_clip(trace, path, layer=layer, units=_UNITS.value)
+        write_clip(trace, path, layer=layer, views=_VIEWS.value)
 
 
 def _check_many() -> list[Request]:
@@ -309,7 +311,7 @@ def _check_many() -> list[Request]:
     return requests
 
 
-def _with_looking(requests: list[Request], looking: Looking) -> Iterator[Request]:
+def _with_gaze(requests: list[Request], gaze: GazeOptions) -> Iterator[Request]:
     """The questions with what the flags say, where they say nothing themselves."""
     boxes = tuple(_LOOK_AT.value)
     for request in requests:
@@ -317,11 +319,11 @@ def _with_looking(requests: list[Request], looking: Looking) -> Iterator[Request
             yield request
             continue
         chosen: dict[str, Any] = {
-            "dense_layers": request.dense_layers or looking.dense_layers,
+            "full_layers": request.full_layers or gaze.full_layers,
             "look_at": request.look_at or boxes,
         }
         if request.top_k is None and request.keep is None:
-            chosen |= {"top_k": looking.top_k, "keep": looking.keep, "dense": looking.dense}
+            chosen |= {"top_k": gaze.top_k, "keep": gaze.keep, "dense": gaze.dense}
         try:
             yield dataclasses.replace(request, **chosen)
         except UserError as error:
@@ -330,16 +332,18 @@ def _with_looking(requests: list[Request], looking: Looking) -> Iterator[Request
 
 def _ask_many() -> None:
     """Answer a file of questions; every answer is written when it is there."""
-    requests = list(_with_looking(_check_many(), _looking()))
-    assistant = _assistant()
+    requests = list(_with_gaze(_check_many(), _gaze_options()))
+    sampler = _sampler()
     entries = []
     answers = _ANSWERS.value or ""
     with cli.writing(answers):
         file = open(answers, "w", encoding="utf-8")  # noqa: SIM115
     try:
         with file:
-            watch = _TRACES.value is not None
-            for request, answer in answer_all(assistant, requests, batch_size=_BATCH_SIZE.value, watch=watch):
+            return_trace = _TRACES.value is not None
+            for request, answer in answer_all(
+                sampler, requests, batch_size=_BATCH_SIZE.value, return_trace=return_trace
+            ):
                 with cli.writing(answers):
                     file.write(json.dumps(record(request, answer), ensure_ascii=False) + "\n")
                     file.flush()
@@ -369,4 +373,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_door(main)
+    cli.run(main)

@@ -27,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_door(main)
+    cli.run(main)

@@ -35,7 +35,7 @@ BESIDE = {
     "load": "read",
     "unchecked": "read",
 }
-"""Step -> the plain step that it is compared with: reading the files, or reading and writing them.
+"""DecodePosition -> the plain step that it is compared with: reading the files, or reading and writing them.
 
 "durable" is plain and waits for the disk, as Orbax does after every file.
 """
@@ -47,8 +47,8 @@ def make(directory: Path, model: str) -> None:
     import numpy as np
 
     from gaze_jax.convert import shards
-    from gaze_jax.convert.families import FAMILIES, decoder_family
     from gaze_jax.convert.source import expected_tensors
+    from gaze_jax.families import FAMILIES, decoder_family
     from gaze_jax.models.published import DECODERS
 
     config = DECODERS[model]

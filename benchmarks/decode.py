@@ -35,12 +35,12 @@ SHAPES = (
     "147456/4096/82,147456/4096/410,1048576/29128/583,1048576/29128/2913"
 )
 QUICK = "72/2/1,71/2/2"
-DENSE = 256
+TEXT = 256
 """S: text and context tokens."""
 LAYERS = 8
 EINSUMS = ("einsum keys-heads", "einsum heads-keys")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
-"""Option -> dtype of queries, descriptors and the dense stream; with int8 the visual cache alone is int8."""
+"""Option -> dtype of queries, descriptors and the text stream; with int8 the visual cache alone is int8."""
 
 
 def floor_bytes(
@@ -50,12 +50,12 @@ def floor_bytes(
     _, kv_heads, dim = heads
     size = jnp.dtype(DTYPES[dtype]).itemsize
     regions = None if shape.top_k is None else shape.regions
-    reads = accounting.decode_floor(kv_heads, dim, size, regions, timing.SLOTS, union, DENSE)
+    reads = accounting.decode_floor(kv_heads, dim, size, regions, timing.SLOTS, union, TEXT)
     visual = float(reads.visual)
     if dtype == "int8":
         # A byte per element, and a float32 scale per token and side.
         visual *= (dim + 4) / (dim * size)
-    return batch * (float(reads.descriptors) + visual + float(reads.dense))
+    return batch * (float(reads.descriptors) + visual + float(reads.text))
 
 
 def _chain(q: Array, out: Array) -> Array:
@@ -105,11 +105,11 @@ def over_layers(
         q: Array,
         repeats: Array,
         packed: Any,
-        dense: tuple[Array, Array],
+        text: tuple[Array, Array],
         descriptors: Array,
         indices: Array | None,
         seen: Array,
-        dense_seen: Array,
+        text_seen: Array,
     ) -> Array:
         layers, batch, _, regions = descriptors.shape[:4]
         visible = jnp.ones((batch, 1, 1, regions), bool)
@@ -119,14 +119,14 @@ def over_layers(
             layer = i % layers
             picks = None if indices is None else indices[layer]
             if route:
-                scores = routing.descriptor_scores(q[:, None], descriptors[layer], share=spec.share)
-                budget, room = jnp.int32(top_k or 0), top_k or 0
-                picks = routing.select_indices(scores, visible, budget, room, permutation)[:, 0]
+                scores = routing.descriptor_scores(q[:, None], descriptors[layer], select_per=spec.select_per)
+                budget, free_slots = jnp.int32(top_k or 0), top_k or 0
+                picks = routing.select_indices(scores, visible, budget, free_slots, permutation)[:, 0]
             if not attend:
                 assert picks is not None
                 return _chain(q, jnp.sum(picks).astype(q.dtype))
             out = api.gaze_decode(
-                q, packed, *dense, layer, picks, seen, dense_seen, spec=spec, implementation=name
+                q, packed, *text, layer, picks, seen, text_seen, spec=spec, implementation=name
             )
             return _chain(q, out)
 
@@ -168,7 +168,7 @@ class Problem:
         self.scale = dim**-0.5
         keys = jax.random.split(jax.random.key(0), 2 * layers + 2)
         kind = DTYPES[dtype]
-        size = (batch, kv_heads, shape.tokens + DENSE, dim)
+        size = (batch, kv_heads, shape.tokens + TEXT, dim)
         make = jax.jit(lambda key: jax.random.normal(key, size, kind))
         self.ks, self.vs = [make(key) for key in keys[:layers]], [make(key) for key in keys[layers:-2]]
         self.q = jax.random.normal(keys[-1], (batch, many, dim), kind)
@@ -176,7 +176,7 @@ class Problem:
         self.descriptors = jax.random.normal(keys[-2], at, kind)
 
     def pack(self, name: str, spec: GazeSpec) -> tuple[Any, tuple[Array, Array]]:
-        """The visual cache in the layout of ``name``, and the dense stream."""
+        """The visual cache in the layout of ``name``, and the text stream."""
         shape = self.shape
         pad = shape.regions * timing.SLOTS - shape.tokens
 
@@ -190,15 +190,15 @@ class Problem:
             return api.pack(regions(ks), regions(vs), spec=spec, implementation=name)
 
         packed = jax.jit(pack)(self.ks, self.vs)
-        dense = (jnp.stack([a[:, :, shape.tokens :] for a in arrays]) for arrays in (self.ks, self.vs))
-        return packed, tuple(dense)  # type: ignore[return-value]
+        text = (jnp.stack([a[:, :, shape.tokens :] for a in arrays]) for arrays in (self.ks, self.vs))
+        return packed, tuple(text)  # type: ignore[return-value]
 
-    def picks(self, share: str) -> tuple[Array | None, float]:
+    def picks(self, select_per: str) -> tuple[Array | None, float]:
         """int32 [L, B, Hs, J] drawn per selection, and the mean union over a group's heads."""
         many, kv_heads, _ = self.heads
         if self.shape.top_k is None:
             return None, float(self.shape.regions)
-        selections = many if share == "head" else kv_heads
+        selections = many if select_per == "head" else kv_heads
         lead = (self.layers, self.batch, selections)
         rng = np.random.default_rng(1)
         picks = timing.top_regions(rng, min(self.shape.top_k, self.shape.regions), self.shape.regions, lead)
@@ -217,7 +217,7 @@ def layers_that_fit(
     what packing works with.
     """
     _, kv_heads, dim = heads
-    tokens = shape.regions * timing.SLOTS + DENSE
+    tokens = shape.regions * timing.SLOTS + TEXT
     layer = 2 * batch * kv_heads * tokens * dim * jnp.dtype(DTYPES[dtype]).itemsize
     return min(LAYERS, timing.free_memory() // (4 * layer)), layer
 
@@ -242,21 +242,23 @@ def competitors(
     if (sdpa := torch_sdpa(q, ks, vs, problem.scale)) is not None:
         found["torch"] = lambda n: sdpa(int(n))
 
-    packed, dense = problem.pack(name, spec)
+    packed, text = problem.pack(name, spec)
     seen = jnp.asarray(problem.shape.seen(problem.batch))
-    dense_seen = jnp.ones((problem.batch, DENSE), bool)
+    text_seen = jnp.ones((problem.batch, TEXT), bool)
     unions = {}
     top_k = problem.shape.top_k
-    for share in args.share:
-        shared = dataclasses.replace(spec, share=share)
-        indices, unions[share] = problem.picks(share)
-        rest = (packed, dense, problem.descriptors, indices, seen, dense_seen)
+    for select_per in args.select_per:
+        shared = dataclasses.replace(spec, select_per=select_per)
+        indices, unions[select_per] = problem.picks(select_per)
+        rest = (packed, text, problem.descriptors, indices, seen, text_seen)
         programs = {"op": (False, True)}
         if top_k is not None:
             programs |= {"routing": (True, False), "routed": (True, True)}
         for label, (route, attend) in programs.items():
             run = over_layers(name, shared, top_k, route, attend)
-            found[f"{share} {label}"] = functools.partial(lambda run, rest, n: run(q, n, *rest), run, rest)
+            found[f"{select_per} {label}"] = functools.partial(
+                lambda run, rest, n: run(q, n, *rest), run, rest
+            )
     return found, unions
 
 
@@ -277,19 +279,19 @@ def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespac
     per = {label: [t / (counts[label] * problem.layers) for t in times] for label, times in raw.items()}
     best = min(EINSUMS, key=lambda form: statistics.median(per[form]))
     rows = []
-    for share, union in unions.items():
+    for select_per, union in unions.items():
         floor = floor_bytes(problem.shape, problem.heads, problem.batch, problem.dtype, union)
         rows.append(
-            {"share": share, "layers": problem.layers}
+            {"select_per": select_per, "layers": problem.layers}
             | ({} if problem.layers == LAYERS else {"note": f"{LAYERS} layers do not fit in memory"})
-            | columns(per, share, union, floor, bandwidth, best)
+            | columns(per, select_per, union, floor, bandwidth, best)
         )
     return rows
 
 
 def columns(
     per: Mapping[str, list[float]],
-    share: str,
+    select_per: str,
     union: float,
     floor: float,
     bandwidth: float,
@@ -307,22 +309,24 @@ def columns(
         label: label for label in ("dot_product_attention", "cudnn", "torch") if label in per
     }
     row: dict[str, Any] = {
-        "rounds": len(per[f"{share} op"]),
-        "ms": ms(f"{share} op"),
+        "rounds": len(per[f"{select_per} op"]),
+        "ms": ms(f"{select_per} op"),
         "union": union,
         "bandwidth": bandwidth,
         "floor_bytes": floor,
         "floor_ms": 1e3 * floor / bandwidth,
-        "times_floor": statistics.median(per[f"{share} op"]) * bandwidth / floor,
+        "times_floor": statistics.median(per[f"{select_per} op"]) * bandwidth / floor,
         "einsum_form": einsum_form,
         "dense_ms": {label: ms(source) for label, source in against.items()},
-        "speedup": {label: timing.ratio(per, source, f"{share} op") for label, source in against.items()},
+        "speedup": {
+            label: timing.ratio(per, source, f"{select_per} op") for label, source in against.items()
+        },
     }
-    if f"{share} routed" in per:
-        row["routing_ms"] = ms(f"{share} routing")
-        row["routed_ms"] = ms(f"{share} routed")
+    if f"{select_per} routed" in per:
+        row["routing_ms"] = ms(f"{select_per} routing")
+        row["routed_ms"] = ms(f"{select_per} routed")
         row["routed_speedup"] = {
-            label: timing.ratio(per, source, f"{share} routed") for label, source in against.items()
+            label: timing.ratio(per, source, f"{select_per} routed") for label, source in against.items()
         }
     return row
 
@@ -346,7 +350,7 @@ def one_problem(
         "regions": shape.regions,
         "slots": timing.SLOTS,
         "top_k": shape.top_k,
-        "dense": DENSE,
+        "dense": TEXT,
         "batch": batch,
         "heads": model,
         "dtype": args.dtype,
@@ -380,7 +384,7 @@ def line(row: Mapping[str, Any]) -> str:
     """A row for people."""
     top_k = "all" if row["top_k"] is None else row["top_k"]
     name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
-    text = f"{name:44}{row['implementation']:>10}{row['share']:>6}{row['ms']['median']:>9.3f} ms"
+    text = f"{name:44}{row['implementation']:>10}{row['select_per']:>6}{row['ms']['median']:>9.3f} ms"
     text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f}, {row['bandwidth'] / 1e9:.1f} GB/s)"
     text += "".join(
         f"  {k} {v['median']:.3f} ({row['speedup'][k]['median']:.2f}x)" for k, v in row["dense_ms"].items()
@@ -393,7 +397,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 BARS = {
-    "SeerAttention-R, H100, group-shared blocks, 90 % sparse": "9x FlashAttention-3, of at most 10x",
+    "SeerAttention-R, H100, per kv head blocks, 90 % sparse": "9x FlashAttention-3, of at most 10x",
     "FlashMLA, H800": "3,000 GB/s, about 90 % of peak",
     "NSA decode, A100, 64k": "11.6x, the ratio of memory volumes",
 }
@@ -407,7 +411,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda s: [int(x) for x in s.split(",")], default=[1, 8])
     parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
     parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
-    parser.add_argument("--share", type=timing.listed(("head", "group")), default=["head", "group"])
+    parser.add_argument("--share", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--rounds", type=int, default=15)

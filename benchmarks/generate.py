@@ -42,9 +42,9 @@ TARGETS = (
     # name, part, tokens, batch (None: each), ratio of which to what, at least
     ("dense against transformers", "decode", 576, None, ("transformers", "dense"), 0.95),
     ("dense against transformers", "decode", 4608, None, ("transformers", "dense"), 1.3),
-    ("attention of Gaze, group-shared, against dense", "attention", 18432, None, ("dense", "group"), 3.0),
-    ("step of Gaze, group-shared, against dense", "decode", None, None, ("dense", "group"), 1.0),
-    ("step of Gaze, group-shared, against dense", "decode", 18432, 8, ("dense", "group"), 1.6),
+    ("attention of Gaze, per kv head, against dense", "attention", 18432, None, ("dense", "kv_head"), 3.0),
+    ("step of Gaze, per kv head, against dense", "decode", None, None, ("dense", "kv_head"), 1.0),
+    ("step of Gaze, per kv head, against dense", "decode", 18432, 8, ("dense", "kv_head"), 1.6),
 )
 SLACK, SOONER, VIDEO = 1.25, 10.0, 4608
 """At most so many times the byte model; turn 2 is at least so many times as quick as turn 1, where what both
@@ -123,9 +123,9 @@ def turns(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         inputs = (bench.params, jnp.asarray(visual), jnp.asarray(questions[0]))
         read = models.prefill.lower(config, top_k, *inputs).compile()
         first[name] = functools.partial(read, *inputs)
-        order, slot = jnp.int32(case.tokens + QUESTION), jnp.int32(QUESTION)
+        order, write_index = jnp.int32(case.tokens + QUESTION), jnp.int32(QUESTION)
         ask = functools.partial(
-            models.ask, config, top_k, bench.params, jnp.asarray(questions[1]), order, slot
+            models.ask, config, top_k, bench.params, jnp.asarray(questions[1]), order, write_index
         )
         second[name] = functools.partial(lambda name, ask: ask(kept[name]), name, ask)
     times = in_turn({n: functools.partial(keep, n, r) for n, r in first.items()}, args.prefill_rounds)
@@ -156,7 +156,7 @@ def decoded(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any
         config = bench.config(name)
         # On a CPU how a cache is packed does not depend on what shares a selection.
         cache = models.random_cache(config, case) if cache is None else cache
-        order, slot = jnp.int32(case.tokens + models.FILLED), jnp.int32(models.FILLED)
+        order, write_index = jnp.int32(case.tokens + models.FILLED), jnp.int32(models.FILLED)
         calls[name] = functools.partial(
             models.follow,
             config,
@@ -164,7 +164,7 @@ def decoded(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any
             bench.params,
             jnp.asarray(token),
             order,
-            slot,
+            write_index,
             jnp.int32(steps),
             cache,
         )
@@ -200,8 +200,8 @@ def attention(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, A
         gaze = config.gaze
         spec = decode_spec(gaze, decoder.head_dim)
         run = decode.over_layers(gaze.decode_implementation, spec, top_k, top_k is not None, True)
-        dense, seen = (cache.dense_k, cache.dense_v), cache.visual_order >= 0
-        rest = (cache.visual, dense, cache.descriptors, None, seen, cache.dense_order >= 0)
+        text, seen = (cache.text_k, cache.text_v), cache.visual_order >= 0
+        rest = (cache.visual, text, cache.descriptors, None, seen, cache.text_order >= 0)
         calls[name] = functools.partial(run, q, jnp.int32(1), *rest)
     raw = timing.paired(calls, rounds=args.rounds, seconds=args.seconds)
     return {
@@ -263,7 +263,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(part: str, case: Case, figures: dict[str, Any]) -> None:
-        top_k = case.top_k("group")
+        top_k = case.top_k("kv_head")
         row = {"part": part, "tokens": case.tokens, "regions": case.regions, "top_k": top_k}
         rows.append(row | {"batch": case.batch} | figures)
         print(line(rows[-1]), flush=True)
@@ -325,9 +325,9 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if (ratio := row["ratio"].get(f"{above} / {below}")) is not None:
                 add(f"{name}, at least", row, ratio["median"], least, ratio["median"] / least)
     for row in rows:
-        got = row.get("times_model", {}).get("group")
+        got = row.get("times_model", {}).get("kv_head")
         if got is not None:
-            add("step of Gaze, group-shared, times the byte model, at most", row, got, SLACK, SLACK / got)
+            add("step of Gaze, per kv head, times the byte model, at most", row, got, SLACK, SLACK / got)
         for name, ratio in row.get("turn_1 / turn_2", {}).items():
             if name in OURS and row["tokens"] >= VIDEO:
                 add(f"turn 2 of {name} sooner than turn 1, at least", row, ratio, SOONER, ratio / SOONER)

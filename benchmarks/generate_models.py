@@ -15,29 +15,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import SLOTS
-from gaze_jax.convert.families import FAMILIES
 from gaze_jax.core import accounting
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import EMPTY, Kind, Streams
-from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
-from gaze_jax.models.apart import split_layers
+from gaze_jax.families import FAMILIES
+from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
 from gaze_jax.models.attention import make_plan
 from gaze_jax.models.cache import build_cache, decode_spec
 from gaze_jax.models.config import DecoderConfig, GazeConfig
 from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.parameters import boxed_params
+from gaze_jax.models.unstacked import split_layers
 from pallas_kernels.gaze_decode import api
 from pallas_kernels.gaze_decode.cpu import Layered
 
 Array = jax.Array
 
-OURS = ("dense", "head", "group")
+OURS = ("dense", "head", "kv_head")
 """Dense attention, and Gaze by what shares a selection."""
 
 QUESTION = 16
 """Tokens of a user's turn."""
 
-FILLED, DENSE = 32, 64
+FILLED, TEXT = 32, 64
 """Tokens of text in a cache that was not prefilled, and the room for them and what is decoded."""
 
 
@@ -57,8 +57,8 @@ class Case:
 
 
 def config_of(decoder: DecoderConfig, variant: str) -> MLLMConfig:
-    share = "group" if variant == "group" else "head"
-    return MLLMConfig(decoder, None, GazeConfig(region=(6, 6), context_tokens=0, share=share))
+    select_per = "kv_head" if variant == "kv_head" else "head"
+    return MLLMConfig(decoder, None, GazeConfig(region=(6, 6), context_tokens=0, select_per=select_per))
 
 
 def draw(decoder: DecoderConfig) -> Any:
@@ -112,26 +112,26 @@ def question(decoder: DecoderConfig, case: Case, turn: int) -> np.ndarray:
 
 def _streams(tokens: Array, visual: int, start: Array | int) -> Streams:
     """``visual`` tokens, a region after the other, and text [B, S] from ``start`` in the sequence on."""
-    batch, dense = tokens.shape
+    batch, text = tokens.shape
 
     def rows(a: Array) -> Array:
         return jnp.broadcast_to(a, (batch, *a.shape))
 
     order = rows(jnp.arange(visual, dtype=jnp.int32).reshape(-1, SLOTS))
-    after = rows(start + jnp.arange(dense, dtype=jnp.int32))
+    after = rows(start + jnp.arange(text, dtype=jnp.int32))
     text = jnp.zeros_like(after)
     return Streams(
         visual_src=order,
         visual_order=order,
-        visual_pos=order,
-        visual_unit=jnp.zeros_like(order),
+        visual_positions=order,
+        visual_view=jnp.zeros_like(order),
         region_segment=jnp.zeros_like(order[:, :, 0]),
         tokens=tokens,
         kind=text + Kind.TEXT,
-        dense_order=after,
-        dense_pos=after,
-        dense_segment=text,
-        dense_unit=text + EMPTY,
+        text_order=after,
+        text_positions=after,
+        text_segment=text,
+        text_view=text + EMPTY,
         targets=text,
     )
 
@@ -144,10 +144,10 @@ def prefill(
     decoder: Callable[..., Any] = functools.partial(Decoder(config).apply, {"params": params["decoder"]})
     streams = _streams(tokens, visual.shape[1], visual.shape[1])
     x = jnp.concatenate([visual, decoder(tokens, method="embed")], axis=1)
-    pos = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     hidden, layers = decoder(
         x,
-        pos,
+        positions,
         make_plan(streams, config.gaze),
         top_k=None if top_k is None else jnp.int32(top_k),
         route=Routing(),
@@ -156,7 +156,7 @@ def prefill(
         keep_kv=True,
         method="forward",
     )
-    return decoder(hidden[:, -1], method="logits"), build_cache(layers, streams, config.gaze, room=DENSE)
+    return decoder(hidden[:, -1], method="logits"), build_cache(layers, streams, config.gaze, free_slots=TEXT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -166,7 +166,7 @@ def follow(
     params: Any,
     tokens: Array,
     order: Array,
-    slot: Array,
+    write_index: Array,
     steps: Array,
     cache: Cache,
 ) -> tuple[Array, Array, Array | None]:
@@ -174,7 +174,7 @@ def follow(
 
     Args:
       tokens: the first of them.
-      order, slot: int32 scalars, place in the sequence and in the dense stream of the first.
+      order, write_index: int32 scalars, place in the sequence and in the text stream of the first.
       steps: int32 scalar.
 
     Returns:
@@ -183,11 +183,11 @@ def follow(
     batch, known = tokens.shape
     apply: Callable[..., Any] = MLLM(config).apply
     # What a step does not change stays out of the loop, which would copy it.
-    moving = ("dense_k", "dense_v", "dense_order")
+    updated = ("text_k", "text_v", "text_order")
 
     def step(token: Array, i: Array, parts: Mapping[str, Array]) -> Any:
         at = jnp.broadcast_to(order + i, (batch,))
-        where = Step(order=at, slot=slot + i, sample=jnp.zeros_like(at))
+        where = DecodePosition(order=at, write_index=write_index + i, sample=jnp.zeros_like(at))
         now = dataclasses.replace(cache, **parts)
         budget = None if top_k is None else jnp.int32(top_k)
         return apply({"params": params}, token, at, now, where, top_k=budget, capacity=top_k, method="decode")
@@ -196,10 +196,10 @@ def follow(
         token, parts, _, _ = state
         given = jax.lax.dynamic_index_in_dim(tokens, jnp.minimum(i, known - 1), axis=1, keepdims=False)
         logits, now, out = step(jnp.where(i < known, given, token), i, parts)
-        parts = {name: getattr(now, name) for name in moving}
+        parts = {name: getattr(now, name) for name in updated}
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), parts, logits, out.get("indices")
 
-    parts = {name: getattr(cache, name) for name in moving}
+    parts = {name: getattr(cache, name) for name in updated}
     zero = jnp.zeros((), jnp.int32)
     logits, _, out = jax.eval_shape(step, tokens[:, 0], zero, parts)
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (logits, out.get("indices")))
@@ -214,7 +214,7 @@ def ask(
     params: Any,
     tokens: Array,
     order: Array,
-    slot: Array,
+    write_index: Array,
     cache: Cache,
 ) -> tuple[Array, Array, Array | None]:
     """Read tokens int32 [B, T] after what is in the cache: all but the last at once, as a session does.
@@ -228,16 +228,18 @@ def ask(
         _streams(tokens[:, :-1], 0, order),
         cache,
         region=jnp.int32(cache.visual_order.shape[1]),
-        slot=slot,
+        write_index=write_index,
         top_k=None if top_k is None else jnp.int32(top_k),
         method="extend",
     )
     known = tokens.shape[1] - 1
-    return follow(config, top_k, params, tokens[:, -1:], order + known, slot + known, jnp.int32(1), extended)
+    return follow(
+        config, top_k, params, tokens[:, -1:], order + known, write_index + known, jnp.int32(1), extended
+    )
 
 
 def random_cache(config: MLLMConfig, case: Case) -> Cache:
-    """What a prefill leaves, with random keys and values: FILLED tokens of text, DENSE in all."""
+    """What a prefill leaves, with random keys and values: FILLED tokens of text, TEXT in all."""
     decoder, gaze = config.decoder, config.gaze
     spec, implementation = decode_spec(gaze, decoder.head_dim), gaze.decode_implementation
 
@@ -255,20 +257,20 @@ def random_cache(config: MLLMConfig, case: Case) -> Cache:
         return jax.tree.map(lambda *a: jnp.concatenate(a), *packed)
 
     keys = jax.random.split(jax.random.key(0), 4)
-    streams = _streams(jnp.zeros((case.batch, DENSE), jnp.int32), case.tokens, case.tokens)
-    filled = jnp.arange(DENSE) < FILLED
+    streams = _streams(jnp.zeros((case.batch, TEXT), jnp.int32), case.tokens, case.tokens)
+    filled = jnp.arange(TEXT) < FILLED
     return Cache(
         visual=joined(*map(visual, jax.random.split(keys[0], decoder.depth))),
         descriptors=one(keys[1], case.regions),
-        dense_k=one(keys[2], DENSE),
-        dense_v=one(keys[3], DENSE),
+        text_k=one(keys[2], TEXT),
+        text_v=one(keys[3], TEXT),
         visual_order=streams.visual_order,
-        dense_order=jnp.where(filled, streams.dense_order, EMPTY),
+        text_order=jnp.where(filled, streams.text_order, EMPTY),
     )
 
 
 def step_bytes(
-    config: MLLMConfig, params: Any, case: Case, picks: Array | None, dense: float
+    config: MLLMConfig, params: Any, case: Case, picks: Array | None, text: float
 ) -> dict[str, float]:
     """What a decoding step must read: every parameter once, and the keys and values that are attended to.
 
@@ -280,13 +282,13 @@ def step_bytes(
       params: of the model.
       case: the sequences.
       picks: int32 [L, B, Hs, J], selections of a step; None for dense attention.
-      dense: keys of the dense stream that a step sees.
+      text: keys of the text stream that a step sees.
     """
     decoder, union, regions = config.decoder, float(case.regions), None
     if picks is not None:
         mask, regions = accounting.mask_from_indices(picks, case.regions), case.regions
         union = float(jnp.mean(accounting.union_over_group(mask, decoder.num_kv_heads)))
-    reads = accounting.decode_floor(decoder.num_kv_heads, decoder.head_dim, 4, regions, SLOTS, union, dense)
+    reads = accounting.decode_floor(decoder.num_kv_heads, decoder.head_dim, 4, regions, SLOTS, union, text)
     cache = float(reads.total) * decoder.depth * case.batch
     return {"parameters": float(sum(leaf.nbytes for leaf in jax.tree.leaves(params))), "cache": cache}
 

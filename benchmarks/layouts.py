@@ -69,7 +69,7 @@ def rows() -> Iterator[dict[str, Any]]:
     """A row for every family, what it is shown, and the place of newlines."""
     for family, name in FAMILIES.items():
         whole = MODELS[name].layout
-        for newlines in ("dense", "region"):
+        for newlines in ("text", "region"):
             layout = dataclasses.replace(whole, newlines=newlines)
             shown = []
             for label, size in IMAGES.items():

@@ -2,7 +2,7 @@
 
 python -m benchmarks.prefill --json=benchmarks/results/prefill.json
 
-1,024 routed queries attend to their selected regions of one sequence and to its dense stream. TFLOP/s count
+1,024 routed queries attend to their selected regions of one sequence and to its text stream. TFLOP/s count
 the products of selected pairs only (of all pairs for dense attention), 4 * D each and query head, 3.5 times
 that with the backward pass, whatever an implementation computes beyond them or again.
 """
@@ -29,7 +29,7 @@ SHAPES = (
 )
 QUICK = "71/2/1"
 QUERIES = 1024
-DENSE = 256
+TEXT = 256
 """S: text and context tokens, all seen."""
 PASSES = ("forward", "forward+backward")
 
@@ -53,10 +53,10 @@ def passes(attend: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
 def arrays_of(
     shape: timing.Shape, heads: tuple[int, int, int], queries: int, dtype: Any
 ) -> tuple[Array, ...]:
-    """[1, Q, H, D] queries, [1, K, R, P, D] visual and [1, K, S, D] dense keys and values."""
+    """[1, Q, H, D] queries, [1, K, R, P, D] visual and [1, K, S, D] text-stream keys and values."""
     many, kv_heads, dim = heads
-    visual, dense = (1, kv_heads, shape.regions, timing.SLOTS, dim), (1, kv_heads, DENSE, dim)
-    sizes = ((1, queries, many, dim), visual, visual, dense, dense)
+    visual, text = (1, kv_heads, shape.regions, timing.SLOTS, dim), (1, kv_heads, TEXT, dim)
+    sizes = ((1, queries, many, dim), visual, visual, text, text)
     keys = jax.random.split(jax.random.key(0), len(sizes))
     return tuple(jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True))
 
@@ -70,17 +70,17 @@ def gaze(
     places = KeyPlaces(
         visual_order=jnp.asarray(order, jnp.int32),
         region_segment=jnp.zeros((1, shape.regions), jnp.int32),
-        dense_order=shape.tokens + jnp.arange(DENSE, dtype=jnp.int32)[None],
-        dense_segment=jnp.zeros((1, DENSE), jnp.int32),
+        text_order=shape.tokens + jnp.arange(TEXT, dtype=jnp.int32)[None],
+        text_segment=jnp.zeros((1, TEXT), jnp.int32),
     )
     zero = jnp.zeros((1, queries), jnp.int32)
-    last = jnp.full((1, queries), shape.tokens + DENSE, jnp.int32)
+    last = jnp.full((1, queries), shape.tokens + TEXT, jnp.int32)
     windows = Windows(
         segment=zero,
         visual_lo=zero,
         visual_hi=last,
-        dense_lo=zero,
-        dense_hi=last,
+        text_lo=zero,
+        text_hi=last,
         routed=jnp.ones((1, queries), bool),
     )
 
@@ -103,9 +103,9 @@ def joined(arrays: tuple[Array, ...], tokens: int) -> tuple[Array, ...]:
     """The same keys and values in one stream, [1, N, K, D]."""
     q, k, v, dk, dv = arrays
 
-    def join(visual: Array, dense: Array) -> Array:
+    def join(visual: Array, text: Array) -> Array:
         flat = visual.reshape(*visual.shape[:2], -1, visual.shape[-1])[:, :, :tokens]
-        return jnp.swapaxes(jnp.concatenate([flat, dense], axis=2), 1, 2)
+        return jnp.swapaxes(jnp.concatenate([flat, text], axis=2), 1, 2)
 
     return q, join(k, dk), join(v, dv)
 
@@ -122,22 +122,26 @@ def rivals(
     assert shape.top_k is not None
     arrays = arrays_of(shape, heads, args.queries, dtype)
     scale = dim**-0.5
-    everything = float(shape.tokens + DENSE)
+    everything = float(shape.tokens + TEXT)
     found: dict[tuple[str, str], tuple[Callable[..., Array], tuple[Array, ...], float]] = {}
     for name in args.impl:
         spec = GazeSpec(scale, query_block=args.query_block)
         if (reason := api.supports(name, spec)) is not None:
             rows.append(timing.skipped(describe(shape, args) | {"implementation": name}, reason))
             continue
-        for share in args.share:
-            lead = (1, args.queries, many if share == "head" else kv_heads)
+        for select_per in args.select_per:
+            lead = (1, args.queries, many if select_per == "head" else kv_heads)
             picks = timing.top_regions(np.random.default_rng(1), shape.top_k, shape.regions, lead)
             mask = np.zeros((*lead, shape.regions), bool)
             np.put_along_axis(mask, picks, True, axis=-1)
             sizes = shape.seen(1)[0].sum(-1)
-            attended = float((mask * sizes).sum(-1).mean()) + DENSE
-            shared = GazeSpec(scale, share, query_block=args.query_block)
-            found[name, share] = gaze(name, shared, shape, args.queries, jnp.asarray(mask)), arrays, attended
+            attended = float((mask * sizes).sum(-1).mean()) + TEXT
+            shared = GazeSpec(scale, select_per, query_block=args.query_block)
+            found[name, select_per] = (
+                gaze(name, shared, shape, args.queries, jnp.asarray(mask)),
+                arrays,
+                attended,
+            )
     plain = GazeSpec(scale, query_block=args.query_block)
     found["dense xla", ""] = gaze("xla", plain, shape, args.queries, None), arrays, everything
     one_stream = joined(arrays, shape.tokens)
@@ -145,8 +149,8 @@ def rivals(
     if jax.default_backend() == "gpu" and dtype != jnp.float32:
         found["dense cudnn", ""] = library("cudnn", scale), one_stream, everything
     return {
-        (name, share, kind): (function, inputs, attended)
-        for (name, share), (attend, inputs, attended) in found.items()
+        (name, select_per, kind): (function, inputs, attended)
+        for (name, select_per), (attend, inputs, attended) in found.items()
         for kind, function in passes(attend).items()
         if kind in args.passes
     }
@@ -158,7 +162,7 @@ def describe(shape: timing.Shape, args: argparse.Namespace) -> dict[str, Any]:
         "regions": shape.regions,
         "slots": timing.SLOTS,
         "top_k": shape.top_k,
-        "dense": DENSE,
+        "dense": TEXT,
         "queries": args.queries,
         "query_block": args.query_block,
         "dtype": args.dtype,
@@ -172,8 +176,8 @@ def one_problem(shape: timing.Shape, model: str, args: argparse.Namespace) -> li
     base = describe(shape, args) | {"heads": model}
     calls, facts = {}, {}
     for label, (function, inputs, attended) in rivals(shape, heads, args, rows).items():
-        name, share, kind = label
-        this = base | {"implementation": name, "share": share, "pass": kind}
+        name, select_per, kind = label
+        this = base | {"implementation": name, "select_per": select_per, "pass": kind}
         compiled = jax.jit(function).lower(*inputs).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes
         if memory > (free := timing.free_memory()):
@@ -208,7 +212,7 @@ def one_problem(shape: timing.Shape, model: str, args: argparse.Namespace) -> li
 def line(row: Mapping[str, Any]) -> str:
     """A row for people."""
     name = f"{row['tokens']}/{row['regions']}/{row['top_k']} {row['heads']} {row['dtype']}"
-    text = f"{name:38}{row['implementation'] + ' ' + row['share']:28}{row['pass']:17}"
+    text = f"{name:38}{row['implementation'] + ' ' + row['select_per']:28}{row['pass']:17}"
     text += (
         f"{row['ms']['median']:>10.2f} ms{row['tflops']:>9.3f} TFLOP/s{row['temporary_bytes'] / 1e6:>9.0f} MB"
     )
@@ -222,7 +226,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=SHAPES, help="tokens/regions/top_k, comma-separated")
     parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
     parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
-    parser.add_argument("--share", type=timing.listed(("head", "group")), default=["head", "group"])
+    parser.add_argument("--share", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
     parser.add_argument("--passes", type=timing.listed(PASSES), default=list(PASSES))
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16"

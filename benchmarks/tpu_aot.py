@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from gaze_jax.models import MLLM, GazeConfig, MLLMConfig, Step
+from gaze_jax.models import MLLM, DecodePosition, GazeConfig, MLLMConfig
 from gaze_jax.models.cache import Cache
 from gaze_jax.models.parameters import boxed_params
 from gaze_jax.models.published import DECODERS
@@ -141,7 +141,7 @@ STEPS = ("qwen3-4b", "qwen2.5-0.5b")
 def abstract_cache(config: MLLMConfig, shape: decode_shapes.Shape) -> Cache:
     """A cache of the decoder over ``shape``'s regions, as arrays without values."""
     decoder, regions = config.decoder, decode_shapes.SCENES[shape.tokens][0]
-    _, packed, dense, *_ = shape.arguments(config.gaze.decode_implementation)
+    _, packed, text, *_ = shape.arguments(config.gaze.decode_implementation)
 
     def integers(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((shape.batch, *sizes), jnp.int32)
@@ -150,17 +150,25 @@ def abstract_cache(config: MLLMConfig, shape: decode_shapes.Shape) -> Cache:
     return Cache(
         visual=packed,
         descriptors=jax.ShapeDtypeStruct((*kv, regions, decoder.head_dim), jnp.bfloat16),
-        dense_k=dense,
-        dense_v=dense,
+        text_k=text,
+        text_v=text,
         visual_order=integers(regions, decode_shapes.SLOTS),
-        dense_order=integers(decode_shapes.DENSE),
+        text_order=integers(decode_shapes.TEXT),
     )
 
 
 def _decode_step(
-    config: MLLMConfig, variables: Any, cache: Cache, tokens: Any, pos: Any, step: Step, top_k: Any
+    config: MLLMConfig,
+    variables: Any,
+    cache: Cache,
+    tokens: Any,
+    positions: Any,
+    step: DecodePosition,
+    top_k: Any,
 ) -> Any:
-    return MLLM(config).apply(variables, tokens, pos, cache, step, top_k=top_k, capacity=40, method="decode")
+    return MLLM(config).apply(
+        variables, tokens, positions, cache, step, top_k=top_k, capacity=40, method="decode"
+    )
 
 
 def on_host(tree: Any, where: jax.sharding.NamedSharding) -> Any:
@@ -177,11 +185,13 @@ def compile_step(
     Returns:
       Figures and optimised HLO of :func:`compile_one`; and the bytes of the cache's parts.
     """
-    gaze = GazeConfig(share=shape.share, context_tokens=0, decode_implementation=implementation)
+    gaze = GazeConfig(select_per=shape.select_per, context_tokens=0, decode_implementation=implementation)
     config = MLLMConfig(DECODERS[shape.heads], None, gaze, dtype="bfloat16", param_dtype="bfloat16")
     integers = jax.ShapeDtypeStruct((1,), jnp.int32)
     with target(chip) as where:
-        step = Step(order=integers, slot=jax.ShapeDtypeStruct((), jnp.int32), sample=integers)
+        step = DecodePosition(
+            order=integers, write_index=jax.ShapeDtypeStruct((), jnp.int32), sample=integers
+        )
         variables = {"params": nn.meta.unbox(boxed_params(config))}
         cache = abstract_cache(config, shape)
         if implementation == "offload":
@@ -196,7 +206,7 @@ def compile_step(
     parts = {
         "visual": size(cache.visual),
         "descriptors": size(cache.descriptors),
-        "dense": size(cache.dense_k, cache.dense_v),
+        "text": size(cache.text_k, cache.text_v),
     }
     return figures, text, parts
 
@@ -204,8 +214,8 @@ def compile_step(
 def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
     """A decoding step of whole models, 40 of 256 regions."""
     for name in STEPS:
-        for share in ("head", "group"):
-            shape = decode_shapes.Shape(name, 9_216, 1, share, layers=decode_shapes.HEADS[name][0])
+        for select_per in ("head", "kv_head"):
+            shape = decode_shapes.Shape(name, 9_216, 1, select_per, layers=decode_shapes.HEADS[name][0])
             label = f"decode step {shape.name}"
             if only not in label:
                 continue
@@ -222,7 +232,7 @@ def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
             )
 
 
-LIMITS = {"group": 0.03, "head": 0.06}
+LIMITS = {"kv_head": 0.03, "head": 0.06}
 """Device memory for an offloaded visual cache, of what it would take there, by who shares a selection."""
 
 
@@ -252,16 +262,16 @@ def offload_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
     What the device holds of the visual cache is taken to be the descriptors, which are an argument, and
     *all* temporaries of the step: those that have nothing to do with the cache are counted too.
     """
-    for share, limit in LIMITS.items():
+    for select_per, limit in LIMITS.items():
         layers, kv_heads, group, dim = decode_shapes.HEADS["qwen3-4b"]
-        shape = decode_shapes.Shape("qwen3-4b", 9_216, 1, share, layers=layers)
+        shape = decode_shapes.Shape("qwen3-4b", 9_216, 1, select_per, layers=layers)
         label = f"offload step {shape.name}"
         if only not in label:
             continue
         figures, text, parts = compile_step(chip, "offload", shape)
         resident, _, whole = compile_step(chip, "tpu", shape)
         size, line = largest_operation(text)
-        lists = kv_heads * (group if share == "head" else 1)
+        lists = kv_heads * (group if select_per == "head" else 1)
         visual = parts["descriptors"] + figures["temporary_bytes"]
         yield (
             {"chip": chip, "kernel": label}
@@ -274,13 +284,13 @@ def offload_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
                 "resident_argument_bytes": resident["argument_bytes"],
                 "resident_temporary_bytes": resident["temporary_bytes"],
                 "descriptor_bytes": parts["descriptors"],
-                "dense_bytes": parts["dense"],
+                "text_stream_bytes": parts["text"],
                 "fetched_bytes": host_results(text),
                 "selected_bytes": lists * 40 * decode_shapes.SLOTS * dim * 2 * 2,
                 "other_host_operations": other_host_operations(text),
                 "visual_on_device": visual / whole["visual"],
                 "visual_limit": limit,
-                "kv_on_device": (visual + parts["dense"]) / (whole["visual"] + parts["dense"]),
+                "kv_on_device": (visual + parts["text"]) / (whole["visual"] + parts["text"]),
             }
         )
 

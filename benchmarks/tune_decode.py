@@ -36,7 +36,7 @@ _RESULT = _ROOT / "benchmarks" / "results" / "tune_decode.json"
 _KEYS = (36, 72, 108, 180)
 _STAGES = (2, 3, 4)
 _BLOCKS = (132, 264, 396, 528)  # 132 multiprocessors
-_SLOTS, _DENSE = 36, 256
+_SLOTS, _TEXT = 36, 256
 
 
 class Problem(NamedTuple):
@@ -51,9 +51,9 @@ class Problem(NamedTuple):
     top_k: int
 
     def floor_bytes(self, itemsize: float) -> float:
-        """What a layer's step must read of the visual cache and of a bfloat16 or float32 dense stream."""
+        """What a layer's step must read of the visual cache and of a bfloat16 or float32 text stream."""
         visual = 2 * self.top_k * _SLOTS * self.dim * itemsize
-        return self.batch * self.kv_heads * (visual + 2 * _DENSE * self.dim * max(itemsize, 2))
+        return self.batch * self.kv_heads * (visual + 2 * _TEXT * self.dim * max(itemsize, 2))
 
 
 LONG = Problem(layers=8, batch=8, kv_heads=8, group=4, dim=128, regions=1024, top_k=102)
@@ -90,41 +90,41 @@ class Bench:
         self.least = 0.0 if interpret else 0.02
         kind = jnp.float32 if dtype == "float32" else jnp.bfloat16
         visual_dtype = "int8" if dtype == "int8" else None
-        self.spec = GazeSpec(problem.dim**-0.5, "group", visual_dtype=visual_dtype, interpret=interpret)
+        self.spec = GazeSpec(problem.dim**-0.5, "kv_head", visual_dtype=visual_dtype, interpret=interpret)
         layers, batch, kv_heads, group, dim, regions, top_k = problem
         keys = jax.random.split(jax.random.key(0), 5)
         visual = (layers, batch, kv_heads, regions, _SLOTS, dim)
         self.k, self.v = (jax.random.normal(key, visual, kind) for key in keys[:2])
-        dense = (layers, batch, kv_heads, _DENSE, dim)
-        self.dense = tuple(jax.random.normal(key, dense, kind) for key in keys[2:4])
+        text = (layers, batch, kv_heads, _TEXT, dim)
+        self.text = tuple(jax.random.normal(key, text, kind) for key in keys[2:4])
         self.q = jax.random.normal(keys[4], (batch, kv_heads * group, dim), kind)
         rng = np.random.default_rng(0)
         picks = rng.permuted(np.broadcast_to(np.arange(regions), (layers, batch, kv_heads, regions)), axis=-1)
         self.indices = jnp.asarray(np.sort(picks[..., :top_k]), jnp.int32)
         self.packed = api.pack(self.k, self.v, spec=self.spec, implementation="gpu")
-        self.seen = (jnp.ones((batch, regions, _SLOTS), bool), jnp.ones((batch, _DENSE), bool))
+        self.seen = (jnp.ones((batch, regions, _SLOTS), bool), jnp.ones((batch, _TEXT), bool))
 
     def program(self, implementation: str, spec: GazeSpec, packed: Any) -> Callable[[], jax.Array]:
         """The last layer's output; each layer's query is made of the one before, so none can overlap."""
         layers = self.problem.layers
 
         @jax.jit
-        def run(q: jax.Array, packed: Any, dense: Any, indices: jax.Array, seen: Any) -> jax.Array:
+        def run(q: jax.Array, packed: Any, text: Any, indices: jax.Array, seen: Any) -> jax.Array:
             def layer(l: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 q, _ = carry
                 out = api.gaze_decode(
-                    q, packed, *dense, l, indices[l], *seen, spec=spec, implementation=implementation
+                    q, packed, *text, l, indices[l], *seen, spec=spec, implementation=implementation
                 )
                 return q + out * jnp.asarray(1e-3, q.dtype), out
 
             return jax.lax.fori_loop(0, layers, layer, (q, q))[1]
 
-        return functools.partial(run, self.q, packed, self.dense, self.indices, self.seen)
+        return functools.partial(run, self.q, packed, self.text, self.indices, self.seen)
 
     @functools.cached_property
     def expected(self) -> np.ndarray:
         """Of plain XLA, over a cache that was not rounded to int8."""
-        spec = GazeSpec(self.spec.scale, self.spec.share)
+        spec = GazeSpec(self.spec.scale, self.spec.select_per)
         packed = api.pack(self.k, self.v, spec=spec, implementation="xla")
         return np.asarray(self.program("xla", spec, packed)(), np.float64)
 

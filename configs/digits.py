@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
                     "region": (2, 2),
                     "context_tokens": 1,
                     "top_k": 2,
-                    "visual_scope": "unit",
+                    "visual_scope": "view",
                     "visual_causal": False,
                 },
             },

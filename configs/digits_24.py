@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
                     "region": (6, 6),
                     "context_tokens": 4,
                     "top_k": 2,
-                    "visual_scope": "unit",
+                    "visual_scope": "view",
                     "visual_causal": False,
                 },
             },

@@ -1,7 +1,7 @@
 """Gaze Attention for JAX and Flax: multimodal language models that select visual regions, then attend.
 
 model = gaze_jax.load("ckpt/llava")
-answer = model.generate("How many rooms?", video="walk.mp4", looking=gaze_jax.Looking(keep=0.1))
+answer = model.generate("How many rooms?", video="walk.mp4", gaze=gaze_jax.GazeOptions(keep=0.1))
 print(answer.text)
 """
 
@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gaze_jax.infer.assistant import Answer as Answer
-    from gaze_jax.infer.assistant import Assistant as Assistant
-    from gaze_jax.infer.assistant import load as load
-    from gaze_jax.infer.look import Looking as Looking
+    from gaze_jax.infer.gaze_options import GazeOptions as GazeOptions
+    from gaze_jax.infer.sampler import Answer as Answer
+    from gaze_jax.infer.sampler import Sampler as Sampler
+    from gaze_jax.infer.sampler import load as load
     from gaze_jax.infer.steer import LookAt as LookAt
 
 __version__ = "0.1.0"
@@ -20,9 +20,9 @@ __version__ = "0.1.0"
 # Imported when they are asked for: whoever trains or converts needs none of this.
 _LAZY = {
     "Answer": "gaze_jax.infer.assistant",
-    "Assistant": "gaze_jax.infer.assistant",
+    "Sampler": "gaze_jax.infer.assistant",
     "LookAt": "gaze_jax.infer.steer",
-    "Looking": "gaze_jax.infer.look",
+    "GazeOptions": "gaze_jax.infer.gaze_options",
     "load": "gaze_jax.infer.assistant",
 }
 

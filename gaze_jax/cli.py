@@ -1,4 +1,4 @@
-"""What all doors share: flags in, exit status out, and one sentence for what the user can mend."""
+"""What all commands share: flags in, exit status out, and one sentence for what the user can mend."""
 
 import contextlib
 import os
@@ -49,7 +49,7 @@ def _program() -> str:
     return os.path.basename(sys.argv[0]) if spec is None else f"python -m {spec.parent}"
 
 
-def run_door(main: Callable[..., None], *, arguments: bool = False) -> None:
+def run(main: Callable[..., None], *, arguments: bool = False) -> None:
     """Parse the flags and call ``main``, with a list of what is no flag if it takes ``arguments``.
 
     A :class:`UserError` ends the program with status 2 and its sentence alone; anything else is a defect

@@ -1,9 +1,9 @@
 """Attention ops of Gaze Attention, one folder each; imports jax and numpy only.
 
-``gaze_decode``: one query per sequence, regions by index, plus the dense stream.
+``gaze_decode``: one query per sequence, regions by index, plus the text stream.
 ``gaze_prefill``: many queries, each with its own selection, forward and backward.
 
-Both are one softmax over selected visual keys and visible dense keys. An implementation asked for by
+Both are one softmax over selected visual keys and visible text-stream keys. An implementation asked for by
 name never falls back to another.
 """
 

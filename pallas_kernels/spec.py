@@ -1,6 +1,6 @@
 """Static choices and integer metadata shared by the attention ops.
 
-Axis letters: B batch, T queries, S dense keys, R regions, P token slots per region, J selection
+Axis letters: B batch, T queries, S text-stream keys, R regions, P token slots per region, J selection
 capacity, K kv heads, G query heads per kv head, H = K * G, D head dim, L layers.
 """
 
@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 
-SHARES = ("head", "group")
+SELECT_PER = ("head", "kv_head")
 VISUAL_DTYPES = (None, "int8")
 
 
@@ -18,7 +18,7 @@ class GazeSpec:
 
     Attributes:
       scale: multiplies the logits (usually ``head_dim ** -0.5``); it never changes a selection.
-      share: "head": a selection per query head (Hs = H); "group": one per kv head (Hs = K).
+      select_per: "head": a selection per query head (Hs = H); "kv_head": one per kv head (Hs = K).
       query_block: most queries that ``gaze_prefill`` may hold logits of at once.
       visual_dtype: how ``gaze_decode`` keeps the visual cache: None as it comes, "int8" with a float32
         scale per token, kv head and side (K, V); see :mod:`pallas_kernels.quantize`.
@@ -27,14 +27,14 @@ class GazeSpec:
     """
 
     scale: float
-    share: str = "head"
+    select_per: str = "head"
     query_block: int = 512
     visual_dtype: str | None = None
     interpret: bool = False
 
     def __post_init__(self) -> None:
-        if self.share not in SHARES:
-            raise ValueError(f"GazeSpec.share={self.share!r} must be one of {SHARES}.")
+        if self.select_per not in SELECT_PER:
+            raise ValueError(f"GazeSpec.select_per={self.select_per!r} must be one of {SELECT_PER}.")
         if self.query_block < 1:
             raise ValueError(f"GazeSpec.query_block={self.query_block} must be at least 1.")
         if self.visual_dtype not in VISUAL_DTYPES:
@@ -51,15 +51,15 @@ class Windows:
     Attributes:
       segment: int32 [B, T] packed sample of the query; -1 for padding, which sees nothing.
       visual_lo, visual_hi: int32 [B, T] visible visual tokens.
-      dense_lo, dense_hi: int32 [B, T] visible dense tokens.
+      text_lo, text_hi: int32 [B, T] visible text-stream tokens.
       routed: bool [B, T] the query attends to its selected regions only.
     """
 
     segment: jax.Array
     visual_lo: jax.Array
     visual_hi: jax.Array
-    dense_lo: jax.Array
-    dense_hi: jax.Array
+    text_lo: jax.Array
+    text_hi: jax.Array
     routed: jax.Array
 
 
@@ -71,11 +71,11 @@ class KeyPlaces:
     Attributes:
       visual_order: int32 [B, R, P].
       region_segment: int32 [B, R].
-      dense_order: int32 [B, S].
-      dense_segment: int32 [B, S].
+      text_order: int32 [B, S].
+      text_segment: int32 [B, S].
     """
 
     visual_order: jax.Array
     region_segment: jax.Array
-    dense_order: jax.Array
-    dense_segment: jax.Array
+    text_order: jax.Array
+    text_segment: jax.Array

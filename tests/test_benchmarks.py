@@ -13,7 +13,7 @@ from benchmarks import decode, generate, generate_models, layouts, prefill, timi
 from gaze_jax.core import accounting
 from gaze_jax.core.regions import slot_fill
 from gaze_jax.core.streams import Kind
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Video
 from gaze_jax.models.published import MODELS
@@ -41,12 +41,12 @@ def prefilled(tmp_path_factory):
 def test_decode_writes_a_row_per_shape_and_share(decoded):
     """Shapes x shares of the one implementation, over eight layers, with what they were measured on."""
     rows = decoded["rows"]
-    found = [(row["tokens"], row["top_k"], row["implementation"], row["share"]) for row in rows]
+    found = [(row["tokens"], row["top_k"], row["implementation"], row["select_per"]) for row in rows]
     assert found == [
         (72, 1, "xla", "head"),
-        (72, 1, "xla", "group"),
+        (72, 1, "xla", "kv_head"),
         (71, 2, "xla", "head"),
-        (71, 2, "xla", "group"),
+        (71, 2, "xla", "kv_head"),
     ]
     assert all(row["layers"] == 8 and row["rounds"] == 3 and "note" not in row for row in rows)
     assert decoded["versions"].keys() >= {"jax", "jaxlib", "numpy", "python"} and decoded["bandwidth"] > 0
@@ -57,9 +57,9 @@ def test_decode_writes_a_row_per_shape_and_share(decoded):
 def test_decode_figures_agree_with_each_other(decoded):
     """The union lies between top_k and G * top_k, the floor follows from it, the ratio from the floor."""
     for row in decoded["rows"]:
-        heads = 2 if row["share"] == "head" else 1
+        heads = 2 if row["select_per"] == "head" else 1
         assert row["top_k"] <= row["union"] <= min(heads * row["top_k"], 2)
-        if row["share"] == "group":
+        if row["select_per"] == "kv_head":
             assert row["union"] == row["top_k"]
         # K=2, D=16, P=36, S=256, two sequences, 4 bytes: K * (bDR + 2bDPU + 2bDS) each.
         by_hand = 2 * 2 * 4 * 16 * (2 + 2 * 36 * row["union"] + 2 * 256)
@@ -84,9 +84,9 @@ def test_decode_floor_of_an_int8_cache():
     """A byte per visual element and two float32 scales per token; descriptors and text stay bfloat16."""
     shape = timing.Shape(4608, 128, 13)
     got = decode.floor_bytes(shape, (32, 8, 128), 3, "int8", 20.0)
-    assert got == 3 * 8 * (2 * 128 * 128 + 2 * (128 + 4) * 36 * 20 + 2 * 2 * 128 * decode.DENSE)
+    assert got == 3 * 8 * (2 * 128 * 128 + 2 * (128 + 4) * 36 * 20 + 2 * 2 * 128 * decode.TEXT)
     wide = decode.floor_bytes(shape, (32, 8, 128), 1, "bfloat16", 20.0)
-    assert wide == accounting.decode_floor(8, 128, 2, 128, 36, 20.0, decode.DENSE).total
+    assert wide == accounting.decode_floor(8, 128, 2, 128, 36, 20.0, decode.TEXT).total
 
 
 def test_what_does_not_fit_or_cannot_run_is_a_row_that_says_why(monkeypatch, tmp_path, capsys):
@@ -151,8 +151,8 @@ def test_tiles_are_tried_and_the_best_is_kept(tmp_path, monkeypatch):
 def test_prefill_writes_a_row_per_implementation_share_and_pass(prefilled):
     """Useful FLOPs are those of selected pairs; TFLOP/s and speedups follow from the times."""
     rows = prefilled["rows"]
-    labels = [(row["implementation"], row["share"], row["pass"]) for row in rows]
-    kinds = [("xla", "head"), ("xla", "group"), ("dense xla", ""), ("dense dot_product_attention", "")]
+    labels = [(row["implementation"], row["select_per"], row["pass"]) for row in rows]
+    kinds = [("xla", "head"), ("xla", "kv_head"), ("dense xla", ""), ("dense dot_product_attention", "")]
     assert labels == [(*kind, p) for kind in kinds for p in prefill.PASSES]
     for row in rows:
         seconds = row["ms"]["median"] / 1e3
@@ -207,7 +207,7 @@ def test_layouts_are_those_of_real_arrays_and_presets_waste_little():
     assert min(row["slot_fill"] for row in found) >= layouts.LEAST_FILL
     photo, frames = np.zeros((480, 640, 3), np.uint8), np.zeros((16, *layouts.FRAME, 3), np.uint8)
     for family in ("llava-onevision", "cambrian-s"):
-        for newlines in ("dense", "region"):
+        for newlines in ("text", "region"):
             layout = dataclasses.replace(MODELS[layouts.FAMILIES[family]].layout, newlines=newlines)
             processor = Processor(layout, build_tokenizer(), ("a",))
             for part, name in ((Image(0), "photo 640x480"), (Video(0), "16 frames 1280x720")):
@@ -221,7 +221,7 @@ def test_layouts_are_those_of_real_arrays_and_presets_waste_little():
                 assert (row["tokens"], row["regions"], row["slots"]) == (valid.sum(), *valid.shape)
                 assert row["slot_fill"] == pytest.approx(slot_fill(arrays["visual_src"]))
                 assert row["newlines"] == (arrays["kind"] == Kind.NEWLINE).sum()
-                assert row["views"] == arrays["visual_unit"].max() + 1
+                assert row["views"] == arrays["visual_view"].max() + 1
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_generate_figures_agree_with_each_other(answered):
             assert need["parameters"] == 4 * parameters
         # K=2, D=16, 2 layers, 4 bytes; one region of 36 tokens and 2 descriptors, or both regions.
         each = 2 * 4 * 2 * 16 * row["batch"]
-        assert row["bytes"]["group"]["cache"] == pytest.approx(each * (2 + 2 * (36 + seen)))
+        assert row["bytes"]["kv_head"]["cache"] == pytest.approx(each * (2 + 2 * (36 + seen)))
         assert row["bytes"]["dense"]["cache"] == pytest.approx(each * 2 * (72 + seen))
         assert each * 2 * 36 < row["bytes"]["head"]["cache"] <= each * (2 + 2 * (72 + seen))
 
@@ -277,9 +277,13 @@ def test_generate_says_what_was_met_and_what_was_missed():
 
     rows = [
         row(
-            "decode", 576, 1, ratio=ratio(transformers_dense=0.9, dense_group=1.0), times_model={"group": 2.5}
+            "decode",
+            576,
+            1,
+            ratio=ratio(transformers_dense=0.9, dense_group=1.0),
+            times_model={"kv_head": 2.5},
         ),
-        row("decode", 18432, 8, ratio=ratio(dense_group=1.5), times_model={"group": 1.0}),
+        row("decode", 18432, 8, ratio=ratio(dense_group=1.5), times_model={"kv_head": 1.0}),
         row("decode", 18432, 1, ratio=ratio(dense_group=1.2)),
         row("attention", 18432, 1, ratio=ratio(dense_group=6.0, dense_head=0.5)),
         row("prefill", 4608, 1, **{"turn_1 / turn_2": {"dense": 20.0, "transformers": 3.0}}),
@@ -334,8 +338,8 @@ def test_generate_measures_memory_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     args = generate.parse(["--quick", "--measure=memory", "--variants=group,transformers"])
     first, second = generate.benchmark(args)
-    assert first["peak_bytes"] == {"group": 1, "transformers": 2} and first["cache"] == "prefilled"
-    assert second["loaded_bytes"] == {"group": 5, "transformers": 5} and second["batch"] == 2
+    assert first["peak_bytes"] == {"kv_head": 1, "transformers": 2} and first["cache"] == "prefilled"
+    assert second["loaded_bytes"] == {"kv_head": 5, "transformers": 5} and second["batch"] == 2
     assert asked[1] == ["-m", "benchmarks.generate", "--peak=transformers/72/1/prefill", "--quick"]
 
 

@@ -15,12 +15,12 @@ import numpy as np
 from gaze_jax.config import to_dict
 from gaze_jax.convert import shards
 from gaze_jax.convert.checkpoint import Config, numpy_dtype
-from gaze_jax.convert.families import FAMILIES, decoder_family, joint_rules
 from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import Tensor
 from gaze_jax.convert.source import CONFIG, UNUSED, PartConfig, cast, read_config
-from gaze_jax.convert.table import Family, Rule
 from gaze_jax.errors import UserError
+from gaze_jax.families import FAMILIES, decoder_family, joint_rules
+from gaze_jax.families.table import Family, Rule
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 
 GAZE_TENSORS = "gaze.safetensors"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gaze_jax.convert import shards
-from gaze_jax.convert.families import FAMILIES, family_type
 from gaze_jax.convert.source import CONFIG, read_config
-from gaze_jax.convert.table import Json, Names
 from gaze_jax.errors import UserError
+from gaze_jax.families import FAMILIES, family_type
+from gaze_jax.families.table import Json, Names
 from gaze_jax.models.config import VisionConfig
 
 _TEXT_FIELDS = (

@@ -31,8 +31,6 @@ from gaze_jax.convert.export import (
     export,
     part_directories,
 )
-from gaze_jax.convert.families import family_of, feature_tower, joint_rules
-from gaze_jax.convert.families.tower import read_siglip
 from gaze_jax.convert.manifest import Leaf
 from gaze_jax.convert.source import (
     CONFIG,
@@ -46,6 +44,8 @@ from gaze_jax.convert.source import (
     read_config,
 )
 from gaze_jax.errors import UserError
+from gaze_jax.families import family_of, feature_tower, joint_rules
+from gaze_jax.families.tower import read_siglip
 from gaze_jax.models.config import DTYPES, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params, init_variables
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh

@@ -13,11 +13,11 @@ import numpy as np
 
 from gaze_jax.convert import shards
 from gaze_jax.convert.checkpoint import Pending, flat_leaves, numpy_dtype
-from gaze_jax.convert.families import FAMILIES, family_type, feature_tower
 from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import DTYPES, NAMES, Tensor
-from gaze_jax.convert.table import Family, Json, Part, Rule, copy
 from gaze_jax.errors import UserError
+from gaze_jax.families import FAMILIES, family_type, feature_tower
+from gaze_jax.families.table import Family, Json, Part, Rule, copy
 from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params
 
@@ -222,7 +222,7 @@ def open_directory(
     Args:
       directory: with config.json and safetensors.
       part: what it must be, if only that will do.
-      feature_layer: of a tower, see :func:`gaze_jax.convert.families.feature_tower`.
+      feature_layer: of a tower, see :func:`gaze_jax.families.feature_tower`.
       tower: up to the features, of a whole model whose config.json only names its tower.
 
     Raises:

@@ -42,17 +42,17 @@ class Reads:
     Attributes:
       descriptors: of every region; 0 under dense attention.
       visual: keys and values of the selected regions, every slot of them.
-      dense: keys and values of the dense stream.
+      text_stream: keys and values of the text stream.
     """
 
     descriptors: Array | float
     visual: Array | float
-    dense: Array | float
+    text_stream: Array | float
 
     @property
     def total(self) -> Array | float:
         """All of them."""
-        return self.descriptors + self.visual + self.dense
+        return self.descriptors + self.visual + self.text_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _selection(selected: Array | None, indices: Array | None, num_regions: int) 
 
 def entries(
     valid: Array,
-    dense_seen: Array,
+    text_seen: Array,
     kind: Array,
     *,
     selected: Array | None = None,
@@ -96,7 +96,7 @@ def entries(
 
     Args:
       valid: bool [..., R, P] slots that hold a token the query may see.
-      dense_seen: bool [..., S] dense keys that it sees.
+      text_seen: bool [..., S] text-stream keys that it sees.
       kind: int32 [..., S] of :class:`gaze_jax.core.streams.Kind`.
       selected: bool [..., Hs, R]; or
       indices: int32 [..., Hs, J], -1 in unused slots. Without either, attention is dense.
@@ -110,7 +110,7 @@ def entries(
         visual = jnp.mean(per_head.astype(jnp.float32), axis=-1)
 
     def count(wanted: Kind) -> Array:
-        return jnp.sum(dense_seen & (kind == wanted), axis=-1, dtype=jnp.int32).astype(jnp.float32)
+        return jnp.sum(text_seen & (kind == wanted), axis=-1, dtype=jnp.int32).astype(jnp.float32)
 
     return Entries(visual, count(Kind.NEWLINE), count(Kind.CONTEXT), count(Kind.TEXT))
 
@@ -126,7 +126,7 @@ def union_over_group(selected: Array, kv_heads: int) -> Array:
 
 def reads(
     valid: Array,
-    dense_seen: Array,
+    text_seen: Array,
     *,
     kv_heads: int,
     head_dim: int,
@@ -138,7 +138,7 @@ def reads(
     """Bytes that decoding steps must read, with the union over a group's query heads as measured.
 
     Args:
-      valid, dense_seen, selected, indices: as in :func:`entries`.
+      valid, text_seen, selected, indices: as in :func:`entries`.
       kv_heads: K.
       head_dim: D.
       itemsize: bytes per cached element.
@@ -149,13 +149,13 @@ def reads(
     """
     regions, slots = valid.shape[-2:]
     chosen = _selection(selected, indices, regions)
-    dense = jnp.sum(dense_seen, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    text_stream = jnp.sum(text_seen, axis=-1, dtype=jnp.int32).astype(jnp.float32)
     if chosen is None:
-        floor = decode_floor(kv_heads, head_dim, itemsize, None, slots, regions, dense)
+        floor = decode_floor(kv_heads, head_dim, itemsize, None, slots, regions, text_stream)
     else:
         union = jnp.mean(union_over_group(chosen, kv_heads), axis=-1)
         floor = decode_floor(
-            kv_heads, head_dim, itemsize, regions, slots, union, dense, descriptor=descriptor
+            kv_heads, head_dim, itemsize, regions, slots, union, text_stream, descriptor=descriptor
         )
     return floor
 
@@ -167,7 +167,7 @@ def decode_floor(
     regions: int | None,
     slots: int,
     union: Array | float,
-    dense: Array | float,
+    text_stream: Array | float,
     *,
     descriptor: str = "mean",
 ) -> Reads:
@@ -180,7 +180,7 @@ def decode_floor(
       regions: R, whose descriptors are read; None for dense attention, which reads none.
       slots: P.
       union: U, regions read per kv head (a mean over kv heads); R under dense attention.
-      dense: S, dense keys, context tokens among them.
+      text_stream: S, text-stream keys, context tokens among them.
       descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`; decides the width E of a descriptor.
     """
     vector = kv_heads * itemsize * head_dim
@@ -188,7 +188,7 @@ def decode_floor(
     return Reads(
         descriptors=float(kv_heads * itemsize * width * (regions or 0)),
         visual=2.0 * vector * slots * union,
-        dense=2.0 * vector * dense,
+        text_stream=2.0 * vector * text_stream,
     )
 
 
@@ -208,7 +208,7 @@ def attention_flops(
       head_dim: D.
       attended: entries, all kinds.
       regions: R that are scored; 0 for dense attention.
-      kv_heads: K for share "group", which adds a group's queries and scores once; None for "head".
+      kv_heads: K for select_per "kv_head", which adds a group's queries and scores once; None for "head".
       descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`.
     """
     width = descriptor_width(descriptor, head_dim)

@@ -8,7 +8,7 @@ import numpy as np
 from gaze_jax.core.regions import partition
 
 STYLES = ("square", "llava_onevision", "cambrian_s")
-NEWLINES = ("dense", "region")
+NEWLINES = ("text", "region")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +67,17 @@ def _regions(grid: int, region: tuple[int, int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class VisualLayout:
-    """The token layout of units. ``table``, ``regions`` and ``slots`` are those of one whole square image.
+    """The token layout of views. ``table``, ``regions`` and ``slots`` are those of one whole square image.
 
     Attributes:
       image_size: side of the tower's input in pixels.
       patch_size: side of a patch in pixels; a remainder at the right and bottom is dropped.
       region: (r_h, r_w) target size of a region of an image in tokens.
-      context_tokens: C, tokens appended after each unit.
-      views: how images and frames become units.
+      context_tokens: C, tokens appended after each view.
+      views: how images and frames become views.
       video_region: (r_t, r_h, r_w) target size of a region of a video in frames and tokens; None is one
         frame and ``region``.
-      newlines: "dense": newlines are tokens of the dense stream; "region": a newline inside a unit is routed
+      newlines: "text": newlines are tokens of the text stream; "region": a newline inside a view is routed
         with the last region of its row.
 
     Raises:
@@ -90,7 +90,7 @@ class VisualLayout:
     context_tokens: int
     views: ViewConfig = ViewConfig()
     video_region: tuple[int, int, int] | None = None
-    newlines: str = "dense"
+    newlines: str = "text"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))
@@ -129,7 +129,7 @@ class VisualLayout:
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of one unit."""
+        """Visual tokens of one view."""
         return self.grid * self.grid
 
     @property
@@ -139,7 +139,7 @@ class VisualLayout:
 
     @property
     def regions(self) -> int:
-        """R, regions of one unit."""
+        """R, regions of one view."""
         return self.table.shape[0]
 
     @property

@@ -2,16 +2,17 @@
 
 Every mask also requires the same segment; "earlier" is by ``order`` and includes the token itself.
 
-| query                        | dense keys             | visual keys                                     |
+| query                        | text-stream keys             | visual keys
+   |
 |------------------------------|------------------------|-------------------------------------------------|
-| text, newline outside a unit | all earlier            | Top-K of the regions that ended earlier         |
-| visual, newline in its unit  | all earlier            | scope "all": all earlier; "unit": own unit's;   |
-|                              |                        | not causal: also the own unit's later ones      |
-| context                      | its unit's newlines,   | all of its unit                                 |
+| text, newline outside a view | all earlier            | Top-K of the regions that ended earlier         |
+| visual, newline in its view  | all earlier            | scope "all": all earlier; "view": own view's;   |
+|                              |                        | not causal: also the own view's later ones      |
+| context                      | its view's newlines,   | all of its view                                 |
 |                              | context up to itself   |                                                 |
 | padding                      | none: output 0         | none                                            |
 
-A unit is contiguous in ``order`` and its context tokens follow it directly, so each cell of the table
+A view is contiguous in ``order`` and its context tokens follow it directly, so each cell of the table
 is one interval. A picture of one row, ``t`` text, ``v`` visual (two regions), ``c`` context; scope
 "all", causal, ``#`` seen, ``R`` seen if its region is selected::
 
@@ -40,23 +41,23 @@ def key_places(streams: Streams) -> KeyPlaces:
     return KeyPlaces(
         visual_order=jnp.where(streams.visual_valid, streams.visual_order, EMPTY),
         region_segment=streams.region_segment,
-        dense_order=jnp.where(streams.kind == Kind.PAD, EMPTY, streams.dense_order),
-        dense_segment=streams.dense_segment,
+        text_order=jnp.where(streams.kind == Kind.PAD, EMPTY, streams.text_order),
+        text_segment=streams.text_segment,
     )
 
 
-def unit_spans(streams: Streams) -> tuple[Array, Array]:
-    """First and last order of each unit's visual tokens.
+def view_spans(streams: Streams) -> tuple[Array, Array]:
+    """First and last order of each view's visual tokens.
 
     Returns:
-      Two int32 [B, R * P], indexed by unit id (a row cannot have more units than visual slots); an
-      absent unit spans nothing (first > last).
+      Two int32 [B, R * P], indexed by view id (a row cannot have more views than visual slots); an
+      absent view spans nothing (first > last).
     """
-    batch = streams.visual_unit.shape[0]
-    unit = streams.visual_unit.reshape(batch, -1)
+    batch = streams.visual_view.shape[0]
+    view = streams.visual_view.reshape(batch, -1)
     order = streams.visual_order.reshape(batch, -1)
-    slots = unit.shape[1]
-    bucket = jnp.where(streams.visual_valid.reshape(batch, -1), unit, slots)
+    slots = view.shape[1]
+    bucket = jnp.where(streams.visual_valid.reshape(batch, -1), view, slots)
 
     def spans(order: Array, bucket: Array) -> tuple[Array, Array]:
         first = jax.ops.segment_min(order, bucket, num_segments=slots + 1)
@@ -66,8 +67,8 @@ def unit_spans(streams: Streams) -> tuple[Array, Array]:
     return jax.vmap(spans)(order, bucket)
 
 
-def _lookup(spans: Array, unit: Array) -> Array:
-    return jnp.take_along_axis(spans, jnp.maximum(unit, 0), axis=1)
+def _lookup(spans: Array, view: Array) -> Array:
+    return jnp.take_along_axis(spans, jnp.maximum(view, 0), axis=1)
 
 
 def windows(streams: Streams, *, visual_scope: str, visual_causal: bool) -> tuple[Windows, Windows]:
@@ -75,52 +76,52 @@ def windows(streams: Streams, *, visual_scope: str, visual_causal: bool) -> tupl
 
     Args:
       streams: the batch.
-      visual_scope: "all" or "unit".
-      visual_causal: False lets visual tokens also see later ones of their own unit.
+      visual_scope: "all" or "view".
+      visual_causal: False lets visual tokens also see later ones of their own view.
 
     Returns:
-      Windows of the visual queries [B, R * P] and of the dense queries [B, S].
+      Windows of the visual queries [B, R * P] and of the text-stream queries [B, S].
     """
     batch = streams.tokens.shape[0]
-    first, last = unit_spans(streams)
+    first, last = view_spans(streams)
 
-    def inside_unit(order: Array, unit: Array) -> tuple[Array, Array]:
-        """Visual interval of a visual token, or of a newline inside its unit."""
-        start = _lookup(first, unit) if visual_scope == "unit" else jnp.zeros_like(order)
-        end = order if visual_causal else jnp.maximum(order, _lookup(last, unit))
+    def inside_view(order: Array, view: Array) -> tuple[Array, Array]:
+        """Visual interval of a visual token, or of a newline inside its view."""
+        start = _lookup(first, view) if visual_scope == "view" else jnp.zeros_like(order)
+        end = order if visual_causal else jnp.maximum(order, _lookup(last, view))
         return start, end
 
     order = streams.visual_order.reshape(batch, -1)
-    unit = streams.visual_unit.reshape(batch, -1)
+    view = streams.visual_view.reshape(batch, -1)
     valid = streams.visual_valid.reshape(batch, -1)
     slots_per_region = streams.visual_order.shape[2]
     segment = jnp.repeat(streams.region_segment, slots_per_region, axis=1)
-    lo, hi = inside_unit(order, unit)
+    lo, hi = inside_view(order, view)
     visual = Windows(
         segment=jnp.where(valid, segment, EMPTY),
         visual_lo=lo,
         visual_hi=hi,
-        dense_lo=jnp.zeros_like(order),
-        dense_hi=order,
+        text_lo=jnp.zeros_like(order),
+        text_hi=order,
         routed=jnp.zeros_like(valid),
     )
 
-    order, unit = streams.dense_order, streams.dense_unit
+    order, view = streams.text_order, streams.text_view
     is_context = streams.kind == Kind.CONTEXT
-    in_unit = (streams.kind == Kind.NEWLINE) & (unit >= 0)
-    start, end = _lookup(first, unit), _lookup(last, unit)
-    lo, hi = inside_unit(order, unit)
-    dense = Windows(
-        segment=jnp.where(streams.kind == Kind.PAD, EMPTY, streams.dense_segment),
-        visual_lo=jnp.where(is_context, start, jnp.where(in_unit, lo, 0)),
-        visual_hi=jnp.where(is_context, end, jnp.where(in_unit, hi, order)),
-        # Between its unit's first token and itself a context token finds only the unit's newlines
-        # and the unit's earlier context tokens: exactly the table's cell.
-        dense_lo=jnp.where(is_context, start, 0),
-        dense_hi=order,
-        routed=~(is_context | in_unit | (streams.kind == Kind.PAD)),
+    in_view = (streams.kind == Kind.NEWLINE) & (view >= 0)
+    start, end = _lookup(first, view), _lookup(last, view)
+    lo, hi = inside_view(order, view)
+    text = Windows(
+        segment=jnp.where(streams.kind == Kind.PAD, EMPTY, streams.text_segment),
+        visual_lo=jnp.where(is_context, start, jnp.where(in_view, lo, 0)),
+        visual_hi=jnp.where(is_context, end, jnp.where(in_view, hi, order)),
+        # Between its view's first token and itself a context token finds only the view's newlines
+        # and the view's earlier context tokens: exactly the table's cell.
+        text_lo=jnp.where(is_context, start, 0),
+        text_hi=order,
+        routed=~(is_context | in_view | (streams.kind == Kind.PAD)),
     )
-    return visual, dense
+    return visual, text
 
 
 def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Array, Array]:
@@ -144,8 +145,8 @@ def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Array, Array]:
         queries.visual_lo,
         queries.visual_hi,
     )
-    dense = inside(places.dense_order, places.dense_segment, queries.dense_lo, queries.dense_hi)
-    return visual.reshape(batch, -1, regions, slots), dense
+    text = inside(places.text_order, places.text_segment, queries.text_lo, queries.text_hi)
+    return visual.reshape(batch, -1, regions, slots), text
 
 
 def visible_regions(queries: Windows, places: KeyPlaces, first: Array, last: Array) -> Array:

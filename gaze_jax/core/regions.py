@@ -93,7 +93,7 @@ def to_regions(features: Array, visual_src: Array) -> Array:
     """Move tower output into region-major order.
 
     Args:
-      features: [B, N, M] tower output, flattened over units and tokens.
+      features: [B, N, M] tower output, flattened over views and tokens.
       visual_src: int32 [B, R, P] index into N, -1 in empty slots.
 
     Returns:
@@ -108,7 +108,7 @@ def to_regions(features: Array, visual_src: Array) -> Array:
     return moved.reshape(*visual_src.shape, features.shape[-1])
 
 
-def pool_to_regions(features: Array, taps: Array, weights: Array, newline: Array) -> Array:
+def pool_to_regions(features: Array, pool_indices: Array, pool_weights: Array, newline: Array) -> Array:
     """Pool tower output and move it into region-major order in one go.
 
     Unpadding, joining tiles and bilinear resizing all make a token a weighted sum of at most W tower tokens,
@@ -116,22 +116,22 @@ def pool_to_regions(features: Array, taps: Array, weights: Array, newline: Array
 
     Args:
       features: [B, N, M] tower output, flattened over images and tokens.
-      taps: int32 [B, R, P, W] index into N; :data:`gaze_jax.core.streams.NEWLINE` in the first tap makes the
-        token the newline.
-      weights: float32 [B, R, P, W]; 0 in empty slots and unused taps, whose index is then 0.
+      pool_indices: int32 [B, R, P, W] index into N; :data:`gaze_jax.core.streams.NEWLINE` in the first tap
+        makes the token the newline.
+      pool_weights: float32 [B, R, P, W]; 0 in empty slots and unused pool indices, whose index is then 0.
       newline: [M].
 
     Returns:
       [B, R, P, M] in the dtype of ``features``, summed in float32; empty slots are 0.
     """
     batch, width = features.shape[0], features.shape[-1]
-    out = jnp.zeros((*taps.shape[:3], width), jnp.float32)
+    out = jnp.zeros((*pool_indices.shape[:3], width), jnp.float32)
     if features.shape[1]:  # text only: there is nothing to index, and every slot is empty
-        for w in range(taps.shape[-1]):
-            index = jnp.maximum(taps[..., w], 0).reshape(batch, -1, 1)
+        for w in range(pool_indices.shape[-1]):
+            index = jnp.maximum(pool_indices[..., w], 0).reshape(batch, -1, 1)
             found = jnp.take_along_axis(features, index, axis=1).reshape(out.shape)
-            out += weights[..., w, None] * found.astype(jnp.float32)
-    is_newline = taps[..., :1] == NEWLINE
+            out += pool_weights[..., w, None] * found.astype(jnp.float32)
+    is_newline = pool_indices[..., :1] == NEWLINE
     return jnp.where(is_newline, newline.astype(features.dtype), out.astype(features.dtype))
 
 

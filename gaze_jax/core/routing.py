@@ -5,8 +5,8 @@ piece of code. Training selects by *mask* (every region gets a verdict), decodin
 to fetch); both order regions in the same way: highest score first, ties to the region whose first
 token comes first, NaN below every number, -0.0 equal to 0.0.
 
-Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for share "head" and K for share "group"; E is the
-width of a descriptor.
+Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for select_per "head" and K for select_per
+"kv_head"; E is the width of a descriptor.
 """
 
 import dataclasses
@@ -75,13 +75,13 @@ def query_features(q: Array, descriptor: str) -> Array:
     return jnp.concatenate([jnp.minimum(q, zero), jnp.maximum(q, zero)], axis=-1)
 
 
-def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
+def descriptor_scores(q: Array, descriptors: Array, *, select_per: str) -> Array:
     """Score every region for every query (paper: s = q . d).
 
     Args:
       q: [B, T, H, E] queries, or their :func:`query_features`.
       descriptors: [B, K, R, E].
-      share: "head" scores per query head, "group" adds the scores of a kv head's G query heads.
+      select_per: "head" scores per query head, "kv_head" adds the scores of a kv head's G query heads.
 
     Returns:
       float32 [B, T, Hs, R].
@@ -89,7 +89,7 @@ def descriptor_scores(q: Array, descriptors: Array, *, share: str) -> Array:
     batch, queries, heads, width = q.shape
     kv_heads = descriptors.shape[1]
     grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    if share == "group":
+    if select_per == "kv_head":
         # The sum of scores is the score of the sum; add in float32.
         summed = jnp.sum(grouped.astype(jnp.float32), axis=3)
         return jnp.einsum(
@@ -131,16 +131,16 @@ def steer(scores: Array, seen: Array, bias: Array, *, heads: int, dim: int) -> t
 
 
 def log_masses(
-    q: Array, visual_k: Array, dense_k: Array, visual_seen: Array, dense_seen: Array, *, scale: float
+    q: Array, visual_k: Array, text_k: Array, visual_seen: Array, text_seen: Array, *, scale: float
 ) -> tuple[Array, Array]:
-    """How much of a softmax goes to each region and to the dense keys, before it is normalised.
+    """How much of a softmax goes to each region and to the text-stream keys, before it is normalised.
 
     Args:
       q: [B, H, D] post-RoPE, one query of each row.
       visual_k: [B, K, R, P, D].
-      dense_k: [B, K, S, D].
+      text_k: [B, K, S, D].
       visual_seen: bool [B, R, P] visual keys that count; others may be NaN.
-      dense_seen: bool [B, S].
+      text_seen: bool [B, S].
       scale: of the logits.
 
     Returns:
@@ -151,24 +151,24 @@ def log_masses(
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     visual = scale * jnp.einsum("BKGD,BKRPD->BKGRP", grouped, visual_k, **options)
-    dense = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, dense_k, **options)
+    text = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, text_k, **options)
     visual = jnp.where(visual_seen[:, None, None], visual, -jnp.inf)
-    dense = jnp.where(dense_seen[:, None, None], dense, -jnp.inf)
-    return jax.nn.logsumexp(visual, axis=-1), jax.nn.logsumexp(dense, axis=-1)
+    text = jnp.where(text_seen[:, None, None], text, -jnp.inf)
+    return jax.nn.logsumexp(visual, axis=-1), jax.nn.logsumexp(text, axis=-1)
 
 
-def _normalised(regions: Array, dense: Array) -> Array:
-    """Logarithm of each region's share of the softmax over these regions and the dense keys."""
-    whole = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), dense)[..., None]
+def _normalised(regions: Array, text: Array) -> Array:
+    """Logarithm of each region's share of the softmax over these regions and the text-stream keys."""
+    whole = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), text)[..., None]
     return regions - jnp.where(jnp.isfinite(whole), whole, 0.0)
 
 
 def attention_shares(
     q: Array,
     visual_k: Array,
-    dense_k: Array,
+    text_k: Array,
     visual_seen: Array,
-    dense_seen: Array,
+    text_seen: Array,
     selected: Array | None,
     *,
     scale: float,
@@ -178,7 +178,7 @@ def attention_shares(
     For who watches: it reads every key.
 
     Args:
-      q, visual_k, dense_k, visual_seen, dense_seen, scale: as in :func:`log_masses`.
+      q, visual_k, text_k, visual_seen, text_seen, scale: as in :func:`log_masses`.
       selected: bool [B, Hs, R], the regions that were attended to; None is dense attention.
 
     Returns:
@@ -186,24 +186,24 @@ def attention_shares(
       dense attention gives it.
     """
     batch, heads, _ = q.shape
-    regions, dense = log_masses(q, visual_k, dense_k, visual_seen, dense_seen, scale=scale)
-    everywhere = jnp.exp(_normalised(regions, dense))
+    regions, text = log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale)
+    everywhere = jnp.exp(_normalised(regions, text))
     here = everywhere
     if selected is not None:
         chosen = selected.reshape(batch, regions.shape[1], -1, regions.shape[-1])
-        here = jnp.exp(_normalised(jnp.where(chosen, regions, -jnp.inf), dense))
+        here = jnp.exp(_normalised(jnp.where(chosen, regions, -jnp.inf), text))
     return here.reshape(batch, heads, -1), everywhere.reshape(batch, heads, -1)
 
 
 def oracle_scores(
     q: Array,
     visual_k: Array,
-    dense_k: Array,
+    text_k: Array,
     visual_seen: Array,
-    dense_seen: Array,
+    text_seen: Array,
     *,
     scale: float,
-    share: str,
+    select_per: str,
     query_block: int,
 ) -> Array:
     """Score every region by the softmax mass of its keys under dense attention.
@@ -211,11 +211,11 @@ def oracle_scores(
     Args:
       q: [B, T, H, D] post-RoPE queries.
       visual_k: [B, K, R, P, D].
-      dense_k: [B, K, S, D].
+      text_k: [B, K, S, D].
       visual_seen: bool [B, T, R, P] visual keys that dense attention sees; what it does not see may be NaN.
-      dense_seen: bool [B, T, S].
+      text_seen: bool [B, T, S].
       scale: of the logits.
-      share: "head" takes each query head's mass, "group" the sum over a kv head's G query heads, each
+      select_per: "head" takes each query head's mass, "kv_head" the sum over a kv head's G query heads, each
         normalised by itself.
       query_block: queries whose logits are held at once.
 
@@ -225,13 +225,13 @@ def oracle_scores(
     batch, _, heads, _ = q.shape
 
     def one(query: tuple[Array, Array, Array]) -> Array:
-        q, visual_seen, dense_seen = query
-        mass = _normalised(*log_masses(q, visual_k, dense_k, visual_seen, dense_seen, scale=scale))
-        if share == "group":
+        q, visual_seen, text_seen = query
+        mass = _normalised(*log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale))
+        if select_per == "kv_head":
             return jax.nn.logsumexp(mass, axis=2)
         return mass.reshape(batch, heads, -1)
 
-    by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, visual_seen, dense_seen))
+    by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, visual_seen, text_seen))
     return jnp.moveaxis(jax.lax.map(one, by_query, batch_size=min(query_block, q.shape[1])), 0, 1)
 
 
@@ -331,8 +331,8 @@ def select_mask(scores: Array, visible: Array, top_k: Array, permutation: Array)
     cut = jnp.take_along_axis(jnp.sort(keys, axis=-1), at, axis=-1)
     above = keys > cut
     ties = keys == cut
-    room = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    chosen = above | (ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= room))
+    free = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    chosen = above | (ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= free))
     chosen &= (keys > _UNSEEN) & (budget >= 1)
     inverse = jnp.argsort(permutation, axis=-1).astype(jnp.int32)
     return jnp.take_along_axis(chosen, inverse[:, None, None, :], axis=-1)

@@ -1,13 +1,13 @@
 """The two token streams that enter the decoder.
 
-Visual tokens are permuted once, at the door, into *region-major* order and carry their place in the
-sequence with them; everything else (text, newlines, context tokens) stays in a second, dense stream.
+Visual tokens are permuted once, in the processor, into *region-major* order and carry their place in the
+sequence with them; everything else (text, newlines, context tokens) stays in a second, text stream.
 Every layer's keys are then contiguous per region and no layer permutes anything.
 
 Axis letters, used in every shape of this project::
 
-    B batch        T queries            S keys of the dense stream   F units
-    R regions      P slots per region   J capacity of a selection    C context tokens per unit
+    B batch        T queries            S keys of the text stream   F views
+    R regions      P slots per region   J capacity of a selection    C context tokens per view
     K kv heads     G query heads per kv head (H = K * G)             D head dim
     M model width  L layers             V vocabulary
 """
@@ -26,14 +26,14 @@ IGNORE = -100
 """Target of a position that is not trained on."""
 
 EMPTY = -1
-"""An unused slot: of ``visual_src``, of any segment or unit id."""
+"""An unused slot: of ``visual_src``, of any segment or view id."""
 
 NEWLINE = -1
-"""In ``visual_taps``: the token is the newline embedding and comes from no image."""
+"""In ``pool_indices``: the token is the newline embedding and comes from no image."""
 
 
 class Kind(enum.IntEnum):
-    """What a token of the dense stream is."""
+    """What a token of the text stream is."""
 
     PAD = 0
     TEXT = 1
@@ -41,62 +41,62 @@ class Kind(enum.IntEnum):
     CONTEXT = 3
 
 
-TAPS = ("visual_taps", "visual_weights")
+POOL_FIELDS = ("pool_indices", "pool_weights")
 """Fields of :class:`Streams` that only pooled tokens need."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """One batch of token streams; every field is int32 but ``visual_weights``.
+    """One batch of token streams; every field is int32 but ``pool_weights``.
 
     ``order`` is a token's index in the spliced sequence of its own sample (it restarts at 0 in every
-    segment) and makes masks; ``pos`` feeds RoPE and nothing else. The order in which regions, slots
-    and dense tokens are *stored* has no meaning.
+    segment) and makes masks; ``positions`` feeds RoPE and nothing else. The order in which regions, slots
+    and text-stream tokens are *stored* has no meaning.
 
     Attributes:
-      visual_src: [B, R, P] index into the row's visual tokens in the order of the units; -1 marks an empty
-        slot. Without ``visual_taps`` these are the tower's tokens, flattened over images.
+      visual_src: [B, R, P] index into the row's visual tokens in the order of the views; -1 marks an empty
+        slot. Without ``pool_indices`` these are the tower's tokens, flattened over images.
       visual_order: [B, R, P] index in the spliced sequence; -1 in empty slots.
-      visual_pos: [B, R, P] RoPE position; 0 in empty slots.
-      visual_unit: [B, R, P] unit (image view or frame) of the token, unique within the row; -1 if empty.
+      visual_positions: [B, R, P] RoPE position; 0 in empty slots.
+      visual_view: [B, R, P] view (image view or frame) of the token, unique within the row; -1 if empty.
       region_segment: [B, R] packed sample the region belongs to; -1 for an empty region.
       tokens: [B, S] vocabulary id of text, index 0..C-1 of a context token, 0 for newline and padding.
       kind: [B, S] one of :class:`Kind`.
-      dense_order: [B, S] index in the spliced sequence; -1 for padding.
-      dense_pos: [B, S] RoPE position; 0 for padding.
-      dense_segment: [B, S] packed sample the token belongs to; -1 for padding.
-      dense_unit: [B, S] unit of a context token or of a newline inside a unit; -1 otherwise.
+      text_order: [B, S] index in the spliced sequence; -1 for padding.
+      text_positions: [B, S] RoPE position; 0 for padding.
+      text_segment: [B, S] packed sample the token belongs to; -1 for padding.
+      text_view: [B, S] view of a context token or of a newline inside a view; -1 otherwise.
       targets: [B, S] the text token that follows *in order*, or -100. Already shifted: a trainer
         compares ``logits[:, s]`` with ``targets[:, s]``.
-      visual_taps, visual_weights: [B, R, P, W], where visual tokens are pooled: each is the sum of W tower
+      pool_indices, pool_weights: [B, R, P, W], where visual tokens are pooled: each is the sum of W tower
         tokens with these float32 weights (``regions.pool_to_regions``); None if they are the tower's own.
     """
 
     visual_src: Array
     visual_order: Array
-    visual_pos: Array
-    visual_unit: Array
+    visual_positions: Array
+    visual_view: Array
     region_segment: Array
     tokens: Array
     kind: Array
-    dense_order: Array
-    dense_pos: Array
-    dense_segment: Array
-    dense_unit: Array
+    text_order: Array
+    text_positions: Array
+    text_segment: Array
+    text_view: Array
     targets: Array
-    visual_taps: Array | None = None
-    visual_weights: Array | None = None
+    pool_indices: Array | None = None
+    pool_weights: Array | None = None
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "Streams":
         """Take this class's fields out of a batch of named arrays.
 
         Raises:
-          KeyError: a field other than :data:`TAPS` is missing from ``batch``.
+          KeyError: a field other than :data:`POOL_FIELDS` is missing from ``batch``.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        wanted = [name for name in names if name in batch or name not in TAPS]
+        wanted = [name for name in names if name in batch or name not in POOL_FIELDS]
         return cls(**{name: batch[name] for name in wanted})
 
     @property
@@ -120,14 +120,14 @@ def text_streams(tokens: Array, valid: Array) -> Streams:
     return Streams(
         visual_src=no_regions,
         visual_order=no_regions,
-        visual_pos=no_regions,
-        visual_unit=no_regions,
+        visual_positions=no_regions,
+        visual_view=no_regions,
         region_segment=no_regions[:, :, 0],
         tokens=jnp.where(valid, tokens, 0),
         kind=jnp.where(valid, jnp.int32(Kind.TEXT), jnp.int32(Kind.PAD)),
-        dense_order=jnp.where(valid, order, EMPTY),
-        dense_pos=jnp.where(valid, order, 0),
-        dense_segment=jnp.where(valid, 0, EMPTY),
-        dense_unit=nothing,
+        text_order=jnp.where(valid, order, EMPTY),
+        text_positions=jnp.where(valid, order, 0),
+        text_segment=jnp.where(valid, 0, EMPTY),
+        text_view=nothing,
         targets=jnp.full(tokens.shape, IGNORE, jnp.int32),
     )

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gaze_jax.data.placement import Arrays, pad_slots
 from gaze_jax.data.processor import PADDING
-from gaze_jax.data.units import Arrays, pad_slots
 
 MIXED = -1
 """``family`` of a row that packs samples of several families."""
@@ -17,24 +17,24 @@ def _shift(values: np.ndarray, by: int) -> np.ndarray:
 
 
 def _check(arrays: Arrays, position: int) -> tuple[int, int]:
-    """Visual tokens and units of an unpadded sample; raise if it is anything else."""
+    """Visual tokens and views of an unpadded sample; raise if it is anything else."""
     used = int((arrays["visual_src"] >= 0).sum())
-    unpadded = (arrays["region_segment"] == 0).all() and (arrays["dense_segment"] == 0).all()
-    units = int(arrays["visual_unit"].max(initial=-1)) + 1
-    # A tower's own tokens are one image a unit; pooled ones do not tell how many images there were.
-    images = units if "visual_taps" not in arrays else len(arrays["images"])
+    unpadded = (arrays["region_segment"] == 0).all() and (arrays["text_segment"] == 0).all()
+    views = int(arrays["visual_view"].max(initial=-1)) + 1
+    # A tower's own tokens are one image a view; pooled ones do not tell how many images there were.
+    images = views if "pool_indices" not in arrays else len(arrays["images"])
     if not unpadded or used != arrays["visual_src"].max(initial=-1) + 1 or images != len(arrays["images"]):
         raise ValueError(
             f"Sample {position} of the pack is padded or packed already; pack what process() returns and "
             "pad the row afterwards."
         )
-    return used, units
+    return used, views
 
 
 def pack(samples: Sequence[Arrays], *, image_tokens: int | None = None) -> Arrays:
     """Concatenate processed samples into one row, one segment each.
 
-    Order and position restart in every segment; units and tower tokens are numbered through the row.
+    Order and position restart in every segment; views and tower tokens are numbered through the row.
 
     Args:
       samples: unpadded, from ``processor.process``.
@@ -49,30 +49,30 @@ def pack(samples: Sequence[Arrays], *, image_tokens: int | None = None) -> Array
     """
     if not samples:
         raise ValueError("Nothing to pack; give at least one sample.")
-    pooled = "visual_taps" in samples[0]
+    pooled = "pool_indices" in samples[0]
     if pooled and image_tokens is None:
         raise ValueError("Samples with pooled tokens are packed by image_tokens; give layout.tokens.")
     slots = max(arrays["visual_src"].shape[1] for arrays in samples)
     names = [name for name in PADDING if name in samples[0]]
-    rows, tokens, units, images = [], 0, 0, 0
+    rows, tokens, views, images = [], 0, 0, 0
     for segment, arrays in enumerate(samples):
         used, more = _check(arrays, segment)
         shifts = {
             "visual_src": tokens,
-            "visual_unit": units,
-            "dense_unit": units,
-            "target_unit": units,
+            "visual_view": views,
+            "text_view": views,
+            "target_view": views,
             "region_segment": segment,
-            "dense_segment": segment,
+            "text_segment": segment,
         }
         row = {name: pad_slots(arrays[name], name, slots) for name in names}
         row |= {name: _shift(row[name], by) for name, by in shifts.items()}
         if pooled:
             # An unused tap stays at token 0, which has no weight.
-            by = np.where(row["visual_weights"] != 0, images * (image_tokens or 0), 0)
-            row["visual_taps"] = (row["visual_taps"] + by).astype(np.int32)
+            by = np.where(row["pool_weights"] != 0, images * (image_tokens or 0), 0)
+            row["pool_indices"] = (row["pool_indices"] + by).astype(np.int32)
         rows.append(row)
-        tokens, units, images = tokens + used, units + more, images + len(arrays["images"])
+        tokens, views, images = tokens + used, views + more, images + len(arrays["images"])
     packed = {name: np.concatenate([row[name] for row in rows]) for name in names}
     families = {int(arrays["family"]) for arrays in samples}
     packed["sample_id"] = samples[0]["sample_id"]

@@ -27,13 +27,13 @@ class Bucket:
     """The static sizes of a batch.
 
     Attributes:
-      regions, dense: R and S of every row.
+      regions, text: R and S of every row.
       images: that the tower reads.
       slots: P; None leaves what the layout gives, the same for every image of one size.
     """
 
     regions: int
-    dense: int
+    text: int
     images: int
     slots: int | None = None
 
@@ -154,5 +154,5 @@ def stack(rows: list[Arrays]) -> Arrays:
 
 
 def prompt_length(tokens: int) -> int:
-    """The multiple of 16 that a prompt of so many dense tokens is padded to, so that few lengths compile."""
+    """The multiple of 16 that a text stream of so many tokens is padded to, so that few lengths compile."""
     return -(-tokens // 16) * 16

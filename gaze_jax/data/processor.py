@@ -1,9 +1,9 @@
 """Samples to arrays: tokenisation, region-major placement, targets, padding to fixed sizes.
 
-The sequence of a sample is its parts in order. A text contributes its tokens to the dense stream; an
+The sequence of a sample is its parts in order. A text contributes its tokens to the text stream; an
 image contributes the visual tokens of each of its views (``data.views``) in raster order with a newline
-after each row where the model wants one, then C context tokens in the dense stream; a video those of its
-frames. ``order`` and ``pos`` count through both. With a 2x2 grid, regions of 1x2, C = 1 and a sample
+after each row where the model wants one, then C context tokens in the text stream; a video those of its
+frames. ``order`` and ``positions`` count through both. With a 2x2 grid, regions of 1x2, C = 1 and a sample
 Image, Text("Q\\n"), supervised Text("7<|im_end|>")::
 
     visual   region 0: order 0 1    region 1: order 2 3
@@ -24,33 +24,33 @@ import numpy as np
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
 from gaze_jax.data.pixels import normalise
+from gaze_jax.data.placement import Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
-from gaze_jax.data.units import Arrays, Place, Placed, Unit, join, pad_slots, place_views
-from gaze_jax.data.views import Views, image_views, video_end_newline, video_views
+from gaze_jax.data.views import MediaViews, image_views, video_end_newline, video_views
 from gaze_jax.errors import UserError
 
 # Field -> (the axis that a bucket fixes, value of what is padded).
 PADDING: dict[str, tuple[str, int]] = {
     "visual_src": ("regions", EMPTY),
     "visual_order": ("regions", EMPTY),
-    "visual_pos": ("regions", 0),
-    "visual_unit": ("regions", EMPTY),
-    "visual_taps": ("regions", 0),
-    "visual_weights": ("regions", 0),
+    "visual_positions": ("regions", 0),
+    "visual_view": ("regions", EMPTY),
+    "pool_indices": ("regions", 0),
+    "pool_weights": ("regions", 0),
     "region_segment": ("regions", EMPTY),
-    "tokens": ("dense", 0),
-    "kind": ("dense", int(Kind.PAD)),
-    "dense_order": ("dense", EMPTY),
-    "dense_pos": ("dense", 0),
-    "dense_segment": ("dense", EMPTY),
-    "dense_unit": ("dense", EMPTY),
-    "targets": ("dense", IGNORE),
-    "target_box": ("dense", -1),
-    "target_unit": ("dense", EMPTY),
+    "tokens": ("text", 0),
+    "kind": ("text", int(Kind.PAD)),
+    "text_order": ("text", EMPTY),
+    "text_positions": ("text", 0),
+    "text_segment": ("text", EMPTY),
+    "text_view": ("text", EMPTY),
+    "targets": ("text", IGNORE),
+    "target_box": ("text", -1),
+    "target_view": ("text", EMPTY),
     "images": ("images", 0),
 }
-ANSWER_PADDING = {"answer": IGNORE, "answer_box": -1, "answer_unit": EMPTY}
+ANSWER_PADDING = {"answer": IGNORE, "answer_box": -1, "answer_view": EMPTY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Processor:
       resize: for views of style "square": squash images to the tower's size with bicubic filtering, as
         SigLIP does, and scale boxes with them; otherwise an image of another size is an error.
       supervise: tokens, written out, that are targets wherever a text has them, supervised or not
-        (``chat.always_supervised``), except where no dense token comes directly before: at the start, and
-        after an image without context tokens.
+        (``chat.always_supervised``), except where no text-stream token comes directly before: at the start,
+        and after an image without context tokens.
 
     Raises:
       UserError: ``supervise`` names what is not one token.
@@ -98,24 +98,24 @@ def _token_ids(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """Tokens of one text: ids int32 [n], boxes float32 [n, 4] and their units int32 [n] (-1: none).
+    """Tokens of one text: ids int32 [n], boxes float32 [n, 4] and their views int32 [n] (-1: none).
 
     ``supervised`` bool [n], or one for all: must be targets. ``extra``: are targets where they can be.
     """
 
     ids: np.ndarray
     boxes: np.ndarray
-    units: np.ndarray
+    views: np.ndarray
     supervised: np.ndarray | bool = False
     extra: np.ndarray | bool = False
 
 
-def _views(processor: Processor, sample: Sample, part: Image | Video) -> Views:
+def _views(processor: Processor, sample: Sample, part: Image | Video) -> MediaViews:
     """The views of an image or a video of the sample."""
     layout, size = processor.layout, processor.layout.image_size
     if isinstance(part, Video):
         if part.stop == part.start:
-            return Views((), part.ends and video_end_newline(layout))
+            return MediaViews((), part.ends and video_end_newline(layout))
         views = video_views(layout, itertools.islice(sample.videos[part.index], part.start, part.stop))
         return views if part.ends else dataclasses.replace(views, end_newline=False)
     image = sample.images[part.index]
@@ -128,18 +128,18 @@ def _views(processor: Processor, sample: Sample, part: Image | Video) -> Views:
     return image_views(layout, image, alone=sum(isinstance(p, Image) for p in sample.parts) == 1)
 
 
-def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int, int]) -> _Tokens:
+def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int, int]) -> _Tokens:
     """Tokenise ``text``; a token takes the box of the characters it overlaps.
 
-    ``units`` maps an image of the sample to the unit that last showed it.
+    ``views`` maps an image of the sample to the view that last showed it.
     """
     ids, offsets = processor.tokenizer.encode(text.text)
     boxes = np.full((len(ids), 4), -1, np.float32)
-    box_units = np.full(len(ids), EMPTY, np.int32)
+    box_views = np.full(len(ids), EMPTY, np.int32)
     spans = np.asarray(offsets).reshape(-1, 2)
     for box in text.boxes:
         inside = (spans[:, 0] < box.end) & (spans[:, 1] > box.start)
-        if (clash := inside & (box_units >= 0)).any():
+        if (clash := inside & (box_views >= 0)).any():
             start, end = offsets[int(np.argmax(clash))]
             raise ValueError(
                 f"Token {text.text[start:end]!r} of sample {sample.id} overlaps two boxes; box characters "
@@ -150,14 +150,14 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, units: dict[int,
         if processor.layout.views.style == "square":
             scale = np.array([processor.layout.image_size / side for side in (width, height)] * 2)
         boxes[inside] = np.array(box.corners) * scale
-        box_units[inside] = units[box.image]
+        box_views[inside] = views[box.image]
     supervised = np.full(len(ids), text.supervised)
     # Where offsets leave white space out, it belongs to the token after it.
     starts = np.minimum(spans[:, 0], np.concatenate([[0], spans[:, 1]])[:-1])
     for start, end in text.targets:
         supervised |= (starts < end) & (spans[:, 1] > start)
     extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
-    return _Tokens(np.asarray(ids, np.int32), boxes, box_units, supervised, extra)
+    return _Tokens(np.asarray(ids, np.int32), boxes, box_views, supervised, extra)
 
 
 def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -165,7 +165,7 @@ def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) 
     return np.concatenate(pieces) if pieces else np.zeros(shape, dtype)
 
 
-def _dense(pieces: list[Arrays]) -> Arrays:
+def _text_arrays(pieces: list[Arrays]) -> Arrays:
     """Dense fields of pieces of the sequence, each with the fields of :func:`_piece`."""
 
     def join(name: str, shape: tuple[int, ...] = (0,), dtype: type = np.int32) -> np.ndarray:
@@ -173,17 +173,18 @@ def _dense(pieces: list[Arrays]) -> Arrays:
 
     ids, order = join("ids"), join("order")
     supervised, extra = join("supervised", dtype=bool), join("extra", dtype=bool)
-    boxes, box_units = join("boxes", (0, 4), np.float32), join("units")
+    boxes, box_views = join("boxes", (0, 4), np.float32), join("views")
     size = len(ids)
     targets = np.full(size, IGNORE, np.int32)
     target_box = np.full((size, 4), -1, np.float32)
-    target_unit = np.full(size, EMPTY, np.int32)
-    # Pieces come in order, so the next dense token is the next of the sequence unless an image is between.
+    target_view = np.full(size, EMPTY, np.int32)
+    # Pieces come in order, so the next text-stream token is the next of the sequence unless an image is
+    # between.
     follows = order[1:] == order[:-1] + 1
     (at,) = np.nonzero((supervised | extra)[1:] & follows)
     targets[at] = ids[at + 1]
     target_box[at] = boxes[at + 1]
-    target_unit[at] = box_units[at + 1]
+    target_view[at] = box_views[at + 1]
     if (supervised[1:] & follows).sum() != supervised.sum():
         raise ValueError(
             "Supervised text starts the sample or directly follows an image without context tokens, so no "
@@ -192,25 +193,25 @@ def _dense(pieces: list[Arrays]) -> Arrays:
     return {
         "tokens": ids,
         "kind": join("kind"),
-        "dense_order": order,
-        "dense_pos": order.copy(),
-        "dense_segment": np.zeros(size, np.int32),
-        "dense_unit": join("unit"),
+        "text_order": order,
+        "text_positions": order.copy(),
+        "text_segment": np.zeros(size, np.int32),
+        "text_view": join("view"),
         "targets": targets,
         "target_box": target_box,
-        "target_unit": target_unit,
+        "target_view": target_view,
     }
 
 
-def _piece(tokens: _Tokens, start: int, kind: Kind, *, unit: int = EMPTY) -> Arrays:
+def _piece(tokens: _Tokens, start: int, kind: Kind, *, view: int = EMPTY) -> Arrays:
     size = len(tokens.ids)
     return {
         "ids": tokens.ids,
         "boxes": tokens.boxes,
-        "units": tokens.units,
+        "views": tokens.views,
         "kind": np.full(size, kind, np.int32),
         "order": np.arange(start, start + size, dtype=np.int32),
-        "unit": np.full(size, unit, np.int32),
+        "view": np.full(size, view, np.int32),
         "supervised": np.full(size, tokens.supervised),
         "extra": np.full(size, tokens.extra),
     }
@@ -222,50 +223,50 @@ def _special(ids: np.ndarray) -> _Tokens:
     return _Tokens(ids.astype(np.int32), np.full((size, 4), -1, np.float32), np.full(size, EMPTY, np.int32))
 
 
-def _unit_pieces(layout: VisualLayout, placed: Placed, first: int) -> list[Arrays]:
-    """Newlines and context tokens of units, numbered from ``first``."""
+def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Arrays]:
+    """Newlines and context tokens of views, numbered from ``first``."""
     pieces = []
     context = _special(np.arange(layout.context_tokens))
-    for unit, (newlines, end) in enumerate(zip(placed.newlines, placed.ends), start=first):
-        rows = _piece(_special(np.zeros(len(newlines))), 0, Kind.NEWLINE, unit=unit)
-        pieces += [rows | {"order": newlines}, _piece(context, int(end), Kind.CONTEXT, unit=unit)]
+    for view, (newlines, end) in enumerate(zip(placed.newlines, placed.ends), start=first):
+        rows = _piece(_special(np.zeros(len(newlines))), 0, Kind.NEWLINE, view=view)
+        pieces += [rows | {"order": newlines}, _piece(context, int(end), Kind.CONTEXT, view=view)]
     return pieces
 
 
 def _process_parts(
     processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text], order: int = 0
-) -> tuple[Arrays, dict[int, int], tuple[Unit, ...]]:
-    """Arrays of ``parts``, which unit shows each image, and every unit."""
+) -> tuple[Arrays, dict[int, int], tuple[PlacedView, ...]]:
+    """Arrays of ``parts``, which view shows each image, and every view."""
     layout = processor.layout
-    at = Place(order=order)
+    at = Cursor(order=order)
     images: list[np.ndarray] = []
     pieces: list[Arrays] = []
-    placed: list[Placed] = []
+    placed: list[Placement] = []
     shows: dict[int, int] = {}
-    units: list[Unit] = []
+    views: list[PlacedView] = []
     for part in parts:
         if isinstance(part, Text):
             tokens = _tokenise(processor, sample, part, shows)
             pieces.append(_piece(tokens, at.order, Kind.TEXT))
             at = dataclasses.replace(at, order=at.order + len(tokens.ids))
             continue
-        views = _views(processor, sample, part)
+        shown = _views(processor, sample, part)
         video = isinstance(part, Video)
         # A region never spans two views of an image, but may span frames.
-        groups = [views.units] * bool(views.units) if video else [(view,) for view in views.units]
+        groups = [shown.views] * bool(shown.views) if video else [(view,) for view in shown.views]
         first = part.start if isinstance(part, Video) else 0
         for group in groups:
             region = layout.frame_region if video else (1, *layout.region)
             found = place_views(layout, group, region, at)
             placed.append(found)
-            pieces += _unit_pieces(layout, found, at.unit)
+            pieces += _view_pieces(layout, found, at.view)
             images += [view.images for view in group]
             for i, (view, grid) in enumerate(zip(group, found.grids)):
-                units.append(Unit(at.unit + i, video, part.index, first + i, view.corners, grid))
+                views.append(PlacedView(at.view + i, video, part.index, first + i, view.corners, grid))
             at = found.next
         if not video:
-            shows[part.index] = at.unit - 1
-        if views.end_newline:
+            shows[part.index] = at.view - 1
+        if shown.end_newline:
             pieces.append(_piece(_special(np.zeros(1)), at.order, Kind.NEWLINE))
             at = dataclasses.replace(at, order=at.order + 1)
     if sample.family not in processor.families:
@@ -274,25 +275,25 @@ def _process_parts(
             f"{processor.families}."
         )
     size = layout.image_size
-    arrays = join(layout, placed) | _dense(pieces)
+    arrays = join(layout, placed) | _text_arrays(pieces)
     arrays["images"] = normalise(np.concatenate([np.zeros((0, size, size, 3), np.uint8), *images]))
     arrays["sample_id"] = np.asarray(sample.id, np.int32)
     arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
-    return arrays, shows, tuple(units)
+    return arrays, shows, tuple(views)
 
 
-def process_with_units(
+def process_with_views(
     processor: Processor, sample: Sample, *, since: int = 0, order: int = 0
-) -> tuple[Arrays, tuple[Unit, ...]]:
-    """:func:`process`, and where every unit went.
+) -> tuple[Arrays, tuple[PlacedView, ...]]:
+    """:func:`process`, and where every view went.
 
     Args:
       processor, sample: as there.
       since: the first part to process; what is before it was read earlier.
-      order: of the first token of these parts. Regions, units and images are numbered from 0 all the same.
+      order: of the first token of these parts. Regions, views and images are numbered from 0 all the same.
     """
-    arrays, _, units = _process_parts(processor, sample, sample.parts[since:], order)
-    return arrays, units
+    arrays, _, views = _process_parts(processor, sample, sample.parts[since:], order)
+    return arrays, views
 
 
 def process(processor: Processor, sample: Sample) -> Arrays:
@@ -302,8 +303,8 @@ def process(processor: Processor, sample: Sample) -> Arrays:
       The fields of ``Streams`` without their batch axis, and ``images`` float32
       [images, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole images, tiles, frames;
       ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) that the *target* token speaks of, in pixels of the
-      tower's input (views of style "square") or of the image (others), and ``target_unit`` int32 [S], the
-      last unit of that image, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
+      tower's input (views of style "square") or of the image (others), and ``target_view`` int32 [S], the
+      last view of that image, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
 
     Raises:
       ValueError: an image does not fit the tower, text cannot be tokenised, a token overlaps two
@@ -318,7 +319,7 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     Returns:
       What :func:`process` returns for all before the first supervised token (so no targets, not those
       of ``processor.supervise`` either), and ``answer`` int32 [A], the answer's tokens with the end
-      token; ``answer_box`` float32 [A, 4] and ``answer_unit`` int32 [A], what they speak of, -1 where
+      token; ``answer_box`` float32 [A, 4] and ``answer_view`` int32 [A], what they speak of, -1 where
       nothing.
 
     Raises:
@@ -343,10 +344,10 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     end = start + int(np.argmin([*supervised[start:], False]))
     # An answer may begin within its text: what comes before it there is read, the rest of that text is not.
     read = len(arrays["tokens"]) - len(tokens[0].ids) + start
-    arrays |= {name: arrays[name][:read] for name, (axis, _) in PADDING.items() if axis == "dense"}
+    arrays |= {name: arrays[name][:read] for name, (axis, _) in PADDING.items() if axis == "text"}
     arrays["answer"] = np.concatenate([of_text.ids for of_text in tokens])[start:end]
     arrays["answer_box"] = np.concatenate([of_text.boxes for of_text in tokens])[start:end]
-    arrays["answer_unit"] = np.concatenate([of_text.units for of_text in tokens])[start:end]
+    arrays["answer_view"] = np.concatenate([of_text.views for of_text in tokens])[start:end]
     if arrays["answer"][-1:].tolist() != [processor.tokenizer.end_id]:
         raise ValueError(f"The first answer of sample {sample.id} must end in {END}; write it into the text.")
     return arrays
@@ -361,21 +362,21 @@ def _pad(values: np.ndarray, size: int, fill: int, name: str, hint: str) -> np.n
     return out
 
 
-def pad_to(arrays: Arrays, *, regions: int, dense: int, images: int, slots: int | None = None) -> Arrays:
+def pad_to(arrays: Arrays, *, regions: int, text: int, images: int, slots: int | None = None) -> Arrays:
     """Pad the arrays of one row to a bucket, so that rows stack and nothing recompiles.
 
     Args:
       arrays: from :func:`process`, :func:`prompt` or ``packing.pack``; other fields pass through.
-      regions, dense, images: sizes of the R and S axes and number of images that the tower reads.
+      regions, text, images: sizes of the R and S axes and number of images that the tower reads.
       slots: size of the P axis; None keeps it.
 
     Raises:
       ValueError: something does not fit. Nothing is ever cut off.
     """
-    sizes = {"regions": regions, "dense": dense, "images": images}
+    sizes = {"regions": regions, "text": text, "images": images}
     out = dict(arrays)
     for name, (axis, fill) in PADDING.items():
-        if name not in arrays:  # taps, which the tower's own tokens do without
+        if name not in arrays:  # pool indices, which the tower's own tokens do without
             continue
         label = f"Field {name} of sample {int(arrays['sample_id'])}"
         values = arrays[name] if slots is None else pad_slots(arrays[name], name, slots)
@@ -384,7 +385,7 @@ def pad_to(arrays: Arrays, *, regions: int, dense: int, images: int, slots: int 
 
 
 def pad_answers(arrays: Arrays, *, length: int) -> Arrays:
-    """Pad the answer fields of :func:`prompt` to ``length``: -100 for tokens, -1 for boxes and units.
+    """Pad the answer fields of :func:`prompt` to ``length``: -100 for tokens, -1 for boxes and views.
 
     Raises:
       ValueError: the answer is longer than ``length``.

@@ -46,14 +46,14 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """Show image number ``index`` of the sample; showing it makes a unit."""
+    """Show image number ``index`` of the sample; showing it makes a view."""
 
     index: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Show video number ``index`` of the sample, or a piece of it; each frame makes a unit.
+    """Show video number ``index`` of the sample, or a piece of it; each frame makes a view.
 
     Attributes:
       index: of the video.

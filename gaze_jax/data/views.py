@@ -2,10 +2,11 @@
 
 A view is one token grid: a whole image, the joined tiles of one, or a video frame. Pooling, unpadding and
 shrinking a grid are linear and act on few tokens each, so every token of a view is a weighted sum of at
-most four tokens of the tower (after the projector, where the published models pool). ``taps`` and
-``weights`` say which, and no model needs to know a convention. For tower tokens ``x`` [n * grid * grid, M]::
+most four tokens of the tower (after the projector, where the published models pool). ``pool_indices`` and
+``pool_weights`` say which, and no model needs to know a convention. For tower tokens ``x`` [n * grid *
+grid, M]::
 
-    tokens = (x[view.taps] * view.weights[..., None]).sum(axis=2)  # [h, w, M]
+    tokens = (x[view.pool indices] * view.weights[..., None]).sum(axis=2)  # [h, w, M]
 
 The conventions, for an image that is alone in its prompt, for one of several, and for a frame:
 
@@ -53,31 +54,31 @@ class View:
 
     Attributes:
       images: uint8 [n, size, size, 3], what the tower reads: one image, or the tiles of one by row.
-      taps: int32 [h, w, 4], read-only: the tower tokens that make up each token, as indices into the
+      pool_indices: int32 [h, w, 4], read-only: the tower tokens that make up each token, as indices into the
         n * grid * grid of ``images`` in order; 0 where the weight is 0.
-      weights: float32 [h, w, 4], read-only: their weights, which sum to 1.
+      pool_weights: float32 [h, w, 4], read-only: their weights, which sum to 1.
       newlines: a newline embedding follows every row of the grid.
       corners: (x0, y0, x1, y1), the rectangle in pixels of the original that the grid shows. Padding that was
         kept lies outside of the original; where it was cut off, the grid shows the original up to rounding.
     """
 
     images: np.ndarray
-    taps: np.ndarray
-    weights: np.ndarray
+    pool_indices: np.ndarray
+    pool_weights: np.ndarray
     newlines: bool
     corners: tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Views:
-    """What one image or video becomes: ``units`` in the order of the sequence, and what closes them.
+class MediaViews:
+    """What one image or video becomes: ``views`` in the order of the sequence, and what closes them.
 
     Attributes:
-      units: the views; a video has one per frame.
-      end_newline: one newline follows the last unit and belongs to none.
+      views: the views; a video has one per frame.
+      end_newline: one newline follows the last view and belongs to none.
     """
 
-    units: tuple[View, ...]
+    views: tuple[View, ...]
     end_newline: bool
 
 
@@ -230,20 +231,20 @@ def _axis(grid: int, tiles: int, side: int, margin: int, size: int) -> tuple[np.
 
 
 @functools.lru_cache(maxsize=16)
-def _taps(
+def _pool_indices(
     grid: int, tiles: tuple[int, int], side: int, margin: tuple[int, int], shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``taps`` and ``weights`` of a view; the frames of a video share one pair."""
+    """``pool_indices`` and ``pool_weights`` of a view; the frames of a video share one pair."""
     rows, row_weights = _axis(grid, tiles[0], side, margin[0], shape[0])
     columns, column_weights = _axis(grid, tiles[1], side, margin[1], shape[1])
     y, x = rows[:, None, :, None], columns[None, :, None, :]
-    weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
-    taps = ((y // grid * tiles[1] + x // grid) * grid + y % grid) * grid + x % grid
-    taps = np.where(weights > 0, taps, 0).astype(np.int32).reshape(*shape, 4)
-    weights = weights.reshape(*shape, 4)
-    for array in (taps, weights):
+    pool_weights = row_weights[:, None, :, None] * column_weights[None, :, None, :]
+    pool_indices = ((y // grid * tiles[1] + x // grid) * grid + y % grid) * grid + x % grid
+    pool_indices = np.where(pool_weights > 0, pool_indices, 0).astype(np.int32).reshape(*shape, 4)
+    pool_weights = pool_weights.reshape(*shape, 4)
+    for array in (pool_indices, pool_weights):
         array.setflags(write=False)  # shared by every caller
-    return taps, weights
+    return pool_indices, pool_weights
 
 
 def _view(layout: VisualLayout, image: np.ndarray, grid: _Grid) -> View:
@@ -255,11 +256,11 @@ def _view(layout: VisualLayout, image: np.ndarray, grid: _Grid) -> View:
     else:
         images = np.array(resize(image, (side, side)))[None]  # a copy: a decoder may fill its buffer again
     tiles = grid.canvas[0] // side, grid.canvas[1] // side
-    taps, weights = _taps(layout.grid, tiles, grid.side, grid.margin, grid.shape)
-    return View(images, taps, weights, grid.newlines, grid.corners)
+    pool_indices, pool_weights = _pool_indices(layout.grid, tiles, grid.side, grid.margin, grid.shape)
+    return View(images, pool_indices, pool_weights, grid.newlines, grid.corners)
 
 
-def image_views(layout: VisualLayout, image: np.ndarray, *, alone: bool) -> Views:
+def image_views(layout: VisualLayout, image: np.ndarray, *, alone: bool) -> MediaViews:
     """The views of one image.
 
     Of a strip narrower than a token, unpadding may leave a view no token; it is left out, and its newlines,
@@ -275,10 +276,10 @@ def image_views(layout: VisualLayout, image: np.ndarray, *, alone: bool) -> View
       UserError: the image is so narrow that no token shows it.
     """
     grids, end_newline = _image_grids(layout, check_image(image, "An image"), alone)
-    return Views(tuple(_view(layout, image, grid) for grid in grids), end_newline)
+    return MediaViews(tuple(_view(layout, image, grid) for grid in grids), end_newline)
 
 
-def video_views(layout: VisualLayout, frames: Iterable[np.ndarray]) -> Views:
+def video_views(layout: VisualLayout, frames: Iterable[np.ndarray]) -> MediaViews:
     """The views of a video: one per frame.
 
     Args:
@@ -289,13 +290,13 @@ def video_views(layout: VisualLayout, frames: Iterable[np.ndarray]) -> Views:
       ValueError: no frames, or one that is not such an image.
       UserError: a frame is so narrow that no token shows it.
     """
-    units = []
+    views = []
     for number, frame in enumerate(frames):
         grid = _frame_grid(layout, check_image(frame, f"Frame {number} of a video"))
-        units.append(_view(layout, frame, grid))
-    if not units:
+        views.append(_view(layout, frame, grid))
+    if not views:
         raise ValueError("A video has no frames; sample at least one.")
-    return Views(tuple(units), video_end_newline(layout))
+    return MediaViews(tuple(views), video_end_newline(layout))
 
 
 def image_shapes(

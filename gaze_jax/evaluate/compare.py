@@ -18,17 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gaze_jax.chat.conversation import Parts, conversation_parts, default_system
+from gaze_jax.chat.messages import Message
+from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.config import to_dict
 from gaze_jax.core import accounting, masks
 from gaze_jax.core.regions import DESCRIPTORS
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Kind, Streams
-from gaze_jax.data.chat import Parts, conversation_parts, default_system
-from gaze_jax.data.messages import Message
 from gaze_jax.data.pipeline import Bucket, prompt_length, stack
 from gaze_jax.data.processor import Arrays, Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text
-from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import student_interval
@@ -36,7 +36,7 @@ from gaze_jax.evaluate.prompts import Prompt
 from gaze_jax.infer.generate import Generator, Params
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.parallel.mesh import describe_devices
-from pallas_kernels.spec import SHARES
+from pallas_kernels.spec import SELECT_PER
 
 Array = jax.Array
 
@@ -50,12 +50,14 @@ class _Setting:
     """One way to route; one program serves it at every top_k."""
 
     strategy: str
-    share: str
+    select_per: str
     descriptor: str | None = None
 
     def model(self, config: MLLMConfig) -> MLLMConfig:
         """``config`` with this setting's routing."""
-        gaze = replace(config.gaze, share=self.share, descriptor=self.descriptor or config.gaze.descriptor)
+        gaze = replace(
+            config.gaze, select_per=self.select_per, descriptor=self.descriptor or config.gaze.descriptor
+        )
         return replace(config, gaze=gaze)
 
 
@@ -68,7 +70,7 @@ class _Row:
       images: float32 [1, images, image_size, image_size, 3].
       streams: of prompt and answer.
       sample: int32 [1], names the prompt for random routing.
-      at: int32 [A] dense places of the queries that emit the answer's tokens.
+      at: int32 [A] text-stream places of the queries that emit the answer's tokens.
       counted: bool [A], False beyond the answer's end.
     """
 
@@ -107,9 +109,9 @@ def _emitted(model: MLLM, row: _Row, top_k: Array | None, route: Routing) -> tup
     logits = model.decoder.logits(hidden[0, row.at])
     gaze = model.config.gaze
     _, queries = masks.windows(row.streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
-    visual, dense = masks.visible_keys(queries, masks.key_places(row.streams))
+    visual, text = masks.visible_keys(queries, masks.key_places(row.streams))
     selected = out["selected"][:, 0, row.at] if "selected" in out else None
-    entries = accounting.entries(visual[0, row.at], dense[0, row.at], row.streams.kind[0], selected=selected)
+    entries = accounting.entries(visual[0, row.at], text[0, row.at], row.streams.kind[0], selected=selected)
     return jax.nn.log_softmax(logits), entries
 
 
@@ -164,7 +166,7 @@ def _bucket(arrays: Sequence[Arrays]) -> Bucket:
     """Sizes that every prompt fits."""
     return Bucket(
         regions=max(len(row["visual_src"]) for row in arrays),
-        dense=prompt_length(max(len(row["tokens"]) for row in arrays)),
+        text=prompt_length(max(len(row["tokens"]) for row in arrays)),
         images=max(len(row["images"]) for row in arrays),
         slots=max(row["visual_src"].shape[1] for row in arrays),
     )
@@ -173,14 +175,14 @@ def _bucket(arrays: Sequence[Arrays]) -> Bucket:
 def _with_answer(arrays: Arrays, answer: Sequence[int], bucket: Bucket, length: int) -> _Row:
     """Append the answer's tokens but the last, which is emitted and never read."""
     count, read = len(arrays["tokens"]), len(answer) - 1
-    batch = pad_to(arrays, **asdict(replace(bucket, dense=bucket.dense + length)))
+    batch = pad_to(arrays, **asdict(replace(bucket, text=bucket.text + length)))
     new, steps = slice(count, count + read), np.arange(1, read + 1)
     for name, values in {
         "tokens": answer[:-1],
         "kind": Kind.TEXT,
-        "dense_order": arrays["dense_order"][-1] + steps,
-        "dense_pos": arrays["dense_pos"][-1] + steps,
-        "dense_segment": 0,
+        "text_order": arrays["text_order"][-1] + steps,
+        "text_positions": arrays["text_positions"][-1] + steps,
+        "text_segment": 0,
     }.items():
         batch[name][new] = values
     fields = {name: jnp.asarray(value)[None] for name, value in batch.items()}
@@ -216,8 +218,10 @@ def _chosen(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[s
 
 def _settings(shares: tuple[str, ...], descriptors: tuple[str, ...]) -> list[_Setting]:
     """Every descriptor, then the ceiling and the floor."""
-    found = [_Setting("descriptor", share, name) for name in descriptors for share in shares]
-    return found + [_Setting(strategy, share) for strategy in ("oracle", "random") for share in shares]
+    found = [_Setting("descriptor", select_per, name) for name in descriptors for select_per in shares]
+    return found + [
+        _Setting(strategy, select_per) for strategy in ("oracle", "random") for select_per in shares
+    ]
 
 
 def _check_model(config: MLLMConfig, tokenizer: Tokenizer) -> None:
@@ -241,7 +245,7 @@ def compare(
     prompts: Sequence[Prompt],
     *,
     top_ks: Iterable[int] | None = None,
-    shares: Iterable[str] = SHARES,
+    shares: Iterable[str] = SELECT_PER,
     descriptors: Iterable[str] = DESCRIPTORS,
     max_tokens: int = 32,
     resize: bool = True,
@@ -253,7 +257,7 @@ def compare(
       config, params, tokenizer: of the model.
       prompts: questions about images.
       top_ks: regions per query; None is :func:`default_top_ks`.
-      shares: of ``GazeConfig.share``.
+      shares: of ``GazeConfig.select_per``.
       descriptors: of ``GazeConfig.descriptor``.
       max_tokens: most tokens of a dense answer.
       resize: squash images to the tower's size, where the model's views do not say how they fit.
@@ -278,7 +282,9 @@ def compare(
         raise UserError("There are no prompts; give at least one image and question.")
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be at least 1.")
-    settings = _settings(_chosen("shares", shares, SHARES), _chosen("descriptors", descriptors, DESCRIPTORS))
+    settings = _settings(
+        _chosen("shares", shares, SELECT_PER), _chosen("descriptors", descriptors, DESCRIPTORS)
+    )
     processor = Processor(config.layout, tokenizer, (_FAMILY,), resize)
     try:
         arrays = [_prompt_arrays(processor, i, prompt, template) for i, prompt in enumerate(prompts)]
@@ -339,7 +345,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"{len(report['prompts'])} prompts, {report['answer_tokens']} answer tokens, {report['regions']} "
         f"regions of {report['visual_tokens']} visual tokens; means and 95 % intervals over prompts",
-        f"{'scores':8}{'share':7}{'top_k':>6}{'entries':>10}{'of dense':>10}"
+        f"{'scores':8}{'select_per':7}{'top_k':>6}{'entries':>10}{'of dense':>10}"
         f"{'KL from dense, nats':>30}{'top-1 agreement':>24}",
     ]
     for row in report["rows"]:
@@ -349,7 +355,7 @@ def table(report: Mapping[str, Any]) -> str:
             kl += " [{:.3g}, {:.3g}]".format(*row["kl_ci"])
             top1 += " [{:.3f}, {:.3f}]".format(*row["top1_ci"])
         lines.append(
-            f"{scores:8}{row['share']:7}{row['top_k']:>6}{row['entries']:>10.1f}"
+            f"{scores:8}{row['select_per']:7}{row['top_k']:>6}{row['entries']:>10.1f}"
             f"{row['entries_share']:>10.1%}{kl:>30}{top1:>24}"
         )
     return "\n".join(lines)
@@ -362,7 +368,7 @@ def require_matplotlib() -> None:
 
 
 _COLOURS = {"mean": "#0085ca", "minmax": "#d1495b", "oracle": "#2b2b2b", "random": "#a0a0a0"}
-_LINES = {"head": "-", "group": "--"}
+_LINES = {"head": "-", "kv_head": "--"}
 
 
 def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -380,18 +386,18 @@ def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in report["rows"]:
-        lines.setdefault((row["descriptor"] or row["strategy"], row["share"]), []).append(row)
+        lines.setdefault((row["descriptor"] or row["strategy"], row["select_per"]), []).append(row)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, layout="constrained")
-    for (scores, share), rows in lines.items():
+    for (scores, select_per), rows in lines.items():
         at = [row["entries_share"] for row in rows]
-        look = {"color": _COLOURS[scores], "linestyle": _LINES[share], "marker": "o", "markersize": 3.5}
+        look = {"color": _COLOURS[scores], "linestyle": _LINES[select_per], "marker": "o", "markersize": 3.5}
         for axis, name in ((left, "kl"), (right, "top1")):
-            axis.plot(at, [row[name] for row in rows], label=f"{scores}, per {share}", **look)
+            axis.plot(at, [row[name] for row in rows], label=f"{scores}, per {select_per}", **look)
             if rows[0][f"{name}_ci"]:
                 low, high = zip(*(row[f"{name}_ci"] for row in rows), strict=True)
                 axis.vlines(at, low, high, color=_COLOURS[scores], alpha=0.4, linewidth=1)
     left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda select_per, _: f"{100 * select_per:.3g} %"))
     for axis in (left, right):
         axis.set_xlabel("visual keys per query, share of dense")
         axis.grid(alpha=0.25)

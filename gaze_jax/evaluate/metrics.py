@@ -96,7 +96,7 @@ def target_regions(boxes: np.ndarray, layout: VisualLayout) -> np.ndarray:
       layout: of the tower and its regions.
 
     Returns:
-      int [...]: index of the region in the unit's partition; -1 where there is no box.
+      int [...]: index of the region in the view's partition; -1 where there is no box.
     """
     table = layout.table
     patch = layout.patch_size

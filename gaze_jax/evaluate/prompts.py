@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gaze_jax.data.images import read_image
 from gaze_jax.errors import UserError
+from gaze_jax.media.images import read_image
 
 _QUESTIONS = {
     "china.jpg": (

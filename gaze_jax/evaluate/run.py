@@ -13,8 +13,8 @@ import PIL.Image
 
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Streams
-from gaze_jax.data.digits import credit, evaluation_samples, sequence_lengths
-from gaze_jax.data.phrases import FAMILIES
+from gaze_jax.corpora.digits import credit, evaluation_samples, sequence_lengths
+from gaze_jax.corpora.phrases import FAMILIES
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Arrays, pad_answers, pad_to, prompt
 from gaze_jax.evaluate.metrics import (
@@ -65,7 +65,7 @@ def evaluation_batches(trained: Trained, samples: int) -> list[Arrays]:
                 row = pad_to(
                     prompt(processor, sample),
                     regions=layout.regions,
-                    dense=lengths.question + layout.context_tokens,
+                    text=lengths.question + layout.context_tokens,
                     images=1,
                 )
                 rows.append(pad_answers(row, length=lengths.answer))
@@ -128,7 +128,7 @@ def answer(trained: Trained, batches: list[Arrays], *, top_k: int | None, route:
 def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One section of eval.json."""
     layout = experiment.model.layout
-    scores = token_scores(answers.tokens, rows["answer"], rows["answer_unit"] >= 0)
+    scores = token_scores(answers.tokens, rows["answer"], rows["answer_view"] >= 0)
     report: dict[str, Any] = {}
     for index, family in enumerate(FAMILIES):
         of_family = rows["family"] == index
@@ -138,7 +138,7 @@ def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndar
     emitted = answers.tokens >= 0
     report["entries"] = float(answers.visual_entries[emitted].mean())
     if answers.selected is not None:
-        targets = np.where(rows["answer_unit"] >= 0, target_regions(rows["answer_box"], layout), -1)
+        targets = np.where(rows["answer_view"] >= 0, target_regions(rows["answer_box"], layout), -1)
         share = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
         report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": share}
     return report
@@ -174,7 +174,7 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
     """
     experiment = trained.experiment
     batches = evaluation_batches(trained, samples)
-    names = ("answer", "answer_box", "answer_unit", "family", "images", "tokens")
+    names = ("answer", "answer_box", "answer_view", "family", "images", "tokens")
     rows = {n: np.concatenate([batch[n][batch["counted"]] for batch in batches]) for n in names}
     top_k = experiment.model.gaze.top_k
     ways: dict[str, tuple[int | None, Routing]] = {"dense": (None, Routing())}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gaze_jax.core.accounting import Entries, entries, mask_from_indices
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import IGNORE, Kind, Streams
-from gaze_jax.models import MLLM, Cache, Step
+from gaze_jax.models import MLLM, Cache, DecodePosition
 
 Array = jax.Array
 Params = dict[str, object]
@@ -93,21 +93,21 @@ def _run(
         variables,
         images,
         streams,
-        room=length,
+        free_slots=length,
         top_k=top_k,
         route=route,
         sample_id=sample,
         method="prefill",
     )
     slots = streams.tokens.shape[1]
-    last = jnp.max(jnp.where(streams.dense_segment >= 0, streams.dense_order, -1), axis=1)
-    last_pos = jnp.max(jnp.where(streams.dense_segment >= 0, streams.dense_pos, -1), axis=1)
+    last = jnp.max(jnp.where(streams.text_segment >= 0, streams.text_order, -1), axis=1)
+    last_positions = jnp.max(jnp.where(streams.text_segment >= 0, streams.text_positions, -1), axis=1)
     # Whatever is decoded is text.
     kind = jnp.pad(streams.kind, ((0, 0), (0, length)), constant_values=Kind.TEXT)
 
     def count(cache: Cache, order: Array, selected: Array | None) -> Entries:
         valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
-        seen = (cache.dense_order >= 0) & (cache.dense_order <= order[:, None])
+        seen = (cache.text_order >= 0) & (cache.text_order <= order[:, None])
         found = entries(valid, seen, kind, selected=selected)
         layers = model.config.decoder.depth
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape[-1:])), found)
@@ -118,9 +118,9 @@ def _run(
         logits, cache, out = apply(
             variables,
             jnp.maximum(token, 0),
-            last_pos + 1 + t,
+            last_positions + 1 + t,
             cache,
-            Step(order=order, slot=slots + t, sample=sample),
+            DecodePosition(order=order, write_index=slots + t, sample=sample),
             top_k=top_k,
             route=route,
             method="decode",

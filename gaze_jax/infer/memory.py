@@ -9,14 +9,14 @@ from gaze_jax.models.config import DTYPES, MLLMConfig
 
 
 def cache_bytes(
-    config: MLLMConfig, rows: int, regions: int, slots: int, dense: int, *, on_host: bool = False
+    config: MLLMConfig, rows: int, regions: int, slots: int, text: int, *, on_host: bool = False
 ) -> int:
     """Bytes of a cache on the device: L * B * K * (2bDPR + bER + 2bDS), its padding not counted.
 
     Args:
       config: of the model. An int8 cache has a byte for b, and 4 per token and side for scales; one that
-        is kept by the host has nothing but descriptors and the dense stream here.
-      rows, regions, slots, dense: B, R, P, S.
+        is kept by the host has nothing but descriptors and the text stream here.
+      rows, regions, slots, text: B, R, P, S.
       on_host: the device is the host, so what it keeps for a device counts too.
     """
     c, gaze = config.decoder, config.gaze
@@ -25,7 +25,7 @@ def cache_bytes(
     away = gaze.decode_implementation == "offload" and not on_host
     visual = 0 if away else 2 * token * slots * regions
     described = size * descriptor_width(gaze.descriptor, c.head_dim) * regions
-    return c.depth * rows * c.num_kv_heads * (visual + described + 2 * size * c.head_dim * dense)
+    return c.depth * rows * c.num_kv_heads * (visual + described + 2 * size * c.head_dim * text)
 
 
 def free_bytes(device: jax.Device) -> int | None:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from gaze_jax.core.accounting import entries
 from gaze_jax.core.streams import EMPTY, IGNORE, Streams
-from gaze_jax.infer.sampling import Sampling, next_token
-from gaze_jax.models import MLLM, Cache, MLLMConfig, Step
-from gaze_jax.models.cache import constrained, with_regions, with_room
+from gaze_jax.infer.sampling import SamplingParams, next_token
+from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
+from gaze_jax.models.cache import constrained, with_free_slots, with_regions
 
 Array = jax.Array
 Params = dict[str, object]
@@ -26,51 +26,51 @@ STEPS = 16
 
 def bucket(size: int) -> int:
     """The least of 0 to 8, 10, 12, 14, 16, 20, 24, ... that is not smaller: four sizes an octave."""
-    unit = 1 << max(size - 1, 0).bit_length() >> 3
-    return size if unit <= 1 else -(-size // unit) * unit
+    view = 1 << max(size - 1, 0).bit_length() >> 3
+    return size if view <= 1 else -(-size // view) * view
 
 
-def room_for(tokens: int) -> int:
+def free_slots_for(tokens: int) -> int:
     """Dense slots to keep free for so many, few sizes of them so that few programs compile."""
     return bucket(max(tokens, 128))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Selection:
     """What the rows' queries may select.
 
     Attributes:
       top_k: int32 or fraction [L, B, 1]; None is dense attention.
       bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`, or None. A session fills up what is
         given of fewer regions.
-      whole: bool [L], layers that read every region, or None.
+      full_layers: bool [L], layers that read every region, or None.
     """
 
     top_k: Any = None
     bias: Any = None
-    whole: Any = None
+    full_layers: Any = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class DecodeState:
     """Where every row stands.
 
     Attributes:
       token: int32 [B], read by the next step.
-      order, pos: int32 [B], of that token.
+      order, positions: int32 [B], of that token.
       done: bool [B], rows that say nothing more.
       index: int32 [B], tokens that the answer has so far.
-      slot: int32 scalar, the next free dense slot.
+      write_index: int32 scalar, the next free text-stream slot.
     """
 
     token: Any
     order: Any
-    pos: Any
+    positions: Any
     done: Any
     index: Any
-    slot: Any
+    write_index: Any
 
 
 def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
@@ -78,19 +78,25 @@ def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
     return apply({"params": params}, *arguments, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="room")
-def begin(
-    model: MLLM, params: Params, images: Array | None, streams: Streams, look: Look, *, room: int
+@functools.partial(jax.jit, static_argnums=0, static_argnames="free_slots")
+def prefill_step(
+    model: MLLM,
+    params: Params,
+    images: Array | None,
+    streams: Streams,
+    selection: Selection,
+    *,
+    free_slots: int,
 ) -> Cache:
-    """Read prompts into a new cache with ``room`` free dense slots; see ``MLLM.prefill``."""
+    """Read prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
     _, cache, _ = _apply(
         model,
         params,
         images,
         streams,
-        room=room,
-        top_k=look.top_k,
-        bias=look.bias,
+        free_slots=free_slots,
+        top_k=selection.top_k,
+        bias=selection.bias,
         collect=False,
         method="prefill",
     )
@@ -104,11 +110,11 @@ def extend(
     images: Array | None,
     streams: Streams,
     cache: Cache,
-    look: Look,
+    selection: Selection,
     region: Array,
-    slot: Array,
+    write_index: Array,
 ) -> Cache:
-    """Read what comes next in every row, at ``region`` and ``slot``; see ``MLLM.extend``."""
+    """Read what comes next in every row, at ``region`` and ``write_index``; see ``MLLM.extend``."""
     extended = _apply(
         model,
         params,
@@ -116,109 +122,113 @@ def extend(
         streams,
         cache,
         region=region,
-        slot=slot,
-        top_k=look.top_k,
-        bias=look.bias,
+        write_index=write_index,
+        top_k=selection.top_k,
+        bias=selection.bias,
         method="extend",
     )
     return constrained(extended)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("room", "regions", "slots"))
-def grown(config: MLLMConfig, cache: Cache, *, room: int, regions: int, slots: int) -> Cache:
-    """The cache with ``room`` more dense slots and as many ``regions``, each of ``slots`` or more."""
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("free_slots", "regions", "slots"))
+def grow_cache(config: MLLMConfig, cache: Cache, *, free_slots: int, regions: int, slots: int) -> Cache:
+    """The cache with ``free_slots`` and ``regions`` more, every region of at least ``slots`` token slots."""
     if regions or slots > cache.visual_order.shape[2]:
         cache = with_regions(cache, config.gaze, config.decoder.head_dim, regions=regions, slots=slots)
-    return with_room(cache, config.gaze, room) if room else cache
+    return with_free_slots(cache, config.gaze, free_slots) if free_slots else cache
 
 
-MOVING = ("dense_k", "dense_v", "dense_order")
+UPDATED = ("text_k", "text_v", "text_order")
 """What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("capacity", "watch"), donate_argnames="moving")
-def say_steps(
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("capacity", "return_trace"), donate_argnames="updated"
+)
+def decode_loop(
     model: MLLM,
     params: Params,
-    still: Cache,
-    moving: dict[str, Array],
-    turn: Turn,
-    look: Look,
-    sampling: Sampling,
+    fixed: Cache,
+    updated: dict[str, Array],
+    state: DecodeState,
+    selection: Selection,
+    sampling: SamplingParams,
     ends: Array,
     steps: Array,
     kind: Array,
     *,
     capacity: int | None,
-    watch: bool,
-) -> tuple[dict[str, Array], Turn, dict[str, Array]]:
+    return_trace: bool,
+) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
     """Up to ``steps`` decoding steps, fewer when every row is done.
 
     Args:
-      still: the cache; of it everything but ``moving`` is read.
-      moving: its fields :data:`MOVING`.
-      The others are those of :meth:`Session.say`.
+      fixed: the cache; of it everything but ``updated`` is read.
+      updated: its fields :data:`UPDATED`.
+      The others are those of :meth:`Engine.say`.
 
     Returns:
-      ``moving`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
-      was done or no step ran; with ``watch`` also what :meth:`Session.say` describes.
+      ``updated`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
+      was done or no step ran; with ``return_trace`` also what :meth:`Engine.say` describes.
     """
 
-    def step(moving: dict[str, Array], turn: Turn) -> tuple[dict[str, Array], Turn, dict[str, Array]]:
-        cache = dataclasses.replace(still, **moving)
+    def step(
+        updated: dict[str, Array], state: DecodeState
+    ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
+        cache = dataclasses.replace(fixed, **updated)
         # What a finished row writes is nobody's: order -1 is empty.
-        order = jnp.where(turn.done, EMPTY, turn.order)
+        order = jnp.where(state.done, EMPTY, state.order)
         logits, cache, out = _apply(
             model,
             params,
-            turn.token,
-            turn.pos,
+            state.token,
+            state.positions,
             cache,
-            Step(order=order, slot=turn.slot, sample=jnp.zeros_like(order)),
-            top_k=look.top_k,
+            DecodePosition(order=order, write_index=state.write_index, sample=jnp.zeros_like(order)),
+            top_k=selection.top_k,
             capacity=capacity,
-            bias=look.bias,
-            whole=look.whole,
-            watch=watch,
+            bias=selection.bias,
+            full_layers=selection.full_layers,
+            return_trace=return_trace,
             method="decode",
         )
-        token = next_token(logits, sampling, turn.index)
-        found = {"tokens": jnp.where(turn.done, IGNORE, token)}
-        if watch:
-            found |= _watched(cache, order, kind, out)
-        after = Turn(
-            token=jnp.where(turn.done, turn.token, token),
-            order=jnp.where(turn.done, turn.order, turn.order + 1),
-            pos=jnp.where(turn.done, turn.pos, turn.pos + 1),
-            done=turn.done | jnp.any(token[:, None] == ends[None], axis=1),
-            index=jnp.where(turn.done, turn.index, turn.index + 1),
-            slot=turn.slot + 1,
+        token = next_token(logits, sampling, state.index)
+        found = {"tokens": jnp.where(state.done, IGNORE, token)}
+        if return_trace:
+            found |= _traced(cache, order, kind, out)
+        after = DecodeState(
+            token=jnp.where(state.done, state.token, token),
+            order=jnp.where(state.done, state.order, state.order + 1),
+            positions=jnp.where(state.done, state.positions, state.positions + 1),
+            done=state.done | jnp.any(token[:, None] == ends[None], axis=1),
+            index=jnp.where(state.done, state.index, state.index + 1),
+            write_index=state.write_index + 1,
         )
-        return {name: getattr(cache, name) for name in MOVING}, after, found
+        return {name: getattr(cache, name) for name in UPDATED}, after, found
 
-    shapes = jax.eval_shape(step, moving, turn)[2]
+    shapes = jax.eval_shape(step, updated, state)[2]
     rows = {name: jnp.zeros((STEPS, *a.shape), a.dtype) for name, a in shapes.items()}
     rows["tokens"] -= 100  # IGNORE
 
     def more(state: Any) -> Array:
-        _, turn, _, t = state
-        return (t < steps) & ~jnp.all(turn.done)
+        _, state, _, t = state
+        return (t < steps) & ~jnp.all(state.done)
 
     def body(state: Any) -> Any:
-        moving, turn, rows, t = state
-        moving, turn, found = step(moving, turn)
+        updated, state, rows, t = state
+        updated, state, found = step(updated, state)
         rows = {name: jax.lax.dynamic_update_index_in_dim(a, found[name], t, 0) for name, a in rows.items()}
-        return moving, turn, rows, t + 1
+        return updated, state, rows, t + 1
 
-    moving, turn, rows, _ = jax.lax.while_loop(more, body, (moving, turn, rows, jnp.zeros((), jnp.int32)))
-    whole = constrained(dataclasses.replace(still, **moving))
-    return {name: getattr(whole, name) for name in MOVING}, turn, rows
+    updated, state, rows, _ = jax.lax.while_loop(more, body, (updated, state, rows, jnp.zeros((), jnp.int32)))
+    full_layers = constrained(dataclasses.replace(fixed, **updated))
+    return {name: getattr(full_layers, name) for name in UPDATED}, state, rows
 
 
-def _watched(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:
+def _traced(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:
     """Of one step: where it looked and what that counts."""
     valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
-    seen = (cache.dense_order >= 0) & (cache.dense_order <= order[:, None])
+    seen = (cache.text_order >= 0) & (cache.text_order <= order[:, None])
     selected = out.get("selected")
     counts = entries(valid, seen, kind, selected=selected)
     parts = jnp.broadcast_arrays(counts.visual, counts.newline, counts.context, counts.text)

@@ -8,21 +8,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from gaze_jax.data.chat import conversation_parts
-from gaze_jax.data.messages import Message
-from gaze_jax.data.processor import Processor, process_with_units
+from gaze_jax.chat.conversation import conversation_parts
+from gaze_jax.chat.messages import Message
+from gaze_jax.data.placement import PlacedView
+from gaze_jax.data.processor import Processor, process_with_views
 from gaze_jax.data.sample import Frames, Sample
-from gaze_jax.data.units import Unit
 from gaze_jax.errors import UserError
-from gaze_jax.infer.assistant import Answer, Assistant
-from gaze_jax.infer.chat import FAMILY, user_turn
-from gaze_jax.infer.look import Looking, check, counted, join, most
-from gaze_jax.infer.programs import room_for
-from gaze_jax.infer.sampling import Sampling, check_sampling
-from gaze_jax.infer.session import Session
+from gaze_jax.infer.chat_session import FAMILY, user_turn
+from gaze_jax.infer.detokenizer import Detokenizer, check_limits
+from gaze_jax.infer.engine import Engine
+from gaze_jax.infer.gaze_options import GazeOptions, check, counted, join, most
+from gaze_jax.infer.programs import free_slots_for
+from gaze_jax.infer.sampler import Answer, Sampler
+from gaze_jax.infer.sampling import SamplingParams, check_sampling
 from gaze_jax.infer.steer import LookAt
-from gaze_jax.infer.text import Speech, check_limits
-from gaze_jax.infer.watch import Glance, pictures_of, trace_of
+from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Request:
       question: with a tag for each of the media, or without any: media first.
       id: names it in answers and files; the line's number, from 1, if there is none.
       images, videos: files.
-      system, max_tokens, temperature, top_p, stop, seed: as in ``Assistant.generate``.
-      top_k, keep, dense, dense_layers: as in :class:`gaze_jax.infer.look.Looking`.
+      system, max_tokens, temperature, top_p, stop, seed: as in ``Sampler.generate``.
+      top_k, keep, dense, full_layers: as in :class:`gaze_jax.infer.gaze_options.GazeOptions`.
       look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
 
     Raises:
@@ -54,20 +54,20 @@ class Request:
     top_k: int | None = None
     keep: float | None = None
     dense: bool = False
-    dense_layers: tuple[int, ...] = ()
+    full_layers: tuple[int, ...] = ()
     look_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_limits(self.max_tokens, self.stop)
         check_sampling(self.temperature, self.top_p, self.seed)
         user_turn(self.question, range(len(self.images)), range(len(self.videos)))
-        _ = self.looking
+        _ = self.gaze
 
     @property
-    def looking(self) -> Looking:
+    def gaze(self) -> GazeOptions:
         """Which regions its queries may select."""
         boxes = tuple(LookAt.parse(text) for text in self.look_at)
-        return Looking(self.top_k, self.keep, self.dense, self.dense_layers, boxes)
+        return GazeOptions(self.top_k, self.keep, self.dense, self.full_layers, boxes)
 
     @classmethod
     def parse(cls, line: str, name: str, **defaults: Any) -> Self:
@@ -151,7 +151,8 @@ def record(request: Request, answer: Answer) -> dict[str, Any]:
         "id": request.id,
         "question": request.question,
         "answer": answer.text,
-        "finish": answer.finish,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
         "tokens": len(answer.tokens),
         "regions": answer.regions,
         "top_k": answer.top_k,
@@ -166,37 +167,37 @@ class _Row:
     images: list[np.ndarray]
     videos: list[Frames]
     arrays: Mapping[str, np.ndarray]
-    units: tuple[Unit, ...]
+    views: tuple[PlacedView, ...]
     budget: int | float | None
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Rows of one batch have this in common."""
-        return type(self.budget), self.request.dense_layers
+        return type(self.budget), self.request.full_layers
 
 
-def _row(assistant: Assistant, request: Request) -> _Row:
-    images, videos = assistant.read_images(request.images), assistant.read_videos(request.videos)
-    system = assistant.system if request.system is None else request.system
+def _row(sampler: Sampler, request: Request) -> _Row:
+    images, videos = sampler.read_images(request.images), sampler.read_videos(request.videos)
+    system = sampler.system if request.system is None else request.system
     turn = user_turn(request.question, range(len(images)), range(len(videos)))
     messages = (*(() if system is None else (Message("system", system),)), turn)
-    style = assistant.layout.views.style
-    parts = conversation_parts(assistant.template, messages, style=style, add_generation_prompt=True)
-    processor = Processor(assistant.layout, assistant.tokenizer, (FAMILY,), resize=assistant.resize)
+    style = sampler.layout.views.style
+    parts = conversation_parts(sampler.template, messages, style=style, add_generation_prompt=True)
+    processor = Processor(sampler.layout, sampler.tokenizer, (FAMILY,), resize=sampler.resize)
     sample = Sample(0, tuple(images), parts, FAMILY, tuple(videos))
-    arrays, units = process_with_units(processor, sample)
-    budget = request.looking.budget(assistant.config.gaze.top_k)
+    arrays, views = process_with_views(processor, sample)
+    budget = request.gaze.budget(sampler.config.gaze.top_k)
     regions = len(arrays["visual_src"])
     if request.top_k is not None and 0 < regions < request.top_k:
         raise UserError(
             f"top_k={request.top_k} must be between 1 and {regions}, the regions of what is shown."
         )
-    check(request.looking, units, assistant.config.decoder.depth)
-    return _Row(request, images, videos, arrays, units, budget)
+    check(request.gaze, views, sampler.config.decoder.depth)
+    return _Row(request, images, videos, arrays, views, budget)
 
 
 def answer_all(
-    assistant: Assistant, requests: Iterable[Request], *, batch_size: int = 8, watch: bool = False
+    sampler: Sampler, requests: Iterable[Request], *, batch_size: int = 8, return_trace: bool = False
 ) -> Iterator[tuple[Request, Answer]]:
     """Answer questions, some at a time, in their order.
 
@@ -204,10 +205,10 @@ def answer_all(
     a fraction, densely) are answered apart.
 
     Args:
-      assistant: who answers.
+      sampler: who answers.
       requests: the questions.
       batch_size: most rows of a batch.
-      watch: record where every token looked.
+      return_trace: record where every token looked.
 
     Raises:
       UserError: a request's media or question cannot be read, or a batch does not fit memory.
@@ -217,84 +218,94 @@ def answer_all(
     waiting: list[_Row] = []
     for request in requests:
         try:
-            row = _row(assistant, request)
+            row = _row(sampler, request)
         except (UserError, ValueError) as error:
             raise UserError(f"Question {request.id or request.question!r}: {error}") from error
         if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
-            yield from _answer(assistant, waiting, watch)
+            yield from _answer(sampler, waiting, return_trace)
             waiting = []
         waiting.append(row)
     if waiting:
-        yield from _answer(assistant, waiting, watch)
+        yield from _answer(sampler, waiting, return_trace)
 
 
-def _answer(assistant: Assistant, rows: Sequence[_Row], watch: bool) -> Iterator[tuple[Request, Answer]]:
+def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Iterator[tuple[Request, Answer]]:
     """Answer one batch."""
     requests = [row.request for row in rows]
     length = max(request.max_tokens for request in requests)
-    _check_room(assistant, rows, length)
-    lookings = [request.looking for request in requests]
+    _check_memory(sampler, rows, length)
+    gaze_options = [request.gaze for request in requests]
     budgets = None if rows[0].budget is None else [row.budget for row in rows if row.budget is not None]
-    units, layers = [row.units for row in rows], assistant.config.decoder.depth
-    session = Session(
-        assistant.model,
-        assistant.params,
+    views, layers = [row.views for row in rows], sampler.config.decoder.depth
+    engine = Engine(
+        sampler.model,
+        sampler.params,
         [row.arrays for row in rows],
-        room=room_for(length),
-        look=lambda session: join(session, lookings, budgets, units, layers),
-        mesh=assistant.mesh,
+        free_slots=free_slots_for(length),
+        selection=lambda engine: join(engine, gaze_options, budgets, views, layers),
+        mesh=sampler.mesh,
     )
-    speeches = [Speech(assistant.tokenizer, assistant.end_ids, r.stop, r.max_tokens) for r in requests]
-    glances: list[list[Glance]] = [[] for _ in rows]
-    found = session.say(
+    detokenizers = [Detokenizer(sampler.tokenizer, sampler.end_ids, r.stop, r.max_tokens) for r in requests]
+    token_traces: list[list[TokenTrace]] = [[] for _ in rows]
+    found = engine.decode(
         length,
-        ends=assistant.end_ids,
-        sampling=Sampling.of(
+        ends=sampler.end_ids,
+        sampling=SamplingParams.of(
             [r.temperature for r in requests], [r.top_p for r in requests], [r.seed for r in requests]
         ),
-        watch=watch and session.regions > 0,
-        whole=not any(request.stop for request in requests),
-        budget=most(budgets, session.capacity),
-        stopped=lambda: [speech.finish is not None for speech in speeches],
+        return_trace=return_trace and engine.regions > 0,
+        chunked=not any(request.stop for request in requests),
+        budget=most(budgets, engine.capacity),
+        stopped=lambda: [detokenizer.finish_reason is not None for detokenizer in detokenizers],
     )
     for out in found:
-        for b, speech in enumerate(speeches):
+        for b, detokenizer in enumerate(detokenizers):
             for step, token in enumerate(out["tokens"][:, b]):
-                if speech.finish is None:
-                    speech.add(int(token))
-                    if "attention" in out and rows[b].units:
-                        glances[b].append(Glance.of(out, step, b, len(rows[b].arrays["visual_src"])))
-    for row, speech, seen in zip(rows, speeches, glances, strict=True):
-        yield row.request, _finished(assistant, row, speech, seen)
+                if detokenizer.finish_reason is None:
+                    detokenizer.add(int(token))
+                    if "attention" in out and rows[b].views:
+                        token_traces[b].append(TokenTrace.of(out, step, b, len(rows[b].arrays["visual_src"])))
+    for row, detokenizer, seen in zip(rows, detokenizers, token_traces, strict=True):
+        yield row.request, _finished(sampler, row, detokenizer, seen)
 
 
-def _finished(assistant: Assistant, row: _Row, speech: Speech, glances: Sequence[Glance]) -> Answer:
+def _finished(
+    sampler: Sampler, row: _Row, detokenizer: Detokenizer, token_traces: Sequence[TokenTrace]
+) -> Answer:
     regions, budget = len(row.arrays["visual_src"]), row.budget
     if isinstance(budget, int) and regions:
         budget = min(budget, regions)
     trace = None
-    if glances:
+    if token_traces:
         trace = trace_of(
-            glances,
+            token_traces,
             question=row.request.question,
-            answer=speech.text,
-            tokens=speech.pieces,
-            model=assistant.name,
+            answer=detokenizer.text,
+            tokens=detokenizer.pieces,
+            model=sampler.name,
             top_k=None if budget is None else counted(budget, regions),
-            share=assistant.config.gaze.share,
-            units=row.units,
-            pictures=pictures_of(row.units, row.images, row.videos),
+            select_per=sampler.config.gaze.select_per,
+            views=row.views,
+            pictures=pictures_of(row.views, row.images, row.videos),
         )
-    assert speech.finish is not None, "an answer was taken to its end"
-    return Answer(speech.text, tuple(speech.pieces), speech.finish, regions, budget, trace)
+    assert detokenizer.finish_reason is not None, "an answer was taken to its end"
+    return Answer(
+        detokenizer.text,
+        tuple(detokenizer.pieces),
+        detokenizer.finish_reason,
+        detokenizer.stop_reason,
+        regions,
+        budget,
+        trace,
+    )
 
 
-def _check_room(assistant: Assistant, rows: Sequence[_Row], tokens: int) -> None:
+def _check_memory(sampler: Sampler, rows: Sequence[_Row], tokens: int) -> None:
     sources = [row.arrays["visual_src"] for row in rows]
-    assistant.check_room(
+    sampler.check_memory(
         rows=len(rows),
         regions=max(len(source) for source in sources),
         slots=max((source.shape[1] for source in sources if len(source)), default=1),
-        dense=max(len(row.arrays["tokens"]) for row in rows) + tokens,
+        text=max(len(row.arrays["tokens"]) for row in rows) + tokens,
         visual=max(int((source >= 0).sum()) for source in sources),
     )

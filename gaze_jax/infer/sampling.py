@@ -16,7 +16,7 @@ Array = jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How each row's tokens are drawn; a row depends on nothing but its own numbers.
 
     Attributes:
@@ -33,7 +33,7 @@ class Sampling:
     @classmethod
     def of(
         cls, temperature: Sequence[float], top_p: Sequence[float] | None = None, seed: Sequence[int] = ()
-    ) -> "Sampling":
+    ) -> "SamplingParams":
         """Of numbers for each row.
 
         Raises:
@@ -83,7 +83,7 @@ def nucleus(logits: Array, top_p: Array) -> Array:
     return jnp.where(logits >= cut, logits, -jnp.inf)
 
 
-def next_token(logits: Array, sampling: Sampling, index: Array) -> Array:
+def next_token(logits: Array, sampling: SamplingParams, index: Array) -> Array:
     """Draw a token for each row.
 
     Args:

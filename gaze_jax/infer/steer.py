@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gaze_jax.data.units import Unit
+from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class LookAt:
-    """Look into a box.
+    """Selection into a box.
 
     Attributes:
       box: (x0, y0, x1, y1) in pixels of the image or frame as it was given.
@@ -60,32 +60,32 @@ class LookAt:
         return cls((numbers[0], numbers[1], numbers[2], numbers[3]), frame, layers, bias)
 
 
-def _inside(look: LookAt, unit: Unit) -> np.ndarray:
-    """int32 [n], regions of a unit with a token whose pixels the box overlaps."""
-    rows, columns = unit.regions.shape
-    left, top, right, bottom = unit.corners
+def _inside(look: LookAt, view: PlacedView) -> np.ndarray:
+    """int32 [n], regions of a view with a token whose pixels the box overlaps."""
+    rows, columns = view.regions.shape
+    left, top, right, bottom = view.corners
     xs, ys = np.linspace(left, right, columns + 1), np.linspace(top, bottom, rows + 1)
     x0, y0, x1, y1 = look.box
     across = (xs[:-1] < x1) & (xs[1:] > x0)
     down = (ys[:-1] < y1) & (ys[1:] > y0)
-    return np.unique(unit.regions[down][:, across])
+    return np.unique(view.regions[down][:, across])
 
 
-def bias_of(looks: Sequence[LookAt], units: Sequence[Unit], layers: int, regions: int) -> np.ndarray:
+def bias_of(looks: Sequence[LookAt], views: Sequence[PlacedView], layers: int, regions: int) -> np.ndarray:
     """What steering adds to the scores: float32 [L, R] in logits, -inf for regions that are left out.
 
     Boxes that restrict are joined: a region in any of them may be selected. Biases add up.
 
     Args:
       looks: what to look at.
-      units: where each view or frame is in the regions.
+      views: where each view or frame is in the regions.
       layers: L of the model.
-      regions: R of the sequence; those beyond the units are left alone.
+      regions: R of the sequence; those beyond the views are left alone.
 
     Raises:
       UserError: a layer that the model has not, a frame that is not shown, or a box outside of everything.
     """
-    if looks and not units:
+    if looks and not views:
         raise UserError("Nothing is shown, so there is nowhere to look; drop look_at.")
     bias = np.zeros((layers, regions), np.float32)
     restricted = np.zeros(layers, bool)
@@ -96,11 +96,11 @@ def bias_of(looks: Sequence[LookAt], units: Sequence[Unit], layers: int, regions
             raise UserError(
                 f"look_at layers {look.layers} must be between 0 and {layers - 1}, the model's last."
             )
-        meant = [unit for unit in units if look.frame is None or (unit.video and unit.frame == look.frame)]
+        meant = [view for view in views if look.frame is None or (view.video and view.frame == look.frame)]
         if not meant:
-            shown = sum(unit.video for unit in units)
+            shown = sum(view.video for view in views)
             raise UserError(f"look_at frame {look.frame} is not shown; there are {shown} frames of video.")
-        found = np.concatenate([_inside(look, unit) for unit in meant])
+        found = np.concatenate([_inside(look, view) for view in meant])
         if not found.size:
             raise UserError(f"look_at={look.box} lies outside of everything that is shown.")
         if look.bias is None:

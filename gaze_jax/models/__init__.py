@@ -2,7 +2,7 @@
 
 from gaze_jax.models.cache import Cache
 from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, Numerics, VisionConfig
-from gaze_jax.models.decoder import Step
+from gaze_jax.models.decoder import DecodePosition
 from gaze_jax.models.dummy import DUMMY, dummy
 from gaze_jax.models.mllm import MLLM
 
@@ -10,11 +10,11 @@ __all__ = [
     "DUMMY",
     "MLLM",
     "Cache",
+    "DecodePosition",
     "DecoderConfig",
     "GazeConfig",
     "MLLMConfig",
     "Numerics",
-    "Step",
     "VisionConfig",
     "dummy",
 ]

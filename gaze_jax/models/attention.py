@@ -23,15 +23,15 @@ Array = jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AttentionMetadata:
     """What all layers share about a batch; computed once per forward pass.
 
     Attributes:
-      visual, dense: windows of the visual [B, R * P] and the dense [B, S] queries.
+      visual, text: windows of the visual [B, R * P] and the dense [B, S] queries.
       places: where the keys stand, those of a cache first.
-      order: int32 [B, S] of the dense queries.
+      order: int32 [B, S] of the text-stream queries.
       valid: bool [B, R, P] slots of the batch that hold a token.
-      visible: bool [B, S, R] regions a dense query may choose from, those of a cache first; False for
+      visible: bool [B, S, R] regions a text-stream query may choose from, those of a cache first; False for
         unrouted queries.
       first: int32 [B, R] order of each region's first token.
       permutation: int32 [B, R] regions by first token, for ties.
@@ -39,7 +39,7 @@ class Plan:
     """
 
     visual: Windows
-    dense: Windows
+    text: Windows
     places: KeyPlaces
     order: Array
     valid: Array
@@ -56,23 +56,23 @@ class Past:
 
     Attributes:
       visual_k, visual_v: [B, K, R, P, D].
-      dense_k, dense_v: [B, K, S, D].
+      text_k, text_v: [B, K, S, D].
       descriptors: [B, K, R, E].
     """
 
     visual_k: Array
     visual_v: Array
-    dense_k: Array
-    dense_v: Array
+    text_k: Array
+    text_v: Array
     descriptors: Array
 
 
-def make_plan(
+def make_metadata(
     streams: Streams,
     gaze: GazeConfig,
     sample: Array | None = None,
     past: tuple[Array, Array] | None = None,
-) -> Plan:
+) -> AttentionMetadata:
     """Derive the plan of a batch.
 
     Args:
@@ -82,9 +82,9 @@ def make_plan(
       past: order of what a cache holds, int32 [B, R, P] and [B, S], -1 where nothing is; the batch goes on
         with it, one sample per row.
     """
-    visual, dense = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
+    visual, text = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
     places = masks.key_places(streams)
-    order = places.dense_order
+    order = places.text_order
     if past is not None:
 
         def after(before: Array, now: Array) -> Array:
@@ -96,15 +96,15 @@ def make_plan(
         places = KeyPlaces(
             visual_order=after(past[0], places.visual_order),
             region_segment=after(segment(jnp.max(past[0], axis=2)), places.region_segment),
-            dense_order=after(past[1], order),
-            dense_segment=after(segment(past[1]), places.dense_segment),
+            text_order=after(past[1], order),
+            text_segment=after(segment(past[1]), places.text_segment),
         )
     first, last = regions.region_span(places.visual_order)
-    visible = masks.visible_regions(dense, places, first, last) & dense.routed[:, :, None]
+    visible = masks.visible_regions(text, places, first, last) & text.routed[:, :, None]
     batch = streams.tokens.shape[0]
-    return Plan(
+    return AttentionMetadata(
         visual=visual,
-        dense=dense,
+        text=text,
         places=places,
         order=order,
         valid=streams.visual_valid,
@@ -159,7 +159,7 @@ def region_scores(
     if (forced is not None) != (route.strategy == "forced"):
         raise ValueError("forced regions and Routing(strategy='forced') go together: give both or neither.")
     batch, queries = order.shape
-    heads = q.shape[2] if gaze.share == "head" else descriptors.shape[1]
+    heads = q.shape[2] if gaze.select_per == "head" else descriptors.shape[1]
     seen = visible[:, :, None, :]
     if route.strategy == "random":
         return routing.random_scores(route.seed, sample, order, layer, heads, first), seen
@@ -170,7 +170,7 @@ def region_scores(
         scores, listed = routing.forced_scores(forced, descriptors.shape[2])
         return scores, seen & listed
     features = routing.query_features(q, gaze.descriptor)
-    scores = routing.descriptor_scores(features, descriptors, share=gaze.share)
+    scores = routing.descriptor_scores(features, descriptors, select_per=gaze.select_per)
     if bias is None:
         return scores, seen
     return routing.steer(scores, seen, bias, heads=q.shape[2], dim=q.shape[3])
@@ -180,7 +180,7 @@ def gaze_attention(
     q: Array,
     k: Array,
     v: Array,
-    plan: Plan,
+    metadata: AttentionMetadata,
     *,
     gaze: GazeConfig,
     route: Routing,
@@ -196,35 +196,35 @@ def gaze_attention(
     Args:
       q: [B, N, H, D] post-RoPE.
       k, v: [B, N, K, D], keys post-RoPE.
-      plan: of the batch.
+      metadata: of the batch.
       gaze: of the model.
       route: the strategy.
       layer: int32 scalar.
       top_k: int32 broadcastable to [B, S], or a fraction; None is dense attention.
       forced, bias: see :func:`region_scores`.
       collect: also return what the routing saw.
-      past: keys and values that were read before; ``plan`` was made with their order.
+      past: keys and values that were read before; ``metadata`` was made with their order.
 
     Returns:
-      [B, N, H, D], and a dict with the regional "visual_k", "visual_v" [B, K, R, P, D], "dense_k",
-      "dense_v" [B, K, S, D] and "descriptors" [B, K, R, E] of these tokens; with ``collect`` and routing
+      [B, N, H, D], and a dict with the regional "visual_k", "visual_v" [B, K, R, P, D], "text_k",
+      "text_v" [B, K, S, D] and "descriptors" [B, K, R, E] of these tokens; with ``collect`` and routing
       also "scores" float32 and "selected" bool [B, S, Hs, R], where R has the regions of the past first.
     """
     batch, _, _, dim = q.shape
-    num_regions, slots = plan.valid.shape[1:]
+    num_regions, slots = metadata.valid.shape[1:]
     tokens = num_regions * slots
 
     def split(a: Array) -> tuple[Array, Array]:
         a = jnp.moveaxis(a, 2, 1)
         return a[:, :, :tokens].reshape(batch, a.shape[1], num_regions, slots, dim), a[:, :, tokens:]
 
-    (visual_k, dense_k), (visual_v, dense_v) = split(k), split(v)
+    (visual_k, text_k), (visual_v, text_v) = split(k), split(v)
     out: dict[str, Any] = {
         "visual_k": visual_k,
         "visual_v": visual_v,
-        "dense_k": dense_k,
-        "dense_v": dense_v,
-        "descriptors": regions.describe(visual_k, plan.valid, gaze.descriptor),
+        "text_k": text_k,
+        "text_v": text_v,
+        "descriptors": regions.describe(visual_k, metadata.valid, gaze.descriptor),
     }
     descriptors = out["descriptors"]
     if past is not None:
@@ -232,60 +232,60 @@ def gaze_attention(
         kind = visual_k.dtype
         visual_k = jnp.concatenate([past.visual_k.astype(kind), visual_k], axis=2)
         visual_v = jnp.concatenate([past.visual_v.astype(kind), visual_v], axis=2)
-        dense_k = jnp.concatenate([past.dense_k, dense_k], axis=2)
-        dense_v = jnp.concatenate([past.dense_v, dense_v], axis=2)
+        text_k = jnp.concatenate([past.text_k, text_k], axis=2)
+        text_v = jnp.concatenate([past.text_v, text_v], axis=2)
         descriptors = jnp.concatenate([past.descriptors, descriptors], axis=2)
-    spec = GazeSpec(scale=dim**-0.5, share=gaze.share, query_block=gaze.query_block)
+    spec = GazeSpec(scale=dim**-0.5, select_per=gaze.select_per, query_block=gaze.query_block)
 
     def attend(q: Array, queries: Windows, selected: Array | None) -> Array:
         return gaze_prefill(
             q,
             visual_k,
             visual_v,
-            dense_k,
-            dense_v,
+            text_k,
+            text_v,
             queries,
-            plan.places,
+            metadata.places,
             selected,
             spec=spec,
             implementation=gaze.prefill_implementation,
         )
 
     if top_k is None or descriptors.shape[2] == 0:
-        everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), plan.visual, plan.dense)
+        everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
         return attend(q, everyone, None), out
 
     def oracle() -> Array:
         return routing.oracle_scores(
             q[:, tokens:],
             visual_k,
-            dense_k,
-            *masks.visible_keys(plan.dense, plan.places),
+            text_k,
+            *masks.visible_keys(metadata.text, metadata.places),
             scale=spec.scale,
-            share=gaze.share,
+            select_per=gaze.select_per,
             query_block=gaze.query_block,
         )
 
     scores, seen = region_scores(
         q[:, tokens:],
         descriptors,
-        plan.visible,
+        metadata.visible,
         gaze=gaze,
         route=route,
-        sample=plan.sample,
-        order=plan.order,
-        first=plan.first,
+        sample=metadata.sample,
+        order=metadata.order,
+        first=metadata.first,
         layer=layer,
         forced=forced,
         bias=bias,
         oracle=oracle,
     )
-    top_k = routing.count(top_k, plan.visible)
-    selected = routing.select_mask(scores, seen, top_k, plan.permutation)
+    top_k = routing.count(top_k, metadata.visible)
+    selected = routing.select_mask(scores, seen, top_k, metadata.permutation)
     if collect:
         out |= {"scores": jax.lax.stop_gradient(scores), "selected": selected}
-    dense_out = attend(q[:, tokens:], plan.dense, selected)
+    text_out = attend(q[:, tokens:], metadata.text, selected)
     if tokens == 0:
-        return dense_out, out
-    visual_out = attend(q[:, :tokens], plan.visual, None)
-    return jnp.concatenate([visual_out, dense_out], axis=1), out
+        return text_out, out
+    visual_out = attend(q[:, :tokens], metadata.visual, None)
+    return jnp.concatenate([visual_out, text_out], axis=1), out

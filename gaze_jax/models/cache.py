@@ -1,4 +1,4 @@
-"""The KV cache of a decoder: visual regions stay, dense tokens are appended.
+"""The KV cache of a decoder: visual regions stay, text-stream tokens are appended.
 
 Nothing is evicted. The cache is stacked over layers and handed whole to every layer with its index.
 """
@@ -28,17 +28,17 @@ class Cache:
     Attributes:
       visual: packed by the decode implementation from [L, B, K, R, P, D] keys and values.
       descriptors: [L, B, K, R, E], E as in :func:`gaze_jax.core.regions.descriptor_width`.
-      dense_k, dense_v: [L, B, K, S, D]; S leaves room for the tokens to come.
+      text_k, text_v: [L, B, K, S, D]; S leaves room for the tokens to come.
       visual_order: int32 [B, R, P], -1 in empty slots.
-      dense_order: int32 [B, S], -1 where no token is yet.
+      text_order: int32 [B, S], -1 where no token is yet.
     """
 
     visual: Any
     descriptors: Array
-    dense_k: Array
-    dense_v: Array
+    text_k: Array
+    text_v: Array
     visual_order: Array
-    dense_order: Array
+    text_order: Array
 
     @property
     def first(self) -> Array:
@@ -55,7 +55,7 @@ def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
     """The static choices of a model's decode op."""
     return GazeSpec(
         scale=head_dim**-0.5,
-        share=gaze.share,
+        select_per=gaze.select_per,
         query_block=gaze.query_block,
         visual_dtype=gaze.visual_dtype,
     )
@@ -74,18 +74,18 @@ def packed_layer(layer: dict[str, Any], gaze: GazeConfig) -> dict[str, Any]:
     return kept | {"visual": api.pack(k, v, spec=spec, implementation=gaze.decode_implementation)}
 
 
-def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, room: int) -> Cache:
+def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, free_slots: int) -> Cache:
     """Make a cache of what prefill computed.
 
     Args:
       layers: "visual_k", "visual_v" [L, B, K, R, P, D] or, stacked, what :func:`packed_layer` made of them;
-        "dense_k", "dense_v" [L, B, K, S, D] and "descriptors" [L, B, K, R, E].
+        "text_k", "text_v" [L, B, K, S, D] and "descriptors" [L, B, K, R, E].
       streams: the prefilled batch; not packed (one sample per row).
       gaze: of the model.
-      room: dense slots to add for tokens that will be decoded; a few more come with them where the
-        implementation wants S in whole tiles.
+      free_slots: text-stream slots to add for tokens that will be decoded; a few more come with them where
+        the implementation wants S in whole tiles.
     """
-    spec = decode_spec(gaze, layers["dense_k"].shape[-1])
+    spec = decode_spec(gaze, layers["text_k"].shape[-1])
     if "visual" in layers:
         # A scan stacked caches of one layer each.
         visual = jax.tree.map(lambda a: a.reshape(a.shape[0], *a.shape[2:]), layers["visual"])
@@ -96,23 +96,23 @@ def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *,
     cache = Cache(
         visual=visual,
         descriptors=layers["descriptors"],
-        dense_k=layers["dense_k"],
-        dense_v=layers["dense_v"],
+        text_k=layers["text_k"],
+        text_v=layers["text_v"],
         visual_order=jnp.where(streams.visual_valid, streams.visual_order, EMPTY),
-        dense_order=jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY),
+        text_order=jnp.where(streams.text_segment >= 0, streams.text_order, EMPTY),
     )
-    return with_room(cache, gaze, room)
+    return with_free_slots(cache, gaze, free_slots)
 
 
-def with_room(cache: Cache, gaze: GazeConfig, room: int) -> Cache:
-    """The cache with ``room`` more dense slots, and a few more where the implementation wants S in tiles."""
-    room += -(cache.dense_order.shape[1] + room) % api.dense_multiple(gaze.decode_implementation)
-    pad = ((0, 0),) * 3 + ((0, room), (0, 0))
+def with_free_slots(cache: Cache, gaze: GazeConfig, free_slots: int) -> Cache:
+    """The cache with ``free_slots`` more text-stream slots, rounded up to the implementation's tiles of S."""
+    free_slots += -(cache.text_order.shape[1] + free_slots) % api.text_multiple(gaze.decode_implementation)
+    pad = ((0, 0),) * 3 + ((0, free_slots), (0, 0))
     return dataclasses.replace(
         cache,
-        dense_k=jnp.pad(cache.dense_k, pad),
-        dense_v=jnp.pad(cache.dense_v, pad),
-        dense_order=jnp.pad(cache.dense_order, ((0, 0), (0, room)), constant_values=EMPTY),
+        text_k=jnp.pad(cache.text_k, pad),
+        text_v=jnp.pad(cache.text_v, pad),
+        text_order=jnp.pad(cache.text_order, ((0, 0), (0, free_slots)), constant_values=EMPTY),
     )
 
 
@@ -136,7 +136,13 @@ def with_regions(cache: Cache, gaze: GazeConfig, head_dim: int, *, regions: int,
 
 
 def append(
-    cache: Cache, layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, region: Array, slot: Array
+    cache: Cache,
+    layers: dict[str, Array],
+    streams: Streams,
+    gaze: GazeConfig,
+    *,
+    region: Array,
+    write_index: Array,
 ) -> Cache:
     """Write what was read later into a cache that has room for it.
 
@@ -145,9 +151,9 @@ def append(
         caller counts.
       layers, streams: as in :func:`build_cache`.
       gaze: of the model.
-      region, slot: int32 scalars, the first free ones, the same in every row.
+      region, write_index: int32 scalars, the first free ones, the same in every row.
     """
-    spec = decode_spec(gaze, cache.dense_k.shape[-1])
+    spec = decode_spec(gaze, cache.text_k.shape[-1])
     zero = jnp.zeros((), jnp.int32)
 
     def write(stack: Array, new: Array, start: Array) -> Array:
@@ -158,11 +164,11 @@ def append(
     visual_order = jnp.where(streams.visual_valid, streams.visual_order, EMPTY)
     slots = cache.visual_order.shape[2] - visual_order.shape[2]
     visual_order = jnp.pad(visual_order, ((0, 0), (0, 0), (0, slots)), constant_values=EMPTY)
-    dense_order = jnp.where(streams.dense_segment >= 0, streams.dense_order, EMPTY)
-    grown = cache
+    text_order = jnp.where(streams.text_segment >= 0, streams.text_order, EMPTY)
+    extended = cache
     if visual_order.shape[1]:
-        grown = dataclasses.replace(
-            grown,
+        extended = dataclasses.replace(
+            extended,
             visual=api.append(
                 cache.visual,
                 layers["visual_k"],
@@ -175,10 +181,10 @@ def append(
             visual_order=jax.lax.dynamic_update_slice(cache.visual_order, visual_order, (zero, region, zero)),
         )
     return dataclasses.replace(
-        grown,
-        dense_k=write(cache.dense_k, layers["dense_k"], slot),
-        dense_v=write(cache.dense_v, layers["dense_v"], slot),
-        dense_order=jax.lax.dynamic_update_slice(cache.dense_order, dense_order, (zero, slot)),
+        extended,
+        text_k=write(cache.text_k, layers["text_k"], write_index),
+        text_v=write(cache.text_v, layers["text_v"], write_index),
+        text_order=jax.lax.dynamic_update_slice(cache.text_order, text_order, (zero, write_index)),
     )
 
 
@@ -192,7 +198,7 @@ def _layer(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> tuple
 def layer_keys(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> tuple[Array, Array]:
     """All keys of a layer: visual [B, K, R, P, D] and dense [B, K, S, D]."""
     visual, _ = _layer(cache, layer, gaze, head_dim)
-    return visual, jax.lax.dynamic_index_in_dim(cache.dense_k, layer, keepdims=False)
+    return visual, jax.lax.dynamic_index_in_dim(cache.text_k, layer, keepdims=False)
 
 
 def past_of(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> Past:
@@ -203,8 +209,8 @@ def past_of(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> Past
 
     return Past(
         *_layer(cache, layer, gaze, head_dim),
-        take(cache.dense_k),
-        take(cache.dense_v),
+        take(cache.text_k),
+        take(cache.text_v),
         take(cache.descriptors),
     )
 
@@ -221,8 +227,8 @@ def constrained(cache: Cache) -> Cache:
     return Cache(
         visual=split(cache.visual, api.cache_axes(cache.visual)),
         descriptors=split(cache.descriptors, stack),
-        dense_k=split(cache.dense_k, stack),
-        dense_v=split(cache.dense_v, stack),
+        text_k=split(cache.text_k, stack),
+        text_v=split(cache.text_v, stack),
         visual_order=split(cache.visual_order, ("batch",)),
-        dense_order=split(cache.dense_order, ("batch",)),
+        text_order=split(cache.text_order, ("batch",)),
     )

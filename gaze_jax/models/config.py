@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from gaze_jax.core.layout import NEWLINES, ViewConfig, VisualLayout
 from gaze_jax.core.regions import DESCRIPTORS
-from pallas_kernels.spec import SHARES, VISUAL_DTYPES
+from pallas_kernels.spec import SELECT_PER, VISUAL_DTYPES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAM_DTYPES = DTYPES | {"float16": jnp.float16}
 """Parameters may also rest in float16, in which some checkpoints are published; nothing computes in it."""
-SCOPES = ("all", "unit")
+SCOPES = ("all", "view")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -113,29 +113,29 @@ class GazeConfig:
 
     Attributes:
       region: (r_h, r_w) target size of a region in tokens; sides are balanced (``core.regions``).
-      context_tokens: C learnable tokens after each unit; 0 for parity with a dense checkpoint.
+      context_tokens: C learnable tokens after each view; 0 for parity with a dense checkpoint.
       top_k: regions a query selects when the caller does not say; None is dense attention.
-      share: "head" selects per query head, "group" once per kv head.
+      select_per: "head" selects per query head, "kv_head" once per kv head.
       descriptor: what summarises a region for the selection: "mean", the mean key (the paper), or "minmax",
         the per-channel extremes, whose score bounds the region's largest logit.
-      visual_scope: "all" lets a visual token see everything earlier, "unit" only its own unit's
+      visual_scope: "all" lets a visual token see everything earlier, "view" only its own view's
         visual tokens (prefill linear in frames).
-      visual_causal: False lets a visual token also see later tokens of its own unit.
+      visual_causal: False lets a visual token also see later tokens of its own view.
       prefill_implementation, decode_implementation: of the attention ops ``gaze_prefill`` (training,
         prefill) and ``gaze_decode``; see ``pallas_kernels``.
       query_block: queries that the XLA prefill handles at once; bounds its memory.
       video_region: (r_t, r_h, r_w) target size of a region of a video, a slab of r_t frames; None is
         one frame and ``region``.
-      newlines: "dense" keeps the newlines of a unit in the dense stream, which every query reads whole;
+      newlines: "text" keeps the newlines of a view in the text stream, which every query reads whole;
         "region" routes each with the last region of its row.
       visual_dtype: how the cache keeps visual keys and values: None as they are computed, or "int8", with
-        a scale for each token and head; descriptors and the dense stream stay as they are.
+        a scale for each token and head; descriptors and the text stream stay as they are.
     """
 
     region: tuple[int, int] = (6, 6)
     context_tokens: int = 4
     top_k: int | None = None
-    share: str = "head"
+    select_per: str = "head"
     descriptor: str = "mean"
     visual_scope: str = "all"
     visual_causal: bool = True
@@ -143,7 +143,7 @@ class GazeConfig:
     decode_implementation: str = "xla"
     query_block: int = 512
     video_region: tuple[int, int, int] | None = None
-    newlines: str = "dense"
+    newlines: str = "text"
     visual_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -164,7 +164,9 @@ class GazeConfig:
             self.top_k is None or self.top_k >= 1,
             f"gaze.top_k={self.top_k} must be at least 1 region; use None for dense attention.",
         )
-        _require(self.share in SHARES, f"gaze.share={self.share!r} must be one of {SHARES}.")
+        _require(
+            self.select_per in SELECT_PER, f"gaze.select_per={self.select_per!r} must be one of {SELECT_PER}."
+        )
         _require(
             self.descriptor in DESCRIPTORS,
             f"gaze.descriptor={self.descriptor!r} must be one of {DESCRIPTORS}.",

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from gaze_jax.core import routing
 from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.routing import Keep, Routing
-from gaze_jax.models import apart
-from gaze_jax.models.attention import Plan, gaze_attention, region_scores
+from gaze_jax.models import unstacked
+from gaze_jax.models.attention import AttentionMetadata, gaze_attention, region_scores
 from gaze_jax.models.cache import Cache, decode_spec, layer_keys, packed_layer, past_of
 from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.layers import RMSNorm, apply_rope, dense, logical, rope_angles
@@ -97,14 +97,16 @@ class Block(nn.Module):
         x = x + self.self_attn.merge(heads)
         return x + self.mlp(self.post_attention_norm(x)), out
 
-    def forward(self, x: Array, angles: Angles, plan: Plan, **options: Any) -> tuple[Array, dict[str, Any]]:
+    def forward(
+        self, x: Array, angles: Angles, metadata: AttentionMetadata, **options: Any
+    ) -> tuple[Array, dict[str, Any]]:
         """All tokens at once, [B, N, M]; options of :func:`gaze_jax.models.attention.gaze_attention`."""
         x = nn.with_logical_constraint(x, ("batch", "tokens", "width"))
         return self._around(
-            x, angles, lambda q, k, v: gaze_attention(q, k, v, plan, gaze=self.config.gaze, **options)
+            x, angles, lambda q, k, v: gaze_attention(q, k, v, metadata, gaze=self.config.gaze, **options)
         )
 
-    def touch(self, x: Array, angles: Angles) -> Array:
+    def init_forward(self, x: Array, angles: Angles) -> Array:
         """[B, N, M] past every parameter; attention has none and is left out."""
         return self._around(x, angles, lambda q, k, v: (q, None))[0]
 
@@ -113,14 +115,14 @@ class Block(nn.Module):
         x: Array,
         cache: Cache,
         angles: Angles,
-        step: "Step",
-        sight: "Sight",
+        step: "DecodePosition",
+        decode_masks: "DecodeMasks",
         *,
         layer: Array,
-        choice: "Choice",
+        selection: "Selection",
         route: Routing,
         capacity: int | None,
-        watch: bool,
+        return_trace: bool,
     ) -> tuple[tuple[Array, Cache], dict[str, Array]]:
         """One token per row, [B, 1, M]: append its key and value, select regions, attend."""
         gaze, spec = self.config.gaze, decode_spec(self.config.gaze, self.config.decoder.head_dim)
@@ -128,7 +130,7 @@ class Block(nn.Module):
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
             nonlocal new_cache
-            new_cache = _append(cache, k, v, layer, step.slot)
+            new_cache = _append(cache, k, v, layer, step.write_index)
             indices, out = None, {}
 
             def keys() -> tuple[Array, Array]:
@@ -138,62 +140,62 @@ class Block(nn.Module):
                 return routing.oracle_scores(
                     q,
                     *keys(),
-                    sight.visual[:, None],
-                    sight.dense[:, None],
+                    decode_masks.visual[:, None],
+                    decode_masks.text[:, None],
                     scale=spec.scale,
-                    share=gaze.share,
+                    select_per=gaze.select_per,
                     query_block=1,
                 )
 
             regions = cache.visual_order.shape[1]
-            if choice.top_k is not None and regions > 0:
+            if selection.top_k is not None and regions > 0:
                 descriptors = jax.lax.dynamic_index_in_dim(cache.descriptors, layer, keepdims=False)
                 scores, seen = region_scores(
                     q,
                     descriptors,
-                    sight.regions[:, None, :],
+                    decode_masks.regions[:, None, :],
                     gaze=gaze,
                     route=route,
                     sample=step.sample[:, None],
                     order=step.order[:, None],
-                    first=sight.first,
+                    first=decode_masks.first,
                     layer=layer,
-                    forced=choice.forced,
-                    bias=choice.bias,
+                    forced=selection.forced,
+                    bias=selection.bias,
                     oracle=oracle,
                 )
-                top_k = routing.count(choice.top_k, sight.regions[:, None])
+                top_k = routing.count(selection.top_k, decode_masks.regions[:, None])
                 slots = regions if capacity is None else capacity
-                indices = routing.select_indices(scores, seen, top_k, slots, sight.permutation)[:, 0]
+                indices = routing.select_indices(scores, seen, top_k, slots, decode_masks.permutation)[:, 0]
                 out = {"indices": indices, "scores": scores[:, 0]}
 
             def read(indices: Array | None) -> Array:
                 return gaze_decode(
                     q[:, 0],
                     new_cache.visual,
-                    new_cache.dense_k,
-                    new_cache.dense_v,
+                    new_cache.text_k,
+                    new_cache.text_v,
                     layer,
                     indices,
-                    sight.visual,
-                    sight.dense,
+                    decode_masks.visual,
+                    decode_masks.text,
                     spec=spec,
                     implementation=gaze.decode_implementation,
                 )
 
-            if indices is None or choice.whole is None:
+            if indices is None or selection.full_layers is None:
                 heads = read(indices)
             else:
-                heads = jax.lax.cond(choice.whole, lambda: read(None), lambda: read(indices))
-            if watch and regions > 0:
+                heads = jax.lax.cond(selection.full_layers, lambda: read(None), lambda: read(indices))
+            if return_trace and regions > 0:
                 selected = None
                 if indices is not None:
                     selected = mask_from_indices(indices, regions)
-                    if choice.whole is not None:
-                        selected |= choice.whole & sight.regions[:, None]
+                    if selection.full_layers is not None:
+                        selected |= selection.full_layers & decode_masks.regions[:, None]
                     out["selected"] = selected
                 out["attention"], out["dense"] = routing.attention_shares(
-                    q[:, 0], *keys(), sight.visual, sight.dense, selected, scale=spec.scale
+                    q[:, 0], *keys(), decode_masks.visual, decode_masks.text, selected, scale=spec.scale
                 )
             return heads[:, None], out
 
@@ -203,20 +205,20 @@ class Block(nn.Module):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Selection:
     """What decides about regions besides the scores, for all layers or, without its axis L, for one.
 
     Attributes:
       top_k: int32 or a fraction, [L, B, T] or broadcastable in B and T; None is dense attention.
       forced: int32 [L, B, T, Hs, J], for strategy "forced".
       bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`.
-      whole: bool [L], layers that read every region.
+      full_layers: bool [L], layers that read every region.
     """
 
     top_k: Array | Keep | None
     forced: Array | None
     bias: Array | None
-    whole: Array | None = None
+    full_layers: Array | None = None
 
     @classmethod
     def make(
@@ -225,8 +227,8 @@ class Choice:
         top_k: Array | Keep | None,
         forced: Array | None,
         bias: Array | None,
-        whole: Array | None = None,
-    ) -> "Choice":
+        full_layers: Array | None = None,
+    ) -> "Selection":
         """Give everything its axis L."""
         if isinstance(top_k, Keep):
             fraction = jnp.asarray(top_k.fraction, jnp.float32)
@@ -234,67 +236,67 @@ class Choice:
         else:
             budget = _per_layer(top_k, layers, 2)
         steered = None if bias is None else _lead(jnp.asarray(bias, jnp.float32), layers, 2)
-        return cls(budget, _per_layer(forced, layers, 4), steered, whole)
+        return cls(budget, _per_layer(forced, layers, 4), steered, full_layers)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Step:
+class DecodePosition:
     """Where the token that is being decoded stands.
 
     Attributes:
       order: int32 [B] index in the spliced sequence.
-      slot: int32 scalar, the dense slot that it takes in every row.
+      write_index: int32 scalar, the text-stream slot that it takes in every row.
       sample: int32 [B], names the sample for random routing.
     """
 
     order: Array
-    slot: Array
+    write_index: Array
     sample: Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class DecodeMasks:
     """What the tokens of a step may see: the same in every layer, so computed before them.
 
     Attributes:
       visual: bool [B, R, P] visual keys; what is routed attends to those of the selected regions.
-      dense: bool [B, S] dense keys.
+      text: bool [B, S] text-stream keys.
       regions: bool [B, R] regions that may be selected: the whole region is earlier.
       first: int32 [B, R] order of each region's first token.
       permutation: int32 [B, R] regions by first token, for ties.
     """
 
     visual: Array
-    dense: Array
+    text: Array
     regions: Array
     first: Array
     permutation: Array
 
 
-def _sight(cache: Cache, step: Step) -> Sight:
-    """Of a cache whose ``dense_order`` has the tokens of the step already."""
+def _decode_masks(cache: Cache, step: DecodePosition) -> DecodeMasks:
+    """Of a cache whose ``text_order`` has the tokens of the step already."""
     order = step.order[:, None]
     first, last = cache.first, cache.last
-    return Sight(
+    return DecodeMasks(
         visual=(cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None]),
-        dense=(cache.dense_order >= 0) & (cache.dense_order <= order),
+        text=(cache.text_order >= 0) & (cache.text_order <= order),
         regions=(last >= 0) & (last <= order),
         first=first,
         permutation=routing.tie_permutation(first),
     )
 
 
-def _append(cache: Cache, k: Array, v: Array, layer: Array, slot: Array) -> Cache:
+def _append(cache: Cache, k: Array, v: Array, layer: Array, write_index: Array) -> Cache:
     """Write one token's [B, 1, K, D] key and value in place."""
 
     def write(stack: Array, new: Array) -> Array:
         new = jnp.moveaxis(new, 1, 2)[None].astype(stack.dtype)
         zero = jnp.zeros((), jnp.int32)
-        return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, slot, zero))
+        return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, write_index, zero))
 
-    return dataclasses.replace(cache, dense_k=write(cache.dense_k, k), dense_v=write(cache.dense_v, v))
+    return dataclasses.replace(cache, text_k=write(cache.text_k, k), text_v=write(cache.text_v, v))
 
 
 def _per_layer(value: Array | None, layers: int, trailing: int) -> Array | None:
@@ -346,15 +348,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., M] to float32 [..., V]."""
-        split = apart.is_split(self.get_variable("params", "layers"))
+        split = unstacked.is_split(self.get_variable("params", "layers"))
         if not self.config.decoder.tie_embeddings:
             if split:
                 kernel: Array = self.get_variable("params", "lm_head")["kernel"].layers[0]
-                return apart.product(kernel.astype(hidden.dtype), hidden).astype(jnp.float32)
+                return unstacked.product(kernel.astype(hidden.dtype), hidden).astype(jnp.float32)
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.embedding.astype(hidden.dtype)
         if split:
-            return apart.product(table, hidden, preferred_element_type=jnp.float32)
+            return unstacked.product(table, hidden, preferred_element_type=jnp.float32)
         return jnp.einsum("...M,VM->...V", hidden, table, preferred_element_type=jnp.float32)
 
     def _over_layers(
@@ -362,19 +364,19 @@ class Decoder(nn.Module):
     ) -> Any:
         """Scan ``body``, of (block, carry, inputs), over the blocks; their parameters may be apart."""
         blocks: Any = self.get_variable("params", "layers")
-        if apart.is_split(blocks):
-            return apart.scan(Block(self.config, parent=None), blocks, body, carry, inputs)
+        if unstacked.is_split(blocks):
+            return unstacked.scan(Block(self.config, parent=None), blocks, body, carry, inputs)
         if remat:
             body = nn.remat(body, prevent_cse=False)
         scan = nn.scan(body, length=self.config.decoder.depth, **options, **PER_LAYER_SCAN)
         return scan(self.layers, carry, inputs)
 
-    def touch(self, x: Array, pos: Array) -> Array:
+    def init_forward(self, x: Array, positions: Array) -> Array:
         """:meth:`forward` without attention, for making parameters: it traces in a third of the time."""
-        angles = rope_angles(pos, self.config.decoder.head_dim, self.config.decoder.rope_theta)
+        angles = rope_angles(positions, self.config.decoder.head_dim, self.config.decoder.rope_theta)
 
         def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
-            return block.touch(x, angles), None
+            return block.init_forward(x, angles), None
 
         scan = nn.scan(
             body,
@@ -388,8 +390,8 @@ class Decoder(nn.Module):
     def forward(
         self,
         x: Array,
-        pos: Array,
-        plan: Plan,
+        positions: Array,
+        metadata: AttentionMetadata,
         *,
         top_k: Array | Keep | None,
         route: Routing,
@@ -404,8 +406,8 @@ class Decoder(nn.Module):
 
         Args:
           x: [B, N, M] embedded tokens.
-          pos: int32 [B, N] RoPE positions.
-          plan: of the batch.
+          positions: int32 [B, N] RoPE positions.
+          metadata: of the batch.
           top_k: int32 broadcastable to [L, B, S], or a fraction; None is dense attention.
           route: where scores come from.
           forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
@@ -413,28 +415,28 @@ class Decoder(nn.Module):
           keep_kv: return keys, values and descriptors.
           keep_hidden: return "hidden" [L, B, N, M], the residual stream after each block.
           bias: float32 broadcastable to [L, B, R], see :func:`gaze_jax.core.routing.steer`.
-          past: what was read before, whose order ``plan`` knows; what is new goes on with it.
+          past: what was read before, whose order ``metadata`` knows; what is new goes on with it.
 
         Returns:
           [B, N, M] after the final norm, and a dict of arrays stacked over layers.
         """
         _check_steering(top_k, route, forced, bias)
         c = self.config.decoder
-        angles = rope_angles(pos, c.head_dim, c.rope_theta)
+        angles = rope_angles(positions, c.head_dim, c.rope_theta)
         layers = jnp.arange(c.depth, dtype=jnp.int32)
-        per_layer = (layers, Choice.make(c.depth, top_k, forced, bias))
+        per_layer = (layers, Selection.make(c.depth, top_k, forced, bias))
 
         def body(block: Block, x: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
-            layer, choice = inputs
+            layer, selection = inputs
             x, out = block.forward(
                 x,
                 angles,
-                plan,
+                metadata,
                 route=route,
                 layer=layer,
-                top_k=choice.top_k,
-                forced=choice.forced,
-                bias=choice.bias,
+                top_k=selection.top_k,
+                forced=selection.forced,
+                bias=selection.bias,
                 past=None if past is None else past_of(past, layer, self.config.gaze, c.head_dim),
                 collect=collect,
             )
@@ -454,68 +456,70 @@ class Decoder(nn.Module):
     def decode(
         self,
         x: Array,
-        pos: Array,
+        positions: Array,
         cache: Cache,
-        step: Step,
+        step: DecodePosition,
         *,
         top_k: Array | Keep | None,
         route: Routing,
         forced: Array | None,
         capacity: int | None,
         bias: Array | None = None,
-        whole: Array | None = None,
-        watch: bool = False,
+        full_layers: Array | None = None,
+        return_trace: bool = False,
     ) -> tuple[Array, Cache, dict[str, Array]]:
         """One token per row with the cache.
 
         Args:
           x: [B, M] embedded tokens.
-          pos: int32 [B] RoPE positions.
+          positions: int32 [B] RoPE positions.
           cache: of the rows.
-          step: where the tokens stand; ``step.slot`` must be free.
+          step: where the tokens stand; ``step.write_index`` must be free.
           top_k: int32 broadcastable to [L, B, 1], or a fraction; None is dense attention.
           route: where scores come from.
           forced: int32 broadcastable to [L, B, 1, Hs, J], for strategy "forced".
           capacity: J; None allows all R regions.
           bias: float32 broadcastable to [L, B, R], see :func:`gaze_jax.core.routing.steer`.
-          whole: bool [L], layers that read every region whatever J is.
-          watch: also return where the attention went, which reads every key.
+          full_layers: bool [L], layers that read every region whatever J is.
+          return_trace: also return where the attention went, which reads every key.
 
         Returns:
           [B, M] after the final norm, the cache with the token in it, and, if routed, "indices" int32
-          [L, B, Hs, J] and "scores" float32 [L, B, Hs, R]; with ``watch`` also "selected" bool
+          [L, B, Hs, J] and "scores" float32 [L, B, Hs, R]; with ``return_trace`` also "selected" bool
           [L, B, Hs, R], if routed, and "attention" and "dense", float32 [L, B, H, R] of
           :func:`gaze_jax.core.routing.attention_shares`.
         """
         _check_steering(top_k, route, forced, bias)
         c = self.config.decoder
-        angles = rope_angles(pos[:, None], c.head_dim, c.rope_theta)
+        angles = rope_angles(positions[:, None], c.head_dim, c.rope_theta)
         zero = jnp.zeros((), jnp.int32)
-        dense_order = jax.lax.dynamic_update_slice(cache.dense_order, step.order[:, None], (zero, step.slot))
-        cache = dataclasses.replace(cache, dense_order=dense_order)
+        text_order = jax.lax.dynamic_update_slice(
+            cache.text_order, step.order[:, None], (zero, step.write_index)
+        )
+        cache = dataclasses.replace(cache, text_order=text_order)
         layers = jnp.arange(c.depth, dtype=jnp.int32)
-        per_layer = (layers, Choice.make(c.depth, top_k, forced, bias, whole))
+        per_layer = (layers, Selection.make(c.depth, top_k, forced, bias, full_layers))
         # Only what changes is carried; the visual cache is closed over and never copied.
-        still, sight = cache, _sight(cache, step)
+        fixed, decode_masks = cache, _decode_masks(cache, step)
 
         def body(block: Block, carry: Any, inputs: Any) -> tuple[Any, dict[str, Array]]:
-            x, dense_k, dense_v = carry
-            layer, choice = inputs
+            x, text_k, text_v = carry
+            layer, selection = inputs
             (x, now), out = block.decode(
                 x,
-                dataclasses.replace(still, dense_k=dense_k, dense_v=dense_v),
+                dataclasses.replace(fixed, text_k=text_k, text_v=text_v),
                 angles,
                 step,
-                sight,
+                decode_masks,
                 layer=layer,
-                choice=choice,
+                selection=selection,
                 route=route,
                 capacity=capacity,
-                watch=watch,
+                return_trace=return_trace,
             )
-            return (x, now.dense_k, now.dense_v), out
+            return (x, now.text_k, now.text_v), out
 
-        carry = (x[:, None], cache.dense_k, cache.dense_v)
-        (x, dense_k, dense_v), out = self._over_layers(body, carry, per_layer)
-        cache = dataclasses.replace(cache, dense_k=dense_k, dense_v=dense_v)
+        carry = (x[:, None], cache.text_k, cache.text_v)
+        (x, text_k, text_v), out = self._over_layers(body, carry, per_layer)
+        cache = dataclasses.replace(cache, text_k=text_k, text_v=text_v)
         return self.norm(x)[:, 0], cache, out

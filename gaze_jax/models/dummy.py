@@ -20,11 +20,11 @@ DUMMY = MLLMConfig(
         tie_embeddings=False,
     ),
     vision=VisionConfig(image_size=20, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40),
-    gaze=GazeConfig(region=(2, 2), context_tokens=2, top_k=2, share="head"),
+    gaze=GazeConfig(region=(2, 2), context_tokens=2, top_k=2, select_per="head"),
 )
 """Grid 5x5 in regions of 2x2: nine balanced regions, five of them partial."""
 
 
 def dummy(**gaze: Any) -> MLLMConfig:
-    """:data:`DUMMY` with other gaze settings, e.g. ``dummy(share="group")``."""
+    """:data:`DUMMY` with other gaze settings, e.g. ``dummy(select_per="kv_head")``."""
     return dataclasses.replace(DUMMY, gaze=dataclasses.replace(DUMMY.gaze, **gaze))

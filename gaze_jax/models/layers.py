@@ -98,11 +98,11 @@ class LayerNorm(nn.Module):
         return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
 
-def rope_angles(pos: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """Cosines and sines of rotate-half RoPE.
 
     Args:
-      pos: int32 [...] positions.
+      positions: int32 [...] positions.
       head_dim: D.
       theta: base of the frequencies theta ** (-2i / D).
 
@@ -111,7 +111,7 @@ def rope_angles(pos: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     # Float32 throughout: bfloat16 cannot tell position 257 from 256.
-    angles = pos[..., None].astype(jnp.float32) * (theta**-exponent)
+    angles = positions[..., None].astype(jnp.float32) * (theta**-exponent)
     return jnp.cos(angles), jnp.sin(angles)
 
 

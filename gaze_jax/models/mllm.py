@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from gaze_jax.core.regions import pool_to_regions, to_regions
 from gaze_jax.core.routing import Keep, Routing
 from gaze_jax.core.streams import Kind, Streams
-from gaze_jax.models.attention import make_plan
+from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.cache import Cache, append, build_cache
 from gaze_jax.models.config import DTYPES, MLLMConfig
-from gaze_jax.models.decoder import Decoder, Step
+from gaze_jax.models.decoder import DecodePosition, Decoder
 from gaze_jax.models.layers import logical
 from gaze_jax.models.vision import Projector, VisionTower
 
@@ -44,11 +44,11 @@ class MLLM(nn.Module):
 
     def encode(self, images: Array) -> Array:
         """Images float32 [B, N, height, width, 3] to projected features [B, N * grid * grid, M]."""
-        batch, units = images.shape[:2]
-        features = self.projector(self.vision(images.reshape(batch * units, *images.shape[2:])))
-        return features.reshape(batch, units * features.shape[1], features.shape[2])
+        batch, views = images.shape[:2]
+        features = self.projector(self.vision(images.reshape(batch * views, *images.shape[2:])))
+        return features.reshape(batch, views * features.shape[1], features.shape[2])
 
-    def _embed_dense(self, streams: Streams) -> Array:
+    def _embed_text(self, streams: Streams) -> Array:
         """Text from the table; newlines and context tokens from their own parameters; padding is 0."""
         dtype = DTYPES[self.config.dtype]
         is_text = (streams.kind == Kind.TEXT)[..., None]
@@ -72,13 +72,13 @@ class MLLM(nn.Module):
                 raise ValueError("The batch has visual tokens but there is no image, or no tower to read it.")
             return jnp.zeros((batch, 0, width), DTYPES[self.config.dtype])
         features = self.encode(images)
-        if streams.visual_taps is None or streams.visual_weights is None:
+        if streams.pool_indices is None or streams.pool_weights is None:
             visual = to_regions(features, streams.visual_src)
         else:
-            visual = pool_to_regions(features, streams.visual_taps, streams.visual_weights, self.newline)
+            visual = pool_to_regions(features, streams.pool_indices, streams.pool_weights, self.newline)
         return visual.reshape(batch, regions * slots, width)
 
-    def touch(self, images: Array | None) -> Array:
+    def init_forward(self, images: Array | None) -> Array:
         """Use every parameter once, for making them.
 
         Args:
@@ -87,7 +87,7 @@ class MLLM(nn.Module):
         if images is not None:
             self.encode(images)
         token = jnp.zeros((1, 1), jnp.int32)
-        return self.decoder.touch(self.decoder.embed(token), token)
+        return self.decoder.init_forward(self.decoder.embed(token), token)
 
     def hidden(
         self,
@@ -98,7 +98,7 @@ class MLLM(nn.Module):
         past: Cache | None = None,
         **options: Any,
     ) -> tuple[Array, dict[str, Array]]:
-        """The dense stream before the head, for who wants the logits of a few places only.
+        """The text stream before the head, for who wants the logits of a few places only.
 
         Args:
           images, streams, sample_id: see :meth:`__call__`.
@@ -110,11 +110,13 @@ class MLLM(nn.Module):
         """
         visual = self._embed_visual(images, streams)
         batch, size = visual.shape[:2]
-        x = jnp.concatenate([visual, self._embed_dense(streams)], axis=1)
-        pos = jnp.concatenate([streams.visual_pos.reshape(batch, -1), streams.dense_pos], axis=1)
-        before = None if past is None else (past.visual_order, past.dense_order)
-        plan = make_plan(streams, self.config.gaze, sample_id, before)
-        hidden, out = self.decoder.forward(x, pos, plan, past=past, **options)
+        x = jnp.concatenate([visual, self._embed_text(streams)], axis=1)
+        positions = jnp.concatenate(
+            [streams.visual_positions.reshape(batch, -1), streams.text_positions], axis=1
+        )
+        before = None if past is None else (past.visual_order, past.text_order)
+        metadata = make_metadata(streams, self.config.gaze, sample_id, before)
+        hidden, out = self.decoder.forward(x, positions, metadata, past=past, **options)
         return hidden[:, size:], out
 
     def __call__(
@@ -142,7 +144,7 @@ class MLLM(nn.Module):
           collect: return what the routing saw.
 
         Returns:
-          float32 logits [B, S, V] of the dense stream, and a dict: with ``collect`` and ``top_k``,
+          float32 logits [B, S, V] of the text stream, and a dict: with ``collect`` and ``top_k``,
           "scores" float32 and "selected" bool, both [L, B, S, Hs, R].
         """
         hidden, out = self.hidden(
@@ -161,7 +163,7 @@ class MLLM(nn.Module):
         """The dense pass in the open: what conversion compares with the original, layer by layer.
 
         Returns:
-          [L, B, S, M], the dense stream after each block, and float32 logits [B, S, V].
+          [L, B, S, M], the text stream after each block, and float32 logits [B, S, V].
         """
         last, out = self.hidden(
             images,
@@ -181,7 +183,7 @@ class MLLM(nn.Module):
         images: Array | None,
         streams: Streams,
         *,
-        room: int,
+        free_slots: int,
         top_k: Array | Keep | None,
         route: Routing = Routing(),
         forced: Array | None = None,
@@ -189,7 +191,7 @@ class MLLM(nn.Module):
         bias: Array | None = None,
         collect: bool = True,
     ) -> tuple[Array, Cache, dict[str, Array]]:
-        """Read prompts (one sample per row) and make a cache with ``room`` free dense slots.
+        """Read prompts (one sample per row) and make a cache with ``free_slots`` free text-stream slots.
 
         Returns:
           float32 logits [B, V] at each row's last token in order, the cache, and, with ``collect``,
@@ -206,13 +208,13 @@ class MLLM(nn.Module):
             collect=collect,
             keep_kv=True,
         )
-        last = jnp.argmax(jnp.where(streams.dense_segment >= 0, streams.dense_order, -1), axis=1)
+        last = jnp.argmax(jnp.where(streams.text_segment >= 0, streams.text_order, -1), axis=1)
         at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         out = {}
         if "selected" in layers:
             selected = jnp.take_along_axis(layers["selected"], last[None, :, None, None, None], axis=2)
             out["selected"] = selected[:, :, 0]
-        cache = build_cache(layers, streams, self.config.gaze, room=room)
+        cache = build_cache(layers, streams, self.config.gaze, free_slots=free_slots)
         return self.decoder.logits(at_last), cache, out
 
     def extend(
@@ -222,7 +224,7 @@ class MLLM(nn.Module):
         cache: Cache,
         *,
         region: Array,
-        slot: Array,
+        write_index: Array,
         top_k: Array | Keep | None,
         bias: Array | None = None,
     ) -> Cache:
@@ -232,7 +234,8 @@ class MLLM(nn.Module):
           images, streams: as in :meth:`__call__`; orders and positions go on where those of the cache end,
             regions have as many slots as its own.
           cache: with room for all of it.
-          region, slot: int32 scalars, the first free region and dense slot, the same in every row.
+          region, write_index: int32 scalars, the first free region and text-stream slot, the same in every
+            row.
           top_k: int32 broadcastable to [L, B, S], or a fraction; None is dense attention.
           bias: float32 broadcastable to [L, B, R], of the regions of the cache and then the new ones.
 
@@ -251,28 +254,28 @@ class MLLM(nn.Module):
             collect=False,
             keep_kv=True,
         )
-        return append(cache, layers, streams, self.config.gaze, region=region, slot=slot)
+        return append(cache, layers, streams, self.config.gaze, region=region, write_index=write_index)
 
     def decode(
         self,
         tokens: Array,
-        pos: Array,
+        positions: Array,
         cache: Cache,
-        step: Step,
+        step: DecodePosition,
         *,
         top_k: Array | Keep | None,
         route: Routing = Routing(),
         forced: Array | None = None,
         capacity: int | None = None,
         bias: Array | None = None,
-        whole: Array | None = None,
-        watch: bool = False,
+        full_layers: Array | None = None,
+        return_trace: bool = False,
     ) -> tuple[Array, Cache, dict[str, Array]]:
         """Feed one token per row, int32 [B]; see :meth:`Decoder.decode`. Logits are float32 [B, V]."""
         x = self.decoder.embed(tokens)
         hidden, cache, out = self.decoder.decode(
             x,
-            pos,
+            positions,
             cache,
             step,
             top_k=top_k,
@@ -280,7 +283,7 @@ class MLLM(nn.Module):
             forced=forced,
             capacity=capacity,
             bias=bias,
-            whole=whole,
-            watch=watch,
+            full_layers=full_layers,
+            return_trace=return_trace,
         )
         return self.decoder.logits(hidden), cache, out

@@ -48,12 +48,12 @@ def _split(function: Any, arguments: tuple[Any, ...], names: tuple[Any, ...], ou
 def gaze_decode(
     q: Array,
     visual: Any,
-    dense_k: Array,
-    dense_v: Array,
+    text_k: Array,
+    text_v: Array,
     layer: Array,
     indices: Array | None,
     visual_seen: Array,
-    dense_seen: Array,
+    text_seen: Array,
     **options: Any,
 ) -> Array:
     """:func:`pallas_kernels.gaze_decode`, split as the logical axes "batch" and "kv_heads" say."""
@@ -61,12 +61,12 @@ def gaze_decode(
     def call(*arguments: Any) -> Array:
         return decode_api.gaze_decode(*arguments, **options)
 
-    arguments = (q, visual, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
     if decode_api.compiler_splits(options["implementation"]):
         return call(*arguments)
-    dense = ("layers", "batch", "kv_heads")
+    text = ("layers", "batch", "kv_heads")
     heads = ("batch", "heads")
-    names = (heads, decode_api.cache_axes(visual), dense, dense, (), heads, ("batch",), ("batch",))
+    names = (heads, decode_api.cache_axes(visual), text, text, (), heads, ("batch",), ("batch",))
     return _split(call, arguments, names, heads)
 
 
@@ -74,8 +74,8 @@ def gaze_prefill(
     q: Array,
     visual_k: Array,
     visual_v: Array,
-    dense_k: Array,
-    dense_v: Array,
+    text_k: Array,
+    text_v: Array,
     queries: Windows,
     places: KeyPlaces,
     selected: Array | None,
@@ -86,7 +86,7 @@ def gaze_prefill(
     def call(*arguments: Any) -> Array:
         return prefill_api.gaze_prefill(*arguments, **options)
 
-    arguments = (q, visual_k, visual_v, dense_k, dense_v, queries, places, selected)
+    arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
     if options["implementation"] not in dispatch.KERNELS:
         return call(*arguments)
     keys = ("batch", "kv_heads")

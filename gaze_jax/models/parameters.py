@@ -21,7 +21,7 @@ def init_variables(config: MLLMConfig, key: Array) -> Tree:
     images = None
     if config.vision is not None:
         images = jnp.zeros((1, 1, config.vision.image_size, config.vision.image_size, 3))
-    return MLLM(config).init(key, images, method="touch")["params"]
+    return MLLM(config).init(key, images, method="init_forward")["params"]
 
 
 def _init_tower(config: VisionConfig, key: Array) -> Tree:

@@ -10,8 +10,8 @@ import ml_collections
 from gaze_jax.config import from_dict
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.schedule import Schedule
-from gaze_jax.data.digits import DigitsConfig
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.digits import DigitsConfig
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
 from gaze_jax.parallel.mesh import MeshConfig
@@ -141,7 +141,7 @@ def resolve(experiment: Experiment) -> Experiment:
     require(
         experiment.model.views == ViewConfig()
         and experiment.model.gaze.video_region is None
-        and experiment.model.gaze.newlines == "dense",
+        and experiment.model.gaze.newlines == "text",
         "model.views, model.gaze.video_region and model.gaze.newlines have no effect on the digit scenes, "
         "which are one view each without newlines; leave them out.",
     )

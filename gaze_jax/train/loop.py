@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
@@ -21,7 +21,7 @@ from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import TrainState, compile_step, init_state, put_batch
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print from the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
@@ -71,7 +71,7 @@ class _Run:
         row = metrics.mean(window)
         if jax.process_index() == 0:
             metrics.append(self.workdir / metrics.FILE, {"step": step} | row)
-        say(progress.line(step, row, self.experiment.model.layout.regions))
+        print_once(progress.line(step, row, self.experiment.model.layout.regions))
 
 
 def train(experiment: Experiment, workdir: str | Path) -> bool:
@@ -100,7 +100,7 @@ def train(experiment: Experiment, workdir: str | Path) -> bool:
         run = _Run(experiment, workdir, mesh, iterator, fingerprint, manager)
         state, window = run.begin()
         first = int(state.step)
-        say(
+        print_once(
             f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
             f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"
         )
@@ -136,7 +136,9 @@ def _steps(
         if due:
             run.save(state, window)
         if stop and not last:
-            say(f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there.")
+            print_once(
+                f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there."
+            )
             return False
         if not last:
             batch = put_batch(next(run.iterator), run.mesh)

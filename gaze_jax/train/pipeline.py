@@ -5,9 +5,9 @@ from typing import Any
 import grain
 import jax
 
+from gaze_jax.corpora.digits import DigitScenes, sequence_lengths
+from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data import pipeline
-from gaze_jax.data.digits import DigitScenes, sequence_lengths
-from gaze_jax.data.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.processor import Processor
 from gaze_jax.train.config import Experiment
 
@@ -20,7 +20,7 @@ def make_processor(experiment: Experiment) -> Processor:
 def _config(experiment: Experiment) -> pipeline.PipelineConfig:
     layout = experiment.model.layout
     longest = sequence_lengths(experiment.data, build_tokenizer()).sample
-    bucket = pipeline.Bucket(regions=layout.regions, dense=longest + layout.context_tokens, images=1)
+    bucket = pipeline.Bucket(regions=layout.regions, text=longest + layout.context_tokens, images=1)
     return pipeline.PipelineConfig(batch_size=experiment.batch_size, seed=experiment.seed, bucket=bucket)
 
 

@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from gaze_jax.core.routing import budget_from_keep
-from gaze_jax.core.streams import IGNORE, TAPS, Streams
+from gaze_jax.core.streams import IGNORE, POOL_FIELDS, Streams
 from gaze_jax.models import MLLM, MLLMConfig
-from gaze_jax.models.attention import make_plan
+from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train.config import Experiment
@@ -26,7 +26,7 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 BATCH_FIELDS = (*(field.name for field in dataclasses.fields(Streams)), "images", "sample_id")
-"""What a step reads, ``streams.TAPS`` where they are; a batch may hold more."""
+"""What a step reads, ``streams.POOL_FIELDS`` where they are; a batch may hold more."""
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +93,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(batch[name]))
         for name in BATCH_FIELDS
-        if name in batch or name not in TAPS
+        if name in batch or name not in POOL_FIELDS
     }
 
 
@@ -120,7 +120,7 @@ def loss_and_metrics(
     """
     streams = Streams.from_batch(batch)
     sample = batch["sample_id"]
-    visible = make_plan(streams, config.gaze, sample).visible
+    visible = make_metadata(streams, config.gaze, sample).visible
     top_k = None if keep is None else budget_from_keep(keep, visible)
     logits, out = MLLM(config).apply(
         {"params": params}, batch["images"], streams, top_k=top_k, sample_id=sample, collect=True
@@ -132,11 +132,13 @@ def loss_and_metrics(
     chosen = out.get("selected", visible[None, :, :, None])
     share = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
     region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-    in_sight = jnp.sum(visible, axis=-1, dtype=jnp.int32)
+    visible_regions = jnp.sum(visible, axis=-1, dtype=jnp.int32)
     return loss, {
         "loss": loss,
         "accuracy": masked_mean(jnp.argmax(logits, axis=-1) == targets, supervised),
-        "top_k": masked_mean(in_sight if top_k is None else jnp.minimum(top_k, in_sight), supervised),
+        "top_k": masked_mean(
+            visible_regions if top_k is None else jnp.minimum(top_k, visible_regions), supervised
+        ),
         "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", share, region_tokens), supervised),
     }
 

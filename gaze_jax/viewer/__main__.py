@@ -1,4 +1,4 @@
-"""Look at gaze traces: a page for each in any browser, and if asked a PNG sheet and an MP4.
+"""Selection at gaze traces: a page for each in any browser, and if asked a PNG sheet and an MP4.
 
 python -m gaze_jax.viewer street.gaze --out=looked
     writes looked/street.html, one file that needs no network
@@ -15,10 +15,10 @@ from PIL import ImageFont
 
 from gaze_jax import cli
 from gaze_jax.errors import UserError
+from gaze_jax.infer.trace import Trace
+from gaze_jax.infer.trace_file import load
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
-from gaze_jax.viewer.trace import Trace
-from gaze_jax.viewer.trace_file import load
 from gaze_jax.viewer.video import check_seconds, need_av, write_clip
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write to; it is made if it does not exist.")
@@ -27,7 +27,7 @@ _MP4 = flags.DEFINE_bool("mp4", False, "Write a clip of each trace too; needs th
 _LAYER = flags.DEFINE_integer(
     "layer", None, "Layer to show: of pages at first, of the others always; default: all."
 )
-_UNITS = flags.DEFINE_integer("units", 8, "Most views and frames in a sheet or clip: those looked at most.")
+_VIEWS = flags.DEFINE_integer("views", 8, "Most views and frames in a sheet or clip: those looked at most.")
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "Seconds that a clip shows each token.")
 _FONT = flags.DEFINE_string("font", None, "TrueType file of sheets and clips, for scripts beyond ASCII.")
 
@@ -57,12 +57,12 @@ def _check_flags() -> None:
     if not _MP4.value:
         cli.refuse_flags((_SECONDS,), "has no effect without --mp4")
     if not _MP4.value and not _PNG.value:
-        cli.refuse_flags((_UNITS, _FONT), "has no effect without --png or --mp4")
+        cli.refuse_flags((_VIEWS, _FONT), "has no effect without --png or --mp4")
     if _MP4.value:
         check_seconds(_SECONDS.value)
         need_av()
-    if _UNITS.value < 1:
-        raise UserError(f"--units={_UNITS.value} must be at least 1.")
+    if _VIEWS.value < 1:
+        raise UserError(f"--views={_VIEWS.value} must be at least 1.")
     if _FONT.value is not None:
         try:
             ImageFont.truetype(_FONT.value)
@@ -76,12 +76,12 @@ def _show(trace: Trace, stem: Path, font: Path | None) -> None:
     cli.write_text(page, viewer_page(trace, layer=_LAYER.value))
     print(page)
     if _PNG.value:
-        drawn = sheet(trace, layer=_LAYER.value, units=_UNITS.value, font=font)
+        drawn = sheet(trace, layer=_LAYER.value, views=_VIEWS.value, font=font)
         with cli.writing(picture):
             drawn.save(picture)
         print(picture)
     if _MP4.value:
-        write_clip(trace, clip, layer=_LAYER.value, units=_UNITS.value, seconds=_SECONDS.value, font=font)
+        write_clip(trace, clip, layer=_LAYER.value, views=_VIEWS.value, seconds=_SECONDS.value, font=font)
         print(clip)
 
 
@@ -111,4 +111,4 @@ def main(traces: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_door(main, arguments=True)
+    cli.run(main, arguments=True)

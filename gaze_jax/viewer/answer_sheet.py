@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.units import Unit
+from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
+from gaze_jax.infer.trace import Trace, check_layer
 from gaze_jax.viewer.contact_sheet import contact_sheet
-from gaze_jax.viewer.trace import Trace, check_layer
 
 
 def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
@@ -39,55 +39,55 @@ def answer_sheet(
     Returns:
       An RGB picture.
     """
-    share = selected.astype(np.float32).mean(axis=1)
-    return contact_sheet(image, pieces, over_grid(share, layout), **options)
+    fraction = selected.astype(np.float32).mean(axis=1)
+    return contact_sheet(image, pieces, over_grid(fraction, layout), **options)
 
 
-def most_looked_at(units: Sequence[Unit], selected: np.ndarray, count: int) -> list[Unit]:
-    """The ``count`` units whose tokens were selected most often over an answer, in their own order.
+def most_looked_at(views: Sequence[PlacedView], selected: np.ndarray, count: int) -> list[PlacedView]:
+    """The ``count`` views whose tokens were selected most often over an answer, in their own order.
 
     Args:
-      units: of the prompt.
+      views: of the prompt.
       selected: bool [T, heads, R], of one layer or of several side by side.
       count: at least 1.
     """
     often = selected.astype(np.float32).mean(axis=(0, 1))
-    ranked = sorted(units, key=lambda unit: -float(often[unit.regions].mean()))  # stable: ties keep order
-    kept = {unit.unit for unit in ranked[:count]}
-    return [unit for unit in units if unit.unit in kept]
+    ranked = sorted(views, key=lambda view: -float(often[view.regions].mean()))  # stable: ties keep order
+    kept = {view.view for view in ranked[:count]}
+    return [view for view in views if view.view in kept]
 
 
 def titles_of(trace: Trace) -> list[str]:
-    """What each unit of a trace shows, in words."""
+    """What each view of a trace shows, in words."""
     frames: dict[int, int] = {}
-    views: dict[int, list[int]] = {}
-    for unit in trace.units:
-        if unit.video:
-            frames[unit.index] = max(frames.get(unit.index, 0), unit.frame + 1)
+    of_image: dict[int, list[int]] = {}
+    for view in trace.views:
+        if view.video:
+            frames[view.index] = max(frames.get(view.index, 0), view.frame + 1)
         else:
-            views.setdefault(unit.index, []).append(unit.unit)
+            of_image.setdefault(view.index, []).append(view.view)
 
-    def title(unit: Unit) -> str:
-        if unit.video:
-            seconds = trace.picture_of(unit).seconds
-            return f"Video {unit.index + 1}, frame {unit.frame + 1} of {frames[unit.index]}, {seconds:.1f} s"
-        of = views[unit.index]
-        view = f", view {of.index(unit.unit) + 1} of {len(of)}" if len(of) > 1 else ""
-        return f"Image {unit.index + 1}{view}"
+    def title(view: PlacedView) -> str:
+        if view.video:
+            seconds = trace.picture_of(view).seconds
+            return f"Video {view.index + 1}, frame {view.frame + 1} of {frames[view.index]}, {seconds:.1f} s"
+        of = of_image[view.index]
+        part = f", view {of.index(view.view) + 1} of {len(of)}" if len(of) > 1 else ""
+        return f"Image {view.index + 1}{part}"
 
-    return [title(unit) for unit in trace.units]
+    return [title(view) for view in trace.views]
 
 
-def covered(picture: np.ndarray, unit: Unit) -> np.ndarray:
-    """The part of a picture, uint8 [height, width, 3], that a unit's grid shows; padding is black."""
-    left, top, right, bottom = (round(edge) for edge in unit.corners)
+def covered(picture: np.ndarray, view: PlacedView) -> np.ndarray:
+    """The part of a picture, uint8 [height, width, 3], that a view's grid shows; padding is black."""
+    left, top, right, bottom = (round(edge) for edge in view.corners)
     box = (left, top, max(right, left + 1), max(bottom, top + 1))
     return np.asarray(Image.fromarray(picture).crop(box))
 
 
-def unit_sheets(
+def view_sheets(
     pictures: Sequence[np.ndarray],
-    units: Sequence[Unit],
+    views: Sequence[PlacedView],
     pieces: Sequence[str],
     selected: np.ndarray,
     *,
@@ -97,8 +97,8 @@ def unit_sheets(
     """One contact sheet under the other, one for each view of an image or frame of a video.
 
     Args:
-      pictures: uint8 [height, width, 3] each, the image or frame that a unit was made from.
-      units: F of them, where each was placed.
+      pictures: uint8 [height, width, 3] each, the image or frame that a view was made from.
+      views: F of them, where each was placed.
       pieces: T generated tokens as text.
       selected: bool [T, heads, R], of one layer or of several side by side.
       titles: F headings.
@@ -107,11 +107,11 @@ def unit_sheets(
     Returns:
       An RGB picture.
     """
-    share = selected.astype(np.float32).mean(axis=1)
+    fraction = selected.astype(np.float32).mean(axis=1)
     sheets = []
-    for picture, unit, title in zip(pictures, units, titles, strict=True):
-        part = covered(picture, unit)
-        sheets.append(contact_sheet(part, pieces, share[:, unit.regions], title=title, **options))
+    for picture, view, title in zip(pictures, views, titles, strict=True):
+        part = covered(picture, view)
+        sheets.append(contact_sheet(part, pieces, fraction[:, view.regions], title=title, **options))
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     whole = Image.new("RGB", (width, height), sheets[0].getpixel((0, 0)))
     at = 0
@@ -121,13 +121,13 @@ def unit_sheets(
     return whole
 
 
-def sheet(trace: Trace, *, layer: int | None, units: int, **options: Any) -> Image.Image:
+def sheet(trace: Trace, *, layer: int | None, views: int, **options: Any) -> Image.Image:
     """The contact sheets of a trace: its answer over the views and frames that it looked at most.
 
     Args:
       trace: of a run that selects.
       layer: whose heads are shown; None is those of all layers.
-      units: most views and frames, at least 1.
+      views: most views and frames, at least 1.
       **options: of :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
 
     Returns:
@@ -137,13 +137,13 @@ def sheet(trace: Trace, *, layer: int | None, units: int, **options: Any) -> Ima
       UserError: there is no such layer, or nothing was selected because the run was dense.
     """
     selected = selection(trace, layer)
-    shown = most_looked_at(trace.units, selected, units)
-    titles = [title for unit, title in zip(trace.units, titles_of(trace)) if unit in shown]
+    shown = most_looked_at(trace.views, selected, views)
+    titles = [title for view, title in zip(trace.views, titles_of(trace)) if view in shown]
     where = "all layers" if layer is None else f"layer {layer}"
     titles[0] = f"{trace.question}\n{trace.top_k} of {trace.regions} regions, {where}. {titles[0]}"
-    pictures = [trace.picture_of(unit).pixels() for unit in shown]
-    copies = [on_copy(trace, unit) for unit in shown]
-    return unit_sheets(pictures, copies, trace.tokens, selected, titles=titles, **options)
+    pictures = [trace.picture_of(view).pixels() for view in shown]
+    copies = [on_copy(trace, view) for view in shown]
+    return view_sheets(pictures, copies, trace.tokens, selected, titles=titles, **options)
 
 
 def selection(trace: Trace, layer: int | None) -> np.ndarray:
@@ -159,10 +159,10 @@ def selection(trace: Trace, layer: int | None) -> np.ndarray:
     return mask.reshape(len(mask), -1, trace.regions) if layer is None else mask[:, layer]
 
 
-def on_copy(trace: Trace, unit: Unit) -> Unit:
-    """A unit with its corners in pixels of the copy in the trace."""
-    picture = trace.picture_of(unit)
+def on_copy(trace: Trace, view: PlacedView) -> PlacedView:
+    """A view with its corners in pixels of the copy in the trace."""
+    picture = trace.picture_of(view)
     (height, width), (rows, columns) = picture.size, picture.pixels().shape[:2]
     x, y = columns / width, rows / height
-    x0, y0, x1, y1 = unit.corners
-    return dataclasses.replace(unit, corners=(x0 * x, y0 * y, x1 * x, y1 * y))
+    x0, y0, x1, y1 = view.corners
+    return dataclasses.replace(view, corners=(x0 * x, y0 * y, x1 * x, y1 * y))

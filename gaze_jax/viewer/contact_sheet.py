@@ -34,7 +34,7 @@ _LEAST_WIDTH = 480
 _LEAST_PANEL = 48
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-# A veiled pixel keeps this share of its colour and of its brightness.
+# A veiled pixel keeps this fraction of its colour and of its brightness.
 _VEIL_COLOUR = 0.15
 _VEIL_LIGHT = 0.36
 
@@ -58,8 +58,8 @@ def contact_sheet(
             pixel by pixel; any other is resampled to the panel.
         tokens: T strings, printed under the panels: a space as a raised dot, line ends and whatever else the
             font cannot draw as Python escapes.
-        selected: bool [T, h, w], or floating in [0, 1]: the share of heads that selected the token's region;
-            the veil is proportional to the share that did not. The grid spans the whole image.
+        selected: bool [T, h, w], or floating in [0, 1]: the fraction of heads that selected the token's
+            region; the veil is proportional to the fraction that did not. The grid spans the whole image.
         title: The question and the answer; the first line is printed larger. Long lines wrap.
         panel: Longest side of a panel's picture, in pixels.
         columns: Panels in a row.
@@ -135,7 +135,7 @@ def _validated(
         if not np.issubdtype(selected.dtype, np.floating):
             raise ValueError(f"selected must be bool, or floating for shares of heads, got {selected.dtype}.")
         if not ((selected >= 0) & (selected <= 1)).all():
-            raise ValueError("selected must lie in [0, 1]: it is the share of heads that selected a region.")
+            raise ValueError("selected must lie in [0, 1]: it is the fraction of heads per region.")
     if panel < _LEAST_PANEL:
         raise ValueError(f"panel must be at least {_LEAST_PANEL} pixels, got {panel}.")
     if columns < 1:
@@ -172,12 +172,12 @@ def _enlarged(mask: np.ndarray, width: int, height: int) -> np.ndarray:
     return mask[rows][:, columns]
 
 
-def _veiled(pixels: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Darkens and greys pixels by what ``share`` lacks to 1.
+def _veiled(pixels: np.ndarray, fraction: np.ndarray) -> np.ndarray:
+    """Darkens and greys pixels by what ``fraction`` lacks to 1.
 
     Args:
         pixels: uint8 [H, W, 3].
-        share: floating [H, W] in [0, 1]; 1 leaves a pixel exactly as it is.
+        fraction: floating [H, W] in [0, 1]; 1 leaves a pixel exactly as it is.
 
     Returns:
         uint8 [H, W, 3].
@@ -185,7 +185,7 @@ def _veiled(pixels: np.ndarray, share: np.ndarray) -> np.ndarray:
     colour = pixels.astype(np.float32)
     grey = (colour @ _LUMA)[..., None]
     veil = _VEIL_LIGHT * (_VEIL_COLOUR * colour + (1 - _VEIL_COLOUR) * grey)
-    clear = share.astype(np.float32)[..., None]
+    clear = fraction.astype(np.float32)[..., None]
     return np.rint(clear * colour + (1 - clear) * veil).astype(np.uint8)
 
 
@@ -195,12 +195,12 @@ def paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, m
     The outline lies outside the selected cells, in the veil or in the margin, and hides no selected pixel.
     """
     width, height = picture.size
-    share = _enlarged(mask.astype(np.float32), width, height)
-    sheet.paste(Image.fromarray(_veiled(np.asarray(picture), share)), at)
+    fraction = _enlarged(mask.astype(np.float32), width, height)
+    sheet.paste(Image.fromarray(_veiled(np.asarray(picture), fraction)), at)
 
     line = 2
     most = Image.new("L", (width + 2 * line, height + 2 * line), 0)
-    most.paste(Image.fromarray(np.where(share >= 0.5, np.uint8(255), np.uint8(0))), (line, line))
+    most.paste(Image.fromarray(np.where(fraction >= 0.5, np.uint8(255), np.uint8(0))), (line, line))
     outline = np.asarray(most.filter(ImageFilter.MaxFilter(2 * line + 1))) & ~np.asarray(most)
     sheet.paste(SELECTED, (at[0] - line, at[1] - line), Image.fromarray(outline))
 
@@ -247,57 +247,63 @@ def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
     return "".join(shown(character) for character in text)
 
 
-def _token_text(token: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """The token with its white space visible, cut with an ellipsis where it exceeds ``room`` pixels."""
+def _token_text(token: str, font: ImageFont.FreeTypeFont, available: float) -> str:
+    """The token with its white space visible, cut with an ellipsis where it exceeds ``available`` pixels."""
     text = drawable(token.replace(" ", "·"), font) if token else '""'
-    if font.getlength(text) <= room:
+    if font.getlength(text) <= available:
         return text
-    while text and font.getlength(text + "…") > room:
+    while text and font.getlength(text + "…") > available:
         text = text[:-1]
     return text + "…"
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, share: float, fonts: Fonts
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, fraction: float, fonts: Fonts
 ) -> None:
-    """Prints the token on the left under a panel and the share of the image it attended to on the right."""
+    """Prints the token on the left under a panel and the fraction of the image it attended to on the
+    right.
+    """
     baseline = at[1] + 22
-    note = f"{100 * share:.0f} %"
+    note = f"{100 * fraction:.0f} %"
     draw.text((at[0] + width, baseline), note, MUTED, fonts.small, anchor="rs")
-    room = width - fonts.small.getlength(note) - 8
-    draw.text((at[0], baseline), _token_text(token, fonts.token, room), INK, fonts.token, anchor="ls")
+    available = width - fonts.small.getlength(note) - 8
+    draw.text((at[0], baseline), _token_text(token, fonts.token, available), INK, fonts.token, anchor="ls")
 
 
-def wrapped(text: str, room: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The text broken at spaces into lines of at most ``room`` pixels; a longer word is broken anywhere."""
+def wrapped(text: str, available: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """The text broken at spaces into lines of at most ``available`` pixels; a longer word is broken
+    anywhere.
+    """
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= room:
+        if lines and font.getlength(f"{lines[-1]} {word}") <= available:
             lines[-1] += f" {word}"
             continue
-        while font.getlength(word) > room and len(word) > 1:
-            cut = _fitting(word, room, font)
+        while font.getlength(word) > available and len(word) > 1:
+            cut = _fitting(word, available, font)
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)
     return lines
 
 
-def _fitting(word: str, room: float, font: ImageFont.FreeTypeFont) -> int:
+def _fitting(word: str, available: float, font: ImageFont.FreeTypeFont) -> int:
     """How many letters of a word fit, at least one."""
-    return 1 + bisect.bisect_right(range(2, len(word)), room, key=lambda end: font.getlength(word[:end]))
+    return 1 + bisect.bisect_right(range(2, len(word)), available, key=lambda end: font.getlength(word[:end]))
 
 
-def _heading(title: str, room: float, fonts: Fonts) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:
+def _heading(
+    title: str, available: float, fonts: Fonts
+) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:
     """The title's lines, each with its face, its colour and the pixels it takes downwards."""
     first, *rest = title.split("\n")
     lines = [
         (line, fonts.heading, INK, 30)
-        for line in wrapped(drawable(first, fonts.heading), room, fonts.heading)
+        for line in wrapped(drawable(first, fonts.heading), available, fonts.heading)
     ]
     for text in rest:
         lines += [
-            (line, fonts.body, INK, 24) for line in wrapped(drawable(text, fonts.body), room, fonts.body)
+            (line, fonts.body, INK, 24) for line in wrapped(drawable(text, fonts.body), available, fonts.body)
         ]
     return lines
 
@@ -337,17 +343,17 @@ def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
         entries.append((_SWATCH, boxed, "what the token names"))
     return [
         *entries,
-        (_SWATCH, percent, "share of the image attended to" + ("" if boolean else ", mean of the heads")),
+        (_SWATCH, percent, "fraction of the image attended to" + ("" if boolean else ", mean of the heads")),
     ]
 
 
-def _legend_rows(entries: list[_Entry], room: float, fonts: Fonts) -> list[list[_Entry]]:
+def _legend_rows(entries: list[_Entry], available: float, fonts: Fonts) -> list[list[_Entry]]:
     """The entries in as many rows as they need."""
     rows: list[list[_Entry]] = [[]]
     used = 0.0
     for entry in entries:
         needed = entry[0] + 7 + fonts.small.getlength(entry[2])
-        if rows[-1] and used + needed > room:
+        if rows[-1] and used + needed > available:
             rows.append([])
             used = 0.0
         rows[-1].append(entry)

@@ -22,8 +22,8 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.errors import UserError
+from gaze_jax.infer.trace import Trace, check_layer
 from gaze_jax.viewer.answer_sheet import titles_of
-from gaze_jax.viewer.trace import Trace, check_layer
 
 _ASSETS = Path(__file__).parent / "assets"
 _MOST_DENSE = 32_000_000
@@ -50,7 +50,7 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
     arrays, per_head = _arrays(trace)
     blob, layout = _packed(arrays)
     data = {
-        **{name: getattr(trace, name) for name in ("question", "answer", "tokens", "model", "share")},
+        **{name: getattr(trace, name) for name in ("question", "answer", "tokens", "model", "select_per")},
         "topK": trace.top_k,
         "layer": -1 if layer is None else layer,
         "layers": trace.layers,
@@ -59,7 +59,7 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
         "selectors": trace.selected.shape[2],
         "slots": trace.selected.shape[3],
         "regions": trace.regions,
-        "units": _units(trace),
+        "views": _views(trace),
         "pictures": [_data_url(picture.jpeg) for picture in trace.pictures],
         "layout": layout,
         "arrays": base64.b64encode(blob).decode(),
@@ -139,25 +139,25 @@ def _data_url(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def _units(trace: Trace) -> list[dict[str, Any]]:
-    """What the page needs of each unit; corners as shares of the picture's width and height."""
+def _views(trace: Trace) -> list[dict[str, Any]]:
+    """What the page needs of each view; corners as shares of the picture's width and height."""
     keys = [picture.key for picture in trace.pictures]
-    units = []
-    for unit, title in zip(trace.units, titles_of(trace), strict=True):
-        number = keys.index((unit.video, unit.index, unit.frame))
+    views = []
+    for view, title in zip(trace.views, titles_of(trace), strict=True):
+        number = keys.index((view.video, view.index, view.frame))
         height, width = trace.pictures[number].size
-        x0, y0, x1, y1 = map(float, unit.corners)
-        numbers = {other.index for other in trace.units if other.video == unit.video}
-        units.append(
+        x0, y0, x1, y1 = map(float, view.corners)
+        numbers = {other.index for other in trace.views if other.video == view.video}
+        views.append(
             {
                 "title": title,
                 "short": _short(title, alone=len(numbers) == 1),
                 "picture": number,
                 "corners": [x0 / width, y0 / height, x1 / width, y1 / height],
-                "grid": unit.regions.shape,
+                "grid": view.regions.shape,
             }
         )
-    return units
+    return views
 
 
 def _short(title: str, *, alone: bool) -> str:
@@ -190,7 +190,7 @@ def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:
         "attentionLargest": attention_largest,
         "scoreLargest": scale,
         "selected": trace.selected.astype(ids),
-        "grids": np.concatenate([unit.regions.ravel() for unit in trace.units]).astype(ids),
+        "grids": np.concatenate([view.regions.ravel() for view in trace.views]).astype(ids),
         "scores": scores,
         "dense": dense_bytes,
         "attention": attention_bytes,

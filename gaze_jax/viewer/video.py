@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from gaze_jax.errors import UserError
+from gaze_jax.infer.trace import Trace
 from gaze_jax.viewer.answer_sheet import covered, most_looked_at, on_copy, selection, titles_of
 from gaze_jax.viewer.contact_sheet import (
     INK,
@@ -24,13 +25,12 @@ from gaze_jax.viewer.contact_sheet import (
     paste_panel,
     wrapped,
 )
-from gaze_jax.viewer.trace import Trace
 
 FPS = 10
 WIDTH = 1280
 _MARGIN = 32
 _GAP = 16
-_ROOM = 640  # most pixels downwards that the pictures take, unless each were smaller than
+_AVAILABLE = 640  # most pixels downwards that the pictures take, unless each were smaller than
 _SMALLEST = 48
 _LABEL = 26  # under each, where there are several
 _LINE = 30  # of the caption
@@ -60,7 +60,7 @@ def write_clip(
     path: str | os.PathLike[str],
     *,
     layer: int | None = None,
-    units: int = 8,
+    views: int = 8,
     seconds: float = 1.0,
     font: Path | None = None,
 ) -> None:
@@ -70,7 +70,7 @@ def write_clip(
       trace: of a run that selects.
       path: the MP4 to write.
       layer: whose heads are shown; None is those of all layers.
-      units: most views and frames to show, those looked at most.
+      views: most views and frames to show, those looked at most.
       seconds: that each token is shown.
       font: a TrueType file for scripts that the built-in font lacks.
 
@@ -80,7 +80,7 @@ def write_clip(
     """
     repeats = check_seconds(seconds)
     av = need_av()
-    pages = clip_pages(trace, layer=layer, units=units, font=font)
+    pages = clip_pages(trace, layer=layer, views=views, font=font)
     first = next(pages)
     try:
         with av.open(os.fspath(path), "w", format="mp4") as file:
@@ -111,14 +111,14 @@ def check_seconds(seconds: float) -> int:
 
 
 def clip_pages(
-    trace: Trace, *, layer: int | None, units: int, font: Path | None = None
+    trace: Trace, *, layer: int | None, views: int, font: Path | None = None
 ) -> Iterator[Image.Image]:
     """One RGB picture per token, all of one size, both sides even; arguments as of :func:`write_clip`."""
     selected = selection(trace, layer)
-    share = selected.astype(np.float32).mean(axis=1)
-    shown = most_looked_at(trace.units, selected, units)
-    titles = [title for unit, title in zip(trace.units, titles_of(trace)) if unit in shown]
-    parts = [covered(trace.picture_of(unit).pixels(), on_copy(trace, unit)) for unit in shown]
+    fraction = selected.astype(np.float32).mean(axis=1)
+    shown = most_looked_at(trace.views, selected, views)
+    titles = [title for view, title in zip(trace.views, titles_of(trace)) if view in shown]
+    parts = [covered(trace.picture_of(view).pixels(), on_copy(trace, view)) for view in shown]
     label = _LABEL if len(parts) > 1 else 0
     columns, panel = _arranged([part.shape[:2] for part in parts], label)
     panels = [fitted(part, panel)[0] for part in parts]
@@ -145,10 +145,10 @@ def clip_pages(
             draw.text((_MARGIN, _MARGIN + _LINE * row + 20), line, INK, fonts.heading, anchor="ls")
         _draw_caption(draw, captions_top, [*said[:token], saying[token]], breaks, fonts)
         draw.text((_MARGIN, top - 16), _counted(trace, token, layer), MUTED, fonts.body, anchor="ls")
-        for number, (picture, unit, title) in enumerate(zip(panels, shown, titles, strict=True)):
+        for number, (picture, view, title) in enumerate(zip(panels, shown, titles, strict=True)):
             row, column = divmod(number, columns)
             at = (left + across * column, top + down * row)
-            paste_panel(page, at, picture, share[token][unit.regions])
+            paste_panel(page, at, picture, fraction[token][view.regions])
             if label:
                 draw.text((at[0], at[1] + picture.height + 18), title, MUTED, fonts.small, anchor="ls")
         yield page
@@ -159,11 +159,11 @@ def _arranged(sizes: Sequence[tuple[int, int]], label: int) -> tuple[int, int]:
 
     Where they would be smaller than _SMALLEST they are that large, in a page that is longer.
     """
-    room = WIDTH - 2 * _MARGIN + _GAP
+    available = WIDTH - 2 * _MARGIN + _GAP
     best = (-math.inf, 0, 1)
-    for columns in range(1, min(len(sizes), room // (_SMALLEST + _GAP)) + 1):
+    for columns in range(1, min(len(sizes), available // (_SMALLEST + _GAP)) + 1):
         rows = -(-len(sizes) // columns)
-        wide, high = room / columns - _GAP, (_ROOM + _GAP) / rows - _GAP - label
+        wide, high = available / columns - _GAP, (_AVAILABLE + _GAP) / rows - _GAP - label
         # All are drawn with one longest side.
         panel = min(max(size) * min(wide / size[1], high / size[0]) for size in sizes)
         best = max(best, (panel, -columns, columns))
@@ -175,11 +175,11 @@ def _draw_caption(
 ) -> None:
     """The answer so far, its last lines, the last of the texts marked; after some a line ends."""
     lines: list[list[tuple[str, float, bool]]] = [[]]
-    x, room = 0.0, WIDTH - 2 * _MARGIN
+    x, available = 0.0, WIDTH - 2 * _MARGIN
     for number, text in enumerate(texts):
         last = number == len(texts) - 1
         length = fonts.heading.getlength(text)
-        if lines[-1] and x + length > room:
+        if lines[-1] and x + length > available:
             lines.append([])
             x = 0.0
         lines[-1].append((text, x, last))
@@ -204,5 +204,5 @@ def _counted(trace: Trace, token: int, layer: int | None) -> str:
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     visual, total = float(trace.entries[token, layers, 0].mean()), int(trace.visual_tokens[token])
     where = "mean of all layers" if layer is None else f"layer {layer}"
-    share = f" ({100 * visual / total:.1f} %)" if total else ""
-    return f"{visual:.0f} of {total} visual keys per query{share}, {where}"
+    fraction = f" ({100 * visual / total:.1f} %)" if total else ""
+    return f"{visual:.0f} of {total} visual keys per query{fraction}, {where}"

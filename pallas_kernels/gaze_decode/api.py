@@ -28,9 +28,9 @@ def supports(implementation: str, spec: GazeSpec) -> str | None:
     return find("gaze_decode", IMPLEMENTATIONS, implementation).supports(spec)
 
 
-def dense_multiple(implementation: str) -> int:
+def text_multiple(implementation: str) -> int:
     """What S should be a multiple of: other sizes work, but may be copied at every call."""
-    return find("gaze_decode", IMPLEMENTATIONS, implementation).DENSE_MULTIPLE
+    return find("gaze_decode", IMPLEMENTATIONS, implementation).TEXT_MULTIPLE
 
 
 def compiler_splits(implementation: str) -> bool:
@@ -149,26 +149,26 @@ def append(
 def gaze_decode(
     q: jax.Array,
     visual: Any,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     layer: jax.Array,
     indices: jax.Array | None,
     visual_seen: jax.Array,
-    dense_seen: jax.Array,
+    text_seen: jax.Array,
     *,
     spec: GazeSpec,
     implementation: str,
 ) -> jax.Array:
-    """Attend to the listed regions and to the dense stream.
+    """Attend to the listed regions and to the text stream.
 
     Args:
       q: [B, H, D], one query per sequence.
       visual: packed cache of all layers, from :func:`pack`.
-      dense_k, dense_v: [L, B, K, S, D].
+      text_k, text_v: [L, B, K, S, D].
       layer: int32 scalar in [0, L).
       indices: int32 [B, Hs, J] regions to read, -1 in unused slots; None reads every region.
       visual_seen: bool [B, R, P] slots that count.
-      dense_seen: bool [B, S] dense keys that count.
+      text_seen: bool [B, S] text-stream keys that count.
       spec: static choices.
       implementation: a key of ``IMPLEMENTATIONS``; the one that packed ``visual``.
 
@@ -182,17 +182,17 @@ def gaze_decode(
     op = "gaze_decode"
     module = pick(op, IMPLEMENTATIONS, implementation, spec)
     batch, heads, dim = q.shape
-    layers, _, kv_heads, dense = dense_k.shape[:4]
+    layers, _, kv_heads, text = text_k.shape[:4]
     if heads % kv_heads:
         raise ValueError(f"{op}: {heads} query heads are not a multiple of {kv_heads} kv heads.")
-    for name, array in (("dense_k", dense_k), ("dense_v", dense_v)):
-        check_shape(op, name, array, (layers, batch, kv_heads, dense, dim))
-    check_shape(op, "dense_seen", dense_seen, (batch, dense))
+    for name, array in (("text_k", text_k), ("text_v", text_v)):
+        check_shape(op, name, array, (layers, batch, kv_heads, text, dim))
+    check_shape(op, "text_seen", text_seen, (batch, text))
     cached = (layers, batch, kv_heads, *visual_seen.shape[1:], dim)
     for name, array in zip("kv", jax.eval_shape(module.unpack, visual), strict=True):
         check_shape(op, f"visual cache {name} (next to visual_seen {visual_seen.shape})", array, cached)
     check_shape(op, "visual_seen", visual_seen, (batch, *cached[3:5]))
     if indices is not None:
-        shared = heads if spec.share == "head" else kv_heads
-        check_shape(op, f"indices (share {spec.share!r})", indices, (batch, shared, indices.shape[-1]))
-    return module.gaze_decode(q, visual, dense_k, dense_v, layer, indices, visual_seen, dense_seen, spec=spec)
+        shared = heads if spec.select_per == "head" else kv_heads
+        check_shape(op, f"indices (share {spec.select_per!r})", indices, (batch, shared, indices.shape[-1]))
+    return module.gaze_decode(q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, spec=spec)

@@ -53,17 +53,17 @@ def unpack(packed: Layered) -> tuple[Side, Side]:
 def gaze_decode(
     q: Array,
     visual: Layered,
-    dense_k: Array,
-    dense_v: Array,
+    text_k: Array,
+    text_v: Array,
     layer: Array,
     indices: Array | None,
     visual_seen: Array,
-    dense_seen: Array,
+    text_seen: Array,
     *,
     scale: float,
 ) -> Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
-    rest: Any = (q, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    rest: Any = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
     branches = [functools.partial(_resident, both, scale=scale) for both in visual.layers]
     return jax.lax.switch(layer, branches, *rest)
 
@@ -85,12 +85,12 @@ def attend(
     listed: Callable[[Array], Callable[[Array, Array, Array], tuple[Side, Side]]],
     everything: Callable[[], tuple[Side, Side]],
     q: Array,
-    dense_k: Array,
-    dense_v: Array,
+    text_k: Array,
+    text_v: Array,
     layer: Array,
     indices: Array | None,
     visual_seen: Array,
-    dense_seen: Array,
+    text_seen: Array,
     *,
     scale: float,
 ) -> Array:
@@ -100,10 +100,10 @@ def attend(
       listed: of regions int32 [B, K, N, J], gives a function of a row, a kv head and a list that gives that
         list's keys and values, [J * P, D] each.
       everything: gives all of the layer's keys and values, [B, K, R * P, D] each.
-      q, dense_k, dense_v, layer, indices, visual_seen, dense_seen, scale: of :func:`gaze_decode`.
+      q, text_k, text_v, layer, indices, visual_seen, text_seen, scale: of :func:`gaze_decode`.
     """
     batch, heads, dim = q.shape
-    kv_heads = dense_k.shape[2]
+    kv_heads = text_k.shape[2]
     group, regions = heads // kv_heads, visual_seen.shape[1]
     rows = q.reshape(batch, kv_heads, group, dim).astype(jnp.float32)
     picks = None if indices is None else indices.reshape(batch, kv_heads, -1, indices.shape[-1])
@@ -144,12 +144,12 @@ def attend(
             visual = jax.lax.map(head, jnp.arange(batch * kv_heads, dtype=jnp.int32))
 
     dk, dv = (
-        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(jnp.float32) for a in (dense_k, dense_v)
+        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(jnp.float32) for a in (text_k, text_v)
     )
-    dense_seen = jnp.broadcast_to(dense_seen[:, None, None], (batch, kv_heads, 1, dense_seen.shape[-1]))
-    dense = jax.vmap(jax.vmap(part))(rows, Side(dk), Side(dv), dense_seen)
-    visual = jax.tree.map(lambda a, like: a.reshape(like.shape), visual, dense)
-    return _merge(visual, dense).reshape(q.shape).astype(q.dtype)
+    text_seen = jnp.broadcast_to(text_seen[:, None, None], (batch, kv_heads, 1, text_seen.shape[-1]))
+    text = jax.vmap(jax.vmap(part))(rows, Side(dk), Side(dv), text_seen)
+    visual = jax.tree.map(lambda a, like: a.reshape(like.shape), visual, text)
+    return _merge(visual, text).reshape(q.shape).astype(q.dtype)
 
 
 class Part(NamedTuple):

@@ -6,7 +6,7 @@ multiple of 64 (free for 64 and 128; zeros are read with it elsewhere), P beyond
 pieces of at most 64 slots, and int8 of D = 64 fills odd pieces by one slot. P = 36 is stored as it is.
 
 Split. A block of threads (one warpgroup) belongs to a row, a kv head and a *share*: share s takes chunks
-s, s + shares, ... of the region list, then of the dense stream, counted from behind. It keeps an online
+s, s + shares, ... of the region list, then of the text stream, counted from behind. It keeps an online
 softmax in float32 and writes (maximum, sum, weighted values), which a small XLA reduction joins in a
 fixed order. So one sequence fills the chip.
 
@@ -36,7 +36,7 @@ from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
 # A stream shorter than a chunk's tile is filled up at every call, and no longer one is.
-DENSE_MULTIPLE = 128
+TEXT_MULTIPLE = 128
 _PIECE = 64  # most token slots that one copy brings
 _MOST_COPIES = 16  # copies of a chunk and side, which are unrolled
 _MOST_ROWS = 256  # keys of one tensor core instruction
@@ -193,31 +193,31 @@ def _visual_operands(
     return operands
 
 
-def _dense_operands(
-    dense_k: jax.Array, dense_v: jax.Array, layer: jax.Array, dense_seen: jax.Array, dim: int, rows: int
+def _text_operands(
+    text_k: jax.Array, text_v: jax.Array, layer: jax.Array, text_seen: jax.Array, dim: int, rows: int
 ) -> dict[str, Any]:
-    """The dense stream of all layers, or of one where it has to be filled up, and the keys seen."""
-    keys = dense_k.shape[3]
-    if keys < rows or dense_k.shape[-1] != dim:
-        dense_k, dense_v = (
+    """The text stream of all layers, or of one where it has to be filled up, and the keys seen."""
+    keys = text_k.shape[3]
+    if keys < rows or text_k.shape[-1] != dim:
+        text_k, text_v = (
             grow.fill(lax.dynamic_slice_in_dim(a, layer, 1), {3: max(keys, rows), 4: dim})
-            for a in (dense_k, dense_v)
+            for a in (text_k, text_v)
         )
         layer = jnp.zeros_like(layer)
-    length = dense_k.shape[3]
+    length = text_k.shape[3]
     chunks = -(-length // rows)
     place = jnp.arange(chunks)[:, None] * rows
     start = jnp.minimum(place, length - rows)
     key = start + jnp.arange(rows)
     fresh = key >= place
-    seen = grow.fill(dense_seen, {1: length})[:, key] & fresh
+    seen = grow.fill(text_seen, {1: length})[:, key] & fresh
     last = jnp.where(jnp.any(seen, axis=-1), jnp.arange(1, chunks + 1, dtype=jnp.int32), 0)
     return {
         "layer": layer.astype(jnp.int32).reshape(1),
         "chunks": jnp.max(last, axis=-1),
         "seen": jnp.where(seen, -1, 0).astype(jnp.int32),
-        "k": dense_k.reshape(-1, length, dim),
-        "v": dense_v.reshape(-1, length, dim),
+        "k": text_k.reshape(-1, length, dim),
+        "v": text_v.reshape(-1, length, dim),
     }
 
 
@@ -272,7 +272,7 @@ def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[Any]) -> tuple[Til
       tiles: what is wanted.
       piece: slots of a piece.
       dim: D, filled up.
-      dtypes: of the queries, the visual cache and the dense stream.
+      dtypes: of the queries, the visual cache and the text stream.
     """
     while True:
         rows = -(-tiles.pieces * piece // 64) * 64
@@ -294,12 +294,12 @@ def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[Any]) -> tuple[Til
 def gaze_decode(
     q: jax.Array,
     visual: Packed,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     layer: jax.Array,
     indices: jax.Array | None,
     visual_seen: jax.Array,
-    dense_seen: jax.Array,
+    text_seen: jax.Array,
     *,
     spec: GazeSpec,
 ) -> jax.Array:
@@ -310,7 +310,7 @@ def gaze_decode(
         head, or a D that shared memory has no room for (above 256).
     """
     batch, heads, dim = q.shape
-    kv_heads, keys = dense_k.shape[2:4]
+    kv_heads, keys = text_k.shape[2:4]
     group = heads // kv_heads
     regions = visual_seen.shape[1]
     wide = visual.k.shape[-1]
@@ -320,15 +320,15 @@ def gaze_decode(
         return jnp.zeros_like(q)
 
     _, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
-    dtypes = (q.dtype, visual.k.dtype, dense_k.dtype)
-    query_parts, visual_parts, dense_parts = map(_parts, dtypes)
+    dtypes = (q.dtype, visual.k.dtype, text_k.dtype)
+    query_parts, visual_parts, text_parts = map(_parts, dtypes)
     tiles, rows = _fit(_tiles(spec, piece, visual.k.dtype), piece, wide, dtypes)
     operands: dict[str, Any] = {"q": _queries(q, kv_heads, wide, query_parts)}
     if listed:
         operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)
     if keys:
-        operands["dense"] = _dense_operands(dense_k, dense_v, layer, dense_seen, wide, rows)
-    chunks = sum(operands[kind]["seen"].shape[-2] for kind in ("visual", "dense") if kind in operands)
+        operands["text"] = _text_operands(text_k, text_v, layer, text_seen, wide, rows)
+    chunks = sum(operands[kind]["seen"].shape[-2] for kind in ("visual", "text") if kind in operands)
     shape = Shape(
         rows=rows,
         dim=wide,
@@ -338,7 +338,7 @@ def gaze_decode(
         heads=-(-group // 8) * 8,
         query_parts=query_parts,
         visual_parts=visual_parts,
-        dense_parts=dense_parts,
+        text_parts=text_parts,
         scale=spec.scale * _LOG2E,
     )
     partials = launch(shape, batch, kv_heads, operands, interpret=spec.interpret)

@@ -122,7 +122,7 @@ class Shape:
       tiles: how the work is cut.
       shares: blocks of threads per row and kv head.
       heads: query heads of a kv head, filled up to a multiple of 8.
-      query_parts, visual_parts, dense_parts: bfloat16 arrays that hold an element.
+      query_parts, visual_parts, text_parts: bfloat16 arrays that hold an element.
       scale: of the logits, in units of log2(e).
     """
 
@@ -134,7 +134,7 @@ class Shape:
     heads: int
     query_parts: int
     visual_parts: int
-    dense_parts: int
+    text_parts: int
     scale: float
 
 
@@ -298,8 +298,8 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
 
 
-def _dense(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
-    """This block's chunks of the dense stream."""
+def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
+    """This block's chunks of the text stream."""
     b, h = lax.axis_index("batch"), lax.axis_index("kv")
     shares = shape.shares
     # From behind: the last shares have a chunk less of the regions.
@@ -326,7 +326,7 @@ def _dense(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sha
 def _block(
     shape: Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
 ) -> None:
-    """One block of threads: its share of the regions and of the dense stream, and its partial softmax."""
+    """One block of threads: its share of the regions and of the text stream, and its partial softmax."""
     b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
     math = _Math(interpret, shape.rows, shape.dim)
     q = scratch["q"]
@@ -343,7 +343,7 @@ def _block(
     )
     for kind, make, parts in (
         ("visual", _visual, shape.visual_parts),
-        ("dense", _dense, shape.dense_parts),
+        ("text", _text, shape.text_parts),
     ):
         if kind not in refs:
             continue
@@ -424,8 +424,8 @@ def launch(
             "arrived": plgpu.Barrier(num_arrivals=shape.query_parts),
             "visual_k": barriers(shape.tiles.pieces + 1 + 2 * scaled),
             "visual_v": barriers(shape.tiles.pieces),
-            "dense_k": barriers(2),
-            "dense_v": barriers(1),
+            "text_k": barriers(2),
+            "text_v": barriers(1),
         },
         # Reductions stay within a warp, so they need no scratch. The layouts are written for lane semantics.
         compiler_params=plgpu.CompilerParams(

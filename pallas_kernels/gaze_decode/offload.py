@@ -30,7 +30,7 @@ from pallas_kernels.spec import GazeSpec
 
 Array = jax.Array
 
-DENSE_MULTIPLE = 1
+TEXT_MULTIPLE = 1
 LANES = 128
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -114,7 +114,7 @@ def unpack(packed: Packed) -> tuple[Array, Array]:
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
     """Zeros behind R and P up to the new sizes; by way of the device, which must hold all of it once."""
-    k, v = xla.grown(_to_device(packed), 3, regions, slots)
+    k, v = xla.larger(_to_device(packed), 3, regions, slots)
     return _to_host(k, v)
 
 
@@ -159,17 +159,17 @@ def _everything(visual: Packed, layer: Array) -> tuple[Side, Side]:
 def gaze_decode(
     q: Array,
     visual: Packed,
-    dense_k: Array,
-    dense_v: Array,
+    text_k: Array,
+    text_v: Array,
     layer: Array,
     indices: Array | None,
     visual_seen: Array,
-    dense_seen: Array,
+    text_seen: Array,
     *,
     spec: GazeSpec,
 ) -> Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
-    rest: Any = (q, dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    rest: Any = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
     fetch = functools.partial(_fetch, visual, layer)
     everything = functools.partial(_everything, visual, layer)
     if target() != "cpu":

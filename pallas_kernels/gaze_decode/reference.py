@@ -11,7 +11,7 @@ from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[jax.Array, jax.Array]
 
-DENSE_MULTIPLE = 1
+TEXT_MULTIPLE = 1
 
 
 def supports(spec: GazeSpec) -> str | None:
@@ -49,29 +49,29 @@ def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
 def gaze_decode(
     q: jax.Array,
     visual: Packed,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     layer: jax.Array,
     indices: jax.Array | None,
     visual_seen: jax.Array,
-    dense_seen: jax.Array,
+    text_seen: jax.Array,
     *,
     spec: GazeSpec,
 ) -> jax.Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
     batch, heads, dim = q.shape
-    per_kv = heads // dense_k.shape[2]
+    per_kv = heads // text_k.shape[2]
     regions, slots = visual_seen.shape[1:]
 
     def one(b: jax.Array, h: jax.Array) -> jax.Array:
         kv = h // per_kv
         seen = visual_seen[b]
         if indices is not None:
-            listed = indices[b, h if spec.share == "head" else kv]
+            listed = indices[b, h if spec.select_per == "head" else kv]
             seen &= jnp.isin(jnp.arange(regions), listed)[:, None]
-        seen = jnp.concatenate([seen.reshape(-1), dense_seen[b]])
-        k = jnp.concatenate([visual[0][layer, b, kv].reshape(regions * slots, dim), dense_k[layer, b, kv]])
-        v = jnp.concatenate([visual[1][layer, b, kv].reshape(regions * slots, dim), dense_v[layer, b, kv]])
+        seen = jnp.concatenate([seen.reshape(-1), text_seen[b]])
+        k = jnp.concatenate([visual[0][layer, b, kv].reshape(regions * slots, dim), text_k[layer, b, kv]])
+        v = jnp.concatenate([visual[1][layer, b, kv].reshape(regions * slots, dim), text_v[layer, b, kv]])
         k = jnp.where(seen[:, None], k.astype(jnp.float32), 0.0)
         v = jnp.where(seen[:, None], v.astype(jnp.float32), 0.0)
         logits = jnp.dot(k, q[b, h].astype(jnp.float32), precision="highest") * spec.scale

@@ -30,7 +30,7 @@ SCENES = {
 """Visual tokens -> (regions of at most 36 tokens, top_k): the paper's three, then 10, 10 and 2 %."""
 
 SLOTS = 36
-DENSE = 2_048  # text and context tokens
+TEXT = 2_048  # text and context tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Shape:
       heads: a key of :data:`HEADS`.
       tokens: a key of :data:`SCENES`.
       batch: B.
-      share: of :class:`GazeSpec`.
+      select_per: of :class:`GazeSpec`.
       visual_dtype: of :class:`GazeSpec`; the rest is bfloat16.
       layers: L of the cache, which the model's may exceed where memory is short.
     """
@@ -49,18 +49,20 @@ class Shape:
     heads: str
     tokens: int
     batch: int = 1
-    share: str = "head"
+    select_per: str = "head"
     visual_dtype: str | None = None
     layers: int = 1
 
     @property
     def name(self) -> str:
         kind = self.visual_dtype or "bfloat16"
-        return f"{self.heads} {self.tokens} B{self.batch} {self.share} {kind} L{self.layers}"
+        return f"{self.heads} {self.tokens} B{self.batch} {self.select_per} {kind} L{self.layers}"
 
     @property
     def spec(self) -> GazeSpec:
-        return GazeSpec(scale=HEADS[self.heads][3] ** -0.5, share=self.share, visual_dtype=self.visual_dtype)
+        return GazeSpec(
+            scale=HEADS[self.heads][3] ** -0.5, select_per=self.select_per, visual_dtype=self.visual_dtype
+        )
 
     @property
     def layer_bytes(self) -> int:
@@ -70,10 +72,10 @@ class Shape:
         return self.batch * kv_heads * SCENES[self.tokens][0] * SLOTS * 2 * dim * size
 
     def fitting(self, memory: int) -> "Shape | None":
-        """As many of the model's layers as ``memory`` bytes hold beside the dense stream; None if not one."""
+        """As many of the model's layers as ``memory`` bytes hold beside the text stream; None if not one."""
         layers, kv_heads, _, dim = HEADS[self.heads]
-        dense = self.batch * kv_heads * DENSE * 2 * dim * 2
-        layers = min(layers, memory // (self.layer_bytes + dense))
+        text = self.batch * kv_heads * TEXT * 2 * dim * 2
+        layers = min(layers, memory // (self.layer_bytes + text))
         return dataclasses.replace(self, layers=layers) if layers else None
 
     def arguments(self, implementation: str) -> tuple[object, ...]:
@@ -89,25 +91,25 @@ class Shape:
         packed = jax.eval_shape(
             lambda k, v: api.pack(k, v, spec=self.spec, implementation=implementation), cache, cache
         )
-        dense = array(jnp.bfloat16, self.layers, self.batch, kv_heads, DENSE, dim)
+        text = array(jnp.bfloat16, self.layers, self.batch, kv_heads, TEXT, dim)
         return (
             array(jnp.bfloat16, self.batch, heads, dim),
             packed,
-            dense,
-            dense,
+            text,
+            text,
             array(jnp.int32),
-            array(jnp.int32, self.batch, heads if self.share == "head" else kv_heads, top_k),
+            array(jnp.int32, self.batch, heads if self.select_per == "head" else kv_heads, top_k),
             array(jnp.bool_, self.batch, regions, SLOTS),
-            array(jnp.bool_, self.batch, DENSE),
+            array(jnp.bool_, self.batch, TEXT),
         )
 
 
 def real() -> Iterator[Shape]:
     """What to compile: every scene alone, two of them in batches of 8, one in int8."""
     for heads in HEADS:
-        for share in ("head", "group"):
+        for select_per in ("head", "kv_head"):
             for tokens in SCENES:
-                yield Shape(heads, tokens, 1, share)
+                yield Shape(heads, tokens, 1, select_per)
                 if tokens in (9_216, 36_864):
-                    yield Shape(heads, tokens, 8, share)
-            yield Shape(heads, 36_864, 1, share, "int8")
+                    yield Shape(heads, tokens, 8, select_per)
+            yield Shape(heads, 36_864, 1, select_per, "int8")

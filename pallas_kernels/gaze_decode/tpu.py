@@ -1,9 +1,9 @@
 """gaze_decode for TPUs: a Pallas Mosaic kernel that copies selected regions and nothing else.
 
-Grid: cores x (rows of batch and kv head) x tiles of the dense stream. In the first step of a row the
+Grid: cores x (rows of batch and kv head) x tiles of the text stream. In the first step of a row the
 kernel walks the union of its query heads' regions in chunks, double-buffered: while one chunk is
 multiplied the next is copied, and the last chunk of a row is overlapped with the first of the following
-row. Tiles of the dense stream come through the ordinary block pipeline; those in which no key counts are
+row. Tiles of the text stream come through the ordinary block pipeline; those in which no key counts are
 neither fetched nor computed. All pieces meet in one online softmax in float32.
 
 Beside every chunk travels a small float32 array, ``side``: per key the heads that read it (a bit each, 0
@@ -24,9 +24,9 @@ from pallas_kernels.gaze_decode import plan, tpu_layout
 from pallas_kernels.gaze_decode.tpu_layout import LANES, Packed
 from pallas_kernels.spec import GazeSpec
 
-# XLA lays a dense stream of another size out in its own way and copies it for the kernel.
-DENSE_MULTIPLE = 128
-DENSE_TILE = 512  # keys of the dense stream per grid step
+# XLA lays a text stream of another size out in its own way and copies it for the kernel.
+TEXT_MULTIPLE = 128
+TEXT_TILE = 512  # keys of the text stream per grid step
 CHUNK_BYTES = 512 * 1024  # of regions in flight: two such buffers cover a copy's latency
 
 MAX_UNION = 32_000  # region numbers of a row and of the next one, double-buffered, in 1 MB of scalar memory
@@ -91,14 +91,14 @@ def _kernel(
     ids_ref: Any,
     next_ids_ref: Any,
     q_ref: Any,
-    dense_q_ref: Any,
+    text_q_ref: Any,
     visual_ref: Any,
     side_ref: Any,
-    dense_k_ref: Any,
-    dense_v_ref: Any,
-    dense_seen_ref: Any,
+    text_k_ref: Any,
+    text_v_ref: Any,
+    text_seen_ref: Any,
     visual_out_ref: Any,
-    dense_out_ref: Any,
+    text_out_ref: Any,
     buffer: Any,
     side_buffer: Any,
     parity: Any,
@@ -107,7 +107,7 @@ def _kernel(
     top: Any,
     total: Any,
     visual_sum: Any,
-    dense_sum: Any,
+    text_sum: Any,
     *,
     kv_heads: int,
     chunk: int,
@@ -168,7 +168,7 @@ def _kernel(
         top[...] = jnp.broadcast_to(now, top.shape)
         total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         visual_sum[...] *= shrink
-        dense_sum[...] *= shrink
+        text_sum[...] *= shrink
         weights = (weights * v_scale).astype(compute)
         out[...] += jax.lax.dot_general(
             weights, values, (((1,), (token,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
@@ -179,7 +179,7 @@ def _kernel(
         top[...] = jnp.full(top.shape, _LOWEST, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         visual_sum[...] = jnp.zeros(visual_sum.shape, jnp.float32)
-        dense_sum[...] = jnp.zeros(dense_sum.shape, jnp.float32)
+        text_sum[...] = jnp.zeros(text_sum.shape, jnp.float32)
 
         @pl.when(inner == 0)
         def _() -> None:
@@ -227,18 +227,18 @@ def _kernel(
 
     @pl.when(tile < tiles_ref[row // kv_heads])
     def _() -> None:
-        seen = dense_seen_ref[0]
+        seen = text_seen_ref[0]
         zeroed = (seen if lanes_are_tokens else _column(seen)) > 0
-        values = jnp.where(zeroed, dense_v_ref[0, 0, 0].astype(jnp.float32), 0.0).astype(compute)
+        values = jnp.where(zeroed, text_v_ref[0, 0, 0].astype(jnp.float32), 0.0).astype(compute)
         counts = jnp.broadcast_to(seen > 0, (q_ref.shape[1], seen.shape[1]))
-        keys = dense_k_ref[0, 0, 0].astype(compute)
-        attend(dense_q_ref[0], keys, values, counts, 1.0, 1.0, dense_sum, lanes_are_tokens)
+        keys = text_k_ref[0, 0, 0].astype(compute)
+        attend(text_q_ref[0], keys, values, counts, 1.0, 1.0, text_sum, lanes_are_tokens)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _() -> None:
-        share = 1.0 / jnp.where(total[:, :1] > 0, total[:, :1], 1.0)
-        visual_out_ref[0] = visual_sum[...] * share
-        dense_out_ref[0] = dense_sum[...] * share
+        select_per = 1.0 / jnp.where(total[:, :1] > 0, total[:, :1], 1.0)
+        visual_out_ref[0] = visual_sum[...] * select_per
+        text_out_ref[0] = text_sum[...] * select_per
 
 
 def _side(visual: Packed, listed: plan.Union, seen: jax.Array, layer: jax.Array, chunk: int) -> jax.Array:
@@ -277,22 +277,22 @@ def _listed(indices: jax.Array | None, batch: int, kv_heads: int, group: int, re
     return listed
 
 
-def _used_tiles(dense_seen: jax.Array, tile: int) -> jax.Array:
-    """int32 [B]: tiles of the dense stream up to the last key that counts."""
-    place = jnp.arange(1, dense_seen.shape[-1] + 1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(dense_seen, place, 0), axis=-1)
+def _used_tiles(text_seen: jax.Array, tile: int) -> jax.Array:
+    """int32 [B]: tiles of the text stream up to the last key that counts."""
+    place = jnp.arange(1, text_seen.shape[-1] + 1, dtype=jnp.int32)
+    last = jnp.max(jnp.where(text_seen, place, 0), axis=-1)
     return (last + tile - 1) // tile
 
 
 def gaze_decode(
     q: jax.Array,
     visual: Packed,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     layer: jax.Array,
     indices: jax.Array | None,
     visual_seen: jax.Array,
-    dense_seen: jax.Array,
+    text_seen: jax.Array,
     *,
     spec: GazeSpec,
 ) -> jax.Array:
@@ -302,7 +302,7 @@ def gaze_decode(
       NotImplementedError: more regions are listed than scalar memory holds.
     """
     batch, heads, dim = q.shape
-    kv_heads, dense = dense_k.shape[2:4]
+    kv_heads, text = text_k.shape[2:4]
     group, regions = heads // kv_heads, visual_seen.shape[1]
     listed = _listed(indices, batch, kv_heads, group, regions)
     places = visual.words.shape[-2]
@@ -314,21 +314,21 @@ def gaze_decode(
     rows = batch * kv_heads
     ids = listed.regions.reshape(rows, 1, -1)
     ids = jnp.pad(ids, ((0, 0), (0, 0), (0, side.shape[1] * chunk - ids.shape[-1])), constant_values=-1)
-    compute = jnp.float32 if jnp.float32 in (q.dtype, dense_k.dtype) else jnp.bfloat16
+    compute = jnp.float32 if jnp.float32 in (q.dtype, text_k.dtype) else jnp.bfloat16
     grouped = q.reshape(rows, group, dim).astype(compute)
     # XLA keeps [S, 64] with tokens along lanes, where nothing is padded; so it is met, not relaid.
     lanes_are_tokens = visual.joint
     if lanes_are_tokens:
-        dense_k, dense_v = (jnp.swapaxes(a, 3, 4) for a in (dense_k, dense_v))
+        text_k, text_v = (jnp.swapaxes(a, 3, 4) for a in (text_k, text_v))
     words = visual.words
     if not spec.interpret:
         # Never let the compiler fetch whole stacks into fast memory because they happen to fit.
-        dense_k, dense_v, words = (
-            pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (dense_k, dense_v, visual.words)
+        text_k, text_v, words = (
+            pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (text_k, text_v, visual.words)
         )
-    tile = min(DENSE_TILE, dense)
-    dense_block = (1, 1, 1, dim, tile) if lanes_are_tokens else (1, 1, 1, tile, dim)
-    used = _used_tiles(dense_seen, tile)
+    tile = min(TEXT_TILE, text)
+    text_block = (1, 1, 1, dim, tile) if lanes_are_tokens else (1, 1, 1, tile, dim)
+    used = _used_tiles(text_seen, tile)
     cores = 2 if rows % 2 == 0 else 1  # chips with two TensorCores per device split the first axis
     grid = _Grid(kv_heads, rows // cores, lanes_are_tokens)
     kernel = functools.partial(
@@ -343,11 +343,11 @@ def gaze_decode(
         interpreted=spec.interpret,
     )
     scalars = functools.partial(pl.BlockSpec, (1, 1, ids.shape[-1]), memory_space=pltpu.SMEM)
-    visual_out, dense_out = pl.pallas_call(
+    visual_out, text_out = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(cores, rows // cores, -(-dense // tile)),
+            grid=(cores, rows // cores, -(-text // tile)),
             in_specs=[
                 scalars(grid.row),
                 scalars(grid.next_row),
@@ -355,9 +355,9 @@ def gaze_decode(
                 pl.BlockSpec((1, group, dim), grid.row),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(dense_block, grid.dense),
-                pl.BlockSpec(dense_block, grid.dense),
-                pl.BlockSpec((1, 1, tile), grid.dense_seen),
+                pl.BlockSpec(text_block, grid.text),
+                pl.BlockSpec(text_block, grid.text),
+                pl.BlockSpec((1, 1, tile), grid.text_seen),
             ],
             out_specs=[pl.BlockSpec((1, group, width), grid.row) for width in (LANES, dim)],
             scratch_shapes=[
@@ -383,12 +383,12 @@ def gaze_decode(
         grouped,
         words,
         side,
-        dense_k,
-        dense_v,
-        dense_seen.astype(jnp.float32)[:, None],
+        text_k,
+        text_v,
+        text_seen.astype(jnp.float32)[:, None],
     )
     first = LANES // 2 if visual.joint else 0
-    out = visual_out[..., first : first + dim] + dense_out
+    out = visual_out[..., first : first + dim] + text_out
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -406,12 +406,12 @@ class _Grid:
     def next_row(self, core: Any, inner: Any, tile: Any, *scalars: Any) -> Any:
         return core * self.per_core + jnp.minimum(inner + 1, self.per_core - 1), 0, 0
 
-    def dense_seen(self, core: Any, inner: Any, tile: Any, layer: Any, count: Any, used: Any) -> Any:
+    def text_seen(self, core: Any, inner: Any, tile: Any, layer: Any, count: Any, used: Any) -> Any:
         b = (core * self.per_core + inner) // self.kv_heads
         # After the last tile in use its index repeats, and the pipeline fetches no block twice in a row.
         return b, 0, jnp.minimum(tile, jnp.maximum(used[b] - 1, 0))
 
-    def dense(self, core: Any, inner: Any, tile: Any, layer: Any, count: Any, used: Any) -> Any:
-        b, _, at = self.dense_seen(core, inner, tile, layer, count, used)
+    def text(self, core: Any, inner: Any, tile: Any, layer: Any, count: Any, used: Any) -> Any:
+        b, _, at = self.text_seen(core, inner, tile, layer, count, used)
         place = (0, at) if self.lanes_are_tokens else (at, 0)
         return layer[0], b, (core * self.per_core + inner) % self.kv_heads, *place

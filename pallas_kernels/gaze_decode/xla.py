@@ -22,7 +22,7 @@ from pallas_kernels.spec import GazeSpec
 Packed = tuple[Side, Side] | Layered
 _Tree = TypeVar("_Tree")
 
-DENSE_MULTIPLE = 1
+TEXT_MULTIPLE = 1
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
 
 
@@ -55,10 +55,10 @@ def _axis(packed: Packed) -> int:
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
     """Zeros behind R and P up to the new sizes."""
-    return grown(packed, _axis(packed), regions, slots)
+    return larger(packed, _axis(packed), regions, slots)
 
 
-def grown(sides: _Tree, axis: int, regions: int, slots: int) -> _Tree:
+def larger(sides: _Tree, axis: int, regions: int, slots: int) -> _Tree:
     """Sides with zeros behind R, which is at ``axis``, and P up to the new sizes."""
     return jax.tree.map(lambda a: grow.fill(a, {axis: regions, axis + 1: slots}), sides)
 
@@ -110,17 +110,17 @@ def _read(
 def gaze_decode(
     q: jax.Array,
     visual: Packed,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     layer: jax.Array,
     indices: jax.Array | None,
     visual_seen: jax.Array,
-    dense_seen: jax.Array,
+    text_seen: jax.Array,
     *,
     spec: GazeSpec,
 ) -> jax.Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
-    rest: Any = (dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+    rest: Any = (text_k, text_v, layer, indices, visual_seen, text_seen)
     if isinstance(visual, Layered):
         return cpu.gaze_decode(q, visual, *rest, scale=spec.scale)
 
@@ -141,12 +141,12 @@ def attend(
     listed: Callable[[jax.Array], tuple[Side, Side]],
     everything: Callable[[], tuple[Side, Side]],
     q: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     layer: jax.Array,
     indices: jax.Array | None,
     visual_seen: jax.Array,
-    dense_seen: jax.Array,
+    text_seen: jax.Array,
     *,
     scale: float,
 ) -> jax.Array:
@@ -155,11 +155,11 @@ def attend(
     Args:
       listed: of regions int32 [B, K, N, J], gives their keys and values, [B, K, N, J * P, D] each.
       everything: gives all of the layer's keys and values, [B, K, R * P, D] each.
-      q, dense_k, dense_v, layer, indices, visual_seen, dense_seen: of :func:`gaze_decode`.
+      q, text_k, text_v, layer, indices, visual_seen, text_seen: of :func:`gaze_decode`.
       scale: of the logits.
     """
     batch, heads, dim = q.shape
-    kv_heads = dense_k.shape[2]
+    kv_heads = text_k.shape[2]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     picks = None if indices is None else indices.reshape(batch, kv_heads, -1, indices.shape[-1])
     keys, values, seen = _read(listed, everything, picks, visual_seen)
@@ -174,24 +174,24 @@ def attend(
     if keys.scales is not None:
         logits = logits * keys.scales[:, :, :, None]
     logits = jnp.where(seen, logits, -jnp.inf)
-    dk, dv = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (dense_k, dense_v))
-    dv = jnp.where(dense_seen[:, None, :, None], dv, jnp.zeros((), dv.dtype))
-    dense = product("BKGD,BKSD->BKGS", grouped, dk) * scale
-    dense = jnp.where(dense_seen[:, None, None], dense, -jnp.inf)
+    dk, dv = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (text_k, text_v))
+    dv = jnp.where(text_seen[:, None, :, None], dv, jnp.zeros((), dv.dtype))
+    text = product("BKGD,BKSD->BKGS", grouped, dk) * scale
+    text = jnp.where(text_seen[:, None, None], text, -jnp.inf)
 
     top = jnp.maximum(
-        jnp.max(logits, axis=-1, initial=-jnp.inf).reshape(dense.shape[:3]),
-        jnp.max(dense, axis=-1, initial=-jnp.inf),
+        jnp.max(logits, axis=-1, initial=-jnp.inf).reshape(text.shape[:3]),
+        jnp.max(text, axis=-1, initial=-jnp.inf),
     )
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(logits - top.reshape(rows.shape[:4])[..., None])
-    dense = jnp.exp(dense - top[..., None])
-    total = jnp.sum(weights, axis=-1).reshape(top.shape) + jnp.sum(dense, axis=-1)
+    text = jnp.exp(text - top[..., None])
+    total = jnp.sum(weights, axis=-1).reshape(top.shape) + jnp.sum(text, axis=-1)
     if values.scales is None:
         wanted = jnp.any(seen, axis=3)[..., None]
         values = Side(jnp.where(wanted, values.values, jnp.zeros((), values.values.dtype)))
     else:
         weights = jnp.where(seen, weights * values.scales[:, :, :, None], 0.0)
     out = product("BKNGA,BKNAD->BKNGD", weights, values.values).reshape(grouped.shape)
-    out += product("BKGS,BKSD->BKGD", dense, dv)
+    out += product("BKGS,BKSD->BKGD", text, dv)
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).reshape(q.shape).astype(q.dtype)

@@ -27,8 +27,8 @@ def gaze_prefill(
     q: jax.Array,
     visual_k: jax.Array,
     visual_v: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     queries: Windows,
     places: KeyPlaces,
     selected: jax.Array | None,
@@ -41,7 +41,7 @@ def gaze_prefill(
     Args:
       q: [B, T, H, D].
       visual_k, visual_v: [B, K, R, P, D].
-      dense_k, dense_v: [B, K, S, D].
+      text_k, text_v: [B, K, S, D].
       queries: [B, T] windows.
       places: where the keys stand.
       selected: bool [B, T, Hs, R]; None routes nobody: every query attends to its whole window.
@@ -59,20 +59,20 @@ def gaze_prefill(
     module = pick(op, IMPLEMENTATIONS, implementation, spec)
     batch, length, heads, dim = q.shape
     kv_heads, regions, slots = visual_k.shape[1:4]
-    dense = dense_k.shape[2]
+    text = text_k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{op}: {heads} query heads are not a multiple of {kv_heads} kv heads.")
     for name, array in (("visual_k", visual_k), ("visual_v", visual_v)):
         check_shape(op, name, array, (batch, kv_heads, regions, slots, dim))
-    for name, array in (("dense_k", dense_k), ("dense_v", dense_v)):
-        check_shape(op, name, array, (batch, kv_heads, dense, dim))
+    for name, array in (("text_k", text_k), ("text_v", text_v)):
+        check_shape(op, name, array, (batch, kv_heads, text, dim))
     for field in dataclasses.fields(queries):
         check_shape(op, f"queries.{field.name}", getattr(queries, field.name), (batch, length))
     check_shape(op, "places.visual_order", places.visual_order, (batch, regions, slots))
     check_shape(op, "places.region_segment", places.region_segment, (batch, regions))
-    check_shape(op, "places.dense_order", places.dense_order, (batch, dense))
-    check_shape(op, "places.dense_segment", places.dense_segment, (batch, dense))
+    check_shape(op, "places.text_order", places.text_order, (batch, text))
+    check_shape(op, "places.text_segment", places.text_segment, (batch, text))
     if selected is not None:
-        shared = heads if spec.share == "head" else kv_heads
-        check_shape(op, f"selected (share {spec.share!r})", selected, (batch, length, shared, regions))
-    return module.gaze_prefill(q, visual_k, visual_v, dense_k, dense_v, queries, places, selected, spec=spec)
+        shared = heads if spec.select_per == "head" else kv_heads
+        check_shape(op, f"selected (share {spec.select_per!r})", selected, (batch, length, shared, regions))
+    return module.gaze_prefill(q, visual_k, visual_v, text_k, text_v, queries, places, selected, spec=spec)

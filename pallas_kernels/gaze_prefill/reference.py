@@ -19,8 +19,8 @@ def gaze_prefill(
     q: jax.Array,
     visual_k: jax.Array,
     visual_v: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     queries: Windows,
     places: KeyPlaces,
     selected: jax.Array | None,
@@ -52,16 +52,16 @@ def gaze_prefill(
         seen = (order >= 0) & (segment == w.segment) & (w.segment >= 0)
         seen &= (w.visual_lo <= order) & (order <= w.visual_hi)
         if selected is not None:
-            mine = selected[b, t, h if spec.share == "head" else h // per_kv]
+            mine = selected[b, t, h if spec.select_per == "head" else h // per_kv]
             seen &= ~w.routed | mine[:, None]
-        d_order, d_segment = places.dense_order[b], places.dense_segment[b]
+        d_order, d_segment = places.text_order[b], places.text_segment[b]
         d_seen = (d_order >= 0) & (d_segment == w.segment) & (w.segment >= 0)
-        d_seen &= (w.dense_lo <= d_order) & (d_order <= w.dense_hi)
+        d_seen &= (w.text_lo <= d_order) & (d_order <= w.text_hi)
         kv = h // per_kv
         return one(
             q[b, t, h],
-            jnp.concatenate([visual_k[b, kv].reshape(regions * slots, dim), dense_k[b, kv]]),
-            jnp.concatenate([visual_v[b, kv].reshape(regions * slots, dim), dense_v[b, kv]]),
+            jnp.concatenate([visual_k[b, kv].reshape(regions * slots, dim), text_k[b, kv]]),
+            jnp.concatenate([visual_v[b, kv].reshape(regions * slots, dim), text_v[b, kv]]),
             jnp.concatenate([seen.reshape(-1), d_seen]),
         )
 

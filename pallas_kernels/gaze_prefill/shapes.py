@@ -26,8 +26,8 @@ class Shape:
       heads, kv_heads, dim: H, K and D.
       queries: T.
       regions, slots: R and P.
-      dense: S.
-      share: of the selection; None is a call without one.
+      text: S.
+      select_per: of the selection; None is a call without one.
       dtype: of q, K and V.
     """
 
@@ -38,8 +38,8 @@ class Shape:
     queries: int
     regions: int
     slots: int = 36
-    dense: int = 2048
-    share: str | None = "head"
+    text: int = 2048
+    select_per: str | None = "head"
     dtype: str = "bfloat16"
 
     def abstract(self) -> tuple[Any, ...]:
@@ -48,9 +48,9 @@ class Shape:
         def array(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((1, *shape), dtype)
 
-        shared = self.heads if self.share == "head" else self.kv_heads
+        shared = self.heads if self.select_per == "head" else self.kv_heads
         visual = array(self.dtype, self.kv_heads, self.regions, self.slots, self.dim)
-        dense = array(self.dtype, self.kv_heads, self.dense, self.dim)
+        text = array(self.dtype, self.kv_heads, self.text, self.dim)
         windows = Windows(
             **{field: array(jnp.int32, self.queries) for field in _WINDOWS},
             routed=array(jnp.bool_, self.queries),
@@ -58,26 +58,26 @@ class Shape:
         places = KeyPlaces(
             visual_order=array(jnp.int32, self.regions, self.slots),
             region_segment=array(jnp.int32, self.regions),
-            dense_order=array(jnp.int32, self.dense),
-            dense_segment=array(jnp.int32, self.dense),
+            text_order=array(jnp.int32, self.text),
+            text_segment=array(jnp.int32, self.text),
         )
-        selected = None if self.share is None else array(jnp.bool_, self.queries, shared, self.regions)
+        selected = None if self.select_per is None else array(jnp.bool_, self.queries, shared, self.regions)
         q = array(self.dtype, self.queries, self.heads, self.dim)
-        return (q, visual, visual, dense, dense), windows, places, selected
+        return (q, visual, visual, text, text), windows, places, selected
 
     def forward(self, arrays: Any, windows: Windows, places: KeyPlaces, selected: Any) -> jax.Array:
         """The op's output, [1, T, H, D]."""
-        q, visual_k, visual_v, dense_k, dense_v = arrays
+        q, visual_k, visual_v, text_k, text_v = arrays
         return gaze_prefill(
             q,
             visual_k,
             visual_v,
-            dense_k,
-            dense_v,
+            text_k,
+            text_v,
             windows,
             places,
             selected,
-            spec=GazeSpec(scale=self.dim**-0.5, share=self.share or "head"),
+            spec=GazeSpec(scale=self.dim**-0.5, select_per=self.select_per or "head"),
             implementation="tpu",
         )
 
@@ -89,17 +89,17 @@ class Shape:
         return out, pull(d_out)[0]
 
 
-_WINDOWS = ("segment", "visual_lo", "visual_hi", "dense_lo", "dense_hi")
+_WINDOWS = ("segment", "visual_lo", "visual_hi", "text_lo", "text_hi")
 
 SHAPES = (
     Shape("qwen3-4b 9,216", 32, 8, 128, queries=1024, regions=256),
     Shape("qwen3-4b 36,864", 32, 8, 128, queries=1024, regions=1024),
     Shape("qwen3-4b 147,456", 32, 8, 128, queries=1024, regions=4096),
     Shape("qwen2.5-7b 36,864", 28, 4, 128, queries=1024, regions=1024),
-    Shape("qwen2.5-7b 36,864 group", 28, 4, 128, queries=1024, regions=1024, share="group"),
-    Shape("qwen2.5-0.5b 9,216 group", 14, 2, 64, queries=1024, regions=256, share="group"),
+    Shape("qwen2.5-7b 36,864 group", 28, 4, 128, queries=1024, regions=1024, select_per="kv_head"),
+    Shape("qwen2.5-0.5b 9,216 group", 14, 2, 64, queries=1024, regions=256, select_per="kv_head"),
     Shape("qwen3-4b 9,216 float32", 32, 8, 128, queries=1024, regions=256, dtype="float32"),
-    Shape("qwen3-4b 9,216 visual queries", 32, 8, 128, queries=9216, regions=256, share=None),
+    Shape("qwen3-4b 9,216 visual queries", 32, 8, 128, queries=9216, regions=256, select_per=None),
 )
 
 

@@ -77,15 +77,15 @@ def _plan(
     spec: GazeSpec, tiles: Tiles, length: int, group: int, sizes: tuple[int, int, int], routed: bool
 ) -> tuple[Plan, int]:
     """Static sizes, and how many tiles ``length`` queries make; ``sizes`` are R, P and S."""
-    regions, slots, dense = sizes
+    regions, slots, text = sizes
     if routed:
         cells = max(1, min(tiles.keys // slots, regions, 32))
         # Whole registers per region where as many regions fit: 36 tokens take 40, and XLA moves no row.
         whole = _up(slots, kernels.SUBLANES)
         cell = whole if cells * whole <= max(tiles.keys, whole) else slots
-        width = max(cells * cell, min(dense, tiles.keys))
+        width = max(cells * cell, min(text, tiles.keys))
     else:
-        width = max(1, min(max(regions * slots, dense), tiles.open_keys))
+        width = max(1, min(max(regions * slots, text), tiles.open_keys))
     width = _up(width, 16 if width <= LANES else LANES)
     if not routed:
         cells, cell = 1, width
@@ -103,7 +103,7 @@ def _plan(
         scale=spec.scale,
         interpret=spec.interpret,
         routed=routed,
-        blocks=max(1, visual_blocks + -(-dense // width)),
+        blocks=max(1, visual_blocks + -(-text // width)),
         visual_blocks=visual_blocks,
         width=width,
         cell=cell,
@@ -117,13 +117,13 @@ def _plan(
     return plan, tile_count
 
 
-def _blocks(plan: Plan, visual: Array, dense: Array, axis: int, empty: int) -> Array:
+def _blocks(plan: Plan, visual: Array, text: Array, axis: int, empty: int) -> Array:
     """Tokens of both streams, R and P on ``axis`` and the next, S on ``axis``, as blocks N, W on them.
 
     Where there is no token the value is ``empty``.
     """
     lead, tail = visual.shape[:axis], visual.shape[axis + 2 :]
-    dense_blocks = plan.blocks - plan.visual_blocks
+    text_blocks = plan.blocks - plan.visual_blocks
     if plan.routed:
         visual = _pad(visual, axis + 1, plan.cell, empty)
         visual = _pad(visual, axis, plan.visual_blocks * plan.cells, empty)
@@ -132,11 +132,11 @@ def _blocks(plan: Plan, visual: Array, dense: Array, axis: int, empty: int) -> A
         visual = _pad(visual, axis, plan.visual_blocks * plan.width, empty)
     visual = visual.reshape(*lead, plan.visual_blocks, plan.cells * plan.cell, *tail)
     visual = _pad(visual, axis + 1, plan.width, empty)
-    dense = _pad(dense, axis, dense_blocks * plan.width, empty)
-    return jnp.concatenate([visual, dense.reshape(*lead, dense_blocks, plan.width, *tail)], axis=axis)
+    text = _pad(text, axis, text_blocks * plan.width, empty)
+    return jnp.concatenate([visual, text.reshape(*lead, text_blocks, plan.width, *tail)], axis=axis)
 
 
-def _key_blocks(plan: Plan, visual: Array, dense: Array) -> tuple[Array, Array]:
+def _key_blocks(plan: Plan, visual: Array, text: Array) -> tuple[Array, Array]:
     """K or V of both streams, [B, K, R, P, D] and [B, K, S, D], as blocks.
 
     Returns:
@@ -145,7 +145,7 @@ def _key_blocks(plan: Plan, visual: Array, dense: Array) -> tuple[Array, Array]:
       its NaN through the logits.
     """
     batch, kv_heads, _, _, dim = visual.shape
-    blocks = _blocks(plan, visual, dense, 2, 0)
+    blocks = _blocks(plan, visual, text, 2, 0)
     finite = jnp.isfinite(blocks).all(-1)
     blocks = jnp.where(finite[..., None], blocks, jnp.zeros((), blocks.dtype))
     return _pad(blocks.reshape(batch, kv_heads, -1, dim), 3, _up(dim, LANES)), finite
@@ -153,9 +153,9 @@ def _key_blocks(plan: Plan, visual: Array, dense: Array) -> tuple[Array, Array]:
 
 def _key_places(plan: Plan, places: KeyPlaces, finite: Array) -> Array:
     """int32 [B, K, N, 8, W]: order, segment, cell and poison of every token; order -1 where there is none."""
-    order = _blocks(plan, places.visual_order, places.dense_order, 1, -1)
+    order = _blocks(plan, places.visual_order, places.text_order, 1, -1)
     segment = jnp.broadcast_to(places.region_segment[:, :, None], places.visual_order.shape)
-    segment = _blocks(plan, segment, places.dense_segment, 1, -1)
+    segment = _blocks(plan, segment, places.text_segment, 1, -1)
     cell = jnp.minimum(jnp.arange(plan.width, dtype=jnp.int32) // plan.cell, plan.cells - 1)
     poison = jnp.where(finite, jnp.float32(0), jnp.float32(jnp.nan))
     rows = [jnp.broadcast_to(a, finite.shape) for a in (order[:, None], segment[:, None], cell)]
@@ -197,7 +197,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
     batch, kv_heads = places.shape[:2]
     order, segment = places[:, 0, :, kernels.ORDER], places[:, 0, :, kernels.SEGMENT_OF]
     visual = plan.visual_blocks
-    dense_seen = _near(windows, "dense", order[:, visual:], segment[:, visual:]).any(2)
+    text_seen = _near(windows, "text", order[:, visual:], segment[:, visual:]).any(2)
 
     def action(seen: Array) -> Array:
         act = jnp.where(seen, kernels.DIRECT, kernels.SKIP).astype(jnp.int32)
@@ -205,7 +205,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
 
     if opened is None:
         seen = _near(windows, "visual", order[:, :visual], segment[:, :visual]).any(2)
-        return jnp.concatenate([action(seen), action(dense_seen)], axis=2)[:, :, :, None, None]
+        return jnp.concatenate([action(seen), action(text_seen)], axis=2)[:, :, :, None, None]
 
     tokens = (batch, visual * plan.cells, plan.cell)
     by_cell = [a[:, :visual, : plan.cells * plan.cell].reshape(tokens) for a in (order, segment)]
@@ -216,7 +216,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
     count = visits.sum(-1, dtype=jnp.int32)
     few = count < max(1, round(tiles.gather_below * visits.shape[-1]))
     acts = jnp.where(count == 0, kernels.SKIP, jnp.where(few, kernels.GATHER, kernels.DIRECT))
-    acts = jnp.concatenate([acts.astype(jnp.int32), action(dense_seen)], axis=2)
+    acts = jnp.concatenate([acts.astype(jnp.int32), action(text_seen)], axis=2)
     words = _pad(_pack_bits(_pad(visits, 3, plan.words * 32), 3), 2, plan.blocks)
     return jnp.concatenate([acts[..., None], words], axis=3)[:, :, :, None, :]
 
@@ -232,7 +232,7 @@ def _facts(
       opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
       numbers: float32 [B, K, rows] log-sum-exp and delta, for the backward pass.
     """
-    lanes = [windows[name] for name in ("visual_lo", "visual_hi", "dense_lo", "dense_hi", "segment")]
+    lanes = [windows[name] for name in ("visual_lo", "visual_hi", "text_lo", "text_hi", "segment")]
     # Without a selection and the backward pass's numbers, all kv heads share one.
     heads = next((a.shape[1] for a in (opened, *numbers) if a is not None), 1)
     by_row = (lanes[0].shape[0], heads, plan.tile, plan.group)
@@ -331,8 +331,8 @@ def gaze_prefill(
     q: Array,
     visual_k: Array,
     visual_v: Array,
-    dense_k: Array,
-    dense_v: Array,
+    text_k: Array,
+    text_v: Array,
     queries: Windows,
     places: KeyPlaces,
     selected: Array | None,
@@ -351,7 +351,7 @@ def gaze_prefill(
         selected = None
     routed = selected is not None
     tiles = TILES
-    plan, count = _plan(spec, tiles, length, group, (regions, slots, dense_k.shape[2]), routed)
+    plan, count = _plan(spec, tiles, length, group, (regions, slots, text_k.shape[2]), routed)
 
     rows = _tiled(_pad(q, 3, _up(dim, LANES)), count, plan.tile)
     rows = _pad(rows.reshape(*rows.shape[:3], kv_heads, group, -1), 4, plan.group)
@@ -359,7 +359,7 @@ def gaze_prefill(
 
     sees = queries.segment >= 0
     windows = {"segment": _tiled(queries.segment, count, plan.tile, -1)}
-    for name in ("visual", "dense"):
+    for name in ("visual", "text"):
         lo, hi = getattr(queries, f"{name}_lo"), getattr(queries, f"{name}_hi")
         # Order -1 is no token, whatever the window says; a query of no segment has an empty window.
         lo, hi = jnp.where(sees, jnp.maximum(lo, 0), 2**30), jnp.where(sees, hi, -1)
@@ -370,8 +370,8 @@ def gaze_prefill(
         opened = selected | ~queries.routed[:, :, None, None]
         opened = _tiled(opened.reshape(batch, length, kv_heads, -1, regions), count, plan.tile)
 
-    k, finite_k = _key_blocks(plan, visual_k, dense_k)
-    v, finite_v = _key_blocks(plan, visual_v, dense_v)
+    k, finite_k = _key_blocks(plan, visual_k, text_k)
+    v, finite_v = _key_blocks(plan, visual_v, text_v)
     keys = _key_places(plan, places, finite_k & finite_v)
     out = _attend(plan, tiles, rows, k, v, keys, (windows, opened))
     out = jnp.moveaxis(out.reshape(count, batch, kv_heads, plan.tile, plan.group, -1), 2, 3)

@@ -13,7 +13,7 @@ query with its heads padded to 8. Per block the table says one of three things:
     SKIP    nobody of the tile sees a key of the block
     GATHER  few units do: their rows are copied side by side into a batch, the batch goes through the
             matrix unit, and its rows are added back to where they came from
-    DIRECT  many do, or nobody chooses (dense keys, unrouted queries): all rows in order, under the mask
+    DIRECT  many do, or nobody chooses (text-stream keys, unrouted queries): all rows in order, under the mask
 
 Both run the same arithmetic on the same facts; only d K and d V add their queries in another order. The
 choice is made per block and tile, so a block costs the cheaper of the two. There is one way in which
@@ -39,7 +39,7 @@ LANES = 128
 SKIP, GATHER, DIRECT = 0, 1, 2
 # Lanes of a row's facts. What a query may see, the two numbers that the backward pass needs (float32
 # bits), and from WORDS on one bit for each cell of each visual block: is it open to this row?
-VISUAL_LO, VISUAL_HI, DENSE_LO, DENSE_HI, SEGMENT, LSE, DELTA, WORDS = range(8)
+VISUAL_LO, VISUAL_HI, TEXT_LO, TEXT_HI, SEGMENT, LSE, DELTA, WORDS = range(8)
 WORD_LANES = LANES - WORDS
 ORDER, SEGMENT_OF, CELL, POISON = range(4)  # rows of a block's places
 PLACES = 8  # their number, padded to a register
@@ -124,8 +124,8 @@ def _seen(plan: Plan, n: Array, facts: Array, places: Array) -> Array:
     def fact(lane: int) -> Array:
         return facts[:, lane : lane + 1]
 
-    lo = jnp.where(visual, fact(VISUAL_LO), fact(DENSE_LO))
-    hi = jnp.where(visual, fact(VISUAL_HI), fact(DENSE_HI))
+    lo = jnp.where(visual, fact(VISUAL_LO), fact(TEXT_LO))
+    hi = jnp.where(visual, fact(VISUAL_HI), fact(TEXT_HI))
     order, segment = places[ORDER : ORDER + 1], places[SEGMENT_OF : SEGMENT_OF + 1]
     seen = (order >= lo) & (order <= hi) & (segment == fact(SEGMENT))
     if not plan.routed:

@@ -37,7 +37,7 @@ def _inside(
 def _seen(
     queries: Windows, places: KeyPlaces, selected: jax.Array | None, heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Masks of visual and dense keys: bool [B, T, Hs or 1, R, P] and [B, T, 1, S]."""
+    """Masks of visual and text-stream keys: bool [B, T, Hs or 1, R, P] and [B, T, 1, S]."""
     batch, regions, slots = places.visual_order.shape
     visual = _inside(
         queries,
@@ -46,21 +46,21 @@ def _seen(
         places.visual_order.reshape(batch, -1),
         jnp.repeat(places.region_segment, slots, axis=1),
     ).reshape(batch, queries.segment.shape[1], 1, regions, slots)
-    dense = _inside(queries, queries.dense_lo, queries.dense_hi, places.dense_order, places.dense_segment)
+    text = _inside(queries, queries.text_lo, queries.text_hi, places.text_order, places.text_segment)
     if selected is not None:
         open_to = selected | ~queries.routed[:, :, None, None]
         visual = visual & open_to[..., None]
-    return visual, dense[:, :, None, :]
+    return visual, text[:, :, None, :]
 
 
 def _attend(
     q: jax.Array,
     visual_k: jax.Array,
     visual_v: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     visual: jax.Array,
-    dense: jax.Array,
+    text: jax.Array,
     scale: float,
 ) -> jax.Array:
     """One softmax over both streams for one block of queries; the masks say what counts."""
@@ -84,7 +84,7 @@ def _attend(
         ).reshape(batch, kv_heads, group, length, keys.shape[2])
         return jnp.where(by_group(mask), product * scale, -jnp.inf)
 
-    both = jnp.concatenate([logits(visual_k, visual), logits(dense_k, dense)], axis=-1)
+    both = jnp.concatenate([logits(visual_k, visual), logits(text_k, text)], axis=-1)
     top = jax.lax.stop_gradient(jnp.max(both, axis=-1, keepdims=True))
     weights = jnp.exp(both - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -96,7 +96,7 @@ def _attend(
             "BKMN,BKND->BKMD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
         )
 
-    return cpu.queries_of(weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], dense_v), q)
+    return cpu.queries_of(weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], text_v), q)
 
 
 def _blocked(tree: Any, count: int, block: int) -> Any:
@@ -115,8 +115,8 @@ def gaze_prefill(
     q: jax.Array,
     visual_k: jax.Array,
     visual_v: jax.Array,
-    dense_k: jax.Array,
-    dense_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
     queries: Windows,
     places: KeyPlaces,
     selected: jax.Array | None,
@@ -127,23 +127,23 @@ def gaze_prefill(
     batch, length, heads, dim = q.shape
     kv_heads, regions, slots = visual_k.shape[1:4]
     # Short sequences fit a cache as they are.
-    chunked = target() == "cpu" and regions * slots + dense_k.shape[2] > cpu.CHUNK
+    chunked = target() == "cpu" and regions * slots + text_k.shape[2] > cpu.CHUNK
     at_once = cpu.queries_at_once(spec.query_block, batch, heads) if chunked else spec.query_block
     block = min(at_once, length)
     count = -(-length // block)
 
     def masks(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        visual, dense = _seen(queries, places, selected, heads)
-        return visual.reshape(*visual.shape[:3], regions * slots), dense
+        visual, text = _seen(queries, places, selected, heads)
+        return visual.reshape(*visual.shape[:3], regions * slots), text
 
     def touched(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Keys that anybody sees: bool [B, K, R * P] and [B, 1, S]."""
-        visual, dense = masks(queries, selected)
+        visual, text = masks(queries, selected)
         if visual.shape[2] == heads:
             by_kv = (batch, visual.shape[1], kv_heads, heads // kv_heads, regions * slots)
             visual = visual.reshape(by_kv).any(3)
         visual = jnp.broadcast_to(visual.any(1), (batch, kv_heads, regions * slots))
-        return visual, dense.any(1)
+        return visual, text.any(1)
 
     if count == 1:
         blocks, used = None, touched(queries, selected)
@@ -166,8 +166,8 @@ def gaze_prefill(
     keys_and_values = (
         clean(visual_k.reshape(flat), used[0]),
         clean(visual_v.reshape(flat), used[0]),
-        clean(dense_k, used[1]),
-        clean(dense_v, used[1]),
+        clean(text_k, used[1]),
+        clean(text_v, used[1]),
     )
     streams = [cpu.chunked(*keys_and_values[:2]), cpu.chunked(*keys_and_values[2:])] if chunked else []
 

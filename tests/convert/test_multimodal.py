@@ -16,12 +16,12 @@ from safetensors.numpy import load_file
 from gaze_jax.convert import manifest, run, verify
 from gaze_jax.convert.checkpoint import flat_leaves
 from gaze_jax.convert.export import part_directories
-from gaze_jax.convert.families import family_of
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.shards import INDEX
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
+from gaze_jax.families import family_of
 from gaze_jax.models import MLLM, published
 from gaze_jax.models.config import VisionConfig
 from tests.helpers import hf
@@ -111,9 +111,9 @@ def test_every_file_comes_back_byte_for_byte(tmp_path, layout):
     run.convert_back(gaze, tmp_path / "back")
     assert {"model.safetensors", "preprocessor_config.json"} <= same_files(source, tmp_path / "back")
     found = manifest.read(gaze)
-    apart = "no tower" in layout
-    assert set(found.sources) == ({"model", "vision"} if apart else {"model"}) and not found.new
-    if apart:
+    unstacked = "no tower" in layout
+    assert set(found.sources) == ({"model", "vision"} if unstacked else {"model"}) and not found.new
+    if unstacked:
         assert "model.safetensors" in same_files(tower("tied" in layout), tmp_path / "back" / "vision")
     again = run.plan_directory(tmp_path / "back")  # gaze.json knows what config.json does not
     assert again.config == found.model

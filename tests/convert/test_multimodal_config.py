@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from gaze_jax.convert.families import FAMILIES, family_of, family_type
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.errors import UserError
+from gaze_jax.families import FAMILIES, family_of, family_type
 from gaze_jax.models.config import GazeConfig, VisionConfig
 from gaze_jax.models.published import MODELS, TOWERS
 

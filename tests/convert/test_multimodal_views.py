@@ -18,14 +18,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.run import plan_directory
 from gaze_jax.core.streams import Kind, Streams
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.views import image_views, video_views
 from gaze_jax.models import MLLM
 from tests.helpers import hf
-from tests.helpers.sessions import logits, row, session
+from tests.helpers.engines import logits, make_engine, row
 from tests.helpers.views import cambrian_canvas, cambrian_grid
 
 pytestmark = pytest.mark.xdist_group("parity")
@@ -95,18 +95,18 @@ def ours(found, arrays, config=None, top_k=None) -> np.ndarray:
 def close(found, arrays, theirs: np.ndarray) -> None:
     """Logits of every text token and newline against those of the spliced sequence [N, V]."""
     got = ours(found, arrays)[: len(arrays["tokens"])]
-    orders = [arrays["visual_order"][arrays["visual_src"] >= 0], arrays["dense_order"]]
+    orders = [arrays["visual_order"][arrays["visual_src"] >= 0], arrays["text_order"]]
     assert sorted(np.concatenate(orders)) == list(range(len(theirs))), "as long as the original's sequence"
-    np.testing.assert_allclose(got, theirs[arrays["dense_order"]], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got, theirs[arrays["text_order"]], atol=1e-4, rtol=0)
     assert np.abs(theirs).max() > 1  # or 1e-4 would mean little
 
 
 def splice(arrays, sample: Sample) -> list[int]:
     """Token ids of the whole sequence, every visual token and newline as its placeholder."""
     text = arrays["kind"] == Kind.TEXT
-    length = 1 + max(arrays["visual_order"].max(initial=-1), arrays["dense_order"].max())
+    length = 1 + max(arrays["visual_order"].max(initial=-1), arrays["text_order"].max())
     ids = np.full(length, -1)
-    ids[arrays["dense_order"][text]] = arrays["tokens"][text]
+    ids[arrays["text_order"][text]] = arrays["tokens"][text]
     kinds = iter(
         [IMAGE_ID if isinstance(p, Image) else VIDEO_ID for p in sample.parts if not isinstance(p, Text)]
     )
@@ -167,7 +167,7 @@ def test_a_tile_grid_was_shrunk():
         image_views(loaded(f"llava_onevision{rule}").config.layout, LARGE, alone=True)
         for rule in ("", "_max_1")
     ]
-    assert grids[0].units[1].taps.size > grids[1].units[1].taps.size
+    assert grids[0].views[1].pool_indices.size > grids[1].views[1].pool_indices.size
 
 
 def cambrian_embeddings(layout, sample: Sample) -> torch.Tensor:
@@ -192,11 +192,11 @@ def cambrian_embeddings(layout, sample: Sample) -> torch.Tensor:
             pieces.append(model.language_model.embed_tokens(ids))
         elif isinstance(part, Video):
             video = sample.videos[part.index]
-            for frame, view in zip(video, video_views(layout, video).units, strict=True):
+            for frame, view in zip(video, video_views(layout, video).views, strict=True):
                 pieces.append(grid(view, frame_side, (1, 1), frame))
         else:
             image = sample.images[part.index]
-            views = image_views(layout, image, alone=alone).units
+            views = image_views(layout, image, alone=alone).views
             pieces.append(grid(views[0], side, (1, 1), image))
             if alone and layout.views.canvases:
                 wide, tall = cambrian_canvas(image.shape[:2], layout.image_size, 6)
@@ -226,14 +226,14 @@ def test_several_turns_with_the_cache_equal_one_pass(model, name):
     """An answer and a second question after it, read with the cache: the logits of the whole in one pass."""
     found, sample = loaded(model), scene(name)
     rows = arrays_of(found.config, sample)
-    talk = session(rows, config=found.config, params=found.params, budgets=None, room=60)
+    engine = make_engine(rows, config=found.config, params=found.params, budgets=None, free_slots=60)
     turns = (Text("7<|im_end|>"), MORE, Text("3<|im_end|>"))
     for turn in turns:
-        talk.read([row(turn, config=found.config, order=int(talk.order[0]) + 1)])
+        engine.prefill([row(turn, config=found.config, order=int(engine.order[0]) + 1)])
         sample = dataclasses.replace(sample, parts=(*sample.parts, turn))
         whole = arrays_of(found.config, sample)
         last = ours(found, whole)[len(whole["tokens"]) - 1]
-        np.testing.assert_allclose(logits(talk)[0], last, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(logits(engine)[0], last, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_several_turns_with_the_cache_equal_one_pass(model, name):
     ids=str,
 )
 def test_all_regions_equal_dense_attention(model, fields):
-    """Law 1 on tiles, frames, routed newlines and slabs of frames: nothing is lost or seen twice."""
+    """Invariant 1 on tiles, frames, routed newlines and slabs of frames: nothing is lost or seen twice."""
     found = loaded(model)
     config = dataclasses.replace(found.config, gaze=dataclasses.replace(found.config.gaze, **fields))
     arrays = arrays_of(config, scene("video and image"))

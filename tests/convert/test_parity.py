@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from gaze_jax.convert import verify
-from gaze_jax.convert.families import feature_tower
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.run import plan_directory
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
+from gaze_jax.families import feature_tower
 from gaze_jax.infer.generate import Generator
 from gaze_jax.models import MLLM
 from gaze_jax.models.vision import VisionTower

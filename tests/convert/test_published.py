@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from gaze_jax.convert.families import FAMILIES, decoder_family
 from gaze_jax.convert.source import expected_tensors, leaf_shapes
 from gaze_jax.core.layout import VisualLayout
+from gaze_jax.families import FAMILIES, decoder_family
 from gaze_jax.models.config import VisionConfig
 from gaze_jax.models.published import DECODERS, MODELS, TOWERS, dense
 

@@ -1,4 +1,5 @@
-"""Law 6: PyTorch to Flax and back is bit-exact: names, dtypes, bytes; here even the files are the same."""
+"""Invariant 6: PyTorch to Flax and back is bit-exact: names, dtypes, bytes; here even the files are the
+same."""
 
 import json
 import shutil
@@ -102,7 +103,7 @@ def joined(tmp_path_factory):
     """A language model and a tower, joined and exported: the directories and the plan."""
     where = tmp_path_factory.mktemp("joined")
     llm, tower = hf.save("qwen3_tied", where / "llm", dtype="bfloat16"), hf.save("siglip", where / "tower")
-    plan = run.compose(llm, tower, gaze=GazeConfig((2, 2), context_tokens=2, top_k=3, share="group"))
+    plan = run.compose(llm, tower, gaze=GazeConfig((2, 2), context_tokens=2, top_k=3, select_per="kv_head"))
     run.write_plan(plan, where / "gaze")
     run.convert_back(where / "gaze", where / "back")
     return where, plan
@@ -123,7 +124,7 @@ def test_a_joined_model_comes_back_from_its_export(joined, tmp_path):
     assert again.config == plan.config
     run.write_plan(again, tmp_path / "again")
     first, second = load(where / "gaze", one_device()), load(tmp_path / "again", one_device())
-    assert isinstance(first.config, MLLMConfig) and first.config.gaze.share == "group"
+    assert isinstance(first.config, MLLMConfig) and first.config.gaze.select_per == "kv_head"
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 

@@ -9,7 +9,7 @@ import transformers
 from gaze_jax.convert import run, verify
 from gaze_jax.convert.export import part_directories
 from gaze_jax.convert.load import load, one_device
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from tests.helpers.experiments import save_untrained, tiny_experiment
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from gaze_jax.convert import hub, run
-from gaze_jax.convert.families import FAMILIES
 from gaze_jax.convert.source import open_directory
 from gaze_jax.errors import UserError
+from gaze_jax.families import FAMILIES
 from gaze_jax.models.config import GazeConfig
 from tests.helpers.checkpoints import QWEN, SIGLIP, checkpoint
 

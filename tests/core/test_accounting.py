@@ -6,7 +6,7 @@ import pytest
 
 from gaze_jax.core import accounting
 from gaze_jax.core.streams import Kind
-from tests.helpers.streams import Newline, Text, Unit, sample
+from tests.helpers.streams import Newline, PlacedView, Text, sample
 
 # Qwen3-4B: the decoder of the paper's efficiency figures.
 LAYERS, HEADS, KV_HEADS, DIM = 36, 32, 8, 128
@@ -14,7 +14,7 @@ LAYERS, HEADS, KV_HEADS, DIM = 36, 32, 8, 128
 
 def _eight_frames():
     """8 frames of 24x24 in regions of 6x6, 4 context tokens each, and no text."""
-    row = sample([Unit(24, 24)] * 8, region=(6, 6), context=4)
+    row = sample([PlacedView(24, 24)] * 8, region=(6, 6), context=4)
     return (row["visual_src"] >= 0)[None], (row["kind"] > 0)[None], row["kind"][None]
 
 
@@ -49,7 +49,7 @@ def test_the_papers_flops():
 
 
 def test_routing_flops():
-    """Per head 2HDR; per group the sum of queries and 2KDR; none without regions."""
+    """Per head 2HDR; per kv head the sum of queries and 2KDR; none without regions."""
     head = accounting.attention_flops(HEADS, DIM, 0, regions=256)
     group = accounting.attention_flops(HEADS, DIM, 0, regions=256, kv_heads=KV_HEADS)
     assert head.routing == 2 * 32 * 128 * 256 and head.attention == 0
@@ -67,7 +67,7 @@ def test_the_papers_cache_size():
 def test_floor_by_hand():
     """K * (bDR + 2bDPU + 2bDS), and 36-token descriptors are 1/72 of the regions' bytes."""
     floor = accounting.decode_floor(2, 8, 4, 10, 36, 3, 5)
-    assert (floor.descriptors, floor.visual, floor.dense) == (
+    assert (floor.descriptors, floor.visual, floor.text_stream) == (
         2 * 4 * 8 * 10,
         2 * 2 * 4 * 8 * 36 * 3,
         2 * 2 * 4 * 8 * 5,
@@ -81,7 +81,7 @@ def test_minmax_descriptors_are_twice_as_wide():
     """Their bytes and operations double, those of attention stay."""
     mean, box = (accounting.decode_floor(2, 8, 4, 10, 36, 3, 5, descriptor=d) for d in ("mean", "minmax"))
     assert box.descriptors == 2 * mean.descriptors
-    assert (box.visual, box.dense) == (mean.visual, mean.dense)
+    assert (box.visual, box.text_stream) == (mean.visual, mean.text_stream)
     for kv_heads in (None, KV_HEADS):
         mean, box = (
             accounting.attention_flops(HEADS, DIM, 7, regions=256, kv_heads=kv_heads, descriptor=d)
@@ -97,12 +97,12 @@ def test_minmax_descriptors_are_twice_as_wide():
 
 def _small():
     """Regions of 4, 2, 2 and 1 tokens in 4 slots; text, context, newlines and padding."""
-    row = sample([Text(2), Unit(3, 3, newlines=True), Newline(), Text(3)], context=2)
+    row = sample([Text(2), PlacedView(3, 3, newlines=True), Newline(), Text(3)], context=2)
     return (row["visual_src"] >= 0)[None], row["kind"][None]
 
 
 def test_kinds_are_counted_apart():
-    """Newlines in and outside of units, context and text; unseen keys and padding count nowhere."""
+    """Newlines in and outside of views, context and text; unseen keys and padding count nowhere."""
     valid, kind = _small()
     kind = np.pad(kind, ((0, 0), (0, 3)))
     seen = kind > 0
@@ -121,7 +121,7 @@ def test_entries_are_valid_keys_and_reads_are_slots():
     assert accounting.entries(valid, kind > 0, kind, selected=selected).visual.item() == 1
     read = accounting.reads(valid, kind > 0, kv_heads=1, head_dim=8, itemsize=2, selected=selected)
     assert read.visual.item() == 2 * 2 * 8 * 4
-    assert read.descriptors == 2 * 8 * 4 and read.dense.item() == 2 * 2 * 8 * 11
+    assert read.descriptors == 2 * 8 * 4 and read.text_stream.item() == 2 * 2 * 8 * 11
 
 
 def test_heads_average_entries_and_unite_reads():

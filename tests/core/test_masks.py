@@ -10,34 +10,34 @@ import pytest
 from gaze_jax.core import masks
 from gaze_jax.core.regions import region_span
 from gaze_jax.core.streams import Kind
-from tests.helpers.streams import Newline, Text, Unit, batch, pack, pad, sample, shuffle
+from tests.helpers.streams import Newline, PlacedView, Text, batch, pack, pad, sample, shuffle
 
 
 def picture(streams, scope="all", causal=True):
     """Expand the windows of row 0 to a picture, with nothing of the implementation but the intervals."""
-    visual, dense = masks.windows(streams, visual_scope=scope, visual_causal=causal)
+    visual, text = masks.windows(streams, visual_scope=scope, visual_causal=causal)
     places = masks.key_places(streams)
-    visible = np.asarray(masks.visible_regions(dense, places, *region_span(places.visual_order)))[0]
+    visible = np.asarray(masks.visible_regions(text, places, *region_span(places.visual_order)))[0]
     regions, slots = places.visual_order.shape[1:]
     queries = []
-    for windows, order in ((visual, streams.visual_order.reshape(1, -1)), (dense, streams.dense_order)):
+    for windows, order in ((visual, streams.visual_order.reshape(1, -1)), (text, streams.text_order)):
         for t in range(order.shape[1]):
             w = {name: int(np.asarray(getattr(windows, name))[0, t]) for name in windows.__dataclass_fields__}
-            queries.append(((w["segment"], int(order[0, t])), w, visible[t] if windows is dense else None))
+            queries.append(((w["segment"], int(order[0, t])), w, visible[t] if windows is text else None))
     keys = []
     for r, p in np.ndindex(regions, slots):
         place = int(places.region_segment[0, r]), int(places.visual_order[0, r, p])
         keys.append((place, "visual", r))
     for s in range(streams.tokens.shape[1]):
-        place = int(places.dense_segment[0, s]), int(places.dense_order[0, s])
-        keys.append((place, "dense", None))
+        place = int(places.text_segment[0, s]), int(places.text_order[0, s])
+        keys.append((place, "text", None))
 
     def cell(w, seen_regions, key):
         (segment, order), stream, region = key
         inside = segment == w["segment"] >= 0 and w[f"{stream}_lo"] <= order <= w[f"{stream}_hi"]
         if not inside or order < 0:
             return "."
-        if stream == "dense" or not w["routed"]:
+        if stream == "text" or not w["routed"]:
             return "#"
         return "R" if seen_regions[region] else "?"  # "?": in the window, but nobody may select its region
 
@@ -53,7 +53,7 @@ def picture(streams, scope="all", causal=True):
 
 
 # The picture in the module's docstring: t vvvv cc t.
-DOCSTRING = [Text(1), Unit(2, 2), Text(1)]
+DOCSTRING = [Text(1), PlacedView(2, 2), Text(1)]
 ALL_CAUSAL = """
 #.......
 ##......
@@ -65,8 +65,8 @@ ALL_CAUSAL = """
 #RRRR###
 """
 
-# t vvn vvn c n t: newlines in the unit, one outside of it.
-NEWLINES = [Text(1), Unit(2, 2, newlines=True), Newline(), Text(1)]
+# t vvn vvn c n t: newlines in the view, one outside of it.
+NEWLINES = [Text(1), PlacedView(2, 2, newlines=True), Newline(), Text(1)]
 NEWLINES_ALL_CAUSAL = """
 #.........
 ##........
@@ -92,8 +92,8 @@ NEWLINES_ALL_FULL = """
 #RR#RR####
 """
 
-# vv c t vv c t: two units.
-TWO = [Unit(1, 2), Text(1), Unit(1, 2), Text(1)]
+# vv c t vv c t: two views.
+TWO = [PlacedView(1, 2), Text(1), PlacedView(1, 2), Text(1)]
 TWO_ALL_CAUSAL = """
 #.......
 ##......
@@ -104,7 +104,7 @@ RR##....
 ....###.
 RR##RR##
 """
-TWO_UNIT_CAUSAL = """
+TWO_VIEW_CAUSAL = """
 #.......
 ##......
 ###.....
@@ -114,7 +114,7 @@ RR##....
 ....###.
 RR##RR##
 """
-TWO_UNIT_FULL = """
+TWO_VIEW_FULL = """
 ##......
 ##......
 ###.....
@@ -135,8 +135,8 @@ RR##....
 RR##RR##
 """
 
-# t vvn vvn c t vvn vvn c t in scope "unit": newlines follow their unit.
-NEWLINES_UNIT_CAUSAL = """
+# t vvn vvn c t vvn vvn c t in scope "view": newlines follow their view.
+NEWLINES_VIEW_CAUSAL = """
 #................
 ##...............
 ###..............
@@ -157,9 +157,9 @@ NEWLINES_UNIT_CAUSAL = """
 """
 TWO_WITH_NEWLINES = [
     Text(1),
-    Unit(2, 2, newlines=True),
+    PlacedView(2, 2, newlines=True),
     Text(1),
-    Unit(2, 2, newlines=True),
+    PlacedView(2, 2, newlines=True),
     Text(1),
 ]
 
@@ -168,10 +168,10 @@ CASES = {
     "newlines-all-causal": (NEWLINES, 1, "all", True, NEWLINES_ALL_CAUSAL),
     "newlines-all-full": (NEWLINES, 1, "all", False, NEWLINES_ALL_FULL),
     "two-all-causal": (TWO, 1, "all", True, TWO_ALL_CAUSAL),
-    "two-unit-causal": (TWO, 1, "unit", True, TWO_UNIT_CAUSAL),
-    "two-unit-full": (TWO, 1, "unit", False, TWO_UNIT_FULL),
+    "two-view-causal": (TWO, 1, "view", True, TWO_VIEW_CAUSAL),
+    "two-view-full": (TWO, 1, "view", False, TWO_VIEW_FULL),
     "two-all-full": (TWO, 1, "all", False, TWO_ALL_FULL),
-    "two-newlines-unit-causal": (TWO_WITH_NEWLINES, 1, "unit", True, NEWLINES_UNIT_CAUSAL),
+    "two-newlines-view-causal": (TWO_WITH_NEWLINES, 1, "view", True, NEWLINES_VIEW_CAUSAL),
 }
 
 
@@ -182,7 +182,7 @@ def test_picture(name, storage):
     parts, context, scope, causal, expected = CASES[name]
     row = sample(parts, region=(1, 2), context=context)
     if storage != "as built":
-        row = pad(row, regions=6, slots=5, dense=12)
+        row = pad(row, regions=6, slots=5, text=12)
     if storage == "shuffled":
         row = shuffle(row, seed=3)
     assert picture(batch([row]), scope, causal) == expected
@@ -194,7 +194,7 @@ def test_edge_09_packed_samples_do_not_see_each_other(shuffled):
     row = pad(
         pack([sample(TWO, region=(1, 2), context=1), sample(DOCSTRING, region=(1, 2), context=2)]),
         regions=7,
-        dense=12,
+        text=12,
     )
     if shuffled:
         row = shuffle(row, seed=0)
@@ -205,48 +205,48 @@ def test_edge_09_packed_samples_do_not_see_each_other(shuffled):
 
 def test_edge_08_a_query_inside_an_image_sees_no_later_key():
     """Causal visual queries never see a later order, and none of them is routed to an unfinished region."""
-    streams = batch([sample([Text(2), Unit(3, 5, newlines=True), Text(1), Unit(2, 3), Text(2)])])
+    streams = batch([sample([Text(2), PlacedView(3, 5, newlines=True), Text(1), PlacedView(2, 3), Text(2)])])
     visual, _ = masks.windows(streams, visual_scope="all", visual_causal=True)
     order = np.asarray(streams.visual_order).reshape(1, -1)
     valid = order >= 0
     assert (np.asarray(visual.visual_hi) <= order)[valid].all()
-    assert (np.asarray(visual.dense_hi) <= order)[valid].all()
+    assert (np.asarray(visual.text_hi) <= order)[valid].all()
     assert not np.asarray(visual.routed).any()
 
 
 def test_a_region_becomes_visible_with_its_last_token():
     """A routed query may choose a region only when the region's last valid token is earlier."""
-    streams = batch([sample([Text(1), Unit(3, 3), Text(2)], region=(2, 2), context=0)])
-    _, dense = masks.windows(streams, visual_scope="all", visual_causal=True)
+    streams = batch([sample([Text(1), PlacedView(3, 3), Text(2)], region=(2, 2), context=0)])
+    _, text = masks.windows(streams, visual_scope="all", visual_causal=True)
     places = masks.key_places(streams)
     first, last = region_span(places.visual_order)
     assert np.asarray(last)[0].tolist() == [5, 6, 8, 9]
-    seen = np.asarray(masks.visible_regions(dense, places, first, last))[0]
+    seen = np.asarray(masks.visible_regions(text, places, first, last))[0]
     assert seen.tolist() == [[False] * 4, [True] * 4, [True] * 4]
-    cut = dense.__class__(**{**vars(dense), "visual_hi": dense.visual_hi * 0 + 8})
+    cut = text.__class__(**{**vars(text), "visual_hi": text.visual_hi * 0 + 8})
     seen = np.asarray(masks.visible_regions(cut, places, first, last))[0]
     assert seen[1].tolist() == [True, True, True, False]
-    cut = dense.__class__(**{**vars(dense), "visual_lo": dense.visual_lo * 0 + 2})
+    cut = text.__class__(**{**vars(text), "visual_lo": text.visual_lo * 0 + 2})
     seen = np.asarray(masks.visible_regions(cut, places, first, last))[0]
     assert seen[1].tolist() == [False, True, True, True]
 
 
 def test_routed_queries_are_text_and_newlines_outside_of_units():
-    """``routed`` follows the table: never visual, context, in-unit newline or padding."""
-    row = pad(sample(NEWLINES, region=(1, 2), context=1), dense=9)
-    _, dense = masks.windows(batch([row]), visual_scope="all", visual_causal=True)
-    kinds, unit = row["kind"], row["dense_unit"]
-    expected = (kinds == Kind.TEXT) | ((kinds == Kind.NEWLINE) & (unit < 0))
-    assert np.asarray(dense.routed)[0].tolist() == expected.tolist()
+    """``routed`` follows the table: never visual, context, in-view newline or padding."""
+    row = pad(sample(NEWLINES, region=(1, 2), context=1), text=9)
+    _, text = masks.windows(batch([row]), visual_scope="all", visual_causal=True)
+    kinds, view = row["kind"], row["text_view"]
+    expected = (kinds == Kind.TEXT) | ((kinds == Kind.NEWLINE) & (view < 0))
+    assert np.asarray(text.routed)[0].tolist() == expected.tolist()
     assert expected.sum() == 3
 
 
 def test_unit_spans_of_packed_rows():
-    """First and last order per unit id; an absent unit spans nothing."""
+    """First and last order per view id; an absent view spans nothing."""
     row = shuffle(
         pack([sample(TWO, region=(1, 2), context=1), sample(DOCSTRING, region=(1, 2), context=2)]), seed=1
     )
-    first, last = (np.asarray(a)[0] for a in masks.unit_spans(batch([row])))
+    first, last = (np.asarray(a)[0] for a in masks.view_spans(batch([row])))
     assert list(zip(first[:3].tolist(), last[:3].tolist())) == [(0, 1), (4, 5), (1, 4)]
     assert (first[3:] > last[3:]).all()
 
@@ -259,8 +259,8 @@ def test_edge_03_text_without_regions():
 
 
 def test_two_slabs_interleaved_with_newlines_keep_units_apart():
-    """A newline belongs to the unit whose id it carries, not to the nearest one in storage."""
-    row = sample([Unit(1, 2, newlines=True), Unit(1, 2, newlines=True)], region=(1, 2), context=0)
+    """A newline belongs to the view whose id it carries, not to the nearest one in storage."""
+    row = sample([PlacedView(1, 2, newlines=True), PlacedView(1, 2, newlines=True)], region=(1, 2), context=0)
     expected = """
 #.....
 ##....
@@ -269,5 +269,5 @@ def test_two_slabs_interleaved_with_newlines_keep_units_apart():
 ..###.
 ..####
 """
-    # Scope "unit": the second unit's tokens see the first one's newline but none of its visual tokens.
-    assert picture(batch([shuffle(row, seed=5)]), "unit", True) == expected
+    # Scope "view": the second view's tokens see the first one's newline but none of its visual tokens.
+    assert picture(batch([shuffle(row, seed=5)]), "view", True) == expected

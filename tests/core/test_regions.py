@@ -174,7 +174,7 @@ def test_q_dot_mean_is_the_mean_logit():
 
 
 def test_edge_14_incremental_descriptors_equal_a_full_recompute():
-    """Regions appended one unit at a time have, bit for bit, the descriptors of all regions together."""
+    """Regions appended one view at a time have, bit for bit, the descriptors of all regions together."""
     keys, valid = _keys((1, 2, 9, 4, 8)), np.random.default_rng(1).random((1, 9, 4)) < 0.7
     together = np.asarray(regions.mean_keys(jnp.asarray(keys), jnp.asarray(valid)))
     for start, stop in ((0, 4), (4, 5), (5, 9)):

@@ -23,17 +23,17 @@ def _queries_and_keys(group, dtype=np.float32, seed=0):
 
 
 @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_edge_12_descriptor_scores_map_query_heads_to_their_kv_head(group, share):
-    """Head h scores with kv head h // G; "group" is the sum of its heads' scores (any G)."""
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_edge_12_descriptor_scores_map_query_heads_to_their_kv_head(group, select_per):
+    """Head h scores with kv head h // G; "kv_head" is the sum of its heads' scores (any G)."""
     q, keys = _queries_and_keys(group)
     descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
-    got = np.asarray(routing.descriptor_scores(q, descriptors, share=share))
+    got = np.asarray(routing.descriptor_scores(q, descriptors, select_per=select_per))
     q64, d64 = np.asarray(q, np.float64), np.asarray(descriptors, np.float64)
     expected = np.stack(
         [np.einsum("btd,brd->btr", q64[:, :, h], d64[:, h // group]) for h in range(K * group)], 2
     )
-    if share == "group":
+    if select_per == "kv_head":
         expected = expected.reshape(B, T, K, group, R).sum(3)
     assert got.dtype == np.float32 and got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
@@ -42,23 +42,23 @@ def test_edge_12_descriptor_scores_map_query_heads_to_their_kv_head(group, share
 def test_a_descriptor_score_is_the_regions_mean_logit():
     """q . mean(k) equals the mean of the region's logits, for every head."""
     q, keys = _queries_and_keys(4)
-    got = routing.descriptor_scores(q, regions.mean_keys(keys, jnp.ones((B, R, 4), bool)), share="head")
+    got = routing.descriptor_scores(q, regions.mean_keys(keys, jnp.ones((B, R, 4), bool)), select_per="head")
     logits = np.einsum("btkgd,bkrpd->btkgrp", np.asarray(q, np.float64).reshape(B, T, K, 4, D), keys)
     np.testing.assert_allclose(got, logits.mean(-1).reshape(B, T, 4 * K, R), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_minmax_scores_are_the_sum_of_each_channels_larger_product(share):
-    """sum_d max(q_d * min_d, q_d * max_d), one channel at a time; "group" adds its heads' bounds."""
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_minmax_scores_are_the_sum_of_each_channels_larger_product(select_per):
+    """sum_d max(q_d * min_d, q_d * max_d), one channel at a time; "kv_head" adds its heads' bounds."""
     q, keys = _queries_and_keys(3)
     box = regions.minmax_keys(keys, jnp.ones((B, R, 4), bool))
-    got = routing.descriptor_scores(routing.query_features(q, "minmax"), box, share=share)
+    got = routing.descriptor_scores(routing.query_features(q, "minmax"), box, select_per=select_per)
     q64, box64 = np.asarray(q, np.float64), np.asarray(box, np.float64)
     expected = np.zeros((B, T, K * 3, R))
     for b, t, h, r in np.ndindex(*expected.shape):
         low, high = box64[b, h // 3, r, :D], box64[b, h // 3, r, D:]
         expected[b, t, h, r] = sum(max(q64[b, t, h, d] * low[d], q64[b, t, h, d] * high[d]) for d in range(D))
-    if share == "group":
+    if select_per == "kv_head":
         expected = expected.reshape(B, T, K, 3, R).sum(3)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
@@ -72,21 +72,23 @@ def test_a_minmax_score_bounds_every_logit_of_its_region(seed, scale):
     valid = np.random.default_rng(seed).random((B, R, 4)) < 0.7
     valid[:, 0] = np.arange(4) == 1
     box = regions.minmax_keys(jnp.where(valid[:, None, :, :, None], keys, jnp.nan), jnp.asarray(valid))
-    scores = routing.descriptor_scores(routing.query_features(q, "minmax"), box, share="head")
+    scores = routing.descriptor_scores(routing.query_features(q, "minmax"), box, select_per="head")
     logits = np.einsum("btkgd,bkrpd->btkgrp", np.asarray(q, np.float64).reshape(B, T, K, 2, D), keys)
     largest = np.where(valid[:, None, None, None], logits, -np.inf).max(-1).reshape(B, T, 2 * K, R)
     assert (np.asarray(scores) >= largest - 2e-5 * scale).all()
     np.testing.assert_allclose(scores[..., 0], largest[..., 0], rtol=2e-5, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_edge_11_bf16_inputs_are_scored_in_float32(share):
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_edge_11_bf16_inputs_are_scored_in_float32(select_per):
     """bf16 queries and descriptors: scores are those of the same values in float32, and float32."""
     q, keys = _queries_and_keys(4, jnp.bfloat16)
     descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
-    got = routing.descriptor_scores(q, descriptors, share=share)
+    got = routing.descriptor_scores(q, descriptors, select_per=select_per)
     assert got.dtype == jnp.float32
-    wide = routing.descriptor_scores(q.astype(jnp.float32), descriptors.astype(jnp.float32), share=share)
+    wide = routing.descriptor_scores(
+        q.astype(jnp.float32), descriptors.astype(jnp.float32), select_per=select_per
+    )
     np.testing.assert_allclose(got, wide, rtol=1e-6, atol=1e-6)
 
 
@@ -98,7 +100,7 @@ def test_edge_11_selection_overlap_of_bf16_caches_is_counted():
     descriptors = jnp.asarray(rng.normal(size=(B, K, count, D)), jnp.float32)
     picks = []
     for dtype in (jnp.float32, jnp.bfloat16):
-        scores = routing.descriptor_scores(q.astype(dtype), descriptors.astype(dtype), share="head")
+        scores = routing.descriptor_scores(q.astype(dtype), descriptors.astype(dtype), select_per="head")
         permutation = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (B, count))
         picks.append(np.asarray(routing.select_mask(scores, jnp.ones_like(scores, bool), top_k, permutation)))
     overlap = (picks[0] & picks[1]).sum() / picks[0].sum()
@@ -110,7 +112,7 @@ def test_edge_16_the_softmax_scale_never_reaches_the_scores():
     """Scores are q . d without a scale: scaling q by 2 doubles them and selects the same regions."""
     q, keys = _queries_and_keys(4)
     descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
-    once, twice = (routing.descriptor_scores(q * s, descriptors, share="head") for s in (1, 2))
+    once, twice = (routing.descriptor_scores(q * s, descriptors, select_per="head") for s in (1, 2))
     np.testing.assert_array_equal(np.asarray(once) * 2, twice)
     permutation = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (B, R))
     masks = [routing.select_mask(s, jnp.ones_like(s, bool), 2, permutation) for s in (once, twice)]
@@ -119,14 +121,14 @@ def test_edge_16_the_softmax_scale_never_reaches_the_scores():
 
 def _mass(case):
     """float64 [B, T, H, R]: the softmax of every query over what it sees, summed over each region."""
-    q, visual_k, _, dense_k, _ = (np.asarray(a).astype(np.float64) for a in case.arrays())
+    q, visual_k, _, text_k, _ = (np.asarray(a).astype(np.float64) for a in case.arrays())
     group, (regions_, slots) = q.shape[2] // visual_k.shape[1], visual_k.shape[2:4]
     out = np.zeros((*q.shape[:3], regions_))
     for b, t, h in np.ndindex(*q.shape[:3]):
         visual, dense = oracle.prefill_seen(case.queries, case.places, None, b, t, h)
         weights = np.zeros(regions_ * slots + len(dense))
         seen = np.concatenate([visual.ravel(), dense])
-        keys = np.concatenate([visual_k[b, h // group].reshape(-1, q.shape[-1]), dense_k[b, h // group]])
+        keys = np.concatenate([visual_k[b, h // group].reshape(-1, q.shape[-1]), text_k[b, h // group]])
         weights[seen] = np.exp(keys[seen] @ q[b, t, h] * case.spec.scale)
         if seen.any():
             weights /= weights.sum()
@@ -134,27 +136,27 @@ def _mass(case):
     return out
 
 
-@pytest.mark.parametrize(("share", "block"), [("head", 512), ("group", 512), ("head", 7)])
-def test_oracle_scores_are_the_softmax_mass_of_dense_attention(share, block):
+@pytest.mark.parametrize(("select_per", "block"), [("head", 512), ("kv_head", 512), ("head", 7)])
+def test_oracle_scores_are_the_softmax_mass_of_dense_attention(select_per, block):
     """Against a softmax written out, over packed, padded and shuffled rows; NaN in empty slots stays out."""
     case = cases.prefill(cases.rows())
     # From order 0 or from below: order -1 is no key.
-    low = {name: getattr(case.queries, name) - 1 for name in ("visual_lo", "dense_lo")}
+    low = {name: getattr(case.queries, name) - 1 for name in ("visual_lo", "text_lo")}
     below = dataclasses.replace(case.queries, **{n: jnp.where(v < 0, v, v + 1) for n, v in low.items()})
-    visual_seen, dense_seen = masks.visible_keys(below, case.places)
+    visual_seen, text_seen = masks.visible_keys(below, case.places)
     empty = np.asarray(case.places.visual_order) < 0
     got = routing.oracle_scores(
         case.q,
         jnp.where(empty[:, None, :, :, None], jnp.nan, case.visual_k),
-        case.dense_k,
+        case.text_k,
         visual_seen,
-        dense_seen,
+        text_seen,
         scale=case.spec.scale,
-        share=share,
+        select_per=select_per,
         query_block=block,
     )
     expected = _mass(case)
-    if share == "group":
+    if select_per == "kv_head":
         expected = expected.reshape(*expected.shape[:2], 2, 2, -1).sum(3)
     assert got.dtype == jnp.float32 and not np.isnan(got).any()
     np.testing.assert_allclose(np.exp(got), expected, rtol=2e-5, atol=1e-7)
@@ -170,7 +172,7 @@ def test_an_oracles_small_masses_stay_apart():
         jnp.ones((1, 1, 4, 1), bool),
         jnp.ones((1, 1, 0), bool),
         scale=1.0,
-        share="head",
+        select_per="head",
         query_block=1,
     )
     np.testing.assert_allclose(got[0, 0, 0], [0, -200, -201, -202])
@@ -269,8 +271,8 @@ def test_an_unknown_strategy_raises():
         routing.Routing("oracle?")
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_edge_15_scores_and_indices_sharded_over_kv_heads_equal_unsharded(share):
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_edge_15_scores_and_indices_sharded_over_kv_heads_equal_unsharded(select_per):
     """Heads split over two devices: bitwise the same scores, the same indices, and split as asked."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
     q, keys = _queries_and_keys(4)
@@ -278,7 +280,7 @@ def test_edge_15_scores_and_indices_sharded_over_kv_heads_equal_unsharded(share)
     permutation = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (B, R))
 
     def route(q, descriptors):
-        scores = routing.descriptor_scores(q, descriptors, share=share)
+        scores = routing.descriptor_scores(q, descriptors, select_per=select_per)
         return routing.select_indices(scores, jnp.ones_like(scores, bool), 3, 3, permutation)
 
     expected = jax.jit(route)(q, descriptors)

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.streams import IGNORE, Kind, Streams
-from tests.helpers.streams import Newline, Text, Unit, batch, find, pack, pad, prefix, sample, shuffle
+from tests.helpers.streams import Newline, PlacedView, Text, batch, find, pack, pad, prefix, sample, shuffle
 
-PARTS = [Text(3), Unit(3, 5, newlines=True), Text(2), Newline(), Unit(2, 3), Text(4)]
+PARTS = [Text(3), PlacedView(3, 5, newlines=True), Text(2), Newline(), PlacedView(2, 3), Text(4)]
 
 
 def test_from_batch_takes_its_fields_and_names_the_missing_one():
     """Other entries are left alone; a missing field is a KeyError with its name."""
     fields = {f.name: i for i, f in enumerate(dataclasses.fields(Streams))}
     found = Streams.from_batch(fields | {"images": None})
-    assert found.targets == fields["targets"] and found.visual_taps == fields["visual_taps"]
-    del fields["visual_taps"]
-    assert Streams.from_batch(fields).visual_taps is None
-    del fields["dense_unit"]
-    with pytest.raises(KeyError, match="dense_unit"):
+    assert found.targets == fields["targets"] and found.pool_indices == fields["pool_indices"]
+    del fields["pool_indices"]
+    assert Streams.from_batch(fields).pool_indices is None
+    del fields["text_view"]
+    with pytest.raises(KeyError, match="text_view"):
         Streams.from_batch(fields)
 
 
@@ -37,7 +37,7 @@ def test_streams_are_a_pytree_of_int32():
 
 def _orders(row, segment):
     visual = (row["visual_order"] >= 0) & (row["region_segment"] == segment)[:, None]
-    return sorted([*row["visual_order"][visual], *row["dense_order"][row["dense_segment"] == segment]])
+    return sorted([*row["visual_order"][visual], *row["text_order"][row["text_segment"] == segment]])
 
 
 @pytest.mark.parametrize("change", ["built", "padded", "shuffled", "packed"])
@@ -45,25 +45,25 @@ def test_toy_rows_splice_to_one_sequence(change):
     """Every order from 0 on occurs exactly once per segment, whatever the storage."""
     row = sample(PARTS)
     if change == "packed":
-        row = pack([sample([Unit(2, 2), Text(1)]), row])
+        row = pack([sample([PlacedView(2, 2), Text(1)]), row])
     if change != "built":
-        row = pad(row, regions=20, slots=6, dense=40)
+        row = pad(row, regions=20, slots=6, text=40)
     if change in ("shuffled", "packed"):
         row = shuffle(row, seed=0)
     segment = int(change == "packed")
     orders = _orders(row, segment)
     assert orders == list(range(3 + 18 + 2 + 2 + 1 + 6 + 2 + 4))
     at = find(row, segment)
-    assert row["dense_order"][at].tolist() == sorted(row["dense_order"][at])
+    assert row["text_order"][at].tolist() == sorted(row["text_order"][at])
     assert len(np.unique(row["visual_src"][row["visual_src"] >= 0])) == (row["visual_src"] >= 0).sum()
 
 
 def test_toy_targets_are_the_next_text_token_in_order():
     """-100 before images, newlines and context; after an image's context the next text token."""
-    row = sample([Text(2), Unit(2, 2), Text(2), Newline(), Text(1)], context=1)
+    row = sample([Text(2), PlacedView(2, 2), Text(2), Newline(), Text(1)], context=1)
     a, b, _, c, d, _, e = row["tokens"].tolist()
     assert row["kind"].tolist() == [1, 1, 3, 1, 1, 2, 1]
-    assert row["dense_order"].tolist() == [0, 1, 6, 7, 8, 9, 10]
+    assert row["text_order"].tolist() == [0, 1, 6, 7, 8, 9, 10]
     assert row["targets"].tolist() == [b, IGNORE, c, d, IGNORE, e, IGNORE]
     assert a != IGNORE
 
@@ -72,6 +72,6 @@ def test_toy_prefix_keeps_whole_units():
     """A prompt is a prefix in order; one that cuts an image is refused."""
     row = sample(PARTS)
     cut = prefix(row, 36)
-    assert cut["dense_order"].max() == 35 and (cut["kind"] == Kind.TEXT).sum() == 7
-    with pytest.raises(ValueError, match="whole units"):
+    assert cut["text_order"].max() == 35 and (cut["kind"] == Kind.TEXT).sum() == 7
+    with pytest.raises(ValueError, match="whole views"):
         prefix(row, 10)

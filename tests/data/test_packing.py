@@ -3,8 +3,8 @@ import pytest
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.core.streams import IGNORE, NEWLINE
+from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.packing import MIXED, pack
-from gaze_jax.data.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.processor import PADDING, Processor, pad_to, process
 from gaze_jax.data.sample import Box, Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END
@@ -13,7 +13,7 @@ from gaze_jax.data.tokenizer import END
 PROCESSOR = Processor(VisualLayout(6, 2, (2, 2), 2), build_tokenizer(), FAMILIES)
 SIDE, GRID, TOKENS = 6, 3, 9
 # Fields that name something in the row, and so move when a row is shared.
-MOVED = {"visual_src", "visual_unit", "dense_unit", "target_unit", "region_segment", "dense_segment"}
+MOVED = {"visual_src", "visual_view", "text_view", "target_view", "region_segment", "text_segment"}
 
 
 def make(number, images, family="read"):
@@ -39,8 +39,8 @@ def look(arrays):
 
 def segment(row, number):
     """One segment cut out of a row."""
-    regions, dense = row["region_segment"] == number, row["dense_segment"] == number
-    masks = {"regions": regions, "dense": dense}
+    regions, text = row["region_segment"] == number, row["text_segment"] == number
+    masks = {"regions": regions, "text": text}
     return {
         name: row[name][masks[axis]] for name, (axis, _) in PADDING.items() if axis in masks and name in row
     }
@@ -53,7 +53,7 @@ def check(row, samples):
         for name, values in part.items():
             if name not in MOVED:
                 np.testing.assert_array_equal(values, arrays[name], err_msg=name)
-        for name in ("visual_unit", "dense_unit", "target_unit"):
+        for name in ("visual_view", "text_view", "target_view"):
             moved = np.where(arrays[name] >= 0, arrays[name] + first, -1)
             np.testing.assert_array_equal(part[name], moved, err_msg=name)
         np.testing.assert_array_equal(row["images"][first : first + len(arrays["images"])], arrays["images"])
@@ -73,17 +73,17 @@ def test_segments_share_nothing():
     samples = [make(number, images) for number, images in ((1, 2), (2, 1), (3, 1))]
     row = pack(samples)
     parts = [segment(row, number) for number in range(3)]
-    for name in ("visual_src", "visual_unit", "dense_unit", "target_unit"):
+    for name in ("visual_src", "visual_view", "text_view", "target_view"):
         names = [set(part[name].ravel().tolist()) - {-1} for part in parts]
         assert all(names)
         assert len(set.union(*names)) == sum(map(len, names)), name
     for part in parts:
-        assert set(part["dense_unit"].ravel()) == {-1, *part["visual_unit"].ravel()}
-        assert set(part["target_unit"].ravel()) == {-1, *part["visual_unit"].ravel()}
-        both = [*part["visual_order"][part["visual_src"] >= 0], *part["dense_order"]]
+        assert set(part["text_view"].ravel()) == {-1, *part["visual_view"].ravel()}
+        assert set(part["target_view"].ravel()) == {-1, *part["visual_view"].ravel()}
+        both = [*part["visual_order"][part["visual_src"] >= 0], *part["text_order"]]
         assert sorted(both) == list(range(len(both))), "order restarts at 0 in every segment"
         # The last token of a segment must not be trained to predict the next sample's first.
-        assert part["targets"][np.argmax(part["dense_order"])] == IGNORE
+        assert part["targets"][np.argmax(part["text_order"])] == IGNORE
 
 
 def test_a_pack_of_one_is_the_sample():
@@ -114,18 +114,18 @@ def test_packing_changes_nothing_in_the_samples():
 def test_a_packed_row_can_be_padded():
     samples = [make(1, 1), make(2, 2)]
     row = pack(samples)
-    padded = pad_to(row, regions=20, dense=60, images=4)
+    padded = pad_to(row, regions=20, text=60, images=4)
     check({name: padded[name][: len(row[name])] for name in PADDING.keys() & row.keys()}, samples)
     assert (padded["region_segment"][len(row["region_segment"]) :] == -1).all()
-    assert (padded["dense_segment"][len(row["dense_segment"]) :] == -1).all()
+    assert (padded["text_segment"][len(row["text_segment"]) :] == -1).all()
 
 
 @pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("axis", ["regions", "dense"])
+@pytest.mark.parametrize("axis", ["regions", "text"])
 def test_padded_samples_are_refused_by_their_position(axis, position):
     samples = [make(1, 1), make(2, 1)]
     arrays = samples[position]
-    sizes = {"regions": len(arrays["visual_src"]), "dense": len(arrays["tokens"]), "images": 1}
+    sizes = {"regions": len(arrays["visual_src"]), "text": len(arrays["tokens"]), "images": 1}
     samples[position] = pad_to(arrays, **{**sizes, axis: sizes[axis] + 1})
     with pytest.raises(ValueError, match=f"Sample {position} of the pack is padded or packed already"):
         pack(samples)
@@ -143,7 +143,7 @@ def test_nothing_cannot_be_packed():
 
 def test_a_sample_padded_in_its_units_alone_is_refused():
     one = make(1, 1)
-    padded = pad_to(one, regions=len(one["visual_src"]), dense=len(one["tokens"]), images=2)
+    padded = pad_to(one, regions=len(one["visual_src"]), text=len(one["tokens"]), images=2)
     with pytest.raises(ValueError, match="padded"):
         pack([padded, make(2, 1)])
 
@@ -173,9 +173,9 @@ def look_pooled(arrays):
     """What each visual slot shows, newlines as -7: mean colours of patches, mixed as the decoder does."""
     images = arrays["images"]
     patches = images.reshape(len(images), GRID, 2, GRID, 2, 3).mean(axis=(2, 4)).reshape(-1, 3)
-    taps, weights = arrays["visual_taps"], arrays["visual_weights"]
-    mixed = (patches[np.maximum(taps, 0)] * weights[..., None]).sum(axis=-2)
-    return np.where((taps[..., 0] == NEWLINE)[..., None], -7, mixed)
+    pool_indices, pool_weights = arrays["pool_indices"], arrays["pool_weights"]
+    mixed = (patches[np.maximum(pool_indices, 0)] * pool_weights[..., None]).sum(axis=-2)
+    return np.where((pool_indices[..., 0] == NEWLINE)[..., None], -7, mixed)
 
 
 def test_a_pack_of_pooled_samples_shows_what_each_shows():
@@ -191,10 +191,10 @@ def test_a_pack_of_pooled_samples_shows_what_each_shows():
         assert (row["visual_src"][mine][:, valid.shape[1] :] == -1).all()
         assert (look_pooled(arrays)[valid] == -7).any()
     assert len(np.unique(row["visual_src"][row["visual_src"] >= 0])) == (row["visual_src"] >= 0).sum()
-    assert row["visual_unit"].max() + 1 == sum(arrays["visual_unit"].max() + 1 for arrays in samples)
-    padded = pad_to(row, regions=40, dense=60, images=12, slots=9)
-    assert padded["visual_taps"].shape == padded["visual_weights"].shape == (40, 9, 4)
-    assert (padded["visual_weights"][padded["visual_src"] < 0] == 0).all()
+    assert row["visual_view"].max() + 1 == sum(arrays["visual_view"].max() + 1 for arrays in samples)
+    padded = pad_to(row, regions=40, text=60, images=12, slots=9)
+    assert padded["pool_indices"].shape == padded["pool_weights"].shape == (40, 9, 4)
+    assert (padded["pool_weights"][padded["visual_src"] < 0] == 0).all()
 
 
 def test_pooled_samples_are_packed_by_the_tokens_of_an_image():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.digits import DigitScenes, DigitsConfig
-from gaze_jax.data.phrases import FAMILIES, build_tokenizer
+from gaze_jax.corpora.digits import DigitScenes, DigitsConfig
+from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.pipeline import (
     Bucket,
     PipelineConfig,
@@ -23,7 +23,7 @@ from gaze_jax.errors import UserError
 SCENES = DigitsConfig(rows=2, cols=2, augment=False, train_scenes=18, reads_per_sample=2)
 SOURCE = DigitScenes(SCENES, 0, "train")
 PROCESSOR = Processor(VisualLayout(20, 5, (2, 2), 1), build_tokenizer(), FAMILIES)
-CONFIG = PipelineConfig(batch_size=4, seed=0, bucket=Bucket(regions=4, dense=40, images=1))
+CONFIG = PipelineConfig(batch_size=4, seed=0, bucket=Bucket(regions=4, text=40, images=1))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def rows(batch):
 def test_a_row_is_its_processed_and_padded_sample(start):
     (batch,) = take(start(), 1)
     for b, number in enumerate(batch["sample_id"]):
-        expected = pad_to(PROCESSOR(SOURCE[number]), regions=4, dense=40, images=1)
+        expected = pad_to(PROCESSOR(SOURCE[number]), regions=4, text=40, images=1)
         assert batch.keys() == expected.keys()
         for name, values in expected.items():
             np.testing.assert_array_equal(batch[name][b], values, err_msg=name)
@@ -118,10 +118,10 @@ def test_a_new_iterator_continues_from_a_saved_state(start, step):
 
 
 def test_reading_the_state_moves_nothing(start):
-    plain, watched = start(), start()
+    plain, traced = start(), start()
     for batch in take(plain, 5):
-        watched.get_state()
-        equal(take(watched, 1), [batch])
+        traced.get_state()
+        equal(take(traced, 1), [batch])
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -158,7 +158,7 @@ def test_a_source_smaller_than_a_batch_is_refused(start):
     assert sorted(numbers(take(start(scenes(4)), 1))) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("axis", "size"), [("regions", 3), ("dense", 5), ("images", 0)])
+@pytest.mark.parametrize(("axis", "size"), [("regions", 3), ("text", 5), ("images", 0)])
 def test_a_sample_that_does_not_fit_its_bucket_stops_the_run(start, axis, size):
     bucket = dataclasses.replace(CONFIG.bucket, **{axis: size})
     with pytest.raises(ValueError, match=f"raise {axis} to fit"):
@@ -186,7 +186,7 @@ CHANGES = {
     "batch size": ({"config": in_(CONFIG, batch_size=8)}, {"pipeline"}),
     "shuffle seed": ({"config": in_(CONFIG, seed=1)}, {"pipeline"}),
     "regions": ({"config": in_(CONFIG, bucket=in_(CONFIG.bucket, regions=5))}, {"pipeline"}),
-    "dense": ({"config": in_(CONFIG, bucket=in_(CONFIG.bucket, dense=41))}, {"pipeline"}),
+    "text": ({"config": in_(CONFIG, bucket=in_(CONFIG.bucket, text=41))}, {"pipeline"}),
     "images": ({"config": in_(CONFIG, bucket=in_(CONFIG.bucket, images=2))}, {"pipeline"}),
     "processes": ({"process_count": 2}, {"process_count"}),
 }

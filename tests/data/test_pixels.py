@@ -140,5 +140,5 @@ def test_a_long_strip_does_not_fill_the_memory():
     views = image_views(layout(CAMBRIAN_S), image, alone=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert views.units[0].taps.shape[:2] == (1, 27)
+    assert views.views[0].pool_indices.shape[:2] == (1, 27)
     assert peak < 40e6

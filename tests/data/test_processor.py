@@ -8,7 +8,7 @@ import pytest
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import IGNORE, Kind, Streams
-from gaze_jax.data.phrases import FAMILIES, build_tokenizer
+from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, pad_answers, pad_to, process, prompt
 from gaze_jax.data.sample import Box, Image, Sample, Text
@@ -44,80 +44,80 @@ class Token:
 
     kind: str
     value: int
-    unit: int = -1
+    view: int = -1
     supervised: bool = False
     box: tuple[float, ...] = NO_BOX
-    box_unit: int = -1
+    box_view: int = -1
 
 
 def splice(processor, sample, parts=None):
     """The sequence, one token after the other, from the description of what a sample is."""
-    layout, tokens, units, shown = processor.layout, [], 0, {}
+    layout, tokens, views, shown = processor.layout, [], 0, {}
     for part in sample.parts if parts is None else parts:
         if isinstance(part, Image):
-            here = [Token("visual", raster, units) for raster in range(layout.grid**2)]
-            tokens += here + [Token("context", c, units) for c in range(layout.context_tokens)]
-            shown[part.index] = units
-            units += 1
+            here = [Token("visual", raster, views) for raster in range(layout.grid**2)]
+            tokens += here + [Token("context", c, views) for c in range(layout.context_tokens)]
+            shown[part.index] = views
+            views += 1
             continue
         start = 0
         for token in TOKENIZER.encode(part.text)[0]:
             end = start + len(TOKENIZER.decode([token]))
-            box, unit = NO_BOX, -1
+            box, view = NO_BOX, -1
             for candidate in part.boxes:
                 if set(range(start, end)) & set(range(candidate.start, candidate.end)):
                     height, width, _ = sample.images[candidate.image].shape
                     x0, y0, x1, y1 = candidate.corners
                     side = layout.image_size
                     box = (x0 * side / width, y0 * side / height, x1 * side / width, y1 * side / height)
-                    unit = shown[candidate.image]
-            tokens.append(Token("text", token, -1, part.supervised, box, unit))
+                    view = shown[candidate.image]
+            tokens.append(Token("text", token, -1, part.supervised, box, view))
             start = end
     return tokens
 
 
 def check_visual(arrays, tokens, layout):
-    """Every visual token is in one slot, in the region of its unit that its place on the grid belongs to."""
+    """Every visual token is in one slot, in the region of its view that its place on the grid belongs to."""
     seen = {}
-    for r, slots in enumerate(layout.table.tolist() * (max(t.unit for t in tokens) + 1 if tokens else 0)):
-        unit, expected = r // layout.regions, {raster for raster in slots if raster >= 0}
+    for r, slots in enumerate(layout.table.tolist() * (max(t.view for t in tokens) + 1 if tokens else 0)):
+        view, expected = r // layout.regions, {raster for raster in slots if raster >= 0}
         here = set()
         for p in range(layout.slots):
             src, order = int(arrays["visual_src"][r, p]), int(arrays["visual_order"][r, p])
             if src < 0:
-                empty = [arrays[f"visual_{name}"][r, p] for name in ("src", "order", "pos", "unit")]
+                empty = [arrays[f"visual_{name}"][r, p] for name in ("src", "order", "positions", "view")]
                 assert empty == [-1, -1, 0, -1]
                 continue
-            assert (arrays["visual_pos"][r, p], arrays["visual_unit"][r, p]) == (order, unit)
-            assert src // layout.tokens == unit
+            assert (arrays["visual_positions"][r, p], arrays["visual_view"][r, p]) == (order, view)
+            assert src // layout.tokens == view
             here.add(src % layout.tokens)
-            seen[order] = (src % layout.tokens, unit)
+            seen[order] = (src % layout.tokens, view)
         assert here == expected
-    assert seen == {i: (t.value, t.unit) for i, t in enumerate(tokens) if t.kind == "visual"}
+    assert seen == {i: (t.value, t.view) for i, t in enumerate(tokens) if t.kind == "visual"}
     assert (arrays["visual_src"] >= 0).sum() == len(seen), "and no token is in two slots"
 
 
-def check_dense(arrays, tokens):
-    dense = [(order, token) for order, token in enumerate(tokens) if token.kind != "visual"]
+def check_text(arrays, tokens):
+    text_stream = [(order, token) for order, token in enumerate(tokens) if token.kind != "visual"]
     kinds = {"text": Kind.TEXT, "context": Kind.CONTEXT}
-    assert arrays["tokens"].tolist() == [token.value for _, token in dense]
-    assert arrays["kind"].tolist() == [kinds[token.kind] for _, token in dense]
-    assert arrays["dense_order"].tolist() == [order for order, _ in dense]
-    assert arrays["dense_pos"].tolist() == [order for order, _ in dense]
-    assert arrays["dense_unit"].tolist() == [token.unit for _, token in dense]
+    assert arrays["tokens"].tolist() == [token.value for _, token in text_stream]
+    assert arrays["kind"].tolist() == [kinds[token.kind] for _, token in text_stream]
+    assert arrays["text_order"].tolist() == [order for order, _ in text_stream]
+    assert arrays["text_positions"].tolist() == [order for order, _ in text_stream]
+    assert arrays["text_view"].tolist() == [token.view for _, token in text_stream]
     nothing = Token("end", IGNORE)
-    following = [tokens[order + 1] if order + 1 < len(tokens) else nothing for order, _ in dense]
+    following = [tokens[order + 1] if order + 1 < len(tokens) else nothing for order, _ in text_stream]
     targets = [token if token.supervised else nothing for token in following]
     assert arrays["targets"].tolist() == [token.value for token in targets]
-    assert arrays["target_unit"].tolist() == [token.box_unit for token in targets]
+    assert arrays["target_view"].tolist() == [token.box_view for token in targets]
     np.testing.assert_allclose(arrays["target_box"], np.reshape([t.box for t in targets], (-1, 4)), rtol=1e-6)
 
 
 def check(processor, sample):
     arrays, tokens = process(processor, sample), splice(processor, sample)
     check_visual(arrays, tokens, processor.layout)
-    check_dense(arrays, tokens)
-    assert (arrays["region_segment"] == 0).all() and (arrays["dense_segment"] == 0).all()
+    check_text(arrays, tokens)
+    assert (arrays["region_segment"] == 0).all() and (arrays["text_segment"] == 0).all()
     shown = [sample.images[part.index] for part in sample.parts if isinstance(part, Image)]
     side = processor.layout.image_size
     assert arrays["images"].shape == (len(shown), side, side, 3)
@@ -195,7 +195,7 @@ def test_two_images_with_text_between_and_boxes_on_both(grid, region, context):
     )
     side = made.layout.image_size
     arrays = check(made, sample(parts, images=(noise(side, side, 0), noise(side, side, 1))))
-    assert [unit for unit in arrays["target_unit"] if unit >= 0] == [0, 1, 1]
+    assert [view for view in arrays["target_view"] if view >= 0] == [0, 1, 1]
 
 
 def test_the_sequence_of_the_modules_example():
@@ -204,7 +204,7 @@ def test_the_sequence_of_the_modules_example():
     mark, line = TOKENIZER.encode("?\n")[0]
     (seven, end), _ = TOKENIZER.encode(f"7{END}")
     assert arrays["visual_order"].tolist() == [[0, 1], [2, 3]]
-    assert arrays["dense_order"].tolist() == [4, 5, 6, 7, 8]
+    assert arrays["text_order"].tolist() == [4, 5, 6, 7, 8]
     assert arrays["tokens"].tolist() == [0, mark, line, seven, end]
     assert arrays["targets"].tolist() == [IGNORE, IGNORE, seven, end, IGNORE]
     assert arrays["target_box"].tolist() == [[-1] * 4, [-1] * 4, list(BOX.corners), [-1] * 4, [-1] * 4]
@@ -223,7 +223,7 @@ def test_a_context_token_predicts_the_first_token_of_text_that_follows_its_image
 def test_an_image_that_is_shown_twice_is_two_units_and_boxes_lie_in_the_later_one():
     arrays = check(processor(), sample([Image(0), QUESTION, ANSWER, Image(0), QUESTION, ANSWER]))
     np.testing.assert_array_equal(*arrays["images"])
-    assert [unit for unit in arrays["target_unit"] if unit >= 0] == [0, 1]
+    assert [view for view in arrays["target_view"] if view >= 0] == [0, 1]
 
 
 def test_text_alone_and_nothing_at_all_are_sequences_too():
@@ -322,19 +322,19 @@ def test_a_prompt_is_what_comes_before_the_first_answer_and_that_answer(parts, f
     made = processor(context=2)
     arrays, whole = prompt(made, sample(parts)), process(made, sample(parts))
     prefix = process(made, sample(parts[:first]))
-    assert arrays.keys() == prefix.keys() | {"answer", "answer_box", "answer_unit"}
+    assert arrays.keys() == prefix.keys() | {"answer", "answer_box", "answer_view"}
     for name, values in prefix.items():
         np.testing.assert_array_equal(arrays[name], values, err_msg=name)
     assert (arrays["targets"] == IGNORE).all()
     # What a teacher would have forced is what a free run has to say.
     answer = [t for t in splice(made, sample(parts), parts[:last]) if t.supervised]
     assert arrays["answer"].tolist() == [token.value for token in answer]
-    assert arrays["answer_unit"].tolist() == [token.box_unit for token in answer]
+    assert arrays["answer_view"].tolist() == [token.box_view for token in answer]
     np.testing.assert_array_equal(arrays["answer_box"], [token.box for token in answer])
     at = np.flatnonzero(whole["targets"] != IGNORE)[: len(answer)]
-    for name, target in (("answer", "targets"), ("answer_box", "target_box"), ("answer_unit", "target_unit")):
+    for name, target in (("answer", "targets"), ("answer_box", "target_box"), ("answer_view", "target_view")):
         np.testing.assert_array_equal(arrays[name], whole[target][at], err_msg=name)
-    assert arrays["answer"].dtype == arrays["answer_unit"].dtype == np.int32
+    assert arrays["answer"].dtype == arrays["answer_view"].dtype == np.int32
 
 
 def test_a_prompt_needs_an_answer_that_ends():
@@ -347,35 +347,33 @@ def test_a_prompt_needs_an_answer_that_ends():
 def natural(arrays):
     """The smallest bucket that holds a row."""
     sizes = (arrays["visual_src"].shape[0], arrays["tokens"].shape[0], arrays["images"].shape[0])
-    return dict(zip(("regions", "dense", "images"), sizes, strict=True))
+    return dict(zip(("regions", "text", "images"), sizes, strict=True))
 
 
 PADDED = {
     "regions": {
         "visual_src": -1,
         "visual_order": -1,
-        "visual_pos": 0,
-        "visual_unit": -1,
+        "visual_positions": 0,
+        "visual_view": -1,
         "region_segment": -1,
     },
-    "dense": {
+    "text": {
         "tokens": 0,
         "kind": Kind.PAD,
-        "dense_order": -1,
-        "dense_pos": 0,
-        "dense_segment": -1,
-        "dense_unit": -1,
+        "text_order": -1,
+        "text_positions": 0,
+        "text_segment": -1,
+        "text_view": -1,
         "targets": IGNORE,
         "target_box": -1,
-        "target_unit": -1,
+        "target_view": -1,
     },
     "images": {"images": 0},
 }
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"regions": 3}, {"dense": 1}, {"images": 2}, {"regions": 1, "dense": 9}]
-)
+@pytest.mark.parametrize("more", [{}, {"regions": 3}, {"text": 1}, {"images": 2}, {"regions": 1, "text": 9}])
 def test_padding_keeps_what_is_there_and_marks_the_rest_as_empty(more):
     arrays = prompt(processor(), sample(READ))
     bucket = {axis: size + more.get(axis, 0) for axis, size in natural(arrays).items()}
@@ -393,7 +391,7 @@ def test_padding_keeps_what_is_there_and_marks_the_rest_as_empty(more):
         assert (padded[name][len(values) :] == fill).all(), name
 
 
-@pytest.mark.parametrize("axis", ["regions", "dense", "images"])
+@pytest.mark.parametrize("axis", ["regions", "text", "images"])
 def test_padding_never_cuts(axis):
     arrays = process(processor(), sample(READ))
     bucket = natural(arrays)
@@ -405,7 +403,7 @@ def test_padding_never_cuts(axis):
 def test_padded_rows_of_different_samples_stack_into_streams():
     made = processor(context=2)
     parts = [READ, (QUESTION,), (Image(0), Image(0), QUESTION)]
-    rows = [pad_to(process(made, sample(p)), regions=4, dense=16, images=2) for p in parts]
+    rows = [pad_to(process(made, sample(p)), regions=4, text=16, images=2) for p in parts]
     batch = stack(rows)
     streams = Streams.from_batch(batch)
     shapes = {field.shape[:2] for field in jax.tree.leaves(streams)}
@@ -419,12 +417,12 @@ def test_answers_are_padded_and_never_cut():
     arrays = prompt(processor(), sample(READ))
     size = len(arrays["answer"])
     padded = pad_answers(arrays, length=size + 3)
-    for name, fill in (("answer", IGNORE), ("answer_box", -1), ("answer_unit", -1)):
+    for name, fill in (("answer", IGNORE), ("answer_box", -1), ("answer_view", -1)):
         np.testing.assert_array_equal(padded[name][:size], arrays[name], err_msg=name)
         assert padded[name].shape == (size + 3, *arrays[name].shape[1:])
         assert (padded[name][size:] == fill).all()
         assert padded[name].dtype == arrays[name].dtype
-    for name in arrays.keys() - {"answer", "answer_box", "answer_unit"}:
+    for name in arrays.keys() - {"answer", "answer_box", "answer_view"}:
         assert padded[name] is arrays[name], name
     assert len(pad_answers(arrays, length=size)["answer"]) == size
     with pytest.raises(ValueError, match=f"of sample 3 needs {size} but length={size - 1}"):

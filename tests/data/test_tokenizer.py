@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import tokenizers
 
-from gaze_jax.data.phrases import FAMILIES, PLACE, QUESTIONS, SPECIALS, build_tokenizer
+from gaze_jax.corpora.phrases import FAMILIES, PLACE, QUESTIONS, SPECIALS, build_tokenizer
 from gaze_jax.data.tokenizer import END, Tokenizer
 
 # Two-figure numbers too: a grid may have ten rows.
@@ -155,7 +155,7 @@ def test_a_tokenizer_survives_the_way_to_a_worker_process():
 
 
 def test_the_vocabulary_does_not_depend_on_the_hash_seed_of_the_process():
-    command = "from gaze_jax.data.phrases import build_tokenizer; print(build_tokenizer().digest)"
+    command = "from gaze_jax.corpora.phrases import build_tokenizer; print(build_tokenizer().digest)"
     # Two seeds, because the one of this process may be either.
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}

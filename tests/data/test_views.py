@@ -116,21 +116,21 @@ NEWLINE = np.array([7.0, -5.0, 3.0], np.float32)
 def weigh(view, tokens: np.ndarray) -> np.ndarray:
     """A view's tokens, float32 [h, w, M], from those of the tower."""
     flat = tokens.reshape(-1, tokens.shape[-1])
-    assert view.taps.dtype == np.int32 and view.weights.dtype == np.float32
-    assert view.taps.shape == view.weights.shape == (*view.taps.shape[:2], 4)
-    assert view.taps.min() >= 0 and view.taps.max() < len(flat)
-    assert not view.taps[view.weights == 0].any() and view.weights.min() >= 0
-    np.testing.assert_allclose(view.weights.sum(-1), 1, atol=3e-7)
-    return (flat[view.taps] * view.weights[..., None]).sum(2)
+    assert view.pool_indices.dtype == np.int32 and view.pool_weights.dtype == np.float32
+    assert view.pool_indices.shape == view.pool_weights.shape == (*view.pool_indices.shape[:2], 4)
+    assert view.pool_indices.min() >= 0 and view.pool_indices.max() < len(flat)
+    assert not view.pool_indices[view.pool_weights == 0].any() and view.pool_weights.min() >= 0
+    np.testing.assert_allclose(view.pool_weights.sum(-1), 1, atol=3e-7)
+    return (flat[view.pool_indices] * view.pool_weights[..., None]).sum(2)
 
 
 def sequence(views, tokens: np.ndarray) -> np.ndarray:
     """Everything that the decoder would see, float32 [n, M]; ``tokens`` are of the views' images in order."""
     out, start = [], 0
-    for unit in views.units:
-        grid = weigh(unit, tokens[start : start + len(unit.images)])
-        start += len(unit.images)
-        if unit.newlines:
+    for view in views.views:
+        grid = weigh(view, tokens[start : start + len(view.images)])
+        start += len(view.images)
+        if view.newlines:
             grid = np.concatenate([grid, np.broadcast_to(NEWLINE, (len(grid), 1, len(NEWLINE)))], axis=1)
         out.append(grid.reshape(-1, grid.shape[-1]))
     assert start == len(tokens)
@@ -138,7 +138,7 @@ def sequence(views, tokens: np.ndarray) -> np.ndarray:
 
 
 def shapes_of(views) -> tuple[list[tuple[int, int, bool]], bool]:
-    return [(*unit.taps.shape[:2], unit.newlines) for unit in views.units], views.end_newline
+    return [(*view.pool_indices.shape[:2], view.newlines) for view in views.views], views.end_newline
 
 
 def transformers_model(at: VisualLayout) -> types.SimpleNamespace:
@@ -151,7 +151,7 @@ def transformers_model(at: VisualLayout) -> types.SimpleNamespace:
 def check_onevision(at: VisualLayout, size: tuple[int, int], alone: bool) -> int:
     """Returns the images that the tower reads."""
     views = image_views(at, noise(*size), alone=alone)
-    tokens = features(sum(len(unit.images) for unit in views.units), at.tokens)
+    tokens = features(sum(len(view.images) for view in views.views), at.tokens)
     (expected,), _ = LlavaOnevisionModel.pack_image_features(
         transformers_model(at),
         [torch.from_numpy(tokens)],
@@ -211,7 +211,7 @@ def check_cambrian(at: VisualLayout, size: tuple[int, int]) -> int:
     """Returns the tiles of an image of this size, alone."""
     image_side, frame_side = at.views.image_side or at.grid, at.views.frame_side or at.grid
     views = image_views(at, noise(*size), alone=True)
-    tiles = len(views.units[1].images)
+    tiles = len(views.views[1].images)
     tokens = features(1 + tiles, at.tokens)
     snapshot = pooled(tokens[:1], image_side, (1, 1), size)
     wide, tall = cambrian_canvas(
@@ -257,10 +257,10 @@ def test_square_tokens_are_the_towers():
     """The first tap is the token itself and nothing else has a weight; no newline anywhere."""
     at = layout(ViewConfig(), 24, 4)
     for views in (image_views(at, noise(9, 30), alone=True), video_views(at, [noise(9, 30)])):
-        (unit,) = views.units
-        assert not unit.newlines and not views.end_newline
-        np.testing.assert_array_equal(unit.taps[..., 0], np.arange(36).reshape(6, 6))
-        np.testing.assert_array_equal(unit.weights, np.broadcast_to([1, 0, 0, 0], (6, 6, 4)))
+        (view,) = views.views
+        assert not view.newlines and not views.end_newline
+        np.testing.assert_array_equal(view.pool_indices[..., 0], np.arange(36).reshape(6, 6))
+        np.testing.assert_array_equal(view.pool_weights, np.broadcast_to([1, 0, 0, 0], (6, 6, 4)))
     assert image_shapes(at, 9, 30, alone=True) == ([(6, 6, False)], False)
     assert frame_shape(at, 9, 30) == (6, 6, False)
 
@@ -272,12 +272,12 @@ def test_corners_are_in_pixels_of_the_original():
     """The whole image wherever padding was cut off; the padded square where it was kept."""
     image = noise(31, 50)
     for at in (tiny_onevision(9), tiny_cambrian(4, 3), layout(ViewConfig(), 24, 4)):
-        units = image_views(at, image, alone=True).units + video_views(at, [image]).units
-        assert {unit.corners for unit in units} == {(0, 0, 50, 31)}
-    (unit,) = image_views(tiny_onevision(9), image, alone=False).units
-    assert unit.corners == (0, -9, 50, 41)
-    (unit,) = image_views(tiny_onevision(9), noise(50, 31), alone=False).units
-    assert unit.corners == (-9, 0, 41, 50)
+        views = image_views(at, image, alone=True).views + video_views(at, [image]).views
+        assert {view.corners for view in views} == {(0, 0, 50, 31)}
+    (view,) = image_views(tiny_onevision(9), image, alone=False).views
+    assert view.corners == (0, -9, 50, 41)
+    (view,) = image_views(tiny_onevision(9), noise(50, 31), alone=False).views
+    assert view.corners == (-9, 0, 41, 50)
 
 
 def test_without_canvases_an_image_alone_is_one_of_several():
@@ -302,23 +302,23 @@ def test_frames_come_one_by_one_and_are_not_kept(at):
             yield frame
 
     views = video_views(at, decode())
-    assert len(given) == len(views.units) == 20
-    assert all(unit.images.dtype == np.uint8 and unit.images.shape == (1, 24, 24, 3) for unit in views.units)
-    assert all(unit.taps is views.units[0].taps for unit in views.units)
+    assert len(given) == len(views.views) == 20
+    assert all(view.images.dtype == np.uint8 and view.images.shape == (1, 24, 24, 3) for view in views.views)
+    assert all(view.pool_indices is views.views[0].pool_indices for view in views.views)
     assert not any(reference() is not None for reference in given)
 
     buffer = noise(24, 24)
-    units = [video_views(at, [buffer]).units[0], image_views(at, buffer, alone=True).units[-1]]
-    before = [unit.images.copy() for unit in units]
+    views = [video_views(at, [buffer]).views[0], image_views(at, buffer, alone=True).views[-1]]
+    before = [view.images.copy() for view in views]
     buffer[:] = 0
-    for unit, images in zip(units, before, strict=True):
-        np.testing.assert_array_equal(unit.images, images)
+    for view, images in zip(views, before, strict=True):
+        np.testing.assert_array_equal(view.images, images)
 
 
 def test_taps_cannot_be_written():
     """They are shared by every image of a size."""
-    (unit, *_) = image_views(tiny_onevision(9), noise(31, 50), alone=True).units
-    for array in (unit.taps, unit.weights):
+    (view, *_) = image_views(tiny_onevision(9), noise(31, 50), alone=True).views
+    for array in (view.pool_indices, view.pool_weights):
         with pytest.raises(ValueError, match="read-only"):
             array[0, 0, 0] = 1
 
@@ -379,7 +379,7 @@ def test_strips_that_no_token_shows():
             call(even, 2, 100, alone=False)
     # The tiles still show what the snapshot does not.
     views = image_views(even, noise(20, 100), alone=True)
-    assert [len(unit.images) for unit in views.units] == [5]
+    assert [len(view.images) for view in views.views] == [5]
     assert shapes_of(views) == image_shapes(even, 20, 100, alone=True) == ([(4, 20, True)], False)
 
     thin = layout(ViewConfig("llava_onevision", ((20, 200),), max_tiles=1), 20, 4)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.convert.load import load, one_device
 from gaze_jax.core.routing import Routing
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor
-from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare as module
@@ -62,7 +62,7 @@ def answered(prompt, index=0):
     """The row that is measured, and the answer in it."""
     layout = MODEL.layout
     arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",)), index, prompt)
-    bucket = dataclasses.replace(module._bucket([arrays]), dense=160)
+    bucket = dataclasses.replace(module._bucket([arrays]), text=160)
     generator = module.Generator(module.MLLM(MODEL), TOKENS, TOKENIZER.end_id)
     answer = module._dense_answer(generator, peaky(), arrays, bucket)
     return module._with_answer(arrays, answer, bucket, TOKENS), answer
@@ -72,15 +72,17 @@ def test_the_report_has_a_row_for_every_setting_and_is_json(report):
     assert json.loads(json.dumps(report)) == report
     assert (report["regions"], report["visual_tokens"]) == (4, 16)
     settings = [("descriptor", "mean"), ("descriptor", "minmax"), ("oracle", None), ("random", None)]
-    expected = [(*s, share, k) for s in settings for share in ("head", "group") for k in (1, 2, 4)]
-    assert [(r["strategy"], r["descriptor"], r["share"], r["top_k"]) for r in report["rows"]] == expected
+    expected = [
+        (*s, select_per, k) for s in settings for select_per in ("head", "kv_head") for k in (1, 2, 4)
+    ]
+    assert [(r["strategy"], r["descriptor"], r["select_per"], r["top_k"]) for r in report["rows"]] == expected
     assert [p["name"] for p in report["prompts"]] == ["one", "two"]
     assert 2 <= report["answer_tokens"] <= 2 * TOKENS
     assert report["model"]["gaze"]["region"] == [2, 2]
 
 
 def test_all_regions_are_dense_attention(report):
-    """Law 1 for every setting; fewer regions are not dense attention, so the measure is not blind."""
+    """Invariant 1 for every setting; fewer regions are not dense attention, so the measure is not blind."""
     for row in report["rows"]:
         if row["top_k"] == 4:
             assert (row["entries"], row["entries_share"], row["top1"]) == (16.0, 1.0, 1.0)
@@ -91,13 +93,13 @@ def test_all_regions_are_dense_attention(report):
 
 
 def test_settings_differ_and_the_oracle_is_nearer_to_dense_than_random(report):
-    kl = {(r["descriptor"] or r["strategy"], r["share"], r["top_k"]): r["kl"] for r in report["rows"]}
-    for share in ("head", "group"):
+    kl = {(r["descriptor"] or r["strategy"], r["select_per"], r["top_k"]): r["kl"] for r in report["rows"]}
+    for select_per in ("head", "kv_head"):
         for top_k in (1, 2):
-            values = [kl[name, share, top_k] for name in ("mean", "minmax", "oracle", "random")]
+            values = [kl[name, select_per, top_k] for name in ("mean", "minmax", "oracle", "random")]
             assert len(set(values)) == 4
             assert values[2] < values[3]
-    assert kl["mean", "head", 1] != kl["mean", "group", 1]
+    assert kl["mean", "head", 1] != kl["mean", "kv_head", 1]
 
 
 def test_the_compared_positions_are_those_that_emit_the_answer():
@@ -111,10 +113,10 @@ def test_the_compared_positions_are_those_that_emit_the_answer():
         np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("strategy", "share"), [("descriptor", "head"), ("random", "group")])
-def test_the_numbers_are_those_of_the_models_whole_logits(strategy, share, report):
+@pytest.mark.parametrize(("strategy", "select_per"), [("descriptor", "head"), ("random", "kv_head")])
+def test_the_numbers_are_those_of_the_models_whole_logits(strategy, select_per, report):
     """KL and agreement in float64 from the public forward, mean over tokens and then over prompts."""
-    config, route = models.changed(MODEL, gaze={"share": share}), Routing(strategy)
+    config, route = models.changed(MODEL, gaze={"select_per": select_per}), Routing(strategy)
     kls, agreements = [], []
     for index, prompt in enumerate(PROMPTS):
         row, answer = answered(prompt, index)
@@ -130,7 +132,8 @@ def test_the_numbers_are_those_of_the_models_whole_logits(strategy, share, repor
     (found,) = [
         r
         for r in report["rows"]
-        if (r["strategy"], r["share"], r["top_k"]) == (strategy, share, 2) and r["descriptor"] != "minmax"
+        if (r["strategy"], r["select_per"], r["top_k"]) == (strategy, select_per, 2)
+        and r["descriptor"] != "minmax"
     ]
     assert found["kl"] == pytest.approx(np.mean(kls), rel=1e-3)
     assert found["top1"] == pytest.approx(np.mean(agreements))
@@ -171,8 +174,8 @@ def test_a_prompt_is_a_chat_with_the_image_first():
     processor = Processor(MODEL.layout, TOKENIZER, ("compare",))
     arrays = module._prompt_arrays(processor, 0, Prompt("x", IMAGES[0], " What is {this}? "))
     text, first = arrays["tokens"][arrays["kind"] == 1], arrays["visual_order"][0, 0]
-    said = TOKENIZER.decode(text)
-    before, after = said[: said.index("user\n") + 5], said[said.index("user\n") + 5 :]
+    generated = TOKENIZER.decode(text)
+    before, after = generated[: generated.index("user\n") + 5], generated[generated.index("user\n") + 5 :]
     assert before == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert after == "\nWhat is {this}?<|im_end|>\n<|im_start|>assistant\n"
     assert first == len(TOKENIZER.encode(before)[0])
@@ -198,7 +201,7 @@ WRONG = {
     "top_k 5": ({"top_ks": [5]}, r"top_ks=\[5\] must lie between 1 and 4"),
     "no top_k": ({"top_ks": []}, r"top_ks=\[\] must"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-    "share": ({"shares": ["head", "all"]}, r"shares=\('head', 'all'\) must name at least one of"),
+    "select_per": ({"shares": ["head", "all"]}, r"shares=\('head', 'all'\) must name at least one of"),
     "descriptor": ({"descriptors": []}, r"descriptors=\(\) must name at least one of"),
 }
 
@@ -239,7 +242,11 @@ def test_the_table_has_a_line_for_every_row(report):
     assert lines[0].startswith("2 prompts, ") and "4 regions of 16 visual tokens" in lines[0]
     assert len(lines) == 2 + len(report["rows"])
     for line, row in zip(lines[2:], report["rows"], strict=True):
-        assert line.split()[:3] == [row["descriptor"] or row["strategy"], row["share"], str(row["top_k"])]
+        assert line.split()[:3] == [
+            row["descriptor"] or row["strategy"],
+            row["select_per"],
+            str(row["top_k"]),
+        ]
         assert f"{row['kl']:.3g} [{row['kl_ci'][0]:.3g}, " in line and f"{row['top1']:.3f} [" in line
     assert len({len(line) for line in lines[1:]}) == 1
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
-from gaze_jax.data.images import read_image
 from gaze_jax.evaluate import run as evaluation
+from gaze_jax.media.images import read_image
 from tests.helpers.experiments import save_untrained, tiny_experiment
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("evaluate")]
@@ -89,9 +89,9 @@ def test_questions_come_without_their_answers(runs):
     for batch in evaluation.evaluation_batches(trained, 6):
         for tokens, answer, kind in zip(batch["tokens"], batch["answer"], batch["kind"], strict=True):
             asked = trained.tokenizer.decode(tokens[kind == 1].tolist())
-            said = trained.tokenizer.decode(answer[answer >= 0].tolist())
-            assert asked.endswith("\n") and said.endswith("<|im_end|>")
-            assert said not in asked
+            generated = trained.tokenizer.decode(answer[answer >= 0].tolist())
+            assert asked.endswith("\n") and generated.endswith("<|im_end|>")
+            assert generated not in asked
 
 
 def test_test_scenes_are_the_same_for_every_arm_and_seed(runs):

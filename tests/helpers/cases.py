@@ -9,9 +9,9 @@ import numpy as np
 
 from gaze_jax.core import masks
 from pallas_kernels import GazeSpec
-from tests.helpers.streams import Newline, Row, Text, Unit, batch, pack, pad, sample, shuffle
+from tests.helpers.streams import Newline, PlacedView, Row, Text, batch, pack, pad, sample, shuffle
 
-ARRAYS = ("q", "visual_k", "visual_v", "dense_k", "dense_v")
+ARRAYS = ("q", "visual_k", "visual_v", "text_k", "text_v")
 
 
 def runnable(spec: GazeSpec) -> GazeSpec:
@@ -37,8 +37,8 @@ class Prefill:
     q: Any
     visual_k: Any
     visual_v: Any
-    dense_k: Any
-    dense_v: Any
+    text_k: Any
+    text_v: Any
     queries: Any
     places: Any
     selected: Any
@@ -53,10 +53,17 @@ class Prefill:
 
 
 def rows() -> list[Row]:
-    """Partial regions, two units, newlines in and outside of units, packing, padding and shuffled storage."""
-    one = sample([Text(2), Unit(3, 5, newlines=True), Text(2), Newline(), Unit(2, 3), Text(3)], context=2)
-    two = pack([sample([Unit(2, 3), Text(2)], context=1), sample([Text(1), Unit(3, 2), Text(3)], context=1)])
-    return [one, shuffle(pad(two, regions=8, dense=18), seed=1)]
+    """Partial regions, two views, newlines in and outside of views, packing, padding and shuffled storage."""
+    one = sample(
+        [Text(2), PlacedView(3, 5, newlines=True), Text(2), Newline(), PlacedView(2, 3), Text(3)], context=2
+    )
+    two = pack(
+        [
+            sample([PlacedView(2, 3), Text(2)], context=1),
+            sample([Text(1), PlacedView(3, 2), Text(3)], context=1),
+        ]
+    )
+    return [one, shuffle(pad(two, regions=8, text=18), seed=1)]
 
 
 def prefill(
@@ -65,7 +72,7 @@ def prefill(
     kv_heads: int = 2,
     group: int = 2,
     dim: int = 8,
-    share: str = "head",
+    select_per: str = "head",
     query_block: int = 512,
     dtype: Any = jnp.float32,
     scope: str = "all",
@@ -76,26 +83,26 @@ def prefill(
     streams = batch(rows)
     rng = np.random.default_rng(seed)
     size, regions, slots = streams.visual_src.shape
-    dense = streams.tokens.shape[1]
-    visual, dense_windows = masks.windows(streams, visual_scope=scope, visual_causal=causal)
-    queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), visual, dense_windows)
+    text = streams.tokens.shape[1]
+    visual, text_windows = masks.windows(streams, visual_scope=scope, visual_causal=causal)
+    queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), visual, text_windows)
 
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
 
     heads = kv_heads * group
-    shared = heads if share == "head" else kv_heads
-    length = regions * slots + dense
+    shared = heads if select_per == "head" else kv_heads
+    length = regions * slots + text
     return Prefill(
         q=normal(size, length, heads, dim),
         visual_k=normal(size, kv_heads, regions, slots, dim),
         visual_v=normal(size, kv_heads, regions, slots, dim),
-        dense_k=normal(size, kv_heads, dense, dim),
-        dense_v=normal(size, kv_heads, dense, dim),
+        text_k=normal(size, kv_heads, text, dim),
+        text_v=normal(size, kv_heads, text, dim),
         queries=queries,
         places=masks.key_places(streams),
         selected=jnp.asarray(rng.random((size, length, shared, regions)) < 0.5),
-        spec=GazeSpec(scale=dim**-0.5, share=share, query_block=query_block),
+        spec=GazeSpec(scale=dim**-0.5, select_per=select_per, query_block=query_block),
     )
 
 
@@ -107,12 +114,12 @@ class Decode:
     q: Any
     k: Any
     v: Any
-    dense_k: Any
-    dense_v: Any
+    text_k: Any
+    text_v: Any
     layer: Any
     indices: Any
     visual_seen: Any
-    dense_seen: Any
+    text_seen: Any
     spec: GazeSpec = dataclasses.field(metadata={"static": True})
 
 
@@ -124,14 +131,14 @@ def decode(
     group: int = 2,
     regions: int = 7,
     slots: int = 5,
-    dense: int = 11,
+    text: int = 11,
     dim: int = 8,
     capacity: int | None = 4,
-    share: str = "head",
+    select_per: str = "head",
     dtype: Any = jnp.float32,
     seed: int = 0,
 ) -> Decode:
-    """Random distinct indices with -1 among them, partial regions and half of the dense stream."""
+    """Random distinct indices with -1 among them, partial regions and half of the text stream."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -140,7 +147,7 @@ def decode(
     heads = kv_heads * group
     indices = None
     if capacity is not None:
-        shared = heads if share == "head" else kv_heads
+        shared = heads if select_per == "head" else kv_heads
         wide = max(regions, capacity)
         order = rng.permuted(np.broadcast_to(np.arange(wide), (size, shared, wide)), axis=-1)
         picks = np.where(order < regions, order, -1)[..., :capacity]
@@ -150,11 +157,11 @@ def decode(
         q=normal(size, heads, dim),
         k=normal(layers, size, kv_heads, regions, slots, dim),
         v=normal(layers, size, kv_heads, regions, slots, dim),
-        dense_k=normal(layers, size, kv_heads, dense, dim),
-        dense_v=normal(layers, size, kv_heads, dense, dim),
+        text_k=normal(layers, size, kv_heads, text, dim),
+        text_v=normal(layers, size, kv_heads, text, dim),
         layer=jnp.int32(layers // 2),
         indices=indices,
         visual_seen=jnp.asarray(seen),
-        dense_seen=jnp.asarray(rng.random((size, dense)) < 0.6),
-        spec=GazeSpec(scale=dim**-0.5, share=share),
+        text_seen=jnp.asarray(rng.random((size, text)) < 0.6),
+        spec=GazeSpec(scale=dim**-0.5, select_per=select_per),
     )

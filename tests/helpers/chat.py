@@ -11,12 +11,12 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from gaze_jax.data.messages import Message
+from gaze_jax.chat.messages import Message
+from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.data.sample import Image, Video
-from gaze_jax.data.template import ChatTemplate
 from gaze_jax.data.tokenizer import END, Tokenizer
 
-_FOLDER = pathlib.Path(__file__).parents[1] / "data" / "templates"
+_FOLDER = pathlib.Path(__file__).parents[1] / "chat" / "templates"
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted(_FOLDER.glob("*.jinja"))}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gaze_jax.convert.families import family_of, feature_tower
-from gaze_jax.convert.families.tower import read_siglip
 from gaze_jax.convert.source import expected_tensors
+from gaze_jax.families import family_of, feature_tower
+from gaze_jax.families.tower import read_siglip
 
 QWEN = {
     "model_type": "qwen2",

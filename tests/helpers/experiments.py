@@ -12,7 +12,7 @@ import ml_collections
 import pytest
 from jax.sharding import Mesh
 
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.config import Experiment, complete, parse

@@ -11,14 +11,14 @@ import numpy as np
 
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.streams import Streams
-from gaze_jax.models import DUMMY, MLLM, MLLMConfig, Step
-from tests.helpers.streams import Newline, Row, Text, Unit, batch, sample
+from gaze_jax.models import DUMMY, MLLM, DecodePosition, MLLMConfig
+from tests.helpers.streams import Newline, PlacedView, Row, Text, batch, sample
 
 GRID = DUMMY.vision.grid
 
 
 def changed(config: MLLMConfig, **fields: Any) -> MLLMConfig:
-    """``changed(DUMMY, gaze={"share": "group"}, remat=True)``: nested fields by section."""
+    """``changed(DUMMY, gaze={"select_per": "kv_head"}, remat=True)``: nested fields by section."""
     for name, value in fields.items():
         if isinstance(value, dict):
             value = dataclasses.replace(getattr(config, name), **value)
@@ -29,7 +29,7 @@ def changed(config: MLLMConfig, **fields: Any) -> MLLMConfig:
 @functools.cache
 def parameters(config: MLLMConfig, seed: int = 0) -> Any:
     """Random values in the shapes of the model's parameters, without compiling its initialisers."""
-    row = sample([Unit(GRID, GRID), Text(2)])
+    row = sample([PlacedView(GRID, GRID), Text(2)])
 
     def init(key: jax.Array) -> Any:
         return MLLM(config).init(key, jnp.zeros((1, 1, *_pixels(config))), batch([row]), top_k=None)
@@ -62,10 +62,10 @@ def _pixels(config: MLLMConfig) -> tuple[int, int, int]:
     return config.vision.image_size, config.vision.image_size, 3
 
 
-def images(size: int, units: int, *, seed: int = 0, config: MLLMConfig = DUMMY) -> jax.Array:
-    """float32 [size, units, image_size, image_size, 3]."""
+def images(size: int, views: int, *, seed: int = 0, config: MLLMConfig = DUMMY) -> jax.Array:
+    """float32 [size, views, image_size, image_size, 3]."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(size, units, *_pixels(config))), jnp.float32)
+    return jnp.asarray(rng.normal(size=(size, views, *_pixels(config))), jnp.float32)
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def gradients(config: MLLMConfig) -> Any:
 
 
 @functools.cache
-def prefill(config: MLLMConfig, room: int, route: Routing = Routing()) -> Any:
+def prefill(config: MLLMConfig, free_slots: int, route: Routing = Routing()) -> Any:
     """Jitted (variables, images, streams, top_k, forced, sample_id) -> logits, cache, outputs."""
 
     def run(variables, images, streams, top_k, forced=None, sample_id=None):
@@ -118,7 +118,7 @@ def prefill(config: MLLMConfig, room: int, route: Routing = Routing()) -> Any:
             images,
             streams,
             top_k=top_k,
-            room=room,
+            free_slots=free_slots,
             route=route,
             forced=forced,
             sample_id=sample_id,
@@ -132,11 +132,11 @@ def prefill(config: MLLMConfig, room: int, route: Routing = Routing()) -> Any:
 def decode(config: MLLMConfig, capacity: int | None, route: Routing = Routing()) -> Any:
     """Jitted (variables, tokens, pos, cache, step, top_k, forced) -> logits, cache, outputs."""
 
-    def run(variables, tokens, pos, cache, step, top_k, forced=None):
+    def run(variables, tokens, positions, cache, step, top_k, forced=None):
         return MLLM(config).apply(
             variables,
             tokens,
-            pos,
+            positions,
             cache,
             step,
             top_k=top_k,
@@ -149,19 +149,19 @@ def decode(config: MLLMConfig, capacity: int | None, route: Routing = Routing())
     return jax.jit(run)
 
 
-def step(order: Any, slot: int, sample_id: Any = None) -> Step:
-    """A decoding step at ``order`` [B], written to ``slot``."""
+def step(order: Any, write_index: int, sample_id: Any = None) -> DecodePosition:
+    """A decoding step at ``order`` [B], written to ``write_index``."""
     order = jnp.asarray(order, jnp.int32)
     names = jnp.zeros_like(order) if sample_id is None else jnp.asarray(sample_id, jnp.int32)
-    return Step(order=order, slot=jnp.int32(slot), sample=names)
+    return DecodePosition(order=order, write_index=jnp.int32(write_index), sample=names)
 
 
 def two_images(
     seed: int = 0, *, first: int = 2, text: int = 3, answer: int = 4, newlines: bool = False
 ) -> Row:
     """Text, image, text, image, text: 5x5 grids in regions of 2x2, so 18 regions with partial ones."""
-    second = Unit(GRID, GRID, newlines)
-    parts = [Text(first), Unit(GRID, GRID), Text(text), second, Newline(), Text(answer)]
+    second = PlacedView(GRID, GRID, newlines)
+    parts = [Text(first), PlacedView(GRID, GRID), Text(text), second, Newline(), Text(answer)]
     return sample(parts, seed=seed)
 
 

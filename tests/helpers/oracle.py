@@ -28,46 +28,46 @@ def prefill_seen(queries: Any, places: Any, selected: Any, b: int, t: int, share
     )
     if selected is not None and bool(queries.routed[b, t]):
         visual &= np.asarray(selected[b, t, shared])[:, None]
-    lo, hi = int(queries.dense_lo[b, t]), int(queries.dense_hi[b, t])
-    order = np.asarray(places.dense_order[b])
-    dense = (np.asarray(places.dense_segment[b]) == segment) & (order >= max(lo, 0)) & (order <= hi)
+    lo, hi = int(queries.text_lo[b, t]), int(queries.text_hi[b, t])
+    order = np.asarray(places.text_order[b])
+    text = (np.asarray(places.text_segment[b]) == segment) & (order >= max(lo, 0)) & (order <= hi)
     if segment < 0:
-        return np.zeros_like(visual), np.zeros_like(dense)
-    return visual, dense
+        return np.zeros_like(visual), np.zeros_like(text)
+    return visual, text
 
 
 def prefill(case: Any) -> np.ndarray:
     """float64 [B, T, H, D] for a :class:`tests.helpers.cases.Prefill`."""
-    q, visual_k, visual_v, dense_k, dense_v = (np.asarray(a).astype(np.float64) for a in case.arrays())
+    q, visual_k, visual_v, text_k, text_v = (np.asarray(a).astype(np.float64) for a in case.arrays())
     queries, places, selected = jax.tree.map(np.asarray, (case.queries, case.places, case.selected))
     spec = case.spec
     out = np.zeros_like(q)
     group = q.shape[2] // visual_k.shape[1]
     for b, t, h in np.ndindex(*q.shape[:3]):
         kv = h // group
-        visual, dense = prefill_seen(queries, places, selected, b, t, h if spec.share == "head" else kv)
-        keys = np.concatenate([visual_k[b, kv][visual], dense_k[b, kv][dense]])
-        values = np.concatenate([visual_v[b, kv][visual], dense_v[b, kv][dense]])
+        visual, text = prefill_seen(queries, places, selected, b, t, h if spec.select_per == "head" else kv)
+        keys = np.concatenate([visual_k[b, kv][visual], text_k[b, kv][text]])
+        values = np.concatenate([visual_v[b, kv][visual], text_v[b, kv][text]])
         out[b, t, h] = _softmax_average(q[b, t, h], keys, values, spec.scale)
     return out
 
 
 def decode(case: Any) -> np.ndarray:
     """float64 [B, H, D] for a :class:`tests.helpers.cases.Decode`."""
-    arrays = case.q, case.k, case.v, case.dense_k, case.dense_v
-    q, k, v, dense_k, dense_v = (np.asarray(a).astype(np.float64) for a in arrays)
+    arrays = case.q, case.k, case.v, case.text_k, case.text_v
+    q, k, v, text_k, text_v = (np.asarray(a).astype(np.float64) for a in arrays)
     spec, layer, indices = case.spec, int(case.layer), case.indices
-    visual_seen, dense_seen = np.asarray(case.visual_seen), np.asarray(case.dense_seen)
+    visual_seen, text_seen = np.asarray(case.visual_seen), np.asarray(case.text_seen)
     out = np.zeros_like(q)
     group = q.shape[1] // k.shape[2]
     for b, h in np.ndindex(*q.shape[:2]):
         kv = h // group
-        seen, dense = visual_seen[b].copy(), dense_seen[b]
+        seen, text = visual_seen[b].copy(), text_seen[b]
         if indices is not None:
-            listed = {int(i) for i in np.asarray(indices)[b, h if spec.share == "head" else kv]}
+            listed = {int(i) for i in np.asarray(indices)[b, h if spec.select_per == "head" else kv]}
             seen[[r not in listed for r in range(len(seen))]] = False
-        keys = np.concatenate([k[layer, b, kv][seen], dense_k[layer, b, kv][dense]])
-        values = np.concatenate([v[layer, b, kv][seen], dense_v[layer, b, kv][dense]])
+        keys = np.concatenate([k[layer, b, kv][seen], text_k[layer, b, kv][text]])
+        values = np.concatenate([v[layer, b, kv][seen], text_v[layer, b, kv][text]])
         out[b, h] = _softmax_average(q[b, h], keys, values, spec.scale)
     return out
 

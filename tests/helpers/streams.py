@@ -1,7 +1,7 @@
 """Toy streams from a description, so that a test reads like the sequence that it is about.
 
-    row = sample([Text(3), Unit(5, 5), Text(2), Unit(4, 6), Text(4)], region=(2, 2), context=2)
-    streams = batch([pad(row, regions=20, dense=16), pad(shuffle(other, seed=1), regions=20, dense=16)])
+    row = sample([Text(3), PlacedView(5, 5), Text(2), PlacedView(4, 6), Text(4)], region=(2, 2), context=2)
+    streams = batch([pad(row, regions=20, text=16), pad(shuffle(other, seed=1), regions=20, text=16)])
 
 Rows are dictionaries of numpy arrays with the fields of ``Streams`` and no batch axis. Written from the
 contract of ``Streams`` and independent of the data pipeline.
@@ -17,16 +17,16 @@ from gaze_jax.core.regions import partition
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
 
 Row = dict[str, np.ndarray]
-VISUAL = ("visual_src", "visual_order", "visual_pos", "visual_unit")
-DENSE = ("tokens", "kind", "dense_order", "dense_pos", "dense_segment", "dense_unit", "targets")
-EMPTY_SLOT = {"visual_src": EMPTY, "visual_order": EMPTY, "visual_pos": 0, "visual_unit": EMPTY}
+VISUAL = ("visual_src", "visual_order", "visual_positions", "visual_view")
+TEXT_FIELDS = ("tokens", "kind", "text_order", "text_positions", "text_segment", "text_view", "targets")
+EMPTY_SLOT = {"visual_src": EMPTY, "visual_order": EMPTY, "visual_positions": 0, "visual_view": EMPTY}
 PADDING = {
     "tokens": 0,
     "kind": int(Kind.PAD),
-    "dense_order": EMPTY,
-    "dense_pos": 0,
-    "dense_segment": EMPTY,
-    "dense_unit": EMPTY,
+    "text_order": EMPTY,
+    "text_positions": 0,
+    "text_segment": EMPTY,
+    "text_view": EMPTY,
     "targets": IGNORE,
 }
 
@@ -40,11 +40,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Newline:
-    """One newline embedding outside of any unit."""
+    """One newline embedding outside of any view."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class PlacedView:
     """A ``height`` x ``width`` grid of visual tokens, then its context tokens.
 
     ``newlines`` puts a newline after each row of the grid; ``region`` overrides the sample's.
@@ -56,7 +56,7 @@ class Unit:
     region: tuple[int, int] | None = None
 
 
-Part = Text | Newline | Unit
+Part = Text | Newline | PlacedView
 
 
 def sample(
@@ -69,36 +69,36 @@ def sample(
 ) -> Row:
     """One unpadded sample as a row; ``seed`` chooses its text."""
     rng = np.random.default_rng(seed)
-    visual: list[np.ndarray] = []  # [4, R, P] per unit: the fields of VISUAL
-    dense: list[tuple[int, int, int, int]] = []  # token, kind, order, unit
-    order = source = units = 0
+    visual: list[np.ndarray] = []  # [4, R, P] per view: the fields of VISUAL
+    text: list[tuple[int, int, int, int]] = []  # token, kind, order, view
+    order = source = views = 0
     for part in parts:
         if isinstance(part, Text):
-            dense += [(int(rng.integers(1, vocab)), Kind.TEXT, order + i, EMPTY) for i in range(part.length)]
+            text += [(int(rng.integers(1, vocab)), Kind.TEXT, order + i, EMPTY) for i in range(part.length)]
             order += part.length
         elif isinstance(part, Newline):
-            dense.append((0, Kind.NEWLINE, order, EMPTY))
+            text.append((0, Kind.NEWLINE, order, EMPTY))
             order += 1
         else:
             table = partition(part.height, part.width, part.region or region)
             skipped = table // part.width if part.newlines else 0
             place = np.where(table >= 0, table + skipped + order, EMPTY)
-            unit = np.where(table >= 0, units, EMPTY)
+            view = np.where(table >= 0, views, EMPTY)
             visual.append(
-                np.stack([np.where(table >= 0, table + source, EMPTY), place, np.maximum(place, 0), unit])
+                np.stack([np.where(table >= 0, table + source, EMPTY), place, np.maximum(place, 0), view])
             )
             if part.newlines:
                 stride = part.width + 1
-                dense += [(0, Kind.NEWLINE, order + (i + 1) * stride - 1, units) for i in range(part.height)]
+                text += [(0, Kind.NEWLINE, order + (i + 1) * stride - 1, views) for i in range(part.height)]
             source += part.height * part.width
             order += part.height * (part.width + part.newlines)
-            dense += [(c, Kind.CONTEXT, order + c, units) for c in range(context)]
+            text += [(c, Kind.CONTEXT, order + c, views) for c in range(context)]
             order += context
-            units += 1
-    return _as_row(visual, sorted(dense, key=lambda token: token[2]))
+            views += 1
+    return _as_row(visual, sorted(text, key=lambda token: token[2]))
 
 
-def _as_row(visual: list[np.ndarray], dense: list[tuple[int, int, int, int]]) -> Row:
+def _as_row(visual: list[np.ndarray], text: list[tuple[int, int, int, int]]) -> Row:
     slots = max((table.shape[2] for table in visual), default=1)
     empty = np.array(list(EMPTY_SLOT.values()))[:, None, None]
     wide = [
@@ -108,73 +108,73 @@ def _as_row(visual: list[np.ndarray], dense: list[tuple[int, int, int, int]]) ->
     fields = np.concatenate([np.zeros((4, 0, slots)), *wide], axis=1)
     row = dict(zip(VISUAL, fields, strict=True))
     row["region_segment"] = np.zeros(fields.shape[1])
-    tokens, kind, order, unit = np.array(dense).reshape(-1, 4).T
-    row |= {"tokens": tokens, "kind": kind, "dense_order": order, "dense_pos": order, "dense_unit": unit}
-    row["dense_segment"] = np.zeros(len(dense))
-    text = {o: t for t, k, o, _ in dense if k == Kind.TEXT}
+    tokens, kind, order, view = np.array(text).reshape(-1, 4).T
+    row |= {"tokens": tokens, "kind": kind, "text_order": order, "text_positions": order, "text_view": view}
+    row["text_segment"] = np.zeros(len(text))
+    text = {o: t for t, k, o, _ in text if k == Kind.TEXT}
     row["targets"] = np.array([text.get(o + 1, IGNORE) for o in order])
     return {name: np.asarray(values, np.int32) for name, values in row.items()}
 
 
-def pad(row: Row, *, regions: int | None = None, slots: int | None = None, dense: int | None = None) -> Row:
+def pad(row: Row, *, regions: int | None = None, slots: int | None = None, text: int | None = None) -> Row:
     """Pad a row to a bucket; an absent size stays as it is."""
     have_regions, have_slots = row["visual_src"].shape
     more_regions = (regions or have_regions) - have_regions
     more_slots = (slots or have_slots) - have_slots
-    more_dense = (dense or len(row["tokens"])) - len(row["tokens"])
+    more_text = (text or len(row["tokens"])) - len(row["tokens"])
     out = dict(row)
     for name, fill in EMPTY_SLOT.items():
         out[name] = np.pad(row[name], ((0, more_regions), (0, more_slots)), constant_values=fill)
     out["region_segment"] = np.pad(row["region_segment"], (0, more_regions), constant_values=EMPTY)
     for name, fill in PADDING.items():
-        out[name] = np.pad(row[name], (0, more_dense), constant_values=fill)
+        out[name] = np.pad(row[name], (0, more_text), constant_values=fill)
     return out
 
 
 def pack(rows: Sequence[Row]) -> Row:
-    """Several unpadded samples in one row, one segment each; units and tower tokens are renumbered."""
+    """Several unpadded samples in one row, one segment each; views and tower tokens are renumbered."""
     slots = max(row["visual_src"].shape[1] for row in rows)
-    moved, source, units = [], 0, 0
+    moved, source, views = [], 0, 0
     for segment, row in enumerate(pad(row, slots=slots) for row in rows):
-        shift = {"visual_src": source, "visual_unit": units, "dense_unit": units}
-        shift |= {"region_segment": segment, "dense_segment": segment}
+        shift = {"visual_src": source, "visual_view": views, "text_view": views}
+        shift |= {"region_segment": segment, "text_segment": segment}
         moved.append(
             {name: np.where(a >= 0, a + shift[name], a) if name in shift else a for name, a in row.items()}
         )
         source += int((row["visual_src"] >= 0).sum())
-        units += int(row["visual_unit"].max(initial=EMPTY)) + 1
+        views += int(row["visual_view"].max(initial=EMPTY)) + 1
     return {name: np.concatenate([row[name] for row in moved]) for name in moved[0]}
 
 
 def shuffle(row: Row, *, seed: int) -> Row:
-    """The same row stored otherwise: regions, slots inside each region and dense tokens permuted."""
+    """The same row stored otherwise: regions, slots inside each region and text-stream tokens permuted."""
     rng = np.random.default_rng(seed)
     regions, slots = row["visual_src"].shape
     region_order = rng.permutation(regions)
     slot_order = np.argsort(rng.random((regions, slots)), axis=1)
-    dense_order = rng.permutation(len(row["tokens"]))
+    text_order = rng.permutation(len(row["tokens"]))
     out = {name: np.take_along_axis(row[name][region_order], slot_order, axis=1) for name in VISUAL}
     out["region_segment"] = row["region_segment"][region_order]
-    return out | {name: row[name][dense_order] for name in DENSE}
+    return out | {name: row[name][text_order] for name in TEXT_FIELDS}
 
 
 def batch(rows: Sequence[Row]) -> Streams:
     """Stack rows, padding them to the largest."""
     regions, slots = np.max([row["visual_src"].shape for row in rows], axis=0)
-    dense = max(len(row["tokens"]) for row in rows)
-    padded = [pad(row, regions=int(regions), slots=int(slots), dense=dense) for row in rows]
+    text = max(len(row["tokens"]) for row in rows)
+    padded = [pad(row, regions=int(regions), slots=int(slots), text=text) for row in rows]
     return Streams(**{name: jnp.asarray(np.stack([row[name] for row in padded])) for name in padded[0]})
 
 
 def prefix(row: Row, orders: int) -> Row:
-    """The first ``orders`` tokens of a sample whose units all lie in them; the rest is cut off."""
-    keep = row["dense_order"] < orders
+    """The first ``orders`` tokens of a sample whose views all lie in them; the rest is cut off."""
+    keep = row["text_order"] < orders
     if (row["visual_order"] >= orders).any():
-        raise ValueError("A prefix must contain whole units.")
-    return row | {name: row[name][keep] for name in DENSE}
+        raise ValueError("A prefix must contain whole views.")
+    return row | {name: row[name][keep] for name in TEXT_FIELDS}
 
 
 def find(row: Row, segment: int = 0) -> np.ndarray:
     """Dense storage indices of a segment's tokens, in order: ``logits[find(row)]`` is storage-free."""
-    places = np.flatnonzero((row["dense_segment"] == segment) & (row["kind"] != Kind.PAD))
-    return places[np.argsort(row["dense_order"][places])]
+    places = np.flatnonzero((row["text_segment"] == segment) & (row["kind"] != Kind.PAD))
+    return places[np.argsort(row["text_order"][places])]

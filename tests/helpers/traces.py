@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from gaze_jax.data.units import Unit
-from gaze_jax.viewer.trace import Trace, picture
+from gaze_jax.data.placement import PlacedView
+from gaze_jax.infer.trace import Trace, picture
 
 WORDS = ("A", " street", ",", " two", " cars", ".\n", "\n", " It", " rains", " a", " lot", ".")
 
@@ -15,18 +15,18 @@ def grid(height, width, region, first):
 
 
 def make_media(rng, *, views=1, frames=0, slab=1, size=(48, 64)):
-    """Units and pictures of an image with ``views`` views and of a video of ``frames`` frames.
+    """Views and pictures of an image with ``views`` views and of a video of ``frames`` frames.
 
     Later views are the right half of the image, cut finer; the regions of a video join ``slab`` frames.
     """
-    units, pictures, first = [], [], 0
+    placed, pictures, first = [], [], 0
     height, width = size
     if views:
         pictures.append(picture(rng.integers(60, 250, (*size, 3), dtype=np.uint8)))
     for view in range(views):
         left = 0.0 if view == 0 else width / 2
         regions = grid(4 + 2 * view, 4, 2, first)
-        units.append(Unit(len(units), False, 0, 0, (left, 0.0, float(width), float(height)), regions))
+        placed.append(PlacedView(len(placed), False, 0, 0, (left, 0.0, float(width), float(height)), regions))
         first = int(regions.max()) + 1
     for frame in range(frames):
         pixels = rng.integers(60, 250, (*size, 3), dtype=np.uint8)
@@ -34,10 +34,10 @@ def make_media(rng, *, views=1, frames=0, slab=1, size=(48, 64)):
         regions = grid(4, 4, 2, first)
         # A square frame padded at the top and bottom, as some families show them.
         corners = (0.0, (height - width) / 2, float(width), (height + width) / 2)
-        units.append(Unit(len(units), True, 0, frame, corners, regions))
+        placed.append(PlacedView(len(placed), True, 0, frame, corners, regions))
         if (frame + 1) % slab == 0 or frame + 1 == frames:
             first = int(regions.max()) + 1
-    return tuple(units), tuple(pictures)
+    return tuple(placed), tuple(pictures)
 
 
 def make_trace(
@@ -56,8 +56,8 @@ def make_trace(
     The last slot of the first token's first selector is unused.
     """
     rng = np.random.default_rng(seed)
-    units, pictures = media if media is not None else make_media(rng)
-    regions = 1 + max(int(unit.regions.max()) for unit in units)
+    views, pictures = media if media is not None else make_media(rng)
+    regions = 1 + max(int(view.regions.max()) for view in views)
     selectors = selectors or heads
     slots = top_k or 0
     count = len(tokens)
@@ -71,7 +71,7 @@ def make_trace(
     if slots > 1:
         selected[0, 0, 0, -1], best[0, 0, 0, -1] = -1, 0
         attention[0, 0, : heads // selectors, -1] = 0
-    total = sum(unit.regions.size for unit in units)
+    total = sum(view.regions.size for view in views)
     # Some of the keys of the selected regions; every number differs between tokens or layers.
     read = (selected >= 0).sum(-1).mean(-1) / regions * rng.uniform(0.5, 1, (count, layers))
     kinds = [
@@ -87,8 +87,8 @@ def make_trace(
         tuple(tokens),
         "tests/made-up",
         top_k,
-        "head" if selectors == heads else "group",
-        units,
+        "head" if selectors == heads else "kv_head",
+        views,
         pictures,
         selected,
         best.astype(np.float32),

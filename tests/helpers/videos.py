@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gaze_jax.data.video import Sampling, open_video
 from gaze_jax.errors import UserError
+from gaze_jax.media.video import FrameSampling, open_video
 
-EVERY = Sampling()
+EVERY = FrameSampling()
 
 SIZE = (48, 64)
 FRAMES = 60
@@ -47,7 +47,7 @@ def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, c
       frames: arrays, or a number of ``bars``.
       fps: frames per second.
       codec: encoder of FFmpeg.
-      stamps: for each frame, when it is shown, in units of 1 / fps; default: one after the other.
+      stamps: for each frame, when it is shown, in views of 1 / fps; default: one after the other.
       gop: a keyframe at least every so many frames.
       container: options of the container.
       options: options of the encoder.

@@ -7,7 +7,7 @@ import torch
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.pixels import normalise
-from gaze_jax.data.views import Views
+from gaze_jax.data.views import MediaViews
 from gaze_jax.models.published import VIEWS, cambrian_canvases
 
 LLAVA_ONEVISION, CAMBRIAN_S = VIEWS["llava-onevision"], VIEWS["cambrian-s"]
@@ -38,9 +38,9 @@ def pinpoints(at: VisualLayout) -> list[list[int]]:
     return [list(canvas) for canvas in at.views.canvases]
 
 
-def pixels(views: Views) -> np.ndarray:
+def pixels(views: MediaViews) -> np.ndarray:
     """All pixels of some views as the tower takes them, channels first."""
-    stacked = np.concatenate([unit.images for unit in views.units])
+    stacked = np.concatenate([view.images for view in views.views])
     assert stacked.dtype == np.uint8
     return np.ascontiguousarray(normalise(stacked).transpose(0, 3, 1, 2))
 

@@ -12,7 +12,7 @@ from gaze_jax.core.streams import IGNORE, Kind
 from gaze_jax.infer.generate import Generator
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
-from tests.helpers.streams import Newline, Text, Unit, batch, pad, sample
+from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 
 LENGTH = 5
 SAMPLE_ID = jnp.array([3, 8], jnp.int32)
@@ -29,22 +29,22 @@ def prompts():
     """Two prompts of unequal length, as rows without padding."""
     grid = models.GRID
     return (
-        sample([Unit(grid, grid), Text(3)], seed=1),
-        sample([Text(1), Unit(grid, grid), Newline(), Text(4)], seed=2),
+        sample([PlacedView(grid, grid), Text(3)], seed=1),
+        sample([Text(1), PlacedView(grid, grid), Newline(), Text(4)], seed=2),
     )
 
 
 def continued(row, tokens):
     """The row with ``tokens`` said after it."""
-    end = row["dense_order"].max() + 1
+    end = row["text_order"].max() + 1
     more = np.arange(len(tokens), dtype=np.int32)
     added = {
         "tokens": np.asarray(tokens, np.int32),
         "kind": np.full(len(tokens), Kind.TEXT, np.int32),
-        "dense_order": end + more,
-        "dense_pos": end + more,
-        "dense_segment": 0 * more,
-        "dense_unit": 0 * more - 1,
+        "text_order": end + more,
+        "text_positions": end + more,
+        "text_segment": 0 * more,
+        "text_view": 0 * more - 1,
         "targets": 0 * more + IGNORE,
     }
     return row | {name: np.concatenate([row[name], values]) for name, values in added.items()}
@@ -56,22 +56,22 @@ def plain_loop(way):
     top_k, route = WAYS[way]
     budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
     run = models.forward(DUMMY, route, collect=True)
-    said = [[], []]
+    generated = [[], []]
     selected = []
     for _ in range(LENGTH):
-        rows = [pad(continued(row, s), dense=20) for row, s in zip(prompts(), said)]
+        rows = [pad(continued(row, s), text=20) for row, s in zip(prompts(), generated)]
         logits, out = run(models.parameters(DUMMY), models.images(2, 1), batch(rows), budget, None, SAMPLE_ID)
-        last = [int(row["dense_order"].argmax()) for row in rows]
+        last = [int(row["text_order"].argmax()) for row in rows]
         for b in range(2):
-            said[b].append(int(np.argmax(logits[b, last[b]])))
+            generated[b].append(int(np.argmax(logits[b, last[b]])))
         if top_k is not None:
             selected.append(np.stack([out["selected"][:, b, last[b]] for b in range(2)], axis=1))
-    return np.array(said).T, np.array(selected)
+    return np.array(generated).T, np.array(selected)
 
 
 def generate(way, end_id=NO_END):
     top_k, route = WAYS[way]
-    rows = [pad(row, regions=12, dense=14) for row in prompts()]
+    rows = [pad(row, regions=12, text=14) for row in prompts()]
     generator = Generator(MLLM(DUMMY), LENGTH, end_id, route)
     params = models.parameters(DUMMY)["params"]
     return jax.device_get(

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaze_jax.models import DUMMY, MLLM, Step
+from gaze_jax.models import DUMMY, MLLM, DecodePosition
 from tests.helpers import models
-from tests.helpers.streams import Newline, Text, Unit, batch, pad, sample
+from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 
 STEPS = 3
-KINDS = [("head", "float32"), pytest.param("group", "bfloat16", marks=pytest.mark.long)]
+KINDS = [("head", "float32"), pytest.param("kv_head", "bfloat16", marks=pytest.mark.long)]
 
 
-def _config(share, dtype, implementation):
-    gaze = {"share": share, "decode_implementation": implementation}
+def _config(select_per, dtype, implementation):
+    gaze = {"select_per": select_per, "decode_implementation": implementation}
     return models.changed(DUMMY, dtype=dtype, gaze=gaze)
 
 
@@ -24,26 +24,28 @@ def _config(share, dtype, implementation):
 def _prompts():
     grid = models.GRID
     rows = (
-        sample([Unit(grid, grid), Text(3)], seed=1),
-        sample([Text(1), Unit(grid, grid), Newline(), Text(4)], seed=2),
+        sample([PlacedView(grid, grid), Text(3)], seed=1),
+        sample([Text(1), PlacedView(grid, grid), Newline(), Text(4)], seed=2),
     )
-    return batch([pad(row, regions=12, dense=14) for row in rows])
+    return batch([pad(row, regions=12, text=14) for row in rows])
 
 
 @functools.cache
-def _logits(share, dtype, implementation, top_k, fed):
+def _logits(select_per, dtype, implementation, top_k, fed):
     """float32 [STEPS, B, V] after a prompt and ``fed`` tokens; at most 2 regions of 12 come per query."""
-    model = MLLM(_config(share, dtype, implementation))
+    model = MLLM(_config(select_per, dtype, implementation))
     variables = models.parameters(DUMMY)
 
     def run(variables, images, streams, tokens):
         budget = None if top_k is None else jnp.int32(top_k)
-        _, cache, _ = model.apply(variables, images, streams, room=STEPS, top_k=budget, method="prefill")
-        last = jnp.max(streams.dense_order, axis=1)
+        _, cache, _ = model.apply(
+            variables, images, streams, free_slots=STEPS, top_k=budget, method="prefill"
+        )
+        last = jnp.max(streams.text_order, axis=1)
 
         def step(cache, inputs):
             t, token = inputs
-            where = Step(order=last + 1 + t, slot=14 + t, sample=jnp.zeros_like(last))
+            where = DecodePosition(order=last + 1 + t, write_index=14 + t, sample=jnp.zeros_like(last))
             logits, cache, out = model.apply(
                 variables, token, last + 1 + t, cache, where, top_k=budget, capacity=2, method="decode"
             )
@@ -58,12 +60,12 @@ def _logits(share, dtype, implementation, top_k, fed):
     return {a.sharding.memory_kind for a in jax.tree.leaves(visual)}, jax.device_get(found)
 
 
-@pytest.mark.parametrize(("share", "dtype"), KINDS)
-def test_fetched_regions_give_the_resident_logits(share, dtype):
+@pytest.mark.parametrize(("select_per", "dtype"), KINDS)
+def test_fetched_regions_give_the_resident_logits(select_per, dtype):
     """2 regions of 12 per query, copied from host memory: equal logits, and the cache stayed there."""
     fed = ((5, 7), (9, 11), (3, 2))
-    here, expected = _logits(share, dtype, "xla", 2, fed)
-    there, found = _logits(share, dtype, "offload", 2, fed)
+    here, expected = _logits(select_per, dtype, "xla", 2, fed)
+    there, found = _logits(select_per, dtype, "offload", 2, fed)
     assert there == {"pinned_host"} and here == {"device"}
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert np.isfinite(found[0]).all() and (found[1] >= 0).any()

@@ -13,9 +13,9 @@ from PIL import Image
 import gaze_jax
 from gaze_jax.errors import UserError
 from gaze_jax.infer import memory
-from gaze_jax.infer.assistant import Assistant
-from gaze_jax.infer.look import Looking
+from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
+from gaze_jax.infer.sampler import Sampler
 from tests.helpers import multimodal
 
 pytestmark = pytest.mark.xdist_group("parity")
@@ -24,8 +24,8 @@ PHOTO = skimage.data.astronaut()[:60, :90]
 
 
 @pytest.fixture(scope="module")
-def assistant(tmp_path_factory):
-    return Assistant.load(multimodal.write("cambrian_s", tmp_path_factory.mktemp("checkpoint")))
+def sampler(tmp_path_factory):
+    return Sampler.load(multimodal.write("cambrian_s", tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_a_batch_says_what_each_would_say_alone(assistant, photos):
+def test_a_batch_says_what_each_would_say_alone(sampler, photos):
     """Unequal pictures, questions, lengths, budgets, seeds, boxes and stops."""
     wide, tall = str(photos / "wide.png"), str(photos / "tall.png")
     requests = [
@@ -46,25 +46,29 @@ def test_a_batch_says_what_each_would_say_alone(assistant, photos):
         Request("And this?", "d", (wide,), max_tokens=4, dense=True),
     ]
     found = dict(
-        zip("abcd", [answer for _, answer in answer_all(assistant, requests, watch=True)], strict=True)
+        zip("abcd", [answer for _, answer in answer_all(sampler, requests, return_trace=True)], strict=True)
     )
     for request in requests:
-        alone = assistant.generate(
+        alone = sampler.generate(
             request.question,
             images=request.images,
-            looking=request.looking,
+            gaze=request.gaze,
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             seed=request.seed,
             stop=request.stop,
-            watch=True,
+            return_trace=True,
         )
         together = found[request.id]
-        assert (together.tokens, together.text, together.finish) == (alone.tokens, alone.text, alone.finish)
+        assert (together.tokens, together.text, together.finish_reason) == (
+            alone.tokens,
+            alone.text,
+            alone.finish_reason,
+        )
         assert (together.regions, together.top_k) == (alone.regions, alone.top_k)
         np.testing.assert_array_equal(together.trace.selected, alone.trace.selected)
         np.testing.assert_allclose(together.trace.dense, alone.trace.dense, atol=1e-4)
-    assert found["b"].finish == "length" and len(found["b"].tokens) == 3
+    assert found["b"].finish_reason == "length" and len(found["b"].tokens) == 3
     assert found["d"].trace.selected.size == 0 and found["d"].top_k is None
     assert record(requests[0], found["a"])["regions"] == found["a"].regions
 
@@ -85,7 +89,7 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
     path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     first, second = read_requests(path, max_tokens=7, system="Be brief.")
     assert (first.id, first.images, first.max_tokens, first.system) == ("1", ("x.png",), 7, "Be brief.")
-    assert first.looking.look_at[0].box == (0.0, 0.0, 5.0, 5.0)
+    assert first.gaze.look_at[0].box == (0.0, 0.0, 5.0, 5.0)
     assert (second.id, second.stop, second.keep, second.system) == ("why", (".",), 0.5, None)
     path.write_text("\ufeff" + json.dumps({"question": "one\u2028two\x85"}, ensure_ascii=False) + "\r\n")
     assert [request.question for request in read_requests(path)] == ["one\u2028two\x85"]
@@ -120,7 +124,7 @@ def test_a_wrong_line_is_named(line, sentence, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_question_that_cannot_be_read_is_named(assistant, photos):
+def test_a_question_that_cannot_be_read_is_named(sampler, photos):
     """Its file is missing, its picture has fewer regions than it selects."""
     for request, sentence in (
         (Request("What?", "q7", ("none.png",)), "Question 'q7': Image 'none.png' is not a file"),
@@ -129,20 +133,20 @@ def test_a_question_that_cannot_be_read_is_named(assistant, photos):
             "Question 'q7': top_k=99 must be between",
         ),
         (Request("What?", "q7", top_k=1, look_at=("0,0,1,1",)), "Question 'q7': Nothing is shown"),
-        (Request("What?", "q7", top_k=1, dense_layers=(9,)), r"Question 'q7': dense_layers=\(9,\) must be"),
+        (Request("What?", "q7", top_k=1, full_layers=(9,)), r"Question 'q7': full_layers=\(9,\) must be"),
     ):
         with pytest.raises(UserError, match=sentence):
-            list(answer_all(assistant, [request]))
+            list(answer_all(sampler, [request]))
     with pytest.raises(UserError, match="batch_size=0"):
-        list(answer_all(assistant, [], batch_size=0))
+        list(answer_all(sampler, [], batch_size=0))
     with pytest.raises(UserError, match="is not a readable UTF-8 file"):
         read_requests("nowhere.jsonl")
 
 
-def test_too_much_for_the_cache_is_said_before_it_is_computed(assistant, monkeypatch):
+def test_too_much_for_the_cache_is_said_before_it_is_computed(sampler, monkeypatch):
     """With the numbers: of a limit, and of memory."""
-    monkeypatch.setattr("gaze_jax.infer.chat.Session", None)  # whoever computes fails otherwise
-    small = dataclasses.replace(assistant, cache_tokens=60)
+    monkeypatch.setattr("gaze_jax.infer.chat_session.Engine", None)  # whoever computes fails otherwise
+    small = dataclasses.replace(sampler, cache_tokens=60)
     with pytest.raises(UserError) as error:
         small.generate("What is this?", images=[PHOTO], max_tokens=200)
     tokens = [int(word) for word in re.findall(r"\b\d+\b", str(error.value))]
@@ -150,43 +154,43 @@ def test_too_much_for_the_cache_is_said_before_it_is_computed(assistant, monkeyp
     assert visual + other == wanted > 60 and other > 200 and "cache_tokens=60" in str(error.value)
     monkeypatch.setattr("gaze_jax.infer.assistant.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"takes 0\.\d MB on a device but 0\.0 MB are free; show less"):
-        assistant.generate("What is this?", images=[PHOTO])
+        sampler.generate("What is this?", images=[PHOTO])
 
 
-def test_bytes_of_a_cache_are_those_of_its_arrays(assistant):
+def test_bytes_of_a_cache_are_those_of_its_arrays(sampler):
     """Resident in float32, as int8, and without the visual part."""
-    config = assistant.config
+    config = sampler.config
     c = config.decoder
     per = c.depth * c.num_kv_heads
     expected = per * (2 * 4 * c.head_dim * (5 * 9 + 32) + 4 * c.head_dim * 5)
     assert memory.cache_bytes(config, 1, 5, 9, 32) == expected
     assert memory.cache_bytes(config, 3, 5, 9, 32) == 3 * expected
-    talk = assistant.talk(looking=Looking(top_k=1))
-    talk.ask("What?", images=[PHOTO])
-    cache = talk._session._cache
+    chat = sampler.chat(gaze=GazeOptions(top_k=1))
+    chat.ask("What?", images=[PHOTO])
+    cache = chat._engine._cache
     regions, slots = cache.visual_order.shape[1:]
     held = sum(
-        a.nbytes for a in (*jax.tree.leaves(cache.visual), cache.descriptors, cache.dense_k, cache.dense_v)
+        a.nbytes for a in (*jax.tree.leaves(cache.visual), cache.descriptors, cache.text_k, cache.text_v)
     )
-    assert held == memory.cache_bytes(config, 1, regions, slots, cache.dense_k.shape[3])
-    small = assistant.looking(visual_dtype="int8").config
+    assert held == memory.cache_bytes(config, 1, regions, slots, cache.text_k.shape[3])
+    small = sampler.with_gaze(visual_dtype="int8").config
     saved = per * 2 * 45 * (4 * c.head_dim - c.head_dim - 4)
     assert expected - memory.cache_bytes(small, 1, 5, 9, 32) == saved
-    away = assistant.looking(decode_implementation="offload").config
+    away = sampler.with_gaze(decode_implementation="offload").config
     assert expected - memory.cache_bytes(away, 1, 5, 9, 32) == per * 2 * 45 * 4 * c.head_dim
     assert memory.cache_bytes(away, 1, 5, 9, 32, on_host=True) == expected
 
 
-def test_the_package_loads_and_answers(assistant, tmp_path):
+def test_the_package_loads_and_answers(sampler, tmp_path):
     """gaze_jax.load and generate are the whole of it; a field of GazeConfig may be chosen on the way."""
     where = multimodal.write("llava_onevision", tmp_path)
-    model = gaze_jax.load(where, share="group")
-    assert model.config.gaze.share == "group" and model.name == "source"
+    model = gaze_jax.load(where, select_per="kv_head")
+    assert model.config.gaze.select_per == "kv_head" and model.name == "source"
     heard = []
     answer = model.generate(
         "What is this?",
         images=[PHOTO],
-        looking=gaze_jax.Looking(keep=0.5),
+        gaze=gaze_jax.GazeOptions(keep=0.5),
         max_tokens=5,
         on_text=heard.append,
     )
@@ -196,7 +200,7 @@ def test_the_package_loads_and_answers(assistant, tmp_path):
         model.generate("What?", images="photo.png")
     with pytest.raises(UserError, match="is not a directory; give a checkpoint"):
         gaze_jax.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"gaze.share='x' must be one of"):
-        gaze_jax.load(where, share="x")
+    with pytest.raises(UserError, match=r"gaze.select_per='x' must be one of"):
+        gaze_jax.load(where, select_per="x")
     with pytest.raises(AttributeError, match="has no attribute 'laod'"):
         _ = gaze_jax.laod

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from gaze_jax.errors import UserError
-from gaze_jax.infer.sampling import Sampling, check_sampling, next_token, nucleus
+from gaze_jax.infer.sampling import SamplingParams, check_sampling, next_token, nucleus
 
 LOGITS = np.log(np.float32([0.5, 0.25, 0.15, 0.06, 0.04]))
 
@@ -17,7 +17,7 @@ def draw(temperature, top_p=None, seeds=None, rows=4000, index=0):
     """Counts of every token over ``rows`` rows that have seeds of their own."""
     seeds = list(range(rows)) if seeds is None else seeds
     top_p = None if top_p is None else [top_p] * len(seeds)
-    sampling = Sampling.of([temperature] * len(seeds), top_p, seeds)
+    sampling = SamplingParams.of([temperature] * len(seeds), top_p, seeds)
     logits = jnp.tile(LOGITS, (len(seeds), 1))
     return np.asarray(jax.jit(next_token)(logits, sampling, jnp.full(len(seeds), index, jnp.int32)))
 
@@ -57,7 +57,7 @@ def test_a_draw_depends_on_its_row_and_place_alone():
 
 def test_greedy_takes_the_first_of_the_likeliest():
     """Beside rows that draw too."""
-    sampling = Sampling.of([0.0, 2.0, 0.0], [0.1, 1.0, 1.0], [1, 2, 3])
+    sampling = SamplingParams.of([0.0, 2.0, 0.0], [0.1, 1.0, 1.0], [1, 2, 3])
     logits = jnp.asarray([[0.0, 3.0, 3.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
     drawn = next_token(logits, sampling, jnp.zeros(3, jnp.int32))
     assert drawn[0] == 1 and drawn[2] == 0 and drawn.dtype == jnp.int32
@@ -66,7 +66,7 @@ def test_greedy_takes_the_first_of_the_likeliest():
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-44])
 def test_a_temperature_near_0_is_greedy(temperature):
     """Where dividing by it overflows too."""
-    sampling = Sampling.of([temperature], [0.9], [1])
+    sampling = SamplingParams.of([temperature], [0.9], [1])
     assert next_token(jnp.asarray([[1.0, 5.0, 2.0]]), sampling, jnp.zeros(1, jnp.int32)).tolist() == [1]
 
 

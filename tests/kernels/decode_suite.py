@@ -23,12 +23,12 @@ def call(case, implementation):
     return gaze_decode(
         case.q,
         packed,
-        case.dense_k,
-        case.dense_v,
+        case.text_k,
+        case.text_v,
         case.layer,
         case.indices,
         case.visual_seen,
-        case.dense_seen,
+        case.text_seen,
         spec=spec,
         implementation=implementation,
     )
@@ -77,11 +77,11 @@ class DecodeSuite:
 
     # Values
 
-    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("seed", [0, 1, 2])
-    def test_values(self, share, seed):
-        """Partial regions, -1 inside the list, half of the dense stream."""
-        case = cases.decode(share=share, seed=seed)
+    def test_values(self, select_per, seed):
+        """Partial regions, -1 inside the list, half of the text stream."""
+        case = cases.decode(select_per=select_per, seed=seed)
         _close(self.run(case), self.expected(case), self.tolerance)
 
     def test_dense_without_indices(self):
@@ -99,11 +99,11 @@ class DecodeSuite:
             _close(outs[-1], self.expected(at), self.tolerance)
         assert np.abs(outs[0] - outs[1]).max() > 0.01 and np.abs(outs[1] - outs[2]).max() > 0.01
 
-    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
-    def test_edge_12_group_sizes(self, group, share):
+    def test_edge_12_group_sizes(self, group, select_per):
         """G = 1, 4, 5, 7, 8: query head h reads kv head h // G, and K = 3 is no power of two either."""
-        case = cases.decode(kv_heads=3, group=group, share=share, dim=4)
+        case = cases.decode(kv_heads=3, group=group, select_per=select_per, dim=4)
         _close(self.run(case), self.expected(case), self.tolerance)
 
     @pytest.mark.parametrize("capacity", [1, 3, 7, 9])
@@ -116,23 +116,23 @@ class DecodeSuite:
         "sizes", [{"slots": 1}, {"dense": 1}, {"dim": 20, "size": 3}, {"slots": 36, "layers": 1}]
     )
     def test_odd_sizes(self, sizes):
-        """One slot per region, one dense key, D = 20 with three rows, 36 slots in a single layer."""
+        """One slot per region, one text-stream key, D = 20 with three rows, 36 slots in a single layer."""
         case = cases.decode(**sizes)
         _close(self.run(case), self.expected(case), self.tolerance)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_bf16(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_bf16(self, select_per):
         """bfloat16 cache and query: near the float32 result of the same rounded inputs."""
-        case = cases.decode(share=share, dtype=jnp.bfloat16)
+        case = cases.decode(select_per=select_per, dtype=jnp.bfloat16)
         wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, case)
         got = self.run(case)
         assert got.dtype == jnp.bfloat16
         _close(got, _program("reference")(wide), self.bf16_tolerance)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_int8(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_int8(self, select_per):
         """An int8 visual cache: as if every token had been rounded to 127 steps; unread slots hold NaN."""
-        plain = cases.decode(share=share)
+        plain = cases.decode(select_per=select_per)
         bad = jnp.asarray(_unread(plain)[None])[..., None]
         k, v = (np.asarray(jnp.where(bad, jnp.nan, a)) for a in (plain.k, plain.v))
         int8 = dataclasses.replace(plain.spec, visual_dtype="int8")
@@ -204,10 +204,10 @@ class DecodeSuite:
         turned = dataclasses.replace(case, indices=case.indices[..., ::-1])
         _close(self.run(turned), self.run(case), 1e-6)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_edge_02_listing_every_region_equals_dense(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_edge_02_listing_every_region_equals_dense(self, select_per):
         """All R regions by index and no indices at all agree to one rounding."""
-        case = cases.decode(capacity=7, share=share)
+        case = cases.decode(capacity=7, select_per=select_per)
         everything = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[::-1], case.indices.shape)
         listed = self.run(dataclasses.replace(case, indices=everything))
         _close(listed, self.run(dataclasses.replace(case, indices=None)), 5e-7)
@@ -220,41 +220,42 @@ class DecodeSuite:
         _close(self.run(case), self.expected(case), self.tolerance)
 
     def test_edge_05_law_5_nan_in_unread_slots_changes_nothing(self):
-        """NaN in unselected regions, other layers, invalid slots and unseen dense keys: the same bits."""
+        """NaN in unselected regions, other layers, invalid slots and unseen text-stream keys: the same
+        bits."""
         case = cases.decode()
         layer = np.arange(3)[:, None, None, None, None] != int(case.layer)
         bad = jnp.asarray(layer | _unread(case)[None])[..., None]
-        dense_bad = jnp.asarray(
-            (np.arange(3)[:, None, None] != int(case.layer)) | ~np.asarray(case.dense_seen)[None]
+        text_bad = jnp.asarray(
+            (np.arange(3)[:, None, None] != int(case.layer)) | ~np.asarray(case.text_seen)[None]
         )[:, :, None, :, None]
         poisoned = dataclasses.replace(
             case,
             k=jnp.where(bad, jnp.nan, case.k),
             v=jnp.where(bad, jnp.nan, case.v),
-            dense_k=jnp.where(dense_bad, jnp.nan, case.dense_k),
-            dense_v=jnp.where(dense_bad, jnp.nan, case.dense_v),
+            text_k=jnp.where(text_bad, jnp.nan, case.text_k),
+            text_v=jnp.where(text_bad, jnp.nan, case.text_v),
         )
-        assert np.isnan(poisoned.k).mean() > 0.5 and np.isnan(poisoned.dense_v).any()
+        assert np.isnan(poisoned.k).mean() > 0.5 and np.isnan(poisoned.text_v).any()
         got = np.asarray(self.run(poisoned))
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
     def test_edge_06_a_query_that_sees_nothing_outputs_zero(self):
-        """An all -1 list without dense keys, and listed regions without valid slots: 0."""
+        """An all -1 list without text-stream keys, and listed regions without valid slots: 0."""
         case = cases.decode()
-        blind = dataclasses.replace(case, dense_seen=jnp.zeros_like(case.dense_seen))
+        blind = dataclasses.replace(case, text_seen=jnp.zeros_like(case.text_seen))
         none = dataclasses.replace(blind, indices=jnp.full_like(case.indices, -1))
         assert (np.asarray(self.run(none)) == 0).all()
         empty = dataclasses.replace(blind, visual_seen=jnp.zeros_like(case.visual_seen))
         assert (np.asarray(self.run(empty)) == 0).all()
-        one_row = dataclasses.replace(none, dense_seen=case.dense_seen.at[1].set(False))
+        one_row = dataclasses.replace(none, text_seen=case.text_seen.at[1].set(False))
         got = np.asarray(self.run(one_row))
         assert (got[1] == 0).all() and (got[0] != 0).any(-1).all()
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_edge_07_minus_one_and_duplicates(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_edge_07_minus_one_and_duplicates(self, select_per):
         """-1 anywhere in the list reads nothing, and a region listed three times counts once."""
-        case = cases.decode(share=share, capacity=6)
+        case = cases.decode(select_per=select_per, capacity=6)
         heads = case.indices.shape[1]
         spread = jnp.asarray([[[3, -1, 3, 5, -1, 3]] * heads, [[-1, 0, 0, -1, 6, 0]] * heads], jnp.int32)
         plain = jnp.asarray([[[3, 5, -1, -1, -1, -1]] * heads, [[0, 6, -1, -1, -1, -1]] * heads], jnp.int32)
@@ -287,7 +288,7 @@ class DecodeSuite:
             case,
             q=over(1, case.q),
             indices=over(1, case.indices),
-            **{name: over(2, getattr(case, name)) for name in ("k", "v", "dense_k", "dense_v")},
+            **{name: over(2, getattr(case, name)) for name in ("k", "v", "text_k", "text_v")},
         )
         got = self.run(split)
         _close(got, self.run(case), 1e-6)

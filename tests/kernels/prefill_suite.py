@@ -21,7 +21,7 @@ import pytest
 
 from pallas_kernels import gaze_prefill
 from tests.helpers import cases, oracle
-from tests.helpers.streams import Text, Unit, pack, pad, sample
+from tests.helpers.streams import PlacedView, Text, pack, pad, sample
 
 
 def _call(case, implementation):
@@ -67,7 +67,7 @@ def _rows():
 
 
 def _one_row():
-    return [sample([Text(1), Unit(3, 3), Text(3)], context=1)]
+    return [sample([Text(1), PlacedView(3, 3), Text(3)], context=1)]
 
 
 class PrefillSuite:
@@ -84,7 +84,7 @@ class PrefillSuite:
         return _program(self.implementation, False)(case)
 
     def gradients(self, case):
-        """Output, and gradients of q, visual_k, visual_v, dense_k, dense_v under a fixed cotangent."""
+        """Output, and gradients of q, visual_k, visual_v, text_k, text_v under a fixed cotangent."""
         if not self.has_gradients:
             pytest.skip(f"{self.implementation} has no backward pass")
         return _program(self.implementation, True)(case, _cotangent(case))
@@ -98,17 +98,17 @@ class PrefillSuite:
 
     # Values
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    @pytest.mark.parametrize("scope", ["all", "unit"])
-    def test_forward(self, share, scope):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    @pytest.mark.parametrize("scope", ["all", "view"])
+    def test_forward(self, select_per, scope):
         """Partial regions, packing, padding, newlines and shuffled storage at once."""
-        case = cases.prefill(_rows(), share=share, scope=scope, causal=scope == "all")
+        case = cases.prefill(_rows(), select_per=select_per, scope=scope, causal=scope == "all")
         _close(self.forward(case), self.expected(case), self.tolerance)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_gradients(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_gradients(self, select_per):
         """d q, d K and d V of both streams equal the reference's."""
-        case = cases.prefill(_rows(), share=share)
+        case = cases.prefill(_rows(), select_per=select_per)
         _, got = self.gradients(case)
         for name, mine, theirs in zip(cases.ARRAYS, got, self.expected_gradients(case), strict=True):
             assert np.abs(theirs).max() > 0, name
@@ -116,7 +116,7 @@ class PrefillSuite:
 
     def test_gradients_equal_finite_differences(self):
         """Against central differences of the float64 loops at a tiny size."""
-        rows = [sample([Unit(1, 3), Text(2)], region=(1, 2), context=1)]
+        rows = [sample([PlacedView(1, 3), Text(2)], region=(1, 2), context=1)]
         case = cases.prefill(rows, kv_heads=1, group=2, dim=2)
         _, got = self.gradients(case)
         arrays, cotangent = case.arrays(), np.asarray(_cotangent(case), np.float64)
@@ -138,11 +138,11 @@ class PrefillSuite:
             for mine, theirs in zip(got, self.expected_gradients(case), strict=True):
                 _close(mine, theirs, self.tolerance)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
-    def test_edge_12_group_sizes(self, group, share):
+    def test_edge_12_group_sizes(self, group, select_per):
         """G = 1, 4, 5, 7, 8: query head h reads kv head h // G, and K = 3 is no power of two either."""
-        case = cases.prefill(_one_row(), kv_heads=3, group=group, share=share, dim=4)
+        case = cases.prefill(_one_row(), kv_heads=3, group=group, select_per=select_per, dim=4)
         _close(self.forward(case), self.expected(case), self.tolerance)
 
     @pytest.mark.parametrize("dim", [1, 20])
@@ -151,10 +151,10 @@ class PrefillSuite:
         case = cases.prefill(_one_row(), dim=dim)
         _close(self.forward(case), self.expected(case), self.tolerance)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_bf16(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_bf16(self, select_per):
         """bfloat16 in and out; near the float32 result of the same rounded inputs, forward and gradients."""
-        case = cases.prefill(_rows(), share=share, dtype=jnp.bfloat16)
+        case = cases.prefill(_rows(), select_per=select_per, dtype=jnp.bfloat16)
         wide = case.with_arrays(tuple(a.astype(jnp.float32) for a in case.arrays()))
         out, got = self.gradients(case)
         assert out.dtype == jnp.bfloat16
@@ -186,7 +186,7 @@ class PrefillSuite:
             _close(mine, theirs, 1e-6)
 
     @pytest.mark.parametrize(
-        "parts", [[Text(4)], [Text(1), Unit(2, 2), Text(2)]], ids=["no region", "one region"]
+        "parts", [[Text(4)], [Text(1), PlacedView(2, 2), Text(2)]], ids=["no region", "one region"]
     )
     def test_edge_03_no_region_or_one(self, parts):
         """R = 0 (text only) and R = 1, with and without a selection."""
@@ -205,7 +205,7 @@ class PrefillSuite:
 
     def _routed_only(self):
         """A case in which only routed queries are alive, and per kv head two regions that nobody selects."""
-        case = cases.prefill(_rows(), share="head")
+        case = cases.prefill(_rows(), select_per="head")
         queries = dataclasses.replace(
             case.queries, segment=jnp.where(case.queries.routed, case.queries.segment, -1)
         )
@@ -213,16 +213,16 @@ class PrefillSuite:
         hidden[0, [1, 4]] = hidden[1, [0, 4]] = True
         selected = np.asarray(case.selected) & ~np.repeat(hidden, 2, axis=0)
         nobody = hidden[None, :, :, None] | (np.asarray(case.places.visual_order) < 0)[:, None]
-        dense_nobody = np.asarray(case.places.dense_order) < 0
+        text_nobody = np.asarray(case.places.text_order) < 0
         return (
             dataclasses.replace(case, queries=queries, selected=jnp.asarray(selected)),
             nobody,
-            dense_nobody,
+            text_nobody,
         )
 
     def test_edge_05_law_5_nan_in_unseen_keys_changes_nothing(self):
         """NaN in K and V of unselected regions, empty slots and padding: equal output, gradient 0."""
-        case, nobody, dense_nobody = self._routed_only()
+        case, nobody, text_nobody = self._routed_only()
         clean, clean_gradients = self.gradients(case)
 
         def poison(a, where):
@@ -232,10 +232,10 @@ class PrefillSuite:
             (
                 case.q,
                 *(poison(a, nobody) for a in (case.visual_k, case.visual_v)),
-                *(poison(a, dense_nobody[:, None]) for a in (case.dense_k, case.dense_v)),
+                *(poison(a, text_nobody[:, None]) for a in (case.text_k, case.text_v)),
             )
         )
-        assert np.isnan(poisoned.visual_k).any() and np.isnan(poisoned.dense_v).any()
+        assert np.isnan(poisoned.visual_k).any() and np.isnan(poisoned.text_v).any()
         out, got = self.gradients(poisoned)
         np.testing.assert_array_equal(out, clean)
         for mine, theirs in zip(got, clean_gradients, strict=True):
@@ -256,7 +256,8 @@ class PrefillSuite:
             assert (np.asarray(got[2])[0, h // 2, r][valid] != 0).any()
 
     def test_edge_06_a_query_that_sees_nothing_outputs_zero(self):
-        """Padding, an empty window and an empty selection without dense keys: 0, and finite gradients."""
+        """Padding, an empty window and an empty selection without text-stream keys: 0, and finite
+        gradients."""
         case = cases.prefill(_rows())
         out, _ = self.gradients(case)
         padding = np.asarray(case.queries.segment) < 0
@@ -264,7 +265,7 @@ class PrefillSuite:
         assert (np.asarray(out)[~padding] != 0).any(-1).all()
         blind = dataclasses.replace(
             case,
-            queries=dataclasses.replace(case.queries, dense_hi=case.queries.dense_lo - 1),
+            queries=dataclasses.replace(case.queries, text_hi=case.queries.text_lo - 1),
             selected=jnp.zeros_like(case.selected),
         )
         out, got = self.gradients(blind)
@@ -275,35 +276,35 @@ class PrefillSuite:
 
     def test_edge_08_causal_queries_inside_an_image(self):
         """New values at later keys change no bit of an earlier visual query, its own region's included."""
-        case = cases.prefill([sample([Text(1), Unit(4, 4), Text(2)], context=1)], seed=1)
+        case = cases.prefill([sample([Text(1), PlacedView(4, 4), Text(2)], context=1)], seed=1)
         order = np.asarray(case.places.visual_order)[0]
         cut = 8  # inside the image and inside a region: orders 1..16 in regions of 2x2
-        other = cases.prefill([sample([Text(1), Unit(4, 4), Text(2)], context=1)], seed=2)
+        other = cases.prefill([sample([Text(1), PlacedView(4, 4), Text(2)], context=1)], seed=2)
         later = jnp.asarray(order > cut)[None, None, :, :, None]
-        dense_later = (case.places.dense_order > cut)[:, None, :, None]
+        text_later = (case.places.text_order > cut)[:, None, :, None]
         changed = case.with_arrays(
             (
                 case.q,
                 *(jnp.where(later, getattr(other, n), getattr(case, n)) for n in ("visual_k", "visual_v")),
-                *(
-                    jnp.where(dense_later, getattr(other, n), getattr(case, n))
-                    for n in ("dense_k", "dense_v")
-                ),
+                *(jnp.where(text_later, getattr(other, n), getattr(case, n)) for n in ("text_k", "text_v")),
             )
         )
         before, after = np.asarray(self.forward(case)), np.asarray(self.forward(changed))
-        earlier = np.concatenate([order.ravel(), np.asarray(case.places.dense_order)[0]]) <= cut
+        earlier = np.concatenate([order.ravel(), np.asarray(case.places.text_order)[0]]) <= cut
         np.testing.assert_array_equal(after[:, earlier], before[:, earlier])
         assert (after[:, ~earlier] != before[:, ~earlier]).any()
 
     def test_edge_09_packed_samples_do_not_mix(self):
         """Other keys and values in one sample change no bit of the other's output."""
         row = pack(
-            [sample([Unit(2, 3), Text(2)], context=1), sample([Text(1), Unit(3, 2), Text(3)], context=1)]
+            [
+                sample([PlacedView(2, 3), Text(2)], context=1),
+                sample([Text(1), PlacedView(3, 2), Text(3)], context=1),
+            ]
         )
         case = cases.prefill([row])
         second = case.places.region_segment == 1
-        dense_second = (case.places.dense_segment == 1)[:, None, :, None]
+        text_second = (case.places.text_segment == 1)[:, None, :, None]
         other = cases.prefill([row], seed=5)
         visual_second = second[:, None, :, None, None]
         changed = case.with_arrays(
@@ -313,10 +314,7 @@ class PrefillSuite:
                     jnp.where(visual_second, getattr(other, n), getattr(case, n))
                     for n in ("visual_k", "visual_v")
                 ),
-                *(
-                    jnp.where(dense_second, getattr(other, n), getattr(case, n))
-                    for n in ("dense_k", "dense_v")
-                ),
+                *(jnp.where(text_second, getattr(other, n), getattr(case, n)) for n in ("text_k", "text_v")),
             )
         )
         before, after = np.asarray(self.forward(case)), np.asarray(self.forward(changed))
@@ -327,7 +325,7 @@ class PrefillSuite:
     @pytest.mark.parametrize("query_block", [1, 7, 49])
     def test_edge_13_query_blocks_with_remainders(self, query_block):
         """T not a multiple of the block: the same values and gradients as in one block."""
-        case = cases.prefill(_rows(), share="group")
+        case = cases.prefill(_rows(), select_per="kv_head")
         length = case.q.shape[1]
         assert length == 50 and (query_block == 1 or length % query_block)
         blocks = dataclasses.replace(case, spec=dataclasses.replace(case.spec, query_block=query_block))
@@ -398,11 +396,11 @@ class PrefillSuite:
             _close(one, self.forward(case), 1e-6)
 
     def test_padding_the_keys_changes_nothing(self):
-        """Empty regions, empty slots and padded dense keys leave the queries' values as they are."""
+        """Empty regions, empty slots and padded text-stream keys leave the queries' values as they are."""
         row = _one_row()[0]
         small = cases.prefill([row])
-        large = cases.prefill([pad(row, regions=7, slots=6, dense=9)])
-        regions, slots, dense = *small.places.visual_order.shape[1:], small.places.dense_order.shape[1]
+        large = cases.prefill([pad(row, regions=7, slots=6, text=9)])
+        regions, slots, dense = *small.places.visual_order.shape[1:], small.places.text_order.shape[1]
         grown = large.with_arrays(
             (
                 large.q,
@@ -410,7 +408,7 @@ class PrefillSuite:
                     getattr(large, n).at[:, :, :regions, :slots].set(getattr(small, n))
                     for n in ("visual_k", "visual_v")
                 ),
-                *(getattr(large, n).at[:, :, :dense].set(getattr(small, n)) for n in ("dense_k", "dense_v")),
+                *(getattr(large, n).at[:, :, :dense].set(getattr(small, n)) for n in ("text_k", "text_v")),
             )
         )
         start = large.places.visual_order.size

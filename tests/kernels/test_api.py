@@ -1,4 +1,4 @@
-"""The ops' front doors: names, shapes and static choices, refused in one sentence each."""
+"""The ops' front commands: names, shapes and static choices, refused in one sentence each."""
 
 import ast
 import dataclasses
@@ -35,12 +35,12 @@ def _decode(case, implementation="reference"):
         return gaze_decode(
             case.q,
             (case.k, case.v),
-            case.dense_k,
-            case.dense_v,
+            case.text_k,
+            case.text_v,
             case.layer,
             case.indices,
             case.visual_seen,
-            case.dense_seen,
+            case.text_seen,
             spec=case.spec,
             implementation=implementation,
         )
@@ -69,10 +69,10 @@ def test_what_an_implementation_cannot_do_is_refused_with_its_reason():
     class Picky:
         @staticmethod
         def supports(spec):
-            return "it wants share 'group'." if spec.share == "head" else None
+            return "it wants share 'group'." if spec.select_per == "head" else None
 
     table = {"picky": Picky, "xla": None}
-    assert dispatch.pick("op", table, "picky", GazeSpec(1.0, "group")) is Picky
+    assert dispatch.pick("op", table, "picky", GazeSpec(1.0, "kv_head")) is Picky
     with pytest.raises(NotImplementedError, match="op implementation 'picky' cannot run here: it wants"):
         dispatch.pick("op", table, "picky", GazeSpec(1.0, "head"))
 
@@ -80,15 +80,15 @@ def test_what_an_implementation_cannot_do_is_refused_with_its_reason():
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_supports_says_none_for_what_runs(implementation):
     """Both general implementations run every spec."""
-    for share in ("head", "group"):
-        assert prefill_api.supports(implementation, GazeSpec(1.0, share)) is None
-        assert decode_api.supports(implementation, GazeSpec(1.0, share)) is None
+    for select_per in ("head", "kv_head"):
+        assert prefill_api.supports(implementation, GazeSpec(1.0, select_per)) is None
+        assert decode_api.supports(implementation, GazeSpec(1.0, select_per)) is None
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"share": "token"}, "GazeSpec.share='token' must be one of"),
+        ({"select_per": "token"}, "GazeSpec.select_per='token' must be one of"),
         ({"query_block": 0}, "query_block=0 must be at"),
     ],
 )
@@ -102,7 +102,9 @@ def test_spec_is_hashable_and_compares_by_value():
     """It is a static jit argument."""
     assert GazeSpec(0.5, "head", 4) == GazeSpec(0.5, "head", 4)
     assert (
-        len({GazeSpec(0.5), GazeSpec(0.5), GazeSpec(0.25), GazeSpec(0.5, "group"), GazeSpec(0.5, "head", 4)})
+        len(
+            {GazeSpec(0.5), GazeSpec(0.5), GazeSpec(0.25), GazeSpec(0.5, "kv_head"), GazeSpec(0.5, "head", 4)}
+        )
         == 4
     )
 
@@ -111,7 +113,7 @@ def _cut(array, axis):
     return jnp.take(array, jnp.arange(array.shape[axis] - 1), axis=axis)
 
 
-PREFILL_FIELDS = ["visual_k", "visual_v", "dense_k", "dense_v", "selected"]
+PREFILL_FIELDS = ["visual_k", "visual_v", "text_k", "text_v", "selected"]
 
 
 @pytest.mark.parametrize("name", PREFILL_FIELDS)
@@ -120,8 +122,8 @@ def test_prefill_names_the_array_of_a_wrong_shape(name):
     case = cases.prefill(cases.rows())
     axis = {"selected": 3}.get(name, 2)
     changed = dataclasses.replace(case, **{name: _cut(getattr(case, name), axis)})
-    # visual_k and dense_k say what R and S are, so a cut of theirs is found at their partner.
-    found = {"visual_k": "visual_v", "dense_k": "dense_v"}.get(name, name)
+    # visual_k and text_k say what R and S are, so a cut of theirs is found at their partner.
+    found = {"visual_k": "visual_v", "text_k": "text_v"}.get(name, name)
     with pytest.raises(ValueError, match=rf"gaze_prefill: {found}.* has shape \(.*expected \("):
         _prefill(changed)
 
@@ -138,14 +140,14 @@ def test_prefill_checks_every_window_and_place(group):
 
 
 def test_share_decides_the_head_axis():
-    """A selection per head is refused under share "group", and the reverse."""
-    for share, other in (("head", "group"), ("group", "head")):
-        case = cases.prefill(cases.rows(), share=share)
-        spec = dataclasses.replace(case.spec, share=other)
+    """A selection per head is refused under select_per "kv_head", and the reverse."""
+    for select_per, other in (("head", "kv_head"), ("kv_head", "head")):
+        case = cases.prefill(cases.rows(), select_per=select_per)
+        spec = dataclasses.replace(case.spec, select_per=other)
         with pytest.raises(ValueError, match=rf"selected \(share '{other}'\) has shape"):
             _prefill(dataclasses.replace(case, spec=spec))
-        case = cases.decode(share=share)
-        spec = dataclasses.replace(case.spec, share=other)
+        case = cases.decode(select_per=select_per)
+        spec = dataclasses.replace(case.spec, select_per=other)
         with pytest.raises(ValueError, match=rf"indices \(share '{other}'\) has shape"):
             _decode(dataclasses.replace(case, spec=spec))
 
@@ -163,8 +165,8 @@ def test_query_heads_must_be_a_multiple_of_kv_heads():
 @pytest.mark.parametrize(
     ("name", "axis", "found"),
     [
-        ("dense_v", 3, "dense_v"),
-        ("dense_seen", 1, "dense_seen"),
+        ("text_v", 3, "text_v"),
+        ("text_seen", 1, "text_seen"),
         ("k", 3, "visual cache k"),
         ("v", 4, "visual cache v"),
         ("k", 0, "visual cache k"),
@@ -174,7 +176,7 @@ def test_query_heads_must_be_a_multiple_of_kv_heads():
     ],
 )
 def test_decode_names_the_array_of_a_wrong_shape(name, axis, found):
-    """A cache of another R, P or L than the masks and the dense stream say is refused, not misread."""
+    """A cache of another R, P or L than the masks and the text stream say is refused, not misread."""
     case = cases.decode()
     with pytest.raises(ValueError, match=f"gaze_decode: {found}.* has shape"):
         _decode(dataclasses.replace(case, **{name: _cut(getattr(case, name), axis)}))

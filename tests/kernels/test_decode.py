@@ -76,12 +76,12 @@ def test_the_two_forms_of_xla_are_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("share", "capacity", "sliced"),
-    [("head", 3, False), ("head", 4, True), ("group", 6, False), ("group", 7, True)],
+    ("select_per", "capacity", "sliced"),
+    [("head", 3, False), ("head", 4, True), ("kv_head", 6, False), ("kv_head", 7, True)],
 )
-def test_xla_reads_each_region_once_where_gathering_would_read_more(share, capacity, sliced):
+def test_xla_reads_each_region_once_where_gathering_would_read_more(select_per, capacity, sliced):
     """G = 2 lists of half the regions or more, or one that can hold all 7: no gather from the cache."""
-    case = cases.decode(share=share, capacity=capacity)
+    case = cases.decode(select_per=select_per, capacity=capacity)
     with dispatch.compile_for("gpu"):
         program = jax.make_jaxpr(lambda case: call(case, "xla"))(case)
     big = [
@@ -118,23 +118,23 @@ def test_an_int8_cache_is_int8():
         assert np.abs(np.asarray(got) - expected).max() <= np.abs(expected).max() / 254 * 1.001
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_xla_holds_only_selected_regions(share):
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_xla_holds_only_selected_regions(select_per):
     """8 of 1,024 regions: temporaries stay below a tenth of one layer's keys, so no layer is sliced out."""
     layers, kv, group, regions, slots, dense, dim, capacity = 3, 2, 2, 1024, 16, 8, 16, 8
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    spec = GazeSpec(scale=1.0, share=share)
+    spec = GazeSpec(scale=1.0, select_per=select_per)
     keys = array(jnp.float32, layers, 1, kv, regions, slots, dim)
     cache = jax.eval_shape(lambda k: api.pack(k, k, spec=spec, implementation="xla"), keys)
     dense_cache = array(jnp.float32, layers, 1, kv, dense, dim)
-    heads = kv * group if share == "head" else kv
+    heads = kv * group if select_per == "head" else kv
     compiled = (
         jax.jit(
-            lambda q, cache, dk, dv, layer, indices, seen, dense_seen: gaze_decode(
-                q, cache, dk, dv, layer, indices, seen, dense_seen, spec=spec, implementation="xla"
+            lambda q, cache, dk, dv, layer, indices, seen, text_seen: gaze_decode(
+                q, cache, dk, dv, layer, indices, seen, text_seen, spec=spec, implementation="xla"
             )
         )
         .lower(
@@ -154,20 +154,20 @@ def test_xla_holds_only_selected_regions(share):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("share", "capacity"), [("head", 3), ("group", 3), ("group", None)])
-def test_offloaded_has_the_bits_of_resident(share, capacity, kind):
+@pytest.mark.parametrize(("select_per", "capacity"), [("head", 3), ("kv_head", 3), ("kv_head", None)])
+def test_offloaded_has_the_bits_of_resident(select_per, capacity, kind):
     """3 of 20 regions per list, or all, in every layer; the cache is in host memory, the result is not."""
     dtype = jnp.bfloat16 if kind == "bfloat16" else jnp.float32
-    case = cases.decode(share=share, capacity=capacity, regions=20, dtype=dtype)
+    case = cases.decode(select_per=select_per, capacity=capacity, regions=20, dtype=dtype)
     spec = dataclasses.replace(case.spec, visual_dtype="int8" if kind == "int8" else None)
 
     @functools.partial(jax.jit, static_argnums=1)
     def every_layer(case, implementation):
         packed = api.pack(case.k, case.v, spec=spec, implementation=implementation)
-        rest = (case.indices, case.visual_seen, case.dense_seen)
+        rest = (case.indices, case.visual_seen, case.text_seen)
 
         def one(layer):
-            arguments = (case.q, packed, case.dense_k, case.dense_v, layer, *rest)
+            arguments = (case.q, packed, case.text_k, case.text_v, layer, *rest)
             return gaze_decode(*arguments, spec=spec, implementation=implementation)
 
         return packed, jax.lax.map(one, jnp.arange(3, dtype=jnp.int32))

@@ -37,11 +37,11 @@ class TestCopiesAndIndicesInterpreted(DecodeSuite):
     implementation = "gpu"
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
 
-    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("slots", [5, 36])
-    def test_int8(self, slots, share):
-        """int8 regions beside a float32 dense stream: the reference's values of the same rounding."""
-        case = cases.decode(slots=slots, share=share)
+    def test_int8(self, slots, select_per):
+        """int8 regions beside a float32 text stream: the reference's values of the same rounding."""
+        case = cases.decode(slots=slots, select_per=select_per)
         case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, visual_dtype="int8"))
         _close(self.run(case), self.expected(case), self.tolerance)
 
@@ -58,23 +58,23 @@ class TestCopiesAndIndicesInterpreted(DecodeSuite):
         np.testing.assert_array_equal(got, self.run(case))
 
     # The interpreter takes ten seconds for each; `-m gpu` and `-m long` run both.
-    @pytest.mark.parametrize("share", [pytest.param("head", marks=pytest.mark.long), "group"])
-    def test_edge_02_listing_every_region_equals_dense(self, share):
-        super().test_edge_02_listing_every_region_equals_dense(share)
+    @pytest.mark.parametrize("select_per", [pytest.param("head", marks=pytest.mark.long), "kv_head"])
+    def test_edge_02_listing_every_region_equals_dense(self, select_per):
+        super().test_edge_02_listing_every_region_equals_dense(select_per)
 
-    @pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.long)])
-    def test_edge_07_minus_one_and_duplicates(self, share):
-        super().test_edge_07_minus_one_and_duplicates(share)
+    @pytest.mark.parametrize("select_per", ["head", pytest.param("kv_head", marks=pytest.mark.long)])
+    def test_edge_07_minus_one_and_duplicates(self, select_per):
+        super().test_edge_07_minus_one_and_duplicates(select_per)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
-    def test_a_ring_slot_is_filled_again(self, share):
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_a_ring_slot_is_filled_again(self, select_per):
         """More chunks for a block than there are stages; and float32 is float32, not a sum of two parts."""
-        case = cases.decode(regions=24, capacity=15, share=share)
+        case = cases.decode(regions=24, capacity=15, select_per=select_per)
         _close(self.run(case), self.expected(case), 1e-6)
 
-    @pytest.mark.parametrize("sizes", [{"slots": 70, "regions": 3}, {"dense": 150}, {"dim": 64}])
+    @pytest.mark.parametrize("sizes", [{"slots": 70, "regions": 3}, {"text": 150}, {"dim": 64}])
     def test_sizes_that_the_layout_cuts(self, sizes):
-        """Regions in two pieces, a dense stream whose last chunk moves back, D that is stored as it is."""
+        """Regions in two pieces, a text stream whose last chunk moves back, D that is stored as it is."""
         case = cases.decode(**sizes)
         _close(self.run(case), self.expected(case), self.tolerance)
 
@@ -84,20 +84,21 @@ class TestCompiled(TestCopiesAndIndicesInterpreted):
     """The same suite on a GPU: ``JAX_PLATFORMS=cuda pytest -m gpu tests/kernels``."""
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("dim", [64, 128])
-    def test_real_sizes(self, dim, share, dtype):
-        """555 regions of 36 slots, 55 per head, G = 7, 700 dense keys: several chunks in every share."""
+    def test_real_sizes(self, dim, select_per, dtype):
+        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: several chunks in every
+        share."""
         case = cases.decode(
             layers=2,
             group=7,
             kv_heads=4,
             regions=555,
             slots=36,
-            dense=700,
+            text=700,
             dim=dim,
             capacity=55,
-            share=share,
+            select_per=select_per,
             dtype=dtype,
         )
         wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, case)
@@ -105,10 +106,10 @@ class TestCompiled(TestCopiesAndIndicesInterpreted):
         _close(self.run(case), _program("reference")(wide), tolerance)
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_every_region_of_the_union_is_copied_once(share, monkeypatch):
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_every_region_of_the_union_is_copied_once(select_per, monkeypatch):
     """G = 4 query heads: K and V of a region cross the bus once for all that want it, and no other does."""
-    case = cases.decode(group=4, share=share)
+    case = cases.decode(group=4, select_per=select_per)
     copied = []
     execute = gpu_callbacks.DeviceLocalMemoryTransfer.execute
 
@@ -122,7 +123,7 @@ def test_every_region_of_the_union_is_copied_once(share, monkeypatch):
     # A program of its own: another test's would have been traced without the count.
     spec = cases.runnable(case.spec)
     packed = api.pack(case.k, case.v, spec=spec, implementation="gpu")
-    arrays = (case.dense_k, case.dense_v, case.layer, case.indices, case.visual_seen, case.dense_seen)
+    arrays = (case.text_k, case.text_v, case.layer, case.indices, case.visual_seen, case.text_seen)
     jax.block_until_ready(gaze_decode(case.q, packed, *arrays, spec=spec, implementation="gpu"))
 
     batch, kv_heads, regions = 2, 2, 7
@@ -136,21 +137,21 @@ def test_every_region_of_the_union_is_copied_once(share, monkeypatch):
     assert sorted(copied) == sorted(2 * expected)
 
 
-def _lower(*, group, slots, dim, dtype, share, int8=False, dense=300, batch=1, capacity=8, vmapped=False):
+def _lower(*, group, slots, dim, dtype, select_per, int8=False, text=300, batch=1, capacity=8, vmapped=False):
     """StableHLO with the Mosaic kernel for sm_90 in it."""
     layers, kv_heads, regions = 2, 2, 32
-    spec = GazeSpec(scale=1.0, share=share, visual_dtype="int8" if int8 else None)
+    spec = GazeSpec(scale=1.0, select_per=select_per, visual_dtype="int8" if int8 else None)
 
-    def call(q, k, v, dense_k, dense_v, layer, indices, visual_seen, dense_seen):
+    def call(q, k, v, text_k, text_v, layer, indices, visual_seen, text_seen):
         packed = api.pack(k, v, spec=spec, implementation="gpu")
-        arrays = (dense_k, dense_v, layer, indices, visual_seen, dense_seen)
+        arrays = (text_k, text_v, layer, indices, visual_seen, text_seen)
         return gaze_decode(q, packed, *arrays, spec=spec, implementation="gpu")
 
     lead = (3,) if vmapped else ()
     array = functools.partial(lambda dtype, *shape: jax.ShapeDtypeStruct((*lead, *shape), dtype))
-    shared = kv_heads * group if share == "head" else kv_heads
+    shared = kv_heads * group if select_per == "head" else kv_heads
     cache = array(dtype, layers, batch, kv_heads, regions, slots, dim)
-    stream = array(dtype, layers, batch, kv_heads, dense, dim)
+    stream = array(dtype, layers, batch, kv_heads, text, dim)
     with compile_for("gpu"):
         traced = jax.jit(jax.vmap(call) if vmapped else call).trace(
             array(dtype, batch, kv_heads * group, dim),
@@ -161,22 +162,30 @@ def _lower(*, group, slots, dim, dtype, share, int8=False, dense=300, batch=1, c
             array(jnp.int32),
             array(jnp.int32, batch, shared, capacity),
             array(jnp.bool_, batch, regions, slots),
-            array(jnp.bool_, batch, dense),
+            array(jnp.bool_, batch, text),
         )
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 # Every value of every axis beside every dtype; the kernel itself sees G only as 8 rows.
 LOWERED = [
-    {"group": group, "slots": slots, "dim": dim, "dtype": dtype, "share": share, "int8": int8, "dense": dense}
+    {
+        "kv_head": group,
+        "slots": slots,
+        "dim": dim,
+        "dtype": dtype,
+        "select_per": select_per,
+        "int8": int8,
+        "text": text,
+    }
     for dtype in (jnp.bfloat16, jnp.float32)
     for int8 in (False, True)
-    for group, slots, dim, share, dense in (
-        (4, 36, 128, "group", 300),
+    for group, slots, dim, select_per, text in (
+        (4, 36, 128, "kv_head", 300),
         (7, 36, 64, "head", 1),
         (1, 5, 128, "head", 0),
         (8, 40, 128, "head", 128),
-        (5, 1, 64, "group", 1000),
+        (5, 1, 64, "kv_head", 1000),
     )
 ]
 
@@ -191,18 +200,20 @@ def test_lowers_for_cuda(sizes):
 
 def test_lowers_for_cuda_under_vmap():
     """The batched kernel has one more axis in front of every copy."""
-    assert "mosaic_gpu" in _lower(group=4, slots=36, dim=128, dtype=jnp.bfloat16, share="group", vmapped=True)
+    assert "mosaic_gpu" in _lower(
+        group=4, slots=36, dim=128, dtype=jnp.bfloat16, select_per="kv_head", vmapped=True
+    )
 
 
 def test_what_does_not_fit_is_refused():
     """float16, a wide D in float32 and 16 query heads per kv head: one sentence each."""
-    common = {"group": 2, "slots": 4, "dim": 64, "share": "group"}
+    common = {"kv_head": 2, "slots": 4, "dim": 64, "select_per": "kv_head"}
     with pytest.raises(NotImplementedError, match="keeps bfloat16, float32 and int8, not float16"):
         _lower(**common, dtype=jnp.float16)
     with pytest.raises(NotImplementedError, match="has no room for D = 512"):
         _lower(**common | {"dim": 512}, dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="at most 15 query heads per kv head, not 16"):
-        _lower(**common | {"group": 16, "share": "head"}, dtype=jnp.bfloat16)
+        _lower(**common | {"kv_head": 16, "select_per": "head"}, dtype=jnp.bfloat16)
 
 
 def test_shares_fill_the_chip_and_leave_none_empty():

@@ -13,7 +13,7 @@ from pallas_kernels import gaze_prefill
 from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_prefill import cpu, tpu, tpu_kernels
 from tests.helpers import cases, oracle
-from tests.helpers.streams import Text, Unit, sample
+from tests.helpers.streams import PlacedView, Text, sample
 from tests.kernels.prefill_suite import PrefillSuite, _rows
 
 
@@ -41,11 +41,11 @@ class TestXlaInChunks:
         monkeypatch.setattr(cpu, "CHUNK", 7)
         monkeypatch.setattr(cpu, "_LOGITS", 1)
 
-    @pytest.mark.parametrize("share", ["head", "group"])
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("routed", [True, False])
-    def test_values_and_gradients(self, share, routed):
+    def test_values_and_gradients(self, select_per, routed):
         """Of several samples a row, with and without a selection; NaN where no query looks."""
-        case = cases.prefill(_rows(), share=share)
+        case = cases.prefill(_rows(), select_per=select_per)
         case = case if routed else dataclasses.replace(case, selected=None)
         out, got = jax.jit(lambda case: _with_gradients(case, "xla"))(case)
         expected, exact = jax.jit(lambda case: _with_gradients(case, "reference"))(case)
@@ -53,7 +53,7 @@ class TestXlaInChunks:
         for mine, theirs in zip(got, exact, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
 
-    @pytest.mark.parametrize("parts", [[Text(20)], [Text(1), Unit(6, 6)]], ids=["text", "image"])
+    @pytest.mark.parametrize("parts", [[Text(20)], [Text(1), PlacedView(6, 6)]], ids=["text", "image"])
     def test_a_stream_alone(self, parts):
         """No visual keys at all, or hardly any others; fewer than a chunk and many chunks."""
         case = cases.prefill([sample(parts)])
@@ -125,10 +125,10 @@ class TestTpu(PrefillSuite):
         super().test_edge_13_query_blocks_with_remainders(query_block)
 
     @pytest.mark.parametrize(
-        ("group", "share"), [(1, "head"), (4, "group"), (5, "head"), (7, "group"), (8, "head")]
+        ("kv_head", "select_per"), [(1, "head"), (4, "kv_head"), (5, "head"), (7, "kv_head"), (8, "head")]
     )
-    def test_edge_12_group_sizes(self, group, share):
-        super().test_edge_12_group_sizes(group, share)
+    def test_edge_12_group_sizes(self, group, select_per):
+        super().test_edge_12_group_sizes(group, select_per)
 
     def test_gathered_and_direct_blocks_agree(self, monkeypatch):
         """Nothing gathered, and every block that somebody chooses: equal values and gradients to rounding."""
@@ -162,12 +162,12 @@ class TestTpu(PrefillSuite):
         monkeypatch.setattr(tpu, "TILES", tpu.Tiles())
         case = _text_only(
             cases.prefill(
-                [sample([Text(1), Unit(12, 12), Unit(6, 7), Text(17)], region=(6, 6))],
+                [sample([Text(1), PlacedView(12, 12), PlacedView(6, 7), Text(17)], region=(6, 6))],
                 kv_heads=1,
                 group=7,
                 dim=64,
                 dtype=jnp.bfloat16,
-                share="group",
+                select_per="kv_head",
             )
         )
         assert case.visual_k.shape[3] == 36 and (case.places.visual_order < 0).any()
@@ -182,12 +182,12 @@ class TestTpu(PrefillSuite):
     def test_a_seen_nan_is_not_hidden(self):
         """NaN in a value makes the outputs of exactly those queries NaN that see it."""
         case = cases.prefill(_rows())
-        slot = int(np.argmax(np.asarray(case.places.dense_order[0]) == 0))
-        bad = dataclasses.replace(case, dense_v=case.dense_v.at[0, 0, slot, 3].set(jnp.nan))
+        slot = int(np.argmax(np.asarray(case.places.text_order[0]) == 0))
+        bad = dataclasses.replace(case, text_v=case.text_v.at[0, 0, slot, 3].set(jnp.nan))
         got, clean = np.asarray(self.forward(bad)), np.asarray(self.forward(case))
         windows = jax.tree.map(np.asarray, case.queries)
-        sees = (windows.segment[0] == int(case.places.dense_segment[0, slot])) & (windows.dense_hi[0] >= 0)
-        sees &= windows.dense_lo[0] <= 0
+        sees = (windows.segment[0] == int(case.places.text_segment[0, slot])) & (windows.text_hi[0] >= 0)
+        sees &= windows.text_lo[0] <= 0
         assert sees.any() and (~sees).any()
         assert np.isnan(got[0, sees][:, :2]).all()
         np.testing.assert_array_equal(got[0, ~sees], clean[0, ~sees])
@@ -196,7 +196,7 @@ class TestTpu(PrefillSuite):
     def test_windows_of_the_two_streams_are_apart(self):
         """Random intervals per query and stream, many of them empty: skipping a block loses no key."""
         case, rng = cases.prefill(_rows()), np.random.default_rng(3)
-        names = ("visual_lo", "visual_hi", "dense_lo", "dense_hi")
+        names = ("visual_lo", "visual_hi", "text_lo", "text_hi")
         ends = {n: jnp.asarray(rng.integers(0, 30, case.queries.segment.shape), jnp.int32) for n in names}
         case = dataclasses.replace(case, queries=dataclasses.replace(case.queries, **ends))
         out, got = self.gradients(case)
@@ -208,7 +208,9 @@ class TestTpu(PrefillSuite):
     def test_more_regions_than_one_register_of_facts_holds(self):
         """3,968 regions in 124 blocks of 32: the last ones' bits stand in a second register."""
         regions, rng = 3968, np.random.default_rng(0)
-        base = cases.prefill([sample([Text(1), Unit(1, regions), Text(4)], region=(1, 1))], kv_heads=1, dim=4)
+        base = cases.prefill(
+            [sample([Text(1), PlacedView(1, regions), Text(4)], region=(1, 1))], kv_heads=1, dim=4
+        )
         case = _text_only(base)
         selected = rng.random(case.selected.shape) < 1e-3
         selected[..., -40:] = rng.random((*selected.shape[:-1], 40)) < 0.3
@@ -219,7 +221,7 @@ class TestTpu(PrefillSuite):
 
 
 def _text_only(case):
-    """The case with its dense queries only, which are the routed ones."""
+    """The case with its text-stream queries only, which are the routed ones."""
     start = case.places.visual_order.shape[1] * case.places.visual_order.shape[2]
     return dataclasses.replace(
         case,
@@ -271,8 +273,8 @@ def _large(query_block, queries=1024):
     places = case.places.__class__(
         visual_order=array(jnp.int32, batch, regions, slots),
         region_segment=array(jnp.int32, batch, regions),
-        dense_order=array(jnp.int32, batch, dense),
-        dense_segment=array(jnp.int32, batch, dense),
+        text_order=array(jnp.int32, batch, dense),
+        text_segment=array(jnp.int32, batch, dense),
     )
     visual = array(jnp.float32, batch, kv, regions, slots, dim)
     keys = array(jnp.float32, batch, kv, dense, dim)
@@ -280,8 +282,8 @@ def _large(query_block, queries=1024):
         q=array(jnp.float32, batch, queries, kv * group, dim),
         visual_k=visual,
         visual_v=visual,
-        dense_k=keys,
-        dense_v=keys,
+        text_k=keys,
+        text_v=keys,
         queries=case.queries.__class__(**windows),
         places=places,
         selected=array(jnp.bool_, batch, queries, kv * group, regions),

@@ -106,11 +106,11 @@ def test_every_kernel_compiles_for_real_chips(chip):
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("share", ["group", "head"])
-def test_an_offloaded_cache_leaves_the_device(share):
+@pytest.mark.parametrize("select_per", ["kv_head", "head"])
+def test_an_offloaded_cache_leaves_the_device(select_per):
     """Qwen3-4B, 40 of 256 regions: at most 0.03 (per head 0.06) of the resident visual cache is on a v5e."""
-    (row,) = tpu_aot.offload_rows("v5e", f"offload step qwen3-4b 9216 B1 {share}")
-    assert row["visual_limit"] == {"group": 0.03, "head": 0.06}[share]
+    (row,) = tpu_aot.offload_rows("v5e", f"offload step qwen3-4b 9216 B1 {select_per}")
+    assert row["visual_limit"] == {"kv_head": 0.03, "head": 0.06}[select_per]
     assert row["resident_visual_bytes"] == 36 * 8 * 256 * 36 * 128 * 2 * 2
     assert row["visual_on_device"] <= row["visual_limit"]
     assert row["host_argument_bytes"] == row["resident_visual_bytes"]

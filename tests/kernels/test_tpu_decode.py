@@ -87,16 +87,16 @@ def copies(monkeypatch):
 
 def _dense_bytes(case, tile):
     """What the block pipeline fetches: used tiles of K, V and the mask, for every kv head."""
-    kv_heads, dense, dim = case.dense_k.shape[2:]
-    last = np.max(np.where(np.asarray(case.dense_seen), np.arange(1, dense + 1), 0), axis=-1)
+    kv_heads, dense, dim = case.text_k.shape[2:]
+    last = np.max(np.where(np.asarray(case.text_seen), np.arange(1, dense + 1), 0), axis=-1)
     tiles = np.maximum(-(-last // tile), 1).sum()
-    return int(kv_heads * tiles * tile * (2 * dim * case.dense_k.dtype.itemsize + 4))
+    return int(kv_heads * tiles * tile * (2 * dim * case.text_k.dtype.itemsize + 4))
 
 
 @pytest.mark.parametrize("visual_dtype", [None, "int8"])
-@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
 @pytest.mark.parametrize("capacity", [13, 16])
-def test_bytes_moved_are_near_the_floor(share, capacity, visual_dtype, copies):
+def test_bytes_moved_are_near_the_floor(select_per, capacity, visual_dtype, copies):
     """Copies of regions, side tables and dense tiles stay within 1.15 of the bytes that must be read.
 
     A region is copied once however many heads ask for it, and a chunk that is not full copies what it has:
@@ -106,17 +106,17 @@ def test_bytes_moved_are_near_the_floor(share, capacity, visual_dtype, copies):
         layers=2,
         regions=64,
         slots=36,
-        dense=64,
+        text=64,
         dim=128,
         group=4,
         capacity=capacity,
-        share=share,
+        select_per=select_per,
         dtype=jnp.bfloat16,
     )
     case = dataclasses.replace(
         case,
         spec=dataclasses.replace(case.spec, interpret=True, visual_dtype=visual_dtype),
-        dense_seen=jnp.ones_like(case.dense_seen),
+        text_seen=jnp.ones_like(case.text_seen),
         visual_seen=jnp.ones_like(case.visual_seen),
     )
     packed = api.pack(case.k, case.v, spec=case.spec, implementation="tpu")
@@ -124,12 +124,12 @@ def test_bytes_moved_are_near_the_floor(share, capacity, visual_dtype, copies):
         gaze_decode(
             case.q,
             packed,
-            case.dense_k,
-            case.dense_v,
+            case.text_k,
+            case.text_v,
             case.layer,
             case.indices,
             case.visual_seen,
-            case.dense_seen,
+            case.text_seen,
             spec=case.spec,
             implementation="tpu",
         )
@@ -150,24 +150,24 @@ def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
     used = tpu._used_tiles(jnp.asarray(seen), 4)
     assert used.tolist() == [0, 1, 2, 4]
     grid = tpu._Grid(kv_heads=2, per_core=8, lanes_are_tokens=False)
-    tiles = [[int(grid.dense_seen(0, 2 * b + 1, tile, 0, 0, used)[2]) for tile in range(4)] for b in range(4)]
+    tiles = [[int(grid.text_seen(0, 2 * b + 1, tile, 0, 0, used)[2]) for tile in range(4)] for b in range(4)]
     assert tiles == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("dim", [8, 128])
 def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
     """Three tiles, of which rows use none, one, two and all: every key that counts, and NaN in the others."""
-    monkeypatch.setattr(tpu, "DENSE_TILE", 128)
-    case = cases.decode(size=4, dense=384, dim=dim)
+    monkeypatch.setattr(tpu, "TEXT_TILE", 128)
+    case = cases.decode(size=4, text=384, dim=dim)
     case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
     ends = jnp.array([0, 128, 129, 384])[:, None]
-    seen = (jnp.arange(384) < ends) & (case.dense_seen | (jnp.arange(384) == ends - 1))
-    k, v = (jnp.where(seen[None, :, None, :, None], a, jnp.nan) for a in (case.dense_k, case.dense_v))
+    seen = (jnp.arange(384) < ends) & (case.text_seen | (jnp.arange(384) == ends - 1))
+    k, v = (jnp.where(seen[None, :, None, :, None], a, jnp.nan) for a in (case.text_k, case.text_v))
     # A function of its own: the size of a tile is no part of jit's key.
     got = jax.jit(lambda case: decode_suite.call(case, "tpu"))(
-        dataclasses.replace(case, dense_k=k, dense_v=v, dense_seen=seen)
+        dataclasses.replace(case, text_k=k, text_v=v, text_seen=seen)
     )
-    expected = decode_suite.call(dataclasses.replace(case, dense_seen=seen), "reference")
+    expected = decode_suite.call(dataclasses.replace(case, text_seen=seen), "reference")
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 

@@ -17,7 +17,7 @@ REFUSED = {
     "three sizes": ({"gaze": {"region": (2, 2, 2)}}, r"gaze.region=\(2, 2, 2\) must be two sizes"),
     "negative context": ({"gaze": {"context_tokens": -1}}, "gaze.context_tokens=-1 must not be negative"),
     "top_k 0": ({"gaze": {"top_k": 0}}, "gaze.top_k=0 must be at least 1 region; use None for dense"),
-    "share": ({"gaze": {"share": "token"}}, "gaze.share='token' must be one of"),
+    "select_per": ({"gaze": {"select_per": "token"}}, "gaze.select_per='token' must be one of"),
     "descriptor": ({"gaze": {"descriptor": "max"}}, "gaze.descriptor='max' must be one of"),
     "scope": ({"gaze": {"visual_scope": "image"}}, "gaze.visual_scope='image' must be one of"),
     "query block": ({"gaze": {"query_block": 0}}, "gaze.query_block=0 must be at least 1"),
@@ -91,7 +91,11 @@ BROKEN = {
         r"gaze.region\[1\]='2' must be",
     ),
     "section": (lambda v: v.update(gaze=3), TypeError, "Config section gaze=3 must be a mapping"),
-    "none": (lambda v: v["gaze"].update(share=None), TypeError, "gaze.share=None must be of type str"),
+    "none": (
+        lambda v: v["gaze"].update(select_per=None),
+        TypeError,
+        "gaze.select_per=None must be of type str",
+    ),
     "value": (lambda v: v["gaze"].update(top_k=0), ValueError, "gaze.top_k=0 must be at least 1"),
 }
 

@@ -1,4 +1,4 @@
-"""The parts of the model against formulas: norms, RoPE, the dense stream's embeddings, the tower."""
+"""The parts of the model against formulas: norms, RoPE, the text stream's embeddings, the tower."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from gaze_jax.models import DUMMY, MLLM
 from gaze_jax.models.layers import LayerNorm, RMSNorm, apply_rope, rope_angles
 from tests.helpers import models
-from tests.helpers.streams import Newline, Text, Unit, batch, pad, sample
+from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 
 
 def test_rms_norm():
@@ -45,9 +45,9 @@ def test_layer_norm():
 def test_rope_rotates_channel_i_with_channel_i_plus_half():
     """The rotate-half convention, with frequencies theta ** (-2i / D)."""
     x = np.random.default_rng(0).normal(size=(1, 5, 2, 8)).astype(np.float32)
-    pos = np.array([[0, 1, 7, 300, 5000]])
-    got = np.asarray(apply_rope(jnp.asarray(x), rope_angles(jnp.asarray(pos, jnp.int32), 8, 1e4)))
-    angle = pos[0][:, None] * 1e4 ** (-np.arange(4) / 4)
+    positions = np.array([[0, 1, 7, 300, 5000]])
+    got = np.asarray(apply_rope(jnp.asarray(x), rope_angles(jnp.asarray(positions, jnp.int32), 8, 1e4)))
+    angle = positions[0][:, None] * 1e4 ** (-np.arange(4) / 4)
     complex_x = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[None, :, None]
     np.testing.assert_allclose(
         got, np.concatenate([complex_x.real, complex_x.imag], -1), rtol=1e-3, atol=1e-3
@@ -80,10 +80,10 @@ def test_rope_tells_position_257_from_256_in_bf16():
 
 def test_each_kind_of_dense_token_has_its_own_embedding():
     """Text from the table, newlines and context tokens from their parameters, padding 0."""
-    row = pad(sample([Text(1), Unit(2, 2, newlines=True), Newline(), Text(1)], region=(1, 1)), dense=8)
+    row = pad(sample([Text(1), PlacedView(2, 2, newlines=True), Newline(), Text(1)], region=(1, 1)), text=8)
     assert row["kind"].tolist() == [1, 2, 2, 3, 3, 2, 1, 0]
     variables = models.parameters(DUMMY)
-    got = np.asarray(MLLM(DUMMY).apply(variables, batch([row]), method="_embed_dense"))[0]
+    got = np.asarray(MLLM(DUMMY).apply(variables, batch([row]), method="_embed_text"))[0]
     params = variables["params"]
     text = [np.asarray(params["decoder"]["embedding"])[t] for t in row["tokens"][[0, 6]]]
     newline, context = np.asarray(params["newline"]), np.asarray(params["context"])
@@ -96,7 +96,7 @@ def _encode(config):
 
 
 def test_the_tower_encodes_units_one_by_one_in_raster_order():
-    """A unit's features do not depend on its neighbours, and a patch moves its own token most."""
+    """A view's features do not depend on its neighbours, and a patch moves its own token most."""
     images = models.images(1, 2)
     encode, variables = _encode(DUMMY), models.parameters(DUMMY)
     both = np.asarray(encode(variables, images)).reshape(2, 25, -1)

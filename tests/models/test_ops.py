@@ -12,7 +12,7 @@ from gaze_jax.models import ops
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api
 from tests.helpers import cases, models
-from tests.helpers.streams import Text, Unit, sample
+from tests.helpers.streams import PlacedView, Text, sample
 
 RULES = [("batch", ("data",)), ("kv_heads", ("tensor",)), ("heads", ("tensor",)), ("layers", None)]
 
@@ -28,22 +28,22 @@ def _decode(case, implementation="tpu"):
     return ops.gaze_decode(
         case.q,
         packed,
-        case.dense_k,
-        case.dense_v,
+        case.text_k,
+        case.text_v,
         case.layer,
         case.indices,
         case.visual_seen,
-        case.dense_seen,
+        case.text_seen,
         spec=case.spec,
         implementation=implementation,
     )
 
 
 @pytest.mark.parametrize("implementation", ["tpu", "xla"])
-@pytest.mark.parametrize(("share", "listed"), [("head", True), ("group", True), ("head", False)])
-def test_edge_15_decode_on_a_mesh_equals_one_device(share, listed, implementation, mesh):
+@pytest.mark.parametrize(("select_per", "listed"), [("head", True), ("kv_head", True), ("head", False)])
+def test_edge_15_decode_on_a_mesh_equals_one_device(select_per, listed, implementation, mesh):
     """Rows over "data", heads over "tensor": the values of one device, sharded over both."""
-    case = cases.decode(share=share, capacity=4 if listed else None)
+    case = cases.decode(select_per=select_per, capacity=4 if listed else None)
     case = dataclasses.replace(case, spec=cases.runnable(case.spec))
     run = functools.partial(_decode, implementation=implementation)
     alone = jax.jit(run)(case)
@@ -67,7 +67,10 @@ def _prefill_with_gradients(case):
 
 def test_edge_15_prefill_on_a_mesh_equals_one_device(mesh):
     """Output and gradients of the TPU kernels, rows over "data" and heads over "tensor"."""
-    rows = [sample([Unit(2, 3), Text(2)], context=1), sample([Unit(2, 3), Text(2)], context=1, seed=1)]
+    rows = [
+        sample([PlacedView(2, 3), Text(2)], context=1),
+        sample([PlacedView(2, 3), Text(2)], context=1, seed=1),
+    ]
     case = cases.prefill(rows)
     case = dataclasses.replace(case, spec=cases.runnable(case.spec))
     alone = jax.jit(_prefill_with_gradients)(case)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
-from gaze_jax.core.streams import TAPS
+from gaze_jax.core.streams import POOL_FIELDS
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
 from tests.helpers.streams import batch
@@ -18,12 +18,12 @@ from tests.helpers.streams import batch
 BF16 = models.changed(DUMMY, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_bf16_runs_near_float32(share):
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_bf16_runs_near_float32(select_per):
     """bfloat16 activations over float32 parameters: float32 logits, near, and most selections the same."""
     images, streams = models.toy()
     variables, top_k = models.parameters(DUMMY), jnp.int32(3)
-    narrow, wide = (models.changed(c, gaze={"share": share}) for c in (BF16, DUMMY))
+    narrow, wide = (models.changed(c, gaze={"select_per": select_per}) for c in (BF16, DUMMY))
     got, out = models.forward(narrow, collect=True)(variables, images, streams, top_k)
     expected, exact = models.forward(wide, collect=True)(variables, images, streams, top_k)
     assert got.dtype == jnp.float32 and out["scores"].dtype == jnp.float32
@@ -40,18 +40,16 @@ def test_bf16_prefill_and_decode():
     variables, row = models.parameters(DUMMY), models.two_images(0)
     images, streams = models.images(1, 2), batch([row])
     shorter = dataclasses.replace(
-        streams, kind=streams.kind.at[:, -1].set(0), dense_segment=streams.dense_segment.at[:, -1].set(-1)
+        streams, kind=streams.kind.at[:, -1].set(0), text_segment=streams.text_segment.at[:, -1].set(-1)
     )
     full, _ = models.forward(BF16)(variables, images, streams, jnp.int32(18))
     logits, cache, _ = models.prefill(BF16, 1)(variables, images, shorter, jnp.int32(18))
-    kinds = {
-        a.dtype for a in (*jax.tree.leaves(cache.visual), cache.dense_k, cache.dense_v, cache.descriptors)
-    }
+    kinds = {a.dtype for a in (*jax.tree.leaves(cache.visual), cache.text_k, cache.text_v, cache.descriptors)}
     assert kinds == {jnp.dtype("bfloat16")} and logits.dtype == jnp.float32
-    slot = streams.tokens.shape[1]
-    order = streams.dense_order[:, -1]
+    write_index = streams.tokens.shape[1]
+    order = streams.text_order[:, -1]
     got, _, _ = models.decode(BF16, None)(
-        variables, streams.tokens[:, -1], order, cache, models.step(order, slot), jnp.int32(18)
+        variables, streams.tokens[:, -1], order, cache, models.step(order, write_index), jnp.int32(18)
     )
     models.close(got, np.asarray(full)[:, -1], 0.05)
 
@@ -78,9 +76,9 @@ def test_remat_changes_memory_and_no_value():
         models.close(mine, theirs, 1e-5)
 
 
-def _abstract_decode(share):
-    """The compiled routed decode step over 300 regions of 16 slots and 8 dense slots."""
-    config = models.changed(DUMMY, gaze={"share": share})
+def _abstract_decode(select_per):
+    """The compiled routed decode step over 300 regions of 16 slots and 8 text-stream slots."""
+    config = models.changed(DUMMY, gaze={"select_per": select_per})
     regions, slots, dense = 300, 16, 7
 
     def array(*shape):
@@ -90,30 +88,32 @@ def _abstract_decode(share):
     fields = {
         f.name: array(1, dense) if getattr(streams, f.name).ndim == 2 else array(1, regions, slots)
         for f in dataclasses.fields(streams)
-        if f.name not in TAPS
+        if f.name not in POOL_FIELDS
     }
     fields["region_segment"] = array(1, regions)
     variables = models.parameters(DUMMY)
     model = MLLM(config)
     _, cache, _ = jax.eval_shape(
-        lambda v, i, s: model.apply(v, i, s, top_k=None, room=1, method="prefill"),
+        lambda v, i, s: model.apply(v, i, s, top_k=None, free_slots=1, method="prefill"),
         variables,
         models.images(1, 1),
         streams.__class__(**fields),
     )
 
-    def step(variables, tokens, pos, cache, step, top_k):
-        return model.apply(variables, tokens, pos, cache, step, top_k=top_k, capacity=4, method="decode")
+    def step(variables, tokens, positions, cache, step, top_k):
+        return model.apply(
+            variables, tokens, positions, cache, step, top_k=top_k, capacity=4, method="decode"
+        )
 
     at = models.step([9], 7)
     args = (variables, array(1), array(1), cache, at, jnp.int32(4))
     return jax.jit(step, donate_argnums=3).lower(*args).compile(), cache
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_a_routed_decode_step_never_copies_a_layers_cache(share):
+@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+def test_a_routed_decode_step_never_copies_a_layers_cache(select_per):
     """No instruction but parameters, tuples and loops has the size of one layer's visual keys."""
-    compiled, cache = _abstract_decode(share)
+    compiled, cache = _abstract_decode(select_per)
     one_layer = jax.tree.leaves(cache.visual)[0].size
     shape = re.compile(r"= \(?(?:f32|bf16|f16|s32|u32|pred)\[([\d,]*)\]\S* ([\w-]+)\(")
     large = {}
@@ -152,7 +152,7 @@ def test_refusals_of_the_model():
     with pytest.raises(TypeError, match="must be integers"):
         run(jnp.float32(2))
     _, cache, _ = jax.eval_shape(
-        lambda v: MLLM(DUMMY).apply(v, images, streams, top_k=None, room=1, method="prefill"), variables
+        lambda v: MLLM(DUMMY).apply(v, images, streams, top_k=None, free_slots=1, method="prefill"), variables
     )
     order = jnp.array([50, 50])
     with pytest.raises(ValueError, match="capacity J=0 must be at least 1"):

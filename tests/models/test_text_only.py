@@ -17,13 +17,13 @@ def _rows():
     return [sample([Text(6)], seed=0), sample([Text(9)], seed=1)]
 
 
-@pytest.mark.parametrize("units", [0, 1])
+@pytest.mark.parametrize("views", [0, 1])
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_edge_03_forward_without_regions(units, top_k):
+def test_edge_03_forward_without_regions(views, top_k):
     """R = 0, with an unused image and without one: the logits of the same rows with empty regions."""
     variables, rows = models.parameters(DUMMY), _rows()
     top_k = None if top_k is None else jnp.int32(top_k)
-    got, _ = models.forward(DUMMY)(variables, models.images(2, units), batch(rows), top_k)
+    got, _ = models.forward(DUMMY)(variables, models.images(2, views), batch(rows), top_k)
     padded = batch([pad(row, regions=2, slots=4) for row in rows])
     expected, _ = models.forward(DUMMY)(variables, models.images(2, 1), padded, top_k)
     assert np.isfinite(got).all()

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gaze_jax.data.phrases import build_tokenizer
+from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop

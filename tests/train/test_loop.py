@@ -1,4 +1,4 @@
-"""Law 7: N steps, a stop and M steps end in the same bits as N + M steps."""
+"""Invariant 7: N steps, a stop and M steps end in the same bits as N + M steps."""
 
 import contextlib
 import dataclasses

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.layout import VisualLayout
-from gaze_jax.data.units import Unit
+from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.viewer.answer_sheet import (
     answer_sheet,
@@ -12,7 +12,7 @@ from gaze_jax.viewer.answer_sheet import (
     over_grid,
     sheet,
     titles_of,
-    unit_sheets,
+    view_sheets,
 )
 from gaze_jax.viewer.contact_sheet import contact_sheet
 from tests.helpers.traces import make_media, make_trace
@@ -38,28 +38,28 @@ def test_the_sheet_shows_the_share_of_heads():
     np.testing.assert_array_equal(sheet, contact_sheet(image, ["7"], share, title="q"))
 
 
-def unit(number, regions, corners=(0.0, 0.0, 20.0, 10.0)):
-    return Unit(number, True, 0, number, corners, np.array(regions, np.int32))
+def view(number, regions, corners=(0.0, 0.0, 20.0, 10.0)):
+    return PlacedView(number, True, 0, number, corners, np.array(regions, np.int32))
 
 
 def test_the_units_that_most_heads_selected_are_kept_in_their_order():
-    """Ties go to the earlier unit."""
-    units = [unit(0, [[0, 1]]), unit(1, [[2, 2]]), unit(2, [[3, 4]])]
+    """Ties go to the earlier view."""
+    views = [view(0, [[0, 1]]), view(1, [[2, 2]]), view(2, [[3, 4]])]
     selected = np.zeros((2, 2, 5), bool)
     selected[:, 0, 4] = selected[:, 1, 2] = True
-    assert [u.unit for u in most_looked_at(units, selected, 1)] == [1]
-    assert [u.unit for u in most_looked_at(units, selected, 2)] == [1, 2]
+    assert [u.view for u in most_looked_at(views, selected, 1)] == [1]
+    assert [u.view for u in most_looked_at(views, selected, 2)] == [1, 2]
     selected[:] = False
-    assert [u.unit for u in most_looked_at(units, selected, 2)] == [0, 1]
+    assert [u.view for u in most_looked_at(views, selected, 2)] == [0, 1]
 
 
 def test_sheets_of_units_stand_one_under_the_other():
-    """Each is the contact sheet of what its unit covers, with the share of heads per region."""
+    """Each is the contact sheet of what its view covers, with the share of heads per region."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(256, size=(10, 20, 3), dtype=np.uint8) for _ in range(2)]
-    units = [unit(0, [[0, 1]]), unit(1, [[2, 2]], (5.0, 2.0, 20.0, 10.0))]
+    views = [view(0, [[0, 1]]), view(1, [[2, 2]], (5.0, 2.0, 20.0, 10.0))]
     selected = rng.random((3, 2, 3)) < 0.5
-    whole = np.asarray(unit_sheets(pictures, units, list("abc"), selected, titles=["one", "two"]))
+    whole = np.asarray(view_sheets(pictures, views, list("abc"), selected, titles=["one", "two"]))
     share = selected.mean(axis=1).astype(np.float32)
     first = np.asarray(contact_sheet(pictures[0], list("abc"), share[:, [[0, 1]]], title="one"))
     second = np.asarray(contact_sheet(pictures[1][2:10, 5:], list("abc"), share[:, [[2, 2]]], title="two"))
@@ -73,8 +73,8 @@ def test_padding_that_a_grid_shows_is_black():
     picture = np.full((10, 20, 3), 200, np.uint8)
     padded = np.zeros((20, 20, 3), np.uint8)
     padded[5:15] = picture
-    one = unit(0, [[0]], (0.0, -5.0, 20.0, 15.0))
-    got = unit_sheets([picture], [one], ["a"], np.ones((1, 2, 1), bool), titles=["t"])
+    one = view(0, [[0]], (0.0, -5.0, 20.0, 15.0))
+    got = view_sheets([picture], [one], ["a"], np.ones((1, 2, 1), bool), titles=["t"])
     np.testing.assert_array_equal(got, contact_sheet(padded, ["a"], np.ones((1, 1, 1)), title="t"))
 
 
@@ -83,12 +83,12 @@ def test_the_sheet_of_a_trace_is_that_of_the_units_it_looked_at_most():
     trace = make_trace(media=make_media(np.random.default_rng(0), views=2, frames=3), selectors=2)
     mask = trace.mask()
     for layer, selected, where in ((1, mask[:, 1], "layer 1"), (None, mask.reshape(5, 6, -1), "all layers")):
-        units = most_looked_at(trace.units, selected, 2)
-        titles = [titles_of(trace)[unit.unit] for unit in units]
+        views = most_looked_at(trace.views, selected, 2)
+        titles = [titles_of(trace)[view.view] for view in views]
         titles[0] = f"What is this?\n2 of {trace.regions} regions, {where}. {titles[0]}"
-        pictures = [trace.picture_of(unit).pixels() for unit in units]
-        wanted = unit_sheets(pictures, units, trace.tokens, selected, titles=titles)
-        np.testing.assert_array_equal(sheet(trace, layer=layer, units=2), wanted)
+        pictures = [trace.picture_of(view).pixels() for view in views]
+        wanted = view_sheets(pictures, views, trace.tokens, selected, titles=titles)
+        np.testing.assert_array_equal(sheet(trace, layer=layer, views=2), wanted)
 
 
 def test_titles_say_what_a_unit_of_a_trace_shows():
@@ -104,18 +104,18 @@ def test_titles_say_what_a_unit_of_a_trace_shows():
 
 def test_a_sheet_is_cut_from_the_copy_as_the_unit_from_the_original():
     """The original was ten times as large."""
-    units, pictures = make_media(np.random.default_rng(0), views=2)
+    views, pictures = make_media(np.random.default_rng(0), views=2)
     large = tuple(dataclasses.replace(picture, size=(480, 640)) for picture in pictures)
     wide = tuple(
-        dataclasses.replace(unit, corners=tuple(10 * edge for edge in unit.corners)) for unit in units
+        dataclasses.replace(view, corners=tuple(10 * edge for edge in view.corners)) for view in views
     )
-    one, other = make_trace(media=(units, pictures)), make_trace(media=(wide, large))
-    np.testing.assert_array_equal(sheet(one, layer=0, units=2), sheet(other, layer=0, units=2))
+    one, other = make_trace(media=(views, pictures)), make_trace(media=(wide, large))
+    np.testing.assert_array_equal(sheet(one, layer=0, views=2), sheet(other, layer=0, views=2))
 
 
 def test_what_cannot_be_drawn_is_refused():
     """A layer that is not there, and a dense run."""
     with pytest.raises(UserError, match="layer=3 must be between 0 and 2"):
-        sheet(make_trace(), layer=3, units=1)
+        sheet(make_trace(), layer=3, views=1)
     with pytest.raises(UserError, match="dense run, which selects nothing"):
-        sheet(make_trace(top_k=None), layer=None, units=1)
+        sheet(make_trace(top_k=None), layer=None, views=1)

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.screenshots import browser, open_page, photograph, prefer, press, resize, wait_until_shown
+from gaze_jax.infer.trace import picture
 from gaze_jax.viewer import html
 from gaze_jax.viewer.contact_sheet import _veiled
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
-from gaze_jax.viewer.trace import picture
 from tests.helpers.traces import make_media, make_trace
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
@@ -135,34 +135,34 @@ def expected_dense(trace, token, layer, head):
     return (dense if head == ALL else dense[:, head : head + 1]).mean(axis=(0, 1))
 
 
-def cells(unit, shape):
+def cells(view, shape):
     """Which region each pixel of a canvas of this (height, width) shows."""
-    rows, columns = unit.regions.shape
+    rows, columns = view.regions.shape
     y = (np.arange(shape[0]) + 0.5) * rows / shape[0]
     x = (np.arange(shape[1]) + 0.5) * columns / shape[1]
-    return unit.regions[y.astype(int)][:, x.astype(int)]
+    return view.regions[y.astype(int)][:, x.astype(int)]
 
 
-def covered(trace, unit, factor):
-    """What a unit covers of its picture, enlarged pixel by pixel; padding is black."""
-    part = Image.fromarray(trace.picture_of(unit).pixels()).crop([round(edge) for edge in unit.corners])
+def covered(trace, view, factor):
+    """What a view covers of its picture, enlarged pixel by pixel; padding is black."""
+    part = Image.fromarray(trace.picture_of(view).pixels()).crop([round(edge) for edge in view.corners])
     return np.asarray(part).repeat(factor, 0).repeat(factor, 1)
 
 
-def assert_gaze(page, trace, token, layer, head, unit=None):
+def assert_gaze(page, trace, token, layer, head, view=None):
     """The canvas shows selected regions as the picture is, others veiled by the heads that left them out."""
-    unit = unit or trace.units[0]
+    view = view or trace.views[0]
     got = page.pixels("#gaze")
-    clear = covered(trace, unit, 560 // max(covered(trace, unit, 1).shape[:2]))
+    clear = covered(trace, view, 560 // max(covered(trace, view, 1).shape[:2]))
     assert got.shape == clear.shape
-    share = expected_share(trace, token, layer, head)[cells(unit, got.shape)]
+    select_per = expected_share(trace, token, layer, head)[cells(view, got.shape)]
     outline = (got == OUTLINE).all(-1)
-    difference = np.abs(got.astype(int) - _veiled(clear, share))
+    difference = np.abs(got.astype(int) - _veiled(clear, select_per))
     assert difference[~outline].max() <= 4
     # The outline hides nothing that half of the heads selected, and lies beside it.
-    assert not (outline & (share >= 0.5)).any()
-    assert outline.any() == bool((share >= 0.5).any() and (share < 0.5).any())
-    return share
+    assert not (outline & (select_per >= 0.5)).any()
+    assert outline.any() == bool((select_per >= 0.5).any() and (select_per < 0.5).any())
+    return select_per
 
 
 def test_a_word_shows_where_it_looked(show):
@@ -233,9 +233,9 @@ def test_choosers_choose_layers_and_heads(show):
 
 def test_dense_attention_is_a_map_beside_it(show):
     """Over black the map's brightness orders regions as the trace does, for each layer and head."""
-    units, _ = make_media(np.random.default_rng(0), size=(48, 64))
+    views, _ = make_media(np.random.default_rng(0), size=(48, 64))
     black = (picture(np.zeros((48, 64, 3), np.uint8)),)
-    trace = make_trace(media=(units, black), top_k=1)
+    trace = make_trace(media=(views, black), top_k=1)
     page = show(trace)
     for token, layer, head in ((0, ALL, ALL), (1, 0, 3), (1, 2, ALL)):
         page.choose("#layer", layer)
@@ -243,12 +243,12 @@ def test_dense_attention_is_a_map_beside_it(show):
         page.all("#answer button")[token].click()
         dense = expected_dense(trace, token, layer, head)
         got = page.pixels("#dense").astype(float).mean(axis=-1)
-        where = cells(trace.units[0], got.shape)
+        where = cells(trace.views[0], got.shape)
         light = np.array([np.median(got[where == r]) for r in range(trace.regions)])
         np.testing.assert_array_equal(np.argsort(light), np.argsort(dense))
         assert page.text("#most") == f"{100 * dense.max():.0f}\u00a0%"
-        share = float(page.text("#dense-note").split("\u00a0")[0])
-        assert share == pytest.approx(100 * dense.sum(), abs=0.5)
+        select_per = float(page.text("#dense-note").split("\u00a0")[0])
+        assert select_per == pytest.approx(100 * dense.sum(), abs=0.5)
 
 
 def test_the_table_names_the_regions_with_most_attention(show):
@@ -264,10 +264,10 @@ def test_the_table_names_the_regions_with_most_attention(show):
         ranked = [r for r in np.argsort(-attention) if attention[r] > 0]
         rows = np.reshape(page.texts("#rows td"), (-1, 5)).tolist()
         assert [int(row[0]) for row in rows] == ranked
-        share, dense = expected_share(trace, 0, 1, head), expected_dense(trace, 0, 1, head)
+        select_per, dense = expected_share(trace, 0, 1, head), expected_dense(trace, 0, 1, head)
         for r, row in zip(ranked, rows, strict=True):
             numbers = [float(text.removesuffix("\u00a0%")) for text in row[1:]]
-            assert numbers[0] == pytest.approx(100 * share[r], abs=0.5)
+            assert numbers[0] == pytest.approx(100 * select_per[r], abs=0.5)
             chosen = [0, 1] if head == ALL else [head // 2]
             scores = [trace.scores[0, 1, s][trace.selected[0, 1, s] == r] for s in chosen]
             assert numbers[1] == pytest.approx(np.concatenate(scores).mean(), abs=0.006)
@@ -319,34 +319,34 @@ def test_frames_of_a_video_are_a_strip(show):
         attention = np.zeros(trace.regions)
         for head in range(4):
             attention[trace.selected[token, 2, head]] += trace.attention[token, 2, head]
-        sums = [attention[np.unique(unit.regions)].sum() for unit in trace.units]
-        unit = int(np.argmax(sums))
-        assert page.current("#strip button") == unit
-        assert_gaze(page, trace, token, 2, ALL, trace.units[unit])
-    for unit in (1, 7):
-        page.all("#strip button")[unit].click()
+        sums = [attention[np.unique(view.regions)].sum() for view in trace.views]
+        view = int(np.argmax(sums))
+        assert page.current("#strip button") == view
+        assert_gaze(page, trace, token, 2, ALL, trace.views[view])
+    for view in (1, 7):
+        page.all("#strip button")[view].click()
         assert not page.find("#follow").is_selected()
-        assert_gaze(page, trace, 4, 2, ALL, trace.units[unit])
-    assert page.text("#unit") == "Video 1, frame 6 of 6, 2.5 s"
+        assert_gaze(page, trace, 4, 2, ALL, trace.views[view])
+    assert page.text("#view") == "Video 1, frame 6 of 6, 2.5 s"
     page.press("ArrowLeft")
     assert page.current("#strip button") == 7  # as it was chosen
     page.press(". , ,")
     assert page.current("#strip button") == 5
     thumb = page.pixels("#strip button:nth-child(6) canvas")
-    share = expected_share(trace, 3, 2, ALL)[cells(trace.units[5], thumb.shape)]
+    select_per = expected_share(trace, 3, 2, ALL)[cells(trace.views[5], thumb.shape)]
     inner = ~(thumb == OUTLINE).all(-1)
-    clear = covered(trace, trace.units[5], 1)  # a thumb is never larger than the copy
-    assert np.abs(thumb.astype(int) - _veiled(clear, share))[inner].max() <= 4
+    clear = covered(trace, trace.views[5], 1)  # a thumb is never larger than the copy
+    assert np.abs(thumb.astype(int) - _veiled(clear, select_per))[inner].max() <= 4
     page.find("#follow").click()
     page.press("End")
-    assert page.current("#strip button") == unit_of(trace, 4)
+    assert page.current("#strip button") == view_of(trace, 4)
 
 
-def unit_of(trace, token):
+def view_of(trace, token):
     attention = np.zeros(trace.regions)
     for head in range(trace.heads):
         attention[trace.selected[token, 2, head]] += trace.attention[token, 2, head]
-    return int(np.argmax([attention[np.unique(unit.regions)].sum() for unit in trace.units]))
+    return int(np.argmax([attention[np.unique(view.regions)].sum() for view in trace.views]))
 
 
 def test_a_dense_run_shows_what_it_attended_to(show):
@@ -358,7 +358,7 @@ def test_a_dense_run_shows_what_it_attended_to(show):
     assert [th.text for th in page.all("thead th") if th.is_displayed()] == ["Region", "In", "Dense"]
     dense = expected_dense(trace, 0, ALL, ALL)
     assert int(page.text("#rows td")) == np.argmax(dense)
-    sums = [dense[np.unique(unit.regions)].sum() for unit in trace.units]
+    sums = [dense[np.unique(view.regions)].sum() for view in trace.views]
     assert page.current("#strip button") == np.argmax(sums)
 
 

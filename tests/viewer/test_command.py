@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gaze_jax.infer.trace_file import load, save
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import viewer_page
-from gaze_jax.viewer.trace_file import load, save
-from tests.helpers.doors import finish, start
+from tests.helpers.commands import finish, start
 from tests.helpers.traces import make_trace
 
 
@@ -37,7 +37,7 @@ def test_traces_become_pages_sheets_clips_and_an_index(traces, tmp_path):
     assert {path.name for path in folder.iterdir()} == {*names, "index.html"}
     trace = load(traces / "one.gaze")
     assert (folder / "one.html").read_text() == viewer_page(trace, layer=1)
-    np.testing.assert_array_equal(Image.open(folder / "one.png"), sheet(trace, layer=1, units=8))
+    np.testing.assert_array_equal(Image.open(folder / "one.png"), sheet(trace, layer=1, views=8))
     index = (folder / "index.html").read_text()
     assert 'href="one.html"' in index and 'href="two.html"' in index and "And this?" in index
 
@@ -59,9 +59,9 @@ MISTAKES = {
     "layer=9 must be between 0 and 2": ["ONE", "--out=OUT", "--layer=9"],
     "cannot be a folder": ["ONE", "--out=ONE"],
     "--seconds has no effect without --mp4": ["ONE", "--out=OUT", "--seconds=2", "--png"],
-    "--units has no effect without --png or --mp4": ["ONE", "--out=OUT", "--units=2"],
+    "--views has no effect without --png or --mp4": ["ONE", "--out=OUT", "--views=2"],
     "--font has no effect without --png or --mp4": ["ONE", "--out=OUT", "--font=a.ttf"],
-    "--units=0 must be at least 1": ["ONE", "--out=OUT", "--units=0", "--png"],
+    "--views=0 must be at least 1": ["ONE", "--out=OUT", "--views=0", "--png"],
     "--font=a.ttf is no TrueType file": ["ONE", "--out=OUT", "--font=a.ttf", "--png"],
     "seconds=0 must be between": ["ONE", "--out=OUT", "--seconds=0", "--mp4"],
     "flag --layer=x: invalid": ["ONE", "--layer=x"],
@@ -79,7 +79,7 @@ for arguments in json.loads(sys.argv[1]):
         flags.FLAGS[name].unparse()
     sys.argv[1:] = arguments
     try:
-        cli.run_door(command.main, arguments=True)
+        cli.run(command.main, arguments=True)
     except SystemExit as end:
         assert end.code in (None, 2), end.code
 """

@@ -123,7 +123,7 @@ def test_a_page_holds_the_numbers_of_its_trace(options):
     for name in ("selected", "entries"):
         np.testing.assert_array_equal(arrays[name], getattr(trace, name).ravel())
     np.testing.assert_array_equal(arrays["visual"], trace.visual_tokens)
-    grids = np.concatenate([unit.regions.ravel() for unit in trace.units])
+    grids = np.concatenate([view.regions.ravel() for view in trace.views])
     np.testing.assert_array_equal(arrays["grids"], grids)
     for name in ("attention", "dense"):
         shares = getattr(trace, name)
@@ -138,11 +138,11 @@ def test_a_page_holds_the_numbers_of_its_trace(options):
 
 def test_corners_are_shares_of_the_picture():
     """Also of the original that was larger than its copy."""
-    units, pictures = make_media(np.random.default_rng(0), views=2, frames=1)
+    views, pictures = make_media(np.random.default_rng(0), views=2, frames=1)
     large = [dataclasses.replace(p, size=(480, 640)) for p in pictures]
-    wide = [dataclasses.replace(u, corners=tuple(10 * edge for edge in u.corners)) for u in units]
-    for trace in (make_trace(media=(units, pictures)), make_trace(media=(tuple(wide), tuple(large)))):
-        found = [unit["corners"] for unit in data_of(viewer_page(trace))[0]["units"]]
+    wide = [dataclasses.replace(u, corners=tuple(10 * edge for edge in u.corners)) for u in views]
+    for trace in (make_trace(media=(views, pictures)), make_trace(media=(tuple(wide), tuple(large)))):
+        found = [view["corners"] for view in data_of(viewer_page(trace))[0]["views"]]
         np.testing.assert_allclose(found, [[0, 0, 1, 1], [0.5, 0, 1, 1], [0, -1 / 6, 1, 7 / 6]])
 
 
@@ -181,12 +181,12 @@ def test_an_index_says_what_was_attended_to():
 def test_short_names_leave_out_what_is_the_same_everywhere():
     """One image needs no number, nor does one video."""
     rng = np.random.default_rng(0)
-    units, pictures = make_media(rng, views=2, frames=2)
-    shorts = [unit["short"] for unit in data_of(viewer_page(make_trace(media=(units, pictures))))[0]["units"]]
+    views, pictures = make_media(rng, views=2, frames=2)
+    shorts = [view["short"] for view in data_of(viewer_page(make_trace(media=(views, pictures))))[0]["views"]]
     assert shorts == ["View 1 of 2", "View 2 of 2", "0.0 s", "0.5 s"]
-    more = [dataclasses.replace(unit, unit=unit.unit + 4, index=1) for unit in units]
+    more = [dataclasses.replace(view, view=view.view + 4, index=1) for view in views]
     twice = [dataclasses.replace(picture, index=1) for picture in pictures]
-    trace = make_trace(media=((*units, *more), (*pictures, *twice)))
-    shorts = [unit["short"] for unit in data_of(viewer_page(trace))[0]["units"]]
+    trace = make_trace(media=((*views, *more), (*pictures, *twice)))
+    shorts = [view["short"] for view in data_of(viewer_page(trace))[0]["views"]]
     assert shorts[:3] == ["Image 1, view 1 of 2", "Image 1, view 2 of 2", "Video 1, 0.0 s"]
     assert shorts[4:] == ["Image 2, view 1 of 2", "Image 2, view 2 of 2", "Video 2, 0.0 s", "Video 2, 0.5 s"]

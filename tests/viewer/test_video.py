@@ -33,7 +33,7 @@ def test_a_clip_steps_through_the_tokens(tmp_path):
     assert (codec, pixel_format) == ("h264", "yuv420p")
     assert len(frames) == 3 * 3
     assert frames.shape[2] == WIDTH and frames.shape[1] % 2 == 0
-    pages = [np.asarray(page).astype(int) for page in clip_pages(trace, layer=1, units=8)]
+    pages = [np.asarray(page).astype(int) for page in clip_pages(trace, layer=1, views=8)]
     for number, frame in enumerate(frames.astype(int)):
         off = [np.abs(frame - page).mean() for page in pages]
         assert np.argmin(off) == number // 3
@@ -43,12 +43,12 @@ def test_a_clip_steps_through_the_tokens(tmp_path):
 def test_a_page_shows_what_each_token_looked_at():
     """Clear where the heads of the layer selected, veiled by those that did not; one picture is large."""
     trace = make_trace(tokens=("A", " cat", "."))
-    unit = trace.units[0]
-    clear = trace.picture_of(unit).pixels().repeat(13, 0).repeat(13, 1)  # 13 x 48 fits 640 pixels
+    view = trace.views[0]
+    clear = trace.picture_of(view).pixels().repeat(13, 0).repeat(13, 1)  # 13 x 48 fits 640 pixels
     for layer in (0, None):
         mask = trace.mask() if layer is None else trace.mask()[:, layer : layer + 1]
-        for token, page in enumerate(clip_pages(trace, layer=layer, units=8)):
-            share = mask[token].astype(np.float32).mean(axis=(0, 1))[unit.regions]
+        for token, page in enumerate(clip_pages(trace, layer=layer, views=8)):
+            share = mask[token].astype(np.float32).mean(axis=(0, 1))[view.regions]
             shares = share.repeat(clear.shape[0] // 4, 0).repeat(clear.shape[1] // 4, 1)
             wanted = _veiled(clear, shares)
             pixels = np.asarray(page)
@@ -73,16 +73,16 @@ def best_match(pixels, wanted, left, top):
 def test_a_clip_shows_the_units_that_were_looked_at_most():
     """As large as they fit; all pages have one even size."""
     trace = make_trace(media=make_media(np.random.default_rng(0), views=0, frames=7), tokens=("A", "b"))
-    for units in (2, 4, 8):
-        (size,) = {page.size for page in clip_pages(trace, layer=0, units=units)}
+    for views in (2, 4, 8):
+        (size,) = {page.size for page in clip_pages(trace, layer=0, views=views)}
         assert size[0] == WIDTH and size[1] % 2 == 0
     for height in (13, 14, 15):  # of them some would make an odd page
         flat = make_trace(media=make_media(np.random.default_rng(0), size=(height, 64)), tokens=("A",))
-        (page,) = clip_pages(flat, layer=0, units=1)
+        (page,) = clip_pages(flat, layer=0, views=1)
         assert page.height % 2 == 0
-    (unit,) = most_looked_at(trace.units, trace.mask()[:, 0], 1)
-    alone = dataclasses.replace(trace, units=(unit,), pictures=(trace.picture_of(unit),))
-    for page, other in zip(clip_pages(trace, layer=0, units=1), clip_pages(alone, layer=0, units=8)):
+    (view,) = most_looked_at(trace.views, trace.mask()[:, 0], 1)
+    alone = dataclasses.replace(trace, views=(view,), pictures=(trace.picture_of(view),))
+    for page, other in zip(clip_pages(trace, layer=0, views=1), clip_pages(alone, layer=0, views=8)):
         np.testing.assert_array_equal(page, other)
 
 
@@ -101,14 +101,14 @@ def test_a_question_of_several_lines_is_headed_by_them():
     apart, joined = (
         make_trace(tokens=("a",), layers=1, question=q) for q in ("Which?\nA. cat", "Which? A. cat")
     )
-    (one,), (other,) = (clip_pages(trace, layer=0, units=1) for trace in (apart, joined))
+    (one,), (other,) = (clip_pages(trace, layer=0, views=1) for trace in (apart, joined))
     assert one.height > other.height
 
 
 @pytest.mark.parametrize("tokens", [("a", "\n", "b"), ("w" * 200, " x"), ("",), (" " + "w" * 60,) * 7])
 def test_captions_keep_their_place(tokens):
     """Line ends, words wider than the page, nothing, and more lines than there is room for."""
-    pages = list(clip_pages(make_trace(tokens=tokens, layers=1), layer=0, units=1))
+    pages = list(clip_pages(make_trace(tokens=tokens, layers=1), layer=0, views=1))
     assert len({page.size for page in pages}) == 1 and len(pages) == len(tokens)
     for page in pages:
         # The token that is being said is marked, above the count of keys.

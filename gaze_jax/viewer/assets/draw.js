@@ -1,6 +1,6 @@
 "use strict";
 
-// Drawing on canvases: a unit {corners, grid, regions, own} of an image, and numbers per region.
+// Drawing on canvases: a view {corners, grid, regions, own} of an image, and numbers per region.
 
 const GAZE_OUTLINE = "rgb(0, 133, 202)";
 
@@ -20,9 +20,9 @@ function scratch(use, width, height) {
   return spare.get(key);
 }
 
-// The rectangle that a unit's grid covers, as large as asked: clear, veiled and grey. Padding is black.
-function prepared(image, unit, least, most) {
-  const [x0, y0, x1, y1] = unit.corners;
+// The rectangle that a view's grid covers, as large as asked: clear, veiled and grey. Padding is black.
+function prepared(image, view, least, most) {
+  const [x0, y0, x1, y1] = view.corners;
   const width = (x1 - x0) * image.naturalWidth, height = (y1 - y0) * image.naturalHeight;
   const longest = Math.max(width, height);
   let scale = Math.min(1, most / longest);
@@ -52,17 +52,17 @@ function prepared(image, unit, least, most) {
   return { clear, veiled, grey };
 }
 
-// The grid of a unit as a small picture, a pixel per token.
-function gridded(unit, colour) {
-  const [height, width] = unit.grid;
+// The grid of a view as a small picture, a pixel per token.
+function gridded(view, colour) {
+  const [height, width] = view.grid;
   const small = scratch("grid", width, height), pixels = new ImageData(width, height);
-  const colours = new Map(unit.own.map((region) => [region, colour(region)]));
-  unit.regions.forEach((region, i) => pixels.data.set(colours.get(region), 4 * i));
+  const colours = new Map(view.own.map((region) => [region, colour(region)]));
+  view.regions.forEach((region, i) => pixels.data.set(colours.get(region), 4 * i));
   small.getContext("2d").putImageData(pixels, 0, 0);
   return small;
 }
 
-function drawGaze(target, unit, picture, share) {
+function drawGaze(target, view, picture, share) {
   const { width, height } = picture.clear;
   if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
   const pen = target.getContext("2d");
@@ -71,18 +71,18 @@ function drawGaze(target, unit, picture, share) {
   light.drawImage(picture.clear, 0, 0);
   light.globalCompositeOperation = "destination-in";
   light.imageSmoothingEnabled = false;
-  light.drawImage(gridded(unit, (r) => [0, 0, 0, Math.round(255 * share[r])]), 0, 0, width, height);
+  light.drawImage(gridded(view, (r) => [0, 0, 0, Math.round(255 * share[r])]), 0, 0, width, height);
   pen.drawImage(picture.veiled, 0, 0);
   pen.drawImage(lit, 0, 0);
 }
 
 // Around what half of the heads or more selected; drawn into the veil, so that nothing clear is hidden.
-function outline(target, unit, share, line) {
-  const [rows, columns] = unit.grid;
+function outline(target, view, share, line) {
+  const [rows, columns] = view.grid;
   const { width, height } = target;
   const pen = target.getContext("2d");
   const within = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns;
-  const inside = (y, x) => within(y, x) && share[unit.regions[y * columns + x]] >= 0.5;
+  const inside = (y, x) => within(y, x) && share[view.regions[y * columns + x]] >= 0.5;
   const across = (x) => Math.round(x * width / columns), down = (y) => Math.round(y * height / rows);
   pen.fillStyle = GAZE_OUTLINE;
   for (let y = 0; y < rows; y++) {
@@ -111,13 +111,13 @@ function heat(value) {
   return [...colour, Math.round(255 * 0.78 * Math.sqrt(Math.min(Math.max(value, 0), 1)))];
 }
 
-function drawDense(target, unit, picture, dense, most) {
+function drawDense(target, view, picture, dense, most) {
   const { width, height } = picture.clear;
   if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
   const pen = target.getContext("2d");
   pen.drawImage(picture.grey, 0, 0);
   pen.imageSmoothingEnabled = false;
-  pen.drawImage(gridded(unit, (r) => heat(dense[r] / (most || 1))), 0, 0, width, height);
+  pen.drawImage(gridded(view, (r) => heat(dense[r] / (most || 1))), 0, 0, width, height);
 }
 
 function drawLegends() {

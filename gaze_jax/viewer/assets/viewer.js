@@ -1,7 +1,7 @@
 (async () => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
-  const { layers, heads, denseHeads, selectors, slots, regions, units, tokens } = data;
+  const { layers, heads, denseHeads, selectors, slots, regions, views, tokens } = data;
   const isDense = slots === 0;
   const PACE = 900; // milliseconds per word
   const ROWS = 8;
@@ -42,16 +42,16 @@
     return;
   }
   let cells = 0;
-  for (const unit of units) {
-    unit.cells = unit.grid[0] * unit.grid[1];
-    unit.regions = numbers.grids.subarray(cells, cells + unit.cells);
-    unit.own = [...new Set(unit.regions)];
-    cells += unit.cells;
+  for (const view of views) {
+    view.cells = view.grid[0] * view.grid[1];
+    view.regions = numbers.grids.subarray(cells, cells + view.cells);
+    view.own = [...new Set(view.regions)];
+    cells += view.cells;
   }
 
   // --- What is shown ---
 
-  const state = { token: 0, layer: data.layer, head: -1, unit: 0, timer: 0 };
+  const state = { token: 0, layer: data.layer, head: -1, view: 0, timer: 0 };
 
   function chosen(one, count) {
     return one >= 0 ? [one] : Array.from({ length: count }, (_, i) => i);
@@ -70,20 +70,20 @@
       for (const head of isDense ? [] : someHeads) {
         const from = (query * selectors + Math.floor(head / perSelector)) * slots;
         const to = (query * heads + head) * slots;
-        const unit = numbers.attentionLargest[query * heads + head] / 255;
+        const view = numbers.attentionLargest[query * heads + head] / 255;
         for (let j = 0; j < slots; j++) {
           const region = numbers.selected[from + j];
           if (region < 0) break;
           share[region] += 1;
           score[region] += numbers.scores[from + j] * numbers.scoreLargest[layer] / 32767;
-          attention[region] += numbers.attention[to + j] * unit;
+          attention[region] += numbers.attention[to + j] * view;
         }
       }
       const someDense = denseHeads === 1 ? [0] : someHeads;
       for (const head of someDense) {
         const row = query * denseHeads + head, from = row * regions;
-        const unit = numbers.denseLargest[row] / 255 / someLayers.length / someDense.length;
-        for (let r = 0; r < regions; r++) dense[r] += numbers.dense[from + r] * unit;
+        const view = numbers.denseLargest[row] / 255 / someLayers.length / someDense.length;
+        for (let r = 0; r < regions; r++) dense[r] += numbers.dense[from + r] * view;
       }
     }
     for (let r = 0; r < regions; r++) {
@@ -160,21 +160,21 @@
     return button;
   });
 
-  const frames = units.map((unit, i) => {
+  const frames = views.map((view, i) => {
     const button = document.createElement("button"), name = document.createElement("span");
     const share = document.createElement("span"), warm = document.createElement("span");
     button.type = "button";
-    const image = images[unit.picture], [x0, y0, x1, y1] = unit.corners;
+    const image = images[view.picture], [x0, y0, x1, y1] = view.corners;
     // Of the right shape before it is drawn, so that nothing moves when it is.
     const shape = (x1 - x0) * image.naturalWidth / ((y1 - y0) * image.naturalHeight);
-    unit.thumb = canvas(Math.max(1, Math.round(90 * shape)), 90);
+    view.thumb = canvas(Math.max(1, Math.round(90 * shape)), 90);
     name.className = "name";
-    name.textContent = unit.short;
+    name.textContent = view.short;
     [share.className, warm.className] = ["share", "share warm"];
     share.append(document.createElement("span"));
     warm.append(document.createElement("span"));
-    button.append(unit.thumb, name, ...(isDense ? [warm] : [share, warm]));
-    button.addEventListener("click", () => go({ unit: i }));
+    button.append(view.thumb, name, ...(isDense ? [warm] : [share, warm]));
+    button.addEventListener("click", () => go({ view: i }));
     $("strip").append(button);
     return button;
   });
@@ -186,86 +186,86 @@
   function fill() {
     const perSelector = heads / selectors;
     const names = Array.from({ length: heads }, (_, h) =>
-      data.share === "group" ? `${h} (group ${Math.floor(h / perSelector)})` : String(h));
+      data.selectPer === "kv_head" ? `${h} (kv head ${Math.floor(h / perSelector)})` : String(h));
     options($("layer"), "all layers", Array.from({ length: layers }, (_, l) => String(l)));
     options($("head"), "all heads", names);
     document.title = `Gaze: ${data.question}`;
     $("question").textContent = data.question;
     $("model").textContent = data.model;
     $("budget").textContent = isDense ? "dense" :
-      `${data.topK} of ${regions} regions per query, chosen per ${data.share}`;
+      `${data.topK} of ${regions} regions per query, chosen per ${data.selectPer === "kv_head" ? "kv head" : "head"}`;
     $("gaze-figure").hidden = isDense;
     $("stage").classList.toggle("alone", isDense);
     for (const cell of document.querySelectorAll("th.gaze")) cell.hidden = isDense;
-    for (const id of ["strip", "strip-keys", "bars", "of-unit"]) $(id).hidden = units.length === 1;
-    document.querySelector("th.in").hidden = units.length === 1;
+    for (const id of ["strip", "strip-keys", "bars", "of-view"]) $(id).hidden = views.length === 1;
+    document.querySelector("th.in").hidden = views.length === 1;
     $("gaze-bar").hidden = isDense;
     $("mean-note").hidden = denseHeads === heads;
     drawLegends();
   }
 
-  let stage = { unit: -1 };
+  let stage = { view: -1 };
 
   function showStage(now, most) {
-    const unit = units[state.unit];
-    if (stage.unit !== state.unit) stage = { unit: state.unit, picture: prepared(images[unit.picture], unit, 560, Infinity) };
+    const view = views[state.view];
+    if (stage.view !== state.view) stage = { view: state.view, picture: prepared(images[view.picture], view, 560, Infinity) };
     const { picture } = stage;
     const line = Math.max(2, Math.round(picture.clear.width / 280));
-    const got = sum(now.attention, unit.own), would = sum(now.dense, unit.own);
-    $("unit").textContent = unit.title;
-    const part = units.length > 1 ? `, ${percent(got)} here` : "";
-    const densePart = units.length > 1 ? `, ${percent(would)} here` : "";
+    const got = sum(now.attention, view.own), would = sum(now.dense, view.own);
+    $("view").textContent = view.title;
+    const part = views.length > 1 ? `, ${percent(got)} here` : "";
+    const densePart = views.length > 1 ? `, ${percent(would)} here` : "";
     $("gaze-note").textContent = `${percent(total(now.attention))} of attention on what was selected${part}`;
     const mean = denseHeads === heads || state.head < 0 ? "" : ", mean of all heads";
     const whole = percent(total(now.dense));
     $("dense-note").textContent = `${whole} of attention on all regions${densePart}${mean}`;
     $("most").textContent = percent(most);
     if (!isDense) {
-      drawGaze($("gaze"), unit, picture, now.share);
-      outline($("gaze"), unit, now.share, line);
-      const some = unit.own.filter((r) => now.share[r] > 0).length;
-      $("gaze").setAttribute("aria-label", `${unit.title}: ${some} of ${unit.own.length} regions selected`);
+      drawGaze($("gaze"), view, picture, now.share);
+      outline($("gaze"), view, now.share, line);
+      const some = view.own.filter((r) => now.share[r] > 0).length;
+      $("gaze").setAttribute("aria-label", `${view.title}: ${some} of ${view.own.length} regions selected`);
     }
-    drawDense($("dense"), unit, picture, now.dense, most);
-    $("dense").setAttribute("aria-label", `${unit.title}: dense attention, ${percent(would)} of it here`);
+    drawDense($("dense"), view, picture, now.dense, most);
+    $("dense").setAttribute("aria-label", `${view.title}: dense attention, ${percent(would)} of it here`);
   }
 
   function showStrip(now, most) {
-    if (units.length === 1) return;
-    const gaze = units.map((unit) => sum(now.attention, unit.own)), most1 = Math.max(...gaze);
-    const dense = units.map((unit) => sum(now.dense, unit.own)), most2 = Math.max(...dense);
-    units.forEach((unit, i) => {
-      const current = i === state.unit, bars = frames[i].querySelectorAll(".share span");
+    if (views.length === 1) return;
+    const gaze = views.map((view) => sum(now.attention, view.own)), most1 = Math.max(...gaze);
+    const dense = views.map((view) => sum(now.dense, view.own)), most2 = Math.max(...dense);
+    views.forEach((view, i) => {
+      const current = i === state.view, bars = frames[i].querySelectorAll(".share span");
       const widths = isDense ? [dense[i] / (most2 || 1)] : [gaze[i] / (most1 || 1), dense[i] / (most2 || 1)];
       widths.forEach((width, k) => { bars[k].style.width = `${100 * width}%`; });
       frames[i].setAttribute("aria-current", String(current));
       frames[i].tabIndex = current ? 0 : -1;
       const shares = isDense ? percent(dense[i]) : `Gaze ${percent(gaze[i])}, dense ${percent(dense[i])}`;
-      frames[i].setAttribute("aria-label", `${unit.title}: ${shares}`);
-      frames[i].title = `${unit.title}: ${shares}`;
+      frames[i].setAttribute("aria-label", `${view.title}: ${shares}`);
+      frames[i].title = `${view.title}: ${shares}`;
     });
-    reveal($("strip"), frames[state.unit]);
-    waiting = { now, most, units: new Set(units.keys()) };
+    reveal($("strip"), frames[state.view]);
+    waiting = { now, most, views: new Set(views.keys()) };
     drawThumbs();
   }
 
   // A long video has many frames, and few of them are in sight.
-  let waiting = { units: new Set() };
+  let waiting = { views: new Set() };
 
   function drawThumbs() {
     const { now, most } = waiting, box = $("strip"), width = box.clientWidth;
-    const seen = [...waiting.units].filter((i) => {
+    const seen = [...waiting.views].filter((i) => {
       const left = frames[i].offsetLeft - box.scrollLeft;
       return left < 2 * width && left + frames[i].offsetWidth > -width;
     });
     for (const i of seen) {
-      const unit = units[i];
-      waiting.units.delete(i);
-      unit.small ??= prepared(images[unit.picture], unit, 0, 248);
-      if (isDense) drawDense(unit.thumb, unit, unit.small, now.dense, most);
+      const view = views[i];
+      waiting.views.delete(i);
+      view.small ??= prepared(images[view.picture], view, 0, 248);
+      if (isDense) drawDense(view.thumb, view, view.small, now.dense, most);
       else {
-        drawGaze(unit.thumb, unit, unit.small, now.share);
-        outline(unit.thumb, unit, now.share, 3);
+        drawGaze(view.thumb, view, view.small, now.share);
+        outline(view.thumb, view, now.share, 3);
       }
     }
   }
@@ -298,11 +298,11 @@
     const ranked = [...by.keys()].filter((r) => by[r] > 0).sort((a, b) => by[b] - by[a]).slice(0, ROWS);
     document.querySelector("th.score").hidden = isDense || !one;
     $("rows").replaceChildren(...ranked.map((r) => {
-      const row = document.createElement("tr"), homes = units.filter((unit) => unit.own.includes(r));
+      const row = document.createElement("tr"), homes = views.filter((view) => view.own.includes(r));
       const home = homes.length > 1 ? `${homes[0].short} to ${homes.at(-1).short}` : homes[0]?.short ?? "";
       const score = one ? [now.score[r].toFixed(2)] : [];
       const gaze = isDense ? [] : [percent(now.share[r]), ...score, percent(now.attention[r])];
-      for (const text of [String(r), ...(units.length > 1 ? [home] : []), ...gaze, percent(now.dense[r])]) {
+      for (const text of [String(r), ...(views.length > 1 ? [home] : []), ...gaze, percent(now.dense[r])]) {
         const cell = document.createElement("td");
         if (text === home) cell.className = "in";
         cell.textContent = text;
@@ -317,8 +317,8 @@
     const most = now.dense.reduce((a, b) => Math.max(a, b), 0);
     if ($("follow").checked) {
       const by = isDense ? now.dense : now.attention;
-      const sums = units.map((unit) => sum(by, unit.own));
-      state.unit = sums.indexOf(Math.max(...sums));
+      const sums = views.map((view) => sum(by, view.own));
+      state.view = sums.indexOf(Math.max(...sums));
     }
     words.forEach((word, i) => {
       word.setAttribute("aria-current", String(i === state.token));
@@ -343,17 +343,17 @@
   const within = (value, low, high) => Math.min(Math.max(value, low), high);
 
   function go(change) {
-    if ("unit" in change) $("follow").checked = false;
+    if ("view" in change) $("follow").checked = false;
     if ("token" in change && document.activeElement?.closest("#answer")) {
       words[within(change.token, 0, tokens.length - 1)].focus({ preventScroll: true });
     }
-    if ("unit" in change && document.activeElement?.closest("#strip")) {
-      frames[within(change.unit, 0, units.length - 1)].focus({ preventScroll: true });
+    if ("view" in change && document.activeElement?.closest("#strip")) {
+      frames[within(change.view, 0, views.length - 1)].focus({ preventScroll: true });
     }
     Object.assign(state, change);
     state.token = within(state.token, 0, tokens.length - 1);
     state.layer = within(state.layer, -1, layers - 1);
-    state.unit = within(state.unit, 0, units.length - 1);
+    state.view = within(state.view, 0, views.length - 1);
     show();
   }
 
@@ -377,8 +377,8 @@
     ArrowDown: () => go({ layer: state.layer - 1 }),
     Home: () => go({ token: 0 }),
     End: () => go({ token: tokens.length - 1 }),
-    ",": () => go({ unit: state.unit - 1 }),
-    ".": () => go({ unit: state.unit + 1 }),
+    ",": () => go({ view: state.view - 1 }),
+    ".": () => go({ view: state.view + 1 }),
     " ": () => play(!state.timer),
   };
 

@@ -1,0 +1,374 @@
+"""Conversations to the parts of a sample: a checkpoint's own chat template, media, and what is supervised.
+
+A conversation is rendered by its template into one string; the tags ``<image>`` and ``<video>`` in it
+become :class:`Image` and :class:`Video` parts, the text between them :class:`Text` parts::
+
+    template = ChatTemplate.load(directory)
+    messages = (
+        Message("system", "You are a helpful assistant."),
+        Message("user", (Image(0), "What is this?")),
+        Message("assistant", "A cat."),
+    )
+    conversation_parts(template, messages, style="cambrian_s")
+
+    Text("<|im_start|>system\\nYou are ...<|im_end|>\\n<|im_start|>user\\n")
+    Image(0)
+    Text("\\nWhat is this?<|im_end|>\\n<|im_start|>assistant\\nA cat.<|im_end|>\\n", targets=((47, 63),))
+
+What is supervised is known by characters and never found by tokenising twice: the answers are rendered a
+second time between marks that occur nowhere else, and a rendering that differs in more than its marks is
+refused. A text is not cut where supervision begins, so its tokens are those of the whole string.
+
+Turns must be written as ``<|im_start|>role ... <|im_end|>``, as those of Qwen and of all that is built on it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from gaze_jax.chat.messages import TAG, TAGS, Content, Message, kind_of
+from gaze_jax.chat.template import ChatTemplate
+from gaze_jax.core.layout import STYLES
+from gaze_jax.data.sample import Image, Text, Video
+from gaze_jax.data.tokenizer import END, Tokenizer
+from gaze_jax.errors import UserError
+
+START = "<|im_start|>"
+
+Parts = tuple[Image | Video | Text, ...]
+Supervision = Literal["answer", "cambrian_s"]
+
+_THINK = re.compile(r"</?think>")
+_END = re.compile(rf"\s*{re.escape(END)}")
+_SYSTEM = {"square": "You are a helpful assistant.", "cambrian_s": "You are a helpful assistant."}
+
+
+def default_system(style: str) -> str | None:
+    """The system prompt that models of a ``ViewConfig.style`` were trained with; None: none.
+
+    For "llava_onevision" it is that of transformers' template; lmms-lab's own code has Cambrian-S's.
+    """
+    _check("style", style, STYLES)
+    return _SYSTEM.get(style)
+
+
+def always_supervised(supervision: Supervision) -> tuple[str, ...]:
+    """Tokens that are targets wherever they occur: the value of ``Processor.supervise``.
+
+    Cambrian-S, like LLaVA-NeXT for Qwen before it, also trains on every line feed and on the tokens that
+    open and end a turn, in the turns of system and user too.
+    """
+    _check("supervision", supervision, get_args(Supervision))
+    return ("\n", START, END) if supervision == "cambrian_s" else ()
+
+
+def _check(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} must be one of {tuple(known)}.")
+
+
+def _arrange(items: tuple[Content, ...], style: str) -> tuple[Content, ...]:
+    """The items of a turn, in the order in which models of ``style`` read them."""
+    media = [item for item in items if not isinstance(item, str)]
+    if not media or style == "square":
+        return items
+    if style == "llava_onevision":
+        media.sort(key=lambda item: isinstance(item, Video))
+    text = "".join(item for item in items if isinstance(item, str)).strip()
+    return (*media, text) if text else tuple(media)
+
+
+def _as_text(items: Iterable[Content]) -> str:
+    """A turn with tags for its media; a line feed parts leading media from the text after them."""
+    pieces: list[str] = []
+    for item in items:
+        if not isinstance(item, str):
+            pieces.append(f"<{kind_of(item)}>")
+        elif pieces and all(piece in TAGS for piece in pieces):
+            pieces.append("\n" + item)
+        else:
+            pieces.append(item)
+    return "".join(pieces)
+
+
+def _as_list(items: Iterable[Content]) -> list[dict[str, str]]:
+    """A turn as templates of multimodal processors take it."""
+    return [
+        {"type": "text", "text": item} if isinstance(item, str) else {"type": kind_of(item)} for item in items
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _takes_lists(template: ChatTemplate) -> bool:
+    """Whether the template places media itself, given a turn as a list; found out by trying."""
+    turn = {"role": "user", "content": _as_list((Image(0), "probe"))}
+    try:
+        rendered = template.render([turn], add_generation_prompt=False)
+    except UserError:
+        return False
+    return "<image>" in rendered and "probe" in rendered
+
+
+def _pieces(answer: str) -> list[tuple[int, int]]:
+    """Characters of what stands between the tags of reasoning in an answer, without white space around it."""
+    cuts = [0, *(cut for tag in _THINK.finditer(answer) for cut in tag.span()), len(answer)]
+    pieces = []
+    for start, end in zip(cuts[::2], cuts[1::2], strict=True):
+        if core := answer[start:end].strip():
+            first = answer.index(core, start)
+            pieces.append((first, first + len(core)))
+    return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class _Marks:
+    """Four characters that occur nowhere in a conversation or its template."""
+
+    opening: str
+    closing: str
+    generation: tuple[str, str]
+
+    @classmethod
+    def for_texts(cls, texts: Iterable[str]) -> "_Marks":
+        """Marks from Unicode's private use area: no letters, no white space, so nothing strips them."""
+        taken = set[str]().union(*texts)
+        free = (character for character in map(chr, range(0xE000, 0xF900)) if character not in taken)
+        return cls(next(free), next(free), (next(free), next(free)))
+
+    def around(self, answer: str) -> str:
+        """``answer`` with its pieces between marks."""
+        for start, end in reversed(_pieces(answer)):
+            answer = f"{answer[:start]}{self.opening}{answer[start:end]}{self.closing}{answer[end:]}"
+        return answer
+
+    def remove(self, text: str) -> tuple[str, dict[str, list[int]]]:
+        """``text`` without marks, and where in it each mark stood."""
+        found: dict[str, list[int]] = {mark: [] for mark in (self.opening, self.closing, *self.generation)}
+        pattern = re.compile(f"[{''.join(found)}]")
+        for count, match in enumerate(pattern.finditer(text)):
+            found[match[0]].append(match.start() - count)
+        return pattern.sub("", text), found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Render:
+    """How one conversation is rendered: everything but who asks and with which marks."""
+
+    template: ChatTemplate
+    messages: tuple[Message, ...]
+    style: str
+    variables: Mapping[str, Any]
+
+    def __call__(self, *, add_generation_prompt: bool = False, marks: _Marks | None = None) -> str:
+        lists, turns = _takes_lists(self.template), []
+        for message in self.messages:
+            items = _arrange(message.items, self.style)
+            if marks and message.role == "assistant":
+                items = (marks.around(message.text),)
+            turns.append({"role": message.role, "content": _as_list(items) if lists else _as_text(items)})
+        return self.template.render(
+            turns,
+            add_generation_prompt=add_generation_prompt,
+            generation_marks=marks.generation if marks else None,
+            **self.variables,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.template.name
+
+    @property
+    def said(self) -> list[str]:
+        """Text of every answer."""
+        return [message.text for message in self.messages if message.role == "assistant"]
+
+    def answers(self, whole: str) -> tuple[list[list[tuple[int, int]]], list[tuple[int, int]]]:
+        """Where in ``whole`` the pieces of each answer lie, and the ``{% generation %}`` blocks."""
+        pieces = [_pieces(answer) for answer in self.said]
+        if [] in pieces:
+            raise UserError(f"Answer {pieces.index([])} of the conversation is empty; leave its turn out.")
+        marks = _Marks.for_texts([whole, self.template.source, *self.said])
+        bare, found = marks.remove(self(marks=marks))
+        spans = list(zip(found[marks.opening], found[marks.closing]))
+        begins, ends = (found[mark] for mark in marks.generation)
+        written = [whole[start:end] for start, end in spans]
+        expected = [answer[start:end] for answer, of_it in zip(self.said, pieces) for start, end in of_it]
+        if bare != whole or written != expected:
+            raise UserError(
+                f"{self.name} rewrites or leaves out a part of an answer, so it cannot be learnt as it is "
+                "(Qwen3's drops the reasoning in <think> from all turns but the last); take that part out, "
+                "or end the conversation with that answer."
+            )
+        left = iter(spans)
+        return [[next(left) for _ in of_it] for of_it in pieces], list(zip(begins, ends, strict=True))
+
+
+def _turn_start(render: _Render, whole: str, at: int) -> int:
+    """Where the turn opens whose answer begins at character ``at``."""
+    start = whole.rfind(START, 0, at)
+    if start < 0:
+        raise UserError(
+            f"{render.name} does not open an answer with {START}; give a template in ChatML's form."
+        )
+    return start
+
+
+def _turn_end(render: _Render, whole: str, at: int) -> int:
+    """Where the end token ends that follows an answer, which ends at character ``at``."""
+    end = _END.match(whole, at)
+    if end is None:
+        raise UserError(f"{render.name} does not end an answer with {END}; give a template in ChatML's form.")
+    return end.end()
+
+
+def _answer_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
+    """Characters that a model would say: from the end of the generation prompt to the end token."""
+    answers, blocks = render.answers(whole)
+    blocks = [(start, end) for start, end in blocks if start < end]
+    if blocks:
+        # Some blocks leave the token out that ends the turn; a model that never learns it never stops.
+        return [(start, end + len(END) * whole.startswith(END, end)) for start, end in blocks]
+    prompted = render(add_generation_prompt=True)
+    header = prompted.removeprefix(whole) if prompted.startswith(whole) else ""
+    spans = []
+    for answer, pieces in zip(render.said, answers, strict=True):
+        first, last = pieces[0][0], pieces[-1][1]
+        opened, before = _turn_start(render, whole, first), answer[: _pieces(answer)[0][0]]
+        if header and whole.startswith(header, opened):
+            first = opened + len(header)
+        elif whole.endswith(before, opened, first):
+            first -= len(before)
+        spans.append((first, _turn_end(render, whole, last)))
+    return spans
+
+
+def _cambrian_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
+    """Whole turns of the assistant, with header, end token and the line feed after it."""
+    spans = []
+    for pieces in render.answers(whole)[0]:
+        end = _turn_end(render, whole, pieces[-1][1])
+        spans.append((_turn_start(render, whole, pieces[0][0]), end + whole.startswith("\n", end)))
+    return spans
+
+
+def _split(render: _Render, whole: str, spans: Sequence[tuple[int, int]]) -> Parts:
+    """Cut ``whole`` at its tags; a text takes what ``spans`` say about its characters."""
+    arranged = [item for message in render.messages for item in _arrange(message.items, render.style)]
+    media = {tag: [item for item in arranged if isinstance(item, kind)] for tag, kind in TAGS.items()}
+    for tag, items in media.items():
+        if whole.count(tag) != len(items):
+            raise UserError(
+                f"{render.name} writes {whole.count(tag)} {tag} tags but the conversation has {len(items)}; "
+                "take a template for these media."
+            )
+    parts: list[Image | Video | Text] = []
+    start = 0
+    for piece in TAG.split(whole):
+        end = start + len(piece)
+        if piece in TAGS:
+            parts.append(media[piece].pop(0))
+        elif piece:
+            inside = ((max(a, start) - start, min(b, end) - start) for a, b in spans)
+            parts.append(Text(piece, targets=tuple((a, b) for a, b in inside if a < b)))
+        start = end
+    return tuple(parts)
+
+
+def conversation_parts(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    style: str,
+    supervision: Supervision = "answer",
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> Parts:
+    """Render a conversation into the parts of a sample.
+
+    Where the media of a turn go is a matter of ``style``: for "cambrian_s" before its text, for
+    "llava_onevision" too, and images before videos; for "square" they stay where they are. In a template
+    that knows no media, a line feed follows media that open a turn.
+
+    With Qwen3's template an answer is shown with (empty) reasoning only in the last turn, as it is shown to
+    the model later. What the model is taught to say first is then not the same in all turns; where that
+    matters, make a conversation of each answer with what came before it.
+
+    Args:
+      template: of the checkpoint.
+      messages: in order. ``Image`` and ``Video`` keep their indices.
+      style: as ``ViewConfig.style``.
+      supervision: "answer": what the model says after a generation prompt, with the end token, or the
+        ``{% generation %}`` blocks of a template that has them, each with the end token that follows;
+        "cambrian_s": whole turns of the assistant with their header, for :func:`always_supervised`.
+      add_generation_prompt: ask for an answer: nothing is supervised.
+      **variables: of the template, such as ``enable_thinking``.
+
+    Returns:
+      Images, videos and texts with ``targets``.
+
+    Raises:
+      UserError: the template fails, leaves a text out, rewrites an answer or has no place for the media; or
+        there is no answer to learn (or already one, where it is asked for).
+    """
+    _check("style", style, STYLES)
+    _check("supervision", supervision, get_args(Supervision))
+    render = _Render(template, tuple(messages), style, variables)
+    answered = [message.role == "assistant" for message in messages]
+    if not messages or (not add_generation_prompt and True not in answered):
+        raise UserError(
+            "The conversation has no answer to learn from; add one, or ask for a generation prompt."
+        )
+    if add_generation_prompt and answered[-1]:
+        raise UserError("The conversation ends in an answer, so there is none to ask for; take it out.")
+    whole = render(add_generation_prompt=add_generation_prompt)
+    for message in messages:
+        if message.role != "assistant":
+            for item in _arrange(message.items, style):
+                if isinstance(item, str) and item.strip() not in whole:
+                    raise UserError(
+                        f"{template.name} leaves out or rewrites text of a turn of role {message.role!r} "
+                        f"({item.strip()[:40]!r}); change the turn or the template."
+                    )
+    find = _answer_spans if supervision == "answer" else _cambrian_spans
+    return _split(render, whole, () if add_generation_prompt else find(render, whole))
+
+
+def count_tokens(
+    tokenizer: Tokenizer, parts: Sequence[Image | Video | Text], media_tokens: Callable[[Image | Video], int]
+) -> int:
+    """Tokens that ``parts`` need; ``media_tokens`` says how many an image or a video does."""
+    return sum(
+        len(tokenizer.encode(part.text)[0]) if isinstance(part, Text) else media_tokens(part)
+        for part in parts
+    )
+
+
+def truncate(
+    messages: Sequence[Message], max_tokens: int, tokens: Callable[[tuple[Message, ...]], int]
+) -> tuple[Message, ...]:
+    """The longest beginning of a conversation, in whole turns, that fits.
+
+    A question goes with its answer and with its media, so no image or video is ever cut. Rendering comes
+    after this, since a template may show a turn otherwise when it is the last.
+
+    Args:
+      messages: a conversation.
+      max_tokens: how many there is room for.
+      tokens: counts those of a conversation: ``conversation_parts`` and :func:`count_tokens`.
+
+    Raises:
+      UserError: the first question with its answer alone does not fit.
+    """
+    questions = [i for i, message in enumerate(messages) if message.role == "user"]
+    needed = 0
+    for end in reversed([*questions[1:], len(messages)]):
+        kept = tuple(messages[:end])
+        needed = tokens(kept)
+        if needed <= max_tokens:
+            return kept
+    raise UserError(
+        f"The first turn of the conversation alone needs {needed} tokens but max_tokens={max_tokens}; "
+        "raise it, or show fewer or smaller images and fewer frames."
+    )

@@ -1,0 +1,140 @@
+"""Image towers: SigLIP and fixed-resolution SigLIP2, alone or inside a whole SigLIP."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gaze_jax.errors import UserError
+from gaze_jax.families.table import Family, Fields, Json, Rule, layer_norm, linear
+from gaze_jax.models.config import VisionConfig
+
+
+def _tower_fields(config: Json) -> Json:
+    """The vision part: a whole SigLIP nests it and, like the tower alone, omits what is default."""
+    nested = config.get("vision_config")
+    return config if nested is None else nested
+
+
+def read_siglip(config: Json) -> VisionConfig:
+    """The tower of a ``config.json``, at its top or in ``vision_config``, with all of its layers."""
+    fields = Fields(_tower_fields(config), "config.json")
+    fields.only("hidden_act", "gelu_pytorch_tanh")
+    fields.only("num_channels", 3)
+    fields.only("quantization_config", None)
+    return VisionConfig(
+        image_size=fields.get("image_size", int, 224),
+        patch_size=fields.get("patch_size", int, 16),
+        width=fields.get("hidden_size", int, 768),
+        depth=fields.get("num_hidden_layers", int, 12),
+        num_heads=fields.get("num_attention_heads", int, 12),
+        mlp_dim=fields.get("intermediate_size", int, 3072),
+        norm_eps=fields.get("layer_norm_eps", float, 1e-6),
+        post_norm=True,
+    )
+
+
+def _write_siglip(config: VisionConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+        "vision_use_head": False,
+    }
+
+
+def siglip_rules(config: VisionConfig) -> tuple[Rule, ...]:
+    """SigLIP and fixed-resolution SigLIP2, as many encoder layers as the features need."""
+    block, layer, depth = "vision/layers", "encoder.layers.{}", config.depth
+    rules = [
+        Rule("vision/patch_embedding/kernel", "embeddings.patch_embedding.weight", "conv"),
+        Rule("vision/patch_embedding/bias", "embeddings.patch_embedding.bias"),
+        Rule("vision/position_embedding", "embeddings.position_embedding.weight"),
+        *layer_norm(f"{block}/layer_norm1", f"{layer}.layer_norm1", depth),
+        *layer_norm(f"{block}/layer_norm2", f"{layer}.layer_norm2", depth),
+    ]
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        rules += linear(f"{block}/{name}", f"{layer}.self_attn.{name}", depth, bias=True)
+    for name in ("fc1", "fc2"):
+        rules += linear(f"{block}/{name}", f"{layer}.mlp.{name}", depth, bias=True)
+    if config.post_norm:
+        rules += layer_norm("vision/post_layernorm", "post_layernorm")
+    return tuple(rules)
+
+
+def _siglip_own_config(config: Json) -> Json:
+    if "vision_config" not in config:
+        return config
+    own = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model"}
+    stated = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
+    return {**stated, **config["vision_config"], **own}
+
+
+def _identity_norm(config: VisionConfig) -> Mapping[str, np.ndarray]:
+    if config.post_norm:
+        return {}
+    width = config.width
+    return {
+        "post_layernorm.weight": np.ones(width, np.float32),
+        "post_layernorm.bias": np.zeros(width, np.float32),
+    }
+
+
+def _siglip_name(name: str) -> str:
+    return name.removeprefix("vision_model.")
+
+
+def siglip_unused(config: VisionConfig, name: str) -> bool:
+    """Whether a tower has this tensor and does not need it for the features up to ``config.depth``."""
+    if name.startswith("head."):
+        return True
+    if name.startswith("post_layernorm."):
+        return not config.post_norm
+    layer = name.removeprefix("encoder.layers.").split(".")[0]
+    return name.startswith("encoder.layers.") and layer.isdigit() and int(layer) >= config.depth
+
+
+SIGLIP = Family(
+    part="vision",
+    read_config=read_siglip,
+    write_config=_write_siglip,
+    rules=siglip_rules,
+    canonical=_siglip_name,
+    unused=siglip_unused,
+    own_config=_siglip_own_config,
+    defaults=_identity_norm,
+    left_out={
+        "text_model.*": "the text tower, which a multimodal LLM does not use",
+        "logit_*": "the contrastive head, which a multimodal LLM does not use",
+    },
+)
+
+
+def feature_tower(config: VisionConfig, feature_layer: int, setting: str = "--feature_layer") -> VisionConfig:
+    """The tower up to the features that a language model reads.
+
+    Args:
+      config: of all layers.
+      feature_layer: index into the hidden states, as in ``vision_feature_layer``: -1 is after the last
+        layer, -2 the one before. The final LayerNorm is left out.
+      setting: what to call ``feature_layer`` where it is wrong.
+
+    Raises:
+      UserError: there is no such layer.
+    """
+    depth = config.depth + 1 + feature_layer
+    if not (feature_layer < 0 < depth):
+        raise UserError(
+            f"{setting}={feature_layer} must be between {-config.depth} and -1 for a tower of "
+            f"{config.depth} layers."
+        )
+    return dataclasses.replace(config, depth=depth, post_norm=False)

@@ -1,0 +1,82 @@
+"""Tokens to text as they come: whole characters only, and not beyond a stop string."""
+
+from collections.abc import Sequence
+
+from gaze_jax.data.tokenizer import Tokenizer
+from gaze_jax.errors import UserError
+
+_BROKEN = "\ufffd"  # how a tokenizer writes bytes that are no character yet
+
+
+def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
+    """Refuse limits that no answer can have.
+
+    Raises:
+      UserError: ``max_tokens`` is less than 1, a stop string is empty, or ``stop`` is no list.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens} must be at least 1.")
+    if isinstance(stop, str):
+        raise UserError(f"stop={stop!r} must be a list of strings; put brackets around it.")
+    if not all(stop):
+        raise UserError("A stop string is empty; leave it out.")
+
+
+class Detokenizer:
+    """The text of one answer.
+
+    Args:
+      tokenizer: of the model.
+      ends: tokens that end the answer.
+      stop: strings that end it; the text ends before the first of them.
+      limit: most tokens.
+
+    Attributes:
+      ids: tokens so far, without the end token.
+      pieces: every token as text, the end token too.
+      text: what was shown so far.
+      finish_reason: why the answer ended: "stop" or "length"; None while it goes on.
+      stop_reason: the end token or the stop string that ended it, as text; None if neither did.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, ends: frozenset[int], stop: Sequence[str] = (), limit: int = 1 << 30
+    ) -> None:
+        check_limits(limit, stop)
+        self._tokenizer, self._ends, self._stop, self._limit = tokenizer, ends, tuple(stop), limit
+        self.ids: list[int] = []
+        self.pieces: list[str] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.stop_reason: str | None = None
+
+    def add(self, token: int) -> str:
+        """Take the next token; returns what can be shown now: often a word, nothing while it is open."""
+        self.pieces.append(self._tokenizer.decode([token]))
+        if token in self._ends:
+            self.finish_reason, self.stop_reason = "stop", self.pieces[-1]
+        else:
+            self.ids.append(token)
+            if len(self.ids) == self._limit:
+                self.finish_reason = "length"
+        whole = self._tokenizer.decode(self.ids)
+        # The first to appear ends the answer; of two at one place, the one named first.
+        cuts = [(at, number) for number, at in enumerate(map(whole.find, self._stop)) if at >= 0]
+        if cuts:
+            at, number = min(cuts)
+            whole, self.finish_reason, self.stop_reason = whole[:at], "stop", self._stop[number]
+        elif self.finish_reason is None:
+            if whole.endswith(_BROKEN):
+                return ""
+            whole = whole[: len(whole) - self._open(whole)]
+        new = whole[len(self.text) :]
+        self.text += new
+        return new
+
+    def _open(self, whole: str) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1)
+        for size in range(min(longest - 1, len(whole)), 0, -1):
+            if any(stop.startswith(whole[-size:]) for stop in self._stop):
+                return size
+        return 0

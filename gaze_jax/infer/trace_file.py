@@ -1,0 +1,303 @@
+"""The file of a gaze trace: a zip of arrays as NumPy makes it, checked before memory is taken for it.
+
+docs/viewer.md describes it for readers in other languages. Axes as in ``gaze_jax.infer.trace``.
+"""
+
+import json
+import math
+import os
+import re
+import zipfile
+import zlib
+from typing import IO, Any, get_args
+
+import numpy as np
+
+from gaze_jax.data.placement import PlacedView
+from gaze_jax.errors import UserError
+from gaze_jax.infer.trace import Picture, Trace
+
+FORMAT = "gaze_jax.trace"
+VERSION = 1
+MAX_BYTES = 2 << 30
+"""Largest trace that is read, in bytes after decompression."""
+
+_MAX_META = 64 << 20
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # their readers take no more than they are asked for
+
+# The arrays of the file: their types there, as .npy writes them, and their axes.
+_STORED = {
+    "selected": (("<i2", "<i4"), ("T", "L", "Hs", "J")),
+    "scores": (("<f4",), ("T", "L", "Hs", "J")),
+    "attention": (("<f2",), ("T", "L", "H", "J")),
+    "dense": (("<f2",), ("T", "L", "H", "R")),
+    "entries": (("<f4",), ("T", "L", "4")),
+    "visual_tokens": (("<i4",), ("T",)),
+    "grids": (("<i2", "<i4"), ("grids",)),
+    "jpegs": (("|u1",), ("jpegs",)),
+}
+_AXES = ("T", "L", "Hs", "J", "H", "R")
+_HEADER = re.compile(
+    rb"\{'descr': '([<|][a-z]\d)', 'fortran_order': False, 'shape': \(([\d, ]{0,200})\), \} *\n"
+)
+_FIELDS = tuple(name for name in _STORED if name not in ("grids", "jpegs"))
+_VIEW = {"view": int, "video": bool, "index": int, "frame": int, "corners": list, "grid": list}
+_PICTURE = {
+    "video": bool,
+    "index": int,
+    "frame": int,
+    "seconds": float | None,
+    "size": list,
+    "bytes": int,
+}
+_META = {
+    "question": str,
+    "answer": str,
+    "tokens": list,
+    "model": str,
+    "top_k": int | None,
+    "select_per": str,
+    "shape": dict,
+    "views": list,
+    "pictures": list,
+}
+
+
+def rounded_down(shares: np.ndarray) -> np.ndarray:
+    """Float32 in [0, 1] as float16, rounded towards 0 so that shares never sum to more than they did.
+
+    The error is below 2**-10 of the value, and for values below 2**-14 below 2**-24.
+    """
+    near = shares.astype(np.float16)
+    over = near.astype(np.float32) > shares
+    return np.where(over, np.nextafter(near, np.float16(0)), near)
+
+
+def save(trace: Trace, path: str | os.PathLike[str]) -> None:
+    """Write a trace: what ``numpy.savez_compressed`` makes; equal traces write equal bytes.
+
+    ``attention`` and ``dense`` are :func:`rounded_down`, everything else is kept exactly. What is loaded and
+    saved again stays the same.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    ids = np.int16 if trace.regions <= np.iinfo(np.int16).max else np.int32
+    sizes = (*trace.selected.shape, trace.heads, trace.regions)
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        **{
+            name: getattr(trace, name)
+            for name in ("question", "answer", "tokens", "model", "top_k", "select_per")
+        },
+        "shape": dict(zip(_AXES, sizes, strict=True)),
+        "views": [
+            {name: getattr(view, name) for name in ("view", "video", "index", "frame", "corners")}
+            | {"grid": view.regions.shape}
+            for view in trace.views
+        ],
+        "pictures": [
+            {name: getattr(picture, name) for name in ("video", "index", "frame", "seconds", "size")}
+            | {"bytes": len(picture.jpeg)}
+            for picture in trace.pictures
+        ],
+    }
+    arrays = {name: getattr(trace, name) for name in _FIELDS}
+    arrays["selected"] = trace.selected.astype(ids)
+    arrays["attention"], arrays["dense"] = rounded_down(trace.attention), rounded_down(trace.dense)
+    arrays["grids"] = np.concatenate([view.regions.ravel() for view in trace.views]).astype(ids)
+    arrays["jpegs"] = np.frombuffer(b"".join(picture.jpeg for picture in trace.pictures), np.uint8)
+    text = json.dumps(meta, allow_nan=False, default=_plain).encode()
+    held = len(text) + sum(array.nbytes for array in arrays.values())
+    if held > MAX_BYTES:
+        raise UserError(
+            f"Trace {os.fspath(path)!r} would hold {held} bytes, more than the limit of {MAX_BYTES}; "
+            "trace fewer tokens."
+        )
+    try:
+        with open(path, "wb") as file:  # savez would add .npz to a name
+            np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
+    except OSError as error:
+        raise UserError(f"Trace {os.fspath(path)!r} cannot be written ({error.strerror}).") from error
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars, which may stand in a view, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is not JSON.")
+
+
+def load(path: str | os.PathLike[str]) -> Trace:
+    """Read a trace that :func:`save` wrote.
+
+    Everything that the file declares is checked before memory is taken for it.
+
+    Raises:
+      UserError: the file is missing, no trace, damaged, of another version, or larger than
+        :data:`MAX_BYTES`. One sentence that names it.
+    """
+    name = os.fspath(path)
+    try:
+        with zipfile.ZipFile(name) as file:
+            return _read(file, name)
+    except UserError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise UserError(f"Trace {name!r} is damaged, cut short or no trace; write it again.") from error
+    except OSError as error:
+        raise UserError(f"Trace {name!r} cannot be read ({error.strerror}).") from error
+    # RuntimeError: encrypted.
+    except (ValueError, EOFError, OverflowError, zlib.error, RuntimeError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"Trace {name!r} is damaged ({why}); write it again.") from error
+
+
+def _read(file: zipfile.ZipFile, name: str) -> Trace:
+    entries = {info.filename: info for info in file.infolist()}
+    if any(info.compress_type not in _PACKED for info in entries.values()):
+        raise ValueError("it is compressed in a way that NumPy does not use")
+    if "meta.npy" not in entries:
+        raise UserError(f"Trace {name!r} is no trace: it has no entry 'meta'; give a file that holds one.")
+    meta = _read_meta(file, entries["meta.npy"], name)
+    wanted = {"meta.npy", *(f"{array}.npy" for array in _STORED)}
+    if set(entries) != wanted or len(entries) < len(file.infolist()):
+        raise ValueError(f"its entries must be {', '.join(sorted(wanted))}")
+    declared = sum(info.file_size for info in entries.values())
+    if declared > MAX_BYTES:
+        raise UserError(
+            f"Trace {name!r} holds {declared} bytes, more than the limit of {MAX_BYTES}; trace fewer tokens."
+        )
+    lengths = meta["shape"] | {
+        "4": 4,
+        "grids": sum(h * w for h, w in (view["grid"] for view in meta["views"])),
+        "jpegs": sum(picture["bytes"] for picture in meta["pictures"]),
+    }
+    arrays = {}
+    for array, (types, axes) in _STORED.items():
+        with file.open(entries[f"{array}.npy"]) as entry:
+            shape = tuple(lengths[axis] for axis in axes)
+            arrays[array] = _read_array(entry, array, entries[f"{array}.npy"].file_size, types, shape)
+    for array in ("selected", "grids"):
+        arrays[array] = arrays[array].astype(np.int32)
+    for array in ("attention", "dense"):
+        arrays[array] = arrays[array].astype(np.float32)
+    return Trace(
+        meta["question"],
+        meta["answer"],
+        tuple(meta["tokens"]),
+        meta["model"],
+        meta["top_k"],
+        meta["select_per"],
+        _views(meta["views"], arrays["grids"]),
+        _pictures(meta["pictures"], arrays["jpegs"].tobytes()),
+        *(arrays[array] for array in _FIELDS),
+    )
+
+
+def _read_array(
+    entry: IO[bytes], name: str, size: int, types: tuple[str, ...], shape: tuple[int, ...] | None
+) -> np.ndarray:
+    """One array of the file, after its header was compared with what it must be.
+
+    Args:
+      entry: the opened .npy.
+      name: of the array.
+      size: bytes of the entry, header included, as the zip declares them.
+      types: it is of one of these.
+      shape: None is one axis of any length.
+    """
+    # NumPy's own reader evaluates the header as Python, and takes memory before it knows what comes.
+    start = entry.read(10)
+    header = entry.read(int.from_bytes(start[8:], "little"))
+    match = _HEADER.fullmatch(header)
+    if not start.startswith(b"\x93NUMPY\x01\x00") or match is None:
+        raise ValueError(f"{name} is no array")
+    dtype = match[1].decode()
+    found = tuple(int(side) for side in match[2].replace(b",", b" ").split())
+    if dtype not in types or (len(found) != 1 if shape is None else found != shape):
+        raise ValueError(f"{name} is {dtype} {list(found)}, which is not what its meta says")
+    length = math.prod(found) * np.dtype(dtype).itemsize
+    if length + len(start) + len(header) != size:
+        raise ValueError(f"{name} has not the length that it declares")
+    values = entry.read(length)
+    if len(values) < length or entry.read(1):  # at the end the checksum is compared
+        raise ValueError(f"{name} has not the length that it declares")
+    return np.frombuffer(values, dtype).reshape(found)
+
+
+def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[str, Any]:
+    """The JSON of the file, every field of the type that :data:`_META` says."""
+    if info.file_size > _MAX_META:
+        raise ValueError(f"its meta has {info.file_size} bytes, more than {_MAX_META}")
+    with file.open(info) as entry:
+        text = _read_array(entry, "meta", info.file_size, ("|u1",), None).tobytes()
+    try:
+        meta = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its meta is nested too deeply") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"Trace {name!r} is no trace: its meta does not say format {FORMAT!r}.")
+    if meta.get("version") != VERSION:
+        raise UserError(
+            f"Trace {name!r} has version {meta.get('version')!r} and this program reads {VERSION}; "
+            "write it again, or read it with the program that wrote it."
+        )
+    _check_fields("meta", {k: v for k, v in meta.items() if k not in ("format", "version")}, _META)
+    if not all(isinstance(token, str) for token in meta["tokens"]):
+        raise ValueError("tokens must be strings")
+    _check_fields("shape", meta["shape"], dict.fromkeys(_AXES, int))
+    _check_numbers("shape", list(meta["shape"].values()), len(_AXES))
+    for view in meta["views"]:
+        _check_fields("a view", view, _VIEW)
+        _check_numbers("grid", view["grid"], 2)
+        corners = view["corners"]
+        if len(corners) != 4 or not all(type(edge) in (int, float) for edge in corners):
+            raise ValueError("corners must be four numbers")
+    for picture in meta["pictures"]:
+        _check_fields("a picture", picture, _PICTURE)
+        _check_numbers("size", picture["size"], 2)
+        _check_numbers("index, frame and bytes", [picture[name] for name in ("index", "frame", "bytes")], 3)
+    return meta
+
+
+def _check_fields(what: str, fields: Any, types: dict[str, Any]) -> None:
+    """Raises a ValueError unless ``fields`` are these and of these types."""
+    if not isinstance(fields, dict) or set(fields) != set(types):
+        raise ValueError(f"{what} must have the fields {', '.join(types)}")
+    for name, wanted in types.items():
+        allowed = get_args(wanted) or (wanted,)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if type(fields[name]) not in allowed:  # not isinstance: True is an int
+            raise ValueError(f"{name} of {what} is {type(fields[name]).__name__}")
+
+
+def _check_numbers(what: str, numbers: Any, count: int) -> None:
+    if len(numbers) != count or not all(type(n) is int and 0 <= n < 1 << 31 for n in numbers):
+        raise ValueError(f"{what} must be {count} whole numbers, 0 or more")
+
+
+def _views(stored: list[dict[str, Any]], grids: np.ndarray) -> tuple[PlacedView, ...]:
+    views, at = [], 0
+    for view in stored:
+        height, width = view["grid"]
+        regions = grids[at : at + height * width].reshape(height, width)
+        at += height * width
+        x0, y0, x1, y1 = map(float, view["corners"])
+        views.append(
+            PlacedView(view["view"], view["video"], view["index"], view["frame"], (x0, y0, x1, y1), regions)
+        )
+    return tuple(views)
+
+
+def _pictures(stored: list[dict[str, Any]], jpegs: bytes) -> tuple[Picture, ...]:
+    pictures, at = [], 0
+    for one in stored:
+        jpeg = jpegs[at : at + one["bytes"]]
+        at += one["bytes"]
+        height, width = one["size"]
+        seconds = None if one["seconds"] is None else float(one["seconds"])
+        pictures.append(Picture(one["video"], one["index"], one["frame"], seconds, (height, width), jpeg))
+    return tuple(pictures)

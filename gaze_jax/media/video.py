@@ -1,0 +1,319 @@
+"""Videos: files, folders of frames and animations, read as the few frames that a model sees.
+
+A video is opened with a :class:`FrameSampling` and becomes a :class:`Clip`, which decodes while it is
+iterated::
+
+    clip = open_video("walk.mp4", FrameSampling(fps=1.0, max_frames=128))
+    for seconds, frame in zip(clip.times, clip):
+        ...
+
+Frames are chosen by their index, as the original models do, also where the frame rate varies: then the
+average rate stands for it, and :attr:`Clip.times` says when the chosen frames are really shown.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import PIL.Image
+
+from gaze_jax.errors import UserError
+from gaze_jax.media.container import open_container
+from gaze_jax.media.images import MAX_PIXELS, check_pixels, read_image
+from gaze_jax.media.probe import (
+    VIDEO_FORMATS,
+    animation_delays,
+    check_file,
+    check_whole,
+    is_animation,
+    is_still,
+    is_url,
+    read_head,
+    video_kind,
+)
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_DEFAULT_DELAY = 100
+"""Milliseconds that a picture of an animation is shown if it says 0, as browsers do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video are read.
+
+    ===========================  ==========================================================================
+    no field                     every frame
+    max_frames                   that many, evenly from the first to the last; frames of a shorter video
+                                 repeat (LLaVA-OneVision, with 32)
+    fps                          every n-th frame, n = round(the video's rate / fps), at least 1
+    fps, max_frames              the same; evenly, as with max_frames alone, if those were more than
+                                 max_frames (Cambrian-S)
+    fps, max_frames, force       evenly in any case (Cambrian-S with video_force_sample)
+    ===========================  ==========================================================================
+
+    Attributes:
+      fps: frames per second of the video to take.
+      max_frames: the most frames to take.
+      force: take max_frames whatever fps says.
+      start, end: seconds of the video to choose from. Frames int(start * rate) to int(end * rate); the last
+        of these is the end of an even choice, and every n-th frame is taken before it.
+
+    Raises:
+      UserError: a value is out of range, or force is set without both fields that it chooses between.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    force: bool = False
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise UserError(f"fps={self.fps} must be a positive number of frames per second.")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise UserError(f"max_frames={self.max_frames} must be at least 1.")
+        if self.force and (self.fps is None or self.max_frames is None):
+            raise UserError(
+                "force=True takes max_frames whatever fps says, so it needs both; "
+                "max_frames alone is always spread evenly."
+            )
+        if self.start is not None and not 0 <= self.start < math.inf:
+            raise UserError(f"start={self.start} must be a number of seconds, 0 or more.")
+        if self.end is not None and not (self.start or 0.0) < self.end < math.inf:
+            raise UserError(f"end={self.end} must be a number of seconds after start={self.start or 0.0}.")
+
+
+def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarray:
+    """int64 [T]: which of ``frames`` frames at ``fps`` per second are taken, ascending, perhaps repeated.
+
+    The rules and their rounding are those of the code that the models were trained with (Cambrian-S
+    ``process_video_with_decord``, LLaVA-NeXT ``llava/utils.py``): Python's round, half to even; evenly spaced
+    indices are truncated.
+
+    Raises:
+      UserError: ``sampling`` starts behind the last frame.
+      ValueError: ``frames`` or ``fps`` is not positive.
+    """
+    if frames < 1 or not fps > 0:
+        raise ValueError(f"frames={frames} and fps={fps} must be positive.")
+    first, last, stop = int((sampling.start or 0.0) * fps), frames - 1, frames
+    if first > last:
+        raise UserError(
+            f"start={sampling.start} is behind its end: it has {frames} frames, {frames / fps:g} seconds."
+        )
+    if sampling.end is not None:
+        last = min(last, int(sampling.end * fps))
+        stop = min(stop, max(int(sampling.end * fps), first + 1))
+    if sampling.fps is not None:
+        strided = np.arange(first, stop, max(1, round(fps / sampling.fps)))
+        if sampling.max_frames is None or (len(strided) <= sampling.max_frames and not sampling.force):
+            return strided
+    if sampling.max_frames is None:
+        return np.arange(first, stop)
+    return np.linspace(first, last, sampling.max_frames, dtype=np.int64)
+
+
+class Source(Protocol):
+    """All frames of a video: their size, number, rate and times, and a way to read some."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def fps(self) -> float: ...
+
+    @property
+    def times(self) -> np.ndarray: ...
+
+    def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """Decode the ``wanted`` frames, ascending and distinct: uint8 [height, width, 3] each."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """The sampled frames of a video; iterating decodes them in order, one at a time.
+
+    Attributes:
+      path: what was opened.
+      indices: int64 [T], the frames that were chosen.
+      times: float64 [T], when they are shown, in seconds after the video's first frame.
+      fps: average frames per second of the video.
+      size: (height, width) of every frame in pixels, upright. Pixels count as square.
+      frames: how many frames the video has.
+      source: where the frames come from.
+    """
+
+    path: str
+    indices: np.ndarray
+    times: np.ndarray
+    fps: float
+    size: tuple[int, int]
+    frames: int
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields uint8 [height, width, 3] RGB, read-only; a frame that was chosen twice is decoded once.
+
+        Raises:
+          UserError: the video is damaged, or a frame has another size than the first. Names the file.
+        """
+        wanted, counts = np.unique(self.indices, return_counts=True)
+        for index, count, frame in zip(wanted, counts, self.source.read(wanted)):
+            if frame.shape[:2] != self.size:
+                height, width = frame.shape[:2]
+                raise UserError(
+                    f"Video {self.path!r}: frame {index} has {width}x{height} pixels and the first has "
+                    f"{self.size[1]}x{self.size[0]}; give a video of one size."
+                )
+            frame.setflags(write=False)
+            for _ in range(count):
+                yield frame
+
+
+def open_video(path: str | os.PathLike[str], sampling: FrameSampling, *, frames_fps: float = 1.0) -> Clip:
+    """Open a video and choose its frames.
+
+    Of a video file every packet is listed and the first frame decoded; of an AVI, whose frames bear no time
+    stamps, all are decoded once to count them.
+
+    Args:
+      path: a video file, a GIF or WEBP that moves, or a folder of images, one frame each, ordered by name
+        with numbers in them as numbers.
+      sampling: which frames to take.
+      frames_fps: frames per second of a folder, which cannot say so itself.
+
+    Raises:
+      UserError: a URL, or a file that is missing, empty, an image, none of the formats that are read, without
+        frames, with too large ones, cut short or damaged, or that ``sampling`` misses; or PyAV is needed and
+        not installed. One sentence that names the file.
+    """
+    name = os.fspath(path)
+    source = _source(name, frames_fps)
+    try:
+        indices = sample_indices(len(source.times), source.fps, sampling)
+    except UserError as error:
+        raise UserError(f"Video {name!r}: {error}") from error
+    times = source.times
+    return Clip(name, indices, times[indices], source.fps, source.size, len(times), source)
+
+
+def _source(name: str, frames_fps: float) -> Source:
+    if not is_url(name) and os.path.isdir(name):
+        return _open_folder(name, frames_fps)
+    check_file(name, "Video")
+    try:
+        head = read_head(name)
+    except OSError as error:
+        raise UserError(f"Video {name!r} cannot be read ({error.strerror}).") from error
+    kind = video_kind(head)
+    if kind is not None:
+        check_whole(name, kind)
+        return open_container(name, kind)
+    delays = animation_delays(name) if is_animation(head) else []
+    if len(delays) > 1:
+        return _open_animation(name, delays)
+    if delays or is_animation(head) or is_still(head):
+        raise UserError(f"Video {name!r} is an image; use --image.")
+    formats = ", ".join((*VIDEO_FORMATS, "GIF", "WEBP"))
+    raise UserError(f"Video {name!r} is none of {formats} and no folder of images; convert it to one.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folder:
+    """Images as frames; ``files`` are their paths in order, ``size`` that of the first."""
+
+    files: tuple[str, ...]
+    size: tuple[int, int]
+    fps: float
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 [N]: seconds after the first."""
+        return np.arange(len(self.files)) / self.fps
+
+    def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """Decode the ``wanted`` frames: uint8 [height, width, 3] each."""
+        for index in wanted:
+            yield read_image(self.files[index])
+
+
+def _open_folder(name: str, fps: float) -> Folder:
+    if not 0 < fps < math.inf:
+        raise UserError(f"Video {name!r} is a folder, whose frames_fps={fps} must be a positive number.")
+    names = [entry for entry in os.listdir(name) if not entry.startswith(".")]
+    if not names:
+        raise UserError(f"Video {name!r} is a folder without images; give the folder that holds the frames.")
+    for entry in names:
+        if not entry.lower().endswith(FRAME_SUFFIXES):
+            raise UserError(
+                f"Video {name!r} is a folder with {entry!r} in it, which is no image; leave only frames."
+            )
+    files = tuple(os.path.join(name, entry) for entry in sorted(names, key=_natural))
+    height, width = read_image(files[0]).shape[:2]
+    return Folder(files, (height, width), fps)
+
+
+def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
+    """Sorts frame2 before frame10, and 1 beside 01 by spelling."""
+    pieces = re.findall(r"([^0-9]*)([0-9]*)", name)
+    return [(text, int(number or -1)) for text, number in pieces], name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Animation:
+    """The pictures of a GIF or WEBP, as a viewer composes them.
+
+    Attributes:
+      name: path of the file.
+      size: (height, width) in pixels.
+      times: float64 [N]: seconds after the first.
+      fps: pictures per second, on average.
+    """
+
+    name: str
+    size: tuple[int, int]
+    times: np.ndarray
+    fps: float
+
+    def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """Compose the ``wanted`` pictures on white: uint8 [height, width, 3] each."""
+        with _animated(self.name) as image:
+            for index in wanted:
+                image.seek(int(index))
+                picture = image.convert("RGBA")
+                page = PIL.Image.new("RGBA", picture.size, "white")
+                yield np.array(PIL.Image.alpha_composite(page, picture).convert("RGB"))
+
+
+def _open_animation(name: str, delays: list[int]) -> Animation:
+    ends = np.cumsum([delay or _DEFAULT_DELAY for delay in delays]) / 1000
+    with _animated(name) as image:
+        size = (image.height, image.width)
+    return Animation(name, size, np.concatenate([[0.0], ends[:-1]]), len(delays) / float(ends[-1]))
+
+
+@contextlib.contextmanager
+def _animated(name: str) -> Iterator[PIL.Image.Image]:
+    """A GIF or WEBP in Pillow; errors of decoding it become one sentence."""
+    try:
+        with PIL.Image.open(name, formats=("GIF", "WEBP")) as image:
+            check_pixels(name, "Video", *image.size)
+            yield image
+    except UserError:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"Video {name!r} has more pixels than the limit of {MAX_PIXELS}; make it smaller."
+        ) from error
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
+        raise UserError(f"Video {name!r} cannot be decoded ({error}); the file is damaged.") from error

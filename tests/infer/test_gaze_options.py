@@ -1,0 +1,49 @@
+"""What a query may select: budgets."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gaze_jax.core.routing import budget_from_keep
+from gaze_jax.errors import UserError
+from gaze_jax.infer.gaze_options import GazeOptions, counted, most
+
+
+def test_numbers_of_any_type_stay_counts_and_fractions():
+    """All regions are not one region."""
+    assert GazeOptions(keep=1).budget(None) == 1.0 and isinstance(GazeOptions(keep=1).budget(None), float)
+    assert isinstance(GazeOptions(keep=np.float32(0.5)).budget(None), float)
+    assert type(GazeOptions(top_k=np.int64(3)).budget(None)) is int
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"top_k": 2.0}, "top_k=2.0 must be a whole number"),
+        ({"keep": "half"}, "keep='half' must be a number"),
+        ({"keep": float("nan")}, "keep=nan must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": 1, "keep": 0.5}, "both budgets"),
+        ({"dense": True, "look_at": ("x",)}, "look_at has no effect with dense"),
+    ],
+)
+def test_what_is_no_budget_is_refused(fields, sentence):
+    """In one sentence."""
+    with pytest.raises(UserError, match=sentence):
+        GazeOptions(**fields)
+
+
+@pytest.mark.parametrize("regions", [1, 5, 12, 64, 144])
+def test_a_fraction_is_headed_as_the_device_counts_it(regions):
+    """And the capacity is enough for every number of regions in sight."""
+    for keep in np.linspace(0.01, 1, 67).tolist():
+        found = budget_from_keep(keep, jnp.ones((1, 1, regions), bool)).item()
+        assert counted(keep, regions) == found
+        assert most([keep], regions) >= found
+
+
+def test_the_capacity_is_a_bucket_and_the_heading_the_budget():
+    """Capacities are few, so that programs are."""
+    assert (most([9], 40), counted(9, 40)) == (10, 9)
+    assert (most([3, 9], 8), counted(9, 8)) == (8, 8)
+    assert most(None, 8) is most([1], 0) is None

@@ -1,0 +1,130 @@
+"""The commands as a user has them: processes, exit statuses, and what is left when one is killed."""
+
+import functools
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from gaze_jax.train import checkpoint
+from tests.helpers import commands
+from tests.helpers.commands import finish, refusals
+from tests.helpers.experiments import save_untrained, tiny_experiment
+
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("doors")]
+
+CONFIG = "--config=tests/helpers/tiny_config.py"
+ONE_DEVICE = "--config.mesh.fsdp=1"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts a command with flags; all that it starts share one cache of compiled programs."""
+    return functools.partial(
+        commands.start,
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
+
+
+def last_row(workdir):
+    path = workdir / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    return json.loads(rows[-1])["step"] if rows else 0
+
+
+def content(workdir):
+    """Digests of the newest checkpoint's arrays, the data's position, the metrics and the results."""
+    with checkpoint.open_manager(workdir) as manager:
+        step = manager.latest_step()
+        leaves = checkpoint._meta(manager, step)["leaves"]
+    (position,) = (workdir / "checkpoints" / str(step) / "data").glob("process_*.json")
+    files = [position, *(workdir / name for name in ("metrics.jsonl", "eval.json", "gaze.png"))]
+    return step, leaves, [file.read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_a_run_that_was_killed_ends_in_the_same_bits(kills, start, tmp_path):
+    # Rows and checkpoints fall on different steps, so that a kill leaves rows behind its checkpoint.
+    flags = [CONFIG, ONE_DEVICE, "--config.steps=60", "--config.checkpoint_every=6", "--config.log_every=4"]
+    flags.append("--config.eval.samples=2")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    out, _ = finish(start("train.py", *flags, f"--workdir={whole}"))
+    assert "step 60/60" in out and "random routing" in out
+
+    rng = np.random.default_rng(time.time_ns())
+    moments = np.sort(rng.integers(1, 50, size=kills))
+    for moment in moments:
+        process = start("train.py", *flags, f"--workdir={killed}")
+        while last_row(killed) < moment:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        finish(process, status=-signal.SIGKILL)
+    finish(start("train.py", *flags, f"--workdir={killed}"))
+    assert content(killed) == content(whole), f"killed after steps {moments}"
+
+
+def test_sigterm_saves_and_ends_well(start, tmp_path):
+    process = start("train.py", CONFIG, ONE_DEVICE, "--config.steps=100000", f"--workdir={tmp_path}")
+    while last_row(tmp_path) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    out, _ = finish(process)
+    assert "Stopped by SIGTERM after step" in out
+    with checkpoint.open_manager(tmp_path) as manager:
+        assert manager.latest_step() >= 4
+    assert not (tmp_path / "eval.json").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    with jax.numpy_dtype_promotion("standard"):
+        save_untrained(tiny_experiment(), workdir)
+    return workdir
+
+
+def test_generate_answers_and_draws(start, run, tmp_path):
+    image = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    flags = [f"--checkpoint={run}", f"--image={tmp_path / 'image.png'}", "--question=Where is the only 7?"]
+    picture = tmp_path / "answer.png"
+    out, err = finish(start("generate.py", *flags, f"--out={picture}", "--layer=1", "--max_tokens=3"))
+    assert out.endswith("\n")
+    assert not err
+    with Image.open(picture) as sheet:
+        assert sheet.format == "PNG"
+
+
+def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(run, tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "fits.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    ask = ["generate.py", f"--checkpoint={run}", "--question=Where is the only 7?"]
+    train = ["train.py", CONFIG, ONE_DEVICE, f"--workdir={tmp_path / 'new'}"]
+    cases = {
+        "'topk' does not exist, did you mean 'top_k'": [*train, "--config.model.gaze.topk=2"],
+        "gaze.top_k=0 must be at least 1 region": [*train, "--config.model.gaze.top_k=0"],
+        "is larger than the tower's 4x4 token grid": [*train, "--config.model.gaze.region=(9, 9)"],
+        "--config.steps=many": [*train, "--config.steps=many"],
+        "--config=nowhere.py cannot be loaded": ["train.py", "--config=nowhere.py", *train[2:]],
+        "is of another config: seed was 3 and is 4": [
+            *["train.py", CONFIG, ONE_DEVICE, f"--workdir={run}", "--config.seed=4"]
+        ],
+        "is 20x30 pixels but the tower takes 20x20; resize it": [*ask, f"--image={tmp_path / 'wide.png'}"],
+        "is none of JPEG, PNG": [*ask, f"--image={tmp_path / 'text.png'}"],
+        "is not a file; check the path": [*ask, f"--image={tmp_path / 'none.png'}"],
+        "a character has no token": [*ask[:2], f"--image={tmp_path / 'fits.png'}", "--question=Où?"],
+        "holds no checkpoint": ["eval.py", f"--workdir={tmp_path}"],
+        "unexpected argument 'runs/digits'": ["eval.py", f"--workdir={tmp_path}", "runs/digits"],
+    }
+    for sentence, line in zip(cases, refusals(cases.values()), strict=True):
+        assert sentence in line
+    assert not (tmp_path / "new").exists()

@@ -30,8 +30,7 @@ Part = Image | Video | Text
 
 
 def check_questions(questions: Sequence[str], images: int, videos: int) -> None:
-    """Refuse what :class:`ChatSession` would refuse of its questions; costs nothing, so it can come before
-    a load.
+    """Refuse what :class:`ChatSession` would refuse of its questions, before a checkpoint is loaded.
 
     Args:
       questions: in order. The first may hold a tag ``<image>`` or ``<video>`` for each of the media; without

@@ -260,9 +260,7 @@ def _token_text(token: str, font: ImageFont.FreeTypeFont, available: float) -> s
 def _draw_label(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, fraction: float, fonts: Fonts
 ) -> None:
-    """Prints the token on the left under a panel and the fraction of the image it attended to on the
-    right.
-    """
+    """Prints the token under a panel, and on the right the fraction of the image it attended to."""
     baseline = at[1] + 22
     note = f"{100 * fraction:.0f} %"
     draw.text((at[0] + width, baseline), note, MUTED, fonts.small, anchor="rs")
@@ -271,9 +269,7 @@ def _draw_label(
 
 
 def wrapped(text: str, available: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The text broken at spaces into lines of at most ``available`` pixels; a longer word is broken
-    anywhere.
-    """
+    """The text in lines of at most ``available`` pixels; a word that is longer is broken anywhere."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= available:

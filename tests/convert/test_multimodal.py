@@ -361,7 +361,7 @@ def test_vision_where_it_has_no_effect(tmp_path):
     with pytest.raises(UserError, match=r"--vision has no effect: .* is a language model; drop it"):
         run.plan_directory(llm, vision=tower())
     source = hf.save_cambrian(tmp_path / "cambrian")
-    with pytest.raises(UserError, match="is no image tower, which --vision must name"):
+    with pytest.raises(UserError, match="is not an image tower; give one with --vision"):
         run.plan_directory(source, vision=llm)
     with pytest.raises(UserError, match="is not a directory; give that of an image tower"):
         run.plan_directory(source, vision=tmp_path / "nothing")

@@ -125,7 +125,7 @@ class TestTpu(PrefillSuite):
         super().test_edge_13_query_blocks_with_remainders(query_block)
 
     @pytest.mark.parametrize(
-        ("kv_head", "select_per"), [(1, "head"), (4, "kv_head"), (5, "head"), (7, "kv_head"), (8, "head")]
+        ("group", "select_per"), [(1, "head"), (4, "kv_head"), (5, "head"), (7, "kv_head"), (8, "head")]
     )
     def test_edge_12_group_sizes(self, group, select_per):
         super().test_edge_12_group_sizes(group, select_per)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import gaze_prefill
 from pallas_kernels.dispatch import compile_for
-from pallas_kernels.gaze_prefill import cpu, tpu, tpu_kernels
+from pallas_kernels.gaze_prefill import cpu, tpu, tpu_common
 from tests.helpers import cases, oracle
 from tests.helpers.streams import PlacedView, Text, sample
 from tests.kernels.prefill_suite import PrefillSuite, _rows
@@ -151,8 +151,8 @@ class TestTpu(PrefillSuite):
             jax.effects_barrier()
             found.append(set(np.concatenate([a.ravel() for a in actions])))
         assert found == [
-            {tpu_kernels.SKIP, tpu_kernels.DIRECT},
-            {tpu_kernels.SKIP, tpu_kernels.GATHER, tpu_kernels.DIRECT},
+            {tpu_common.SKIP, tpu_common.DIRECT},
+            {tpu_common.SKIP, tpu_common.GATHER, tpu_common.DIRECT},
         ]
         for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=2e-6)

@@ -216,13 +216,13 @@ def test_what_does_not_fit_is_refused():
         _lower(**common | {"group": 16, "select_per": "head"}, dtype=jnp.bfloat16)
 
 
-def test_shares_fill_the_chip_and_leave_none_empty():
-    """One row gets every block, many rows one each, and no share is without a chunk."""
+def test_splits_fill_the_chip_and_leave_none_empty():
+    """One row gets every block, many rows one each, and no split is without a chunk."""
     tiles = gpu.Tiles(pieces=3, stages=2, blocks=132)
-    assert gpu._shares(tiles, 4, 104) == 33
-    assert gpu._shares(tiles, 4, 9) == 9
-    assert gpu._shares(tiles, 64, 104) == 2
-    assert gpu._shares(tiles, 1000, 5) == 1
+    assert gpu._splits(tiles, 4, 104) == 33
+    assert gpu._splits(tiles, 4, 9) == 9
+    assert gpu._splits(tiles, 64, 104) == 2
+    assert gpu._splits(tiles, 1000, 5) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The layout of the code: imports run downwards, libraries are imported where they belong, files are short."""
+"""The layout of the code: imports run downwards, libraries stay where they belong, files are short."""
 
 import ast
 import graphlib

@@ -180,6 +180,9 @@ def test_prose(path):
 
 def test_a_name_that_was_given_up_is_found():
     """The walk sees definitions, keywords, attributes and flags."""
-    code = 'class Talk:\n    def f(self, dense_k, *, share=1):\n        return g(room=self.unit)\nDEFINE_bool("units", 1)'
+    code = (
+        "class Talk:\n    def f(self, dense_k, *, share=1):\n        return g(room=self.unit)\n"
+        "DEFINE_bool('units', 1)"
+    )
     wrong = [found for name in names_in(ast.parse(code)) for found in complaints(name, "x.py")]
     assert len(wrong) == 6

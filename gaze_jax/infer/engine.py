@@ -84,7 +84,7 @@ class Engine:
         with self._devices():
             chosen = _spread(selection(self), self.regions, self.capacity)
             self._cache = prefill_step(
-                model, params, *self._inputs(batch), chosen, SelectionSpec(), free_slots=free_slots
+                model, params, *self._inputs(batch), chosen, spec=SelectionSpec(), free_slots=free_slots
             )
         self._written(read, 0)
 
@@ -207,9 +207,9 @@ class Engine:
                 *self._inputs(self._batch(read, sizes)),
                 self._cache,
                 _spread(self._selection(self), self.regions, self.capacity, sizes["regions"]),
-                SelectionSpec(),
                 np.int32(self.regions),
                 np.int32(write_index),
+                spec=SelectionSpec(),
             )
         self.regions += max(len(row["visual_src"]) for row in read)
         self.visual_tokens += max(int((row["visual_src"] >= 0).sum()) for row in read)

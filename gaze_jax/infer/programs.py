@@ -69,8 +69,8 @@ def prefill_step(
     images: Array | None,
     streams: Streams,
     selection: Selection,
-    spec: SelectionSpec,
     *,
+    spec: SelectionSpec,
     free_slots: int,
 ) -> Cache:
     """Read prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
@@ -95,9 +95,10 @@ def extend_step(
     streams: Streams,
     cache: Cache,
     selection: Selection,
-    spec: SelectionSpec,
     region: Array,
     write_index: Array,
+    *,
+    spec: SelectionSpec,
 ) -> Cache:
     """Read what comes next in every row, at ``region`` and ``write_index``; see ``MLLM.extend``."""
     extended = _apply(

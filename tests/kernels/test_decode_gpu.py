@@ -170,7 +170,7 @@ def _lower(*, group, slots, dim, dtype, select_per, int8=False, text=300, batch=
 # Every value of every axis beside every dtype; the kernel itself sees G only as 8 rows.
 LOWERED = [
     {
-        "kv_head": group,
+        "group": group,
         "slots": slots,
         "dim": dim,
         "dtype": dtype,
@@ -207,13 +207,13 @@ def test_lowers_for_cuda_under_vmap():
 
 def test_what_does_not_fit_is_refused():
     """float16, a wide D in float32 and 16 query heads per kv head: one sentence each."""
-    common = {"kv_head": 2, "slots": 4, "dim": 64, "select_per": "kv_head"}
+    common = {"group": 2, "slots": 4, "dim": 64, "select_per": "kv_head"}
     with pytest.raises(NotImplementedError, match="keeps bfloat16, float32 and int8, not float16"):
         _lower(**common, dtype=jnp.float16)
     with pytest.raises(NotImplementedError, match="has no room for D = 512"):
         _lower(**common | {"dim": 512}, dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="at most 15 query heads per kv head, not 16"):
-        _lower(**common | {"kv_head": 16, "select_per": "head"}, dtype=jnp.bfloat16)
+        _lower(**common | {"group": 16, "select_per": "head"}, dtype=jnp.bfloat16)
 
 
 def test_shares_fill_the_chip_and_leave_none_empty():

@@ -87,8 +87,7 @@ class TestCompiled(TestCopiesAndIndicesInterpreted):
     @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_real_sizes(self, dim, select_per, dtype):
-        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: several chunks in every
-        share."""
+        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: chunks in every split."""
         case = cases.decode(
             layers=2,
             group=7,

@@ -5,8 +5,8 @@ copy engine fetches by its number. Only these sizes change: D is padded to a mul
 and 128; otherwise the zeros are read too), P above 64 is cut into equal pieces of at most 64 slots, and for
 int8 with D = 64 odd pieces are padded by one slot. P = 36 is stored unchanged.
 
-Split. A thread block (one warpgroup) handles a row, a kv head and a *share*: share s takes chunks s,
-s + shares, ... of the region list, then of the text stream, counted from the end. It keeps an online softmax
+Split. A thread block (one warpgroup) handles a row, a kv head and a *split*: split s takes chunks s,
+s + splits, ... of the region list, then of the text stream, counted from the end. It keeps an online softmax
 in float32 and writes (maximum, sum, weighted values), which a small XLA reduction joins in a fixed order. So
 a single sequence fills the chip.
 
@@ -234,7 +234,7 @@ def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
 
 
 def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
-    """Join the partial softmaxes in the order of the shares: float32 [B, K, G, D]."""
+    """Join the partial softmaxes in the order of the splits: float32 [B, K, G, D]."""
     values, top, total = (a[:, :, :, :group] for a in partials)
     best = jnp.max(top, axis=2, keepdims=True)
     weights = jnp.exp2(top - jnp.where(jnp.isfinite(best), best, 0.0))
@@ -243,7 +243,7 @@ def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
     return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _shares(tiles: Tiles, rows: int, chunks: int) -> int:
+def _splits(tiles: Tiles, rows: int, chunks: int) -> int:
     """Thread blocks per row and kv head (``rows`` of these in total); each has at least one chunk."""
     return min(max(tiles.blocks // rows, 1), chunks)
 
@@ -255,7 +255,7 @@ def tuned() -> dict[str, Any]:
 
 
 def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
-    """Tiles tuned for this device; small when interpreted, so that tests have several chunks and shares."""
+    """Tiles tuned for this device; small when interpreted, so that tests have several chunks and splits."""
     if spec.interpret:
         return Tiles(pieces=2, stages=2, blocks=12)
     table = tuned()
@@ -334,7 +334,7 @@ def gaze_decode(
         dim=wide,
         piece=piece,
         tiles=tiles,
-        shares=_shares(tiles, batch * kv_heads, chunks),
+        splits=_splits(tiles, batch * kv_heads, chunks),
         heads=-(-group // 8) * 8,
         query_parts=query_parts,
         visual_parts=visual_parts,

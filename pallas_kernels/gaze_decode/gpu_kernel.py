@@ -120,7 +120,7 @@ class Shape:
       dim: D, padded.
       piece: slots per piece.
       tiles: how the work is divided.
-      shares: thread blocks per row and kv head.
+      splits: thread blocks per row and kv head.
       heads: query heads per kv head, padded to a multiple of 8.
       query_parts, visual_parts, text_parts: number of bfloat16 arrays whose sum is the operand.
       scale: factor of the logits, in units of log2(e).
@@ -130,7 +130,7 @@ class Shape:
     dim: int
     piece: int
     tiles: Tiles
-    shares: int
+    splits: int
     heads: int
     query_parts: int
     visual_parts: int
@@ -266,13 +266,13 @@ def _ring(shape: Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
 
 def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
     """This block's chunks of the region list."""
-    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
-    shares, pieces = shape.shares, shape.tiles.pieces
+    b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
+    splits, pieces = shape.splits, shape.tiles.pieces
     last = refs["seen"].shape[-2] - 1
     together = [name for name in ("seen", "k_scale", "v_scale") if name in ring]
 
     def plan(i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        chunk = jnp.minimum(share + i * shares, last)
+        chunk = jnp.minimum(split + i * splits, last)
         return chunk, [refs["blocks"][b, h, chunk * pieces + n] for n in range(pieces)]
 
     def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
@@ -293,7 +293,7 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
             for name in together:
                 plgpu.copy_gmem_to_smem(refs[name].at[b, h, chunk], ring[name].at[slot], barrier)
 
-    steps = lax.div(refs["chunks"][b, h] - share + (shares - 1), jnp.int32(shares))
+    steps = lax.div(refs["chunks"][b, h] - split + (splits - 1), jnp.int32(splits))
     scales = (ring["k_scale"], ring["v_scale"]) if "k_scale" in ring else None
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
 
@@ -301,14 +301,14 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
 def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
     """This block's chunks of the text stream."""
     b, h = lax.axis_index("batch"), lax.axis_index("kv")
-    shares = shape.shares
-    # Counted from the end: the last shares have one region chunk less.
-    share = shares - 1 - lax.axis_index("share")
+    splits = shape.splits
+    # Counted from the end: the last splits have one region chunk less.
+    split = splits - 1 - lax.axis_index("split")
     keys = refs["k"].shape[-2]
     at = (refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h
 
     def plan(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chunk = share + i * shares
+        chunk = split + i * splits
         # The last chunk is moved back to end at the stream's end; the mask excludes the keys it repeats.
         return chunk, jnp.minimum(chunk * shape.rows, keys - shape.rows)
 
@@ -319,15 +319,15 @@ def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shap
         if side == "k":
             plgpu.copy_gmem_to_smem(refs["seen"].at[b, chunk], ring["seen"].at[slot], barrier)
 
-    steps = lax.div(refs["chunks"][b] - share + (shares - 1), jnp.int32(shares))
+    steps = lax.div(refs["chunks"][b] - split + (splits - 1), jnp.int32(splits))
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], None, barriers, ring["tile"])
 
 
 def _block(
     shape: Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
 ) -> None:
-    """One thread block: the partial softmax of its share of the regions and of the text stream."""
-    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
+    """One thread block: the partial softmax of its split of the regions and of the text stream."""
+    b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
     math = _Math(interpret, shape.rows, shape.dim)
     q = scratch["q"]
     for part in range(shape.query_parts):
@@ -365,7 +365,7 @@ def _block(
             ref[...] = value
         plgpu.commit_smem()
         for ref, out in zip((smem[0].at[pl.ds(0, shape.heads)], *smem[1:]), outs, strict=True):
-            plgpu.copy_smem_to_gmem(ref, out.at[b, h, share])
+            plgpu.copy_smem_to_gmem(ref, out.at[b, h, split])
         plgpu.wait_smem_to_gmem(0)
 
     swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -394,9 +394,9 @@ def _interpreter() -> Any:
 def launch(
     shape: Shape, batch: int, kv_heads: int, operands: dict[str, Any], *, interpret: bool
 ) -> Sequence[jax.Array]:
-    """Run the kernel: values [B, K, shares, heads, D], maxima and sums [B, K, shares, 64], all float32."""
+    """Run the kernel: values [B, K, splits, heads, D], maxima and sums [B, K, splits, 64], all float32."""
     leaves, tree = jax.tree.flatten(operands)
-    shares, stages = shape.shares, shape.tiles.stages
+    splits, stages = shape.splits, shape.tiles.stages
     scaled = "k_scale" in operands.get("visual", {})
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -405,7 +405,7 @@ def launch(
     def barriers(arrivals: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 
-    partial = (batch, kv_heads, shares)
+    partial = (batch, kv_heads, splits)
     return plgpu.kernel(
         body,
         out_type=[
@@ -414,7 +414,7 @@ def launch(
             jax.ShapeDtypeStruct((*partial, ROWS), jnp.float32),
         ],
         grid=partial,
-        grid_names=("batch", "kv", "share"),
+        grid_names=("batch", "kv", "split"),
         scratch_types={
             "q": plgpu.SMEM(
                 (shape.query_parts, ROWS, shape.dim),

@@ -112,7 +112,7 @@ def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) ->
     length, shared = seen.shape[1:3]
     group = count // length
 
-    def grown(state: State) -> State:
+    def joined(state: State) -> State:
         top, total, out = state
         logits = jnp.einsum(
             "BKMD,BKND->BKMN", rows, chunk.k, precision=_EXACT, preferred_element_type=jnp.float32
@@ -134,4 +134,4 @@ def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) ->
         total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
         return higher, total, out * kept + more
 
-    return jax.lax.cond(jnp.any(seen), grown, lambda state: state, state)
+    return jax.lax.cond(jnp.any(seen), joined, lambda state: state, state)

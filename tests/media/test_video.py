@@ -367,7 +367,7 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     (tmp_path / ".DS_Store").write_bytes(b"x")
     clip = open_video(tmp_path, FrameSampling())
     assert numbers(clip) == list(range(6))
-    np.testing.assert_array_equal(clip.times, np.arange(6.0))  # 1 per second unless said
+    np.testing.assert_array_equal(clip.times, np.arange(6.0))  # 1 per second by default
     assert open_video(tmp_path, FrameSampling(), frames_fps=3.0).fps == 3.0
     assert numbers(open_video(tmp_path, FrameSampling(fps=1.0), frames_fps=3.0)) == [0, 3]
 

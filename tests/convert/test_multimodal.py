@@ -19,6 +19,7 @@ from gaze_jax.convert.export import part_directories
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.shards import INDEX
 from gaze_jax.core.layout import ViewConfig
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
 from gaze_jax.families import family_of
@@ -141,7 +142,7 @@ def logits(model, tokens, valid):
 
 @functools.cache
 def text_logits(config):
-    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, top_k=None)[0])
+    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, Selection())[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake CPU devices, strict dtype promotion, shape checks, no compilation cache.
+"""What every test runs under: eight fake CPU devices, checked shapes, strict dtypes, no compilation cache.
 
 Unless ``JAX_PLATFORMS`` says otherwise the tests use the CPU, whatever the machine has:
 ``JAX_PLATFORMS=cuda pytest -m gpu`` runs the GPU tests.

@@ -49,7 +49,7 @@ class Selection:
       full_layers: bool [L], layers that read every region whatever the budget.
     """
 
-    budget: Int[AnyArray, "..."] | Keep | None = None
+    budget: Int[AnyArray, "..."] | int | Keep | None = None
     bias: Float[AnyArray, "..."] | None = None
     forced: Int[AnyArray, "..."] | None = None
     full_layers: Bool[AnyArray, " L"] | Bool[AnyArray, ""] | None = None
@@ -99,7 +99,7 @@ class Selection:
         )
 
 
-def _integers(value: Num[AnyArray, "*shape"]) -> Int32[Array, "*shape"]:
+def _integers(value: Num[AnyArray, "*shape"] | int) -> Int32[Array, "*shape"]:
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(

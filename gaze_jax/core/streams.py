@@ -21,9 +21,9 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
-from gaze_jax.core.types import AnyArray
+from gaze_jax.core.types import AnyArray, Array
 
 IGNORE = -100
 """Target of a position that is not trained on."""
@@ -92,7 +92,9 @@ class Streams:
     pool_weights: Float32[AnyArray, "B R P W"] | None = None
 
     @classmethod
-    def from_batch(cls, batch: Mapping[str, jax.Array] | Mapping[str, np.ndarray]) -> "Streams":
+    def from_batch(
+        cls, batch: Mapping[str, Shaped[Array, "..."]] | Mapping[str, Shaped[np.ndarray, "..."]]
+    ) -> "Streams":
         """Take this class's fields out of a batch of named arrays.
 
         Raises:
@@ -103,7 +105,7 @@ class Streams:
         return cls(**{name: cast(AnyArray, batch[name]) for name in wanted})
 
     @property
-    def visual_valid(self) -> Bool[jax.Array, "B R P"]:
+    def visual_valid(self) -> Bool[Array, "B R P"]:
         """[B, R, P] bool: the slot holds a token."""
         return jnp.asarray(self.visual_src) >= 0
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jaxtyping import PyTree, Shaped
 
 Array = jax.Array
 
@@ -18,3 +19,9 @@ if TYPE_CHECKING:
 else:
     AnyArray = jax.Array | np.ndarray
 """An array from the data pipeline, which is NumPy's, or the same one on a device."""
+
+NamedArrays = dict[str, Shaped[Array, "..."]]
+"""Several arrays by name, of which a docstring tells the shapes."""
+
+ArrayTree = PyTree[Shaped[Array, "..."]]
+"""A pytree whose leaves are arrays; a type checker lets anything pass."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Int32
 
 from gaze_jax.core.regions import partition
 
@@ -59,7 +60,7 @@ class ViewConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _regions(grid: int, region: tuple[int, int]) -> np.ndarray:
+def _regions(grid: int, region: tuple[int, int]) -> Int32[np.ndarray, "R P"]:
     table = partition(grid, grid, region)
     table.setflags(write=False)  # shared by every caller
     return table
@@ -133,7 +134,7 @@ class VisualLayout:
         return self.grid * self.grid
 
     @property
-    def table(self) -> np.ndarray:
+    def table(self) -> Int32[np.ndarray, "R P"]:
         """int32 [R, P], read-only: raster index of the token in each slot of each region, -1 if empty."""
         return _regions(self.grid, self.region)
 

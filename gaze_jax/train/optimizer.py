@@ -1,11 +1,14 @@
 """The optimizer: Muon or AdamW from optax, warmup and decay, clipping by the global norm."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
+from jax.tree_util import DictKey
+from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
+
+Leaf = jax.Array | jax.ShapeDtypeStruct
 
 NAMES = ("muon", "adamw")
 DECAYS = ("linear", "cosine")
@@ -67,24 +70,24 @@ class OptimizerConfig:
             )
 
 
-def _is_hidden(path: Any) -> bool:
+def _is_hidden(path: tuple[DictKey, ...]) -> bool:
     names = [key.key for key in path]
     return names[-1] == "kernel" and not set(names) & set(_NOT_HIDDEN)
 
 
-def muon_dimensions(params: Any) -> Any:
+def muon_dimensions(params: PyTree) -> PyTree:
     """What "muon" orthogonalises: the same tree with the two axes of each hidden matrix, or None.
 
     Leading axes are layers (of scanned kernels [L, in, out]) and are treated one by one.
     """
 
-    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+    def dimensions(path: tuple[DictKey, ...], leaf: Leaf) -> MuonDimensionNumbers | None:
         return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if _is_hidden(path) else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def hidden_matrices(params: Any) -> Any:
+def hidden_matrices(params: PyTree) -> PyTree:
     """The same tree with True for the weight matrices between hidden vectors: what weight decay acts on."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_hidden(path), params)
 

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from gaze_jax.chat.messages import TAG, TAGS, Content, Message, kind_of
 from gaze_jax.chat.template import ChatTemplate
@@ -159,7 +159,7 @@ class _Render:
     template: ChatTemplate
     messages: tuple[Message, ...]
     style: str
-    variables: Mapping[str, Any]
+    variables: Mapping[str, object]
 
     def __call__(self, *, add_generation_prompt: bool = False, marks: _Marks | None = None) -> str:
         lists, turns = _takes_lists(self.template), []
@@ -283,7 +283,7 @@ def conversation_parts(
     style: str,
     supervision: Supervision = "answer",
     add_generation_prompt: bool = False,
-    **variables: Any,
+    **variables: object,
 ) -> Parts:
     """Render a conversation into the parts of a sample.
 

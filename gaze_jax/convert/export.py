@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -192,11 +191,11 @@ def _write_index(directory: Path, plan: Mapping[str, tuple[Mapping[str, str], Ma
     _write_json(path, index)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str, _Entry]) -> None:
+def _write_config(directory: Path, config: dict[str, object], entries: Mapping[str, _Entry]) -> None:
     """Write config.json, with the tensors' dtype unless they have several."""
     dtypes = {shards.DTYPES[entry.dtype].name for entry in entries.values()}
     if len(dtypes) == 1:
@@ -225,7 +224,12 @@ def _written_as(config: PartConfig) -> str:
 
 
 def _export_part(
-    model: Model, part: str, config: PartConfig, directory: Path, dtype: str | None, progress: Any
+    model: Model,
+    part: str,
+    config: PartConfig,
+    directory: Path,
+    dtype: str | None,
+    progress: Callable[[int], None],
 ) -> None:
     source = model.sources.get(part)
     beside = None if source is None or model.beside is None else model.beside / part

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import flax.linen as nn
 import jax
@@ -71,7 +71,12 @@ class Plan:
     dtype: str | None = None
 
 
-def _stored(leaves: Mapping[str, Pending]) -> dict[str, Any]:
+class _Dtypes(TypedDict):
+    dtype: str
+    param_dtype: str
+
+
+def _stored(leaves: Mapping[str, Pending]) -> _Dtypes:
     """Settings of a model that computes in the dtype of its embeddings."""
     stored = leaves["decoder/embedding"].leaf.dtype
     return {"dtype": stored if stored in DTYPES else "float32", "param_dtype": stored}

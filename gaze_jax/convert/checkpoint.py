@@ -96,8 +96,8 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
                 futures = await super().serialize([array], [info.replace(ts_context=_CONTEXT)], [arg])
                 del array  # the future keeps it alive while it is needed
                 name = info.name.replace(".", "/")
-                finish = functools.partial(self._finish, futures, name, value.leaf, checksums)
-                under_way.append((value.nbytes, finish))
+                finish_leaf = functools.partial(self._finish, futures, name, value.leaf, checksums)
+                under_way.append((value.nbytes, finish_leaf))
             while under_way:
                 under_way.popleft()[1]()
         finally:

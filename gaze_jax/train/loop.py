@@ -56,7 +56,7 @@ class _Run:
     fingerprint: Mapping[str, object]
     manager: ocp.CheckpointManager
 
-    def begin(self) -> tuple[TrainState, list[metrics.Row]]:
+    def initial(self) -> tuple[TrainState, list[metrics.Row]]:
         """Return the newest checkpoint's state and unlogged metrics, or a fresh state."""
         found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.iterator, self.fingerprint)
         return (init_state(self.experiment, self.mesh), []) if found is None else (found.state, found.window)
@@ -97,7 +97,7 @@ def train(experiment: Experiment, workdir: str | Path) -> bool:
         _sigterm() as asked,
     ):
         run = _Run(experiment, workdir, mesh, iterator, fingerprint, manager)
-        state, window = run.begin()
+        state, window = run.initial()
         first = int(state.step)
         print_once(
             f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "

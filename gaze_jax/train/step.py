@@ -135,7 +135,7 @@ def loss_and_metrics(
     loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), supervised)
     # [L, B, S, Hs, R]; if no query is routed, every visible key is attended to.
     chosen = out.get("selected", visible[None, :, :, None])
-    share = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
+    fraction = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
     region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
     visible_regions = jnp.sum(visible, axis=-1, dtype=jnp.int32)
     return loss, {
@@ -144,7 +144,7 @@ def loss_and_metrics(
         "top_k": masked_mean(
             visible_regions if top_k is None else jnp.minimum(top_k, visible_regions), supervised
         ),
-        "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", share, region_tokens), supervised),
+        "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", fraction, region_tokens), supervised),
     }
 
 

@@ -411,7 +411,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda s: [int(x) for x in s.split(",")], default=[1, 8])
     parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
     parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
-    parser.add_argument("--share", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
+    parser.add_argument("--select-per", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--rounds", type=int, default=15)

@@ -226,7 +226,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=SHAPES, help="tokens/regions/top_k, comma-separated")
     parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
     parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
-    parser.add_argument("--share", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
+    parser.add_argument("--select-per", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
     parser.add_argument("--passes", type=timing.listed(PASSES), default=list(PASSES))
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16"

@@ -75,7 +75,7 @@ def test_decode_figures_agree_with_each_other(decoded):
 
 def test_decode_without_a_list_has_no_routing(tmp_path):
     """ "all" reads every region: no descriptors in the floor and nothing to route."""
-    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--share=group")["rows"]
+    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select-per=kv_head")["rows"]
     assert row["top_k"] is None and row["union"] == 2 and "routed_ms" not in row
     assert row["floor_bytes"] == 2 * 2 * 4 * 16 * 2 * (72 + 256)
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_or_cannot_run_is_a_row_that_says_why(monkeypatch, tmp
 def test_fewer_layers_are_said_in_the_row(monkeypatch, tmp_path):
     """Where eight layers do not fit, the row names how many there were."""
     monkeypatch.setattr(decode, "layers_that_fit", lambda *_: (3, 0))
-    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--share=group")["rows"]
+    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select-per=kv_head")["rows"]
     assert row["layers"] == 3 and row["note"] == "8 layers do not fit in memory"
 
 

@@ -65,13 +65,13 @@ def _check(values: Values) -> None:
     """Refuse what would have no effect."""
     if values.to is None:
         raise UserError("Give --to, a new directory to write.")
-    whole, joined = values["from"].value is not None, None not in (values.llm, values.vision)
-    if (not whole and not joined) or (whole and values.llm is not None):
+    one, joined = values["from"].value is not None, None not in (values.llm, values.vision)
+    if (not one and not joined) or (one and values.llm is not None):
         raise UserError("Give either --from, or both --llm and --vision.")
-    if whole:
+    if one:
         cli.refuse_flags(values, _OF_NEW_MODELS, "is for a new model made of --llm and --vision")
     if values.format == "hf":
-        if not whole:
+        if not one:
             raise UserError("--format=hf writes a model that exists already: name it in --from.")
         cli.refuse_flags(values, ("feature_layer", "vision"), "has no effect with --format=hf")
 

@@ -13,7 +13,8 @@ import os
 
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
-from gaze_jax.commands.generate_options import DEFAULTS, GenerateOptions
+from gaze_jax.commands.generate_groups import DEFAULTS
+from gaze_jax.commands.generate_options import GenerateOptions
 
 SELECT_PER = ("head", "kv_head")
 NEWLINES = ("text", "region")

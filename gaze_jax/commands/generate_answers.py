@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gaze_jax.commands import cli
-from gaze_jax.commands.generate_options import GAZE_FLAGS, GenerateOptions
+from gaze_jax.commands.generate_groups import GAZE_FLAGS
+from gaze_jax.commands.generate_options import GenerateOptions
 from gaze_jax.errors import UserError, renamed
 from gaze_jax.evaluate.run import best_layer_of
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record

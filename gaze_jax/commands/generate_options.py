@@ -1,253 +1,35 @@
 """What generate.py was asked for: one value that has checked itself before anything is read.
 
-Fields are called like their flags. Each group checks its own fields; what options mean together is in
-:mod:`gaze_jax.commands.generate_rules`. Libraries that take long to import are imported where they check
-something, so that ``--help`` needs none of them.
+What options mean together is in two tables, of options, a situation and a sentence: :data:`RULES` and, once a
+checkpoint is there, :data:`CHECKPOINT_RULES`.
 """
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
-from gaze_jax.commands import cli
-from gaze_jax.commands.generate_rules import CHECKPOINT_RULES, RULES, Opened, check
-from gaze_jax.errors import UserError, renamed
+from gaze_jax.commands.generate_groups import (
+    BatchOptions,
+    DeviceOptions,
+    OutputOptions,
+    SamplingOptions,
+    SelectionOptions,
+    ShownOptions,
+    or_default,
+)
+from gaze_jax.errors import UserError
 
-if typing.TYPE_CHECKING:
-    from gaze_jax.infer.gaze_options import GazeOptions
-
-SUFFIXES = (".html", ".png", ".mp4", ".gaze")
-
-DEFAULTS: dict[str, Any] = {
-    "folder_fps": 1.0,
-    "top_p": 1.0,
-    "seed": 0,
-    "views": 8,
-    "batch_size": 8,
-    "fsdp": 1,
-}
-"""What a field of None means, where it is kept to tell whether the option was given."""
-
-GAZE_FLAGS = {name: f"--gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")} | {
-    "look_at": "--look_at"
-}
-"""Fields of ``GazeOptions`` -> the flags that set them."""
-
-
-def _or_default(group: Any, name: str) -> Any:
-    value = getattr(group, name)
-    return DEFAULTS.get(name) if value is None else value
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownOptions:
-    """What the model is asked about; of one conversation.
-
-    Attributes:
-      image, video: files; a video may be a folder of frames.
-      question: turns of one conversation.
-      system: system prompt; None is the family's.
-      fps, max_frames: of the frames to show; None is the family's.
-      folder_fps: frames per second of a folder.
-      resize: squash an image of another size to that of a run's tower.
-    """
-
-    image: tuple[str, ...] = ()
-    video: tuple[str, ...] = ()
-    question: tuple[str, ...] = ()
-    system: str | None = None
-    fps: float | None = None
-    max_frames: int | None = None
-    folder_fps: float | None = None
-    resize: bool = False
-
-    def __post_init__(self) -> None:
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise UserError(f"--fps={self.fps} must be a positive number of frames per second.")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise UserError(f"--max_frames={self.max_frames} must be at least 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectionOptions:
-    """Which regions there are, which of them queries may select, and how the cache keeps them.
-
-    Attributes:
-      gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: of ``GazeOptions``.
-      gaze_select_per, gaze_region, gaze_video_region, gaze_newlines, gaze_visual_dtype: of ``GazeConfig``;
-        None is the checkpoint's.
-      offload: keep visual keys and values in the host's memory.
-      look_at: boxes, as :meth:`gaze_jax.infer.steer.LookAt.parse` reads them.
-      look_at_layers, look_at_bias: of all boxes.
-    """
-
-    gaze_top_k: int | None = None
-    gaze_keep: float | None = None
-    gaze_dense: bool = False
-    gaze_full_layers: tuple[int, ...] | None = None
-    gaze_select_per: str | None = None
-    gaze_region: tuple[int, ...] | None = None
-    gaze_video_region: tuple[int, ...] | None = None
-    gaze_newlines: str | None = None
-    gaze_visual_dtype: str | None = None
-    offload: bool = False
-    look_at: tuple[str, ...] = ()
-    look_at_layers: tuple[int, ...] | None = None
-    look_at_bias: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, sides in (("gaze_region", "7,7"), ("gaze_video_region", "2,4,8")):
-            value = getattr(self, name)
-            if value is not None and (len(value) != len(sides.split(",")) or min(value) < 1):
-                given = ",".join(map(str, value))
-                raise UserError(f"--{name}={given} must be sizes of at least 1, such as {sides}.")
-        _ = self.options
-
-    @property
-    def options(self) -> "GazeOptions":
-        """Which regions queries may select."""
-        from gaze_jax.infer.gaze_options import GazeOptions
-        from gaze_jax.infer.steer import LookAt
-
-        with renamed(GAZE_FLAGS):
-            boxes = tuple(
-                LookAt.parse(text, layers=self.look_at_layers, bias=self.look_at_bias)
-                for text in self.look_at
-            )
-            full_layers = self.gaze_full_layers or ()
-            return GazeOptions(self.gaze_top_k, self.gaze_keep, self.gaze_dense, full_layers, boxes)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Fields of ``GazeConfig`` that are not to be the checkpoint's."""
-        names = ("select_per", "region", "video_region", "newlines", "visual_dtype")
-        values = {name: getattr(self, f"gaze_{name}") for name in names}
-        chosen = {name: value for name, value in values.items() if value is not None}
-        return chosen | ({"decode_implementation": "offload"} if self.offload else {})
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are drawn; see ``Sampler.generate``."""
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    sample_top_k: int | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        from gaze_jax.infer.detokenizer import check_limits
-        from gaze_jax.infer.sampling import check_sampling
-
-        with renamed({field.name: f"--{field.name}" for field in dataclasses.fields(self)}):
-            check_limits(self.max_tokens, self.stop)
-            check_sampling(self.temperature, self.drawn["top_p"], self.drawn["seed"], self.sample_top_k)
-
-    @property
-    def drawn(self) -> dict[str, Any]:
-        """The arguments of ``ChatSession.stream`` and the fields of ``Request`` about drawing."""
-        return {
-            "temperature": self.temperature,
-            "sample_top_k": self.sample_top_k,
-            "top_p": _or_default(self, "top_p"),
-            "stop": self.stop,
-            "seed": _or_default(self, "seed"),
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputOptions:
-    """Pictures of one conversation.
-
-    Attributes:
-      out: files that show where the last answer looked; the suffix is the form.
-      layer: that they show; None: all, or the best one of a run's eval.json.
-      views: most views and frames in a .png or .mp4.
-    """
-
-    out: tuple[str, ...] = ()
-    layer: int | None = None
-    views: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.out:
-            if Path(name).suffix not in SUFFIXES:
-                raise UserError(f"--out={name} must end in one of {', '.join(SUFFIXES)}.")
-            cli.check_file("out", name)
-            if name.endswith(".mp4"):
-                from gaze_jax.viewer.video import need_av
-
-                need_av()
-        if self.views is not None and self.views < 1:
-            raise UserError(f"--views={self.views} must be at least 1.")
-
-    @property
-    def suffixes(self) -> set[str]:
-        """The forms of the files."""
-        return {Path(name).suffix for name in self.out}
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchOptions:
-    """A file of questions.
-
-    Attributes:
-      questions: JSON Lines file of :class:`gaze_jax.infer.requests.Request`; None: one conversation.
-      answers: JSON Lines file to write.
-      traces: folder for a trace and a page of each, and an index.
-      batch_size: most questions to answer at once.
-    """
-
-    questions: str | None = None
-    answers: str | None = None
-    traces: str | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch_size={self.batch_size} must be at least 1.")
-        if self.questions is None:
-            return
-        if self.answers is None:
-            raise UserError("Give --answers, the file to write.")
-        cli.check_file("answers", self.answers)
-        if Path(self.answers).resolve() == Path(self.questions).resolve():
-            raise UserError("--answers is the file of --questions, which it would replace; name another.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceOptions:
-    """Where it runs.
-
-    Attributes:
-      all_devices: split batches over all devices, not one.
-      fsdp: devices that share one copy of the parameters.
-      cache_tokens: most tokens in the cache; None: what fits.
-      compilation_cache: folder that keeps compiled programs; empty for none.
-    """
-
-    all_devices: bool = False
-    fsdp: int | None = None
-    cache_tokens: int | None = None
-    compilation_cache: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("fsdp", "cache_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value} must be at least 1.")
-
+DRAWN = (".png", ".mp4")
+"""Files of ``--out`` that show what was selected and nothing else."""
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
     """Everything that generate.py was asked for.
 
     Raises:
-      UserError: an option is out of range, is missing, or has no effect beside the others (``RULES``).
+      UserError: an option is out of range, is missing, or has no effect beside the others (:data:`RULES`).
     """
 
     checkpoint: str | None = None
@@ -282,7 +64,7 @@ class GenerateOptions:
 
     def value(self, name: str) -> Any:
         """An option of a group by its name, with what None means."""
-        return _or_default(self._group(name), name)
+        return or_default(self._group(name), name)
 
     def given(self, name: str) -> bool:
         """Whether an option was given; one that is off counts as left out."""
@@ -302,9 +84,211 @@ class GenerateOptions:
           resizes: images of any size are its model's business.
 
         Raises:
-          UserError: an option has no effect (``CHECKPOINT_RULES``), or the layer does not exist.
+          UserError: an option has no effect (:data:`CHECKPOINT_RULES`), or the layer does not exist.
         """
         check(self, Opened(self, top_k, resizes), CHECKPOINT_RULES)
         layer = self.output.layer
         if layer is not None and not 0 <= layer < depth:
             raise UserError(f"--layer={layer} must be between 0 and {depth - 1}.")
+
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(Generic[T]):
+    """Options that are refused in a situation.
+
+    Attributes:
+      options: by name.
+      when: the situation.
+      why: the sentence after the option's name.
+      mend: the sentence's end.
+    """
+
+    options: tuple[str, ...]
+    when: Callable[[T], bool]
+    why: str
+    mend: str = "drop it"
+
+
+def check(options: GenerateOptions, situation: T, rules: Sequence[Rule[T]]) -> None:
+    """Raise the sentence of the first rule that an option breaks.
+
+    Args:
+      options: that may have been given.
+      situation: what the rules ask about.
+      rules: in the order in which they are told.
+
+    Raises:
+      UserError: a rule is broken.
+    """
+    for rule in rules:
+        if rule.when(situation):
+            for name in filter(options.given, rule.options):
+                raise UserError(f"--{name} {rule.why}; {rule.mend}.")
+
+
+def one_conversation(options: GenerateOptions) -> bool:
+    """There is no file of questions."""
+    return options.batch.questions is None
+
+
+def file_of_questions(options: GenerateOptions) -> bool:
+    """There is one."""
+    return not one_conversation(options)
+
+
+def no_video(options: GenerateOptions) -> bool:
+    """A conversation without one."""
+    return one_conversation(options) and not options.shown.video
+
+
+def no_folder(options: GenerateOptions) -> bool:
+    """A conversation without frames in a folder."""
+    return one_conversation(options) and not any(Path(name).is_dir() for name in options.shown.video)
+
+
+def nothing_shown(options: GenerateOptions) -> bool:
+    """A conversation of text alone."""
+    return no_video(options) and not options.shown.image
+
+
+def no_layer_shown(options: GenerateOptions) -> bool:
+    """A conversation without a picture, or with a trace alone, which has all layers."""
+    return one_conversation(options) and not options.output.suffixes - {".gaze"}
+
+
+def nothing_drawn(options: GenerateOptions) -> bool:
+    """A conversation without a sheet or clip."""
+    return one_conversation(options) and options.output.suffixes.isdisjoint(DRAWN)
+
+
+def greedy(options: GenerateOptions) -> bool:
+    """A conversation whose tokens are not sampled."""
+    return one_conversation(options) and options.sampling.temperature == 0
+
+
+def dense(options: GenerateOptions) -> bool:
+    """A conversation with dense attention."""
+    return one_conversation(options) and options.selection.gaze_dense
+
+
+def dense_drawn(options: GenerateOptions) -> bool:
+    """The same, with a sheet or clip."""
+    return dense(options) and not nothing_drawn(options)
+
+
+def no_traces(options: GenerateOptions) -> bool:
+    """A file of questions without traces."""
+    return file_of_questions(options) and options.batch.traces is None
+
+
+def no_box(options: GenerateOptions) -> bool:
+    """No box to look at."""
+    return not options.selection.look_at
+
+
+def one_device(options: GenerateOptions) -> bool:
+    """Not all devices."""
+    return not options.devices.all_devices
+
+
+_OF_ONE = ("image", "video", "question", "out", "fps", "max_frames", "folder_fps", "views")
+_OF_REGIONS = (
+    "gaze_select_per",
+    "gaze_region",
+    "gaze_newlines",
+    "gaze_visual_dtype",
+    "offload",
+    "gaze_top_k",
+    "gaze_keep",
+    "gaze_dense",
+    "gaze_full_layers",
+    "look_at",
+    "resize",
+    "out",
+)
+
+RULES = (
+    Rule(("answers", "traces", "batch_size"), one_conversation, "is for --questions"),
+    Rule(
+        (*_OF_ONE, "look_at_layers", "look_at_bias"),
+        file_of_questions,
+        "is for one conversation; write it into the lines of --questions",
+    ),
+    Rule(("fps", "max_frames", "folder_fps", "gaze_video_region"), no_video, "has no effect without --video"),
+    Rule(_OF_REGIONS, nothing_shown, "has no effect without --image or --video"),
+    Rule(("layer",), no_layer_shown, "has no effect without an --out that shows a layer"),
+    Rule(("layer",), no_traces, "has no effect without --traces"),
+    Rule(("views",), nothing_drawn, "has no effect without --out=....png or .mp4"),
+    Rule(("folder_fps",), no_folder, "has no effect without a --video that is a folder"),
+    Rule(
+        ("sample_top_k", "top_p", "seed"),
+        greedy,
+        "has no effect at --temperature=0, which samples nothing",
+        "drop it, or raise the temperature",
+    ),
+    Rule(("look_at_layers", "look_at_bias"), no_box, "has no effect without --look_at"),
+    Rule(("gaze_select_per",), dense, "has no effect with --gaze_dense, which selects nothing"),
+    Rule(
+        ("out",),
+        dense_drawn,
+        "as .png or .mp4 shows what was selected, and --gaze_dense selects nothing",
+        "drop one of them",
+    ),
+    Rule(("fsdp",), one_device, "has no effect without --all_devices"),
+)
+"""Options, the situation that refuses them, and the sentence; the first that applies is told."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Options and the checkpoint that they are for.
+
+    Attributes:
+      options: of the command.
+      top_k: regions per query that the checkpoint is configured for; None is dense attention.
+      resizes: images of any size are its model's business.
+    """
+
+    options: GenerateOptions
+    top_k: int | None
+    resizes: bool
+
+
+def sizes_images(opened: Opened) -> bool:
+    """The checkpoint is none of train.py."""
+    return opened.resizes
+
+
+def selects_nothing(opened: Opened) -> bool:
+    """A conversation that is dense because neither the checkpoint nor an option says otherwise."""
+    selection = opened.options.selection
+    budgets = (opened.top_k, selection.gaze_top_k, selection.gaze_keep)
+    return one_conversation(opened.options) and all(budget is None for budget in budgets)
+
+
+def draws_nothing(opened: Opened) -> bool:
+    """The same, with a sheet or clip."""
+    return selects_nothing(opened) and not nothing_drawn(opened.options)
+
+
+_GIVE_BUDGET = "give --gaze_top_k or --gaze_keep"
+
+CHECKPOINT_RULES = (
+    Rule(("resize",), sizes_images, "is for runs of train.py; a checkpoint has its own way with images"),
+    Rule(
+        ("gaze_select_per", "gaze_full_layers", "look_at"),
+        selects_nothing,
+        "has no effect on a checkpoint that attends densely",
+        _GIVE_BUDGET,
+    ),
+    Rule(
+        ("out",),
+        draws_nothing,
+        "as .png or .mp4 shows what was selected, and this checkpoint attends densely",
+        _GIVE_BUDGET,
+    ),
+)
+"""The same of a checkpoint."""

@@ -1,10 +1,10 @@
-"""Selection at gaze traces: a page for each in any browser, and if asked a PNG sheet and an MP4.
+"""View gaze traces: an HTML page for each, and on request a PNG contact sheet and an MP4 clip.
 
 python -m gaze_jax.viewer street.gaze --out=looked
-    writes looked/street.html, one file that needs no network
+    writes looked/street.html, a single file that needs no network
 
 python -m gaze_jax.viewer answers/*.gaze --out=looked --png --mp4 --layer=12
-    a page, a sheet and a clip of each, and looked/index.html, which lists them
+    writes a page, a sheet and a clip of each, and looked/index.html, which lists them
 """
 
 import typing
@@ -24,26 +24,26 @@ _INDEX = "index"
 def define_flags(flags: Flags) -> None:
     """What to write, and how."""
     flags.group("What to write")
-    flags.string("out", None, "Folder to write to; it is made if it does not exist.", "FOLDER")
+    flags.string("out", None, "Folder to write to; created if it does not exist.", "FOLDER")
     flags.boolean("png", False, "Write a contact sheet of each trace too.")
     flags.boolean("mp4", False, "Write a clip of each trace too; needs the video extra.")
     flags.group("What they show")
-    flags.integer("layer", None, "Layer to show: of pages at first, of the others always; default: all.")
-    flags.integer("views", 8, "Most views and frames in a sheet or clip: those looked at most.")
-    flags.number("seconds", 1.0, "Seconds that a clip shows each token.")
-    flags.string("font", None, "TrueType file of sheets and clips, for scripts beyond ASCII.", "FILE")
+    flags.integer("layer", None, "Layer to show; on pages it can be changed. Default: all layers.")
+    flags.integer("views", 8, "Most views and frames in a sheet or clip: the most selected.")
+    flags.number("seconds", 1.0, "Seconds per token in a clip.")
+    flags.string("font", None, "TrueType font for sheets and clips, needed for text beyond ASCII.", "FILE")
 
 
 def _names(traces: Sequence[str]) -> list[str]:
-    """What the files of each trace are called, without suffix."""
+    """Names of the output files of each trace, without suffix."""
     if not traces:
-        raise UserError("There is no trace to show; give the files of one or more.")
+        raise UserError("There is no trace to show; give one or more trace files.")
     names = [Path(trace).name.removesuffix(".npz").removesuffix(".gaze") for trace in traces]
     for number, name in enumerate(names):
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"The name {name!r} is not UTF-8, which a page's must be; rename it.") from error
+            raise UserError(f"The file name {name!r} is not valid UTF-8; rename the file.") from error
         if name in names[:number]:
             first = traces[names.index(name)]
             raise UserError(f"{first} and {traces[number]} would both write {name}.html; rename one.")
@@ -53,7 +53,7 @@ def _names(traces: Sequence[str]) -> list[str]:
 
 
 def _check(values: Values) -> None:
-    """Refuse what would do nothing or fail only when half of the files are written."""
+    """Refuse flags that have no effect or would fail only after some files are written."""
     from PIL import ImageFont
 
     from gaze_jax.viewer.video import check_seconds, need_av
@@ -71,11 +71,11 @@ def _check(values: Values) -> None:
         try:
             ImageFont.truetype(values.font)
         except OSError as error:
-            raise UserError(f"--font={values.font} is no TrueType file that can be read.") from error
+            raise UserError(f"--font={values.font} is not a readable TrueType file.") from error
 
 
 def _show(trace: "Trace", stem: Path, values: Values) -> None:
-    """Write what the flags ask for of one trace."""
+    """Write the requested files of one trace."""
     from gaze_jax.viewer.answer_sheet import sheet
     from gaze_jax.viewer.html import viewer_page
     from gaze_jax.viewer.video import write_clip
@@ -96,7 +96,7 @@ def _show(trace: "Trace", stem: Path, values: Values) -> None:
 
 
 def main(values: Values, traces: Sequence[str]) -> None:
-    """Write what the flags ask for; if it cannot all be, an index of what was written."""
+    """Write the requested files; on an error, still write an index of the finished pages."""
     names = _names(traces)
     if values.out is None:
         raise UserError("Give --out, the folder to write to.")

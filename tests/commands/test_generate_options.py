@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from gaze_jax.commands import cli, generate
-from gaze_jax.commands.generate_options import DEFAULTS, GenerateOptions
-from gaze_jax.commands.generate_rules import CHECKPOINT_RULES, RULES
+from gaze_jax.commands.generate_groups import DEFAULTS
+from gaze_jax.commands.generate_options import CHECKPOINT_RULES, RULES, GenerateOptions
 from gaze_jax.errors import UserError
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.steer import LookAt

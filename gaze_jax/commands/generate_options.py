@@ -24,6 +24,7 @@ from gaze_jax.errors import UserError
 DRAWN = (".png", ".mp4")
 """Files of ``--out`` that show what was selected and nothing else."""
 
+
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
     """Everything that generate.py was asked for.

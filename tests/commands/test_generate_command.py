@@ -140,7 +140,11 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(media):
         "is a folder; give the name of a file": [f"--questions={lines}", f"--answers={media}"],
         "'index' is taken, rename it": [*asked, f"--traces={media / 'looked'}"],
         "cannot be a folder": [f"--questions={plain}", asked[1], f"--traces={plain}"],
-        "Question '1': look_at has no effect with gaze_dense": [f"--questions={boxed}", asked[1], "--gaze_dense"],
+        "Question '1': look_at has no effect with gaze_dense": [
+            f"--questions={boxed}",
+            asked[1],
+            "--gaze_dense",
+        ],
         "--seed has no effect at --temperature=0": [photo, ASK, "--seed=1"],
         "--gaze_top_k has no effect without --image or --video": [ASK, "--gaze_top_k=1"],
         "--views has no effect without --out=....png": [photo, ASK, "--out=a.html", "--views=2"],

@@ -26,8 +26,8 @@ def draw(temperature, top_p=None, seeds=None, rows=4000, index=0, top_k=None):
 def test_draws_follow_the_softmax_at_the_temperature(temperature):
     """4,000 draws, within four standard deviations of their shares."""
     expected = np.exp(LOGITS / temperature) / np.exp(LOGITS / temperature).sum()
-    share = np.bincount(draw(temperature), minlength=5) / 4000
-    np.testing.assert_allclose(share, expected, atol=4 * (0.25 / 4000) ** 0.5)
+    measured = np.bincount(draw(temperature), minlength=5) / 4000
+    np.testing.assert_allclose(measured, expected, atol=4 * (0.25 / 4000) ** 0.5)
 
 
 def test_draws_stay_in_the_nucleus_and_keep_its_shares():

@@ -114,11 +114,11 @@ def test_dense_forms_compute_the_same_attention():
     problem = decode.Problem(timing.Shape(71, 2, None), timing.HEADS["tiny"], 2, "float32", 2)
     args = decode.parse(["--quick"])
     found, _ = decode.competitors(problem, "xla", decode.GazeSpec(problem.scale), args)
-    assert found.keys() == {*decode.EINSUMS, "dot_product_attention", "head op", "group op"}
+    assert found.keys() == {*decode.EINSUMS, "dot_product_attention", "head op", "kv_head op"}
     outs = {label: np.asarray(run(np.int32(2))) for label, run in found.items()}
     for label, out in outs.items():
         assert np.abs(out - np.asarray(problem.q)).max() > 1e-4, "it ran"
-        np.testing.assert_allclose(out, outs["group op"], atol=1e-5, err_msg=label)
+        np.testing.assert_allclose(out, outs["kv_head op"], atol=1e-5, err_msg=label)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -19,11 +19,11 @@ __version__ = "0.1.0"
 
 # Imported when they are asked for: whoever trains or converts needs none of this.
 _LAZY = {
-    "Answer": "gaze_jax.infer.assistant",
-    "Sampler": "gaze_jax.infer.assistant",
+    "Answer": "gaze_jax.infer.sampler",
+    "Sampler": "gaze_jax.infer.sampler",
     "LookAt": "gaze_jax.infer.steer",
     "GazeOptions": "gaze_jax.infer.gaze_options",
-    "load": "gaze_jax.infer.assistant",
+    "load": "gaze_jax.infer.sampler",
 }
 
 

@@ -340,6 +340,7 @@ class ChatSession:
         max_tokens: int,
         *,
         temperature: float = 0.0,
+        sample_top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
@@ -351,6 +352,7 @@ class ChatSession:
         Args:
           max_tokens: most tokens to generate; the answer is cut there.
           temperature, top_p, seed: of :class:`gaze_jax.infer.sampling.SamplingParams`.
+          sample_top_k: its ``top_k``; None is 0, all tokens.
           stop: strings that end the answer before them.
           return_trace: also say where each token looked.
           chunked: compute several tokens at once; False yields each as soon as it is there. The tokens are
@@ -361,7 +363,7 @@ class ChatSession:
         """
         if not self._waiting or self._engine is None:
             raise UserError("The last question was answered; ask another.")
-        sampling = SamplingParams.of([temperature], [top_p], [seed])
+        sampling = SamplingParams.of([temperature], [top_p], [seed], [sample_top_k])
         one, engine = self._sampler, self._engine
         detokenizer = Detokenizer(one.tokenizer, one.end_ids, stop, max_tokens)
         self._check_memory(_NOTHING, max_tokens)

@@ -13,7 +13,7 @@ from gaze_jax.chat.messages import Message
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.data.processor import Processor, process_with_views
 from gaze_jax.data.sample import Frames, Sample
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, renamed
 from gaze_jax.infer.chat_session import FAMILY, user_turn
 from gaze_jax.infer.detokenizer import Detokenizer, check_limits
 from gaze_jax.infer.engine import Engine
@@ -24,6 +24,18 @@ from gaze_jax.infer.sampling import SamplingParams, check_sampling
 from gaze_jax.infer.steer import LookAt
 from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
 
+GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
+"""Fields of ``GazeOptions`` -> those of :class:`Request`."""
+
+OLD_FIELDS = {
+    "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
+    "keep": "gaze_keep",
+    "dense": "gaze_dense",
+    "dense_layers": "gaze_full_layers",
+    "full_layers": "gaze_full_layers",
+}
+"""What fields of a line were called before -> what they are called."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -33,8 +45,9 @@ class Request:
       question: with a tag for each of the media, or without any: media first.
       id: names it in answers and files; the line's number, from 1, if there is none.
       images, videos: files.
-      system, max_tokens, temperature, top_p, stop, seed: as in ``Sampler.generate``.
-      top_k, keep, dense, full_layers: as in :class:`gaze_jax.infer.gaze_options.GazeOptions`.
+      system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
+      gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
+        :class:`gaze_jax.infer.gaze_options.GazeOptions`.
       look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
 
     Raises:
@@ -48,18 +61,19 @@ class Request:
     system: str | None = None
     max_tokens: int = 64
     temperature: float = 0.0
+    sample_top_k: int | None = None
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    top_k: int | None = None
-    keep: float | None = None
-    dense: bool = False
-    full_layers: tuple[int, ...] = ()
+    gaze_top_k: int | None = None
+    gaze_keep: float | None = None
+    gaze_dense: bool = False
+    gaze_full_layers: tuple[int, ...] = ()
     look_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_limits(self.max_tokens, self.stop)
-        check_sampling(self.temperature, self.top_p, self.seed)
+        check_sampling(self.temperature, self.top_p, self.seed, self.sample_top_k)
         user_turn(self.question, range(len(self.images)), range(len(self.videos)))
         _ = self.gaze
 
@@ -67,7 +81,8 @@ class Request:
     def gaze(self) -> GazeOptions:
         """Which regions its queries may select."""
         boxes = tuple(LookAt.parse(text) for text in self.look_at)
-        return GazeOptions(self.top_k, self.keep, self.dense, self.full_layers, boxes)
+        with renamed(GAZE_FIELDS):
+            return GazeOptions(self.gaze_top_k, self.gaze_keep, self.gaze_dense, self.gaze_full_layers, boxes)
 
     @classmethod
     def parse(cls, line: str, name: str, **defaults: Any) -> Self:
@@ -84,6 +99,8 @@ class Request:
             raise UserError(f"{name} must be a JSON object, not {type(record).__name__}.")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in record.items():
+            if key in OLD_FIELDS:
+                raise UserError(f"{name} has the field {key!r}, which is now {OLD_FIELDS[key]}.")
             if key not in known:
                 raise UserError(f"{name} has an unknown field {key!r}; known are {', '.join(known)}.")
             kind = str(known[key].type)
@@ -155,7 +172,7 @@ def record(request: Request, answer: Answer) -> dict[str, Any]:
         "stop_reason": answer.stop_reason,
         "tokens": len(answer.tokens),
         "regions": answer.regions,
-        "top_k": answer.top_k,
+        "gaze_top_k": answer.top_k,
     }
 
 
@@ -173,7 +190,7 @@ class _Row:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Rows of one batch have this in common."""
-        return type(self.budget), self.request.full_layers
+        return type(self.budget), self.request.gaze_full_layers
 
 
 def _row(sampler: Sampler, request: Request) -> _Row:
@@ -186,13 +203,14 @@ def _row(sampler: Sampler, request: Request) -> _Row:
     processor = Processor(sampler.layout, sampler.tokenizer, (FAMILY,), resize=sampler.resize)
     sample = Sample(0, tuple(images), parts, FAMILY, tuple(videos))
     arrays, views = process_with_views(processor, sample)
-    budget = request.gaze.budget(sampler.config.gaze.top_k)
     regions = len(arrays["visual_src"])
-    if request.top_k is not None and 0 < regions < request.top_k:
+    if request.gaze_top_k is not None and 0 < regions < request.gaze_top_k:
         raise UserError(
-            f"top_k={request.top_k} must be between 1 and {regions}, the regions of what is shown."
+            f"gaze_top_k={request.gaze_top_k} must be between 1 and {regions}, the regions of what is shown."
         )
-    check(request.gaze, views, sampler.config.decoder.depth)
+    with renamed(GAZE_FIELDS):
+        budget = request.gaze.budget(sampler.config.gaze.top_k)
+        check(request.gaze, views, sampler.config.decoder.depth)
     return _Row(request, images, videos, arrays, views, budget)
 
 
@@ -251,7 +269,10 @@ def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Itera
         length,
         ends=sampler.end_ids,
         sampling=SamplingParams.of(
-            [r.temperature for r in requests], [r.top_p for r in requests], [r.seed for r in requests]
+            [r.temperature for r in requests],
+            [r.top_p for r in requests],
+            [r.seed for r in requests],
+            [r.sample_top_k for r in requests],
         ),
         return_trace=return_trace and engine.regions > 0,
         chunked=not any(request.stop for request in requests),

@@ -196,6 +196,7 @@ class Sampler:
         gaze: GazeOptions | None = None,
         max_tokens: int = 64,
         temperature: float = 0.0,
+        sample_top_k: int | None = None,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
@@ -214,7 +215,9 @@ class Sampler:
           gaze: which regions queries may select; None: as the model is configured.
           max_tokens: most tokens of the answer.
           temperature: 0 takes the likeliest token.
-          top_p: draw from the likeliest tokens that reach this probability together.
+          sample_top_k: draw from the so many likeliest tokens; None or 0 is all. The regions to select are
+            ``GazeOptions.top_k``.
+          top_p: draw from the likeliest of those tokens that reach this probability together.
           stop: strings that end the answer.
           seed: of the drawing.
           return_trace: record where every token looked; costs as much as dense attention.
@@ -224,13 +227,14 @@ class Sampler:
           UserError: media or the prompt cannot be read, a number is out of range, or it does not fit memory.
         """
         check_limits(max_tokens, stop)
-        check_sampling(temperature, top_p, seed)
+        check_sampling(temperature, top_p, seed, sample_top_k)
         chat = self.chat(system=system, gaze=gaze, free_slots=max_tokens)
         films = [*(() if video is None else (video,)), *self.read_videos(videos)]
         chat.ask(prompt, images=images, videos=films)
         steps = chat.stream(
             max_tokens,
             temperature=temperature,
+            sample_top_k=sample_top_k,
             top_p=top_p,
             stop=stop,
             seed=seed,

@@ -24,11 +24,12 @@ from gaze_jax import cli
 from gaze_jax.core.layout import NEWLINES
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.run import best_layer_of
+from gaze_jax.families import get_family
 from gaze_jax.infer.chat_session import check_questions
 from gaze_jax.infer.detokenizer import check_limits
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
-from gaze_jax.infer.sampler import FRAME_SAMPLING, Sampler, collect_answer, load
+from gaze_jax.infer.sampler import Sampler, collect_answer, load
 from gaze_jax.infer.sampling import check_sampling
 from gaze_jax.infer.steer import LookAt
 from gaze_jax.infer.trace import Trace
@@ -166,7 +167,7 @@ def _gaze_options() -> GazeOptions:
 
 def _open_videos(style: str) -> list[Clip]:
     """The videos, sampled as models of this style are shown them but for what the flags say."""
-    sampling = FRAME_SAMPLING[style]
+    sampling = get_family(style).frames
     if _FPS.value is not None:
         sampling = dataclasses.replace(sampling, fps=_FPS.value)
     if _MAX_FRAMES.value is not None:

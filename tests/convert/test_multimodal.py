@@ -21,7 +21,7 @@ from gaze_jax.convert.shards import INDEX
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
-from gaze_jax.families import family_of
+from gaze_jax.families import conversion_of
 from gaze_jax.models import MLLM, published
 from gaze_jax.models.config import VisionConfig
 from tests.helpers import hf
@@ -242,7 +242,7 @@ def test_tying_is_resolved_as_transformers_does(top, inner):
         "image_grid_pinpoints": hf.pinpoints(),
     } | ({} if top is None else {"tie_word_embeddings": top})
     theirs = transformers.LlavaOnevisionConfig(**config).tie_word_embeddings
-    assert family_of(config, "x").read_config(config).decoder.tie_embeddings == theirs
+    assert conversion_of(config, "x").read_config(config).decoder.tie_embeddings == theirs
 
 
 def test_default_pinpoints_are_those_of_transformers():
@@ -250,7 +250,7 @@ def test_default_pinpoints_are_those_of_transformers():
     sizes = hf.VISION | {"image_size": 384, "patch_size": 14, "model_type": "siglip_vision_model"}
     config = {"model_type": "llava_onevision", "text_config": hf.TEXT, "vision_config": sizes}
     theirs = transformers.LlavaOnevisionConfig(vision_config=sizes).image_grid_pinpoints
-    assert family_of(config, "x").read_config(config).views.canvases == tuple(map(tuple, theirs))
+    assert conversion_of(config, "x").read_config(config).views.canvases == tuple(map(tuple, theirs))
 
 
 def test_views_of_the_small_models(tmp_path):
@@ -308,7 +308,7 @@ def test_shards_keep_their_places(tmp_path):
 def test_a_tower_that_is_elsewhere_must_be_named(tmp_path, monkeypatch, write):
     """One sentence names the field and the flag, whether the tower's sizes are known or not."""
     source = write(tmp_path / "hf")
-    vision = family_of(json.loads((source / "config.json").read_text()), "x").names.vision
+    vision = conversion_of(json.loads((source / "config.json").read_text()), "x").names.vision
     field = "mm_vision_tower_aux_list" if write is hf.save_cambrian else "mm_vision_tower"
     with pytest.raises(UserError, match=r"does not describe its image tower 'tiny/siglip.*with --vision"):
         run.plan_directory(source)
@@ -393,12 +393,12 @@ def test_everything_wrong_is_listed_at_once(tmp_path, layout):
     hf.edit_tensors(source, break_it)
     with pytest.raises(UserError) as error:
         run.plan_directory(source, vision=tower() if elsewhere else None)
-    family = family_of(json.loads((source / "config.json").read_text()), "x")
+    conversion = conversion_of(json.loads((source / "config.json").read_text()), "x")
     message = str(error.value)
     for name in names["missing"]:
-        assert f"{family.canonical(name)} [" in message and "is missing" in message, name
+        assert f"{conversion.canonical(name)} [" in message and "is missing" in message, name
     for name in names["wrong"]:
-        assert f"{family.canonical(name)} is [" in message and "and should be [" in message, name
+        assert f"{conversion.canonical(name)} is [" in message and "and should be [" in message, name
     assert "vision_resampler.weight [3] is unexpected" in message and "Nothing was converted" in message
 
 

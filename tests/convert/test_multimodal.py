@@ -21,8 +21,8 @@ from gaze_jax.convert.shards import INDEX
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
-from gaze_jax.families import conversion_of
-from gaze_jax.models import MLLM, published
+from gaze_jax.families import conversion_of, siglip
+from gaze_jax.models import MLLM
 from gaze_jax.models.config import VisionConfig
 from tests.helpers import hf
 
@@ -314,7 +314,7 @@ def test_a_tower_that_is_elsewhere_must_be_named(tmp_path, monkeypatch, write):
         run.plan_directory(source)
     hf.edit_tensors(source, lambda t: {name: v for name, v in t.items() if not name.startswith(vision)})
     for name in ("siglip", "siglip2"):
-        monkeypatch.setitem(published.TOWERS, name, TOWER)
+        monkeypatch.setitem(siglip.TOWERS, name, TOWER)
     for read in (run.plan_directory, lambda directory: load(directory, one_device())):
         with pytest.raises(UserError, match=rf"holds no image tower; its {field} names .*with --vision"):
             read(source)
@@ -341,12 +341,12 @@ def test_a_tower_in_the_file_is_the_one_that_is_used(tmp_path):
 
 def test_a_published_tower_needs_no_description(tmp_path, monkeypatch):
     """Its sizes are in a table, and every tensor must have them."""
-    monkeypatch.setitem(published.TOWERS, "siglip", TOWER)
+    monkeypatch.setitem(siglip.TOWERS, "siglip", TOWER)
     source = hf.save_llava_next(tmp_path / "hf")
     assert run.plan_directory(source).config.vision == TOWER
     found = load(source, one_device())
     assert found.files == source and found.config.vision == TOWER
-    monkeypatch.setitem(published.TOWERS, "siglip", VisionConfig(28, 4, 48, 2, 4, 80))
+    monkeypatch.setitem(siglip.TOWERS, "siglip", VisionConfig(28, 4, 48, 2, 4, 80))
     hf.edit_config(source, image_grid_pinpoints="(1x1),...,(2x2)")
     with pytest.raises(UserError, match=r"position_embedding\.weight is \[36, 48\] and should be \[49, 48\]"):
         run.plan_directory(source)

@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks.timing import SLOTS
 from gaze_jax.core import accounting
-from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Kind, Streams
 from gaze_jax.families import CONVERSIONS
 from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
-from gaze_jax.models.attention import make_plan
+from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.cache import build_cache, decode_spec
 from gaze_jax.models.config import DecoderConfig, GazeConfig
 from gaze_jax.models.decoder import Decoder
@@ -136,6 +136,10 @@ def _streams(tokens: Array, visual: int, start: Array | int) -> Streams:
     )
 
 
+def _selection(top_k: int | None) -> Selection:
+    return Selection(None if top_k is None else jnp.int32(top_k))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
     config: MLLMConfig, top_k: int | None, params: Any, visual: Array, tokens: Array
@@ -148,11 +152,9 @@ def prefill(
     hidden, layers = decoder(
         x,
         positions,
-        make_plan(streams, config.gaze),
-        top_k=None if top_k is None else jnp.int32(top_k),
-        route=Routing(),
-        forced=None,
-        collect=False,
+        make_metadata(streams, config.gaze),
+        _selection(top_k),
+        SelectionSpec(),
         keep_kv=True,
         method="forward",
     )
@@ -189,8 +191,8 @@ def follow(
         at = jnp.broadcast_to(order + i, (batch,))
         where = DecodePosition(order=at, write_index=write_index + i, sample=jnp.zeros_like(at))
         now = dataclasses.replace(cache, **parts)
-        budget = None if top_k is None else jnp.int32(top_k)
-        return apply({"params": params}, token, at, now, where, top_k=budget, capacity=top_k, method="decode")
+        spec = SelectionSpec(capacity=top_k)
+        return apply({"params": params}, token, at, now, where, _selection(top_k), spec, method="decode")
 
     def body(i: Array, state: Any) -> Any:
         token, parts, _, _ = state
@@ -227,9 +229,9 @@ def ask(
         None,
         _streams(tokens[:, :-1], 0, order),
         cache,
+        _selection(top_k),
         region=jnp.int32(cache.visual_order.shape[1]),
         write_index=write_index,
-        top_k=None if top_k is None else jnp.int32(top_k),
         method="extend",
     )
     known = tokens.shape[1] - 1

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.families import DECODERS
 from gaze_jax.models import MLLM, DecodePosition, GazeConfig, MLLMConfig
 from gaze_jax.models.cache import Cache
@@ -167,7 +168,14 @@ def _decode_step(
     top_k: Any,
 ) -> Any:
     return MLLM(config).apply(
-        variables, tokens, positions, cache, step, top_k=top_k, capacity=40, method="decode"
+        variables,
+        tokens,
+        positions,
+        cache,
+        step,
+        Selection(top_k),
+        SelectionSpec(capacity=40),
+        method="decode",
     )
 
 

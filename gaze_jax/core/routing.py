@@ -125,8 +125,8 @@ def steer(scores: Array, seen: Array, bias: Array, *, heads: int, dim: int) -> t
       The scores, and what may still be selected.
     """
     allowed = bias > -jnp.inf
-    unit = dim**0.5 * (heads // scores.shape[2])
-    added = jnp.where(allowed, bias, 0.0) * jnp.float32(unit)
+    scale = dim**0.5 * (heads // scores.shape[2])
+    added = jnp.where(allowed, bias, 0.0) * jnp.float32(scale)
     return scores + added[:, None, None, :], seen & allowed[:, None, None, :]
 
 
@@ -159,8 +159,8 @@ def log_masses(
 
 def _normalised(regions: Array, text: Array) -> Array:
     """Logarithm of each region's share of the softmax over these regions and the text-stream keys."""
-    whole = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), text)[..., None]
-    return regions - jnp.where(jnp.isfinite(whole), whole, 0.0)
+    total = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), text)[..., None]
+    return regions - jnp.where(jnp.isfinite(total), total, 0.0)
 
 
 def attention_shares(

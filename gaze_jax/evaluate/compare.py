@@ -25,6 +25,7 @@ from gaze_jax.config import to_dict
 from gaze_jax.core import accounting, masks
 from gaze_jax.core.regions import DESCRIPTORS
 from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.data.pipeline import Bucket, prompt_length, stack
 from gaze_jax.data.processor import Arrays, Processor, pad_to, process
@@ -100,12 +101,9 @@ def _emitted(model: MLLM, row: _Row, top_k: Array | None, route: Routing) -> tup
     hidden, out = model.hidden(
         row.images,
         row.streams,
-        row.sample,
-        top_k=top_k,
-        route=route,
-        forced=None,
-        collect=True,
-        keep_kv=False,
+        Selection(top_k),
+        SelectionSpec(route, return_trace=True),
+        sample_id=row.sample,
     )
     logits = model.decoder.logits(hidden[0, row.at])
     gaze = model.config.gaze

@@ -377,7 +377,7 @@ class ChatSession:
             sampling=sampling,
             return_trace=return_trace and self.regions > 0,
             chunked=chunked and not stop,
-            budget=most(self._budgets(), engine.capacity),
+            capacity=most(self._budgets(), engine.capacity),
             stopped=lambda: [detokenizer.finish_reason is not None],
         )
         for out in found:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
 from gaze_jax.data.pipeline import prompt_length, stack
 from gaze_jax.data.processor import pad_to
@@ -25,10 +26,9 @@ from gaze_jax.infer.programs import (
     UPDATED,
     DecodeState,
     Params,
-    Selection,
     bucket,
     decode_loop,
-    extend,
+    extend_step,
     grow_cache,
     prefill_step,
 )
@@ -83,7 +83,9 @@ class Engine:
         batch = self._batch(read, sizes)
         with self._devices():
             chosen = _spread(selection(self), self.regions, self.capacity)
-            self._cache = prefill_step(model, params, *self._inputs(batch), chosen, free_slots=free_slots)
+            self._cache = prefill_step(
+                model, params, *self._inputs(batch), chosen, spec=SelectionSpec(), free_slots=free_slots
+            )
         self._written(read, 0)
 
     def _devices(self) -> contextlib.AbstractContextManager[Any]:
@@ -199,7 +201,7 @@ class Engine:
         sizes["slots"] = self.slots
         write_index = int(self._state.write_index)
         with self._devices():
-            self._cache = extend(
+            self._cache = extend_step(
                 self._model,
                 self._params,
                 *self._inputs(self._batch(read, sizes)),
@@ -207,6 +209,7 @@ class Engine:
                 _spread(self._selection(self), self.regions, self.capacity, sizes["regions"]),
                 np.int32(self.regions),
                 np.int32(write_index),
+                spec=SelectionSpec(),
             )
         self.regions += max(len(row["visual_src"]) for row in read)
         self.visual_tokens += max(int((row["visual_src"] >= 0).sum()) for row in read)
@@ -220,7 +223,7 @@ class Engine:
         sampling: SamplingParams,
         return_trace: bool = False,
         chunked: bool = True,
-        budget: int | None = None,
+        capacity: int | None = None,
         stopped: Callable[[], Sequence[bool]] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Answer in all rows.
@@ -231,7 +234,7 @@ class Engine:
           sampling: of the rows.
           return_trace: also yield where each step looked, which reads every key.
           chunked: yield some steps at once; False yields every step when it is there.
-          budget: J, the most regions that a query selects; None is all.
+          capacity: J, the most regions that a query selects; None is all.
           stopped: asked after every yield: which rows are done though they said no end token.
 
         Yields:
@@ -267,8 +270,7 @@ class Engine:
                     last,
                     np.int32(steps),
                     self._put(self._kinds(self._cache.text_order.shape[1])),
-                    capacity=budget,
-                    return_trace=return_trace,
+                    spec=SelectionSpec(capacity=capacity, return_trace=return_trace),
                 )
             self._cache = dataclasses.replace(cache, **updated)
             found, after = jax.device_get((found, after))
@@ -355,11 +357,11 @@ def _spread(selection: Selection, regions: int, capacity: int, more: int = 0) ->
     if selection.bias is None:
         return selection
 
-    def fill(bias: np.ndarray, size: int) -> np.ndarray:
-        return np.pad(bias, ((0, 0), (0, 0), (0, size - bias.shape[2])))
+    def fill(bias: Array, size: int) -> Array:
+        return jnp.pad(bias, ((0, 0), (0, 0), (0, size - bias.shape[2])))
 
     before, after = selection.bias[..., :regions], selection.bias[..., regions:]
-    bias = np.concatenate([fill(before, capacity), fill(after, more)], axis=2)
+    bias = jnp.concatenate([fill(before, capacity), fill(after, more)], axis=2)
     return dataclasses.replace(selection, bias=bias)
 
 

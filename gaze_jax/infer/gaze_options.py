@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gaze_jax.core.routing import Keep
+from gaze_jax.core.selection import Selection
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.programs import Selection, bucket
+from gaze_jax.infer.programs import bucket
 from gaze_jax.infer.steer import LookAt, bias_of
 
 
@@ -105,11 +106,12 @@ def join(
     budget = np.asarray([*budgets, *[budgets[0]] * more])[None, :, None]
     fraction = budget.dtype.kind == "f"
     budget = budget.astype(np.float32 if fraction else np.int32)
-    if full_layers is not None:
-        # A layer that reads everything has all regions as its budget; decoding also has a shorter way.
-        budget = np.where(full_layers[:, None, None], budget.dtype.type(1 if fraction else 1 << 30), budget)
     budget = np.broadcast_to(budget, (layers, engine.batch, 1))
-    return Selection(Keep(jnp.asarray(budget)) if fraction else budget, bias, full_layers)
+    return Selection(
+        budget=Keep(jnp.asarray(budget)) if fraction else jnp.asarray(budget),
+        bias=None if bias is None else jnp.asarray(bias),
+        full_layers=None if full_layers is None else jnp.asarray(full_layers),
+    )
 
 
 def check(gaze: GazeOptions, views: Sequence[PlacedView], layers: int) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from gaze_jax.core.accounting import Entries, entries, mask_from_indices
 from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import IGNORE, Kind, Streams
 from gaze_jax.models import MLLM, Cache, DecodePosition
 
@@ -93,9 +94,9 @@ def _run(
         variables,
         images,
         streams,
+        Selection(top_k),
+        SelectionSpec(route, return_trace=True),
         free_slots=length,
-        top_k=top_k,
-        route=route,
         sample_id=sample,
         method="prefill",
     )
@@ -121,8 +122,8 @@ def _run(
             last_positions + 1 + t,
             cache,
             DecodePosition(order=order, write_index=slots + t, sample=sample),
-            top_k=top_k,
-            route=route,
+            Selection(top_k),
+            SelectionSpec(route),
             method="decode",
         )
         indices = out.get("indices")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gaze_jax.core.accounting import entries
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Streams
 from gaze_jax.infer.sampling import SamplingParams, next_token
 from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
@@ -26,30 +27,13 @@ STEPS = 16
 
 def bucket(size: int) -> int:
     """The least of 0 to 8, 10, 12, 14, 16, 20, 24, ... that is not smaller: four sizes an octave."""
-    view = 1 << max(size - 1, 0).bit_length() >> 3
-    return size if view <= 1 else -(-size // view) * view
+    step = 1 << max(size - 1, 0).bit_length() >> 3
+    return size if step <= 1 else -(-size // step) * step
 
 
 def free_slots_for(tokens: int) -> int:
-    """Dense slots to keep free for so many, few sizes of them so that few programs compile."""
+    """Text-stream slots to keep free for so many tokens: few sizes, so that few programs compile."""
     return bucket(max(tokens, 128))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """What the rows' queries may select.
-
-    Attributes:
-      top_k: int32 or fraction [L, B, 1]; None is dense attention.
-      bias: float32 [L, B, R] of :func:`gaze_jax.core.routing.steer`, or None. A session fills up what is
-        given of fewer regions.
-      full_layers: bool [L], layers that read every region, or None.
-    """
-
-    top_k: Any = None
-    bias: Any = None
-    full_layers: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +62,7 @@ def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
     return apply({"params": params}, *arguments, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="free_slots")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("spec", "free_slots"))
 def prefill_step(
     model: MLLM,
     params: Params,
@@ -86,6 +70,7 @@ def prefill_step(
     streams: Streams,
     selection: Selection,
     *,
+    spec: SelectionSpec,
     free_slots: int,
 ) -> Cache:
     """Read prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
@@ -94,17 +79,16 @@ def prefill_step(
         params,
         images,
         streams,
+        selection,
+        spec,
         free_slots=free_slots,
-        top_k=selection.top_k,
-        bias=selection.bias,
-        collect=False,
         method="prefill",
     )
     return constrained(cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def extend(
+@functools.partial(jax.jit, static_argnums=0, static_argnames="spec", donate_argnames="cache")
+def extend_step(
     model: MLLM,
     params: Params,
     images: Array | None,
@@ -113,6 +97,8 @@ def extend(
     selection: Selection,
     region: Array,
     write_index: Array,
+    *,
+    spec: SelectionSpec,
 ) -> Cache:
     """Read what comes next in every row, at ``region`` and ``write_index``; see ``MLLM.extend``."""
     extended = _apply(
@@ -121,10 +107,10 @@ def extend(
         images,
         streams,
         cache,
+        selection,
+        spec,
         region=region,
         write_index=write_index,
-        top_k=selection.top_k,
-        bias=selection.bias,
         method="extend",
     )
     return constrained(extended)
@@ -142,9 +128,7 @@ UPDATED = ("text_k", "text_v", "text_order")
 """What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("capacity", "return_trace"), donate_argnames="updated"
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="spec", donate_argnames="updated")
 def decode_loop(
     model: MLLM,
     params: Params,
@@ -157,19 +141,18 @@ def decode_loop(
     steps: Array,
     kind: Array,
     *,
-    capacity: int | None,
-    return_trace: bool,
+    spec: SelectionSpec,
 ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
     """Up to ``steps`` decoding steps, fewer when every row is done.
 
     Args:
       fixed: the cache; of it everything but ``updated`` is read.
       updated: its fields :data:`UPDATED`.
-      The others are those of :meth:`Engine.say`.
+      The others are those of :meth:`Engine.decode`.
 
     Returns:
       ``updated`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
-      was done or no step ran; with ``return_trace`` also what :meth:`Engine.say` describes.
+      was done or no step ran; with ``spec.return_trace`` also what :meth:`Engine.decode` describes.
     """
 
     def step(
@@ -185,16 +168,13 @@ def decode_loop(
             state.positions,
             cache,
             DecodePosition(order=order, write_index=state.write_index, sample=jnp.zeros_like(order)),
-            top_k=selection.top_k,
-            capacity=capacity,
-            bias=selection.bias,
-            full_layers=selection.full_layers,
-            return_trace=return_trace,
+            selection,
+            spec,
             method="decode",
         )
         token = next_token(logits, sampling, state.index)
         found = {"tokens": jnp.where(state.done, IGNORE, token)}
-        if return_trace:
+        if spec.return_trace:
             found |= _traced(cache, order, kind, out)
         after = DecodeState(
             token=jnp.where(state.done, state.token, token),
@@ -210,19 +190,19 @@ def decode_loop(
     rows = {name: jnp.zeros((STEPS, *a.shape), a.dtype) for name, a in shapes.items()}
     rows["tokens"] -= 100  # IGNORE
 
-    def more(state: Any) -> Array:
-        _, state, _, t = state
+    def more(carry: Any) -> Array:
+        _, state, _, t = carry
         return (t < steps) & ~jnp.all(state.done)
 
-    def body(state: Any) -> Any:
-        updated, state, rows, t = state
+    def body(carry: Any) -> Any:
+        updated, state, rows, t = carry
         updated, state, found = step(updated, state)
         rows = {name: jax.lax.dynamic_update_index_in_dim(a, found[name], t, 0) for name, a in rows.items()}
         return updated, state, rows, t + 1
 
     updated, state, rows, _ = jax.lax.while_loop(more, body, (updated, state, rows, jnp.zeros((), jnp.int32)))
-    full_layers = constrained(dataclasses.replace(fixed, **updated))
-    return {name: getattr(full_layers, name) for name in UPDATED}, state, rows
+    cache = constrained(dataclasses.replace(fixed, **updated))
+    return {name: getattr(cache, name) for name in UPDATED}, state, rows
 
 
 def _traced(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:

@@ -258,7 +258,7 @@ def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Itera
         ),
         return_trace=return_trace and engine.regions > 0,
         chunked=not any(request.stop for request in requests),
-        budget=most(budgets, engine.capacity),
+        capacity=most(budgets, engine.capacity),
         stopped=lambda: [detokenizer.finish_reason is not None for detokenizer in detokenizers],
     )
     for out in found:

@@ -1,7 +1,7 @@
-"""Gaze attention of one layer: pool, score, select, attend. Pure functions; no parameters.
+"""Gaze attention of one layer over all tokens of a batch: pool, score, select, attend.
 
-Queries, keys and values of both streams travel as one array [B, N, heads, D] with N = R * P + S, the
-visual tokens first.
+Pure functions without parameters. Queries, keys and values of both streams travel as one array
+[B, N, heads, D] with N = R * P + S, the visual tokens first. ``decode.py`` is the counterpart for one token.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gaze_jax.core import masks, regions, routing
-from gaze_jax.core.routing import Keep, Routing
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Streams
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_prefill
@@ -23,36 +24,48 @@ Array = jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RoutedQueries:
+    """The queries that select regions, and the regions they may choose from; the same in every layer.
+
+    Attributes:
+      visible: bool [B, T, R] regions that a query may choose from, those of a cache first; False for
+        queries that are not routed.
+      order: int32 [B, T] of the queries.
+      sample: int32 [B, T] or [B, 1], names the sample for random routing.
+      first: int32 [B, R] order of each region's first token.
+      permutation: int32 [B, R] regions by first token, which breaks ties.
+    """
+
+    visible: Array
+    order: Array
+    sample: Array
+    first: Array
+    permutation: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
     """What all layers share about a batch; computed once per forward pass.
 
     Attributes:
-      visual, text: windows of the visual [B, R * P] and the dense [B, S] queries.
-      places: where the keys stand, those of a cache first.
-      order: int32 [B, S] of the text-stream queries.
+      visual, text: windows of the visual [B, R * P] and the text-stream [B, S] queries.
+      places: order and segment of the keys, those of a cache first.
       valid: bool [B, R, P] slots of the batch that hold a token.
-      visible: bool [B, S, R] regions a text-stream query may choose from, those of a cache first; False for
-        unrouted queries.
-      first: int32 [B, R] order of each region's first token.
-      permutation: int32 [B, R] regions by first token, for ties.
-      sample: int32 [B, S] or [B, 1], names the sample for random routing.
+      routed: the text-stream queries [B, S] that select regions.
     """
 
     visual: Windows
     text: Windows
     places: KeyPlaces
-    order: Array
     valid: Array
-    visible: Array
-    first: Array
-    permutation: Array
-    sample: Array
+    routed: RoutedQueries
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """What was read before, as one layer sees it.
+    """The cache of earlier tokens, as one layer sees it.
 
     Attributes:
       visual_k, visual_v: [B, K, R, P, D].
@@ -73,14 +86,14 @@ def make_metadata(
     sample: Array | None = None,
     past: tuple[Array, Array] | None = None,
 ) -> AttentionMetadata:
-    """Derive the plan of a batch.
+    """Derive the metadata of a batch.
 
     Args:
       streams: the batch.
-      gaze: of the model.
-      sample: int32 [B] or [B, S] (default 0), of random routing.
-      past: order of what a cache holds, int32 [B, R, P] and [B, S], -1 where nothing is; the batch goes on
-        with it, one sample per row.
+      gaze: the model's gaze settings.
+      sample: int32 [B] or [B, S] (default 0), for random routing.
+      past: order of the cached tokens, int32 [B, R, P] and [B, S], -1 in empty slots; the batch continues
+        them, one sample per row.
     """
     visual, text = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
     places = masks.key_places(streams)
@@ -100,34 +113,31 @@ def make_metadata(
             text_segment=after(segment(past[1]), places.text_segment),
         )
     first, last = regions.region_span(places.visual_order)
-    visible = masks.visible_regions(text, places, first, last) & text.routed[:, :, None]
     batch = streams.tokens.shape[0]
     return AttentionMetadata(
         visual=visual,
         text=text,
         places=places,
-        order=order,
         valid=streams.visual_valid,
-        visible=visible,
-        first=first,
-        permutation=routing.tie_permutation(first),
-        sample=jnp.zeros((batch, 1), jnp.int32) if sample is None else sample.reshape(batch, -1),
+        routed=RoutedQueries(
+            visible=masks.visible_regions(text, places, first, last) & text.routed[:, :, None],
+            order=order,
+            sample=jnp.zeros((batch, 1), jnp.int32) if sample is None else sample.reshape(batch, -1),
+            first=first,
+            permutation=routing.tie_permutation(first),
+        ),
     )
 
 
 def region_scores(
     q: Array,
     descriptors: Array,
-    visible: Array,
+    routed: RoutedQueries,
+    selection: Selection,
     *,
     gaze: GazeConfig,
-    route: Routing,
-    sample: Array,
-    order: Array,
-    first: Array,
+    strategy: Routing,
     layer: Array,
-    forced: Array | None,
-    bias: Array | None,
     oracle: Callable[[], Array],
 ) -> tuple[Array, Array]:
     """Scores of every region and whether it may be chosen, for any strategy.
@@ -135,45 +145,57 @@ def region_scores(
     Args:
       q: [B, T, H, D].
       descriptors: [B, K, R, E].
-      visible: bool [B, T, R].
-      gaze: of the model.
-      route: the strategy.
-      sample: int32 broadcastable to [B, T].
-      order: int32 [B, T].
-      first: int32 [B, R].
+      routed: the queries, T of them.
+      selection: of this layer, without the axis L: ``forced`` int32 [B, T, Hs, J], broadcastable in T and
+        Hs; ``bias`` float32 [B, R].
+      gaze: the model's gaze settings.
+      strategy: where scores come from.
       layer: int32 scalar.
-      forced: int32 [B, T, Hs, J] for strategy "forced", broadcastable in T and Hs; else None.
-      bias: float32 [B, R] of :func:`gaze_jax.core.routing.steer`, for strategy "descriptor"; or None.
-      oracle: makes the scores of strategy "oracle", which needs every key; see
+      oracle: computes the scores of strategy "oracle", which needs every key; see
         :func:`gaze_jax.core.routing.oracle_scores`.
 
     Returns:
       float32 [B, T, Hs, R] and bool, broadcastable to it.
-
-    Raises:
-      ValueError: ``forced`` is given without strategy "forced", or the reverse; or ``bias`` with another
-        strategy than "descriptor".
     """
-    if bias is not None and route.strategy != "descriptor":
-        raise ValueError(f"A bias steers scores of descriptors, not Routing(strategy={route.strategy!r}).")
-    if (forced is not None) != (route.strategy == "forced"):
-        raise ValueError("forced regions and Routing(strategy='forced') go together: give both or neither.")
-    batch, queries = order.shape
+    batch, queries = routed.order.shape
     heads = q.shape[2] if gaze.select_per == "head" else descriptors.shape[1]
-    seen = visible[:, :, None, :]
-    if route.strategy == "random":
-        return routing.random_scores(route.seed, sample, order, layer, heads, first), seen
-    if route.strategy == "oracle":
+    seen = routed.visible[:, :, None, :]
+    if strategy.strategy == "random":
+        scores = routing.random_scores(strategy.seed, routed.sample, routed.order, layer, heads, routed.first)
+        return scores, seen
+    if strategy.strategy == "oracle":
         return oracle(), seen
-    if forced is not None:
-        forced = jnp.broadcast_to(forced, (batch, queries, heads, forced.shape[-1]))
+    if selection.forced is not None:
+        forced = jnp.broadcast_to(selection.forced, (batch, queries, heads, selection.forced.shape[-1]))
         scores, listed = routing.forced_scores(forced, descriptors.shape[2])
         return scores, seen & listed
     features = routing.query_features(q, gaze.descriptor)
     scores = routing.descriptor_scores(features, descriptors, select_per=gaze.select_per)
-    if bias is None:
+    if selection.bias is None:
         return scores, seen
-    return routing.steer(scores, seen, bias, heads=q.shape[2], dim=q.shape[3])
+    return routing.steer(scores, seen, selection.bias, heads=q.shape[2], dim=q.shape[3])
+
+
+def split_streams(a: Array, regions: int, slots: int) -> tuple[Array, Array]:
+    """[B, N, K, D] of both streams to [B, K, R, P, D] and [B, K, S, D]."""
+    tokens = regions * slots
+    a = jnp.moveaxis(a, 2, 1)
+    return a[:, :, :tokens].reshape(*a.shape[:2], regions, slots, a.shape[3]), a[:, :, tokens:]
+
+
+def _after_past(past: Past | None, new: Past) -> Past:
+    """Keys, values and descriptors of a cache followed by those of the batch."""
+    if past is None:
+        return new
+    # A cache may store another dtype than the model computes with (int8).
+    dtype = new.visual_k.dtype
+    return Past(
+        visual_k=jnp.concatenate([past.visual_k.astype(dtype), new.visual_k], axis=2),
+        visual_v=jnp.concatenate([past.visual_v.astype(dtype), new.visual_v], axis=2),
+        text_k=jnp.concatenate([past.text_k, new.text_k], axis=2),
+        text_v=jnp.concatenate([past.text_v, new.text_v], axis=2),
+        descriptors=jnp.concatenate([past.descriptors, new.descriptors], axis=2),
+    )
 
 
 def gaze_attention(
@@ -181,111 +203,96 @@ def gaze_attention(
     k: Array,
     v: Array,
     metadata: AttentionMetadata,
+    selection: Selection,
+    spec: SelectionSpec,
     *,
     gaze: GazeConfig,
-    route: Routing,
     layer: Array,
-    top_k: Array | Keep | None,
-    forced: Array | None,
-    collect: bool,
-    bias: Array | None = None,
     past: Past | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """Attention of all tokens of a batch, training or prefill.
+    """Attention of all tokens of a batch, in training or prefill.
 
     Args:
       q: [B, N, H, D] post-RoPE.
       k, v: [B, N, K, D], keys post-RoPE.
       metadata: of the batch.
-      gaze: of the model.
-      route: the strategy.
+      selection: of this layer, without the axis L; ``budget`` is broadcastable to [B, S].
+      spec: static choices; ``capacity`` has no meaning here.
+      gaze: the model's gaze settings.
       layer: int32 scalar.
-      top_k: int32 broadcastable to [B, S], or a fraction; None is dense attention.
-      forced, bias: see :func:`region_scores`.
-      collect: also return what the routing saw.
-      past: keys and values that were read before; ``metadata`` was made with their order.
+      past: keys and values of earlier tokens; ``metadata`` was made with their order.
 
     Returns:
-      [B, N, H, D], and a dict with the regional "visual_k", "visual_v" [B, K, R, P, D], "text_k",
-      "text_v" [B, K, S, D] and "descriptors" [B, K, R, E] of these tokens; with ``collect`` and routing
-      also "scores" float32 and "selected" bool [B, S, Hs, R], where R has the regions of the past first.
+      [B, N, H, D], and a dict with "visual_k", "visual_v" [B, K, R, P, D], "text_k", "text_v" [B, K, S, D]
+      and "descriptors" [B, K, R, E] of these tokens; with ``spec.return_trace`` and a budget also "scores"
+      float32 and "selected" bool [B, S, Hs, R], where R has the regions of the past first.
     """
-    batch, _, _, dim = q.shape
     num_regions, slots = metadata.valid.shape[1:]
     tokens = num_regions * slots
-
-    def split(a: Array) -> tuple[Array, Array]:
-        a = jnp.moveaxis(a, 2, 1)
-        return a[:, :, :tokens].reshape(batch, a.shape[1], num_regions, slots, dim), a[:, :, tokens:]
-
-    (visual_k, text_k), (visual_v, text_v) = split(k), split(v)
-    out: dict[str, Any] = {
-        "visual_k": visual_k,
-        "visual_v": visual_v,
-        "text_k": text_k,
-        "text_v": text_v,
-        "descriptors": regions.describe(visual_k, metadata.valid, gaze.descriptor),
-    }
-    descriptors = out["descriptors"]
-    if past is not None:
-        # A cache may keep other kinds of numbers than the model computes with (int8).
-        kind = visual_k.dtype
-        visual_k = jnp.concatenate([past.visual_k.astype(kind), visual_k], axis=2)
-        visual_v = jnp.concatenate([past.visual_v.astype(kind), visual_v], axis=2)
-        text_k = jnp.concatenate([past.text_k, text_k], axis=2)
-        text_v = jnp.concatenate([past.text_v, text_v], axis=2)
-        descriptors = jnp.concatenate([past.descriptors, descriptors], axis=2)
-    spec = GazeSpec(scale=dim**-0.5, select_per=gaze.select_per, query_block=gaze.query_block)
+    (visual_k, text_k), (visual_v, text_v) = (split_streams(a, num_regions, slots) for a in (k, v))
+    descriptors = regions.describe(visual_k, metadata.valid, gaze.descriptor)
+    new = Past(visual_k, visual_v, text_k, text_v, descriptors)
+    out: dict[str, Any] = {field.name: getattr(new, field.name) for field in dataclasses.fields(new)}
+    keys = _after_past(past, new)
+    op = GazeSpec(scale=q.shape[3] ** -0.5, select_per=gaze.select_per, query_block=gaze.query_block)
 
     def attend(q: Array, queries: Windows, selected: Array | None) -> Array:
         return gaze_prefill(
             q,
-            visual_k,
-            visual_v,
-            text_k,
-            text_v,
+            keys.visual_k,
+            keys.visual_v,
+            keys.text_k,
+            keys.text_v,
             queries,
             metadata.places,
             selected,
-            spec=spec,
+            spec=op,
             implementation=gaze.prefill_implementation,
         )
 
-    if top_k is None or descriptors.shape[2] == 0:
+    if selection.budget is None or keys.descriptors.shape[2] == 0:
         everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
         return attend(q, everyone, None), out
-
-    def oracle() -> Array:
-        return routing.oracle_scores(
-            q[:, tokens:],
-            visual_k,
-            text_k,
-            *masks.visible_keys(metadata.text, metadata.places),
-            scale=spec.scale,
-            select_per=gaze.select_per,
-            query_block=gaze.query_block,
-        )
-
-    scores, seen = region_scores(
-        q[:, tokens:],
-        descriptors,
-        metadata.visible,
-        gaze=gaze,
-        route=route,
-        sample=metadata.sample,
-        order=metadata.order,
-        first=metadata.first,
-        layer=layer,
-        forced=forced,
-        bias=bias,
-        oracle=oracle,
+    scores, selected = _select(
+        q[:, tokens:], keys, metadata, selection, spec.routing, op, gaze=gaze, layer=layer
     )
-    top_k = routing.count(top_k, metadata.visible)
-    selected = routing.select_mask(scores, seen, top_k, metadata.permutation)
-    if collect:
+    if spec.return_trace:
         out |= {"scores": jax.lax.stop_gradient(scores), "selected": selected}
     text_out = attend(q[:, tokens:], metadata.text, selected)
     if tokens == 0:
         return text_out, out
     visual_out = attend(q[:, :tokens], metadata.visual, None)
     return jnp.concatenate([visual_out, text_out], axis=1), out
+
+
+def _select(
+    q: Array,
+    keys: Past,
+    metadata: AttentionMetadata,
+    selection: Selection,
+    strategy: Routing,
+    op: GazeSpec,
+    *,
+    gaze: GazeConfig,
+    layer: Array,
+) -> tuple[Array, Array]:
+    """Scores float32 and the selection bool [B, S, Hs, R] of text-stream queries [B, S, H, D]."""
+
+    def oracle() -> Array:
+        return routing.oracle_scores(
+            q,
+            keys.visual_k,
+            keys.text_k,
+            *masks.visible_keys(metadata.text, metadata.places),
+            scale=op.scale,
+            select_per=gaze.select_per,
+            query_block=gaze.query_block,
+        )
+
+    routed = metadata.routed
+    assert selection.budget is not None, "dense attention selects nothing"
+    scores, seen = region_scores(
+        q, keys.descriptors, routed, selection, gaze=gaze, strategy=strategy, layer=layer, oracle=oracle
+    )
+    budget = routing.count(selection.budget, routed.visible)
+    return scores, routing.select_mask(scores, seen, budget, routed.permutation)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 Array = jax.Array
 Names = tuple[str | None, ...]
 
+PER_LAYER_SCAN: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+"""Options of ``nn.scan`` over blocks whose parameters are stacked on a leading axis."""
+
 
 def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
     """Attach logical axis names to the parameter that ``init`` makes."""

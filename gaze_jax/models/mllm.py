@@ -1,18 +1,19 @@
 """The multimodal model: tower, projector and decoder joined on the two streams."""
 
-from typing import Any
+import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gaze_jax.core.regions import pool_to_regions, to_regions
-from gaze_jax.core.routing import Keep, Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.cache import Cache, append, build_cache
 from gaze_jax.models.config import DTYPES, MLLMConfig
-from gaze_jax.models.decoder import DecodePosition, Decoder
+from gaze_jax.models.decode import DecodePosition
+from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.layers import logical
 from gaze_jax.models.vision import Projector, VisionTower
 
@@ -22,8 +23,7 @@ Array = jax.Array
 class MLLM(nn.Module):
     """Image tower -> projector -> decoder.
 
-    Methods take ``top_k`` (int32, traced; None is dense attention), ``route`` and ``forced`` as
-    :class:`gaze_jax.models.decoder.Decoder` describes them.
+    ``Selection()`` is dense attention in every method.
     """
 
     config: MLLMConfig
@@ -93,20 +93,23 @@ class MLLM(nn.Module):
         self,
         images: Array | None,
         streams: Streams,
-        sample_id: Array | None,
+        selection: Selection,
+        spec: SelectionSpec = SelectionSpec(),
         *,
+        sample_id: Array | None = None,
         past: Cache | None = None,
-        **options: Any,
+        keep_kv: bool = False,
+        keep_hidden: bool = False,
     ) -> tuple[Array, dict[str, Array]]:
-        """The text stream before the head, for who wants the logits of a few places only.
+        """The text stream before the head, for callers that need logits at a few places only.
 
         Args:
-          images, streams, sample_id: see :meth:`__call__`.
-          past: what was read before.
-          **options: of :meth:`gaze_jax.models.decoder.Decoder.forward`.
+          images, streams, selection, spec, sample_id: see :meth:`__call__`.
+          past: the cache of earlier tokens.
+          keep_kv, keep_hidden: see :meth:`gaze_jax.models.decoder.Decoder.forward`.
 
         Returns:
-          [B, S, M] for :meth:`Decoder.logits`, and what the options collect.
+          [B, S, M] for :meth:`Decoder.logits`, and what was asked to be kept, stacked over layers.
         """
         visual = self._embed_visual(images, streams)
         batch, size = visual.shape[:2]
@@ -116,19 +119,26 @@ class MLLM(nn.Module):
         )
         before = None if past is None else (past.visual_order, past.text_order)
         metadata = make_metadata(streams, self.config.gaze, sample_id, before)
-        hidden, out = self.decoder.forward(x, positions, metadata, past=past, **options)
+        hidden, out = self.decoder.forward(
+            x,
+            positions,
+            metadata,
+            selection,
+            spec,
+            past=past,
+            keep_kv=keep_kv,
+            keep_hidden=keep_hidden,
+        )
         return hidden[:, size:], out
 
     def __call__(
         self,
         images: Array | None,
         streams: Streams,
+        selection: Selection,
+        spec: SelectionSpec = SelectionSpec(),
         *,
-        top_k: Array | None,
-        route: Routing = Routing(),
-        forced: Array | None = None,
         sample_id: Array | None = None,
-        collect: bool = False,
     ) -> tuple[Array, dict[str, Array]]:
         """Teacher-forced pass.
 
@@ -136,78 +146,48 @@ class MLLM(nn.Module):
           images: float32 [B, N, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole
             images, tiles, frames; None for text alone.
           streams: the batch.
-          top_k: int32 broadcastable to [L, B, S]; None is dense attention.
-          route: where region scores come from.
-          forced: int32 broadcastable to [L, B, S, Hs, J], for strategy "forced".
-          sample_id: int32 [B], or [B, S] to name each token's sample in packed rows; matters to random
-            routing only.
-          collect: return what the routing saw.
+          selection: what text-stream queries select; T is S.
+          spec: static choices; ``capacity`` has no meaning here.
+          sample_id: int32 [B], or [B, S] to name each token's sample in packed rows; only random routing
+            uses it.
 
         Returns:
-          float32 logits [B, S, V] of the text stream, and a dict: with ``collect`` and ``top_k``,
+          float32 logits [B, S, V] of the text stream, and a dict: with ``spec.return_trace`` and a budget,
           "scores" float32 and "selected" bool, both [L, B, S, Hs, R].
         """
-        hidden, out = self.hidden(
-            images,
-            streams,
-            sample_id,
-            top_k=top_k,
-            route=route,
-            forced=forced,
-            collect=collect,
-            keep_kv=False,
-        )
+        hidden, out = self.hidden(images, streams, selection, spec, sample_id=sample_id)
         return self.decoder.logits(hidden), out
 
     def stages(self, images: Array | None, streams: Streams) -> tuple[Array, Array]:
-        """The dense pass in the open: what conversion compares with the original, layer by layer.
+        """Dense attention with every intermediate, which conversion compares with the original's.
 
         Returns:
           [L, B, S, M], the text stream after each block, and float32 logits [B, S, V].
         """
-        last, out = self.hidden(
-            images,
-            streams,
-            None,
-            top_k=None,
-            route=Routing(),
-            forced=None,
-            collect=False,
-            keep_kv=False,
-            keep_hidden=True,
-        )
+        last, out = self.hidden(images, streams, Selection(), keep_hidden=True)
         return out["hidden"][:, :, -streams.tokens.shape[1] :], self.decoder.logits(last)
 
     def prefill(
         self,
         images: Array | None,
         streams: Streams,
+        selection: Selection,
+        spec: SelectionSpec = SelectionSpec(),
         *,
         free_slots: int,
-        top_k: Array | Keep | None,
-        route: Routing = Routing(),
-        forced: Array | None = None,
         sample_id: Array | None = None,
-        bias: Array | None = None,
-        collect: bool = True,
     ) -> tuple[Array, Cache, dict[str, Array]]:
-        """Read prompts (one sample per row) and make a cache with ``free_slots`` free text-stream slots.
+        """Read prompts, one sample per row, into a new cache.
+
+        Args:
+          images, streams, selection, spec, sample_id: see :meth:`__call__`.
+          free_slots: text-stream slots to leave free for later tokens.
 
         Returns:
-          float32 logits [B, V] at each row's last token in order, the cache, and, with ``collect``,
-          "selected" bool [L, B, Hs, R] of that token (absent if dense).
+          float32 logits [B, V] at each row's last token in order, the cache, and a dict: with
+          ``spec.return_trace`` and a budget, "selected" bool [L, B, Hs, R] of that token.
         """
-        hidden, layers = self.hidden(
-            images,
-            streams,
-            sample_id,
-            top_k=top_k,
-            route=route,
-            forced=forced,
-            bias=bias,
-            collect=collect,
-            keep_kv=True,
-        )
+        hidden, layers = self.hidden(images, streams, selection, spec, sample_id=sample_id, keep_kv=True)
         last = jnp.argmax(jnp.where(streams.text_segment >= 0, streams.text_order, -1), axis=1)
         at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         out = {}
@@ -222,37 +202,30 @@ class MLLM(nn.Module):
         images: Array | None,
         streams: Streams,
         cache: Cache,
+        selection: Selection,
+        spec: SelectionSpec = SelectionSpec(),
         *,
         region: Array,
         write_index: Array,
-        top_k: Array | Keep | None,
-        bias: Array | None = None,
+        sample_id: Array | None = None,
     ) -> Cache:
-        """Read what comes after a cache, one sample per row: text, images, frames.
+        """Read what follows a cache, one sample per row: text, images, frames.
 
         Args:
-          images, streams: as in :meth:`__call__`; orders and positions go on where those of the cache end,
-            regions have as many slots as its own.
-          cache: with room for all of it.
+          images, streams, sample_id: as in :meth:`__call__`; orders and positions continue those of the
+            cache, and regions have as many slots as its own.
+          cache: with free slots for all of it.
+          selection: T is S; ``bias`` [L, B, R] has the regions of the cache first, then the new ones.
+          spec: static choices; ``return_trace`` has no meaning here.
           region, write_index: int32 scalars, the first free region and text-stream slot, the same in every
             row.
-          top_k: int32 broadcastable to [L, B, S], or a fraction; None is dense attention.
-          bias: float32 broadcastable to [L, B, R], of the regions of the cache and then the new ones.
 
         Returns:
           The cache with everything in it.
         """
+        spec = dataclasses.replace(spec, return_trace=False)
         _, layers = self.hidden(
-            images,
-            streams,
-            None,
-            past=cache,
-            top_k=top_k,
-            route=Routing(),
-            forced=None,
-            bias=bias,
-            collect=False,
-            keep_kv=True,
+            images, streams, selection, spec, sample_id=sample_id, past=cache, keep_kv=True
         )
         return append(cache, layers, streams, self.config.gaze, region=region, write_index=write_index)
 
@@ -261,29 +234,11 @@ class MLLM(nn.Module):
         tokens: Array,
         positions: Array,
         cache: Cache,
-        step: DecodePosition,
-        *,
-        top_k: Array | Keep | None,
-        route: Routing = Routing(),
-        forced: Array | None = None,
-        capacity: int | None = None,
-        bias: Array | None = None,
-        full_layers: Array | None = None,
-        return_trace: bool = False,
+        position: DecodePosition,
+        selection: Selection,
+        spec: SelectionSpec = SelectionSpec(),
     ) -> tuple[Array, Cache, dict[str, Array]]:
         """Feed one token per row, int32 [B]; see :meth:`Decoder.decode`. Logits are float32 [B, V]."""
         x = self.decoder.embed(tokens)
-        hidden, cache, out = self.decoder.decode(
-            x,
-            positions,
-            cache,
-            step,
-            top_k=top_k,
-            route=route,
-            forced=forced,
-            capacity=capacity,
-            bias=bias,
-            full_layers=full_layers,
-            return_trace=return_trace,
-        )
+        hidden, cache, out = self.decoder.decode(x, positions, cache, position, selection, spec)
         return self.decoder.logits(hidden), cache, out

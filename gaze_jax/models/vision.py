@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from gaze_jax.models.config import Numerics, VisionConfig
-from gaze_jax.models.decoder import PER_LAYER_SCAN
-from gaze_jax.models.layers import LayerNorm, dense, logical
+from gaze_jax.models.layers import PER_LAYER_SCAN, LayerNorm, dense, logical
 
 Array = jax.Array
 

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from gaze_jax.core.routing import budget_from_keep
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import IGNORE, POOL_FIELDS, Streams
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.attention import make_metadata
@@ -120,10 +121,15 @@ def loss_and_metrics(
     """
     streams = Streams.from_batch(batch)
     sample = batch["sample_id"]
-    visible = make_metadata(streams, config.gaze, sample).visible
+    visible = make_metadata(streams, config.gaze, sample).routed.visible
     top_k = None if keep is None else budget_from_keep(keep, visible)
     logits, out = MLLM(config).apply(
-        {"params": params}, batch["images"], streams, top_k=top_k, sample_id=sample, collect=True
+        {"params": params},
+        batch["images"],
+        streams,
+        Selection(top_k),
+        SelectionSpec(return_trace=True),
+        sample_id=sample,
     )
     supervised = streams.targets != IGNORE
     targets = jnp.where(supervised, streams.targets, 0)

@@ -1,10 +1,10 @@
-"""Selection at gaze traces: a page for each in any browser, and if asked a PNG sheet and an MP4.
+"""View gaze traces: an HTML page for each, and on request a PNG contact sheet and an MP4 clip.
 
 python -m gaze_jax.viewer street.gaze --out=looked
-    writes looked/street.html, one file that needs no network
+    writes looked/street.html, a single file that needs no network
 
 python -m gaze_jax.viewer answers/*.gaze --out=looked --png --mp4 --layer=12
-    a page, a sheet and a clip of each, and looked/index.html, which lists them
+    writes a page, a sheet and a clip of each, and looked/index.html, which lists them
 """
 
 from collections.abc import Sequence
@@ -21,29 +21,29 @@ from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
 from gaze_jax.viewer.video import check_seconds, need_av, write_clip
 
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; it is made if it does not exist.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write to; created if it does not exist.")
 _PNG = flags.DEFINE_bool("png", False, "Write a contact sheet of each trace too.")
 _MP4 = flags.DEFINE_bool("mp4", False, "Write a clip of each trace too; needs the video extra.")
 _LAYER = flags.DEFINE_integer(
-    "layer", None, "Layer to show: of pages at first, of the others always; default: all."
+    "layer", None, "Layer to show; on pages it can be changed. Default: all layers."
 )
-_VIEWS = flags.DEFINE_integer("views", 8, "Most views and frames in a sheet or clip: those looked at most.")
-_SECONDS = flags.DEFINE_float("seconds", 1.0, "Seconds that a clip shows each token.")
-_FONT = flags.DEFINE_string("font", None, "TrueType file of sheets and clips, for scripts beyond ASCII.")
+_VIEWS = flags.DEFINE_integer("views", 8, "Most views and frames in a sheet or clip: the most selected.")
+_SECONDS = flags.DEFINE_float("seconds", 1.0, "Seconds per token in a clip.")
+_FONT = flags.DEFINE_string("font", None, "TrueType font for sheets and clips, needed for text beyond ASCII.")
 
 _INDEX = "index"
 
 
 def _names(traces: Sequence[str]) -> list[str]:
-    """What the files of each trace are called, without suffix."""
+    """Names of the output files of each trace, without suffix."""
     if not traces:
-        raise UserError("There is no trace to show; give the files of one or more.")
+        raise UserError("There is no trace to show; give one or more trace files.")
     names = [Path(trace).name.removesuffix(".npz").removesuffix(".gaze") for trace in traces]
     for number, name in enumerate(names):
         try:
             name.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"The name {name!r} is not UTF-8, which a page's must be; rename it.") from error
+            raise UserError(f"The file name {name!r} is not valid UTF-8; rename the file.") from error
         if name in names[:number]:
             first = traces[names.index(name)]
             raise UserError(f"{first} and {traces[number]} would both write {name}.html; rename one.")
@@ -53,7 +53,7 @@ def _names(traces: Sequence[str]) -> list[str]:
 
 
 def _check_flags() -> None:
-    """Refuse what would do nothing or fail only when half of the files are written."""
+    """Refuse flags that have no effect or would fail only after some files are written."""
     if not _MP4.value:
         cli.refuse_flags((_SECONDS,), "has no effect without --mp4")
     if not _MP4.value and not _PNG.value:
@@ -67,11 +67,11 @@ def _check_flags() -> None:
         try:
             ImageFont.truetype(_FONT.value)
         except OSError as error:
-            raise UserError(f"--font={_FONT.value} is no TrueType file that can be read.") from error
+            raise UserError(f"--font={_FONT.value} is not a readable TrueType file.") from error
 
 
 def _show(trace: Trace, stem: Path, font: Path | None) -> None:
-    """Write what the flags ask for of one trace."""
+    """Write the requested files of one trace."""
     page, picture, clip = (stem.with_name(stem.name + suffix) for suffix in (".html", ".png", ".mp4"))
     cli.write_text(page, viewer_page(trace, layer=_LAYER.value))
     print(page)
@@ -86,7 +86,7 @@ def _show(trace: Trace, stem: Path, font: Path | None) -> None:
 
 
 def main(traces: Sequence[str]) -> None:
-    """Write what the flags ask for; if it cannot all be, an index of what was written."""
+    """Write the requested files; on an error, still write an index of the finished pages."""
     names = _names(traces)
     _check_flags()
     if _OUT.value is None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import Streams
 from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.pipeline import stack
@@ -57,8 +58,8 @@ def decode(engine, length, *, ends=(), temperature=0.0, seeds=None, **options):
     """What :meth:`Engine.decode` yields, joined over steps."""
     seeds = list(range(engine.rows)) if seeds is None else seeds
     sampling = SamplingParams.of([temperature] * engine.rows, seed=seeds)
-    budget = most(engine.budgets, engine.capacity)
-    found = list(engine.decode(length, ends=ends, sampling=sampling, budget=budget, **options))
+    capacity = most(engine.budgets, engine.capacity)
+    found = list(engine.decode(length, ends=ends, sampling=sampling, capacity=capacity, **options))
     return {name: np.concatenate([out[name] for out in found]) for name in found[0]}
 
 
@@ -71,8 +72,7 @@ def _logits(model, params, cache, state, selection):
         state.positions,
         cache,
         step,
-        top_k=selection.top_k,
-        bias=selection.bias,
+        selection,
         method="decode",
     )[0]
 
@@ -96,7 +96,7 @@ def at_once(config, params, arrays, top_k):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _one_pass(model, params, images, streams, top_k):
-    return model.apply({"params": params}, images, streams, top_k=top_k)[0]
+    return model.apply({"params": params}, images, streams, Selection(top_k))[0]
 
 
 def generated_row(ids, order):

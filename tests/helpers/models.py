@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Streams
 from gaze_jax.models import DUMMY, MLLM, DecodePosition, MLLMConfig
 from tests.helpers.streams import Newline, PlacedView, Row, Text, batch, sample
@@ -32,7 +33,7 @@ def parameters(config: MLLMConfig, seed: int = 0) -> Any:
     row = sample([PlacedView(GRID, GRID), Text(2)])
 
     def init(key: jax.Array) -> Any:
-        return MLLM(config).init(key, jnp.zeros((1, 1, *_pixels(config))), batch([row]), top_k=None)
+        return MLLM(config).init(key, jnp.zeros((1, 1, *_pixels(config))), batch([row]), Selection())
 
     shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
     rng = np.random.default_rng(seed)
@@ -77,11 +78,9 @@ def forward(config: MLLMConfig, route: Routing = Routing(), collect: bool = Fals
             variables,
             images,
             streams,
-            top_k=top_k,
-            route=route,
-            forced=forced,
+            Selection(top_k, forced=forced),
+            SelectionSpec(route, return_trace=collect),
             sample_id=sample_id,
-            collect=collect,
         )
 
     return jax.jit(run)
@@ -93,7 +92,7 @@ def gradients(config: MLLMConfig) -> Any:
 
     def loss(trained, frozen, images, streams, top_k):
         variables = {"params": {**trained, "vision": frozen}}
-        logits, _ = MLLM(config).apply(variables, images, streams, top_k=top_k)
+        logits, _ = MLLM(config).apply(variables, images, streams, Selection(top_k))
         weight = jnp.where(streams.targets >= 0, 1.0, 0.0)
         picked = jnp.take_along_axis(
             jax.nn.log_softmax(logits), jnp.maximum(streams.targets, 0)[..., None], axis=-1
@@ -117,10 +116,9 @@ def prefill(config: MLLMConfig, free_slots: int, route: Routing = Routing()) -> 
             variables,
             images,
             streams,
-            top_k=top_k,
+            Selection(top_k, forced=forced),
+            SelectionSpec(route, return_trace=True),
             free_slots=free_slots,
-            route=route,
-            forced=forced,
             sample_id=sample_id,
             method="prefill",
         )
@@ -139,10 +137,8 @@ def decode(config: MLLMConfig, capacity: int | None, route: Routing = Routing())
             positions,
             cache,
             step,
-            top_k=top_k,
-            route=route,
-            forced=forced,
-            capacity=capacity,
+            Selection(top_k, forced=forced),
+            SelectionSpec(route, capacity),
             method="decode",
         )
 

@@ -113,7 +113,7 @@ class DecodeSuite:
         _close(self.run(case), self.expected(case), self.tolerance)
 
     @pytest.mark.parametrize(
-        "sizes", [{"slots": 1}, {"dense": 1}, {"dim": 20, "size": 3}, {"slots": 36, "layers": 1}]
+        "sizes", [{"slots": 1}, {"text": 1}, {"dim": 20, "size": 3}, {"slots": 36, "layers": 1}]
     )
     def test_odd_sizes(self, sizes):
         """One slot per region, one text-stream key, D = 20 with three rows, 36 slots in a single layer."""

@@ -87,8 +87,7 @@ class TestCompiled(TestCopiesAndIndicesInterpreted):
     @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_real_sizes(self, dim, select_per, dtype):
-        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: several chunks in every
-        share."""
+        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: chunks in every split."""
         case = cases.decode(
             layers=2,
             group=7,
@@ -170,7 +169,7 @@ def _lower(*, group, slots, dim, dtype, select_per, int8=False, text=300, batch=
 # Every value of every axis beside every dtype; the kernel itself sees G only as 8 rows.
 LOWERED = [
     {
-        "kv_head": group,
+        "group": group,
         "slots": slots,
         "dim": dim,
         "dtype": dtype,
@@ -207,22 +206,22 @@ def test_lowers_for_cuda_under_vmap():
 
 def test_what_does_not_fit_is_refused():
     """float16, a wide D in float32 and 16 query heads per kv head: one sentence each."""
-    common = {"kv_head": 2, "slots": 4, "dim": 64, "select_per": "kv_head"}
+    common = {"group": 2, "slots": 4, "dim": 64, "select_per": "kv_head"}
     with pytest.raises(NotImplementedError, match="keeps bfloat16, float32 and int8, not float16"):
         _lower(**common, dtype=jnp.float16)
     with pytest.raises(NotImplementedError, match="has no room for D = 512"):
         _lower(**common | {"dim": 512}, dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="at most 15 query heads per kv head, not 16"):
-        _lower(**common | {"kv_head": 16, "select_per": "head"}, dtype=jnp.bfloat16)
+        _lower(**common | {"group": 16, "select_per": "head"}, dtype=jnp.bfloat16)
 
 
-def test_shares_fill_the_chip_and_leave_none_empty():
-    """One row gets every block, many rows one each, and no share is without a chunk."""
+def test_splits_fill_the_chip_and_leave_none_empty():
+    """One row gets every block, many rows one each, and no split is without a chunk."""
     tiles = gpu.Tiles(pieces=3, stages=2, blocks=132)
-    assert gpu._shares(tiles, 4, 104) == 33
-    assert gpu._shares(tiles, 4, 9) == 9
-    assert gpu._shares(tiles, 64, 104) == 2
-    assert gpu._shares(tiles, 1000, 5) == 1
+    assert gpu._splits(tiles, 4, 104) == 33
+    assert gpu._splits(tiles, 4, 9) == 9
+    assert gpu._splits(tiles, 64, 104) == 2
+    assert gpu._splits(tiles, 1000, 5) == 1
 
 
 @pytest.mark.parametrize(

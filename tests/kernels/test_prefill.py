@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import gaze_prefill
 from pallas_kernels.dispatch import compile_for
-from pallas_kernels.gaze_prefill import cpu, tpu, tpu_kernels
+from pallas_kernels.gaze_prefill import cpu, tpu, tpu_common
 from tests.helpers import cases, oracle
 from tests.helpers.streams import PlacedView, Text, sample
 from tests.kernels.prefill_suite import PrefillSuite, _rows
@@ -125,7 +125,7 @@ class TestTpu(PrefillSuite):
         super().test_edge_13_query_blocks_with_remainders(query_block)
 
     @pytest.mark.parametrize(
-        ("kv_head", "select_per"), [(1, "head"), (4, "kv_head"), (5, "head"), (7, "kv_head"), (8, "head")]
+        ("group", "select_per"), [(1, "head"), (4, "kv_head"), (5, "head"), (7, "kv_head"), (8, "head")]
     )
     def test_edge_12_group_sizes(self, group, select_per):
         super().test_edge_12_group_sizes(group, select_per)
@@ -151,8 +151,8 @@ class TestTpu(PrefillSuite):
             jax.effects_barrier()
             found.append(set(np.concatenate([a.ravel() for a in actions])))
         assert found == [
-            {tpu_kernels.SKIP, tpu_kernels.DIRECT},
-            {tpu_kernels.SKIP, tpu_kernels.GATHER, tpu_kernels.DIRECT},
+            {tpu_common.SKIP, tpu_common.DIRECT},
+            {tpu_common.SKIP, tpu_common.GATHER, tpu_common.DIRECT},
         ]
         for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=2e-6)

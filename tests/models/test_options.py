@@ -13,12 +13,13 @@ import pytest
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.schedule import Schedule
+from gaze_jax.core.selection import Selection
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Video
 from gaze_jax.families import get_family
 from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
-from gaze_jax.models.attention import region_scores
+from gaze_jax.models.attention import RoutedQueries, region_scores
 from pallas_kernels import GazeSpec, dispatch, gaze_prefill
 from pallas_kernels.gaze_decode import api as decode_api
 from tests.helpers import cases, models
@@ -35,7 +36,7 @@ def _parameters(config):
     """Names, shapes and dtypes of the parameters."""
     images, streams = _toy(config)
     shapes = jax.eval_shape(
-        lambda key: MLLM(config).init(key, images, streams, top_k=None), jax.random.key(0)
+        lambda key: MLLM(config).init(key, images, streams, Selection()), jax.random.key(0)
     )
     return str(nn.meta.unbox(shapes))
 
@@ -50,7 +51,7 @@ def _logits(config):
 def _program(config):
     """The traced program of the routed forward."""
     images, streams = _toy(config)
-    traced = jax.make_jaxpr(lambda v: MLLM(config).apply(v, images, streams, top_k=jnp.int32(2)))(
+    traced = jax.make_jaxpr(lambda v: MLLM(config).apply(v, images, streams, Selection(jnp.int32(2))))(
         models.parameters(DUMMY)
     )
     return re.sub(r"0x[0-9a-f]+|\bid=\d+", "", str(traced))
@@ -60,7 +61,7 @@ def _cache(config):
     """Shapes and dtypes of a prefilled cache and its logits."""
     images, streams = _toy(config)
     shapes = jax.eval_shape(
-        lambda v: MLLM(config).apply(v, images, streams, top_k=None, free_slots=2, method="prefill"),
+        lambda v: MLLM(config).apply(v, images, streams, Selection(), free_slots=2, method="prefill"),
         models.parameters(DUMMY),
     )
     return str(shapes)
@@ -143,7 +144,7 @@ MODEL = {
     "vision.post_norm": (_parameters, True),
     "gaze.region": (_layout, (2, 3)),
     "gaze.context_tokens": (_parameters, 0),
-    "gaze.share": (_logits, "kv_head"),
+    "gaze.select_per": (_logits, "kv_head"),
     "gaze.descriptor": (_logits, "minmax"),
     "gaze.visual_scope": (_logits, "view"),
     "gaze.visual_causal": (_logits, False),
@@ -216,18 +217,21 @@ def _scores(route):
     rng = np.random.default_rng(0)
     q, keys = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 4, 8), (1, 2, 5, 8)))
     order, first = jnp.arange(3, dtype=jnp.int32)[None] + 20, jnp.arange(5, dtype=jnp.int32)[None]
+    routed = RoutedQueries(
+        visible=jnp.ones((1, 3, 5), bool),
+        order=order,
+        sample=jnp.zeros((1, 1), jnp.int32),
+        first=first,
+        permutation=jnp.arange(5, dtype=jnp.int32)[None],
+    )
     scores, _ = region_scores(
         q,
         keys,
-        jnp.ones((1, 3, 5), bool),
+        routed,
+        Selection(jnp.int32(2)),
         gaze=DUMMY.gaze,
-        route=route,
-        sample=jnp.zeros((1, 1), jnp.int32),
-        order=order,
-        first=first,
+        strategy=route,
         layer=jnp.int32(0),
-        forced=None,
-        bias=None,
         oracle=lambda: jnp.zeros((1, 3, 4, 5)),
     )
     return np.asarray(scores)
@@ -244,7 +248,7 @@ OTHERS = {
     "ViewConfig.image_side": (_streams, VIEWS, dataclasses.replace(VIEWS, image_side=4)),
     "ViewConfig.frame_side": (_streams, VIEWS, dataclasses.replace(VIEWS, frame_side=2)),
     "GazeSpec.scale": (_op, GazeSpec(0.3), GazeSpec(0.9)),
-    "GazeSpec.share": (_op, GazeSpec(0.3), GazeSpec(0.3, select_per="kv_head")),
+    "GazeSpec.select_per": (_op, GazeSpec(0.3), GazeSpec(0.3, select_per="kv_head")),
     "GazeSpec.query_block": (_op_program, GazeSpec(0.3), GazeSpec(0.3, query_block=3)),
     "GazeSpec.visual_dtype": (_packed, GazeSpec(0.3), GazeSpec(0.3, visual_dtype="int8")),
     "GazeSpec.interpret": (_needs, GazeSpec(0.3), GazeSpec(0.3, interpret=True)),

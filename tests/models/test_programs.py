@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import POOL_FIELDS
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
@@ -79,14 +80,14 @@ def test_remat_changes_memory_and_no_value():
 def _abstract_decode(select_per):
     """The compiled routed decode step over 300 regions of 16 slots and 8 text-stream slots."""
     config = models.changed(DUMMY, gaze={"select_per": select_per})
-    regions, slots, dense = 300, 16, 7
+    regions, slots, text = 300, 16, 7
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     streams = batch([models.two_images(0)])
     fields = {
-        f.name: array(1, dense) if getattr(streams, f.name).ndim == 2 else array(1, regions, slots)
+        f.name: array(1, text) if getattr(streams, f.name).ndim == 2 else array(1, regions, slots)
         for f in dataclasses.fields(streams)
         if f.name not in POOL_FIELDS
     }
@@ -94,7 +95,7 @@ def _abstract_decode(select_per):
     variables = models.parameters(DUMMY)
     model = MLLM(config)
     _, cache, _ = jax.eval_shape(
-        lambda v, i, s: model.apply(v, i, s, top_k=None, free_slots=1, method="prefill"),
+        lambda v, i, s: model.apply(v, i, s, Selection(), free_slots=1, method="prefill"),
         variables,
         models.images(1, 1),
         streams.__class__(**fields),
@@ -102,7 +103,14 @@ def _abstract_decode(select_per):
 
     def step(variables, tokens, positions, cache, step, top_k):
         return model.apply(
-            variables, tokens, positions, cache, step, top_k=top_k, capacity=4, method="decode"
+            variables,
+            tokens,
+            positions,
+            cache,
+            step,
+            Selection(top_k),
+            SelectionSpec(capacity=4),
+            method="decode",
         )
 
     at = models.step([9], 7)
@@ -135,7 +143,7 @@ def test_refusals_of_the_model():
 
     def run(top_k, route=Routing(), **options):
         def call(v):
-            return MLLM(DUMMY).apply(v, images, streams, top_k=top_k, route=route, **options)
+            return MLLM(DUMMY).apply(v, images, streams, Selection(top_k, **options), SelectionSpec(route))
 
         return jax.eval_shape(call, variables)
 
@@ -143,22 +151,30 @@ def test_refusals_of_the_model():
         run(2, forced=forced)
     with pytest.raises(ValueError, match=r"forced regions and Routing\(.*\) go together"):
         run(2, Routing("forced"))
-    with pytest.raises(ValueError, match="Forced regions need top_k"):
+    with pytest.raises(ValueError, match="Forced regions need a budget"):
         run(None, Routing("forced"), forced=forced)
-    with pytest.raises(ValueError, match="Forced regions need top_k"):
+    with pytest.raises(ValueError, match="Forced regions need a budget"):
         run(None, forced=forced)
     with pytest.raises(TypeError, match="must be integers, got float32"):
         run(0.5)
     with pytest.raises(TypeError, match="must be integers"):
         run(jnp.float32(2))
     _, cache, _ = jax.eval_shape(
-        lambda v: MLLM(DUMMY).apply(v, images, streams, top_k=None, free_slots=1, method="prefill"), variables
+        lambda v: MLLM(DUMMY).apply(v, images, streams, Selection(), free_slots=1, method="prefill"),
+        variables,
     )
     order = jnp.array([50, 50])
     with pytest.raises(ValueError, match="capacity J=0 must be at least 1"):
         jax.eval_shape(
             lambda v, c: MLLM(DUMMY).apply(
-                v, order, order, c, models.step(order, 20), top_k=2, capacity=0, method="decode"
+                v,
+                order,
+                order,
+                c,
+                models.step(order, 20),
+                Selection(2),
+                SelectionSpec(capacity=0),
+                method="decode",
             ),
             variables,
             cache,

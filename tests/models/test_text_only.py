@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
+from gaze_jax.core.selection import Selection
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
 from tests.helpers.streams import Text, batch, pad, prefix, sample
@@ -73,10 +74,10 @@ def test_a_model_without_a_tower_is_the_decoder_of_one_with_it():
     variables, rows = models.parameters(DUMMY), batch(_rows())
     expected, _ = models.forward(DUMMY)(variables, models.images(2, 0), rows, None)
     alone = dataclasses.replace(DUMMY, vision=None)
-    made = jax.eval_shape(lambda: MLLM(alone).init(jax.random.key(0), None, rows, top_k=None))
+    made = jax.eval_shape(lambda: MLLM(alone).init(jax.random.key(0), None, rows, Selection()))
     assert made["params"].keys() == {"decoder"}
     params = {"params": {"decoder": variables["params"]["decoder"]}}
-    got, _ = MLLM(alone).apply(params, None, rows, top_k=None)
+    got, _ = MLLM(alone).apply(params, None, rows, Selection())
     models.close(got, expected)
 
 
@@ -84,6 +85,6 @@ def test_visual_tokens_need_a_tower_and_an_image():
     variables, rows = models.parameters(DUMMY), _rows()
     padded = batch([pad(row, regions=2, slots=4) for row in rows])
     with pytest.raises(ValueError, match="no image, or no tower"):
-        MLLM(DUMMY).apply(variables, None, padded, top_k=None)
+        MLLM(DUMMY).apply(variables, None, padded, Selection())
     with pytest.raises(ValueError, match="no image tower"):
         _ = dataclasses.replace(DUMMY, vision=None).tower

@@ -288,7 +288,7 @@ def test_a_token_of_white_space_is_supervised_though_its_offsets_leave_it_out():
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen2_5_generation"])
 def test_the_prompt_of_a_conversation_asks_for_its_first_answer(name):
-    """What is read before an answer in training is what a question renders to; the rest is to be said."""
+    """The text before an answer in training equals the rendered question; the rest is to be generated."""
     made = processor(supervise=CAMBRIAN_S.supervision.tokens)
     arrays = prompt(made, sample(parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, BLACK))))
     asked = process(processor(), sample(parts_of(name, (SYSTEM, SEEN), add_generation_prompt=True)))

@@ -31,9 +31,9 @@ import numpy as np
 from benchmarks import decode, timing
 from benchmarks import generate_models as models
 from benchmarks.generate_models import OURS, QUESTION, Case
+from gaze_jax.families import DECODERS
 from gaze_jax.models.cache import decode_spec
 from gaze_jax.models.config import DecoderConfig
-from gaze_jax.models.published import DECODERS
 
 VARIANTS = (*OURS, "transformers")
 PARTS = ("memory", "prefill", "attention", "decode")

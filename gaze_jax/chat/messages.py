@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from gaze_jax.data.sample import Image, Video
 from gaze_jax.errors import UserError
@@ -22,6 +22,21 @@ _NO_FILE = ("", "None", "none", "nan")
 def kind_of(item: Image | Video) -> str:
     """What ``item`` is, "image" or "video"; between angle brackets it is the tag."""
     return type(item).__name__.lower()
+
+
+def as_written(items: tuple[Content, ...]) -> tuple[Content, ...]:
+    """The items of a turn in their own order."""
+    return items
+
+
+def media_first(items: Iterable[Content]) -> tuple[Content, ...]:
+    """The media of a turn in their order, then its text without white space around it."""
+    items = tuple(items)
+    media = [item for item in items if not isinstance(item, str)]
+    if not media:
+        return items
+    text = "".join(item for item in items if isinstance(item, str)).strip()
+    return (*media, text) if text else tuple(media)
 
 
 @dataclasses.dataclass(frozen=True)

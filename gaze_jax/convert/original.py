@@ -1,12 +1,13 @@
 """The original of a whole multimodal model in torch, for comparison. Needs torch and transformers.
 
-transformers only has a class for its own layout. A model in the layout of LLaVA-NeXT or Cambrian-S is
-assembled here: every tensor of its files is loaded, under its own name, into transformers' language model,
-its image tower or a projector; missing and unexpected tensors are errors.
+transformers only has a class for its own layouts (``Conversion.original``). A model in the layout of
+LLaVA-NeXT or Cambrian-S is assembled here: every tensor of its files is loaded, under its own name, into
+transformers' language model, its image tower or a projector; missing and unexpected tensors are errors.
 """
 
 import dataclasses
 import fnmatch
+import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +16,8 @@ from typing import Any
 from gaze_jax.convert import shards
 from gaze_jax.convert.source import CONFIG, read_config
 from gaze_jax.errors import UserError
-from gaze_jax.families import FAMILIES, family_type
-from gaze_jax.families.table import Json, Names
+from gaze_jax.families import conversion_of
+from gaze_jax.families.table import Conversion, Json, Names
 from gaze_jax.models.config import VisionConfig
 
 # torch is an optional extra, and nothing here needs its types.
@@ -97,21 +98,17 @@ def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> 
     """
     torch, transformers = import_torch()
     values = read_config(directory)
-    kind = family_type(values, str(directory / CONFIG))
-    if kind == "llava_onevision":
-        whole = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        inner = whole.model
-        return Original(
-            whole,
-            inner.language_model.layers,
-            inner.vision_tower,
-            whole.config.vision_feature_layer,
-            inner.multi_modal_projector,
-            inner.image_newline,
-        )
-    return _assemble(directory, values, kind, vision, tower)
+    conversion = conversion_of(values, str(directory / CONFIG))
+    if conversion.original is None:
+        return _assemble(directory, values, conversion, vision, tower)
+    where = conversion.original
+    whole = (
+        getattr(transformers, where.name)
+        .from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+    )
+    paths = (where.layers, where.tower, where.feature_layer, where.projector, where.newline)
+    return Original(whole, *operator.attrgetter(*paths)(whole))
 
 
 def _split(tensors: Mapping[str, TorchTensor], names: Names) -> dict[str, dict[str, TorchTensor]]:
@@ -130,20 +127,21 @@ def _split(tensors: Mapping[str, TorchTensor], names: Names) -> dict[str, dict[s
     return parts
 
 
-def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tower: VisionConfig) -> Original:
+def _assemble(
+    directory: Path, values: Json, conversion: Conversion, vision: Path | None, tower: VisionConfig
+) -> Original:
     """Assemble a model of which transformers has no class from transformers' parts."""
     torch, transformers = import_torch()
     import safetensors.torch
 
-    family = FAMILIES[kind]
-    assert family.names is not None, "a whole model"
+    assert conversion.names is not None, "a whole model"
     tensors = {}
     for file in shards.open_checkpoint(directory):
         for name, tensor in safetensors.torch.load_file(file.path).items():
-            canonical = family.canonical(name)
-            if not any(fnmatch.fnmatchcase(canonical, glob) for glob in family.left_out):
+            canonical = conversion.canonical(name)
+            if not any(fnmatch.fnmatchcase(canonical, glob) for glob in conversion.left_out):
                 tensors[canonical] = tensor.float()
-    parts = _split(tensors, family.names)
+    parts = _split(tensors, conversion.names)
     fields = {name: values[name] for name in _TEXT_FIELDS if values.get(name) is not None}
     nested = values.get("rope_parameters") or {}
     text = transformers.Qwen2Config(**{"rope_theta": nested.get("rope_theta", 10_000.0)} | fields)

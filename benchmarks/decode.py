@@ -55,7 +55,7 @@ def floor_bytes(
     if dtype == "int8":
         # A byte per element, and a float32 scale per token and side.
         visual *= (dim + 4) / (dim * size)
-    return batch * (float(reads.descriptors) + visual + float(reads.text))
+    return batch * (float(reads.descriptors) + visual + float(reads.text_stream))
 
 
 def _chain(q: Array, out: Array) -> Array:

@@ -7,7 +7,7 @@ resulting cache (turn 2), each up to the first token of the answer. "decode" tim
 caches hold random keys and values, because prefilling would take most of the time. "attention" is the time of
 routing and attention in such a step. "memory" runs each case in its own process and reports the peak resident
 memory after loading the parameters, including them. The competitors of a row alternate in one process; the
-byte model divides the bytes that a step must read by the bandwidth of a large sum measured in the same rounds.
+byte model divides the bytes that a step must read by the bandwidth of a large sum in the same rounds.
 """
 
 import argparse

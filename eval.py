@@ -7,6 +7,7 @@ python eval.py --checkpoint=ckpt/model --compare=dense [--prompts=prompts.jsonl]
     any checkpoint, without training: how far Gaze moves its dense answers, over top_k, share and descriptor
 """
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -15,15 +16,12 @@ from pathlib import Path
 from absl import flags
 
 from gaze_jax import cli
-from gaze_jax.chat.template import ChatTemplate
-from gaze_jax.convert.load import load, one_device
 from gaze_jax.core.regions import DESCRIPTORS
-from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare
 from gaze_jax.evaluate.prompts import default_prompts, read_prompts
 from gaze_jax.evaluate.run import run
-from gaze_jax.models.config import VisionConfig
+from gaze_jax.infer.sampler import Sampler
 from pallas_kernels.spec import SELECT_PER
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of train.py.")
@@ -59,27 +57,14 @@ def _compare() -> None:
     if _CHECKPOINT.value is None:
         raise UserError("--compare needs a model: name it with --checkpoint.")
     prompts = default_prompts() if _PROMPTS.value is None else read_prompts(_PROMPTS.value)
-    found = load(Path(_CHECKPOINT.value), one_device(), check=_CHECK.value is True)
-    if isinstance(found.config, VisionConfig):
-        raise UserError(f"{_CHECKPOINT.value} is an image tower alone, which answers nothing.")
-    if found.tokenizer is None:
-        raise UserError(f"{_CHECKPOINT.value} has no tokenizer.json; convert from a directory that has.")
-    try:
-        tokenizer = Tokenizer(found.tokenizer)
-    except ValueError as error:
-        raise UserError(f"{_CHECKPOINT.value}: {error}") from error
-    # A run of train.py and a language model without a template read plain ChatML.
-    template = None if found.files is None else ChatTemplate.find(found.files)
+    sampler = Sampler.load(_CHECKPOINT.value, check=_CHECK.value is True)
     report = compare.compare(
-        found.config,
-        found.params,
-        tokenizer,
+        dataclasses.replace(sampler, resize=True),
         prompts,
         top_ks=_top_ks(),
-        shares=_SELECT_PER.value or (),
+        select_per=_SELECT_PER.value or (),
         descriptors=_DESCRIPTORS.value or (),
         max_tokens=_MAX_TOKENS.value or 0,
-        template=template,
     )
     report["command"] = shlex.join(["python", *sys.argv])
     print(compare.table(report), flush=True)

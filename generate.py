@@ -24,9 +24,9 @@ from gaze_jax import cli
 from gaze_jax.core.layout import NEWLINES
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.run import best_layer_of
-from gaze_jax.infer.chat_session import check_questions
 from gaze_jax.infer.detokenizer import check_limits
 from gaze_jax.infer.gaze_options import GazeOptions
+from gaze_jax.infer.prompt import check_questions
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
 from gaze_jax.infer.sampler import FRAME_SAMPLING, Sampler, collect_answer, load
 from gaze_jax.infer.sampling import check_sampling

@@ -1,9 +1,9 @@
-"""A checkpoint that can be asked: one call for an answer, a batch of them, or a conversation."""
+"""A checkpoint in memory: one call for an answer, or a conversation."""
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.convert import load as checkpoints
 from gaze_jax.convert.checkpoint import Converted
 from gaze_jax.core.layout import VisualLayout
+from gaze_jax.data.processor import Processor
 from gaze_jax.data.sample import Frames
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
-from gaze_jax.infer.chat_session import ChatSession, StreamChunk
-from gaze_jax.infer.detokenizer import check_limits
+from gaze_jax.infer.answer import Answer, DecodeOptions, StreamChunk
+from gaze_jax.infer.chat_session import ChatSession
+from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.memory import cache_bytes, free_bytes, written
 from gaze_jax.infer.programs import Params
-from gaze_jax.infer.sampling import check_sampling
-from gaze_jax.infer.trace import Trace
+from gaze_jax.infer.prompt import FAMILY, PromptBuilder, template_of
 from gaze_jax.media.images import read_image
 from gaze_jax.media.video import FrameSampling, open_video
 from gaze_jax.models import MLLM, MLLMConfig
@@ -39,39 +40,8 @@ FRAME_SAMPLING = {
 }
 """Style of views -> which frames of a video its models are shown, as their authors evaluate them."""
 
-PLAIN = ChatTemplate(
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ message['content'] | replace('<image>\n', '<image>') }}\n"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}",
-    {},
-    "the form that train.py teaches",
-)
-"""How a model that was trained here reads a question: its image, its text, a line feed."""
-
 Picture = str | os.PathLike[str] | np.ndarray
 Film = str | os.PathLike[str] | Frames
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answer:
-    """What a model said.
-
-    Attributes:
-      text: the answer, without an end token or a stop string.
-      tokens: what was generated, as text, the end token last if it came.
-      finish_reason: why it ended: "stop" (an end token or a stop string) or "length" (``max_tokens``).
-      stop_reason: the end token or the stop string that ended it, as text; None if neither did.
-      regions, top_k: R of what was shown, and how many (or which fraction) a query selected; None: dense.
-      trace: where every token looked, if the answer was traced.
-    """
-
-    text: str
-    tokens: tuple[str, ...]
-    finish_reason: str
-    stop_reason: str | None
-    regions: int
-    top_k: int | float | None
-    trace: Trace | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,6 +82,12 @@ class Sampler:
         """The network."""
         return MLLM(self.config)
 
+    @property
+    def prompts(self) -> PromptBuilder:
+        """Makes its prompts."""
+        processor = Processor(self.layout, self.tokenizer, (FAMILY,), resize=self.resize)
+        return PromptBuilder(self.template, processor, self.system)
+
     @classmethod
     def load(
         cls, directory: str | os.PathLike[str], *, mesh: Mesh | None = None, check: bool = True
@@ -124,7 +100,7 @@ class Sampler:
           check: compare a converted checkpoint with its checksums.
 
         Raises:
-          UserError: it is damaged, has no image tower, or lacks its tokenizer or chat template.
+          UserError: it is damaged, has no image tower, or lacks its tokenizer.
         """
         path = Path(directory)
         found = checkpoints.load(path, checkpoints.one_device() if mesh is None else mesh, check=check)
@@ -135,10 +111,12 @@ class Sampler:
 
     @classmethod
     def of(cls, found: Converted, directory: Path) -> "Sampler":
-        """The assistant in a loaded checkpoint; ``directory`` is for messages.
+        """The sampler of a loaded checkpoint; ``directory`` is for messages.
+
+        :func:`gaze_jax.infer.prompt.template_of` says which template it is asked with.
 
         Raises:
-          UserError: it has no image tower, or lacks its tokenizer or chat template.
+          UserError: it has no image tower, or lacks its tokenizer.
         """
         config, name = found.config, directory.resolve().name
         if isinstance(config, VisionConfig) or config.vision is None:
@@ -151,7 +129,7 @@ class Sampler:
         if found.files is None:  # a run of train.py, whose tokenizer lies in its checkpoints
             tokenizer = Tokenizer(found.tokenizer)
             ends = frozenset({tokenizer.end_id})
-            return cls(config, found.params, tokenizer, PLAIN, ends, name, resize=False)
+            return cls(config, found.params, tokenizer, template_of(None), ends, name, resize=False)
         try:
             tokenizer = Tokenizer(found.tokenizer)
         except ValueError as error:
@@ -163,10 +141,10 @@ class Sampler:
             )
         ends = frozenset({tokenizer.end_id, *_stated_ends(found.files)})
         system = default_system(config.views.style)
-        return cls(config, found.params, tokenizer, ChatTemplate.load(found.files), ends, name, system)
+        return cls(config, found.params, tokenizer, template_of(found.files), ends, name, system)
 
     def with_gaze(self, **fields: Any) -> "Sampler":
-        """The same assistant with other fields of its ``GazeConfig``; parameters do not depend on most.
+        """The same sampler with other fields of its ``GazeConfig``; parameters do not depend on most.
 
         Raises:
           UserError: a value is out of range, or the field decides which parameters there are.
@@ -223,8 +201,7 @@ class Sampler:
         Raises:
           UserError: media or the prompt cannot be read, a number is out of range, or it does not fit memory.
         """
-        check_limits(max_tokens, stop)
-        check_sampling(temperature, top_p, seed)
+        DecodeOptions(max_tokens, temperature, top_p, stop, seed)  # refuses before anything is computed
         chat = self.chat(system=system, gaze=gaze, free_slots=max_tokens)
         films = [*(() if video is None else (video,)), *self.read_videos(videos)]
         chat.ask(prompt, images=images, videos=films)
@@ -253,36 +230,46 @@ class Sampler:
         return [open_video(f, sampling) if isinstance(f, str | os.PathLike) else f for f in films]
 
     def check_memory(
-        self, *, rows: int, regions: int, slots: int, text: int, visual: int, there: bool = False
+        self, rows: Sequence[Mapping[str, np.ndarray]], tokens: int, engine: Engine | None = None
     ) -> None:
         """Refuse a cache that would not fit, before it is computed.
 
         Args:
-          rows: B.
-          regions, slots, text: R, P and S of every row.
-          visual: visual tokens of the longest row.
-          there: memory holds it already.
+          rows: arrays to read, one for each row of the cache; with an ``engine`` there may be none.
+          tokens: text-stream tokens that follow in each row.
+          engine: that holds the cache already; None is a new cache.
 
         Raises:
           UserError: it is more than :attr:`cache_tokens`, or than the memory of a device.
         """
-        wanted = rows * (visual + text)
+        shown = [row["visual_src"] for row in rows if len(row["visual_src"])]
+        count, regions = len(rows), max(map(len, shown), default=0)
+        slots = max((source.shape[1] for source in shown), default=1)
+        text = tokens + max((len(row["tokens"]) for row in rows), default=0)
+        visual = max((int((source >= 0).sum()) for source in shown), default=0)
+        fits = False
+        if engine is not None:
+            count, slots = engine.rows, max(slots, engine.slots)
+            fits = engine.fits(text=text, regions=regions, slots=slots)
+            regions, text = regions + engine.regions, text + engine.text_length
+            visual += engine.visual_tokens
+        wanted = count * (visual + text)
         if self.cache_tokens is not None and wanted > self.cache_tokens:
-            each = f"{rows} rows of " if rows > 1 else ""
+            each = f"{count} rows of " if count > 1 else ""
             raise UserError(
                 f"{each}{visual} visual and {text} other tokens, those to come among them, are {wanted}, "
                 f"but the cache may hold cache_tokens={self.cache_tokens}; show less, or raise it."
             )
-        if there:
+        if fits:
             return
         devices = 1 if self.mesh is None else self.mesh.size
         device = jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        sizes = -(-rows // devices), regions, slots, text
+        sizes = -(-count // devices), regions, slots, text
         needed = cache_bytes(self.config, *sizes, on_host=device.platform == "cpu")
         free = free_bytes(device)
         if free is not None and needed > free:
             raise UserError(
-                f"A cache of {rows} x {visual} visual and {text} other tokens takes {written(needed)} on a "
+                f"A cache of {count} x {visual} visual and {text} other tokens takes {written(needed)} on a "
                 f"device but {written(free)} are free; show less, or fewer at once."
             )
 
@@ -300,8 +287,7 @@ def load(
       **gaze: fields of ``GazeConfig`` to change, such as ``select_per="kv_head"`` or ``visual_dtype="int8"``.
 
     Raises:
-      UserError: it is damaged, has no image tower, lacks its tokenizer or chat template, or a field is out of
-        range.
+      UserError: it is damaged, has no image tower, lacks its tokenizer, or a field is out of range.
     """
     return Sampler.load(directory, mesh=mesh, check=check).with_gaze(**gaze)
 
@@ -310,23 +296,10 @@ def collect_answer(
     chat: ChatSession, steps: Iterator[StreamChunk], on_text: Callable[[str], Any] | None = None
 ) -> Answer:
     """Take an answer to its end."""
-    traced = False
     for step in steps:
-        traced |= step.token_trace is not None
         if on_text is not None and step.text:
             on_text(step.text)
-    detokenizer = chat.detokenizer
-    assert detokenizer is not None and detokenizer.finish_reason is not None, "an answer was taken to its end"
-    trace = chat.trace() if traced else None
-    return Answer(
-        detokenizer.text,
-        tuple(detokenizer.pieces),
-        detokenizer.finish_reason,
-        detokenizer.stop_reason,
-        chat.regions,
-        chat.top_k,
-        trace,
-    )
+    return chat.answer()
 
 
 def _stated_ends(directory: Path) -> Collection[int]:

@@ -152,7 +152,7 @@ def test_too_much_for_the_cache_is_said_before_it_is_computed(sampler, monkeypat
     tokens = [int(word) for word in re.findall(r"\b\d+\b", str(error.value))]
     visual, other, wanted = tokens[:3]
     assert visual + other == wanted > 60 and other > 200 and "cache_tokens=60" in str(error.value)
-    monkeypatch.setattr("gaze_jax.infer.assistant.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("gaze_jax.infer.sampler.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"takes 0\.\d MB on a device but 0\.0 MB are free; show less"):
         sampler.generate("What is this?", images=[PHOTO])
 

@@ -381,7 +381,8 @@ def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     # All regions are dense attention: their KL is rounding, and would flatten everything else.
     routed = [row["kl"] for row in report["rows"] if row["top_k"] < report["regions"] and row["kl"] > 0]
-    left.set_yscale("log", nonpositive="clip")
+    if any(row["kl"] > 0 for row in report["rows"]):
+        left.set_yscale("log", nonpositive="clip")
     if routed:
         left.set_ylim(min(routed) / 2, max(routed) * 2)
     left.set_ylabel("KL from dense, nats per token")

@@ -91,7 +91,7 @@ def test_gaze_is_compared_with_dense(joined, tmp_path):
             f"--prompts={prompts}",
             f"--out={tmp_path / 'out'}",
             f"--top_ks=1,{GROUPS}",
-            "--shares=group",
+            "--shares=kv_head",
             "--descriptors=mean",
             "--max_tokens=3",
         )

@@ -382,7 +382,7 @@ def changed(family, tmp_path, **files):
 
 
 def test_checkpoints_that_cannot_be_talked_to(tmp_path):
-    """One sentence each: no tower, no tokenizer, another tokenizer, broken settings. A template is no must."""
+    """One sentence each; only a chat template may be missing."""
     found = load(directory("llava_onevision"), one_device())
     tower = dataclasses.replace(found, config=found.config.vision)
     text = dataclasses.replace(found, config=dataclasses.replace(found.config, vision=None))

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from gaze_jax.core.streams import IGNORE, Streams
-from gaze_jax.data.pipeline import stack
+from gaze_jax.core.streams import IGNORE
 from gaze_jax.data.sample import Video
 from gaze_jax.infer.compiles import compiles
 from gaze_jax.infer.gaze_options import GazeOptions

@@ -1,4 +1,4 @@
-"""Picking an implementation by name: one dict per op, no fallback."""
+"""Select an implementation by name: one dict per op, no fallback."""
 
 import contextlib
 import contextvars
@@ -11,14 +11,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.spec import GazeSpec
 
 KERNELS = ("tpu", "gpu")
-"""Implementations that are programs of one device, named after it; on a mesh they need ``jax.shard_map``."""
+"""Implementations for one kind of device, named after it; on a mesh they need ``jax.shard_map``."""
 
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
 def compile_for(platform: str) -> Iterator[None]:
-    """Trace for ``platform`` ("tpu", "gpu") on a machine that has none: ahead-of-time compilation."""
+    """Trace for ``platform`` ("tpu", "gpu") on a machine without one: ahead-of-time compilation."""
     token = _TARGET.set(platform)
     try:
         yield
@@ -27,7 +27,7 @@ def compile_for(platform: str) -> Iterator[None]:
 
 
 def target() -> str:
-    """The platform that is traced for: "cpu", "gpu" or "tpu"."""
+    """Return the platform being traced for: "cpu", "gpu" or "tpu"."""
     return _TARGET.get() or jax.default_backend()
 
 
@@ -43,12 +43,12 @@ def needs(platform: str, spec: GazeSpec) -> str | None:
 
 
 def interpreter() -> pltpu.InterpretParams:
-    """How TPU kernels are interpreted: strictly, so that what passes does not pass by luck."""
+    """Parameters for interpreting TPU kernels, with every check on, so that no test passes by luck."""
     return pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 
 
 def find(op: str, implementations: Mapping[str, ModuleType], name: str) -> ModuleType:
-    """Return the module called ``name``, or raise a ValueError that lists the names there are."""
+    """Return the module called ``name``, or raise a ValueError that lists the valid names."""
     if name not in implementations:
         raise ValueError(f"{op} has no implementation {name!r}; choose one of {tuple(implementations)}.")
     return implementations[name]
@@ -69,7 +69,7 @@ def pick(op: str, implementations: Mapping[str, ModuleType], name: str, spec: Ga
 
 
 def check_shape(op: str, name: str, array: object, expected: tuple[int, ...]) -> None:
-    """Raise one sentence if ``array`` has not the ``expected`` shape."""
+    """Raise a ValueError if the shape of ``array`` is not ``expected``."""
     shape = getattr(array, "shape", None)
     if shape != expected:
         raise ValueError(f"{op}: {name} has shape {shape}, expected {expected}.")

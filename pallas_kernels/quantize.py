@@ -1,7 +1,7 @@
 """int8 keys and values: symmetric, one float32 scale per token of a kv head.
 
-A token's scale is its own business: tokens are written, masked and poisoned one by one, and none
-changes what another decodes to. The largest error of an element is half a step, max|x| / 254.
+Scales are per token because tokens are written and masked one at a time: a token (or a NaN in it) never
+changes what another token decodes to. The largest error of an element is half a step, max|x| / 254.
 """
 
 import jax
@@ -12,7 +12,7 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Round to 255 levels.
 
     Args:
-      x: [..., D] floats; a NaN or an infinity makes the scale of its token NaN and nothing else.
+      x: [..., D] floats; a NaN or an infinity makes the scale of its token NaN and affects nothing else.
 
     Returns:
       int8 [..., D] and float32 [...] scales, 0 for a token of zeros.
@@ -25,5 +25,5 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantize(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """float32 [..., D] of what :func:`quantize` made."""
+    """Invert :func:`quantize`, up to rounding: float32 [..., D]."""
     return x.astype(jnp.float32) * scale[..., None]

@@ -14,16 +14,16 @@ VISUAL_DTYPES = (None, "int8")
 
 @dataclasses.dataclass(frozen=True)
 class GazeSpec:
-    """What an implementation may specialise on; hashable, so it can be a static jit argument.
+    """Static choices that an implementation may specialise on; hashable, so a valid static jit argument.
 
     Attributes:
       scale: multiplies the logits (usually ``head_dim ** -0.5``); it never changes a selection.
       select_per: "head": a selection per query head (Hs = H); "kv_head": one per kv head (Hs = K).
-      query_block: most queries that ``gaze_prefill`` may hold logits of at once.
-      visual_dtype: how ``gaze_decode`` keeps the visual cache: None as it comes, "int8" with a float32
+      query_block: maximum number of queries whose logits ``gaze_prefill`` may hold at once.
+      visual_dtype: how ``gaze_decode`` stores the visual cache: None keeps the dtype; "int8" adds a float32
         scale per token, kv head and side (K, V); see :mod:`pallas_kernels.quantize`.
-      interpret: run Pallas kernels in JAX's interpreter, which needs no accelerator, fills scratch with
-        NaN, refuses reads out of bounds and looks for races. For tests: slow.
+      interpret: run Pallas kernels in JAX's interpreter. It needs no accelerator, fills scratch with
+        NaN, rejects out-of-bounds reads and detects races. Slow; for tests.
     """
 
     scale: float
@@ -44,15 +44,15 @@ class GazeSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """What each query may see, as inclusive intervals of ``order`` inside its own segment.
+    """What each query may see, as inclusive intervals of ``order`` within its own segment.
 
-    A query whose interval is empty everywhere (``segment`` -1) outputs 0.
+    A query that sees no key (padding, for example) outputs 0.
 
     Attributes:
-      segment: int32 [B, T] packed sample of the query; -1 for padding, which sees nothing.
-      visual_lo, visual_hi: int32 [B, T] visible visual tokens.
-      text_lo, text_hi: int32 [B, T] visible text-stream tokens.
-      routed: bool [B, T] the query attends to its selected regions only.
+      segment: int32 [B, T] packed sample that the query belongs to; -1 for padding, which sees nothing.
+      visual_lo, visual_hi: int32 [B, T] interval of the visible visual tokens.
+      text_lo, text_hi: int32 [B, T] interval of the visible text-stream tokens.
+      routed: bool [B, T]: the query attends to its selected regions only.
     """
 
     segment: jax.Array
@@ -66,7 +66,7 @@ class Windows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyPlaces:
-    """Where the keys stand in their sequences; empty slots and padding have order -1.
+    """Positions of the keys in their sequences (``order``); empty slots and padding have order -1.
 
     Attributes:
       visual_order: int32 [B, R, P].

@@ -1,4 +1,4 @@
-"""Any checkpoint into memory: converted, as published, or of a run."""
+"""Load any checkpoint: converted, as published, or from a training run."""
 
 from pathlib import Path
 
@@ -10,17 +10,19 @@ from gaze_jax.convert import checkpoint, manifest
 from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, read_tokenizer, text_part
 from gaze_jax.convert.run import Plan, plan_directory
 from gaze_jax.errors import UserError
+from gaze_jax.families import check_views
+from gaze_jax.models.config import MLLMConfig
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.checkpoint import FOLDER, load_for_inference
 
 
 def place(plan: Plan, mesh: Mesh) -> Converted:
-    """Put a planned checkpoint on a mesh without writing it: one leaf at a time is in host memory.
+    """Put a planned checkpoint on a mesh without writing it; host memory holds one leaf at a time.
 
     Args:
       plan: from :mod:`gaze_jax.convert.run`.
-      mesh: where the parameters go.
+      mesh: the mesh to put the parameters on.
 
     Raises:
       UserError: the mesh does not divide a parameter, or a value does not fit the plan's dtype.
@@ -36,23 +38,30 @@ def place(plan: Plan, mesh: Mesh) -> Converted:
 
 
 def one_device() -> Mesh:
-    """A mesh of this process's first device."""
+    """Return a mesh of this process's first device."""
     return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
 
 
 def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
-    """Load a converted checkpoint, a Hugging Face directory as it is, or a run of train.py.
+    """Load a converted checkpoint, a Hugging Face directory or a run of train.py.
 
     Args:
-      directory: with manifest.json, with config.json and safetensors, or with checkpoints/.
-      mesh: where the parameters go.
-      check: compare a converted checkpoint with its checksums.
+      directory: contains manifest.json, or config.json and safetensors files, or checkpoints/.
+      mesh: the mesh to put the parameters on.
+      check: verify the checksums of a converted checkpoint.
 
     Raises:
-      UserError: it is neither, or damaged.
+      UserError: the directory is none of these, it is damaged, or the views in its config are invalid.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give a checkpoint.")
+    found = _load(directory, mesh, check)
+    if isinstance(found.config, MLLMConfig):
+        check_views(found.config.views)
+    return found
+
+
+def _load(directory: Path, mesh: Mesh, check: bool) -> Converted:
     if (directory / manifest.FILE).exists():
         return checkpoint.load(directory, mesh, check=check)
     if (directory / FOLDER).is_dir():

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,12 +11,10 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer.detokenizer import Detokenizer, check_limits
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import counted, most
+from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.sampling import SamplingParams, check_sampling
 from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
 from gaze_jax.infer.trace import Trace
-
-if TYPE_CHECKING:
-    from gaze_jax.infer.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +24,7 @@ class DecodeOptions:
     Attributes:
       max_tokens: most tokens to generate; the answer is cut there.
       temperature, top_p, seed: of :class:`gaze_jax.infer.sampling.SamplingParams`.
+      sample_top_k: its ``top_k``; None is 0, all tokens.
       stop: strings that end the answer before them.
 
     Raises:
@@ -35,13 +33,14 @@ class DecodeOptions:
 
     max_tokens: int = 64
     temperature: float = 0.0
+    sample_top_k: int | None = None
     top_p: float = 1.0
     stop: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_limits(self.max_tokens, self.stop)
-        check_sampling(self.temperature, self.top_p, self.seed)
+        check_sampling(self.temperature, self.top_p, self.seed, self.sample_top_k)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ class PendingAnswer:
       options: how it is decoded.
     """
 
-    def __init__(self, sampler: "Sampler", question: Question, options: DecodeOptions) -> None:
+    def __init__(self, sampler: LoadedModel, question: Question, options: DecodeOptions) -> None:
         self._sampler = sampler
         self.question, self.options = question, options
         self._detokenizer = Detokenizer(sampler.tokenizer, sampler.end_ids, options.stop, options.max_tokens)
@@ -141,8 +140,8 @@ class PendingAnswer:
             self._token_traces.append(token_trace)
         return StreamChunk(text, self._detokenizer.pieces[-1], token_trace)
 
-    def finish(self) -> Answer:
-        """The whole answer.
+    def result(self) -> Answer:
+        """The finished answer.
 
         Raises:
           UserError: it has not ended.
@@ -176,7 +175,7 @@ class PendingAnswer:
 
 
 def decode_answers(
-    sampler: "Sampler",
+    sampler: LoadedModel,
     engine: Engine,
     answers: Sequence[PendingAnswer],
     *,
@@ -204,6 +203,7 @@ def decode_answers(
             [option.temperature for option in options],
             [option.top_p for option in options],
             [option.seed for option in options],
+            [option.sample_top_k for option in options],
         ),
         returns="trace" if return_trace and engine.regions > 0 else "tokens",
         chunked=chunked and not any(option.stop for option in options),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +22,9 @@ from gaze_jax.infer.answer import (
 )
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions, check, join
+from gaze_jax.infer.loaded import Film, LoadedModel, Picture
 from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.prompt import split_at_video, user_turn
-
-if TYPE_CHECKING:
-    from gaze_jax.infer.sampler import Film, Picture, Sampler
 
 
 class ChatSession:
@@ -49,7 +47,7 @@ class ChatSession:
 
     def __init__(
         self,
-        sampler: "Sampler",
+        sampler: LoadedModel,
         *,
         system: str | None = None,
         gaze: GazeOptions | None = None,
@@ -169,7 +167,7 @@ class ChatSession:
             raise
         self._running = dataclasses.replace(running, ended=last)
 
-    def ask(self, question: str, *, images: Sequence["Picture"] = (), videos: Sequence["Film"] = ()) -> None:
+    def ask(self, question: str, *, images: Sequence[Picture] = (), videos: Sequence[Film] = ()) -> None:
         """Read a question, and what it shows; only its own tokens are computed.
 
         Args:
@@ -223,6 +221,7 @@ class ChatSession:
         max_tokens: int,
         *,
         temperature: float = 0.0,
+        sample_top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
@@ -232,7 +231,8 @@ class ChatSession:
         """Answer the last question, token by token.
 
         Args:
-          max_tokens, temperature, top_p, seed, stop: see :class:`gaze_jax.infer.answer.DecodeOptions`.
+          max_tokens, temperature, sample_top_k, top_p, seed, stop: see
+            :class:`gaze_jax.infer.answer.DecodeOptions`.
           return_trace: also say where each token looked.
           chunked: compute several tokens at once; False yields each as soon as it is there. The tokens are
             the same.
@@ -242,7 +242,7 @@ class ChatSession:
         """
         if not self._waiting or self._engine is None:
             raise UserError("The last question was answered; ask another.")
-        options = DecodeOptions(max_tokens, temperature, top_p, stop, seed)
+        options = DecodeOptions(max_tokens, temperature, sample_top_k, top_p, stop, seed)
         self._sampler.check_memory([], max_tokens, self._engine)
         question = Question(
             self._question, self._images, self._videos, self.views, self.regions, self._budget
@@ -262,7 +262,7 @@ class ChatSession:
         """
         if self._answer is None:
             raise UserError("No question was answered yet; ask one and take its answer to the end.")
-        return self._answer.finish()
+        return self._answer.result()
 
 
 @dataclasses.dataclass(frozen=True)

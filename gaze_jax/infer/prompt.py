@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from gaze_jax.chat.conversation import Parts, conversation_parts
+from gaze_jax.chat.conversation import Arrange, Parts, conversation_parts
 from gaze_jax.chat.messages import TAG, Message, from_llava
 from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.data.placement import Arrays, PlacedView
@@ -136,12 +136,14 @@ class PromptBuilder:
 
     Attributes:
       template: how the checkpoint reads a conversation.
-      processor: makes arrays of parts; its layout has the style of the checkpoint's family.
+      processor: makes arrays of parts.
+      arrange: the order of media and text in a turn, ``Family.arrange``.
       system: system prompt of conversations that name no other; None is none.
     """
 
     template: ChatTemplate
     processor: Processor
+    arrange: Arrange
     system: str | None = None
 
     def opening(self, system: str | None = None) -> tuple[Message, ...]:
@@ -165,8 +167,7 @@ class PromptBuilder:
         answered = any(message.role == "user" for message in messages)
         mark = _unused([turn.text, *(message.text for message in messages), self.template.source])
         turns = (*messages, *((Message("assistant", mark),) if answered else ()), turn)
-        style = self.processor.layout.views.style
-        parts = conversation_parts(self.template, turns, style=style, add_generation_prompt=True)
+        parts = conversation_parts(self.template, turns, arrange=self.arrange, add_generation_prompt=True)
         if not answered:
             return parts, turns
         for number, part in reversed(list(enumerate(parts))):

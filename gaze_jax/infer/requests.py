@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from gaze_jax.data.sample import Frames
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, renamed
 from gaze_jax.infer.answer import Answer, DecodeOptions, PendingAnswer, Question, decode_answers
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions, check, join
@@ -17,6 +17,18 @@ from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
 from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
+
+GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
+"""Fields of ``GazeOptions`` -> those of :class:`Request`."""
+
+OLD_FIELDS = {
+    "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
+    "keep": "gaze_keep",
+    "dense": "gaze_dense",
+    "dense_layers": "gaze_full_layers",
+    "full_layers": "gaze_full_layers",
+}
+"""What fields of a line were called before -> what they are called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +39,9 @@ class Request:
       question: with a tag for each of the media, or without any: media first.
       id: names it in answers and files; the line's number, from 1, if there is none.
       images, videos: files.
-      system, max_tokens, temperature, top_p, stop, seed: as in ``Sampler.generate``.
-      top_k, keep, dense, full_layers: as in :class:`gaze_jax.infer.gaze_options.GazeOptions`.
+      system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
+      gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
+        :class:`gaze_jax.infer.gaze_options.GazeOptions`.
       look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
 
     Raises:
@@ -42,13 +55,14 @@ class Request:
     system: str | None = None
     max_tokens: int = 64
     temperature: float = 0.0
+    sample_top_k: int | None = None
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    top_k: int | None = None
-    keep: float | None = None
-    dense: bool = False
-    full_layers: tuple[int, ...] = ()
+    gaze_top_k: int | None = None
+    gaze_keep: float | None = None
+    gaze_dense: bool = False
+    gaze_full_layers: tuple[int, ...] = ()
     look_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,13 +73,16 @@ class Request:
     @property
     def options(self) -> DecodeOptions:
         """How its answer is decoded."""
-        return DecodeOptions(self.max_tokens, self.temperature, self.top_p, self.stop, self.seed)
+        return DecodeOptions(
+            self.max_tokens, self.temperature, self.sample_top_k, self.top_p, self.stop, self.seed
+        )
 
     @property
     def gaze(self) -> GazeOptions:
         """Which regions its queries may select."""
         boxes = tuple(LookAt.parse(text) for text in self.look_at)
-        return GazeOptions(self.top_k, self.keep, self.dense, self.full_layers, boxes)
+        with renamed(GAZE_FIELDS):
+            return GazeOptions(self.gaze_top_k, self.gaze_keep, self.gaze_dense, self.gaze_full_layers, boxes)
 
     @classmethod
     def parse(cls, line: str, name: str, **defaults: Any) -> Self:
@@ -82,6 +99,8 @@ class Request:
             raise UserError(f"{name} must be a JSON object, not {type(record).__name__}.")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in record.items():
+            if key in OLD_FIELDS:
+                raise UserError(f"{name} has the field {key!r}, which is now {OLD_FIELDS[key]}.")
             if key not in known:
                 raise UserError(f"{name} has an unknown field {key!r}; known are {', '.join(known)}.")
             kind = str(known[key].type)
@@ -153,7 +172,7 @@ def record(request: Request, answer: Answer) -> dict[str, Any]:
         "stop_reason": answer.stop_reason,
         "tokens": len(answer.tokens),
         "regions": answer.regions,
-        "top_k": answer.top_k,
+        "gaze_top_k": answer.top_k,
     }
 
 
@@ -170,14 +189,15 @@ class _Row:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Rows of one batch have this in common."""
-        return type(self.budget), self.request.full_layers
+        return type(self.budget), self.request.gaze_full_layers
 
 
 def _row(sampler: Sampler, request: Request) -> _Row:
     images, videos = sampler.read_images(request.images), sampler.read_videos(request.videos)
     prompt = sampler.prompts.question(request.question, images, videos, system=request.system)
-    budget = request.gaze.budget(sampler.config.gaze.top_k)
-    check(request.gaze, prompt.views, sampler.config.decoder.depth, regions=prompt.regions)
+    with renamed(GAZE_FIELDS):
+        budget = request.gaze.budget(sampler.config.gaze.top_k)
+        check(request.gaze, prompt.views, sampler.config.decoder.depth, regions=prompt.regions)
     return _Row(request, images, videos, prompt, budget)
 
 
@@ -248,4 +268,4 @@ def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Itera
     for _ in decode_answers(sampler, engine, answers, return_trace=return_trace, chunked=True):
         pass
     for row, answer in zip(rows, answers, strict=True):
-        yield row.request, answer.finish()
+        yield row.request, answer.result()

@@ -1,6 +1,4 @@
-"""The data of an experiment: processor, sizes of a batch, iterator and fingerprint."""
-
-from typing import Any
+"""The data of an experiment: processor, batch sizes, iterator and fingerprint."""
 
 import grain
 import jax
@@ -9,12 +7,14 @@ from gaze_jax.corpora.digits import DigitScenes, sequence_lengths
 from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data import pipeline
 from gaze_jax.data.processor import Processor
+from gaze_jax.families import get_family
 from gaze_jax.train.config import Experiment
 
 
 def make_processor(experiment: Experiment) -> Processor:
-    """Samples to arrays, as the model of ``experiment`` wants them."""
-    return Processor(experiment.model.layout, build_tokenizer(), FAMILIES)
+    """Make the processor that turns samples into arrays for the model of ``experiment``."""
+    layout = experiment.model.layout
+    return Processor(layout, build_tokenizer(), FAMILIES, get_family(layout.views.style).views)
 
 
 def _config(experiment: Experiment) -> pipeline.PipelineConfig:
@@ -24,8 +24,8 @@ def _config(experiment: Experiment) -> pipeline.PipelineConfig:
     return pipeline.PipelineConfig(batch_size=experiment.batch_size, seed=experiment.seed, bucket=bucket)
 
 
-def make_iterator(experiment: Experiment) -> tuple[grain.DatasetIterator, dict[str, Any]]:
-    """This process's share of the training batches, and the fingerprint of what decides them."""
+def make_iterator(experiment: Experiment) -> tuple[grain.DatasetIterator, dict[str, object]]:
+    """Return this process's part of the training batches, and a fingerprint of everything they depend on."""
     source = DigitScenes(experiment.data, experiment.seed, "train")
     processor, config = make_processor(experiment), _config(experiment)
     iterator = pipeline.training_iterator(

@@ -1,1 +1,1 @@
-"""Pictures of where a model looked."""
+"""Pages, pictures and clips of the regions that a model selected."""

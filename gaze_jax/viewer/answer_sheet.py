@@ -1,8 +1,8 @@
-"""Contact sheets of a model's answer: selections over regions, drawn over the images they were cut from."""
+"""Contact sheets of a model's answer: selected regions, drawn over the images they were cut from."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from PIL import Image
@@ -11,11 +11,11 @@ from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.infer.trace import Trace, check_layer
-from gaze_jax.viewer.contact_sheet import contact_sheet
+from gaze_jax.viewer.contact_sheet import SheetOptions, contact_sheet
 
 
 def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
-    """Values of the regions of one image spread over its tokens: [..., R] to [..., h, w]."""
+    """Spread values per region of one image over its token grid: [..., R] to [..., h, w]."""
     table = layout.table
     valid = table >= 0
     regions = np.broadcast_to(np.arange(layout.regions)[:, None], table.shape)
@@ -25,29 +25,36 @@ def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
 
 
 def answer_sheet(
-    image: np.ndarray, pieces: Sequence[str], selected: np.ndarray, layout: VisualLayout, **options: Any
+    image: np.ndarray,
+    pieces: Sequence[str],
+    selected: np.ndarray,
+    layout: VisualLayout,
+    *,
+    title: str,
+    **options: Unpack[SheetOptions],
 ) -> Image.Image:
-    """Draw where each token of an answer looked in one layer.
+    """Draw the regions that each token of an answer selected in one layer.
 
     Args:
-      image: uint8 [height, width, 3] that the model saw, or the larger one it was made from.
+      image: uint8 [height, width, 3], the image that the model saw, or the larger original.
       pieces: T generated tokens as text.
-      selected: bool [T, Hs, R] of one layer; the veil over a region grows with the heads that left it out.
-      layout: of the image.
-      **options: of :func:`gaze_jax.viewer.contact_sheet.contact_sheet`, "title" at least.
+      selected: bool [T, Hs, R] of one layer; the fewer heads selected a region, the stronger its veil.
+      layout: the image's layout.
+      title: above the sheet.
+      **options: see :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
 
     Returns:
       An RGB picture.
     """
     fraction = selected.astype(np.float32).mean(axis=1)
-    return contact_sheet(image, pieces, over_grid(fraction, layout), **options)
+    return contact_sheet(image, pieces, over_grid(fraction, layout), title=title, **options)
 
 
 def most_looked_at(views: Sequence[PlacedView], selected: np.ndarray, count: int) -> list[PlacedView]:
     """The ``count`` views whose tokens were selected most often over an answer, in their own order.
 
     Args:
-      views: of the prompt.
+      views: the views of the prompt.
       selected: bool [T, heads, R], of one layer or of several side by side.
       count: at least 1.
     """
@@ -58,7 +65,7 @@ def most_looked_at(views: Sequence[PlacedView], selected: np.ndarray, count: int
 
 
 def titles_of(trace: Trace) -> list[str]:
-    """What each view of a trace shows, in words."""
+    """A title for each view of a trace, such as "Image 1, view 2 of 3"."""
     frames: dict[int, int] = {}
     of_image: dict[int, list[int]] = {}
     for view in trace.views:
@@ -79,7 +86,7 @@ def titles_of(trace: Trace) -> list[str]:
 
 
 def covered(picture: np.ndarray, view: PlacedView) -> np.ndarray:
-    """The part of a picture, uint8 [height, width, 3], that a view's grid shows; padding is black."""
+    """The part of a picture, uint8 [height, width, 3], that a view's grid covers; padding is black."""
     left, top, right, bottom = (round(edge) for edge in view.corners)
     box = (left, top, max(right, left + 1), max(bottom, top + 1))
     return np.asarray(Image.fromarray(picture).crop(box))
@@ -92,13 +99,13 @@ def view_sheets(
     selected: np.ndarray,
     *,
     titles: Sequence[str],
-    **options: Any,
+    **options: Unpack[SheetOptions],
 ) -> Image.Image:
-    """One contact sheet under the other, one for each view of an image or frame of a video.
+    """Contact sheets below each other, one for each view of an image or frame of a video.
 
     Args:
-      pictures: uint8 [height, width, 3] each, the image or frame that a view was made from.
-      views: F of them, where each was placed.
+      pictures: F images or frames that the views were made from, uint8 [height, width, 3] each.
+      views: F placed views.
       pieces: T generated tokens as text.
       selected: bool [T, heads, R], of one layer or of several side by side.
       titles: F headings.
@@ -121,13 +128,13 @@ def view_sheets(
     return whole
 
 
-def sheet(trace: Trace, *, layer: int | None, views: int, **options: Any) -> Image.Image:
-    """The contact sheets of a trace: its answer over the views and frames that it looked at most.
+def sheet(trace: Trace, *, layer: int | None, views: int, **options: Unpack[SheetOptions]) -> Image.Image:
+    """The contact sheets of a trace: its answer over the views and frames with the most selected regions.
 
     Args:
-      trace: of a run that selects.
-      layer: whose heads are shown; None is those of all layers.
-      views: most views and frames, at least 1.
+      trace: the trace of a run with selection.
+      layer: show the heads of this layer; None shows those of all layers.
+      views: maximum number of views and frames, at least 1.
       **options: of :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
 
     Returns:
@@ -154,13 +161,13 @@ def selection(trace: Trace, layer: int | None) -> np.ndarray:
     """
     check_layer(trace, layer)
     if trace.top_k is None:
-        raise UserError("The trace is of a dense run, which selects nothing to draw; its page shows it.")
+        raise UserError("The trace is of a dense run, which selects nothing; view its HTML page instead.")
     mask = trace.mask()
     return mask.reshape(len(mask), -1, trace.regions) if layer is None else mask[:, layer]
 
 
 def on_copy(trace: Trace, view: PlacedView) -> PlacedView:
-    """A view with its corners in pixels of the copy in the trace."""
+    """The view with its corners in pixels of the picture stored in the trace."""
     picture = trace.picture_of(view)
     (height, width), (rows, columns) = picture.size, picture.pixels().shape[:2]
     x, y = columns / width, rows / height

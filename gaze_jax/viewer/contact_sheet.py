@@ -1,4 +1,4 @@
-"""A contact sheet of one answer: a panel per generated token, its selected regions clear, the rest veiled.
+"""A contact sheet of one answer: a panel per token, with its selected regions clear and the rest veiled.
 
 Axes: T generated tokens; h, w the token grid of the image, row-major from the top left; H, W image pixels.
 """
@@ -7,6 +7,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -14,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
 
-# Of every picture that is drawn here.
+# Colours of every picture drawn here.
 PAPER: Colour = (250, 250, 247)
 INK: Colour = (33, 35, 40)
 MUTED: Colour = (120, 124, 132)
-# Blue and vermilion, near the Okabe-Ito palette: apart for every kind of colour vision, on light and on dark.
+# Blue and vermilion, near the Okabe-Ito palette: distinct for all colour vision, on light and on dark.
 SELECTED: Colour = (0, 133, 202)
 _TARGET: Colour = (230, 97, 0)
 
@@ -29,14 +30,24 @@ _SWATCH = 14
 _LEGEND_ROW = 22
 _ENTRY_GAP = 22
 _CREDIT_ROW = 20
-# One or two panels are narrower than a question is long.
+# A question needs more width than one or two panels have.
 _LEAST_WIDTH = 480
 _LEAST_PANEL = 48
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-# A veiled pixel keeps this fraction of its colour and of its brightness.
+# Fractions of its colour and brightness that a veiled pixel keeps.
 _VEIL_COLOUR = 0.15
 _VEIL_LIGHT = 0.36
+
+
+class SheetOptions(TypedDict, total=False):
+    """Keywords of :func:`contact_sheet` that may be left out."""
+
+    panel: int
+    columns: int
+    boxes: Sequence[Box | None] | None
+    credit: str | None
+    font: Path | None
 
 
 def contact_sheet(
@@ -51,24 +62,24 @@ def contact_sheet(
     credit: str | None = None,
     font: Path | None = None,
 ) -> Image.Image:
-    """Draws, for every generated token, which parts of the image it attended to.
+    """Draw which parts of the image each generated token attended to.
 
     Args:
-        image: uint8 [H, W, 3], RGB. One whose longer side fits a panel twice is enlarged by a whole factor,
-            pixel by pixel; any other is resampled to the panel.
-        tokens: T strings, printed under the panels: a space as a raised dot, line ends and whatever else the
-            font cannot draw as Python escapes.
+        image: uint8 [H, W, 3], RGB. If its longer side fits a panel at least twice, it is enlarged by an
+            integer factor without smoothing; otherwise it is resampled to the panel.
+        tokens: T strings, printed under the panels; a space is shown as a raised dot, line ends and
+            characters that the font lacks as Python escapes.
         selected: bool [T, h, w], or floating in [0, 1]: the fraction of heads that selected the token's
             region; the veil is proportional to the fraction that did not. The grid spans the whole image.
         title: The question and the answer; the first line is printed larger. Long lines wrap.
         panel: Longest side of a panel's picture, in pixels.
-        columns: Panels in a row.
+        columns: Panels per row.
         boxes: T boxes (x0, y0, x1, y1) in image pixels, or None for a token without a target.
-        credit: Whose image it is.
-        font: A TrueType file for scripts that the built-in font lacks, which draws little more than ASCII.
+        credit: The image's credit line.
+        font: A TrueType file for scripts that the built-in font lacks (it has little more than ASCII).
 
     Returns:
-        An RGB picture, the same for the same arguments.
+        An RGB picture; deterministic.
 
     Raises:
         ValueError: if shapes, types, lengths or values do not fit the description.
@@ -121,7 +132,7 @@ def _validated(
     columns: int,
     boxes: Sequence[Box | None] | None,
 ) -> tuple[np.ndarray, np.ndarray, Sequence[Box | None]]:
-    """The arrays as NumPy arrays and the boxes as a sequence of T, or a ValueError saying what is wrong."""
+    """Return the arrays as NumPy arrays and the boxes as a sequence of T; ValueError if they are invalid."""
     image, selected = np.asarray(image), np.asarray(selected)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}.")
@@ -133,7 +144,7 @@ def _validated(
         )
     if selected.dtype != np.bool_:
         if not np.issubdtype(selected.dtype, np.floating):
-            raise ValueError(f"selected must be bool, or floating for shares of heads, got {selected.dtype}.")
+            raise ValueError(f"selected must be bool or floating (fractions of heads), got {selected.dtype}.")
         if not ((selected >= 0) & (selected <= 1)).all():
             raise ValueError("selected must lie in [0, 1]: it is the fraction of heads per region.")
     if panel < _LEAST_PANEL:
@@ -151,11 +162,11 @@ def _validated(
 
 
 def fitted(image: np.ndarray, panel: int) -> tuple[Image.Image, float]:
-    """The picture of a panel, its longest side at most ``panel``, and its size over the image's."""
+    """The picture of a panel, its longest side at most ``panel``, and its scale relative to the image."""
     source = Image.fromarray(image)
     longest = max(source.size)
     if 2 * longest <= panel:
-        # A whole factor, so that every pixel of a tiny image is a square of the same size.
+        # An integer factor, so that every pixel of a tiny image becomes a square of the same size.
         whole = panel // longest
         return source.resize((source.width * whole, source.height * whole), Image.Resampling.NEAREST), float(
             whole
@@ -166,18 +177,18 @@ def fitted(image: np.ndarray, panel: int) -> tuple[Image.Image, float]:
 
 
 def _enlarged(mask: np.ndarray, width: int, height: int) -> np.ndarray:
-    """[h, w] cells as [height, width] pixels, cell borders rounded down to a pixel."""
+    """Enlarge [h, w] cells to [height, width] pixels; cell borders are rounded down to a pixel."""
     rows = np.arange(height) * mask.shape[0] // height
     columns = np.arange(width) * mask.shape[1] // width
     return mask[rows][:, columns]
 
 
 def _veiled(pixels: np.ndarray, fraction: np.ndarray) -> np.ndarray:
-    """Darkens and greys pixels by what ``fraction`` lacks to 1.
+    """Darken and grey pixels in proportion to ``1 - fraction``.
 
     Args:
         pixels: uint8 [H, W, 3].
-        fraction: floating [H, W] in [0, 1]; 1 leaves a pixel exactly as it is.
+        fraction: floating [H, W] in [0, 1]; 1 leaves a pixel unchanged.
 
     Returns:
         uint8 [H, W, 3].
@@ -190,7 +201,7 @@ def _veiled(pixels: np.ndarray, fraction: np.ndarray) -> np.ndarray:
 
 
 def paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, mask: np.ndarray) -> None:
-    """Puts one veiled picture at ``at`` and outlines what at least half of the heads selected.
+    """Paste one veiled picture at ``at`` and outline what at least half of the heads selected.
 
     The outline lies outside the selected cells, in the veil or in the margin, and hides no selected pixel.
     """
@@ -206,7 +217,7 @@ def paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, m
 
 
 def _draw_target(draw: ImageDraw.ImageDraw, at: tuple[int, int], box: Box, factor: float) -> None:
-    """Outlines a box given in image pixels from outside, with a light rim that shows on any picture."""
+    """Outline a box, given in image pixels, on its outside, with a light rim visible on any picture."""
     x0, y0 = at[0] + round(box[0] * factor), at[1] + round(box[1] * factor)
     # A box that covers less than a pixel of the panel still gets a mark.
     x1, y1 = max(x0, at[0] + round(box[2] * factor) - 1), max(y0, at[1] + round(box[3] * factor) - 1)
@@ -216,7 +227,7 @@ def _draw_target(draw: ImageDraw.ImageDraw, at: tuple[int, int], box: Box, facto
 
 @dataclasses.dataclass(frozen=True)
 class Fonts:
-    """One face in the sheet's four sizes."""
+    """One font in the sheet's four sizes."""
 
     heading: ImageFont.FreeTypeFont
     body: ImageFont.FreeTypeFont
@@ -225,7 +236,7 @@ class Fonts:
 
     @classmethod
     def load(cls, path: Path | None) -> "Fonts":
-        """The face in ``path``, or the one that Pillow brings."""
+        """The font in ``path``, or Pillow's built-in one."""
 
         def face(size: int) -> ImageFont.FreeTypeFont:
             loaded = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
@@ -236,8 +247,8 @@ class Fonts:
 
 
 def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text with a Python escape for every character that the font has no glyph for."""
-    # The last code point is assigned to nothing, so every font draws its "missing" glyph for it.
+    """Replace every character that the font has no glyph for with its Python escape."""
+    # The last code point is unassigned, so every font draws its "missing" glyph for it.
     missing = bytes(font.getmask("\U0010ffff"))
 
     def shown(character: str) -> str:
@@ -248,7 +259,7 @@ def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
 
 
 def _token_text(token: str, font: ImageFont.FreeTypeFont, available: float) -> str:
-    """The token with its white space visible, cut with an ellipsis where it exceeds ``available`` pixels."""
+    """The token with visible white space, cut with an ellipsis to fit ``available`` pixels."""
     text = drawable(token.replace(" ", "·"), font) if token else '""'
     if font.getlength(text) <= available:
         return text
@@ -260,7 +271,7 @@ def _token_text(token: str, font: ImageFont.FreeTypeFont, available: float) -> s
 def _draw_label(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], width: int, token: str, fraction: float, fonts: Fonts
 ) -> None:
-    """Prints the token under a panel, and on the right the fraction of the image it attended to."""
+    """Print the token under a panel, and on the right the fraction of the image it attended to."""
     baseline = at[1] + 22
     note = f"{100 * fraction:.0f} %"
     draw.text((at[0] + width, baseline), note, MUTED, fonts.small, anchor="rs")
@@ -269,7 +280,7 @@ def _draw_label(
 
 
 def wrapped(text: str, available: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The text in lines of at most ``available`` pixels; a word that is longer is broken anywhere."""
+    """Wrap text into lines of at most ``available`` pixels; a longer word is broken anywhere."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= available:
@@ -284,14 +295,14 @@ def wrapped(text: str, available: float, font: ImageFont.FreeTypeFont) -> list[s
 
 
 def _fitting(word: str, available: float, font: ImageFont.FreeTypeFont) -> int:
-    """How many letters of a word fit, at least one."""
+    """Number of letters of a word that fit, at least one."""
     return 1 + bisect.bisect_right(range(2, len(word)), available, key=lambda end: font.getlength(word[:end]))
 
 
 def _heading(
     title: str, available: float, fonts: Fonts
 ) -> list[tuple[str, ImageFont.FreeTypeFont, Colour, int]]:
-    """The title's lines, each with its face, its colour and the pixels it takes downwards."""
+    """The title's lines, each with its font, colour and height in pixels."""
     first, *rest = title.split("\n")
     lines = [
         (line, fonts.heading, INK, 30)
@@ -304,12 +315,12 @@ def _heading(
     return lines
 
 
-# A swatch's pixels across, what draws it at (x, y), and what it means.
+# A swatch's width in pixels, the function that draws it at (x, y), and its meaning.
 _Entry = tuple[int, Callable[[ImageDraw.ImageDraw, int, int], None], str]
 
 
 def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
-    """What the marks in the panels mean, each with a swatch of it."""
+    """The legend of the marks in the panels: each with a swatch and its meaning."""
     sample = (214, 206, 178)
     last = _SWATCH - 1
 
@@ -332,8 +343,8 @@ def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
         entries: list[_Entry] = [(_SWATCH, outlined, "attended to"), (_SWATCH, veiled, "not selected")]
     else:
         entries = [
-            (3 * _SWATCH, veiled, "selected by no head ... by all"),
-            (_SWATCH, outlined, "by at least half of them"),
+            (3 * _SWATCH, veiled, "selected by no head ... by all heads"),
+            (_SWATCH, outlined, "by at least half of the heads"),
         ]
     if targets:
         entries.append((_SWATCH, boxed, "what the token names"))
@@ -344,7 +355,7 @@ def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
 
 
 def _legend_rows(entries: list[_Entry], available: float, fonts: Fonts) -> list[list[_Entry]]:
-    """The entries in as many rows as they need."""
+    """Arrange the entries in rows."""
     rows: list[list[_Entry]] = [[]]
     used = 0.0
     for entry in entries:
@@ -358,7 +369,7 @@ def _legend_rows(entries: list[_Entry], available: float, fonts: Fonts) -> list[
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, top: int, rows: list[list[_Entry]], fonts: Fonts) -> None:
-    """Draws the rows from ``top`` downwards."""
+    """Draw the rows from ``top`` downwards."""
     for index, row in enumerate(rows):
         x, y = _MARGIN, top + _LEGEND_ROW * index
         for across, swatch, text in row:

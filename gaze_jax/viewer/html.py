@@ -1,8 +1,8 @@
 """The HTML viewer: one self-contained page for a trace, and an index of many.
 
-Nothing of a page is fetched: its Content-Security-Policy allows its own script and style, by their hashes,
-and ``data:`` images. What came from data reaches the page as JSON in an element that is not executed, and the
-script sets it as text.
+A page fetches nothing: its Content-Security-Policy allows only its own script and style, by their hashes,
+and ``data:`` images. Untrusted data enters the page as JSON in an element that is not executed, and the
+script inserts it as text.
 """
 
 import base64
@@ -14,7 +14,6 @@ import urllib.parse
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import markupsafe
@@ -27,21 +26,21 @@ from gaze_jax.viewer.answer_sheet import titles_of
 
 _ASSETS = Path(__file__).parent / "assets"
 _MOST_DENSE = 32_000_000
-"""Numbers of dense attention that a page holds, a byte each; with more it holds the mean over the heads."""
+"""Maximum number of dense attention values in a page, one byte each; beyond it, heads are averaged."""
 _THUMBNAIL = 192
 _TYPES = {"float32": "f4", "int32": "i4", "int16": "i2", "uint8": "u1"}
 
 
 def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
-    """The page that shows a trace.
+    """Render the HTML page of a trace.
 
-    Shares of attention are kept to 1/510 of the query's largest and scores to 1/65534 of the layer's, both
-    said on the page. Dense attention is kept per head up to 32 million numbers, T * L * H * R, and beyond
-    that as the mean over the heads, also said on the page.
+    Fractions of attention are rounded to 1/510 of the query's largest, scores to 1/65534 of the layer's
+    largest. Dense attention is stored per head up to 32 million numbers, T * L * H * R; beyond that, as the
+    mean over the heads. The page states all of this.
 
     Args:
-      trace: what to show.
-      layer: shown at first; None is all layers.
+      trace: the trace to show.
+      layer: the layer shown first; None is all layers.
 
     Raises:
       UserError: there is no such layer, or the trace is too long for a page.
@@ -69,12 +68,12 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of an index; :meth:`of` makes one.
+    """An entry of an index page; made by :meth:`of`.
 
     Attributes:
-      file: name of the viewer's page in the folder of the index.
-      question, answer, model: as text.
-      visual: share of the visual keys that a query attended to, mean over tokens, layers and heads.
+      file: name of the trace's page, in the folder of the index.
+      question, answer, model: plain text.
+      visual: fraction of the visual keys that a query attended to, mean over tokens, layers and heads.
       thumbnail: a small JPEG.
     """
 
@@ -87,7 +86,7 @@ class Entry:
 
     @classmethod
     def of(cls, trace: Trace, file: str) -> "Entry":
-        """The line of a trace whose page is ``file``."""
+        """Make the entry of a trace whose page is ``file``."""
         keys = trace.entries[..., 0].mean(axis=1)
         visual = float((keys / np.maximum(trace.visual_tokens, 1)).mean())
         image = PIL.Image.fromarray(trace.pictures[0].pixels())
@@ -98,9 +97,9 @@ class Entry:
 
 
 def index_page(entries: Sequence[Entry]) -> str:
-    """A page that lists viewer pages of its own folder; it needs no script."""
+    """Render a page that lists viewer pages in its folder; it needs no script."""
     lines = [
-        # A quoted name is no scheme and no other folder, whatever it holds.
+        # A quoted name cannot be read as a URL scheme or a path to another folder.
         {"href": urllib.parse.quote(entry.file, safe=""), "image": _data_url(entry.thumbnail)}
         | dataclasses.asdict(entry)
         for entry in entries
@@ -108,8 +107,8 @@ def index_page(entries: Sequence[Entry]) -> str:
     return _page("index.html", "index.css", [], entries=lines)
 
 
-def _page(template: str, style: str, scripts: Sequence[str], **values: Any) -> str:
-    """A template filled, with its style and its script in it and a policy that allows these alone."""
+def _page(template: str, style: str, scripts: Sequence[str], **values: object) -> str:
+    """Fill a template, with style and scripts inline and a policy that allows only these."""
     css = (_ASSETS / style).read_text(encoding="utf-8")
     js = "\n".join((_ASSETS / script).read_text(encoding="utf-8") for script in scripts)
     policy = ["default-src 'none'", f"style-src '{_sha256(css)}'", "img-src data:"]
@@ -130,8 +129,8 @@ def _sha256(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _json(data: Any) -> markupsafe.Markup:
-    """JSON that may stand in a script element: nothing in it can end the element or open a comment."""
+def _json(data: object) -> markupsafe.Markup:
+    """JSON that is safe in a script element: it cannot end the element or open a comment."""
     return markupsafe.Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
 
@@ -139,8 +138,8 @@ def _data_url(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def _views(trace: Trace) -> list[dict[str, Any]]:
-    """What the page needs of each view; corners as shares of the picture's width and height."""
+def _views(trace: Trace) -> list[dict[str, object]]:
+    """What the page needs to know of each view; corners as fractions of the picture's width and height."""
     keys = [picture.key for picture in trace.pictures]
     views = []
     for view, title in zip(trace.views, titles_of(trace), strict=True):
@@ -161,21 +160,21 @@ def _views(trace: Trace) -> list[dict[str, Any]]:
 
 
 def _short(title: str, *, alone: bool) -> str:
-    """A title in little room: which view, or when, and of which image or video unless it is ``alone``."""
+    """A short title: the view or time, preceded by the image or video unless it is ``alone``."""
     parts = title.split(", ")
     text = parts[-1] if alone or len(parts) == 1 else f"{parts[0]}, {parts[-1]}"
     return text[0].upper() + text[1:]
 
 
 def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:
-    """The numbers of a page, and whether dense attention is there per head."""
+    """The arrays of a page, and whether dense attention is stored per head."""
     dense, per_head = trace.dense, trace.dense.size <= _MOST_DENSE
     if not per_head:
         dense = dense.mean(axis=2, keepdims=True)
     if dense.size > _MOST_DENSE:
         raise UserError(
-            f"A page holds {_MOST_DENSE} numbers and tokens x layers x regions are {dense.size}; "
-            "trace fewer tokens."
+            f"The trace has tokens x layers x regions = {dense.size}, but a page holds at most "
+            f"{_MOST_DENSE}; trace fewer tokens."
         )
     ids = np.int16 if trace.regions <= np.iinfo(np.int16).max else np.int32
     dense_bytes, dense_largest = _quantised(dense)
@@ -198,14 +197,14 @@ def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:
 
 
 def _quantised(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shares [..., N] as uint8 [..., N], 255 being the largest of its row, and these, float32 [...]."""
+    """Quantise fractions [..., N] to uint8, 255 for a row's largest, which is returned as float32 [...]."""
     largest = shares.max(axis=-1, initial=0)
     scale = np.where(largest > 0, largest, 1).astype(np.float32)
     return np.rint(shares / scale[..., None] * 255).astype(np.uint8), scale
 
 
 def _packed(arrays: dict[str, np.ndarray]) -> tuple[bytes, dict[str, tuple[str, int, int]]]:
-    """Arrays one after the other, deflated, and {name: (type, offset, count)}; wide types come first."""
+    """The arrays concatenated and deflated, and {name: (type, offset, count)}; wide types come first."""
     layout, pieces, offset = {}, [], 0
     for name, array in sorted(arrays.items(), key=lambda item: -item[1].itemsize):
         layout[name] = (_TYPES[array.dtype.name], offset, array.size)

@@ -1,4 +1,4 @@
-"""A trace as an MP4: a clip that steps through the answer, with what each token looked at clear."""
+"""A trace as an MP4 clip that steps through the answer and shows the regions that each token selected."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -30,19 +30,19 @@ FPS = 10
 WIDTH = 1280
 _MARGIN = 32
 _GAP = 16
-_AVAILABLE = 640  # most pixels downwards that the pictures take, unless each were smaller than
+_AVAILABLE = 640  # maximum height of all pictures together, in pixels, unless each would be smaller than
 _SMALLEST = 48
-_LABEL = 26  # under each, where there are several
-_LINE = 30  # of the caption
+_LABEL = 26  # height of the label under each picture, if there are several
+_LINE = 30  # height of a caption line
 _LINES = 3
 _QUESTION_LINES = 2
 
 
-def need_av() -> Any:
-    """PyAV with an H.264 encoder.
+def need_av() -> ModuleType:
+    """Import PyAV and check that it has an H.264 encoder.
 
     Raises:
-      UserError: it is not installed.
+      UserError: PyAV is not installed or has no H.264 encoder.
     """
     try:
         import av
@@ -64,14 +64,14 @@ def write_clip(
     seconds: float = 1.0,
     font: Path | None = None,
 ) -> None:
-    """Write the clip: H.264, yuv420p, :data:`FPS` frames per second, :data:`WIDTH` pixels wide.
+    """Write a clip: H.264, yuv420p, :data:`FPS` frames per second, :data:`WIDTH` pixels wide.
 
     Args:
-      trace: of a run that selects.
+      trace: the trace of a run with selection.
       path: the MP4 to write.
-      layer: whose heads are shown; None is those of all layers.
-      views: most views and frames to show, those looked at most.
-      seconds: that each token is shown.
+      layer: show the heads of this layer; None shows those of all layers.
+      views: maximum number of views and frames to show, those selected most often.
+      seconds: how long each token is shown.
       font: a TrueType file for scripts that the built-in font lacks.
 
     Raises:
@@ -100,10 +100,10 @@ def write_clip(
 
 
 def check_seconds(seconds: float) -> int:
-    """Frames that show one token.
+    """Number of frames per token.
 
     Raises:
-      UserError: less than one frame, or more than a minute.
+      UserError: ``seconds`` is less than one frame or more than a minute.
     """
     if not 1 / FPS <= seconds <= 60:
         raise UserError(f"seconds={seconds:g} must be between {1 / FPS:g} and 60 for each token.")
@@ -113,7 +113,7 @@ def check_seconds(seconds: float) -> int:
 def clip_pages(
     trace: Trace, *, layer: int | None, views: int, font: Path | None = None
 ) -> Iterator[Image.Image]:
-    """One RGB picture per token, all of one size, both sides even; arguments as of :func:`write_clip`."""
+    """Yield an RGB picture per token, all of one size with even sides; arguments as in :func:`write_clip`."""
     selected = selection(trace, layer)
     fraction = selected.astype(np.float32).mean(axis=1)
     shown = most_looked_at(trace.views, selected, views)
@@ -134,16 +134,16 @@ def clip_pages(
     top = captions_top + _LINE * _LINES + 34
     height = top + down * -(-len(parts) // columns) - _GAP + _MARGIN
     left = (WIDTH - across * columns + _GAP) // 2
-    # A line end that was said breaks the line; the one that is being said is to be seen.
-    said = [drawable(token.replace("\n", " "), fonts.heading) for token in trace.tokens]
-    saying = [drawable(token, fonts.heading) or '""' for token in trace.tokens]
+    # A line end in an earlier token breaks the line; one in the current token is shown as an escape.
+    earlier = [drawable(token.replace("\n", " "), fonts.heading) for token in trace.tokens]
+    current = [drawable(token, fonts.heading) or '""' for token in trace.tokens]
     breaks = ["\n" in token for token in trace.tokens]
     for token in range(len(trace.tokens)):
         page = Image.new("RGB", (WIDTH, height + height % 2), PAPER)
         draw = ImageDraw.Draw(page)
         for row, line in enumerate(heading):
             draw.text((_MARGIN, _MARGIN + _LINE * row + 20), line, INK, fonts.heading, anchor="ls")
-        _draw_caption(draw, captions_top, [*said[:token], saying[token]], breaks, fonts)
+        _draw_caption(draw, captions_top, [*earlier[:token], current[token]], breaks, fonts)
         draw.text((_MARGIN, top - 16), _counted(trace, token, layer), MUTED, fonts.body, anchor="ls")
         for number, (picture, view, title) in enumerate(zip(panels, shown, titles, strict=True)):
             row, column = divmod(number, columns)
@@ -155,16 +155,16 @@ def clip_pages(
 
 
 def _arranged(sizes: Sequence[tuple[int, int]], label: int) -> tuple[int, int]:
-    """How many columns show pictures of these (height, width) largest, and their longest side then.
+    """Number of columns that shows pictures of these (height, width) largest, and their longest side.
 
-    Where they would be smaller than _SMALLEST they are that large, in a page that is longer.
+    The longest side is at least _SMALLEST; the page then grows taller.
     """
     available = WIDTH - 2 * _MARGIN + _GAP
     best = (-math.inf, 0, 1)
     for columns in range(1, min(len(sizes), available // (_SMALLEST + _GAP)) + 1):
         rows = -(-len(sizes) // columns)
         wide, high = available / columns - _GAP, (_AVAILABLE + _GAP) / rows - _GAP - label
-        # All are drawn with one longest side.
+        # All pictures have the same longest side.
         panel = min(max(size) * min(wide / size[1], high / size[0]) for size in sizes)
         best = max(best, (panel, -columns, columns))
     return best[2], max(_SMALLEST, int(best[0]))
@@ -173,7 +173,7 @@ def _arranged(sizes: Sequence[tuple[int, int]], label: int) -> tuple[int, int]:
 def _draw_caption(
     draw: ImageDraw.ImageDraw, top: int, texts: Sequence[str], breaks: Sequence[bool], fonts: Fonts
 ) -> None:
-    """The answer so far, its last lines, the last of the texts marked; after some a line ends."""
+    """Draw the last lines of ``texts`` with the last one marked; ``breaks`` tells which texts end a line."""
     lines: list[list[tuple[str, float, bool]]] = [[]]
     x, available = 0.0, WIDTH - 2 * _MARGIN
     for number, text in enumerate(texts):
@@ -191,7 +191,7 @@ def _draw_caption(
         y = top + _LINE * row
         for text, x, last in line:
             if last:
-                # Not over the letter before: from the first letter of the token itself.
+                # Skip leading space, so that the mark does not cover the letter before the token.
                 space = fonts.heading.getlength(text[: len(text) - len(text.lstrip())]) if text.strip() else 0
                 edge = _MARGIN + x + fonts.heading.getlength(text)
                 draw.rounded_rectangle((_MARGIN + x + space - 2, y - 1, edge + 2, y + 27), 5, SELECTED)
@@ -200,7 +200,7 @@ def _draw_caption(
 
 
 def _counted(trace: Trace, token: int, layer: int | None) -> str:
-    """The entries of one token in words."""
+    """The number of visual keys that one token attended to, as text."""
     layers = slice(None) if layer is None else slice(layer, layer + 1)
     visual, total = float(trace.entries[token, layers, 0].mean()), int(trace.visual_tokens[token])
     where = "mean of all layers" if layer is None else f"layer {layer}"

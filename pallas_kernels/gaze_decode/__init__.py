@@ -1,1 +1,1 @@
-"""One query per sequence over regions by index; see ``api.py``."""
+"""Attention of one query per sequence over regions by index; see ``api.py``."""

@@ -1,11 +1,11 @@
 """gaze_decode: attention of one query per sequence over a cache of regions.
 
-The visual cache is stacked over layers and passed whole with a layer index: a scan that received one
-layer at a time would copy that layer's whole KV in every step. Its layout belongs to the
-implementation, which packs it once, at prefill.
+The visual cache is stacked over layers and passed whole with a layer index: a scan over the layers of
+the cache would copy a layer's whole KV in every step. Each implementation chooses the cache's layout and
+packs it once, at prefill.
 
-A slot of ``indices`` that is -1 is not read; a region listed twice counts once. K and V of regions
-that are not listed, and of invalid token slots, may hold anything, NaN included.
+A slot of ``indices`` that is -1 is not read; a region listed twice counts once. K and V of regions that
+are not listed, and of invalid token slots, may hold anything, including NaN.
 """
 
 from types import MappingProxyType
@@ -29,14 +29,14 @@ def supports(implementation: str, spec: GazeSpec) -> str | None:
 
 
 def text_multiple(implementation: str) -> int:
-    """What S should be a multiple of: other sizes work, but may be copied at every call."""
+    """The number that S should be a multiple of; other sizes work, but may be copied at every call."""
     return find("gaze_decode", IMPLEMENTATIONS, implementation).TEXT_MULTIPLE
 
 
 def compiler_splits(implementation: str) -> bool:
-    """Whether XLA can split the op over the devices of a mesh; if not, it takes ``jax.shard_map``."""
-    whole = (*KERNELS, "offload")  # nor is what the host computes split
-    return implementation not in whole and not (implementation == "xla" and target() == "cpu")
+    """Whether XLA can partition the op over the devices of a mesh; if not, it needs ``jax.shard_map``."""
+    unsplit = (*KERNELS, "offload")  # XLA does not partition host computations either
+    return implementation not in unsplit and not (implementation == "xla" and target() == "cpu")
 
 
 def cache_axes(visual: Any) -> tuple[str, ...]:
@@ -47,14 +47,14 @@ def cache_axes(visual: Any) -> tuple[str, ...]:
 def one_layer(visual: Any, layer: jax.Array) -> Any:
     """A packed cache of one layer, for :func:`unpack`; ``layer`` is an int32 scalar."""
     if isinstance(visual, cpu.Layered):
-        # No index reaches into a tuple.
+        # A traced layer cannot index a tuple.
         branches = [lambda side=side: side for side in visual.layers]
         return cpu.Layered((jax.lax.switch(layer, branches),))
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), visual)
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:
-    """Lay the visual cache out as ``implementation`` wants it.
+    """Lay out the visual cache for ``implementation``.
 
     Args:
       k, v: [L, B, K, R, P, D].
@@ -68,7 +68,7 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> 
 
 
 def unpack(packed: Any, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
-    """The inverse of :func:`pack`: two arrays [L, B, K, R, P, D]; float32 if they were quantised."""
+    """Invert :func:`pack`: k and v, [L, B, K, R, P, D] each; float32 if they were quantised."""
     return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).unpack(packed)
 
 
@@ -80,17 +80,18 @@ def _sizes(module: Any, packed: Any) -> tuple[int, ...]:
 def reserve(
     packed: Any, regions: int, *, spec: GazeSpec, implementation: str, slots: int | None = None
 ) -> Any:
-    """A cache with room for more regions, which :func:`append` fills; what it holds stays as it is.
+    """Return a larger cache with space for more regions, which :func:`append` fills.
 
-    This makes a new cache, whose shapes and programs are new as well: reserve seldom and for much.
+    The existing regions keep their contents. The new cache has new shapes, so programs that take it are
+    compiled again: reserve rarely, and plenty at a time.
 
     Args:
       packed: from :func:`pack`.
-      regions: to add behind the last one. Their tokens are zeros until they are written.
+      regions: number of regions to add after the last one. They hold zeros until they are written.
       spec: static choices.
-      implementation: the one that packed.
-      slots: P of the new cache, where regions to come have more tokens than those there are; not less
-        than now. The slots added to old regions are zeros as well.
+      implementation: the one that packed the cache.
+      slots: P of the new cache, if the new regions have more tokens than the present ones; at least the
+        present P, which is the default. The slots added to existing regions hold zeros.
 
     Raises:
       ValueError: fewer regions or slots than the cache has.
@@ -109,20 +110,19 @@ def reserve(
 def append(
     packed: Any, k: jax.Array, v: jax.Array, start: jax.Array | int, *, spec: GazeSpec, implementation: str
 ) -> Any:
-    """Write regions into a packed cache, in place where the caller donated it.
+    """Write regions into a packed cache, in place if the caller donated it.
 
     Args:
       packed: from :func:`pack` or :func:`reserve`.
-      k, v: [L, B, K, N, P', D] with P' <= P; their missing slots become zeros, whatever was there.
-      start: int32 scalar, the region of the cache that takes the first of the N. Where it is known while
-        tracing, N regions must fit behind it. Where it is traced nobody can tell, and XLA moves a start
-        that is out of bounds to the nearest one that fits: other regions would be written over. So the
-        caller counts the regions.
+      k, v: [L, B, K, N, P', D] with P' <= P; the slots from P' on are overwritten with zeros.
+      start: int32 scalar, index of the first region to write. If it is concrete, the N regions must fit.
+        If it is traced, this cannot be checked: XLA clamps a start that is out of bounds, and other
+        regions would be overwritten. The caller must count the regions.
       spec: static choices.
-      implementation: the one that packed.
+      implementation: the one that packed the cache.
 
     Returns:
-      The cache; as if those regions had been packed with the others, bit for bit.
+      The cache, bit-identical to one whose regions were all packed together.
 
     Raises:
       ValueError: a shape, a dtype or a known ``start`` does not fit.
@@ -167,10 +167,10 @@ def gaze_decode(
       text_k, text_v: [L, B, K, S, D].
       layer: int32 scalar in [0, L).
       indices: int32 [B, Hs, J] regions to read, -1 in unused slots; None reads every region.
-      visual_seen: bool [B, R, P] slots that count.
-      text_seen: bool [B, S] text-stream keys that count.
+      visual_seen: bool [B, R, P], the slots that count.
+      text_seen: bool [B, S], the text-stream keys that count.
       spec: static choices.
-      implementation: a key of ``IMPLEMENTATIONS``; the one that packed ``visual``.
+      implementation: the key of ``IMPLEMENTATIONS`` that packed ``visual``.
 
     Returns:
       [B, H, D] in ``q.dtype``; 0 for a query that sees nothing.
@@ -194,5 +194,6 @@ def gaze_decode(
     check_shape(op, "visual_seen", visual_seen, (batch, *cached[3:5]))
     if indices is not None:
         shared = heads if spec.select_per == "head" else kv_heads
-        check_shape(op, f"indices (share {spec.select_per!r})", indices, (batch, shared, indices.shape[-1]))
+        expected = (batch, shared, indices.shape[-1])
+        check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
     return module.gaze_decode(q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, spec=spec)

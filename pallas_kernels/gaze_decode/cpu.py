@@ -1,12 +1,12 @@
-"""gaze_decode in XLA as a CPU likes it; ``xla.py`` comes here where the program is compiled for one.
+"""gaze_decode in XLA, tuned for CPUs; ``xla.py`` calls it when the program is compiled for a CPU.
 
-A CPU differs from an accelerator in three things. A gather writes what it read, and the product must
-find that copy before it falls out of the cache: so one selection is gathered and multiplied at a time.
-A slice of a stacked array is copied before it is multiplied, an array is not: so the visual cache is
-packed as an array per layer, and the layer index picks a branch. And bfloat16 is not its own arithmetic:
-what was gathered is converted, which costs nothing there.
+A CPU differs from an accelerator in three ways. A gather writes a copy, which should still be in the cache
+when it is multiplied: so one selection is gathered and multiplied at a time. A slice of a stacked array is
+copied before a product, a whole array is not: so the visual cache is packed as one array per layer, and
+the layer index picks a branch. And CPUs do not compute in bfloat16: gathered values are converted, which
+is free at that point.
 
-Loops over selections are not split over devices; on a mesh this runs under ``jax.shard_map``.
+XLA does not partition loops over selections; on a mesh this runs under ``jax.shard_map``.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ class Side(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layered:
-    """A cache as an array per layer: keys and values, each a :class:`Side` without the axis L."""
+    """A cache with one array per layer: keys and values, each a :class:`Side` without the axis L."""
 
     layers: tuple[tuple[Side, Side], ...]
 
 
 def pack(both: tuple[Side, Side]) -> Layered:
-    """Cut stacked keys and values into layers."""
+    """Split stacked keys and values into layers."""
     layers = jax.tree.leaves(both)[0].shape[0]
     return Layered(tuple(jax.tree.map(lambda a, i=i: a[i], both) for i in range(layers)))
 
@@ -69,7 +69,7 @@ def gaze_decode(
 
 
 def _resident(both: tuple[Side, Side], *arguments: Any, scale: float) -> Array:
-    """One layer, whose visual keys and values are [B, K, R, P, D]."""
+    """Attention in one layer; its visual keys and values are [B, K, R, P, D]."""
 
     def listed(at: Array) -> Any:
         def one(b: Array, h: Array, n: Array) -> tuple[Side, Side]:
@@ -94,13 +94,13 @@ def attend(
     *,
     scale: float,
 ) -> Array:
-    """One layer, wherever its visual cache is.
+    """Attention in one layer, wherever its visual cache is stored.
 
     Args:
-      listed: of regions int32 [B, K, N, J], gives a function of a row, a kv head and a list that gives that
-        list's keys and values, [J * P, D] each.
-      everything: gives all of the layer's keys and values, [B, K, R * P, D] each.
-      q, text_k, text_v, layer, indices, visual_seen, text_seen, scale: of :func:`gaze_decode`.
+      listed: takes regions int32 [B, K, N, J]; returns a function of (row, kv head, list) that returns the
+        keys and values of that list, [J * P, D] each.
+      everything: returns all keys and values of the layer, [B, K, R * P, D] each.
+      q, text_k, text_v, layer, indices, visual_seen, text_seen, scale: as for :func:`gaze_decode`.
     """
     batch, heads, dim = q.shape
     kv_heads = text_k.shape[2]
@@ -110,7 +110,7 @@ def attend(
     part = functools.partial(_part, scale=scale)
 
     if picks is not None and picks.shape[2] * picks.shape[3] < regions:
-        # One selection at a time: of a kv head, or of each of its query heads.
+        # One selection at a time: one per kv head, or one per query head.
         lists = picks.shape[2]
         fresh = first_mention(picks, regions)
         places = jnp.clip(picks, 0, regions - 1)
@@ -122,7 +122,7 @@ def attend(
             k, v = fetch(b, h, n)
             return part(rows[b, h].reshape(lists, group // lists, dim)[n], k, v, seen)
 
-        # Products of a single row keep a machine busy two at a time; larger ones do alone.
+        # Single-row products use the machine fully only two at a time; larger products do so alone.
         together = 2 if lists > 1 else None
         many = jnp.arange(batch * kv_heads * lists, dtype=jnp.int32)
         visual = jax.lax.map(one, many, batch_size=together)
@@ -153,7 +153,7 @@ def attend(
 
 
 class Part(NamedTuple):
-    """A softmax over some of the keys: weighted values [..., G, D], maximum and sum [..., G], float32."""
+    """Partial softmax over some keys: weighted values [..., G, D], maximum and sum [..., G], float32."""
 
     values: Array
     top: Array
@@ -161,7 +161,7 @@ class Part(NamedTuple):
 
 
 def _merge(a: Part, b: Part) -> Array:
-    """The softmax over the keys of both, 0 where there are none: [..., G, D]."""
+    """Join two partial softmaxes and divide by the sum: [..., G, D], 0 where no key is seen."""
     top = jnp.maximum(a.top, b.top)
     shares = [jnp.exp(part.top - jnp.where(jnp.isfinite(top), top, 0.0)) for part in (a, b)]
     total = a.total * shares[0] + b.total * shares[1]
@@ -170,20 +170,20 @@ def _merge(a: Part, b: Part) -> Array:
 
 
 def _whole(part: Any, rows: Array, keys: Side, values: Side, seen: Array) -> Part:
-    """:func:`_part` of all rows [B, K, G, D] and kv heads over everything, [B, K, A, D], uncopied."""
+    """:func:`_part` for all rows [B, K, G, D] over all keys and values [B, K, A, D], without a copy."""
 
     def run(clean: bool) -> Part:
         return jax.vmap(jax.vmap(functools.partial(part, clean=clean, keys_first=True)))(
             rows, keys, values, seen
         )
 
-    # To clean V would copy it; NaN where nobody looks is rare enough to be found afterwards.
+    # Cleaning V would copy it. NaN in unseen values is rare, so clean only if the result shows one.
     out = run(clean=False)
     return jax.lax.cond(jnp.isfinite(out.values).all(), lambda: out, lambda: run(clean=True))
 
 
 def _gather(array: Array, b: Array, h: Array, at: Array) -> Array:
-    """[B, K, R, ...] at a row, a kv head and regions int32 [J]: [J, ...]."""
+    """Regions int32 [J] of one row and kv head of [B, K, R, ...]: [J, ...]."""
     dims = jax.lax.GatherDimensionNumbers(
         offset_dims=tuple(range(1, array.ndim - 2)),
         collapsed_slice_dims=(0, 1, 2),
@@ -194,7 +194,7 @@ def _gather(array: Array, b: Array, h: Array, at: Array) -> Array:
 
 
 def tokens(side: Side) -> Side:
-    """[..., R, P, D] as [..., R * P, D], and the scales likewise."""
+    """Reshape [..., R, P, D] to [..., R * P, D], and the scales likewise."""
     *lead, regions, slots, dim = side.values.shape
     values = side.values.reshape(*lead, regions * slots, dim)
     return Side(values, None if side.scales is None else side.scales.reshape(*lead, regions * slots))
@@ -210,24 +210,24 @@ def _part(
     clean: bool = True,
     keys_first: bool = False,
 ) -> Part:
-    """Attention of a kv head over some keys, before the division by the sum.
+    """Attention of one kv head over some keys, before the division by the sum.
 
     Args:
       q: float32 [G, D].
       keys, values: [A, D] with scales [A] or None.
       seen: bool [G or 1, A].
-      scale: of the logits.
-      clean: zero values that nobody sees; else they must be finite.
-      keys_first: the order of the first product's sides, which changes its speed: the large side first is
-        quicker where it is all of a layer, slower where it was just gathered.
+      scale: factor of the logits.
+      clean: set unseen values to zero; otherwise they must be finite.
+      keys_first: whether the keys are the left side of the first product. This is faster if they are a
+        whole layer, slower if they were just gathered.
     """
-    # Not q @ k.T: XLA transposes in memory what it is told to.
+    # Not q @ k.T: XLA would transpose k in memory.
     dot = functools.partial(jnp.einsum, precision=_EXACT)
     k, v = keys.values.astype(jnp.float32), values.values.astype(jnp.float32)
     logits = scale * (dot("AD,GD->AG", k, q).T if keys_first else dot("GD,AD->GA", q, k))
     if keys.scales is not None:
         logits = logits * keys.scales
-    # What is not seen may be NaN: of a key only its own logit is, and that is overruled here.
+    # Unseen keys may be NaN. A key affects only its own logit, which is masked here.
     logits = jnp.where(seen, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0.0)[:, None])

@@ -1,19 +1,19 @@
 """gaze_decode for NVIDIA Hopper (sm_90): a Pallas Mosaic GPU kernel that splits the regions over the chip.
 
-Layout. K and V stay [L, B, K, R, P, D], each side an array of its own: a region of a kv head is one
-contiguous block, which the copy engine fetches by its number. Only these change: D is filled up to a
-multiple of 64 (free for 64 and 128; zeros are read with it elsewhere), P beyond 64 is cut into equal
-pieces of at most 64 slots, and int8 of D = 64 fills odd pieces by one slot. P = 36 is stored as it is.
+Layout. K and V are two arrays [L, B, K, R, P, D]: a region of a kv head is one contiguous block, which the
+copy engine fetches by its number. Only these sizes change: D is padded to a multiple of 64 (nothing for 64
+and 128; otherwise the zeros are read too), P above 64 is cut into equal pieces of at most 64 slots, and for
+int8 with D = 64 odd pieces are padded by one slot. P = 36 is stored unchanged.
 
-Split. A block of threads (one warpgroup) belongs to a row, a kv head and a *share*: share s takes chunks
-s, s + shares, ... of the region list, then of the text stream, counted from behind. It keeps an online
-softmax in float32 and writes (maximum, sum, weighted values), which a small XLA reduction joins in a
-fixed order. So one sequence fills the chip.
+Split. A thread block (one warpgroup) handles a row, a kv head and a *split*: split s takes chunks s,
+s + splits, ... of the region list, then of the text stream, counted from the end. It keeps an online softmax
+in float32 and writes (maximum, sum, weighted values), which a small XLA reduction joins in a fixed order. So
+a single sequence fills the chip.
 
-Selections per query head share one fetch of their union; every key carries the bits of the heads that
-see it, which XLA gathers beside the list.
+If each query head has its own selection, their union is fetched once; every key carries a bit mask of the
+heads that see it, which XLA gathers along with the list.
 
-``gpu_kernel.py`` says what happens to a chunk.
+``gpu_kernel.py`` describes what happens to a chunk.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from pallas_kernels.gaze_decode.plan import Union, everything, union
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
-# A stream shorter than a chunk's tile is filled up at every call, and no longer one is.
+# A text stream shorter than a chunk's tile is padded at every call; a longer one is not.
 TEXT_MULTIPLE = 128
-_PIECE = 64  # most token slots that one copy brings
-_MOST_COPIES = 16  # copies of a chunk and side, which are unrolled
-_MOST_ROWS = 256  # keys of one tensor core instruction
-_SHARED_MEMORY = 227 * 1024 - 1024  # a block's limit on sm_90, less room for barriers
-_PAIRS = 512  # longest list whose entries are compared with each other
+_PIECE = 64  # maximum number of token slots per copy
+_MOST_COPIES = 16  # maximum number of copies per chunk and side, which are unrolled
+_MOST_ROWS = 256  # maximum number of keys per tensor core instruction
+_SHARED_MEMORY = 227 * 1024 - 1024  # limit per block on sm_90, less space for barriers
+_PAIRS = 512  # longest list whose entries are compared pairwise
 _LOG2E = math.log2(math.e)
 _TILES = pathlib.Path(__file__).with_name("gpu_tiles.json")
 
@@ -49,7 +49,7 @@ _TILES = pathlib.Path(__file__).with_name("gpu_tiles.json")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """The visual cache; see the module's first paragraph.
+    """The visual cache; see "Layout" above.
 
     Attributes:
       k, v: [L, B, K, R, P', D'] floats or int8.
@@ -71,7 +71,7 @@ def supports(spec: GazeSpec) -> str | None:
 
 
 def _pieces(slots: int, dim: int, itemsize: int) -> tuple[int, int]:
-    """How many pieces a region of P slots has, and the slots of each."""
+    """Number of pieces of a region of P slots, and the slots of each."""
     count = -(-slots // _PIECE)
     each = -(-slots // count)
     if dim * itemsize % 128 and each % 2:
@@ -84,7 +84,7 @@ def _wide(dim: int) -> int:
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
-    """Fill D and P up where the copy engine and the tensor cores need it; round as ``spec`` says."""
+    """Pad D and P as the copy engine and the tensor cores need; round as ``spec`` says."""
     slots, dim = k.shape[-2:]
     k_scale = v_scale = None
     if spec.visual_dtype == "int8":
@@ -97,7 +97,7 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
 
 
 def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
-    """[L, B, K, R, P, D] again, float32 if it was int8."""
+    """Return k and v, [L, B, K, R, P, D] each; float32 if they were int8."""
     k, v = packed.k, packed.v
     if packed.k_scale is not None and packed.v_scale is not None:
         k, v = dequantize(k, packed.k_scale), dequantize(v, packed.v_scale)
@@ -105,19 +105,19 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
 
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Zeros behind R and P up to the new sizes; slots of a region follow each other, whatever its pieces."""
+    """Pad R and P with zeros to the new sizes; the slots of a region are consecutive however it is cut."""
     count, each = _pieces(slots, packed.k.shape[-1], packed.k.dtype.itemsize)
     larger = jax.tree.map(lambda a: grow.fill(a, {3: regions, 4: count * each}), packed)
     return dataclasses.replace(larger, slots=slots)
 
 
 def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
-    """Regions of ``piece`` in place of those from ``start`` on."""
+    """Overwrite the regions from ``start`` on with those of ``piece``."""
     return grow.write(packed, piece, start, 3)
 
 
 def _parts(dtype: Any) -> int:
-    """bfloat16 arrays that hold an element."""
+    """Number of bfloat16 arrays that represent the dtype exactly."""
     if dtype in (jnp.bfloat16, jnp.int8):
         return 1
     if dtype == jnp.float32:
@@ -128,10 +128,10 @@ def _parts(dtype: Any) -> int:
 
 
 def _plan(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regions: int) -> Union:
-    """The regions to fetch; -1 may stand anywhere, and ``count`` is the places to look at.
+    """The regions to fetch; -1 may be anywhere in the list, and ``count`` includes those slots.
 
-    Where a group shares a short list nothing has to be joined, so comparing all pairs, one small fused
-    program, replaces two sorts.
+    If a group shares a short list, there is nothing to join: comparing all pairs, one small fused program,
+    replaces two sorts.
     """
     if indices is None:
         return everything(batch, kv_heads, group, regions)
@@ -149,7 +149,7 @@ def _plan(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regi
 
 
 def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
-    """[..., N] int32 into [..., chunks, rows], zeros behind."""
+    """Reshape int32 [..., N] to [..., chunks, rows], padded with zeros."""
     each = seen.shape[-1] // chunks
     return grow.fill(seen.reshape(*seen.shape[:-1], chunks, each), {seen.ndim: rows})
 
@@ -157,7 +157,7 @@ def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
 def _visual_operands(
     visual: Packed, plan: Union, layer: jax.Array, visual_seen: jax.Array, tiles: Tiles, rows: int
 ) -> dict[str, Any]:
-    """Which blocks to fetch, in chunks, and who sees each of their keys."""
+    """Which blocks to fetch, in chunks, and which heads see each key."""
     _, batch, kv_heads, regions, slots, dim = visual.k.shape
     count, piece = _pieces(visual.slots, dim, visual.k.dtype.itemsize)
     n = tiles.pieces
@@ -196,7 +196,7 @@ def _visual_operands(
 def _text_operands(
     text_k: jax.Array, text_v: jax.Array, layer: jax.Array, text_seen: jax.Array, dim: int, rows: int
 ) -> dict[str, Any]:
-    """The text stream of all layers, or of one where it has to be filled up, and the keys seen."""
+    """The text stream of all layers (of one layer if it has to be padded), and which keys are seen."""
     keys = text_k.shape[3]
     if keys < rows or text_k.shape[-1] != dim:
         text_k, text_v = (
@@ -222,7 +222,7 @@ def _text_operands(
 
 
 def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
-    """bfloat16 [B * K * parts * 64, D]: the rows of a kv head, filled up, as a sum of parts."""
+    """bfloat16 [B * K * parts * 64, D]: the padded query rows of each kv head, as a sum of parts."""
     batch, heads, _ = q.shape
     q = q.reshape(batch, kv_heads, heads // kv_heads, q.shape[-1])
     q = grow.fill(q, {2: ROWS, 3: dim})
@@ -234,7 +234,7 @@ def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
 
 
 def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
-    """Join the shares' softmaxes in their order: float32 [B, K, G, D]."""
+    """Join the partial softmaxes in the order of the splits: float32 [B, K, G, D]."""
     values, top, total = (a[:, :, :, :group] for a in partials)
     best = jnp.max(top, axis=2, keepdims=True)
     weights = jnp.exp2(top - jnp.where(jnp.isfinite(best), best, 0.0))
@@ -243,19 +243,19 @@ def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
     return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _shares(tiles: Tiles, rows: int, chunks: int) -> int:
-    """Blocks of threads for each of ``rows`` rows and kv heads, none of them without a chunk."""
+def _splits(tiles: Tiles, rows: int, chunks: int) -> int:
+    """Thread blocks per row and kv head (``rows`` of these in total); each has at least one chunk."""
     return min(max(tiles.blocks // rows, 1), chunks)
 
 
 @functools.cache
 def tuned() -> dict[str, Any]:
-    """Device kind or "default" -> dtype of the cache -> tiles, which benchmarks/tune_decode.py writes."""
+    """Device kind or "default" -> dtype of the cache -> tiles; written by benchmarks/tune_decode.py."""
     return json.loads(_TILES.read_text())
 
 
 def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
-    """Tuned for this device; small when interpreted, so that small tests have several chunks and shares."""
+    """Tiles tuned for this device; small when interpreted, so that tests have several chunks and splits."""
     if spec.interpret:
         return Tiles(pieces=2, stages=2, blocks=12)
     table = tuned()
@@ -266,13 +266,13 @@ def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
 
 
 def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[Any]) -> tuple[Tiles, int]:
-    """Shrink ``tiles`` until a block's shared memory holds them; also the rows of a chunk's tile.
+    """Shrink ``tiles`` until they fit a block's shared memory; also return the rows of a chunk's tile.
 
     Args:
-      tiles: what is wanted.
+      tiles: the wanted tiles.
       piece: slots of a piece.
-      dim: D, filled up.
-      dtypes: of the queries, the visual cache and the text stream.
+      dim: D, padded.
+      dtypes: dtypes of the queries, the visual cache and the text stream.
     """
     while True:
         rows = -(-tiles.pieces * piece // 64) * 64
@@ -307,7 +307,7 @@ def gaze_decode(
 
     Raises:
       NotImplementedError: a dtype other than bfloat16, float32 and int8, more than 15 query heads per kv
-        head, or a D that shared memory has no room for (above 256).
+        head, or a D too large for shared memory (above 256).
     """
     batch, heads, dim = q.shape
     kv_heads, keys = text_k.shape[2:4]
@@ -334,7 +334,7 @@ def gaze_decode(
         dim=wide,
         piece=piece,
         tiles=tiles,
-        shares=_shares(tiles, batch * kv_heads, chunks),
+        splits=_splits(tiles, batch * kv_heads, chunks),
         heads=-(-group // 8) * 8,
         query_parts=query_parts,
         visual_parts=visual_parts,

@@ -1,15 +1,15 @@
-"""The Mosaic GPU kernel of gaze_decode: what one block of threads does; ``gpu.py`` lays the work out.
+"""The Mosaic GPU kernel of gaze_decode: what one thread block does; ``gpu.py`` divides the work.
 
 A chunk. Copies bring n regions into consecutive rows of a plain ring buffer in shared memory, ``stages``
-chunks ahead. They pass through registers once into a swizzled tile that the tensor cores read. On the
-way int8 becomes bfloat16 (exactly; its scales multiply logits and weights), float32 becomes a sum of
-three bfloat16 (24 bits, six products), and values of slots that nobody sees become 0, whatever they
-were. A ring slot is refilled as soon as it was copied out, before the products. The G query heads of
-the kv head are rows of one 64-row tile: most of its products are wasted, as decoding waits for memory.
+chunks ahead. They pass through registers once into a swizzled tile that the tensor cores read. On the way
+int8 becomes bfloat16 (exactly; its scales multiply logits and weights), float32 becomes a sum of three
+bfloat16 (24 bits, six products), and unseen values become 0. A ring slot is refilled as soon as it has
+been copied out, before the products. The G query heads of the kv head are rows of one 64-row tile: most
+of its products are wasted, which costs nothing because decoding is memory-bound.
 
-Interpreted, three things are replaced, each in one place: ``_Math.dot`` multiplies what its references
-hold in place of the tensor cores, layout casts vanish, and rounding to bfloat16 is pinned down. All
-copies, indices, barriers, masks and the softmax are the ones that run on the chip.
+When the kernel is interpreted, three things are replaced, each in one place: ``_Math.dot`` uses ordinary
+matrix products instead of the tensor cores, layout casts do nothing, and rounding to bfloat16 is forced.
+All copies, indices, barriers, masks and the softmax are the ones that run on the chip.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # rows of a tensor core tile: query heads of a kv head, filled up
+ROWS = 64  # rows of a tensor core tile: the query heads of a kv head, padded
 DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
 
-# jax 0.11 deprecates the index that jax 0.10 asks for.
+# jax 0.11 deprecates the index that jax 0.10 requires.
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _LOAD_ALL: tuple[tuple[()], ...] = ((),) if _INDEX and _INDEX.default is inspect.Parameter.empty else ()
 
 
 class Tiles(NamedTuple):
-    """How a kernel cuts its work.
+    """How a kernel divides its work.
 
     Attributes:
-      pieces: pieces of regions in a chunk.
+      pieces: pieces of regions per chunk.
       stages: chunks in flight.
-      blocks: blocks of threads that the whole grid should have, roughly.
+      blocks: approximate number of thread blocks in the whole grid.
     """
 
     pieces: int
@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 
 
 class _Math:
-    """What the chip and the interpreter say differently."""
+    """Operations that differ between the chip and the interpreter."""
 
     def __init__(self, interpret: bool, rows: int, dim: int) -> None:
         self.interpret = interpret
@@ -55,11 +55,11 @@ class _Math:
         self.copies = plgpu.Layout.SMEM_GMEM_COPY((rows, dim), jnp.bfloat16, 128)
 
     def cast(self, x: jax.Array, layout: Any) -> jax.Array:
-        """Put ``x`` where a thread expects it; the interpreter has no threads of its own."""
+        """Cast ``x`` to a layout; the interpreter has no layouts."""
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
     def spread(self, x: jax.Array, shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
-        """A vector along ``axis`` of a matrix, repeated along the other."""
+        """Broadcast a vector along ``axis`` of a matrix."""
         return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
 
     def load(self, ref: Any, layout: Any) -> jax.Array:
@@ -68,14 +68,14 @@ class _Math:
         return plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=False)
 
     def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
-        """``count`` bfloat16 arrays whose sum is ``x`` to 8 * count bits."""
+        """Split ``x`` into ``count`` bfloat16 arrays whose sum equals it to 8 * count bits."""
         if x.dtype == jnp.bfloat16:
             return [x]
         if x.dtype == jnp.int8:
             return [x.astype(jnp.bfloat16)]
         parts = []
         for left in range(count, 0, -1):
-            # XLA, which the interpreter runs on, may skip a rounding that is undone at once.
+            # XLA, which runs the interpreter, may remove a rounding that is converted back at once.
             rounded = lax.reduce_precision(x, 8, 7) if self.interpret else x
             parts.append(rounded.astype(jnp.bfloat16))
             if left > 1:
@@ -117,20 +117,20 @@ class Shape:
 
     Attributes:
       rows: keys in a chunk's tile, a multiple of 64.
-      dim: D, filled up.
-      piece: slots of a piece.
-      tiles: how the work is cut.
-      shares: blocks of threads per row and kv head.
-      heads: query heads of a kv head, filled up to a multiple of 8.
-      query_parts, visual_parts, text_parts: bfloat16 arrays that hold an element.
-      scale: of the logits, in units of log2(e).
+      dim: D, padded.
+      piece: slots per piece.
+      tiles: how the work is divided.
+      splits: thread blocks per row and kv head.
+      heads: query heads per kv head, padded to a multiple of 8.
+      query_parts, visual_parts, text_parts: number of bfloat16 arrays whose sum is the operand.
+      scale: factor of the logits, in units of log2(e).
     """
 
     rows: int
     dim: int
     piece: int
     tiles: Tiles
-    shares: int
+    splits: int
     heads: int
     query_parts: int
     visual_parts: int
@@ -139,17 +139,17 @@ class Shape:
 
 
 class _Stream(NamedTuple):
-    """The keys of one kind as a block of threads meets them.
+    """The visual or text-stream keys of one thread block.
 
     Attributes:
-      steps: int32, how many chunks this block takes.
-      plan: what has to be known to fetch chunk i of them, scalars read ahead of time.
-      fetch: starts the copies of a chunk into a ring slot: fetch(i, plan(i), slot, side).
+      steps: int32, number of chunks for this block.
+      plan: plan(i) reads the scalars needed to fetch chunk i, ahead of time.
+      fetch: fetch(i, plan(i), slot, side) starts the copies of a chunk into a ring slot.
       k, v: rings [stages, rows, D].
       seen: ring int32 [stages, rows] of head bits.
       scales: rings float32 [stages, rows] for K and V of int8, or None.
-      barriers: one per ring slot for K and what comes with it, and for V.
-      tile: [parts, rows, D] swizzled, what the tensor cores read.
+      barriers: one per ring slot for K and the arrays copied with it, and one for V.
+      tile: [parts, rows, D], swizzled; the tensor cores read it.
     """
 
     steps: jax.Array
@@ -164,7 +164,7 @@ class _Stream(NamedTuple):
 
 
 def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
-    """The products of two sums of parts that float32 can hold: smallest first."""
+    """Pairs of parts whose products matter in float32, smallest first."""
     most = max(len(a), count)
     orders = sorted((i + j, i, j) for i in range(len(a)) for j in range(count) if i + j < most)
     return [(a[i], b.at[j]) for _, i, j in reversed(orders)]
@@ -173,7 +173,7 @@ def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
 def _attend(
     stream: _Stream, q: Any, carry: tuple[jax.Array, ...], shape: Shape, parts: int, math: _Math
 ) -> tuple[jax.Array, ...]:
-    """Go on with an online softmax (values [64, D], maximum [64], sum [64]) over a block's chunks."""
+    """Continue an online softmax (values [64, D], maximum [64], sum [64]) over a block's chunks."""
     stages = shape.tiles.stages
     per_key = math.logits.reduce(0)
     logits_shape = (ROWS, shape.rows)
@@ -181,7 +181,7 @@ def _attend(
     queries = [q.at[i] for i in range(shape.query_parts)]
 
     def stage(ring: Any, slot: jax.Array, seen: jax.Array) -> None:
-        """A ring slot into the tile, as bfloat16 and 0 where nobody sees it."""
+        """Copy a ring slot into the tile as bfloat16, with zeros for unseen keys."""
         x = math.load(ring.at[slot], math.copies)
         visible = math.spread(seen, x.shape, 0, math.copies) != 0
         if x.dtype == jnp.int8:
@@ -195,7 +195,7 @@ def _attend(
         values, top, total = carry
         slot = lax.rem(i, jnp.int32(stages))
         later = i + stages
-        plan = stream.plan(later)  # read now, used below: the scalars' way is long
+        plan = stream.plan(later)  # read now, used below: scalar loads have a long latency
 
         plgpu.barrier_wait(stream.barriers[0].at[slot])
         by_row = math.load(stream.seen.at[slot], math.copies.reduce(1))
@@ -250,7 +250,7 @@ def _attend(
 
 
 def _ring(shape: Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
-    """Shared memory of a stream."""
+    """Shared memory for one stream."""
     stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
     swizzled = (plgpu.TilingTransform((8, DIMS)), plgpu.SwizzleTransform(128))
     ring = {
@@ -266,13 +266,13 @@ def _ring(shape: Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
 
 def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
     """This block's chunks of the region list."""
-    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
-    shares, pieces = shape.shares, shape.tiles.pieces
+    b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
+    splits, pieces = shape.splits, shape.tiles.pieces
     last = refs["seen"].shape[-2] - 1
     together = [name for name in ("seen", "k_scale", "v_scale") if name in ring]
 
     def plan(i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        chunk = jnp.minimum(share + i * shares, last)
+        chunk = jnp.minimum(split + i * splits, last)
         return chunk, [refs["blocks"][b, h, chunk * pieces + n] for n in range(pieces)]
 
     def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
@@ -293,7 +293,7 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
             for name in together:
                 plgpu.copy_gmem_to_smem(refs[name].at[b, h, chunk], ring[name].at[slot], barrier)
 
-    steps = lax.div(refs["chunks"][b, h] - share + (shares - 1), jnp.int32(shares))
+    steps = lax.div(refs["chunks"][b, h] - split + (splits - 1), jnp.int32(splits))
     scales = (ring["k_scale"], ring["v_scale"]) if "k_scale" in ring else None
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
 
@@ -301,15 +301,15 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
 def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
     """This block's chunks of the text stream."""
     b, h = lax.axis_index("batch"), lax.axis_index("kv")
-    shares = shape.shares
-    # From behind: the last shares have a chunk less of the regions.
-    share = shares - 1 - lax.axis_index("share")
+    splits = shape.splits
+    # Counted from the end: the last splits have one region chunk less.
+    split = splits - 1 - lax.axis_index("split")
     keys = refs["k"].shape[-2]
     at = (refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h
 
     def plan(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chunk = share + i * shares
-        # The last chunk moves back to end with the stream; its mask leaves out what it repeats.
+        chunk = split + i * splits
+        # The last chunk is moved back to end at the stream's end; the mask excludes the keys it repeats.
         return chunk, jnp.minimum(chunk * shape.rows, keys - shape.rows)
 
     def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
@@ -319,15 +319,15 @@ def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shap
         if side == "k":
             plgpu.copy_gmem_to_smem(refs["seen"].at[b, chunk], ring["seen"].at[slot], barrier)
 
-    steps = lax.div(refs["chunks"][b] - share + (shares - 1), jnp.int32(shares))
+    steps = lax.div(refs["chunks"][b] - split + (splits - 1), jnp.int32(splits))
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], None, barriers, ring["tile"])
 
 
 def _block(
     shape: Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
 ) -> None:
-    """One block of threads: its share of the regions and of the text stream, and its partial softmax."""
-    b, h, share = (lax.axis_index(name) for name in ("batch", "kv", "share"))
+    """One thread block: the partial softmax of its split of the regions and of the text stream."""
+    b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
     math = _Math(interpret, shape.rows, shape.dim)
     q = scratch["q"]
     for part in range(shape.query_parts):
@@ -354,7 +354,7 @@ def _block(
             stream = make(source, ring, given["barriers"], shape)
             return _attend(stream, q, given["carry"], shape, given["parts"], math)
 
-        # One after the other in the same shared memory.
+        # The two streams use the same shared memory, one after the other.
         carry = pl.run_scoped(
             functools.partial(attend, barriers=barriers, carry=carry, parts=parts),
             _ring(shape, source["k"].dtype, parts, "k_scale" in source),
@@ -365,7 +365,7 @@ def _block(
             ref[...] = value
         plgpu.commit_smem()
         for ref, out in zip((smem[0].at[pl.ds(0, shape.heads)], *smem[1:]), outs, strict=True):
-            plgpu.copy_smem_to_gmem(ref, out.at[b, h, share])
+            plgpu.copy_smem_to_gmem(ref, out.at[b, h, split])
         plgpu.wait_smem_to_gmem(0)
 
     swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -378,8 +378,8 @@ def _block(
 
 
 def _interpreter() -> Any:
-    """How the kernel is interpreted: strictly, so that what passes does not pass by luck."""
-    # JAX has no public name for it yet, and only tests come here.
+    """Parameters for interpreting the kernel, with every check on, so that no test passes by luck."""
+    # JAX has no public name for it yet, and only tests use it.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     # With a single engine, waiting for one copy would seem to order all those before it.
@@ -394,9 +394,9 @@ def _interpreter() -> Any:
 def launch(
     shape: Shape, batch: int, kv_heads: int, operands: dict[str, Any], *, interpret: bool
 ) -> Sequence[jax.Array]:
-    """The kernel: values [B, K, shares, heads, D], maxima and sums [B, K, shares, 64], all float32."""
+    """Run the kernel: values [B, K, splits, heads, D], maxima and sums [B, K, splits, 64], all float32."""
     leaves, tree = jax.tree.flatten(operands)
-    shares, stages = shape.shares, shape.tiles.stages
+    splits, stages = shape.splits, shape.tiles.stages
     scaled = "k_scale" in operands.get("visual", {})
 
     def body(*refs: Any, **scratch: Any) -> None:
@@ -405,7 +405,7 @@ def launch(
     def barriers(arrivals: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 
-    partial = (batch, kv_heads, shares)
+    partial = (batch, kv_heads, splits)
     return plgpu.kernel(
         body,
         out_type=[
@@ -414,7 +414,7 @@ def launch(
             jax.ShapeDtypeStruct((*partial, ROWS), jnp.float32),
         ],
         grid=partial,
-        grid_names=("batch", "kv", "share"),
+        grid_names=("batch", "kv", "split"),
         scratch_types={
             "q": plgpu.SMEM(
                 (shape.query_parts, ROWS, shape.dim),

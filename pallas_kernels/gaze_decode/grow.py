@@ -1,4 +1,4 @@
-"""Caches that grow: what the layouts of several implementations have in common."""
+"""Growing caches: helpers shared by the layouts of several implementations."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ Array = jax.Array
 
 
 def fill(array: Array, sizes: dict[int, int]) -> Array:
-    """Zeros at the end of the axes in ``sizes``, up to their new size; the array itself if none is needed."""
+    """Pad the axes in ``sizes`` with zeros at the end, up to their new sizes; no copy if none grows."""
     widths = [(0, 0)] * array.ndim
     for axis, size in sizes.items():
         widths[axis] = (0, size - array.shape[axis])
@@ -19,9 +19,9 @@ def fill(array: Array, sizes: dict[int, int]) -> Array:
 def write(packed: Any, piece: Any, start: Array, axis: int) -> Any:
     """Write every array of ``piece`` into its counterpart of ``packed`` at ``start`` of ``axis``.
 
-    Nothing else of ``packed`` is read or written, so that it happens in place where the caller donated it.
+    Nothing else of ``packed`` is read or written, so this happens in place if the caller donated it.
     """
-    # Not one tree.map of both: a layout may keep R in its structure.
+    # Not one tree.map over both: a layout may keep R in its tree structure, so the two may differ.
     pairs = zip(jax.tree.leaves(packed), jax.tree.leaves(piece), strict=True)
     written = [jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis) for whole, part in pairs]
     return jax.tree.unflatten(jax.tree.structure(packed), written)

@@ -1,16 +1,16 @@
-"""gaze_decode over a visual cache in host memory: only the regions that are read come to the device.
+"""gaze_decode over a visual cache in host memory: only the regions that are read move to the device.
 
-Layout. A region of a kv head is one contiguous row of the host's memory, its keys, then its values, so
-that one gather brings both. Its last axes are [n, 128] with n = 4 / itemsize (2 for float32 as well): those
-are what a TPU's compiler makes a tile of, so a tile belongs to one region, in any dtype and for any P and D.
+Layout. A region of a kv head is one contiguous row in host memory, first keys, then values, so that one
+gather fetches both. Its last axes are [n, 128] with n = 4 / itemsize (2 for float32 as well), the tile of
+the TPU compiler: so a tile belongs to one region, for any dtype, P and D.
 
-A step computes on the device which rows it wants; the host gathers them, copies only them, and the
-device attends to them with the arithmetic of ``xla.py`` (on a CPU ``cpu.py``), so that a CPU gives the
-bits of implementation "xla". Per query head the rows are those of its own list: with static shapes a
-union of the lists would be as long, J * G.
+In each step the device computes which rows to read; the host gathers them and copies only them; the device
+attends to them with the arithmetic of ``xla.py`` (on a CPU ``cpu.py``), so that on a CPU the result is
+bit-identical to implementation "xla". Each query head reads the rows of its own list: with static shapes
+the union of the lists would be as long, J * G.
 
-Where a list holds all regions or more, or nothing is listed (dense attention), the layer's whole visual
-cache is copied to the device, attended to and dropped, layer by layer: right, and as slow as that sounds.
+If the lists hold R regions or more, or nothing is listed (dense attention), the layer's whole visual cache
+is copied to the device, used and dropped, layer by layer. This is correct but slow.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Packed:
 
     Attributes:
       rows: [L, B, K, R, W, n, 128]: the keys [P, D], the values [P, D], for int8 the bytes of the float32
-        scales of keys [P] and values [P], and zeros up to the end of the row.
+        scales of the keys [P] and values [P], then zeros to the end of the row.
       slots, dim: P and D.
     """
 
@@ -58,7 +58,7 @@ def supports(spec: GazeSpec) -> str | None:
 
 
 def _rows(k: Side, v: Side) -> Array:
-    """[..., P, D] keys and values as rows [..., W, n, 128]."""
+    """Join keys and values [..., P, D] into rows [..., W, n, 128]."""
     *lead, slots, dim = k.values.shape
     parts = [side.values.reshape(*lead, slots * dim) for side in (k, v)]
     for side in (k, v):
@@ -72,7 +72,7 @@ def _rows(k: Side, v: Side) -> Array:
 
 
 def _sides(rows: Array, slots: int, dim: int) -> tuple[Side, Side]:
-    """Rows [..., W, n, 128] as keys and values [..., P, D] each."""
+    """Split rows [..., W, n, 128] into keys and values [..., P, D] each."""
     lead = rows.shape[:-3]
     flat = rows.reshape(*lead, math.prod(rows.shape[-3:]))
 
@@ -96,42 +96,42 @@ def _to_host(k: Side, v: Side) -> Packed:
 
 
 def _to_device(packed: Packed) -> tuple[Side, Side]:
-    """All of it: keys and values [L, B, K, R, P, D]."""
+    """Copy the whole cache to the device: keys and values [L, B, K, R, P, D]."""
     return _sides(jax.device_put(packed.rows, _DEVICE), packed.slots, packed.dim)
 
 
 def pack(k: Array, v: Array, *, spec: GazeSpec) -> Packed:
-    """Lay [L, B, K, R, P, D] keys and values out as the module says, and move them to the host."""
+    """Lay out keys and values [L, B, K, R, P, D] as the module describes and move them to the host."""
     if spec.visual_dtype == "int8":
         return _to_host(Side(*quantize.quantize(k)), Side(*quantize.quantize(v)))
     return _to_host(Side(k), Side(v))
 
 
 def unpack(packed: Packed) -> tuple[Array, Array]:
-    """[L, B, K, R, P, D] on the device again, float32 if it was quantised."""
+    """Return k and v, [L, B, K, R, P, D] each, on the device; float32 if they were quantised."""
     return xla.unpack(_to_device(packed))
 
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Zeros behind R and P up to the new sizes; by way of the device, which must hold all of it once."""
+    """Pad R and P with zeros to the new sizes; passes through the device, which must hold the whole cache."""
     k, v = xla.larger(_to_device(packed), 3, regions, slots)
     return _to_host(k, v)
 
 
 def write(packed: Packed, piece: Packed, start: Array) -> Packed:
-    """Regions of ``piece`` in place of those from ``start`` on."""
-    # Copied by the device: what the host computes comes back whole, by way of the device's memory.
+    """Overwrite the regions from ``start`` on with those of ``piece``."""
+    # Written by the device: the result of a host computation would pass whole through device memory.
     return grow.write(packed, piece, start, 3)
 
 
 def _tokens(rows: Array, visual: Packed) -> tuple[Side, Side]:
-    """Rows [..., J, W, n, 128] as keys and values [..., J * P, D] each."""
+    """Split rows [..., J, W, n, 128] into keys and values [..., J * P, D] each."""
     k, v = map(cpu.tokens, _sides(rows, visual.slots, visual.dim))
     return k, v
 
 
 def _fetch(visual: Packed, layer: Array, at: Array) -> tuple[Side, Side]:
-    """Regions ``at`` [B, K, N, J] of a layer, to the device: keys and values [B, K, N, J * P, D]."""
+    """Copy regions ``at`` [B, K, N, J] of a layer to the device: keys and values [B, K, N, J * P, D]."""
     b, h = (jax.lax.broadcasted_iota(jnp.int32, at.shape, axis) for axis in (0, 1))
     where = jnp.stack([jnp.broadcast_to(layer.astype(jnp.int32), at.shape), b, h, at], axis=-1)
     where = jax.device_put(where, _HOST)
@@ -146,8 +146,8 @@ def _fetch(visual: Packed, layer: Array, at: Array) -> tuple[Side, Side]:
 
 
 def _everything(visual: Packed, layer: Array) -> tuple[Side, Side]:
-    """All regions of a layer, to the device: keys and values [B, K, R * P, D]."""
-    if visual.rows.shape[3] == 0:  # nothing to compute, at which the host's part of a program fails
+    """Copy all regions of a layer to the device: keys and values [B, K, R * P, D]."""
+    if visual.rows.shape[3] == 0:  # host computations on empty arrays fail
         return _tokens(jnp.zeros(visual.rows.shape[1:], visual.rows.dtype), visual)
     layer = jax.device_put(layer, _HOST)
     with compute_on("device_host"):
@@ -175,8 +175,8 @@ def gaze_decode(
     if target() != "cpu":
         return xla.attend(fetch, everything, *rest, scale=spec.scale)
 
-    # The resident form is a branch of a conditional. So is this, or the compiler would join it with what
-    # surrounds it, which may round elsewhere.
+    # The resident form is a branch of a conditional, so this is one too: otherwise the compiler could fuse it
+    # with the surrounding code and round differently.
     def attend(*rest: Any) -> Array:
         def listed(at: Array) -> Any:
             both = fetch(at)

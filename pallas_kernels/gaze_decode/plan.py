@@ -1,7 +1,7 @@
-"""Which regions a kernel fetches for a kv head, and which of its query heads asked for each.
+"""Which regions a kernel fetches for a kv head, and which of its query heads selected each.
 
-Query heads of one kv head read the same keys. Where they select apart, fetching every selection would
-read a region up to G times; a kernel fetches the union once and masks per head.
+Query heads of one kv head read the same keys. If each head has its own selection, fetching every selection
+would read a region up to G times; a kernel fetches the union once and masks per head.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Union:
-    """The regions to fetch for each kv head, every one once.
+    """The regions to fetch for each kv head, each listed once.
 
     Attributes:
-      regions: int32 [B, K, U], ascending, so that neighbours in memory stay neighbours; -1 at the end.
-      heads: int32 [B, K, U], bit g is set if query head g of the group reads the region; 0 at the end.
-      count: int32 [B, K] regions before the first -1.
+      regions: int32 [B, K, U], ascending (memory order); -1 at the end.
+      heads: int32 [B, K, U]; bit g is set if query head g of the group reads the region; 0 at the end.
+      count: int32 [B, K], number of regions before the first -1.
     """
 
     regions: jax.Array
@@ -27,7 +27,7 @@ class Union:
 
 
 def everything(batch: int, kv_heads: int, group: int, regions: int) -> Union:
-    """The union that dense attention needs: all R regions, for all heads."""
+    """The union for dense attention: all R regions, for all heads."""
     shape = (batch, kv_heads, regions)
     return Union(
         jnp.broadcast_to(jnp.arange(regions, dtype=jnp.int32), shape),
@@ -39,16 +39,16 @@ def everything(batch: int, kv_heads: int, group: int, regions: int) -> Union:
 def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
     """Join the selections of a kv head's query heads.
 
-    Sorts J or G * J numbers per kv head, never R of them, and is the same on every device.
+    Sorts J or G * J numbers per kv head, never R; the result is the same on every device.
 
     Args:
-      indices: int32 [B, Hs, J] with Hs = K * G or K; -1 in unused places, duplicates count once.
+      indices: int32 [B, Hs, J] with Hs = K * G or K; -1 in unused slots; duplicates count once.
       kv_heads: K.
       group: G, at most 15: the sum of all slots' bits has to fit an int32.
       regions: R.
 
     Returns:
-      A :class:`Union` with U = min(places per kv head, R).
+      A :class:`Union` with U = min(slots per kv head, R).
     """
     if group > 15:
         raise NotImplementedError(
@@ -57,7 +57,7 @@ def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
     batch, shared, capacity = indices.shape
     lists = shared // kv_heads
     picks = indices.reshape(batch, kv_heads, lists, capacity)
-    # Region and asking head in one number; what is unused sorts behind everything.
+    # Region and head in one number; unused slots sort to the end.
     head = jnp.arange(lists, dtype=jnp.int32)[:, None]
     unused = jnp.int32(regions * lists)
     keys = jnp.where((picks >= 0) & (picks < regions), picks * lists + head, unused)
@@ -69,7 +69,7 @@ def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
     starts = used & (region != jnp.where(before < 0, -1, before // lists))
     bit = jnp.int32((1 << group) - 1) if lists == 1 else jnp.int32(1) << (keys % lists)
     bits = jnp.where(used & (keys != before), bit, 0)
-    # A region's entries are neighbours now: its heads are the growth of the running sum over them.
+    # A region's entries are now adjacent: the increase of the running sum over them gives its heads.
     total = jnp.cumsum(bits, axis=-1, dtype=jnp.int32)
 
     width = min(lists * capacity, regions)
@@ -85,8 +85,8 @@ def union(indices: jax.Array, kv_heads: int, group: int, regions: int) -> Union:
 
 
 def _mentions(picks: jax.Array, regions: int) -> tuple[jax.Array, jax.Array]:
-    """int32 [B, K, N, R + 1] first slot that names each region, J if none; and the place of each slot."""
-    # Unused slots are all sent to the extra place R.
+    """First slot that names each region, int32 [B, K, N, R + 1], J if none; and each slot's index into it."""
+    # All unused slots map to the extra index R.
     place = jnp.where(picks >= 0, picks, regions)
     slots = jnp.arange(picks.shape[-1], dtype=jnp.int32)
     nobody = jnp.full((regions + 1,), picks.shape[-1], jnp.int32)
@@ -95,12 +95,12 @@ def _mentions(picks: jax.Array, regions: int) -> tuple[jax.Array, jax.Array]:
 
 
 def mentioned(picks: jax.Array, regions: int) -> jax.Array:
-    """bool [B, K, N, R]: some slot names the region."""
+    """bool [B, K, N, R]: whether any slot names the region."""
     return _mentions(picks, regions)[0][..., :regions] < picks.shape[-1]
 
 
 def first_mention(picks: jax.Array, regions: int) -> jax.Array:
-    """bool [B, K, N, J]: the slot names a region that no earlier slot names."""
+    """bool [B, K, N, J]: whether the slot names a region that no earlier slot names."""
     first, place = _mentions(picks, regions)
     slots = jnp.arange(picks.shape[-1], dtype=jnp.int32)
     return (jnp.take_along_axis(first, place, axis=-1) == slots) & (picks >= 0)

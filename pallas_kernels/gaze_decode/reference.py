@@ -1,6 +1,6 @@
-"""gaze_decode as its definition reads: float32, one head at a time, every region under a mask.
+"""gaze_decode as defined: float32, one head at a time, every region under a mask.
 
-The oracle of the shared suite. It deliberately shares no code with the other implementations.
+The expected result in the shared test suite. It deliberately shares no code with the other implementations.
 """
 
 import jax
@@ -21,26 +21,26 @@ def supports(spec: GazeSpec) -> str | None:
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
-    """Keep [L, B, K, R, P, D] as it is, rounded as ``spec`` says."""
+    """Keep the layout [L, B, K, R, P, D]; round as ``spec`` says."""
     if spec.visual_dtype == "int8":
         return dequantize(*quantize(k)), dequantize(*quantize(v))
     return k, v
 
 
 def unpack(packed: Packed) -> Packed:
-    """Keep [L, B, K, R, P, D] as it is."""
+    """Return k and v, [L, B, K, R, P, D] each, unchanged."""
     return packed
 
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Zeros behind R and P up to the new sizes."""
+    """Pad R and P with zeros to the new sizes."""
     k, v = packed
     more = [(0, 0)] * 3 + [(0, regions - k.shape[3]), (0, slots - k.shape[4]), (0, 0)]
     return jnp.pad(k, more), jnp.pad(v, more)
 
 
 def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
-    """Regions of ``piece`` in place of those from ``start`` on."""
+    """Overwrite the regions from ``start`` on with those of ``piece``."""
     (k, v), (new_k, new_v) = packed, piece
     put = jax.lax.dynamic_update_slice_in_dim
     return put(k, new_k, start, 3), put(v, new_v, start, 3)

@@ -1,6 +1,6 @@
-"""Shapes at which gaze_decode is used: published decoders over images and videos.
+"""Shapes in which gaze_decode is used: published decoders over images and videos.
 
-Ahead-of-time compilation proves that every kernel compiles for them.
+Ahead-of-time compilation checks that every kernel compiles for them.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SCENES = {
     147_456: (4_096, 410),
     1_048_576: (29_128, 583),
 }
-"""Visual tokens -> (regions of at most 36 tokens, top_k): the paper's three, then 10, 10 and 2 %."""
+"""Visual tokens -> (regions of at most 36 tokens, top_k): the paper's three, then 10, 10 and 2 % kept."""
 
 SLOTS = 36
 TEXT = 2_048  # text and context tokens
@@ -41,9 +41,9 @@ class Shape:
       heads: a key of :data:`HEADS`.
       tokens: a key of :data:`SCENES`.
       batch: B.
-      select_per: of :class:`GazeSpec`.
-      visual_dtype: of :class:`GazeSpec`; the rest is bfloat16.
-      layers: L of the cache, which the model's may exceed where memory is short.
+      select_per: see :class:`GazeSpec`.
+      visual_dtype: see :class:`GazeSpec`; everything else is bfloat16.
+      layers: L of the cache; fewer than the model's if memory is short.
     """
 
     heads: str
@@ -66,13 +66,13 @@ class Shape:
 
     @property
     def layer_bytes(self) -> int:
-        """Visual keys and values of one layer, all sequences."""
+        """Bytes of the visual keys and values of one layer, for all sequences."""
         _, kv_heads, _, dim = HEADS[self.heads]
         size = 1 if self.visual_dtype == "int8" else 2
         return self.batch * kv_heads * SCENES[self.tokens][0] * SLOTS * 2 * dim * size
 
     def fitting(self, memory: int) -> "Shape | None":
-        """As many of the model's layers as ``memory`` bytes hold beside the text stream; None if not one."""
+        """The shape with as many layers as fit ``memory`` bytes, text stream included; None if none fits."""
         layers, kv_heads, _, dim = HEADS[self.heads]
         text = self.batch * kv_heads * TEXT * 2 * dim * 2
         layers = min(layers, memory // (self.layer_bytes + text))

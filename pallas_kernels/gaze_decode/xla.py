@@ -1,9 +1,9 @@
 """gaze_decode in plain XLA: gather the selected regions, then one small softmax.
 
-Only listed regions are read from the cache, straight out of the stacked array: no layer's KV is sliced
-out first. Rows and kv heads stay dimensions of every operation, so the compiler may split them over
-devices. Where the selections of a group's query heads add up to R regions or more, reading each region
-once under a mask is less work than gathering. A CPU gets a program of its own, in ``cpu.py``.
+Only listed regions are read from the cache, directly from the stacked array: no layer's KV is sliced out
+first. Rows and kv heads stay dimensions of every operation, so the compiler can split them over devices.
+If the selections of a group's query heads add up to R regions or more, reading every region once under a
+mask is less work than gathering. CPUs have their own program, in ``cpu.py``.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def supports(spec: GazeSpec) -> str | None:
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
-    """Keep [L, B, K, R, P, D]: a region of a head is one contiguous block already. For a CPU, by layers."""
+    """Keep [L, B, K, R, P, D], where a region of a head is already contiguous; on a CPU, split by layer."""
     both = (Side(k), Side(v))
     if spec.visual_dtype == "int8":
         both = (Side(*quantize.quantize(k)), Side(*quantize.quantize(v)))
@@ -41,7 +41,7 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
 
 
 def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
-    """[L, B, K, R, P, D] again, float32 if it was quantised."""
+    """Return k and v, [L, B, K, R, P, D] each; float32 if they were quantised."""
     if isinstance(packed, Layered):
         packed = cpu.unpack(packed)
     k, v = (a.values if a.scales is None else quantize.dequantize(a.values, a.scales) for a in packed)
@@ -49,29 +49,29 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
 
 
 def _axis(packed: Packed) -> int:
-    """Where R is: an array per layer has no axis L."""
+    """The axis R; arrays per layer have no axis L."""
     return 2 if isinstance(packed, Layered) else 3
 
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Zeros behind R and P up to the new sizes."""
+    """Pad R and P with zeros to the new sizes."""
     return larger(packed, _axis(packed), regions, slots)
 
 
 def larger(sides: _Tree, axis: int, regions: int, slots: int) -> _Tree:
-    """Sides with zeros behind R, which is at ``axis``, and P up to the new sizes."""
+    """Pad R, which is at ``axis``, and P with zeros to the new sizes."""
     return jax.tree.map(lambda a: grow.fill(a, {axis: regions, axis + 1: slots}), sides)
 
 
 def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
-    """Regions of ``piece`` in place of those from ``start`` on."""
+    """Overwrite the regions from ``start`` on with those of ``piece``."""
     return grow.write(packed, piece, start, _axis(packed))
 
 
 def _gather(array: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:
-    """[L, B, K, R, ...] at int32 [B, K, N, J]: [B, K, N, J, ...]."""
-    # Rows and kv heads are batch dimensions, not indices: the partitioner can split them. Written out,
-    # because vmap would put them first and turn the cache around.
+    """Gather regions int32 [B, K, N, J] of a layer of [L, B, K, R, ...]: [B, K, N, J, ...]."""
+    # Rows and kv heads are batch dimensions, not indices, so the partitioner can split them. Written out,
+    # because vmap would move them to the front and transpose the cache.
     dims = jax.lax.GatherDimensionNumbers(
         offset_dims=tuple(range(4, array.ndim)),
         collapsed_slice_dims=(0, 3),
@@ -89,9 +89,9 @@ def _read(
     picks: jax.Array | None,
     visual_seen: jax.Array,
 ) -> tuple[Side, Side, jax.Array]:
-    """What the heads look at: keys and values [B, K, N, A, D], and which count: bool [B, K, N, G/N or 1, A].
+    """Keys and values to attend to, [B, K, N, A, D], and which of them count, bool [B, K, N, G/N or 1, A].
 
-    N is G selections per kv head, or the single one that the group shares, or 1 if everything is read.
+    N is G if each query head has its own selection, 1 if the group shares one or everything is read.
     """
     batch, regions, slots = visual_seen.shape
     if picks is not None and picks.shape[2] * picks.shape[3] < regions:
@@ -150,13 +150,13 @@ def attend(
     *,
     scale: float,
 ) -> jax.Array:
-    """One layer, wherever its visual cache is.
+    """Attention in one layer, wherever its visual cache is stored.
 
     Args:
-      listed: of regions int32 [B, K, N, J], gives their keys and values, [B, K, N, J * P, D] each.
-      everything: gives all of the layer's keys and values, [B, K, R * P, D] each.
-      q, text_k, text_v, layer, indices, visual_seen, text_seen: of :func:`gaze_decode`.
-      scale: of the logits.
+      listed: takes regions int32 [B, K, N, J]; returns their keys and values, [B, K, N, J * P, D] each.
+      everything: returns all keys and values of the layer, [B, K, R * P, D] each.
+      q, text_k, text_v, layer, indices, visual_seen, text_seen: as for :func:`gaze_decode`.
+      scale: factor of the logits.
     """
     batch, heads, dim = q.shape
     kv_heads = text_k.shape[2]
@@ -169,7 +169,7 @@ def attend(
         a, b = a.astype(q.dtype), b.astype(q.dtype)
         return jnp.einsum(form, a, b, precision=_EXACT, preferred_element_type=jnp.float32)
 
-    # What is not seen may be NaN: of a key only its own logit is, and that is overruled; a value must go.
+    # Unseen keys and values may be NaN. A key affects only its own logit, which is masked; a value is zeroed.
     logits = product("BKNGD,BKNAD->BKNGA", rows, keys.values) * scale
     if keys.scales is not None:
         logits = logits * keys.scales[:, :, :, None]

@@ -1,1 +1,1 @@
-"""Many queries, each with its own selection of regions; see ``api.py``."""
+"""Attention of many queries, each with its own selection of regions; see ``api.py``."""

@@ -1,9 +1,9 @@
 """gaze_prefill: attention of many queries, forward and backward.
 
-A key is seen by query t and head h if it is valid, of the query's segment, inside the query's window
-and, for a *routed* query and a visual key, in a region that ``selected`` marks for that head. The
-output is one softmax over all seen keys; a query that sees nothing outputs 0. K and V of tokens that
-no query sees may hold anything, NaN included, and get a gradient of exactly 0.
+Query t and head h see a key if it is valid, in the query's segment, inside the query's window and, for a
+*routed* query and a visual key, in a region that ``selected`` marks for that head. The output is one softmax
+over all seen keys; a query that sees nothing outputs 0. K and V of tokens that no query sees may hold
+anything, including NaN, and get a gradient of exactly 0.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ def gaze_prefill(
     spec: GazeSpec,
     implementation: str,
 ) -> jax.Array:
-    """Attend to windows of both streams, routed queries to their selected regions only.
+    """Attend to windows of both streams; of the visual keys, routed queries see only selected regions.
 
     Args:
       q: [B, T, H, D].
       visual_k, visual_v: [B, K, R, P, D].
       text_k, text_v: [B, K, S, D].
       queries: [B, T] windows.
-      places: where the keys stand.
-      selected: bool [B, T, Hs, R]; None routes nobody: every query attends to its whole window.
+      places: order and segment of the keys.
+      selected: bool [B, T, Hs, R]; None: no query is routed, each attends to its whole window.
       spec: static choices.
       implementation: a key of ``IMPLEMENTATIONS``.
 
@@ -74,5 +74,6 @@ def gaze_prefill(
     check_shape(op, "places.text_segment", places.text_segment, (batch, text))
     if selected is not None:
         shared = heads if spec.select_per == "head" else kv_heads
-        check_shape(op, f"selected (share {spec.select_per!r})", selected, (batch, length, shared, regions))
+        expected = (batch, length, shared, regions)
+        check_shape(op, f"selected (select_per {spec.select_per!r})", selected, expected)
     return module.gaze_prefill(q, visual_k, visual_v, text_k, text_v, queries, places, selected, spec=spec)

@@ -1,9 +1,9 @@
-"""Attention of a block of queries as a CPU wants it: keys in chunks, one softmax that grows with them.
+"""Attention of a block of queries, tuned for CPUs: keys in chunks, joined by an online softmax.
 
-What counts on a CPU is that logits stay in its cache: a block of queries meets a chunk of keys, adds to a
-running maximum, sum and output (online softmax, arXiv 1805.02867), and the logits are gone. A chunk that no
-query of the block sees is skipped, which for causal attention is half of them. Other devices do better with
-few large products, and a branch costs them a synchronisation.
+On a CPU the logits should stay in its cache: for each chunk of keys, a block of queries updates a running
+maximum, sum and output (online softmax, arXiv 1805.02867), and the logits are dropped. A chunk that no query
+of the block sees is skipped: half of the chunks in causal attention. Other devices are faster with few large
+products, and a branch costs them a synchronisation.
 """
 
 import dataclasses
@@ -14,33 +14,33 @@ import jax.numpy as jnp
 Array = jax.Array
 
 CHUNK = 512
-"""Keys that are attended to at once."""
+"""Keys per chunk."""
 
-_LOGITS = 1 << 20  # that exist at once: 4 MB
+_LOGITS = 1 << 20  # maximum number of logits at once: 4 MB
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def queries_at_once(most: int, batch: int, heads: int) -> int:
-    """T of a block: at most ``most``, and few enough that its logits for a chunk stay in cache."""
+    """T of a block: at most ``most``, and small enough that its logits for a chunk stay in cache."""
     return max(1, min(most, max(16, _LOGITS // (batch * heads * CHUNK))))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Keys and values [count, B, K, CHUNK, D], zeros behind the last of them."""
+    """Keys and values [count, B, K, CHUNK, D], padded with zeros."""
 
     k: Array
     v: Array
 
 
 def chunked(k: Array, v: Array) -> Chunks:
-    """Keys and values [B, K, N, D] cut along N; a stream that is shorter is one chunk."""
+    """Cut keys and values [B, K, N, D] along N; a stream shorter than a chunk is one chunk."""
     return Chunks(*(_cut(a, 2) for a in (k, v)))
 
 
 def _cut(a: Array, axis: int) -> Array:
-    """``axis`` cut into chunks, which come first."""
+    """Cut ``axis`` into chunks and move the chunk axis to the front."""
     size = a.shape[axis]
     chunk = min(CHUNK, size)
     count = -(-size // chunk) if size else 0
@@ -51,9 +51,9 @@ def _cut(a: Array, axis: int) -> Array:
 
 
 def rows_of(q: Array, kv_heads: int) -> Array:
-    """Queries [B, T, H, D] as [B, K, G * T, D], a matrix for each kv head.
+    """Reshape queries [B, T, H, D] to [B, K, G * T, D], one matrix per kv head.
 
-    Every backend multiplies matrices best; products of two axes of rows are plain loops on a CPU.
+    Every backend is fastest with plain matrices; products with two row axes become plain loops on a CPU.
     """
     batch, length, heads, dim = q.shape
     group = heads // kv_heads
@@ -62,7 +62,7 @@ def rows_of(q: Array, kv_heads: int) -> Array:
 
 
 def queries_of(rows: Array, q: Array) -> Array:
-    """The inverse of :func:`rows_of`, in the shape and dtype of ``q``."""
+    """Invert :func:`rows_of`; the result has the shape and dtype of ``q``."""
     batch, length, heads, dim = q.shape
     kv_heads = rows.shape[1]
     rows = rows.reshape(batch, kv_heads, heads // kv_heads, length, dim)
@@ -70,12 +70,12 @@ def queries_of(rows: Array, q: Array) -> Array:
 
 
 def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array:
-    """One softmax of a block of queries over streams of keys.
+    """Attend with one softmax over several streams of keys.
 
     Args:
       q: [B, T, H, D].
       streams: keys and values, and which of them a query sees, bool [B, T, 1 or K or H, N].
-      scale: of the logits.
+      scale: factor of the logits.
 
     Returns:
       [B, T, H, D] in the dtype of ``q``; 0 where a query sees nothing.
@@ -99,20 +99,20 @@ State = tuple[Array, Array, Array]
 
 
 def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) -> State:
-    """The softmax with a chunk more.
+    """Add a chunk of keys to the softmax.
 
     Args:
       state: running maximum and sum [B, K, G * T, 1] and output [B, K, G * T, D], float32.
       rows: [B, K, G * T, D].
       chunk: [B, K, N, D].
       seen: bool [B, T, 1 or K or H, N].
-      scale: of the logits.
+      scale: factor of the logits.
     """
     batch, kv_heads, count, _ = rows.shape
     length, shared = seen.shape[1:3]
     group = count // length
 
-    def grown(state: State) -> State:
+    def joined(state: State) -> State:
         top, total, out = state
         logits = jnp.einsum(
             "BKMD,BKND->BKMN", rows, chunk.k, precision=_EXACT, preferred_element_type=jnp.float32
@@ -134,4 +134,4 @@ def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) ->
         total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
         return higher, total, out * kept + more
 
-    return jax.lax.cond(jnp.any(seen), grown, lambda state: state, state)
+    return jax.lax.cond(jnp.any(seen), joined, lambda state: state, state)

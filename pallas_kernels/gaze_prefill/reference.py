@@ -1,6 +1,6 @@
-"""gaze_prefill as its definition reads: float32, one head and one query at a time, no tiling.
+"""gaze_prefill as defined: float32, one head and one query at a time, no tiling.
 
-The oracle of the shared suite. It deliberately shares no code with the other implementations.
+The expected result in the shared test suite. It deliberately shares no code with the other implementations.
 """
 
 import jax
@@ -38,7 +38,7 @@ def gaze_prefill(
         v: jax.Array,
         seen: jax.Array,
     ) -> jax.Array:
-        """[D] query over [N, D] keys of which ``seen`` [N] count."""
+        """One query [D] over keys [N, D], of which those marked in ``seen`` [N] count."""
         k = jnp.where(seen[:, None], k.astype(jnp.float32), 0.0)
         v = jnp.where(seen[:, None], v.astype(jnp.float32), 0.0)
         logits = jnp.dot(k, q.astype(jnp.float32), precision="highest") * spec.scale

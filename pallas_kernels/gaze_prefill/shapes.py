@@ -1,4 +1,4 @@
-"""Sizes that gaze_prefill meets in earnest, as abstract arguments: what TPU compilation is checked with.
+"""Shapes in which gaze_prefill is used, as abstract arguments; TPU compilation is checked with them.
 
 Text queries route over the visual tokens of published models: Qwen3-4B has 32 query and 8 kv heads of 128,
 Qwen2.5-7B 28 and 4 of 128, Qwen2.5-0.5B 14 and 2 of 64. Regions are 6 x 6 tokens.
@@ -22,13 +22,13 @@ class Shape:
     """One call of the op; the fields are the axes' sizes.
 
     Attributes:
-      name: of the model and its length.
+      name: the model and its number of visual tokens.
       heads, kv_heads, dim: H, K and D.
       queries: T.
       regions, slots: R and P.
       text: S.
-      select_per: of the selection; None is a call without one.
-      dtype: of q, K and V.
+      select_per: see :class:`GazeSpec`; None: a call without a selection.
+      dtype: dtype of q, K and V.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Shape:
     dtype: str = "bfloat16"
 
     def abstract(self) -> tuple[Any, ...]:
-        """q, K and V of both streams, windows, places and selection of a batch of one."""
+        """(q, K and V of both streams), windows, places and selection, for a batch of one."""
 
         def array(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((1, *shape), dtype)
@@ -84,7 +84,7 @@ class Shape:
     def gradients(
         self, d_out: jax.Array, arrays: Any, windows: Windows, places: KeyPlaces, selected: Any
     ) -> Any:
-        """Output and gradients of the five arrays."""
+        """Output, and gradients with respect to the five arrays."""
         out, pull = jax.vjp(lambda arrays: self.forward(arrays, windows, places, selected), arrays)
         return out, pull(d_out)[0]
 
@@ -96,8 +96,8 @@ SHAPES = (
     Shape("qwen3-4b 36,864", 32, 8, 128, queries=1024, regions=1024),
     Shape("qwen3-4b 147,456", 32, 8, 128, queries=1024, regions=4096),
     Shape("qwen2.5-7b 36,864", 28, 4, 128, queries=1024, regions=1024),
-    Shape("qwen2.5-7b 36,864 group", 28, 4, 128, queries=1024, regions=1024, select_per="kv_head"),
-    Shape("qwen2.5-0.5b 9,216 group", 14, 2, 64, queries=1024, regions=256, select_per="kv_head"),
+    Shape("qwen2.5-7b 36,864 kv_head", 28, 4, 128, queries=1024, regions=1024, select_per="kv_head"),
+    Shape("qwen2.5-0.5b 9,216 kv_head", 14, 2, 64, queries=1024, regions=256, select_per="kv_head"),
     Shape("qwen3-4b 9,216 float32", 32, 8, 128, queries=1024, regions=256, dtype="float32"),
     Shape("qwen3-4b 9,216 visual queries", 32, 8, 128, queries=9216, regions=256, select_per=None),
 )

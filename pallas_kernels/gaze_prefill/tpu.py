@@ -3,7 +3,7 @@
 Keys of both streams become one row of *blocks* of W tokens, visual ones first, so that one kernel and one
 softmax serve both. With a selection a visual block is as many whole regions (*cells*) as fit into 128
 tokens; without one it is plain tokens. This file lays the arrays out, says for every block which queries
-visit it, and walks over tiles of queries; ``tpu_kernels.py`` attends.
+visit it, and walks over tiles of queries; ``tpu_forward.py`` and ``tpu_backward.py`` attend.
 
 Everything per (query, head) stands in rows, heads of a kv head side by side. Sizes of what is made here,
 per batch entry, beside copies of q, K and V:
@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import needs
-from pallas_kernels.gaze_prefill import tpu_kernels as kernels
-from pallas_kernels.gaze_prefill.tpu_kernels import LANES, Plan
+from pallas_kernels.gaze_prefill import tpu_backward, tpu_common, tpu_forward
+from pallas_kernels.gaze_prefill.tpu_common import LANES, Plan
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
 Array = jax.Array
@@ -81,7 +81,7 @@ def _plan(
     if routed:
         cells = max(1, min(tiles.keys // slots, regions, 32))
         # Whole registers per region where as many regions fit: 36 tokens take 40, and XLA moves no row.
-        whole = _up(slots, kernels.SUBLANES)
+        whole = _up(slots, tpu_common.SUBLANES)
         cell = whole if cells * whole <= max(tiles.keys, whole) else slots
         width = max(cells * cell, min(text, tiles.keys))
     else:
@@ -90,14 +90,14 @@ def _plan(
     if not routed:
         cells, cell = 1, width
     visual_blocks = -(-regions // cells) if routed else -(-regions * slots // width)
-    if routed and kernels.SUBLANES % group:
-        group = _up(group, kernels.SUBLANES)
+    if routed and tpu_common.SUBLANES % group:
+        group = _up(group, tpu_common.SUBLANES)
     # Sixteen queries are whole registers of every dtype, whatever the group.
     few = _up(max(1, min(tiles.chunk // group, spec.query_block, length)), 16)
     most = max(1, min(tiles.queries, tiles.rows // group) // few)
     tile_count = -(-length // (most * few))
     tile = _up(-(-length // tile_count), few)
-    unit = max(group, kernels.SUBLANES)
+    unit = max(group, tpu_common.SUBLANES)
     visits = max(1, min(tiles.visits, spec.query_block * group // unit, tile * group // unit))
     plan = Plan(
         scale=spec.scale,
@@ -160,7 +160,7 @@ def _key_places(plan: Plan, places: KeyPlaces, finite: Array) -> Array:
     poison = jnp.where(finite, jnp.float32(0), jnp.float32(jnp.nan))
     rows = [jnp.broadcast_to(a, finite.shape) for a in (order[:, None], segment[:, None], cell)]
     rows.append(jax.lax.bitcast_convert_type(poison, jnp.int32))
-    return _pad(jnp.stack(rows, axis=3), 3, kernels.PLACES)
+    return _pad(jnp.stack(rows, axis=3), 3, tpu_common.PLACES)
 
 
 def _near(windows: dict[str, Array], stream: str, order: Array, segment: Array) -> Array:
@@ -195,12 +195,12 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
       opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
     """
     batch, kv_heads = places.shape[:2]
-    order, segment = places[:, 0, :, kernels.ORDER], places[:, 0, :, kernels.SEGMENT_OF]
+    order, segment = places[:, 0, :, tpu_common.ORDER], places[:, 0, :, tpu_common.SEGMENT_OF]
     visual = plan.visual_blocks
     text_seen = _near(windows, "text", order[:, visual:], segment[:, visual:]).any(2)
 
     def action(seen: Array) -> Array:
-        act = jnp.where(seen, kernels.DIRECT, kernels.SKIP).astype(jnp.int32)
+        act = jnp.where(seen, tpu_common.DIRECT, tpu_common.SKIP).astype(jnp.int32)
         return jnp.broadcast_to(act[:, None], (batch, kv_heads, act.shape[1]))
 
     if opened is None:
@@ -215,7 +215,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
     visits = functools.reduce(jnp.logical_or, [visits[..., i::per_unit] for i in range(per_unit)])
     count = visits.sum(-1, dtype=jnp.int32)
     few = count < max(1, round(tiles.gather_below * visits.shape[-1]))
-    acts = jnp.where(count == 0, kernels.SKIP, jnp.where(few, kernels.GATHER, kernels.DIRECT))
+    acts = jnp.where(count == 0, tpu_common.SKIP, jnp.where(few, tpu_common.GATHER, tpu_common.DIRECT))
     acts = jnp.concatenate([acts.astype(jnp.int32), action(text_seen)], axis=2)
     words = _pad(_pack_bits(_pad(visits, 3, plan.words * 32), 3), 2, plan.blocks)
     return jnp.concatenate([acts[..., None], words], axis=3)[:, :, :, None, :]
@@ -224,7 +224,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
 def _facts(
     plan: Plan, windows: dict[str, Array], opened: Array | None, numbers: tuple[Array, ...] = ()
 ) -> Array:
-    """int32 [B, K or 1, rows, registers * 128]: what each row may see; see ``tpu_kernels``.
+    """int32 [B, K or 1, rows, registers * 128]: what each row may see; see ``tpu_common.py``.
 
     Args:
       plan: static sizes.
@@ -238,18 +238,18 @@ def _facts(
     by_row = (lanes[0].shape[0], heads, plan.tile, plan.group)
     columns = [jnp.broadcast_to(a[:, None, :, None], by_row) for a in lanes]
     columns += [jax.lax.bitcast_convert_type(a, jnp.int32).reshape(by_row) for a in numbers]
-    front = _pad(jnp.stack(columns, axis=-1), 4, kernels.WORDS)[..., None, :]
-    front = jnp.broadcast_to(front, (*by_row, plan.registers, kernels.WORDS))
+    front = _pad(jnp.stack(columns, axis=-1), 4, tpu_common.WORDS)[..., None, :]
+    front = jnp.broadcast_to(front, (*by_row, plan.registers, tpu_common.WORDS))
     if opened is None:
-        words = jnp.zeros((*by_row, plan.registers, kernels.WORD_LANES), jnp.int32)
+        words = jnp.zeros((*by_row, plan.registers, tpu_common.WORD_LANES), jnp.int32)
     else:
         # Queries stay on the last axis until the bits are words: a region's few cells would waste lanes.
         bits = _pad(_pad(opened, 4, plan.bits), 3, _up(plan.visual_blocks, 32 // plan.bits))
         bits = _pack_bits(bits.reshape(*bits.shape[:3], -1, plan.tile), 3)
-        bits = _pad(bits, 3, plan.registers * kernels.WORD_LANES)
+        bits = _pad(bits, 3, plan.registers * tpu_common.WORD_LANES)
         bits = jnp.moveaxis(bits, (2, 4), (3, 2))  # [B, K, tile, Gs, words]
         bits = jnp.broadcast_to(bits, (*by_row, bits.shape[4])) if bits.shape[3] == 1 else bits
-        words = _pad(bits, 3, plan.group).reshape(*by_row, plan.registers, kernels.WORD_LANES)
+        words = _pad(bits, 3, plan.group).reshape(*by_row, plan.registers, tpu_common.WORD_LANES)
     facts = jnp.concatenate([front, words], axis=-1)
     return facts.reshape(*by_row[:2], plan.rows, plan.registers * LANES)
 
@@ -301,7 +301,8 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     def one(xs: tuple[Array, Queries]) -> tuple[Array, Array]:
         table, facts = _tile_arrays(plan, tiles, places, xs[1])
-        out, lse = kernels.forward(plan, table, places, _movable(plan, xs[0]), facts, k, v)
+        inputs = tpu_forward.Inputs(table, places, _movable(plan, xs[0]), facts, k, v)
+        out, lse = tpu_forward.forward(plan, inputs)
         return out.astype(q.dtype), lse
 
     out, lse = jax.lax.map(one, (q, queries))
@@ -316,7 +317,8 @@ def _backward(plan: Plan, tiles: Tiles, residuals: tuple[Any, ...], d_out: Array
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         table, facts = _tile_arrays(plan, tiles, places, queries, lse, delta)
         q_rows, d_rows = _movable(plan, q), _movable(plan, d_out)
-        d_q, d_k, d_v = kernels.backward(plan, table, places, q_rows, d_rows, facts, k, v, *sums)
+        inputs = tpu_backward.Inputs(table, places, q_rows, d_rows, facts, k, v, *sums)
+        d_q, d_k, d_v = tpu_backward.backward(plan, inputs)
         return (d_k, d_v), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)

@@ -1,8 +1,8 @@
 """gaze_prefill in plain XLA: dense matmuls under a mask, in blocks of queries.
 
 Memory is bounded by ``spec.query_block``: logits exist for one block at a time and the backward pass
-recomputes them. No FLOPs are skipped but on a CPU (``cpu.py``), which for regions that a block's queries did
-not select would gain little: at 10 % kept regions they leave almost none untouched together.
+recomputes them. FLOPs are skipped only on a CPU (``cpu.py``). Skipping regions that no query of a block
+selected would gain little: even at 10 % kept regions, the block's queries together select almost all of them.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def supports(spec: GazeSpec) -> str | None:
 def _inside(
     queries: Windows, lo: jax.Array, hi: jax.Array, order: jax.Array, segment: jax.Array
 ) -> jax.Array:
-    """bool [B, T, N]: key n is in query t's segment and interval; order -1 is no key."""
+    """bool [B, T, N]: whether key n is in query t's segment and interval; order -1 is no key."""
     segment_of = queries.segment[:, :, None]
     order, segment = order[:, None, :], segment[:, None, :]
     near = (segment == segment_of) & (segment_of >= 0)
@@ -63,14 +63,14 @@ def _attend(
     text: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """One softmax over both streams for one block of queries; the masks say what counts."""
+    """One softmax over both streams for one block of queries, under the masks."""
     batch, length, heads = q.shape[:3]
     kv_heads, tokens = visual_k.shape[1:3]
     group = heads // kv_heads
     rows = cpu.rows_of(q, kv_heads)
 
     def by_group(mask: jax.Array) -> jax.Array:
-        """[B, T, 1 | K | H, N] to [B, K or 1, G or 1, T, N]."""
+        """Reshape [B, T, 1 or K or H, N] to [B, K or 1, G or 1, T, N]."""
         shared = mask.shape[2]
         if shared == heads:
             mask = mask.reshape(batch, length, kv_heads, group, mask.shape[-1])
@@ -126,7 +126,7 @@ def gaze_prefill(
     """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`."""
     batch, length, heads, dim = q.shape
     kv_heads, regions, slots = visual_k.shape[1:4]
-    # Short sequences fit a cache as they are.
+    # Short sequences fit the CPU's cache without chunks.
     chunked = target() == "cpu" and regions * slots + text_k.shape[2] > cpu.CHUNK
     at_once = cpu.queries_at_once(spec.query_block, batch, heads) if chunked else spec.query_block
     block = min(at_once, length)
@@ -137,7 +137,7 @@ def gaze_prefill(
         return visual.reshape(*visual.shape[:3], regions * slots), text
 
     def touched(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Keys that anybody sees: bool [B, K, R * P] and [B, 1, S]."""
+        """Keys that any query sees: bool [B, K, R * P] and [B, 1, S]."""
         visual, text = masks(queries, selected)
         if visual.shape[2] == heads:
             by_kv = (batch, visual.shape[1], kv_heads, heads // kv_heads, regions * slots)
@@ -149,7 +149,7 @@ def gaze_prefill(
         blocks, used = None, touched(queries, selected)
     else:
         blocks = _blocked((q, queries, selected), count, block)
-        # Padding queries come from zeros; mark them as such so that they see nothing.
+        # Padding queries are zeros, so their segment is 0; set it to -1 so that they see nothing.
         alive = (jnp.arange(count * block) < length).reshape(count, 1, block)
         blocks = (
             blocks[0],
@@ -159,7 +159,7 @@ def gaze_prefill(
         used = jax.tree.map(lambda a: a.any(0), jax.lax.map(lambda xs: touched(xs[1], xs[2]), blocks))
 
     def clean(array: jax.Array, used: jax.Array) -> jax.Array:
-        # 0 * NaN is NaN: what nobody sees must not reach a matmul, in either direction.
+        # 0 * NaN is NaN: unseen keys and values must not reach a matmul, forward or backward.
         return jnp.where(used[..., None], array, jnp.zeros((), array.dtype))
 
     flat = (batch, kv_heads, regions * slots, dim)

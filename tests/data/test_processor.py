@@ -14,6 +14,7 @@ from gaze_jax.data.processor import Processor, pad_answers, pad_to, process, pro
 from gaze_jax.data.sample import Box, Image, Sample, Text
 from gaze_jax.data.tokenizer import END
 from gaze_jax.errors import UserError
+from gaze_jax.families.square import SQUARE
 
 TOKENIZER = build_tokenizer()
 NO_BOX = (-1.0, -1.0, -1.0, -1.0)
@@ -21,7 +22,7 @@ NO_BOX = (-1.0, -1.0, -1.0, -1.0)
 
 def processor(*, grid=2, region=(1, 2), context=1, patch=2, remainder=0, resize=False):
     layout = VisualLayout(grid * patch + remainder, patch, region, context)
-    return Processor(layout, TOKENIZER, FAMILIES, resize)
+    return Processor(layout, TOKENIZER, FAMILIES, SQUARE.views, resize)
 
 
 def noise(height, width, seed=0):
@@ -220,7 +221,7 @@ def test_a_context_token_predicts_the_first_token_of_text_that_follows_its_image
     assert arrays["targets"][at + 1] == end
 
 
-def test_an_image_that_is_shown_twice_is_two_units_and_boxes_lie_in_the_later_one():
+def test_an_image_shown_twice_is_two_views_and_boxes_are_in_the_later_one():
     arrays = check(processor(), sample([Image(0), QUESTION, ANSWER, Image(0), QUESTION, ANSWER]))
     np.testing.assert_array_equal(*arrays["images"])
     assert [view for view in arrays["target_view"] if view >= 0] == [0, 1]

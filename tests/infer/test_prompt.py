@@ -91,7 +91,7 @@ def by_chat(one, picture, question, _):
 
 def by_batch(one, picture, question, folder):
     Image.fromarray(picture).save(folder / "picture.png")
-    request = Request(question, images=(str(folder / "picture.png"),), dense=True, max_tokens=TOKENS)
+    request = Request(question, images=(str(folder / "picture.png"),), gaze_dense=True, max_tokens=TOKENS)
     list(answer_all(one, [request, request]))
 
 

@@ -220,7 +220,7 @@ class PrefillSuite:
             text_nobody,
         )
 
-    def test_edge_05_law_5_nan_in_unseen_keys_changes_nothing(self):
+    def test_edge_05_nan_in_unseen_keys_changes_nothing(self):
         """NaN in K and V of unselected regions, empty slots and padding: equal output, gradient 0."""
         case, nobody, text_nobody = self._routed_only()
         clean, clean_gradients = self.gradients(case)
@@ -335,7 +335,7 @@ class PrefillSuite:
         for mine, theirs in zip(got, expected, strict=True):
             _close(mine, theirs, 5e-6)
 
-    def test_query_blocks_keep_law_5_and_dense(self):
+    def test_query_blocks_ignore_unseen_nan_and_equal_dense(self):
         """In blocks too, NaN that no query of any block sees changes nothing; neither does selected=None."""
         case, nobody, _ = self._routed_only()
         case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, query_block=7))
@@ -401,7 +401,7 @@ class PrefillSuite:
         small = cases.prefill([row])
         large = cases.prefill([pad(row, regions=7, slots=6, text=9)])
         regions, slots, dense = *small.places.visual_order.shape[1:], small.places.text_order.shape[1]
-        grown = large.with_arrays(
+        extended = large.with_arrays(
             (
                 large.q,
                 *(
@@ -412,13 +412,13 @@ class PrefillSuite:
             )
         )
         start = large.places.visual_order.size
-        grown = dataclasses.replace(
-            grown,
-            q=grown.q.at[:, start : start + dense].set(small.q[:, regions * slots :]),
-            selected=grown.selected.at[:, start : start + dense, :, :regions].set(
+        extended = dataclasses.replace(
+            extended,
+            q=extended.q.at[:, start : start + dense].set(small.q[:, regions * slots :]),
+            selected=extended.selected.at[:, start : start + dense, :, :regions].set(
                 small.selected[:, regions * slots :]
             ),
         )
-        got = np.asarray(self.forward(grown))[:, start:]
+        got = np.asarray(self.forward(extended))[:, start:]
         _close(got[:, :dense], np.asarray(self.forward(small))[:, regions * slots :], 1e-6)
         assert (got[:, dense:] == 0).all()

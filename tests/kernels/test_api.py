@@ -144,11 +144,11 @@ def test_share_decides_the_head_axis():
     for select_per, other in (("head", "kv_head"), ("kv_head", "head")):
         case = cases.prefill(cases.rows(), select_per=select_per)
         spec = dataclasses.replace(case.spec, select_per=other)
-        with pytest.raises(ValueError, match=rf"selected \(share '{other}'\) has shape"):
+        with pytest.raises(ValueError, match=rf"selected \(select_per '{other}'\) has shape"):
             _prefill(dataclasses.replace(case, spec=spec))
         case = cases.decode(select_per=select_per)
         spec = dataclasses.replace(case.spec, select_per=other)
-        with pytest.raises(ValueError, match=rf"indices \(share '{other}'\) has shape"):
+        with pytest.raises(ValueError, match=rf"indices \(select_per '{other}'\) has shape"):
             _decode(dataclasses.replace(case, spec=spec))
 
 

@@ -87,8 +87,7 @@ class TestCompiled(TestCopiesAndIndicesInterpreted):
     @pytest.mark.parametrize("select_per", ["head", "kv_head"])
     @pytest.mark.parametrize("dim", [64, 128])
     def test_real_sizes(self, dim, select_per, dtype):
-        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: several chunks in every
-        share."""
+        """555 regions of 36 slots, 55 per head, G = 7, 700 text-stream keys: chunks in every split."""
         case = cases.decode(
             layers=2,
             group=7,
@@ -216,13 +215,13 @@ def test_what_does_not_fit_is_refused():
         _lower(**common | {"group": 16, "select_per": "head"}, dtype=jnp.bfloat16)
 
 
-def test_shares_fill_the_chip_and_leave_none_empty():
-    """One row gets every block, many rows one each, and no share is without a chunk."""
+def test_splits_fill_the_chip_and_leave_none_empty():
+    """One row gets every block, many rows one each, and no split is without a chunk."""
     tiles = gpu.Tiles(pieces=3, stages=2, blocks=132)
-    assert gpu._shares(tiles, 4, 104) == 33
-    assert gpu._shares(tiles, 4, 9) == 9
-    assert gpu._shares(tiles, 64, 104) == 2
-    assert gpu._shares(tiles, 1000, 5) == 1
+    assert gpu._splits(tiles, 4, 104) == 33
+    assert gpu._splits(tiles, 4, 9) == 9
+    assert gpu._splits(tiles, 64, 104) == 2
+    assert gpu._splits(tiles, 1000, 5) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
-from pallas_kernels.gaze_decode import api, plan, tpu, tpu_layout
+from pallas_kernels.gaze_decode import api, plan, tpu, tpu_kernel, tpu_layout
 from tests.helpers import cases
 from tests.kernels import decode_suite
 
@@ -27,14 +27,14 @@ def test_words_split_alike_in_the_kernel_and_interpreted(dtype):
     values = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (24, places, 128)), dtype)
 
     def kernel(ref, out):
-        for place, split in enumerate(tpu.split_words(ref)):
+        for place, split in enumerate(tpu_kernel.split_words(ref)):
             out[place] = split
 
     got = pl.pallas_call(
         kernel, out_shape=jax.ShapeDtypeStruct((places, 24, 128), jnp.float32), interpret=True
     )(values)
     np.testing.assert_array_equal(got, jnp.swapaxes(values, 0, 1).astype(jnp.float32))
-    np.testing.assert_array_equal(jnp.stack(tpu.split_values(values)), got)
+    np.testing.assert_array_equal(jnp.stack(tpu_kernel.split_values(values)), got)
 
 
 @pytest.mark.parametrize("visual_dtype", [None, "int8"])
@@ -46,7 +46,7 @@ def test_slots_are_ordered_as_the_kernel_meets_them(dim, slots, visual_dtype):
     spec = GazeSpec(scale=1.0, visual_dtype=visual_dtype)
     packed = tpu_layout.pack(k, k, spec=spec)
     words = packed.words[0, 0, 0, :, : packed.rows].reshape(-1, *packed.words.shape[-2:])
-    split = tpu.split_values(words)
+    split = tpu_kernel.split_values(words)
     keys = jnp.concatenate(split[: len(split) // (1 if packed.joint else 2)])
     order = tpu_layout.by_row(packed, key[0, 0, 0, ..., 0])
     seen = np.asarray(order) > 0
@@ -150,7 +150,8 @@ def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
     used = tpu._used_tiles(jnp.asarray(seen), 4)
     assert used.tolist() == [0, 1, 2, 4]
     grid = tpu._Grid(kv_heads=2, per_core=8, lanes_are_tokens=False)
-    tiles = [[int(grid.text_seen(0, 2 * b + 1, tile, 0, 0, used)[2]) for tile in range(4)] for b in range(4)]
+    scalars = tpu_kernel.Scalars(layer=0, count=0, tiles=used)
+    tiles = [[int(grid.text_seen(0, 2 * b + 1, tile, scalars)[2]) for tile in range(4)] for b in range(4)]
     assert tiles == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 3]]
 
 

@@ -156,7 +156,7 @@ def test_what_is_too_much_per_head_is_kept_as_the_mean(monkeypatch):
     found = arrays["dense"].reshape(mean.shape) / 255 * arrays["denseLargest"].reshape(*mean.shape[:-1], 1)
     np.testing.assert_allclose(found, mean, atol=mean.max() / 510)
     monkeypatch.setattr(viewer, "_MOST_DENSE", mean.size - 1)
-    with pytest.raises(UserError, match="tokens x layers x regions are 60; trace fewer tokens"):
+    with pytest.raises(UserError, match=r"tokens x layers x regions = 60, but .*; trace fewer tokens"):
         viewer_page(trace)
 
 

@@ -48,8 +48,8 @@ def test_a_page_shows_what_each_token_looked_at():
     for layer in (0, None):
         mask = trace.mask() if layer is None else trace.mask()[:, layer : layer + 1]
         for token, page in enumerate(clip_pages(trace, layer=layer, views=8)):
-            share = mask[token].astype(np.float32).mean(axis=(0, 1))[view.regions]
-            shares = share.repeat(clear.shape[0] // 4, 0).repeat(clear.shape[1] // 4, 1)
+            fraction = mask[token].astype(np.float32).mean(axis=(0, 1))[view.regions]
+            shares = fraction.repeat(clear.shape[0] // 4, 0).repeat(clear.shape[1] // 4, 1)
             wanted = _veiled(clear, shares)
             pixels = np.asarray(page)
             left, top = (WIDTH - clear.shape[1]) // 2, len(pixels) - 32 - clear.shape[0]
@@ -70,7 +70,7 @@ def best_match(pixels, wanted, left, top):
     return min(windows, key=lambda window: np.abs(window.astype(int) - wanted).mean())
 
 
-def test_a_clip_shows_the_units_that_were_looked_at_most():
+def test_a_clip_shows_the_most_selected_views():
     """As large as they fit; all pages have one even size."""
     trace = make_trace(media=make_media(np.random.default_rng(0), views=0, frames=7), tokens=("A", "b"))
     for views in (2, 4, 8):
@@ -98,20 +98,20 @@ def test_any_number_of_pictures_fits_the_width(count, size):
 
 def test_a_question_of_several_lines_is_headed_by_them():
     """A choice below a question is not shown with signs for its line ends."""
-    apart, joined = (
+    separate, joined = (
         make_trace(tokens=("a",), layers=1, question=q) for q in ("Which?\nA. cat", "Which? A. cat")
     )
-    (one,), (other,) = (clip_pages(trace, layer=0, views=1) for trace in (apart, joined))
+    (one,), (other,) = (clip_pages(trace, layer=0, views=1) for trace in (separate, joined))
     assert one.height > other.height
 
 
 @pytest.mark.parametrize("tokens", [("a", "\n", "b"), ("w" * 200, " x"), ("",), (" " + "w" * 60,) * 7])
 def test_captions_keep_their_place(tokens):
-    """Line ends, words wider than the page, nothing, and more lines than there is room for."""
+    """Line ends, words wider than the page, nothing, and more lines than fit."""
     pages = list(clip_pages(make_trace(tokens=tokens, layers=1), layer=0, views=1))
     assert len({page.size for page in pages}) == 1 and len(pages) == len(tokens)
     for page in pages:
-        # The token that is being said is marked, above the count of keys.
+        # The current token is marked, above the count of keys.
         blue = (np.asarray(page) == SELECTED).all(-1)[:, :32].any(-1).nonzero()[0]
         assert (np.asarray(page)[:162] == SELECTED).all(-1).any()
         assert not blue.size or blue.min() > 60

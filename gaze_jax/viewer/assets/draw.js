@@ -1,6 +1,6 @@
 "use strict";
 
-// Drawing on canvases: a view {corners, grid, regions, own} of an image, and numbers per region.
+// Draws views {corners, grid, regions, own} of images, and values per region, on canvases.
 
 const GAZE_OUTLINE = "rgb(0, 133, 202)";
 
@@ -11,7 +11,7 @@ function canvas(width, height) {
   return made;
 }
 
-// Canvases of which one of a size is enough, because what is drawn on them is drawn elsewhere at once.
+// Scratch canvases, one per use and size: their content is copied elsewhere immediately.
 const spare = new Map();
 
 function scratch(use, width, height) {
@@ -20,7 +20,8 @@ function scratch(use, width, height) {
   return spare.get(key);
 }
 
-// The rectangle that a view's grid covers, as large as asked: clear, veiled and grey. Padding is black.
+// The rectangle that a view's grid covers, clear, veiled and grey. Larger pictures shrink to `most` pixels, tiny
+// ones are enlarged by an integer factor, up to `least`. Padding is black.
 function prepared(image, view, least, most) {
   const [x0, y0, x1, y1] = view.corners;
   const width = (x1 - x0) * image.naturalWidth, height = (y1 - y0) * image.naturalHeight;
@@ -40,7 +41,7 @@ function prepared(image, view, least, most) {
   const other = new ImageData(clear.width, clear.height), dim = other.data;
   for (let i = 0; i < veil.length; i += 4) {
     const luma = 0.299 * veil[i] + 0.587 * veil[i + 1] + 0.114 * veil[i + 2];
-    // As the PNG sheets veil: 36 % of the brightness and of that 15 % of the colour.
+    // The same veil as in the PNG sheets: 36 % of the brightness, 15 % of the colour.
     for (let c = i; c < i + 3; c++) {
       dim[c] = 0.58 * luma;
       veil[c] = 0.36 * (0.15 * veil[c] + 0.85 * luma);
@@ -52,7 +53,7 @@ function prepared(image, view, least, most) {
   return { clear, veiled, grey };
 }
 
-// The grid of a view as a small picture, a pixel per token.
+// The grid of a view as a small picture, one pixel per token.
 function gridded(view, colour) {
   const [height, width] = view.grid;
   const small = scratch("grid", width, height), pixels = new ImageData(width, height);
@@ -76,7 +77,7 @@ function drawGaze(target, view, picture, share) {
   pen.drawImage(lit, 0, 0);
 }
 
-// Around what half of the heads or more selected; drawn into the veil, so that nothing clear is hidden.
+// Outlines what at least half of the heads selected; drawn on the veil, so that it hides nothing clear.
 function outline(target, view, share, line) {
   const [rows, columns] = view.grid;
   const { width, height } = target;
@@ -101,7 +102,7 @@ function outline(target, view, share, line) {
   }
 }
 
-// From nothing over red and orange to light yellow, which order by brightness too.
+// From dark over red and orange to light yellow; brightness increases too.
 const STOPS = [[20, 11, 53], [101, 21, 110], [188, 55, 84], [237, 105, 37], [252, 180, 40], [252, 255, 164]];
 
 function heat(value) {

@@ -5,9 +5,9 @@
   const isDense = slots === 0;
   const PACE = 900; // milliseconds per word
   const ROWS = 8;
-  const LONGEST_WORD = 16; // letters that fit a phone's width in any font
+  const LONGEST_WORD = 16; // letters that fit the width of a phone in any font
 
-  // --- What was embedded ---
+  // --- Embedded data ---
 
   const KINDS = { f4: Float32Array, i4: Int32Array, i2: Int16Array, u1: Uint8Array };
 
@@ -36,9 +36,9 @@
     numbers = await unpacked();
     images = await Promise.all(data.pictures.map(decoded));
   } catch (error) {
-    // A browser that is too old for the rest has said so already.
+    // In a browser that is too old, the page already shows the message for it.
     if (error instanceof ReferenceError) throw error;
-    $("problem").textContent = `This page is damaged (${error.message}); write it again.`;
+    $("problem").textContent = `This page is damaged (${error.message}); generate it again.`;
     return;
   }
   let cells = 0;
@@ -49,7 +49,7 @@
     cells += view.cells;
   }
 
-  // --- What is shown ---
+  // --- State ---
 
   const state = { token: 0, layer: data.layer, head: -1, view: 0, timer: 0 };
 
@@ -57,9 +57,9 @@
     return one >= 0 ? [one] : Array.from({ length: count }, (_, i) => i);
   }
 
-  // Means over the chosen layers and heads: share of heads that selected each region, score where they did,
-  // and the share of attention that it got and would get from dense attention.
-  function looked() {
+  // Per region, means over the chosen layers and heads: the fraction of heads that selected it, their score,
+  // and the fraction of attention that it received and would receive under dense attention.
+  function measured() {
     const share = new Float32Array(regions), attention = new Float32Array(regions);
     const score = new Float32Array(regions), dense = new Float32Array(regions);
     const someLayers = chosen(state.layer, layers), someHeads = chosen(state.head, heads);
@@ -70,20 +70,20 @@
       for (const head of isDense ? [] : someHeads) {
         const from = (query * selectors + Math.floor(head / perSelector)) * slots;
         const to = (query * heads + head) * slots;
-        const view = numbers.attentionLargest[query * heads + head] / 255;
+        const step = numbers.attentionLargest[query * heads + head] / 255;
         for (let j = 0; j < slots; j++) {
           const region = numbers.selected[from + j];
           if (region < 0) break;
           share[region] += 1;
           score[region] += numbers.scores[from + j] * numbers.scoreLargest[layer] / 32767;
-          attention[region] += numbers.attention[to + j] * view;
+          attention[region] += numbers.attention[to + j] * step;
         }
       }
       const someDense = denseHeads === 1 ? [0] : someHeads;
       for (const head of someDense) {
         const row = query * denseHeads + head, from = row * regions;
-        const view = numbers.denseLargest[row] / 255 / someLayers.length / someDense.length;
-        for (let r = 0; r < regions; r++) dense[r] += numbers.dense[from + r] * view;
+        const step = numbers.denseLargest[row] / 255 / someLayers.length / someDense.length;
+        for (let r = 0; r < regions; r++) dense[r] += numbers.dense[from + r] * step;
       }
     }
     for (let r = 0; r < regions; r++) {
@@ -108,7 +108,7 @@
   const percent = (share) => `${(100 * share).toFixed(share && share < 0.0995 ? 1 : 0)}\u00a0%`;
   const count = (number) => (Number.isInteger(number) ? String(number) : number.toFixed(1));
 
-  // --- The parts of the page ---
+  // --- Parts of the page ---
 
   const INVISIBLE = /[\u0000-\u001f\u007f-\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/;
 
@@ -139,7 +139,7 @@
     return token.trim() || (token.includes("\n") ? "new line" : token ? "space" : "nothing");
   }
 
-  // Tokens of one word, in a box that no line breaks; lines may end anywhere in a script without spaces.
+  // Tokens of one word share a box without line breaks; scripts without spaces may break anywhere.
   let word = null;
   const words = tokens.map((token, i) => {
     const button = document.createElement("button");
@@ -165,7 +165,7 @@
     const share = document.createElement("span"), warm = document.createElement("span");
     button.type = "button";
     const image = images[view.picture], [x0, y0, x1, y1] = view.corners;
-    // Of the right shape before it is drawn, so that nothing moves when it is.
+    // Set the shape before drawing, so that the layout does not move later.
     const shape = (x1 - x0) * image.naturalWidth / ((y1 - y0) * image.naturalHeight);
     view.thumb = canvas(Math.max(1, Math.round(90 * shape)), 90);
     name.className = "name";
@@ -249,7 +249,7 @@
     drawThumbs();
   }
 
-  // A long video has many frames, and few of them are in sight.
+  // A long video has many frames, few of them visible: draw only those.
   let waiting = { views: new Set() };
 
   function drawThumbs() {
@@ -270,7 +270,7 @@
     }
   }
 
-  // Scrolls a box, never the page.
+  // Scrolls the box, never the page.
   function reveal(box, item) {
     if (item.offsetTop < box.scrollTop) box.scrollTop = item.offsetTop - 8;
     const below = item.offsetTop + item.offsetHeight - box.clientHeight;
@@ -313,7 +313,7 @@
   }
 
   function show() {
-    const now = looked();
+    const now = measured();
     const most = now.dense.reduce((a, b) => Math.max(a, b), 0);
     if ($("follow").checked) {
       const by = isDense ? now.dense : now.attention;
@@ -338,7 +338,7 @@
     }
   }
 
-  // --- What a reader does ---
+  // --- Interaction ---
 
   const within = (value, low, high) => Math.min(Math.max(value, low), high);
 
@@ -382,12 +382,12 @@
     " ": () => play(!state.timer),
   };
 
-  // Words and frames are chosen with Enter: on them, as elsewhere, the space bar plays.
+  // Words and frames are selected with Enter, because the space bar always starts and stops playing.
   const onChoice = (at) => at.closest("#answer, #strip") !== null;
 
   document.addEventListener("keydown", (event) => {
     const at = event.target;
-    // A chooser and a box that scrolls have their own use for arrows, and a button for the space bar.
+    // Selects and scrolling boxes use the arrow keys themselves, and buttons the space bar.
     if (event.ctrlKey || event.altKey || event.metaKey || at instanceof HTMLSelectElement) return;
     if (at.closest(".scroll")) return;
     const button = at instanceof HTMLButtonElement || at instanceof HTMLInputElement;
@@ -397,7 +397,7 @@
     KEYS[event.key]();
   });
   document.addEventListener("keyup", (event) => {
-    if (event.key === " " && onChoice(event.target)) event.preventDefault(); // Firefox clicks here
+    if (event.key === " " && onChoice(event.target)) event.preventDefault(); // Firefox would click
   });
   $("back").addEventListener("click", KEYS.ArrowLeft);
   $("next").addEventListener("click", KEYS.ArrowRight);

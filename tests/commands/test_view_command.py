@@ -62,7 +62,7 @@ MISTAKES = {
     "--views has no effect without --png or --mp4": ["ONE", "--out=OUT", "--views=2"],
     "--font has no effect without --png or --mp4": ["ONE", "--out=OUT", "--font=a.ttf"],
     "--views=0 must be at least 1": ["ONE", "--out=OUT", "--views=0", "--png"],
-    "--font=a.ttf is no TrueType file": ["ONE", "--out=OUT", "--font=a.ttf", "--png"],
+    "--font=a.ttf is not a readable TrueType file": ["ONE", "--out=OUT", "--font=a.ttf", "--png"],
     "seconds=0 must be between": ["ONE", "--out=OUT", "--seconds=0", "--mp4"],
     "flag --layer=x: invalid": ["ONE", "--layer=x"],
     "Unknown command line flag 'colour'": ["ONE", "--colour=red"],
@@ -70,16 +70,12 @@ MISTAKES = {
 
 EACH = """
 import json, sys
-from absl import flags
-from gaze_jax import cli
-from gaze_jax.viewer import __main__ as command
+from gaze_jax.commands import view
 
 for arguments in json.loads(sys.argv[1]):
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
     sys.argv[1:] = arguments
     try:
-        cli.run(command.main, arguments=True)
+        view.run()
     except SystemExit as end:
         assert end.code in (None, 2), end.code
 """

@@ -30,7 +30,7 @@ def _open_videos(options: GenerateOptions, style: str) -> list[Clip]:
     shown = options.shown
     chosen = {name: getattr(shown, name) for name in ("fps", "max_frames")}
     given = {name: value for name, value in chosen.items() if value is not None}
-    sampling = dataclasses.replace(get_family(style).frame_sampling, **given)
+    sampling = dataclasses.replace(get_family(style).frames, **given)
     return [open_video(name, sampling, frames_fps=options.value("folder_fps")) for name in shown.video]
 
 

@@ -192,7 +192,7 @@ def cambrian_labels(messages):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen2_5_generation"])
-def test_whole_turns_of_the_assistant_are_supervised_for_cambrian_s(name):
+def test_whole_turns_of_answers_are_supervised(name):
     """With header and the line feed after the end token, whatever blocks a template has."""
     turns = [f"<|im_start|>assistant\nA cat.{END}\n", f"<|im_start|>assistant\n{THOUGHT.text}{END}\n"]
     parts = parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, THOUGHT), supervision=CAMBRIAN_S.supervision)
@@ -200,7 +200,7 @@ def test_whole_turns_of_the_assistant_are_supervised_for_cambrian_s(name):
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])
-def test_cambrian_s_learns_the_turns_of_the_assistant_and_every_line_feed(context):
+def test_it_learns_whole_answers_and_every_line_feed(context):
     """Exactly its labels, but for a line feed right after an image, which no text position predicts."""
     messages = (SYSTEM, SEEN, ANSWER, AGAIN, BLACK, QUESTION, Message("assistant", "A\ncat.\n"))
     expected = cambrian_labels(messages)

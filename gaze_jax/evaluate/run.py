@@ -155,8 +155,8 @@ def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndar
     report["entries"] = float(answers.visual_entries[emitted].mean())
     if answers.selected is not None:
         targets = np.where(rows["answer_view"] >= 0, target_regions(rows["answer_box"], layout), -1)
-        share = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
-        report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": share}
+        chance = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
+        report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": chance}
     return report
 
 

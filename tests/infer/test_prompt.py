@@ -110,11 +110,11 @@ def by_evaluation(_, picture, question, folder):
 def record(monkeypatch):
     """The rows that engines are made of, and the tokens that each engine decodes."""
     rows, tokens = [], {}
-    begin, decode = Engine.__init__, Engine.decode
+    init, decode = Engine.__init__, Engine.decode
 
     def recorded_init(engine, model, params, given, **options):
         rows.append((engine, [dict(row) for row in given]))
-        begin(engine, model, params, given, **options)
+        init(engine, model, params, given, **options)
 
     def recorded_decode(engine, *args, **options):
         for out in decode(engine, *args, **options):

@@ -21,10 +21,10 @@ from gaze_jax.errors import UserError
 from gaze_jax.families import CONVERSIONS, joint_rules, written_as
 from gaze_jax.families.table import Conversion, Rule
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.stored import NEWEST
 
 GAZE_TENSORS = "gaze.safetensors"
 GAZE_SETTINGS = "gaze.json"
-SETTINGS_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 _DTYPE = ("dtype", "torch_dtype")
 _PT = {"format": "pt"}
@@ -291,8 +291,8 @@ def export(
             for rule in joint_rules(model.config.gaze.context_tokens):
                 entries |= _of_rule(model, rule, dtype)
             _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
-        stored = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
-        settings = {"format_version": SETTINGS_VERSION, "model": to_dict(stored), "parts": places}
+        config = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
+        settings = {"format_version": NEWEST["export"], "model": to_dict(config), "parts": places}
         _write_json(directory / GAZE_SETTINGS, settings)
 
 

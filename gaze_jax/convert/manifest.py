@@ -25,8 +25,8 @@ from gaze_jax.config import from_dict, to_dict
 from gaze_jax.convert.shards import read_json
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.stored import NEWEST, check_version, upgrade
 
-FORMAT_VERSION = 1
 FILE = "manifest.json"
 PARAMS = "params"
 _BLOCK = 1 << 20  # stays in the CPU's cache between reading and checksumming
@@ -111,7 +111,7 @@ def file_crc(path: Path) -> str:
 def _body(manifest: Manifest) -> dict[str, object]:
     kind = "tower" if isinstance(manifest.model, VisionConfig) else "model"
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": NEWEST["manifest"],
         "kind": kind,
         "model": to_dict(manifest.model),
         "new": list(manifest.new),
@@ -133,21 +133,18 @@ def write(directory: Path, manifest: Manifest) -> None:
 
 
 def read(directory: Path) -> Manifest:
-    """Read and check manifest.json.
+    """Read and check manifest.json, of this or an earlier version.
 
     Raises:
-      UserError: it is missing, damaged, or has another format version.
+      UserError: it is missing, damaged, or of an unknown version.
     """
     path = directory / FILE
     values = read_json(path)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {version!r} but this gaze_jax reads {FORMAT_VERSION}; use the "
-            "version that wrote it, or convert again."
-        )
+    version = check_version("manifest", values, str(path))
     if values.pop("crc32", None) != _seal(values):
         raise UserError(f"{path} is not what was written: it is damaged or edited; convert again.")
+    # Only now: the seal is of the names that are in the file.
+    values = upgrade("manifest", values, version)
     model = values["model"]
     return Manifest(
         model=from_dict(VisionConfig, model) if values["kind"] == "tower" else from_dict(MLLMConfig, model),

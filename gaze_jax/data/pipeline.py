@@ -15,11 +15,15 @@ from gaze_jax.errors import UserError
 
 
 class Source(Protocol):
-    """Samples by index; ``repr`` names everything that decides their content."""
+    """Samples by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that decides the content of the samples: names and plain values, JSON-ready."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,7 @@ def fingerprint(
     is what tells whether the counter still means the same.
     """
     return {
-        "source": repr(source),
+        "source": source.fingerprint(),
         "length": len(source),
         "layout": json.loads(json.dumps(dataclasses.asdict(processor.layout))),
         "families": list(processor.families),

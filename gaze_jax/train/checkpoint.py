@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import grain
 import jax
@@ -25,13 +25,13 @@ from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models.parameters import abstract_params
+from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train.config import Experiment, parse
 from gaze_jax.train.step import TrainState, abstract_state
 
 Array = jax.Array
 Leaf = Array | jax.ShapeDtypeStruct
 
-FORMAT = 1
 FOLDER = "checkpoints"
 
 MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "eval")
@@ -85,7 +85,7 @@ class LeafRecord(TypedDict):
 class Meta(TypedDict):
     """What a checkpoint says of itself in JSON; ``leaves`` are those of each of its trees, by name."""
 
-    format: int
+    format_version: int
     config: dict[str, object]
     data: dict[str, object]
     tokenizer: str
@@ -123,7 +123,7 @@ def save(
     """
     items = _items(state)
     meta: Meta = {
-        "format": FORMAT,
+        "format_version": NEWEST["run"],
         "config": to_dict(experiment),
         "data": dict(fingerprint),
         "tokenizer": tokenizer.json,
@@ -153,13 +153,16 @@ def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.Checkpoint
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> Meta:
-    meta: Meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
-    if meta.get("format") != FORMAT:
+    """What the checkpoint says of itself, under today's names."""
+    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    where = f"Checkpoint {manager.directory / str(step)}"
+    version = check_version("run", meta, where)
+    try:
+        return cast(Meta, upgrade("run", meta, version))
+    except ValueError as error:
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} has format {meta.get('format')!r} but this version "
-            f"of gaze_jax reads format {FORMAT}; use the version that wrote it."
-        )
-    return meta
+            f"{where} is damaged: {error}; move it away to continue from the one before it."
+        ) from error
 
 
 def _check_leaves(saved: Mapping[str, LeafRecord], wanted: PyTree, where: str) -> None:

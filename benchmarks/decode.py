@@ -225,7 +225,7 @@ def layers_that_fit(
 def competitors(
     problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace
 ) -> tuple[dict[str, Callable[[Any], Any]], dict[str, float]]:
-    """Everything that runs beside the implementation ``name``, by name; and the union of each share."""
+    """Everything that runs beside the implementation ``name``, by name; and the union of each select_per."""
     ks, vs, q = problem.ks, problem.vs, problem.q
     found: dict[str, Callable[[Any], Any]] = {}
     for form in EINSUMS:
@@ -269,7 +269,7 @@ def repeats_for(run: Callable[[Any], Any], least: float) -> int:
 
 
 def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per share."""
+    """One row per select_per."""
     found, unions = competitors(problem, name, spec, args)
     counts = {label: repeats_for(run, args.least_ms / 1e3) for label, run in found.items()}
     calls = {label: functools.partial(run, jnp.int32(counts[label])) for label, run in found.items()}
@@ -297,7 +297,7 @@ def columns(
     bandwidth: float,
     einsum_form: str,
 ) -> dict[str, Any]:
-    """The figures of one share: milliseconds per layer, and how many times as long others take."""
+    """The figures of one select_per: milliseconds per layer, and how many times as long others take."""
 
     def ms(label: str) -> dict[str, Any]:
         return {
@@ -350,7 +350,7 @@ def one_problem(
         "regions": shape.regions,
         "slots": timing.SLOTS,
         "top_k": shape.top_k,
-        "dense": TEXT,
+        "text_stream": TEXT,
         "batch": batch,
         "heads": model,
         "dtype": args.dtype,
@@ -384,7 +384,7 @@ def line(row: Mapping[str, Any]) -> str:
     """A row for people."""
     top_k = "all" if row["top_k"] is None else row["top_k"]
     name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
-    text = f"{name:44}{row['implementation']:>10}{row['select_per']:>6}{row['ms']['median']:>9.3f} ms"
+    text = f"{name:44}{row['implementation']:>10}{row['select_per']:>9}{row['ms']['median']:>9.3f} ms"
     text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f}, {row['bandwidth'] / 1e9:.1f} GB/s)"
     text += "".join(
         f"  {k} {v['median']:.3f} ({row['speedup'][k]['median']:.2f}x)" for k, v in row["dense_ms"].items()
@@ -411,7 +411,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda s: [int(x) for x in s.split(",")], default=[1, 8])
     parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
     parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
-    parser.add_argument("--select-per", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
+    parser.add_argument("--select_per", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--rounds", type=int, default=15)

@@ -113,7 +113,7 @@ def joined(arrays: tuple[Array, ...], tokens: int) -> tuple[Array, ...]:
 def rivals(
     shape: timing.Shape, heads: tuple[int, int, int], args: argparse.Namespace, rows: list[dict[str, Any]]
 ) -> dict[tuple[str, str, str], tuple[Callable[..., Any], tuple[Array, ...], float]]:
-    """(implementation, share, pass) -> what to run, on what, and the keys that a query attends to.
+    """(implementation, select_per, pass) -> what to run, on what, and the keys that a query attends to.
 
     What cannot run is added to ``rows``.
     """
@@ -162,7 +162,7 @@ def describe(shape: timing.Shape, args: argparse.Namespace) -> dict[str, Any]:
         "regions": shape.regions,
         "slots": timing.SLOTS,
         "top_k": shape.top_k,
-        "dense": TEXT,
+        "text_stream": TEXT,
         "queries": args.queries,
         "query_block": args.query_block,
         "dtype": args.dtype,
@@ -170,7 +170,7 @@ def describe(shape: timing.Shape, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_problem(shape: timing.Shape, model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per implementation, share and pass, all measured in the same rounds."""
+    """A row per implementation, select_per and pass, all measured in the same rounds."""
     heads = timing.HEADS[model]
     rows: list[dict[str, Any]] = []
     base = describe(shape, args) | {"heads": model}
@@ -226,7 +226,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=SHAPES, help="tokens/regions/top_k, comma-separated")
     parser.add_argument("--heads", type=timing.listed(timing.HEADS), default=["qwen3-4b", "qwen2.5-7b"])
     parser.add_argument("--impl", type=timing.listed(api.IMPLEMENTATIONS), default=names)
-    parser.add_argument("--select-per", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
+    parser.add_argument("--select_per", type=timing.listed(("head", "kv_head")), default=["head", "kv_head"])
     parser.add_argument("--passes", type=timing.listed(PASSES), default=list(PASSES))
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16"

@@ -1,4 +1,4 @@
-"""Nested dictionaries to frozen dataclasses and back, refusing what is unknown."""
+"""Convert nested dictionaries to frozen dataclasses and back; unknown keys are rejected."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ def _describe_type(hint: Any) -> str:
 
 
 def _check_value(hint: Any, value: Any, path: str) -> Any:
-    """Return ``value`` as ``hint`` wants it, or raise a sentence naming ``path``."""
+    """Return ``value`` converted to the type ``hint``, or raise a TypeError that names ``path``."""
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, path)
@@ -49,10 +49,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
       path: prefix for names in error messages.
 
     Raises:
-      KeyError: an unknown or a missing field, each named by its full path.
-      TypeError: a value of another type than the field declares.
+      KeyError: an unknown or missing field, named by its full path.
+      TypeError: a value's type is not the one declared by its field.
     """
-    # A ConfigDict walks like a mapping but is not registered as one.
+    # A ConfigDict behaves like a mapping but is not registered as one.
     if not hasattr(values, "items"):
         raise TypeError(f"Config section {path or cls.__name__}={values!r} must be a mapping.")
     hints = typing.get_type_hints(cls)
@@ -72,7 +72,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of :func:`from_dict`: plain JSON-ready dictionaries (tuples become lists)."""
+    """Invert :func:`from_dict`: plain JSON-ready dictionaries (tuples become lists)."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""The errors that a command prints as one sentence."""
+"""Errors that a command prints as one sentence."""
 
 import contextlib
 import re
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a config value, a path, a checkpoint of another experiment.
+    """An error that the user can fix, such as a wrong config value, path or checkpoint.
 
-    The message is one sentence that says what is wrong and how to mend it. Commands print it without a
-    traceback; every other exception is a defect of the program and keeps its traceback.
+    The message is one sentence that says what is wrong and how to fix it. Commands print it without a
+    traceback; every other exception is a bug in the program and keeps its traceback.
     """
 
 

@@ -38,8 +38,8 @@ def prefilled(tmp_path_factory):
     return _run(prefill, tmp_path_factory.mktemp("prefill"))
 
 
-def test_decode_writes_a_row_per_shape_and_share(decoded):
-    """Shapes x shares of the one implementation, over eight layers, with what they were measured on."""
+def test_decode_writes_a_row_per_shape_and_select_per(decoded):
+    """Shapes x select_per of the one implementation, over eight layers, with what they were measured on."""
     rows = decoded["rows"]
     found = [(row["tokens"], row["top_k"], row["implementation"], row["select_per"]) for row in rows]
     assert found == [
@@ -75,7 +75,7 @@ def test_decode_figures_agree_with_each_other(decoded):
 
 def test_decode_without_a_list_has_no_routing(tmp_path):
     """ "all" reads every region: no descriptors in the floor and nothing to route."""
-    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select-per=kv_head")["rows"]
+    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select_per=kv_head")["rows"]
     assert row["top_k"] is None and row["union"] == 2 and "routed_ms" not in row
     assert row["floor_bytes"] == 2 * 2 * 4 * 16 * 2 * (72 + 256)
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_or_cannot_run_is_a_row_that_says_why(monkeypatch, tmp
 def test_fewer_layers_are_said_in_the_row(monkeypatch, tmp_path):
     """Where eight layers do not fit, the row names how many there were."""
     monkeypatch.setattr(decode, "layers_that_fit", lambda *_: (3, 0))
-    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select-per=kv_head")["rows"]
+    (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select_per=kv_head")["rows"]
     assert row["layers"] == 3 and row["note"] == "8 layers do not fit in memory"
 
 
@@ -128,7 +128,7 @@ def test_decode_programs_of_the_gpu_kernel_lower_for_cuda(dtype):
     spec = decode.GazeSpec(problem.scale, visual_dtype="int8" if dtype == "int8" else None)
     with dispatch.compile_for("gpu"):
         found, _ = decode.competitors(problem, "gpu", spec, decode.parse(["--quick"]))
-        for label in ("head op", "group routed"):
+        for label in ("head op", "kv_head routed"):
             text = jax.jit(found[label]).trace(np.int32(2)).lower(lowering_platforms=("cuda",)).as_text()
             assert "mosaic_gpu" in text, label
 
@@ -148,7 +148,7 @@ def test_tiles_are_tried_and_the_best_is_kept(tmp_path, monkeypatch):
     assert table["default"] == default and table[kind]["int8"]["measured"]["problems"] == best["problems"]
 
 
-def test_prefill_writes_a_row_per_implementation_share_and_pass(prefilled):
+def test_prefill_writes_a_row_per_implementation_select_per_and_pass(prefilled):
     """Useful FLOPs are those of selected pairs; TFLOP/s and speedups follow from the times."""
     rows = prefilled["rows"]
     labels = [(row["implementation"], row["select_per"], row["pass"]) for row in rows]
@@ -273,19 +273,19 @@ def test_generate_says_what_was_met_and_what_was_missed():
         return {"part": part, "tokens": tokens, "batch": batch} | figures
 
     def ratio(**values):
-        return {name.replace("_", " / "): {"median": value} for name, value in values.items()}
+        return {name.replace("_", " / ", 1): {"median": value} for name, value in values.items()}
 
     rows = [
         row(
             "decode",
             576,
             1,
-            ratio=ratio(transformers_dense=0.9, dense_group=1.0),
+            ratio=ratio(transformers_dense=0.9, dense_kv_head=1.0),
             times_model={"kv_head": 2.5},
         ),
-        row("decode", 18432, 8, ratio=ratio(dense_group=1.5), times_model={"kv_head": 1.0}),
-        row("decode", 18432, 1, ratio=ratio(dense_group=1.2)),
-        row("attention", 18432, 1, ratio=ratio(dense_group=6.0, dense_head=0.5)),
+        row("decode", 18432, 8, ratio=ratio(dense_kv_head=1.5), times_model={"kv_head": 1.0}),
+        row("decode", 18432, 1, ratio=ratio(dense_kv_head=1.2)),
+        row("attention", 18432, 1, ratio=ratio(dense_kv_head=6.0, dense_head=0.5)),
         row("prefill", 4608, 1, **{"turn_1 / turn_2": {"dense": 20.0, "transformers": 3.0}}),
         row("prefill", 576, 1, **{"turn_1 / turn_2": {"dense": 2.0}}),
     ]
@@ -336,7 +336,7 @@ def test_generate_measures_memory_in_a_process_of_its_own(monkeypatch):
         return subprocess.CompletedProcess(command, 0, json.dumps({"loaded": 5, "peak": len(asked)}))
 
     monkeypatch.setattr(subprocess, "run", run)
-    args = generate.parse(["--quick", "--measure=memory", "--variants=group,transformers"])
+    args = generate.parse(["--quick", "--measure=memory", "--variants=kv_head,transformers"])
     first, second = generate.benchmark(args)
     assert first["peak_bytes"] == {"kv_head": 1, "transformers": 2} and first["cache"] == "prefilled"
     assert second["loaded_bytes"] == {"kv_head": 5, "transformers": 5} and second["batch"] == 2
@@ -345,6 +345,6 @@ def test_generate_measures_memory_in_a_process_of_its_own(monkeypatch):
 
 def test_generate_reports_the_memory_of_one_variant(capsys):
     """A peak above what the parameters and the process took."""
-    generate.main(["--peak=group/72/2/decode", "--quick"])
+    generate.main(["--peak=kv_head/72/2/decode", "--quick"])
     figures = json.loads(capsys.readouterr().out)
     assert 10**7 < figures["loaded"] <= figures["peak"] < 10**11

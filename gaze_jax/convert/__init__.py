@@ -1,1 +1,1 @@
-"""Checkpoints of other projects into this one and back: one table per family, read in both directions."""
+"""Convert checkpoints of other projects and back: one table per family, used in both directions."""

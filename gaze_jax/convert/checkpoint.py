@@ -1,4 +1,4 @@
-"""Write and load converted checkpoints: Orbax, one leaf at a time, under the manifest's checksums."""
+"""Write and load converted checkpoints: Orbax, one leaf at a time, with the manifest's checksums."""
 
 import collections
 import concurrent.futures
@@ -32,36 +32,36 @@ Config = MLLMConfig | VisionConfig
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """A dtype by numpy's name, bfloat16 included."""
+    """The dtype with this NumPy name; knows bfloat16."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def flat_leaves(tree: Tree) -> dict[str, Any]:
-    """A tree of parameters as "a/b/c" -> leaf."""
+    """Flatten a tree of parameters to "a/b/c" -> leaf."""
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A leaf that is not in memory yet.
+    """A leaf that is not yet in memory.
 
     Attributes:
-      leaf: how it will be stored.
-      fill: writes one layer's values (all of them, if the leaf is not stacked) into a given array.
+      leaf: dtype, shape and layers in which it will be stored.
+      fill: writes the values of one layer (of the whole leaf if it is not stacked) into a given array.
     """
 
     leaf: Leaf
     fill: Callable[[np.ndarray, int], None]
 
-    # Orbax sums these up for its log.
+    # Orbax adds these up for its log.
     @property
     def nbytes(self) -> int:
-        """Bytes that the leaf will take."""
+        """Size of the leaf in bytes."""
         return int(np.prod(self.leaf.shape, dtype=np.int64)) * numpy_dtype(self.leaf.dtype).itemsize
 
 
 def pending_array(values: Any, layers: int = 0) -> Pending:
-    """A leaf that exists already, as an array of numpy or jax."""
+    """Wrap an existing NumPy or JAX array."""
 
     def fill(out: np.ndarray, layer: int) -> None:
         out[...] = values[layer] if layers else values
@@ -69,14 +69,14 @@ def pending_array(values: Any, layers: int = 0) -> Pending:
     return Pending(Leaf(str(values.dtype), tuple(values.shape), layers), fill)
 
 
-# A checksum tells a file that did not reach the disk, so there is no need to wait for each of them.
+# Checksums detect a file that did not reach the disk, so there is no need to sync each one.
 _CONTEXT = tensorstore.Context({"file_io_sync": False})
 
 
 class _Streaming(ocp.type_handlers.NumpyHandler):
-    """Makes, checks and writes one leaf after the other, where Orbax would hold all of them.
+    """Makes, checksums and writes one leaf after another; Orbax would hold all of them in memory.
 
-    The next leaf is made while the last is on its way to the disk, as long as both fit into ``memory`` bytes.
+    The next leaf is made while the previous one is written, if both fit into ``memory`` bytes.
     """
 
     def __init__(self, memory: int, done: Callable[[str, Leaf, Sequence[str]], None]) -> None:
@@ -94,14 +94,14 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
                     under_way.popleft()[1]()
                 array, checksums = materialise(value)
                 futures = await super().serialize([array], [info.replace(ts_context=_CONTEXT)], [arg])
-                del array  # the future keeps it as long as it is needed
+                del array  # the future keeps it alive while it is needed
                 name = info.name.replace(".", "/")
                 finish = functools.partial(self._finish, futures, name, value.leaf, checksums)
                 under_way.append((value.nbytes, finish))
             while under_way:
                 under_way.popleft()[1]()
         finally:
-            # After an error nothing may go on writing into a directory that is being removed.
+            # After an error, nothing may still write into the directory, which is being removed.
             for _, wait in under_way:
                 with suppress(Exception):
                     wait()
@@ -113,12 +113,12 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
         self._done(name, leaf, checksums)
 
 
-# Shared by all leaves, so that its threads keep their memory from one to the next.
+# Shared by all leaves, so that its threads reuse their memory.
 _pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="convert")
 
 
 def materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
-    """The values of a leaf and the checksums of its files."""
+    """Return the values of a leaf and the checksums of its files."""
     leaf = pending.leaf
     array = np.empty(leaf.shape, numpy_dtype(leaf.dtype))
 
@@ -133,7 +133,7 @@ def materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
 def _save_params(
     directory: Path, leaves: Mapping[str, Pending], memory: int, progress: Callable[[int], None]
 ) -> dict[str, str]:
-    """Write ``directory/params``; returns the checksum of every file."""
+    """Write ``directory/params``; return the checksum of every file."""
     files: dict[str, str] = {}
 
     def done(name: str, leaf: Leaf, checksums: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ def _save_params(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax warns of what is meant: no OCDBT to merge, no jax.Array among the leaves."""
+    """Silence Orbax's warnings about what is intended: no OCDBT to merge, no jax.Array leaves."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -174,10 +174,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A directory that appears under its name only when it is complete.
+    """Create a directory that gets its name only when it is complete.
 
     Raises:
-      UserError: it exists and is not empty, or cannot be written.
+      UserError: the directory exists and is not empty, or cannot be written.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists already; name a new directory in --to.")
@@ -205,16 +205,16 @@ def write(
     memory: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write parameters and manifest into a directory that may hold files of the parts already.
+    """Write parameters and manifest into a directory, which may already hold files of the parts.
 
     Args:
       directory: see :func:`new_directory`.
-      config: of the model.
-      leaves: of all parameters, by name.
-      sources: of the parts, by name of the part.
-      new: names of the leaves that came from no checkpoint.
-      memory: bytes of leaves that may be in memory at once; a larger leaf is there alone.
-      progress: told the bytes of every leaf that was written.
+      config: the model's config.
+      leaves: all parameters, by name.
+      sources: the source of each part, by name of the part.
+      new: names of the leaves that were initialised, not converted.
+      memory: bytes of leaves that may be in memory at once; a larger leaf is held alone.
+      progress: called with the number of bytes of every written leaf.
     """
     files = {
         path.relative_to(directory).as_posix(): manifests.file_crc(path)
@@ -227,7 +227,7 @@ def write(
 
 
 def _read_file(directory: Path, manifest: Manifest, path: str, out: np.ndarray, check: bool) -> bool:
-    """Fill a contiguous array from a raw file; whether that is what was written."""
+    """Fill a contiguous array from a raw file; return whether its checksum is correct (if ``check``)."""
     file = directory / path
     try:
         if file.stat().st_size != out.nbytes:
@@ -239,7 +239,7 @@ def _read_file(directory: Path, manifest: Manifest, path: str, out: np.ndarray, 
 
 
 def read_layer(directory: Path, manifest: Manifest, name: str, layer: int | None) -> np.ndarray:
-    """One file of a leaf, checked: a layer of a stacked leaf, or (None) all of another.
+    """Read and check one file of a leaf: a layer of a stacked leaf, or (None) a whole unstacked one.
 
     Raises:
       UserError: the file is damaged.
@@ -252,7 +252,7 @@ def read_layer(directory: Path, manifest: Manifest, name: str, layer: int | None
 
 
 def _read_leaf(directory: Path, manifest: Manifest, name: str, check: bool) -> tuple[np.ndarray, list[str]]:
-    """A leaf, and what of it is damaged."""
+    """Read a leaf; also return names of its damaged files."""
     leaf = manifest.leaves[name]
     array = np.empty(leaf.shape, numpy_dtype(leaf.dtype))
     layers: Sequence[int | None] = range(leaf.layers) if leaf.layers else (None,)
@@ -270,12 +270,12 @@ class Converted:
     """A converted checkpoint in memory.
 
     Attributes:
-      config: of the model, or of an image tower alone.
-      params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes; of a tower alone,
+      config: the model's config, or that of a single image tower.
+      params: the tree that ``MLLM(config).apply({"params": params}, ...)`` takes; for a single tower,
         ``{"vision": ...}``.
       tokenizer: content of tokenizer.json; None if the checkpoint has none.
-      files: the directory with the files that came beside the language model's weights (tokenizer, chat
-        template, processor settings, those of them that there are); None for a run and for a tower alone.
+      files: the directory with the other files of the language model, if any (tokenizer, chat template,
+        processor settings); None for a training run and for a single tower.
     """
 
     config: Config
@@ -285,12 +285,12 @@ class Converted:
 
 
 def text_part(parts: Collection[str]) -> str | None:
-    """Which of the parts brought the language model, and so the tokenizer; None for a tower alone."""
+    """The part that holds the language model, and so the tokenizer; None for a single tower."""
     return next((part for part in ("model", "decoder") if part in parts), None)
 
 
 def read_tokenizer(directory: Path) -> str | None:
-    """Content of a directory's tokenizer.json, if there is one."""
+    """Return the content of a directory's tokenizer.json, or None if there is none."""
     path = directory / "tokenizer.json"
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
@@ -308,18 +308,18 @@ def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, Any
 
 
 def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
-    """Load a converted checkpoint onto a mesh, every leaf in the dtype that it has.
+    """Load a converted checkpoint onto a mesh; every leaf keeps its dtype.
 
-    One leaf at a time is in host memory beside what is placed already. Orbax can restore ``params`` too, but
-    would not know a damaged value, and checking would read every file twice.
+    Host memory holds one leaf at a time besides those already placed. Orbax could restore ``params`` too, but
+    would not detect damaged values, and a separate check would read every file twice.
 
     Args:
-      directory: that convert.py wrote.
-      mesh: where the parameters go.
-      check: compare every file with its checksum (docs/converting.md says what it costs).
+      directory: a directory that convert.py wrote.
+      mesh: the mesh to put the parameters on.
+      check: verify the checksum of every file (docs/converting.md gives its cost).
 
     Raises:
-      UserError: it is not such a directory, or damaged; everything damaged is named.
+      UserError: the directory is not a converted checkpoint, or it is damaged; all damaged leaves are named.
     """
     manifest = manifests.read(directory)
     abstract = flat_leaves(abstract_params(manifest.model, mesh))

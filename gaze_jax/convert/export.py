@@ -1,4 +1,4 @@
-"""A model of this project as directories that transformers loads, tensor by tensor."""
+"""Export a model to directories that transformers loads, tensor by tensor."""
 
 import concurrent.futures
 import dataclasses
@@ -35,15 +35,15 @@ ReadLayer = Callable[[str, int | None], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model whose parameters are read when they are written.
+    """A model to export; its parameters are read only when they are written.
 
     Attributes:
-      config: of a whole model, or of an image tower alone.
-      leaves: of the parameters, by name.
-      read: the values of a leaf, or of one layer of it.
-      sources: by part; empty for a model that was trained here.
-      beside: directory with files of the parts; None if there are none.
-      tokenizer: content of the tokenizer.json of a model without files; None if it has none.
+      config: the config of a whole model, or of a single image tower.
+      leaves: the parameters' leaves, by name.
+      read: returns the values of a leaf, or of one of its layers.
+      sources: the source of each part; empty for a model that was trained here.
+      beside: directory with other files of the parts; None if there are none.
+      tokenizer: content of tokenizer.json if the model has no such files; None if it has no tokenizer.
     """
 
     config: Config
@@ -55,7 +55,7 @@ class Model:
 
     @property
     def parts(self) -> dict[str, PartConfig]:
-        """Configs of the parts that it is written as: as it came, or a language model and a tower."""
+        """Configs of the parts to write: the source's parts, or else a language model and a tower."""
         if isinstance(self.config, VisionConfig):
             return {"vision": self.config}
         if "model" in self.sources:
@@ -67,7 +67,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A tensor to write: its dtype name and shape, and how to get its values."""
+    """A tensor to write: dtype name, shape, and a function that returns its values."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -94,7 +94,7 @@ def _of_rule(model: Model, rule: Rule, dtype: str | None) -> dict[str, _Entry]:
 
 
 def _of_file(path: Path, dtype: str | None) -> dict[str, _Entry]:
-    """Tensors that were kept beside the parameters."""
+    """Tensors that were stored next to the parameters."""
 
     def entry(name: str, tensor: Tensor) -> _Entry:
         target = numpy_dtype(dtype or shards.DTYPES[tensor.dtype].name)
@@ -115,7 +115,7 @@ def _of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, _Entry]:
 def _part_entries(
     model: Model, family: Family, config: PartConfig, beside: Path | None, dtype: str | None
 ) -> dict[str, _Entry]:
-    """Every tensor of a part by canonical name."""
+    """All tensors of a part, by canonical name."""
     entries: dict[str, _Entry] = {}
     for rule in family.rules(config):
         entries |= _of_rule(model, rule, dtype)
@@ -131,7 +131,7 @@ def _part_entries(
 def _plan(
     entries: Mapping[str, _Entry], family: Family, config: PartConfig, source: Source | None, whole: bool
 ) -> dict[str, tuple[dict[str, str], dict[str, _Entry]]]:
-    """File name -> metadata and tensors. As the source had them, if this is all that it had."""
+    """File name -> metadata and tensors; the source's own files if they held exactly these tensors."""
     if source is not None and whole:
         return {
             file: (
@@ -139,7 +139,7 @@ def _plan(
                 {name: entries[family.canonical(name)] for name in content["tensors"]},
             )
             for file, content in source.files.items()
-            if content["tensors"]  # nothing is left of a shard that was left out
+            if content["tensors"]  # skip a shard of which no tensor was converted
         }
     implied = family.implied(config)
     parts: list[dict[str, _Entry]] = [{}]
@@ -180,7 +180,7 @@ def _write_files(
 
 
 def _write_index(directory: Path, plan: Mapping[str, tuple[Mapping[str, str], Mapping[str, _Entry]]]) -> None:
-    """An index of the shards, unless the one that came with them still says where every tensor lies."""
+    """Write an index of the shards, unless the source's index is still correct."""
     if list(plan) == [shards.SINGLE]:
         return
     where = {name: file for file, (_, entries) in plan.items() for name in entries}
@@ -197,12 +197,12 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str, _Entry]) -> None:
-    """config.json with the dtype that the tensors have, unless they have several."""
+    """Write config.json, with the tensors' dtype unless they have several."""
     dtypes = {shards.DTYPES[entry.dtype].name for entry in entries.values()}
     if len(dtypes) == 1:
         (dtype,) = dtypes
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-        # A whole model's config.json has one inside for each part, which repeats it.
+        # A whole model's config.json contains one per part, which repeats the dtype.
         for name, inner in config.items():
             if isinstance(inner, dict):
                 config[name] = {key: dtype if key in _DTYPE else value for key, value in inner.items()}
@@ -210,14 +210,14 @@ def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str,
 
 
 def _recast(written: Mapping[str, _Entry], source: Source | None) -> bool:
-    """Whether a tensor has another dtype than it came with."""
+    """Whether any tensor's dtype differs from that in the source."""
     files = {} if source is None else source.files
     came = {name: dtype for content in files.values() for name, dtype in content["tensors"].items()}
     return any(came.get(name, entry.dtype) != entry.dtype for name, entry in written.items())
 
 
 def _written_as(config: PartConfig) -> str:
-    """The family of a part without a source."""
+    """The family under which a part without a source is written."""
     if isinstance(config, VisionConfig):
         return "siglip_vision_model"
     assert not isinstance(config, MLLMConfig), "a whole model without a source is written part by part"
@@ -233,7 +233,7 @@ def _export_part(
     entries = _part_entries(model, family, config, beside, dtype)
     original = None if beside is None else read_config(beside)
     if original is None:
-        assert family.write_config is not None, "of decoders and towers"
+        assert family.write_config is not None, "decoders and towers have it"
         own = family.write_config(config)
     else:
         own = dict(family.own_config(original))
@@ -262,16 +262,16 @@ def export(
 ) -> None:
     """Write a model for transformers.
 
-    A single part is ``directory`` itself. So is a whole model that came as one; its tower is
-    ``directory/vision`` if that came from another directory. Any other whole model is ``directory/decoder``
-    and ``directory/vision``, with what joins them in ``directory/gaze.safetensors``. Settings are in
-    ``directory/gaze.json``.
+    A single part is written to ``directory`` itself. So is a whole model whose source was one directory; if
+    its tower came from another one, that is written to ``directory/vision``. Any other whole model becomes
+    ``directory/decoder`` and ``directory/vision``, with the projector and the other joining parameters in
+    ``directory/gaze.safetensors``. Settings are in ``directory/gaze.json``.
 
     Args:
-      model: of the parameters.
-      directory: exists and is empty.
-      dtype: of all tensors; None keeps each one's own.
-      progress: told the bytes of every tensor that was written.
+      model: the model to write.
+      directory: an existing, empty directory.
+      dtype: dtype of all tensors; None keeps each tensor's own.
+      progress: called with the number of bytes of every written tensor.
 
     Raises:
       UserError: transformers has no class for a part, or a value does not fit ``dtype``.
@@ -300,10 +300,10 @@ _PLACES = (
 
 
 def part_directories(directory: Path) -> dict[str, Path]:
-    """Where :func:`export` put each part.
+    """The directory of each part that :func:`export` wrote.
 
     Raises:
-      UserError: gaze.json names another place than export would.
+      UserError: gaze.json names directories that export would not use.
     """
     settings = directory / GAZE_SETTINGS
     if not settings.exists():

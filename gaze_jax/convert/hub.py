@@ -1,4 +1,4 @@
-"""Checkpoints by the name that they have on the Hugging Face Hub, at a revision that cannot move."""
+"""Checkpoints from the Hugging Face Hub, pinned to a commit."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve(where: str) -> Path:
-    """A directory of this machine: ``where`` itself, or the download of that Hub id.
+    """Return a local directory: ``where`` itself, or the download of that Hub id.
 
     Args:
       where: a directory, or "organisation/name@commit" if there is no such directory. The commit is the
@@ -41,7 +41,7 @@ def resolve(where: str) -> Path:
         directory = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=["*.safetensors", *KEPT]
         )
-    except Exception as error:  # requests, offline mode and the hub each raise their own kinds
+    except Exception as error:  # requests, offline mode and the hub each raise their own types
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"{where} cannot be downloaded ({reason}).") from error
     return Path(directory)

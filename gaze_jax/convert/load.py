@@ -1,4 +1,4 @@
-"""Any checkpoint into memory: converted, as published, or of a run."""
+"""Load any checkpoint: converted, as published, or from a training run."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from gaze_jax.train.checkpoint import FOLDER, load_for_inference
 
 
 def place(plan: Plan, mesh: Mesh) -> Converted:
-    """Put a planned checkpoint on a mesh without writing it: one leaf at a time is in host memory.
+    """Put a planned checkpoint on a mesh without writing it; host memory holds one leaf at a time.
 
     Args:
       plan: from :mod:`gaze_jax.convert.run`.
-      mesh: where the parameters go.
+      mesh: the mesh to put the parameters on.
 
     Raises:
       UserError: the mesh does not divide a parameter, or a value does not fit the plan's dtype.
@@ -36,20 +36,20 @@ def place(plan: Plan, mesh: Mesh) -> Converted:
 
 
 def one_device() -> Mesh:
-    """A mesh of this process's first device."""
+    """Return a mesh of this process's first device."""
     return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
 
 
 def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
-    """Load a converted checkpoint, a Hugging Face directory as it is, or a run of train.py.
+    """Load a converted checkpoint, a Hugging Face directory or a run of train.py.
 
     Args:
-      directory: with manifest.json, with config.json and safetensors, or with checkpoints/.
-      mesh: where the parameters go.
-      check: compare a converted checkpoint with its checksums.
+      directory: contains manifest.json, or config.json and safetensors files, or checkpoints/.
+      mesh: the mesh to put the parameters on.
+      check: verify the checksums of a converted checkpoint.
 
     Raises:
-      UserError: it is neither, or damaged.
+      UserError: the directory is none of these, or it is damaged.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give a checkpoint.")

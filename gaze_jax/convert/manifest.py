@@ -1,16 +1,16 @@
-"""The directory of a converted checkpoint, and proof that it is what was written.
+"""The directory of a converted checkpoint, and checksums of all its files.
 
 ::
 
     DIR/
-      manifest.json   format_version, the model's config, where it came from, a CRC-32 of every file
-      params/         Orbax; a folder per leaf, a file per layer of a stacked leaf, nothing compressed
-      decoder/        config.json, tokenizer and generation files of the language model, as they came
-      vision/         config.json and processor settings of the tower, as they came; unused.safetensors
+      manifest.json   format_version, the model's config, its sources, a CRC-32 of every file
+      params/         Orbax; a folder per leaf, a file per layer of a stacked leaf, uncompressed
+      decoder/        config.json, tokenizer and generation files of the language model, unchanged
+      vision/         config.json and processor settings of the tower, unchanged; unused.safetensors
       model/          the same, instead of decoder/, if one directory held a whole model
 
-Neither Orbax nor safetensors notices a flipped bit, so every file has a checksum. Files are raw, so that
-a checksum needs no decoding and what is damaged has a name: a leaf, and the layer.
+Neither Orbax nor safetensors notices a flipped bit, so every file has a checksum. Files are raw, so that a
+checksum needs no decoding and damage can be reported by leaf and layer.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from gaze_jax.models.config import MLLMConfig, VisionConfig
 FORMAT_VERSION = 1
 FILE = "manifest.json"
 PARAMS = "params"
-_BLOCK = 1 << 20  # stays in the cache between reading and summing
+_BLOCK = 1 << 20  # stays in the CPU's cache between reading and checksumming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Leaf:
     """A parameter as it is stored.
 
     Attributes:
-      dtype: numpy's name.
-      shape: of the leaf.
-      layers: files that it is split into, one per index of the first axis; 0 for one file.
+      dtype: NumPy's name of the dtype.
+      shape: the leaf's shape.
+      layers: number of files that it is split into, one per index of the first axis; 0 for one file.
     """
 
     dtype: str
@@ -53,8 +53,8 @@ class Source:
     """The checkpoint that a part was converted from.
 
     Attributes:
-      model_type: of its config.json.
-      files: of each safetensors file its "metadata" and its "tensors", name -> dtype name.
+      model_type: model_type in its config.json.
+      files: for each safetensors file, its "metadata" and its "tensors" (name -> dtype name).
       left_out: sentences about tensors that were not converted.
     """
 
@@ -65,14 +65,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.
+    """The content of manifest.json.
 
     Attributes:
-      model: a whole model, or an image tower alone.
-      leaves: by name, such as "decoder/norm/weight".
-      sources: by part, "decoder" and "vision", or "model".
-      new: leaves that came from no checkpoint and were initialised.
-      files: path in the directory -> CRC-32 in hex, of every file but manifest.json.
+      model: config of a whole model, or of a single image tower.
+      leaves: leaves by name, such as "decoder/norm/weight".
+      sources: sources by part: "decoder" and "vision", or "model".
+      new: leaves that were initialised, not converted.
+      files: path in the directory -> CRC-32 in hex, for every file except manifest.json.
     """
 
     model: MLLMConfig | VisionConfig
@@ -83,7 +83,7 @@ class Manifest:
 
 
 def leaf_folder(name: str) -> str:
-    """Orbax's folder of a leaf, in the checkpoint."""
+    """Orbax's folder of a leaf in the checkpoint."""
     return f"{PARAMS}/{name.replace('/', '.')}"
 
 
@@ -96,7 +96,7 @@ def chunk_path(name: str, leaf: Leaf, layer: int | None = None) -> str:
 
 
 def crc_hex(data: Any) -> str:
-    """CRC-32 of a buffer: any flipped bit, and any burst of up to 32, changes it."""
+    """CRC-32 of a buffer; detects any flipped bit and any burst of up to 32 bits."""
     return f"{zlib.crc32(data):08x}"
 
 
@@ -127,7 +127,7 @@ def _seal(body: Mapping[str, Any]) -> str:
 
 
 def write(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json, last of all files."""
+    """Write manifest.json; must be the last file written."""
     body = _body(manifest)
     text = json.dumps(body | {"crc32": _seal(body)}, indent=1)
     (directory / FILE).write_text(text + "\n", encoding="utf-8")
@@ -137,7 +137,7 @@ def read(directory: Path) -> Manifest:
     """Read and check manifest.json.
 
     Raises:
-      UserError: it is missing, damaged, or of another version of the format.
+      UserError: it is missing, damaged, or has another format version.
     """
     path = directory / FILE
     values = read_json(path)
@@ -163,12 +163,12 @@ def read(directory: Path) -> Manifest:
 
 
 def label(name: str, layer: int | None) -> str:
-    """What to call a file of a leaf."""
+    """Name of a file of a leaf in messages."""
     return name if layer is None else f"{name}, layer {layer}"
 
 
 def _owner(path: str, manifest: Manifest) -> str:
-    """The leaf whose folder holds a file, or just the file."""
+    """Name of the leaf that a file belongs to, or else the file's path."""
     folder = path.rpartition("/")[0]
     return next((name for name in manifest.leaves if leaf_folder(name) == folder), path)
 
@@ -183,7 +183,7 @@ def leaf_files(manifest: Manifest) -> set[str]:
 
 
 def damaged_files(directory: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:
-    """Names of the files that are not what was written, each by its leaf if it belongs to one."""
+    """Names of the damaged files, by leaf for those that belong to one."""
 
     def problem(path: str) -> str | None:
         try:
@@ -197,7 +197,7 @@ def damaged_files(directory: Path, manifest: Manifest, paths: Iterable[str]) -> 
 
 
 def refuse_damage(directory: Path, names: Sequence[str]) -> None:
-    """Raise a UserError that lists what is damaged, if anything is."""
+    """Raise a UserError that lists the damaged files, if there are any."""
     if names:
         raise UserError(
             f"{directory} is damaged: {'; '.join(names)} is not what was written; copy or convert it again."

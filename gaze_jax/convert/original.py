@@ -1,8 +1,8 @@
 """The original of a whole multimodal model in torch, for comparison. Needs torch and transformers.
 
-transformers has a class for its own layout only. A model in the layout of LLaVA-NeXT or Cambrian-S is put
-together here: every tensor of its files goes under its own name into transformers' language model, its image
-tower or a projector, and each of them takes exactly what it has.
+transformers only has a class for its own layout. A model in the layout of LLaVA-NeXT or Cambrian-S is
+assembled here: every tensor of its files is loaded, under its own name, into transformers' language model,
+its image tower or a projector; missing and unexpected tensors are errors.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _TEXT_FIELDS = (
 
 
 def import_torch() -> tuple[Any, Any]:
-    """torch and transformers, the latter quiet.
+    """Import torch and transformers, without the latter's warnings.
 
     Raises:
       UserError: they are not installed.
@@ -44,13 +44,13 @@ def import_torch() -> tuple[Any, Any]:
         raise UserError(
             "--verify runs the original too, which needs: pip install 'gaze-jax[parity]'."
         ) from error
-    transformers.logging.set_verbosity_error()  # it lists the text tower of a SigLIP as unexpected
+    transformers.logging.set_verbosity_error()  # it reports the text tower of a SigLIP as unexpected
     transformers.logging.disable_progress_bar()
     return torch, transformers
 
 
 def load_tower(directory: Path) -> Any:
-    """transformers' image tower of a directory, in float32."""
+    """Load the image tower of a directory with transformers, in float32."""
     torch, transformers = import_torch()
     return transformers.SiglipVisionModel.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
@@ -59,15 +59,15 @@ def load_tower(directory: Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """A whole model's parts in torch, in float32.
+    """The parts of a whole model in torch, in float32.
 
     Attributes:
       decoder: a callable (tokens, attention_mask=) whose result has ``logits``.
-      layers: of the decoder, modules.
+      layers: the decoder's layer modules.
       tower: a SiglipVisionModel.
-      feature_layer: index into its hidden states of what the projector reads.
-      projector: a module, from its features to the decoder's width.
-      newline: a tensor of that width.
+      feature_layer: index of the tower's hidden state that the projector reads.
+      projector: a module that maps the tower's features to the decoder's width.
+      newline: the newline embedding, a tensor of that width.
     """
 
     decoder: Any
@@ -79,12 +79,12 @@ class Original:
 
 
 def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> Original:
-    """The original of a whole model.
+    """Load the original of a whole model.
 
     Args:
-      directory: of the model, in any layout that is converted.
-      vision: of its image tower, if that lies apart.
-      tower: up to the features, for a layout whose config.json does not describe it.
+      directory: the model's directory, in any supported layout.
+      vision: directory of its image tower, if separate.
+      tower: config of the tower up to its features, if config.json does not describe it.
 
     Raises:
       UserError: torch or transformers are not installed.
@@ -109,7 +109,7 @@ def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> 
 
 
 def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
-    """Tensors by part, each under the name that it has in the part alone."""
+    """Split tensors by part; each gets the name that it has in the separate part."""
     prefixes = {
         "tower": names.vision,
         "first": f"{names.projector[0]}.",
@@ -125,7 +125,7 @@ def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
 
 
 def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tower: VisionConfig) -> Original:
-    """transformers' parts with the tensors of a file that no class of it reads."""
+    """Assemble a model of which transformers has no class from transformers' parts."""
     torch, transformers = import_torch()
     import safetensors.torch
 
@@ -154,7 +154,7 @@ def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tow
     projector[2].load_state_dict(parts["second"], strict=True)
     if vision is None:
         found = _tower(parts["tower"], tower)
-        # Their code deletes the last layer before it saves; where a file has it all the same, on loading.
+        # The original code deletes the last layer before saving, or, if a file still has it, on loading.
         feature_layer = -2 if len(found.encoder.layers) == tower.depth + 1 else -1
     else:
         found, feature_layer = load_tower(vision), -2
@@ -162,7 +162,7 @@ def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tow
 
 
 def _tower(tensors: dict[str, Any], config: VisionConfig) -> Any:
-    """transformers' image tower with all layers and whatever else ``tensors`` have."""
+    """transformers' image tower with the layers and the other modules for which ``tensors`` has values."""
     _, transformers = import_torch()
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
     fields = transformers.SiglipVisionConfig(

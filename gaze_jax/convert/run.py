@@ -1,4 +1,4 @@
-"""What convert.py does: open, check, write, tell."""
+"""The work of convert.py: open, check, write, report."""
 
 import dataclasses
 import time
@@ -57,11 +57,11 @@ class Plan:
     """A checkpoint of this project that is ready to be written; no tensor is in memory yet.
 
     Attributes:
-      config: of the model, or of an image tower alone.
+      config: the config of a whole model, or of a single image tower.
       leaves: every parameter.
-      opened: the Hugging Face directories that it comes from, by part.
-      new: leaves that come from none and were initialised.
-      dtype: that was asked for; None keeps each tensor's own.
+      opened: the source Hugging Face directories, by part.
+      new: leaves that are initialised, not converted.
+      dtype: the requested dtype; None keeps each tensor's own.
     """
 
     config: Config
@@ -72,13 +72,13 @@ class Plan:
 
 
 def _stored(leaves: Mapping[str, Pending]) -> dict[str, Any]:
-    """Settings of a model that computes in the dtype that its embeddings have."""
+    """Settings of a model that computes in the dtype of its embeddings."""
     stored = leaves["decoder/embedding"].leaf.dtype
     return {"dtype": stored if stored in DTYPES else "float32", "param_dtype": stored}
 
 
 def _text_model(opened: Opened, leaves: Mapping[str, Pending], **fields: Any) -> MLLMConfig:
-    """The whole model around a language model."""
+    """Config of a whole model with this language model."""
     assert isinstance(opened.config, DecoderConfig), "opened as a decoder"
     fields = {"vision": None, "gaze": GazeConfig(context_tokens=0), **fields}
     return MLLMConfig(opened.config, **_stored(leaves), **fields)
@@ -91,20 +91,19 @@ def _all_leaves(opened: Mapping[str, Opened], dtype: str | None) -> dict[str, Pe
 def plan_directory(
     directory: Path, *, dtype: str | None = None, feature_layer: int = -2, vision: Path | None = None
 ) -> Plan:
-    """Plan the conversion of one Hugging Face directory, or of a directory that export wrote.
+    """Plan the conversion of one Hugging Face directory, or of an exported directory.
 
     Args:
-      directory: of a language model, of an image tower, of a whole multimodal model, or with gaze.json.
-      dtype: of all parameters; None keeps each one's own.
-      feature_layer: of a tower.
-      vision: the image tower of a whole model that came without one, or whose config.json does not describe
-        its own.
+      directory: a language model, an image tower or a whole multimodal model, or a directory with gaze.json.
+      dtype: dtype of all parameters; None keeps each one's own.
+      feature_layer: the layer of a tower whose output is used.
+      vision: the image tower of a whole model that lacks one, or whose config.json does not describe it.
 
     Raises:
-      UserError: it is of no known kind or damaged.
+      UserError: the directory is of no known kind, or it is damaged.
     """
     if (directory / manifest.FILE).exists():
-        raise UserError(f"{directory} is converted already; --format=hf takes it back to transformers.")
+        raise UserError(f"{directory} is already converted; --format=hf converts it back for transformers.")
     exported = (directory / GAZE_SETTINGS).exists()
     family = None if exported else family_of(read_config(directory), str(directory / CONFIG))
     if vision is not None and (family is None or not family.tower_elsewhere):
@@ -127,11 +126,11 @@ def plan_directory(
 
 
 def _described_tower(directory: Path) -> VisionConfig:
-    """The tower of a directory's config.json, up to the penultimate layer; its weights need not be there."""
+    """The tower in a directory's config.json, up to the penultimate layer; the weights may be missing."""
     where = directory / CONFIG
     values = read_config(directory)
     if family_of(values, str(where)).part != "vision":
-        raise UserError(f"{directory} is no image tower, which --vision must name.")
+        raise UserError(f"{directory} is not an image tower; give one with --vision.")
     try:
         return feature_tower(read_siglip(values), -2)
     except ValueError as error:
@@ -142,9 +141,9 @@ def _open_whole(directory: Path, vision: Path | None, tower: VisionConfig | None
     """Open a whole model: one directory, or two where the first lacks the image tower.
 
     Args:
-      directory: of the model.
-      vision: of the tower's config.json, and of the tower if ``directory`` lacks it.
-      tower: up to the features, if it is known already.
+      directory: the model's directory.
+      vision: directory of the tower's config.json, and of its weights if ``directory`` lacks them.
+      tower: config of the tower up to its features, if it is already known.
     """
     if vision is not None and not vision.is_dir():
         raise UserError(f"{vision} is not a directory; give that of an image tower with --vision.")
@@ -164,7 +163,7 @@ def _open_whole(directory: Path, vision: Path | None, tower: VisionConfig | None
 
 
 def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str, Pending]:
-    """Projector, newline and context tokens from gaze.safetensors."""
+    """Read projector, newline and context tokens from gaze.safetensors."""
     rules = joint_rules(config.gaze.context_tokens)
     shapes = {name: leaf.shape for name, leaf in flat_leaves(nn.meta.unbox(boxed_params(config))).items()}
     tensors = dict(shards.open_file(path).tensors)
@@ -215,7 +214,7 @@ def _plan_export(directory: Path, dtype: str | None) -> Plan:
 
 
 def _open_parts(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Opened]:
-    """The directories of an exported model that is written part by part."""
+    """Open the directories of a model that was exported part by part."""
     opened = {"decoder": open_directory(places["decoder"], part="decoder")}
     if config.vision is not None:
         total = open_directory(places["vision"], part="vision", feature_layer=-1).config
@@ -226,7 +225,7 @@ def _open_parts(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Ope
 
 
 def _open_whole_export(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Opened]:
-    """The directories of an exported model that came as a whole one."""
+    """Open the directories of a model that was exported as a whole."""
     if config.gaze.context_tokens:
         raise UserError(
             f"{places['model'] / GAZE_SETTINGS} has gaze.context_tokens={config.gaze.context_tokens} but a "
@@ -245,14 +244,14 @@ def compose(
     feature_layer: int = -2,
     seed: int = 0,
 ) -> Plan:
-    """Plan a fresh multimodal model of a language model and an image tower.
+    """Plan a new multimodal model from a language model and an image tower.
 
     Args:
       llm, vision: Hugging Face directories.
-      gaze: how it will look at images.
-      dtype: of all parameters; None keeps each one's own, and gives new ones the language model's.
-      feature_layer: of the tower.
-      seed: of the new parameters: projector, newline, context tokens.
+      gaze: config of regions, context tokens and selection.
+      dtype: dtype of all parameters; None keeps each one's own and gives new ones the language model's.
+      feature_layer: the layer of the tower whose output is used.
+      seed: seed of the new parameters: projector, newline, context tokens.
 
     Raises:
       UserError: a directory is of the wrong kind or damaged, or the regions do not fit the tower.
@@ -278,13 +277,13 @@ def compose(
 
 
 def write_plan(plan: Plan, directory: Path, progress: Callable[[int], None] = lambda count: None) -> None:
-    """Write the checkpoint: everything or nothing.
+    """Write the checkpoint completely or not at all.
 
     Raises:
       UserError: ``directory`` exists, or cannot be written.
     """
     sources = {part: opened.source for part, opened in plan.opened.items()}
-    # What one shard and one leaf would take; shards are never in memory, so a second leaf may be.
+    # The size of one shard and one leaf; shards are never in memory, so this allows for a second leaf.
     shard = max((file.path.stat().st_size for o in plan.opened.values() for file in o.files), default=0)
     memory = shard + max(leaf.nbytes for leaf in plan.leaves.values())
     with checkpoint.new_directory(directory) as partial:
@@ -296,10 +295,10 @@ def write_plan(plan: Plan, directory: Path, progress: Callable[[int], None] = la
 
 
 def open_model(directory: Path) -> Model:
-    """A converted checkpoint, or the newest one of a run of train.py, ready to be exported.
+    """Open a converted checkpoint, or the newest one of a run of train.py, for export.
 
     Raises:
-      UserError: it is neither, or damaged.
+      UserError: the directory is neither, or it is damaged.
     """
     if (directory / manifest.FILE).exists():
         found = manifest.read(directory)
@@ -333,7 +332,7 @@ def _open_run(directory: Path) -> Model:
 
 @contextmanager
 def show_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, rate and time left on stderr; off a terminal one line at the end."""
+    """Show a progress bar on stderr, or one line at the end if that is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -347,14 +346,14 @@ def show_progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def summary(plan: Plan) -> str:
-    """What a plan will write, for a person."""
+    """A readable summary of what a plan will write."""
     size = sum(leaf.nbytes for leaf in plan.leaves.values())
     count = sum(int(np.prod(leaf.leaf.shape)) for leaf in plan.leaves.values())
     lines = [f"{count:,} parameters in {len(plan.leaves)} arrays, {size / 1e9:.2f} GB"]
     for part, opened in plan.opened.items():
         lines.append(f"{part}: {opened.model_type}, {len(opened.used)} tensors of {opened.directory}")
         if opened.unused:
-            lines.append(f"  kept beside, not computed with: {len(opened.unused)} tensors")
+            lines.append(f"  stored but not used: {len(opened.unused)} tensors")
         lines += [f"  {note}" for note in opened.notes]
     if plan.new:
         lines.append(f"new, initialised: {', '.join(plan.new)}")
@@ -362,7 +361,7 @@ def summary(plan: Plan) -> str:
 
 
 def save(plan: Plan, target: Path) -> None:
-    """:func:`write_plan` with progress on stderr and a summary on stdout."""
+    """Run :func:`write_plan` with progress on stderr and a summary on stdout."""
     start = time.perf_counter()
     with show_progress(sum(leaf.nbytes for leaf in plan.leaves.values())) as progress:
         write_plan(plan, target, progress)

@@ -1,9 +1,9 @@
 """Safetensors files, read strictly and written tensor by tensor.
 
-A checkpoint is one ``model.safetensors`` or several shards with an index. The library checks that a
-file's offsets cover it without gaps or overlaps; a key given twice, a tensor in two shards or an index
-that leaves the directory pass it unnoticed and are checked here. Tensors are read one at a time, never
-mapped, so that memory holds what is converted and no more.
+A checkpoint is one ``model.safetensors`` or several shards with an index. The library checks that a file's
+offsets cover it without gaps or overlaps. It does not notice a duplicate key, a tensor in two shards or an
+index that points outside the directory; these are checked here. Tensors are read one at a time and never
+mapped, so that memory holds only what is being converted.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of parameters, by the name that safetensors gives them."""
+"""Dtypes of parameters, by their names in safetensors."""
 NAMES: Mapping[str, str] = {dtype.name: name for name, dtype in DTYPES.items()}
-"""numpy's name of a dtype -> that of safetensors."""
+"""NumPy's name of a dtype -> safetensors' name."""
 _LENGTH = struct.Struct("<Q")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies.
+    """Location of a tensor.
 
     Attributes:
-      file: that holds it.
-      dtype: "F32", "F16" or "BF16", or another name that the file gives.
-      shape: as stored.
-      offset: of its first byte in the file.
-      size: bytes.
+      file: the file that holds it.
+      dtype: "F32", "F16" or "BF16", or another name in the file.
+      shape: shape as stored.
+      offset: offset of its first byte in the file.
+      size: size in bytes.
     """
 
     file: Path
@@ -65,10 +65,10 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object whose keys are given once.
+    """Read a JSON object without duplicate keys.
 
     Raises:
-      UserError: the file is missing or is not such an object.
+      UserError: the file is missing, is not a JSON object, or has a duplicate key.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
@@ -86,8 +86,8 @@ class File:
     """One safetensors file.
 
     Attributes:
-      path: of the file.
-      tensors: by name, in the order of the header.
+      path: the file's path.
+      tensors: its tensors by name, in the order of the header.
       metadata: free text, such as ``{"format": "pt"}``.
     """
 
@@ -100,7 +100,7 @@ def open_file(path: Path) -> File:
     """Check a safetensors file and read its header.
 
     Raises:
-      UserError: it is missing, truncated, malformed, or gives a key twice.
+      UserError: the file is missing, truncated or malformed, or has a duplicate key.
     """
     try:
         with safetensors.safe_open(path, framework="numpy"):  # checks offsets and sizes
@@ -137,7 +137,7 @@ def _refuse_pickles(directory: Path) -> None:
 
 
 def _index_files(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name of the index."""
+    """Read the index: tensor name -> file name."""
     path = directory / INDEX
     weights = read_json(path).get("weight_map")
     if not isinstance(weights, dict) or not weights:
@@ -155,10 +155,10 @@ def _index_files(directory: Path) -> dict[str, str]:
 
 
 def open_checkpoint(directory: Path) -> tuple[File, ...]:
-    """The safetensors files of a Hugging Face directory, checked against their index.
+    """Open the safetensors files of a Hugging Face directory and check them against their index.
 
     Raises:
-      UserError: there are none, or files and index disagree; all disagreements are listed.
+      UserError: there are no such files, or files and index disagree; all disagreements are listed.
     """
     single, index = (directory / SINGLE).exists(), (directory / INDEX).exists()
     if single and index:
@@ -187,7 +187,7 @@ def open_checkpoint(directory: Path) -> tuple[File, ...]:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """The values of a tensor, in its own dtype."""
+    """Read the values of a tensor in its own dtype."""
     values = np.empty(tensor.shape, DTYPES[tensor.dtype])
     read_into(tensor, values)
     return values
@@ -197,7 +197,7 @@ def read_into(tensor: Tensor, out: np.ndarray) -> None:
     """Read a tensor into a contiguous array of its dtype and shape.
 
     Raises:
-      UserError: the file has become shorter since it was opened.
+      UserError: the file became shorter after it was opened.
     """
     data = out.reshape(-1).view(np.uint8).data
     with tensor.file.open("rb", buffering=0) as stream:
@@ -211,10 +211,10 @@ def read_into(tensor: Tensor, out: np.ndarray) -> None:
 
 
 class Writer:
-    """Writes one safetensors file whose tensors arrive in any order.
+    """Writes one safetensors file; tensors may arrive in any order.
 
-    The header comes first, so names, dtypes and shapes are known before any value. Bytes are laid out as
-    the safetensors library does it: a file read with it and written here is the same file.
+    The header comes first, so names, dtypes and shapes must be known before any value. The byte layout is
+    that of the safetensors library: a file read with it and written here is identical.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Writer:
         self._stream.flush()
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Write one tensor; threads may write different ones."""
+        """Write one tensor; different threads may write different tensors."""
         start, size = self._place[name]
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         if len(data) != size:
@@ -266,7 +266,7 @@ class Writer:
 
 @contextlib.contextmanager
 def writing(writers: Mapping[str, Writer]) -> Iterator[Mapping[str, Writer]]:
-    """Close ``writers`` at the end, also after an error, which then says more than they could."""
+    """Close ``writers`` at the end; after an error, that error takes precedence over theirs."""
     try:
         yield writers
     except BaseException:

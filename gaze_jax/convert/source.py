@@ -1,4 +1,4 @@
-"""One Hugging Face directory: opened, checked against its family's table, and read leaf by leaf."""
+"""Open a Hugging Face directory, check it against its family's table, and read it leaf by leaf."""
 
 import dataclasses
 import fnmatch
@@ -24,7 +24,7 @@ from gaze_jax.models.parameters import boxed_params
 CONFIG = "config.json"
 UNUSED = "unused.safetensors"
 TOWER = "vision/"
-"""Before the names of the tower's leaves."""
+"""Prefix of the names of the tower's leaves."""
 KEPT = (
     CONFIG,
     shards.INDEX,
@@ -41,7 +41,7 @@ KEPT = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-"""Files that travel with the weights."""
+"""Files that are copied along with the weights."""
 
 PartConfig = DecoderConfig | VisionConfig | MLLMConfig
 KINDS: Mapping[Part, str] = {
@@ -66,16 +66,16 @@ def expected_tensors(rules: Iterable[Rule], config: PartConfig) -> dict[str, tup
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A checked directory.
+    """A checked Hugging Face directory.
 
     Attributes:
-      directory: where it lies.
-      model_type, family: what it is, as a key and a value of FAMILIES.
-      config: of the part that is computed.
-      rules: of every parameter that it holds: all of the part's, unless a whole model's tower is elsewhere.
-      files: of safetensors.
-      used: canonical name -> tensor, of the table.
-      unused: canonical name -> tensor, of what is kept beside the parameters.
+      directory: its path.
+      model_type, family: its key and value in FAMILIES.
+      config: config of the part that is converted.
+      rules: rules of all parameters it holds; those of the part, without the tower if that is elsewhere.
+      files: its safetensors files.
+      used: canonical name -> tensor, for tensors in the table.
+      unused: canonical name -> tensor, for tensors that are stored next to the parameters.
       left_out: sentences about tensors that are not converted.
       remarks: sentences about settings that are ignored.
     """
@@ -93,17 +93,17 @@ class Opened:
 
     @property
     def has_tower(self) -> bool:
-        """Whether the image tower is among its parameters."""
+        """Whether its parameters include the image tower."""
         return any(rule.leaf.startswith(TOWER) for rule in self.rules)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know about the conversion."""
+        """Notes for the user about the conversion."""
         return self.left_out + self.remarks
 
     @property
     def source(self) -> Source:
-        """What the manifest says about it; names as in the files, so that they can be written again."""
+        """Its entry in the manifest; names as in the files, so that they can be written again."""
         kept = {self.family.canonical(name) for name in (*self.used, *self.unused)}
         kept |= set(self.family.implied(self.config))
         files = {}
@@ -120,7 +120,7 @@ class Opened:
 def _sort(
     family: Family, config: PartConfig, files: Iterable[shards.File]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
-    """Tensors that are used, those kept beside, and a note on those left out."""
+    """Tensors that are used, tensors that are only stored, and notes on those left out."""
     used: dict[str, Tensor] = {}
     unused: dict[str, Tensor] = {}
     left: dict[str, int] = {}
@@ -139,7 +139,7 @@ def _sort(
 
 
 def _check_implied(family: Family, config: PartConfig, used: dict[str, Tensor], directory: Path) -> None:
-    """Drop a repeated tied tensor from ``used``, after comparing it with the one it repeats."""
+    """Drop the copy of a tied tensor from ``used``, after comparing it with the original."""
     for name, original in family.implied(config).items():
         if name not in used or original not in used:
             continue
@@ -157,7 +157,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def _check_tensors(opened: Opened) -> None:
-    """Names, shapes and dtypes, all problems at once."""
+    """Check names, shapes and dtypes; report all problems at once."""
     wanted = expected_tensors(opened.rules, opened.config)
     problems = []
     for name in sorted({*wanted, *opened.used}):
@@ -183,14 +183,14 @@ def _check_tensors(opened: Opened) -> None:
 
 
 def read_config(directory: Path) -> Json:
-    """The ``config.json`` of a Hugging Face directory; code that it points to (``auto_map``) is never run."""
+    """Read ``config.json`` of a Hugging Face directory; code it points to (``auto_map``) is never run."""
     return shards.read_json(directory / CONFIG)
 
 
 def _read_part(
     directory: Path, family: Family, values: Json, feature_layer: int, tower: VisionConfig | None
 ) -> PartConfig:
-    """What ``config.json`` describes, up to the features that are read."""
+    """The part that ``config.json`` describes, up to the features that are used."""
     try:
         if family.tower_elsewhere:
             return family.read_config(values, tower)
@@ -201,7 +201,7 @@ def _read_part(
 
 
 def _rules(family: Family, config: PartConfig, names: Iterable[str]) -> tuple[Rule, ...]:
-    """The family's table, without the tower where a family allows that and the file has nothing of it."""
+    """The family's table, without the tower if the family allows that and the file has none of it."""
     rules = family.rules(config)
     if not family.tower_elsewhere or family.names is None:
         return rules
@@ -217,17 +217,16 @@ def open_directory(
     feature_layer: int = -2,
     tower: VisionConfig | None = None,
 ) -> Opened:
-    """Open and check a Hugging Face directory; reads headers only.
+    """Open and check a Hugging Face directory; only headers are read.
 
     Args:
-      directory: with config.json and safetensors.
-      part: what it must be, if only that will do.
-      feature_layer: of a tower, see :func:`gaze_jax.families.feature_tower`.
-      tower: up to the features, of a whole model whose config.json only names its tower.
+      directory: contains config.json and safetensors files.
+      part: the part that it must be; None accepts any.
+      feature_layer: for a tower, see :func:`gaze_jax.families.feature_tower`.
+      tower: config of the tower up to its features, for a whole model whose config.json only names its tower.
 
     Raises:
-      UserError: it is of no known family, of another part, or its tensors do not fit; all that do not are
-        listed.
+      UserError: its family is unknown, it is another part, or tensors do not fit (all of them are listed).
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give one with config.json and safetensors files.")
@@ -235,7 +234,7 @@ def open_directory(
     kind = family_type(values, str(directory / CONFIG))
     family = FAMILIES[kind]
     if part is not None and family.part != part:
-        raise UserError(f"{directory} is {KINDS[family.part]} but {KINDS[part]} is wanted here.")
+        raise UserError(f"{directory} is {KINDS[family.part]} but {KINDS[part]} is needed here.")
     config = _read_part(directory, family, values, feature_layer, tower)
     files = shards.open_checkpoint(directory)
     rules = _rules(family, config, (name for file in files for name in file.tensors))
@@ -249,7 +248,7 @@ def open_directory(
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """``values`` in another dtype.
+    """Convert ``values`` to another dtype.
 
     Raises:
       UserError: a finite value becomes infinite.
@@ -265,11 +264,11 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def pending_leaves(opened: Opened, dtype: str | None = None) -> dict[str, Pending]:
-    """Every leaf of the part, to be read when it is written.
+    """All leaves of the part, to be read when they are written.
 
     Args:
       opened: the checkpoint.
-      dtype: of all leaves; None keeps each one's own.
+      dtype: dtype of all leaves; None keeps each leaf's own.
 
     Raises:
       UserError: layers of one leaf have several dtypes and ``dtype`` is None.
@@ -295,7 +294,7 @@ _scratch = threading.local()
 
 
 def _scratch_array(tensor: Tensor) -> np.ndarray:
-    """Memory of this thread for one tensor, used again for the next: fresh pages cost as much as reading."""
+    """A reusable buffer of this thread for one tensor: new memory pages cost as much as reading."""
     if getattr(_scratch, "data", np.empty(0)).size < tensor.size:
         _scratch.data = np.empty(tensor.size, np.uint8)
     return _scratch.data[: tensor.size].view(DTYPES[tensor.dtype]).reshape(tensor.shape)
@@ -317,8 +316,8 @@ def copy_beside(opened: Opened, directory: Path, dtype: str | None = None) -> No
 
     Args:
       opened: the checkpoint.
-      directory: made here.
-      dtype: of the unused tensors; None keeps each one's own.
+      directory: the directory to create.
+      dtype: dtype of the unused tensors; None keeps each tensor's own.
     """
     directory.mkdir()
     for name in KEPT:

@@ -1,4 +1,4 @@
-"""Proof that a conversion is the same model: both sides run on the same inputs, stage by stage.
+"""Verify a conversion: run both models on the same inputs and compare them stage by stage.
 
 Needs torch and transformers. Everything is computed in float32 on the CPU, by transformers with its
 plain ("eager") attention; bfloat16 and float16 weights are exact in float32.
@@ -25,21 +25,21 @@ from gaze_jax.models.vision import VisionTower
 Tree = Any
 
 TOLERANCE = 1e-4
-"""Largest error of a stage, relative to the largest value of the stage."""
+"""Maximum error of a stage, relative to the stage's largest value."""
 
 _ROWS, _LENGTH, _SHORT = 2, 24, 17
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How far one stage is from the original.
+    """Difference between one stage and the original.
 
     Attributes:
-      name: of the stage.
+      name: the stage's name.
       max_abs: largest absolute difference.
-      relative: that, over the largest absolute value of the original.
-      kl: mean KL divergence of the next-token distribution in nats; None but for logits.
-      top1: share of positions whose likeliest token is the same; None but for logits.
+      relative: ``max_abs`` divided by the largest absolute value of the original.
+      kl: mean KL divergence of the next-token distributions in nats; only for logits, else None.
+      top1: fraction of positions with the same most likely token; only for logits, else None.
     """
 
     name: str
@@ -55,7 +55,7 @@ def _stage(name: str, ours: np.ndarray, theirs: np.ndarray) -> Stage:
 
 
 def _logits_stage(ours: np.ndarray, theirs: np.ndarray) -> Stage:
-    """Compare [N, V]."""
+    """Compare logits [N, V]."""
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
         shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
@@ -67,7 +67,7 @@ def _logits_stage(ours: np.ndarray, theirs: np.ndarray) -> Stage:
     return dataclasses.replace(_stage("logits", ours, theirs), kl=kl, top1=top1)
 
 
-# Compiled once per model, however many checkpoints of it are verified.
+# Compiled once per model, even if several of its checkpoints are verified.
 @functools.partial(jax.jit, static_argnums=0)
 def _run_stages(model: MLLM, params: Tree, streams: Streams) -> Any:
     return model.apply({"params": params}, None, streams, method="stages")
@@ -84,13 +84,13 @@ def _run_tower(tower: VisionTower, params: Tree, images: jax.Array) -> Any:
 
 
 def _decoder_stages(original: Any, layers: Any, config: MLLMConfig, params: Tree, seed: int) -> list[Stage]:
-    """Compare a decoder with a model of transformers on random text, one row of it padded."""
+    """Compare a decoder with a transformers model on random text, one row of it padded."""
     torch, _ = import_torch()
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.decoder.vocab_size, (_ROWS, _LENGTH))
     valid = np.arange(_LENGTH) < np.array([[_LENGTH], [_SHORT]])
     hidden: list[np.ndarray] = []
-    # Hooked, because transformers reports the last layer's output after the final norm only.
+    # Use hooks, because transformers returns the last layer's output only after the final norm.
     for layer in layers:
         layer.register_forward_hook(lambda module, inputs, output: hidden.append(np.asarray(output)))
     with torch.no_grad():
@@ -110,13 +110,13 @@ def verify_decoder(directory: Path, config: MLLMConfig, params: Tree, *, seed: i
     """Compare a decoder with transformers on random text, one row of it padded.
 
     Args:
-      directory: that transformers loads.
-      config: of the model; only its decoder is used.
-      params: of the model.
-      seed: of the tokens.
+      directory: a directory that transformers loads.
+      config: the model's config; only its decoder is used.
+      params: the model's parameters.
+      seed: seed of the tokens.
 
     Returns:
-      A stage per layer, and the logits.
+      One stage per layer, and one for the logits.
     """
     torch, transformers = import_torch()
     original = transformers.AutoModelForCausalLM.from_pretrained(
@@ -132,12 +132,12 @@ def _pixels(config: VisionConfig, seed: int) -> np.ndarray:
 
 
 def _features(tower: Any, pixels: np.ndarray, layer: int | None) -> Any:
-    """What transformers' tower makes of ``pixels``, a tensor [2, tokens, width].
+    """Features of transformers' tower for ``pixels``, a tensor [2, tokens, width].
 
     Args:
-      tower: of transformers.
+      tower: transformers' tower.
       pixels: see :func:`_pixels`.
-      layer: which hidden state; None is the last one after the final LayerNorm.
+      layer: index of the hidden state; None is the last one after the final LayerNorm.
     """
     torch, _ = import_torch()
     with torch.no_grad():
@@ -154,10 +154,10 @@ def verify_tower(directory: Path, config: VisionConfig, params: Tree, *, seed: i
     """Compare an image tower's features with transformers on random pixels.
 
     Args:
-      directory: that transformers loads.
-      config: of the tower.
-      params: of the tower, without the "vision" around it.
-      seed: of the pixels.
+      directory: a directory that transformers loads.
+      config: the tower's config.
+      params: the tower's parameters, without the "vision" level.
+      seed: seed of the pixels.
     """
     pixels = _pixels(config, seed)
     layer = None if config.post_norm else config.depth
@@ -170,10 +170,10 @@ def verify_whole(
     """Compare a whole model with the original: tower, projector, newline embedding, decoder on text.
 
     Args:
-      directory: of the original.
-      vision: of its image tower, if that lies apart.
-      config, params: of the model.
-      seed: of pixels and tokens.
+      directory: the original's directory.
+      vision: directory of its image tower, if separate.
+      config, params: the model's config and parameters.
+      seed: seed of pixels and tokens.
     """
     original = load_original(directory, vision, config.tower)
     pixels = _pixels(config.tower, seed)
@@ -190,11 +190,11 @@ def verify_whole(
 
 
 def verify(directory: Path, originals: Mapping[str, Path]) -> list[Stage]:
-    """Compare every part of a model with the directory that it came from.
+    """Compare every part of a model with its source directory.
 
     Args:
-      directory: any that :func:`gaze_jax.convert.load.load` reads.
-      originals: by part: "decoder" and "vision", or "model" (and "vision", if its tower lies apart).
+      directory: any directory that :func:`gaze_jax.convert.load.load` reads.
+      originals: directories by part: "decoder" and "vision", or "model" (and "vision" for a separate tower).
 
     Raises:
       UserError: torch or transformers are not installed, or the model cannot be loaded.
@@ -213,7 +213,7 @@ def verify(directory: Path, originals: Mapping[str, Path]) -> list[Stage]:
 
 
 def table(stages: Sequence[Stage]) -> str:
-    """The stages for a person."""
+    """Format the stages as a table."""
     lines = [f"{'':18}{'max abs':>11}{'relative':>11}{'KL':>11}{'top-1':>8}"]
     for stage in stages:
         line = f"{stage.name:18}{stage.max_abs:>11.1e}{stage.relative:>11.1e}"
@@ -224,7 +224,7 @@ def table(stages: Sequence[Stage]) -> str:
 
 
 def require_equal(stages: Sequence[Stage]) -> None:
-    """Raise a UserError if a stage is further from the original than :data:`TOLERANCE`."""
+    """Raise a UserError if the error of any stage exceeds :data:`TOLERANCE`."""
     worst = max(stages, key=lambda stage: stage.relative)
     if not worst.relative <= TOLERANCE:
         raise UserError(

@@ -1,1 +1,1 @@
-"""What can be trained on: digit scenes."""
+"""Training data: scenes of handwritten digits."""

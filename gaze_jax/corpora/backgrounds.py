@@ -8,18 +8,18 @@ import PIL.Image
 TEXTURES = 16
 KINDS = ("texture", "photo")
 PHOTO_CREDIT = "Photographs: danielbuechele and vultilion, Flickr, CC BY 2.0; cropped and darkened."
-_SCALES = (1.0, 0.7, 0.5, 0.35)  # sizes at which photographs are kept, relative to the original
+_SCALES = (1.0, 0.7, 0.5, 0.35)  # sizes of the stored photographs, relative to the original
 
 
 def _noise(rng: np.random.Generator, side: int, cells: int) -> np.ndarray:
-    """Smooth value noise, float32 [side, side] about 0, with ``cells`` bumps along a side."""
+    """Smooth value noise around 0, float32 [side, side], with ``cells`` bumps per side."""
     coarse = PIL.Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((side, side), PIL.Image.Resampling.BICUBIC))
 
 
 def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
     """One coloured texture, uint8 [side, side, 3]: noise in octaves, stripes and a gradient."""
-    # Bumps of 64, 32, ... 2 pixels; a texture is smooth or grainy as its random weights decide.
+    # Bumps of 64, 32, ... 2 pixels; random weights make a texture smooth or grainy.
     octaves = [max(2, side // size) for size in (64, 32, 16, 8, 4, 2)]
     weights = rng.dirichlet(np.full(len(octaves), 0.7)) ** 0.5
     field = sum(w * _noise(rng, side, cells) for w, cells in zip(weights, octaves, strict=True))
@@ -34,7 +34,7 @@ def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
     gradient = (x * np.cos(slope) + y * np.sin(slope)) * (2 / side)
     amounts = rng.uniform(0, 1, 3) * (1.0, 0.7, 0.7)
     level = amounts[0] * field + amounts[1] * stripes + amounts[2] * gradient
-    # Every colour channel follows the level differently, plus a slow drift of its own.
+    # Each colour channel depends on the level in its own way and has its own slow drift.
     drift = np.stack([_noise(rng, side, max(2, side // 48)) for _ in range(3)], axis=-1)
     color = level[..., None] * rng.uniform(0.3, 1, 3) + 0.5 * drift
     color *= rng.uniform(20, 50) / color.std()
@@ -43,7 +43,7 @@ def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def texture_pool(seed: int, side: int) -> tuple[np.ndarray, ...]:
-    """Textures from which scenes of ``side`` pixels are cut, uint8 [larger, larger, 3] each."""
+    """Textures to cut scenes of ``side`` pixels from, uint8 [larger, larger, 3] each."""
     larger = max(256, side + 128)
     seeds = np.random.SeedSequence([seed, side]).spawn(TEXTURES)
     return tuple(_texture(np.random.Generator(np.random.PCG64(s)), larger) for s in seeds)
@@ -53,8 +53,7 @@ def texture_pool(seed: int, side: int) -> tuple[np.ndarray, ...]:
 def photo_pool(side: int) -> tuple[np.ndarray, ...]:
     """scikit-learn's two photographs (CC-BY) at several sizes, uint8 [height, width, 3] each.
 
-    Sizes that do not hold a scene of ``side`` pixels are left out; if none does, the photographs are
-    enlarged until they do.
+    Sizes too small for a scene of ``side`` pixels are left out; if all are, the photographs are enlarged.
     """
     from sklearn.datasets import load_sample_images
 
@@ -72,10 +71,10 @@ def cut(rng: np.random.Generator, kind: str, seed: int, height: int, width: int)
     """A random crop, flipped at random, float32 [height, width, 3] in 0..255.
 
     Args:
-      rng: decides the crop.
+      rng: source of the crop's randomness.
       kind: "texture" or "photo".
-      seed: of the pool of textures; photographs are always the same.
-      height, width: in pixels.
+      seed: seed of the texture pool; the photographs are fixed.
+      height, width: size in pixels.
     """
     side = max(height, width)
     pool = texture_pool(seed, side) if kind == "texture" else photo_pool(side)

@@ -1,7 +1,7 @@
 """Scenes of real handwritten digits on textures or photographs, with questions about them.
 
-The digits are the UCI handwritten digits that scikit-learn ships; each scene is a grid of them. A scene
-is a pure function of (seed, split, index): workers, resumption and shuffling change nothing.
+The digits are the UCI handwritten digits that scikit-learn ships; each scene is a grid of them. A scene is a
+pure function of (seed, split, index), so workers, resuming and shuffling do not change it.
 """
 
 import dataclasses
@@ -15,27 +15,27 @@ from gaze_jax.data.sample import Box, Image, Sample, Text
 from gaze_jax.data.tokenizer import END, Tokenizer
 
 SPLITS = ("train", "test")
-# Chalk on a dimmed background: ink is lighter than what is behind it by at least this many grey levels.
+# Chalk on a dimmed background: ink is at least this many grey levels lighter than what is behind it.
 _CONTRAST = 90.0
 _DIM = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConfig:
-    """What the scenes look like and what is asked about them.
+    """The scenes and the questions about them.
 
     Attributes:
       rows, cols: cells of the grid.
       cell: side of a cell in pixels.
-      jitter: largest shift of a digit from the middle of its cell, in pixels.
+      jitter: maximum shift of a digit from the centre of its cell, in pixels.
       background: "texture" or "photo".
       families: weights of the question families "transcribe", "read" and "where" in training.
-      reads_per_sample: questions of family "read" that share one training scene.
-      train_scenes: scenes of one epoch.
-      test_fraction: share of the digit images that training never sees.
+      reads_per_sample: number of "read" questions per training scene.
+      train_scenes: scenes per epoch.
+      test_fraction: fraction of the digit images held out from training.
       augment: distort the digits of training scenes.
-      few_digits: share of training scenes with at most three different digits. What is in such a scene says
-        much about every answer, so digits can be recognised before they can be found.
+      few_digits: fraction of training scenes with at most three different digits. In these the answers can
+        often be guessed from the digits present, so a model learns to recognise digits before locating them.
     """
 
     rows: int = 4
@@ -81,16 +81,16 @@ class DigitsConfig:
 
     @property
     def glyph(self) -> int:
-        """Side in pixels at which a digit is drawn: as it is in a small cell, enlarged in a large one."""
+        """Side of a drawn digit in pixels: original size in a small cell, enlarged in a large one."""
         return NATIVE if self.cell <= 12 else round(0.8 * self.cell)
 
 
 def _scene_digits(
     rng: np.random.Generator, config: DigitsConfig, family: str, few: float
 ) -> tuple[np.ndarray, int]:
-    """Digits int [rows, cols], and the flat cell of the one that occurs once (for "where").
+    """Digits int [rows, cols], and the flat cell index of a digit that occurs once (for "where").
 
-    ``few`` is the share of scenes with at most three different digits.
+    ``few`` is the fraction of scenes with at most three different digits.
     """
     cells = config.rows * config.cols
     if family != "where":
@@ -143,10 +143,10 @@ def _question(rng: np.random.Generator, family: str, **values: int) -> Text:
 def _transcript(digits: np.ndarray, boxes: np.ndarray) -> Text:
     lines, spans, at = [], [], 0
     for r, row in enumerate(digits):
-        # The row's number keeps the place: without it a model must count its way through the answer.
+        # The row number marks the position; without it a model must count its way through the answer.
         label = f"{r + 1}:"
         for c in range(len(row)):
-            # A digit's token carries the space before it, so the box covers both.
+            # A digit's token includes the space before it, so the box covers both.
             start = at + len(label) + 2 * c
             spans.append(Box(start, start + 2, tuple(boxes[r * len(row) + c].tolist())))
         lines.append(label + "".join(f" {d}" for d in row))
@@ -186,14 +186,14 @@ def _parts(
 
 
 def make_sample(config: DigitsConfig, seed: int, split: str, index: int, family: str | None = None) -> Sample:
-    """Scene ``index`` of a split, with its question and answer.
+    """Make scene ``index`` of a split, with its questions and answers.
 
     Args:
-      config: of the scenes.
+      config: the scenes' config.
       seed: any non-negative integer.
       split: "train" or "test"; they share no digit image.
-      index: non-negative.
-      family: the question; None draws it by ``config.families`` and asks several "read" questions.
+      index: non-negative integer.
+      family: the question's family; None draws one by ``config.families`` and asks several "read" questions.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS.index(split), index])))
     turns = 1 if family is not None else config.reads_per_sample
@@ -214,8 +214,8 @@ class DigitScenes:
     """A random-access source of training samples.
 
     Attributes:
-      config: of the scenes.
-      seed: of the scenes.
+      config: the scenes' config.
+      seed: the scenes' seed.
       split: "train" or "test".
     """
 
@@ -233,13 +233,13 @@ class DigitScenes:
 def evaluation_samples(
     config: DigitsConfig, seed: int, family: str, count: int, split: str = "test"
 ) -> list[Sample]:
-    """``count`` samples of one family, one question each, on digit images that training never saw."""
+    """``count`` samples of one family, one question each, on digit images held out from training."""
     return [make_sample(config, seed, split, index, family) for index in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Most text tokens of a training sample, of one question, and of one answer with its end token."""
+    """Maximum text tokens of a training sample, of a question, and of an answer with its end token."""
 
     sample: int
     question: int
@@ -247,7 +247,7 @@ class Lengths:
 
 
 def sequence_lengths(config: DigitsConfig, tokenizer: Tokenizer) -> Lengths:
-    """How long the texts of the families with a weight can be."""
+    """Maximum text lengths over the families with a non-zero weight."""
 
     def size(text: str) -> int:
         return len(tokenizer.encode(text)[0])
@@ -268,6 +268,6 @@ def sequence_lengths(config: DigitsConfig, tokenizer: Tokenizer) -> Lengths:
 
 
 def credit(config: DigitsConfig) -> str:
-    """Whose images a picture of a scene shows."""
+    """The credit line for the images in a scene."""
     digits = "Digits: E. Alpaydin and C. Kaynak, UCI, CC BY 4.0."
     return f"{digits} {PHOTO_CREDIT}" if config.background == "photo" else digits

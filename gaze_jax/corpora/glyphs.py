@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, split once and for all, distorted and ready to draw."""
+"""scikit-learn's handwritten digits: a fixed train/test split, augmented and ready to draw."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ NATIVE = 8
 """Side in pixels of the original digit images."""
 
 VARIANTS = 12
-"""Distorted copies of each digit image that augmentation chooses from."""
+"""Number of distorted copies per digit image from which augmentation chooses."""
 
-_SPLIT_SEED = 20_260_101  # never the run's seed: a test digit must not be a training digit of another run
-_INK = 0.25  # alpha from which a pixel counts as ink
+_SPLIT_SEED = 20_260_101  # not the run's seed: the split must be the same in every run
+_INK = 0.25  # minimum alpha of an ink pixel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,10 +21,10 @@ class Glyphs:
     """Digit images of one split.
 
     Attributes:
-      alpha: float32 [N, V, side, side] opacity in 0..1; V variants of each of N digit images.
+      alpha: float32 [N, V, side, side], opacity in 0..1; V variants of each of N digit images.
       ink: int32 [N, V, 4], (x0, y0, x1, y1) of the ink inside the square, x1 and y1 exclusive.
-      index: int32 [N], which of scikit-learn's images it is.
-      of_digit: for each digit 0..9, the numbers n of its images.
+      index: int32 [N], index of the image in scikit-learn's data.
+      of_digit: for each digit 0..9, the indices n of its images.
     """
 
     alpha: np.ndarray
@@ -35,7 +35,7 @@ class Glyphs:
 
 @functools.cache
 def _originals() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [1797, 8, 8] in 0..255 and labels int64 [1797]."""
+    """The images, uint8 [1797, 8, 8] in 0..255, and their labels, int64 [1797]."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -89,12 +89,12 @@ def ink_boxes(alpha: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def glyphs(split: str, test_fraction: float, side: int, augment: bool) -> Glyphs:
-    """Digit images of a split, drawn ``side`` pixels large.
+    """Digit images of a split, drawn with sides of ``side`` pixels.
 
     Args:
       split: "train" or "test".
-      test_fraction: share of each digit's images kept for "test".
-      side: pixels; at 8 without augmentation the originals are used as they are.
+      test_fraction: fraction of each digit's images held out for "test".
+      side: side in pixels; at 8 without augmentation the originals are used unchanged.
       augment: distort each image in :data:`VARIANTS` ways.
     """
     images, labels = _originals()

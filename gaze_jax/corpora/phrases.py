@@ -34,9 +34,9 @@ PLACE = "row {row}, column {column}"
 """Answer of the family "where"; rows and columns count from 1."""
 
 SPECIALS = ("<|pad|>", "<|im_start|>", END)
-"""One token each, and the first of the vocabulary."""
+"""Special tokens: one token each, first in the vocabulary."""
 
-# A digit is one token, with the space before it if there is one; so is a word; all else is one character.
+# A digit or a word is one token, including a space before it; everything else is one token per character.
 _PIECES = r" ?\d| ?[A-Za-z]+|[^A-Za-z\d]"
 
 
@@ -44,8 +44,8 @@ _PIECES = r" ?\d| ?[A-Za-z]+|[^A-Za-z\d]"
 def build_tokenizer() -> Tokenizer:
     """The tokenizer of the digit scenes: one token per word or digit, fewer than 256 in all.
 
-    The vocabulary is written down rather than trained, so that it is the same everywhere. Single
-    printable ASCII characters are in it too: any English sentence can be typed, and decodes to itself.
+    The vocabulary is fixed, not trained, so that it is the same everywhere. It contains all printable ASCII
+    characters, so any ASCII text can be encoded and decodes to itself.
     """
     splitter = pre_tokenizers.Split(Regex(_PIECES), "isolated")
     pieces = {str(d) for d in range(10)} | {f" {d}" for d in range(10)}
@@ -53,7 +53,7 @@ def build_tokenizer() -> Tokenizer:
         filled = sentence.format(row=1, column=1, digit=1)
         pieces |= {piece for piece, _ in splitter.pre_tokenize_str(filled)}
     characters = {"\n", *map(chr, range(32, 127))}
-    # A Unigram model takes the split of highest score: a known word before its letters.
+    # A Unigram model takes the split with the highest score: prefer a known word to its letters.
     vocabulary = [(token, 0.0) for token in SPECIALS]
     vocabulary += [(piece, -1.0) for piece in sorted(pieces)]
     vocabulary += [(char, -10.0) for char in sorted(characters - pieces)]

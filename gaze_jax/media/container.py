@@ -1,8 +1,8 @@
-"""Video files through PyAV: which frames a container holds, and those of them that are asked for.
+"""Video files through PyAV: list the frames of a container and decode some of them.
 
-FFmpeg ends early on a damaged file without a word, and what a container says of its frames may be missing or
-wrong. So the packets of the whole file are listed first, which decodes nothing, and every frame that comes
-out of the decoder has to be the one that the list says comes next.
+FFmpeg stops early on a damaged file without an error, and a container's information about its frames may be
+missing or wrong. So the packets of the whole file are listed first, without decoding, and every decoded frame
+must be the next one in that list.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from gaze_jax.errors import UserError
 from gaze_jax.media.images import check_pixels
 
 SKIP = 16
-"""Seek when a keyframe lies at least this many frames ahead; fewer are decoded sooner than skipped."""
+"""Seek if the next keyframe is at least this many frames ahead; decoding fewer is faster than a seek."""
 
-_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music
-_EMPTY = 8  # bytes up to which a packet may hold no picture: MPEG-4 marks a frame so that repeats the last
+_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover art of a music file
+_EMPTY = 8  # a packet of up to this many bytes may hold no picture: so MPEG-4 marks a repeated frame
 _HALF = 1 << 15  # one half in the 16.16 fixed point of a display matrix
 
 
@@ -35,11 +35,11 @@ class Container:
       size: (height, width) of the first frame in pixels, upright.
       fps: average frames per second.
       times: float64 [N]: when each frame is shown, in seconds after the first.
-      stamps: int64 [N]: the time stamp of each frame, by which it is known; None in an AVI, which has none,
-        or if they are not all there or not distinct: then a frame is known by counting from the first.
-      keys: int64, ascending: frames from which decoding can start; 0 is among them.
-      turn: how a stored frame becomes upright: whether its axes are swapped, and then the step, 1 or -1, in
-        which its rows and its columns are taken.
+      stamps: int64 [N]: time stamps, which identify the frames; None in an AVI, which has none, or if some
+        are missing or not distinct: then frames are identified by counting from the first.
+      keys: int64, ascending: frames from which decoding can start, including 0.
+      turn: how to make a stored frame upright: whether to swap its axes, then the step, 1 or -1, of its rows
+        and its columns.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Container:
         """Decode the ``wanted`` frames, ascending and distinct: upright uint8 [height, width, 3] each.
 
         Raises:
-          UserError: the decoder fails, or gives other frames than the container lists.
+          UserError: the decoder fails, or its frames are not those that the container lists.
         """
         with _opened(self.name, self.kind) as (container, stream):
             stream.thread_type = "AUTO"
             frames = _decoded(container, stream)
-            position = 0  # the frame that the decoder gives next
+            position = 0  # index of the next frame from the decoder
             for target in map(int, wanted):
                 key = int(self.keys[np.searchsorted(self.keys, target, "right") - 1])
                 if self.stamps is not None and key - position >= SKIP:
@@ -74,11 +74,11 @@ class Container:
                 position += 1
 
     def _next(self, frames: Iterator[Any], position: int) -> Any:
-        """The frame at ``position``, which has to come next."""
+        """Return the next frame, which must be the one at ``position``."""
         reason = ""
         try:
             for frame in frames:
-                # Behind a seek: a frame that refers to one before the keyframe, as far as it could be made.
+                # After a seek: an incomplete frame that refers to one before the keyframe.
                 if self.stamps is not None and frame.pts is not None and frame.pts < self.stamps[position]:
                     continue
                 if frame.is_corrupt or (self.stamps is not None and frame.pts != self.stamps[position]):
@@ -107,14 +107,14 @@ def open_container(name: str, kind: str) -> Container:
       kind: its container, as ``gaze_jax.media.probe.video_kind`` says.
 
     Raises:
-      UserError: PyAV is not installed, or the file has no video, no decoder here, frames that are too large
-        or none at all, or is damaged. One sentence that names the file.
+      UserError: PyAV is not installed, or the file has no video, no frames or too large frames, needs a
+        missing decoder, or is damaged. One sentence that names the file.
     """
     with _opened(name, kind) as (container, stream):
-        # Not the packets themselves: together they are as large as the file.
+        # Do not keep the packets themselves: together they are as large as the file.
         packets = [_Packet.of(packet) for packet in container.demux(stream) if packet.size]
         _check_complete(name, kind, stream, packets)
-        # Both are open only where there is a single frame, which has no rate.
+        # Both rates are missing only if there is a single frame.
         rate, base = float(stream.average_rate or stream.guessed_rate or 1), float(stream.time_base)
     listed = None if kind == "avi" else _listed(packets)
     if listed is not None:
@@ -125,7 +125,7 @@ def open_container(name: str, kind: str) -> Container:
         least = sum(packet.size > _EMPTY and not packet.hidden for packet in packets)
         times = _counted(name, kind, rate, least)
     if not len(times):
-        raise UserError(f"Video {name!r} has no frame that can be shown; download or write it again.")
+        raise UserError(f"Video {name!r} has no frame that can be shown; download or create it again.")
     clip = Container(name, kind, (0, 0), rate, times, stamps, keys, (False, 1, 1))
     with _opened(name, kind) as (container, stream):
         first = clip._next(_decoded(container, stream), 0)
@@ -135,7 +135,7 @@ def open_container(name: str, kind: str) -> Container:
 
 
 class _Packet(NamedTuple):
-    """What is kept of a packet: bytes, when and how long its frame is shown (pts may be None), and flags."""
+    """Data of a packet: size, time and duration of its frame (pts may be None), and flags."""
 
     size: int
     pts: Any
@@ -151,10 +151,10 @@ class _Packet(NamedTuple):
 
 
 def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -> None:
-    """Refuse a file without a beginning or with a packet that is cut, or an MP4 with fewer than it says.
+    """Refuse a file without a first keyframe or with a cut packet, or an MP4 with fewer frames than stated.
 
-    Fewer may also mean an edit list, which shows a part of the stream; that lasts as long as the header says,
-    but for a frame at each end that it splits.
+    Fewer frames may also result from an edit list, which shows a part of the stream. Then the duration agrees
+    with the header, except for a split frame at each end.
     """
     if packets and not packets[0].key:
         raise UserError(
@@ -173,9 +173,9 @@ def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -
 
 
 def _listed(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The time stamps of the frames that are shown and which of them are keyframes; None if stamps lack.
+    """Time stamps of the shown frames, and which of them are keyframes; None if time stamps are missing.
 
-    Before the first keyframe no frame can be shown, and an edit list may hide more.
+    Frames before the first keyframe cannot be shown, and an edit list may hide more.
     """
     if any(packet.pts is None for packet in packets):
         return None
@@ -188,7 +188,7 @@ def _listed(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _counted(name: str, kind: str, rate: float, least: int) -> np.ndarray:
-    """float64 [N]: when each frame is shown, found by decoding all of them once, ``least`` or more."""
+    """float64 [N]: when each frame is shown, found by decoding all frames once; at least ``least`` frames."""
     with _opened(name, kind) as (container, stream):
         stream.thread_type = "AUTO"
         stamps = [frame.pts for frame in _decoded(container, stream)]
@@ -198,16 +198,16 @@ def _counted(name: str, kind: str, rate: float, least: int) -> np.ndarray:
             f"Video {name!r} is damaged: only {len(stamps)} of {least} frames can be decoded; "
             "copy or download it again."
         )
-    if None in stamps or stamps != sorted(stamps):  # guessed from the order in which they are stored
+    if None in stamps or stamps != sorted(stamps):  # time stamps guessed from the storage order
         return np.arange(len(stamps)) / rate
     return (np.array(stamps, np.int64) - min(stamps, default=0)) * base
 
 
 def _av() -> Any:
-    """PyAV, which not every installation has.
+    """Import PyAV, which is optional.
 
     Raises:
-      UserError: it is not installed.
+      UserError: PyAV is not installed.
     """
     try:
         import av
@@ -220,9 +220,9 @@ def _av() -> Any:
 
 @contextlib.contextmanager
 def _opened(name: str, kind: str) -> Iterator[tuple[Any, Any]]:
-    """A container and its video stream; errors of FFmpeg become one sentence.
+    """Open a container and its video stream; FFmpeg's errors become a one-sentence UserError.
 
-    Only this file is opened and only as ``kind``: some formats, such as playlists, name other files or URLs.
+    Opens only this file, and only as ``kind``: some formats, such as playlists, name other files or URLs.
     """
     av = _av()
     options = {"format_whitelist": kind, "protocol_whitelist": "file"}
@@ -243,18 +243,19 @@ def _opened(name: str, kind: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _decoded(container: Any, stream: Any) -> Generator[Any, None, None]:
-    """Frames from the next keyframe on, in the order in which they are shown."""
+    """Yield frames from the next keyframe on, in display order."""
     for packet in container.demux(stream):
-        if packet.size:  # an empty one would end the decoding
+        if packet.size:  # an empty packet would end the decoding
             yield from packet.decode()
     yield from stream.codec_context.decode(None)
 
 
 def _turn(name: str, frame: Any) -> tuple[bool, int, int]:
-    """How a frame is turned and mirrored by its display matrix, as players do; ``Container.turn``.
+    """Rotation and mirroring by a frame's display matrix, as in players; see ``Container.turn``.
 
     The matrix has rows (a, b, u), (c, d, v), (x, y, w); a pixel (p, q) is shown at (a p + c q, b p + d q). It
-    is the same for all frames of a stream, and PyAV keeps a frame in memory whose side data was looked at.
+    is the same for all frames of a stream; read it once, because PyAV keeps a frame in memory after its side
+    data was read.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -262,6 +263,6 @@ def _turn(name: str, frame: Any) -> tuple[bool, int, int]:
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     along, across = min(abs(a), abs(d)) > _HALF, min(abs(b), abs(c)) > _HALF
     if along == across or max(map(abs, (b, c) if along else (a, d))) > _HALF // 50:
-        raise UserError(f"Video {name!r} is to be shown at a slant; turn it by a multiple of 90 degrees.")
+        raise UserError(f"Video {name!r} is not rotated by a multiple of 90 degrees; re-encode it upright.")
     rows, columns = (b, c) if across else (d, a)
     return across, 1 if rows > 0 else -1, 1 if columns > 0 else -1

@@ -1,4 +1,4 @@
-"""Reading an image file: a few formats, a size limit that is checked before decoding, no network."""
+"""Read image files: a few formats, a size limit that is checked before decoding, no network."""
 
 import os
 
@@ -11,14 +11,14 @@ from gaze_jax.media.probe import check_file, read_head, video_kind
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000
-"""Largest width x height that is decoded; a 400-megapixel PNG can be a file of 0.4 MB."""
+"""Maximum width x height to decode; a PNG file of 0.4 MB can have 400 megapixels."""
 
 
 def check_pixels(name: str, kind: str, width: int, height: int) -> None:
-    """Refuse a picture too large to decode; ``kind`` ("Image", "Video") opens the sentence.
+    """Refuse a picture too large to decode; ``kind`` ("Image", "Video") starts the error message.
 
     Raises:
-      UserError: more than :data:`MAX_PIXELS`.
+      UserError: the picture has more than :data:`MAX_PIXELS`.
     """
     if width * height > MAX_PIXELS:
         raise UserError(
@@ -31,7 +31,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode an image file to upright uint8 [height, width, 3]; the first frame if it is animated.
 
     Raises:
-      UserError: the path is a URL, or the file is missing, empty, a video, not of :data:`FORMATS`, larger
+      UserError: the path is a URL, or the file is missing, empty, a video, not in :data:`FORMATS`, larger
         than :data:`MAX_PIXELS` or damaged. One sentence that names the file.
     """
     name = os.fspath(path)
@@ -39,9 +39,9 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with PIL.Image.open(name, formats=FORMATS) as image:
             check_pixels(name, "Image", *image.size)
-            # Cameras store the picture as the sensor lay and note how to turn it.
+            # Cameras store the picture unrotated, with its orientation in the metadata.
             upright = PIL.ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits: convert() would clip and not scale
+            if upright.mode.startswith("I"):  # 16 bits: convert() would clip instead of scale
                 grey = np.clip(np.asarray(upright, np.int64) >> 8, 0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(upright.convert("RGB"))

@@ -1,7 +1,7 @@
-"""What a media file is and whether all of it is there, from its own bytes and without a decoder.
+"""The type of a media file and whether it is complete, from its bytes and without a decoder.
 
-Decoders are forgiving: FFmpeg reads a Matroska file that was cut in two as a shorter video, and Pillow a cut
-GIF as one with fewer pictures. The containers state their sizes, so a cut shows before anything is decoded.
+Decoders are lenient: FFmpeg reads a truncated Matroska file as a shorter video, and Pillow a truncated GIF as
+one with fewer pictures. The containers state their sizes, so truncation is detected before decoding.
 """
 
 import os
@@ -12,11 +12,11 @@ from typing import BinaryIO
 from gaze_jax.errors import UserError
 
 HEAD = 16
-"""Bytes of a file that say what it is."""
+"""Number of bytes that identify a file's type."""
 VIDEO_FORMATS = ("MP4", "MOV", "MKV", "WEBM", "AVI")
-"""Containers that state their size. Streams such as MPEG-TS just end, so nobody can tell that one was cut."""
+"""Containers that state their size. In streams such as MPEG-TS truncation cannot be detected."""
 
-# ISO media files whose brand says that they hold pictures.
+# Brands of ISO media files that hold pictures.
 _STILLS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"crx ", b"jxl ")
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _LATER_BOXES = (b"moof", b"mfra", b"styp", b"sidx", b"ssix", b"emsg", b"prft", b"pdin", b"uuid", b"meta")
@@ -31,10 +31,10 @@ def is_url(name: str) -> bool:
 
 
 def check_file(name: str, kind: str) -> None:
-    """Refuse what is no local file with something in it; ``kind`` ("Image", "Video") opens the sentence.
+    """Refuse anything but a non-empty local file; ``kind`` ("Image", "Video") starts the error message.
 
     Raises:
-      UserError: a URL, a file that is missing, or an empty one.
+      UserError: a URL, or a missing or empty file.
     """
     if is_url(name):
         raise UserError(f"{kind} {name!r} looks like a URL; give the path of a local file.")
@@ -45,7 +45,7 @@ def check_file(name: str, kind: str) -> None:
 
 
 def video_kind(head: bytes) -> str | None:
-    """FFmpeg's name of the container that the first :data:`HEAD` bytes of a file open; None if none."""
+    """FFmpeg's name of the container, from the first :data:`HEAD` bytes of a file; None if unknown."""
     if head[4:8] in _FIRST_BOXES and head[8:12] not in _STILLS:
         return "mov"
     if head[:4] == b"\x1aE\xdf\xa3":
@@ -56,35 +56,35 @@ def video_kind(head: bytes) -> str | None:
 
 
 def is_still(head: bytes) -> bool:
-    """Whether a file that begins so is a JPEG, a PNG or a BMP: formats whose pictures do not move."""
+    """Whether these first bytes are of a JPEG, PNG or BMP: formats without animation."""
     bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
     return bitmap or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
 
 
 def is_animation(head: bytes) -> bool:
-    """Whether a file that begins so is a GIF or a WEBP, which may move."""
+    """Whether these first bytes are of a GIF or WEBP, which may be animated."""
     return head[:6] in (b"GIF87a", b"GIF89a") or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def read_head(name: str) -> bytes:
-    """The first :data:`HEAD` bytes of a file, or all of a shorter one."""
+    """Read the first :data:`HEAD` bytes of a file, or all of a shorter one."""
     with open(name, "rb") as file:
         return file.read(HEAD)
 
 
 def check_whole(name: str, kind: str) -> None:
-    """Compare a video file with the sizes that its container states.
+    """Check that a video file is as long as its container states.
 
-    MP4 and MOV state the size of every box, Matroska and WebM of every element, AVI of every RIFF chunk. What
-    was written piece by piece, a fragmented MP4 or a Matroska segment of unknown size, counts as whole where
-    it ends between two pieces.
+    MP4 and MOV state the size of every box, Matroska and WebM of every element, AVI of every RIFF chunk. A
+    file written in pieces (a fragmented MP4 or a Matroska segment of unknown size) counts as complete if it
+    ends between two pieces.
 
     Args:
       name: path of the file.
-      kind: what :func:`video_kind` says.
+      kind: the result of :func:`video_kind`.
 
     Raises:
-      UserError: bytes are missing, or (Matroska) what follows an element is none.
+      UserError: bytes are missing, or (Matroska) an element is followed by something that is not an element.
     """
     walk = {"mov": _boxes_end, "matroska": _elements_end, "avi": _riff_end}[kind]
     size = os.path.getsize(name)
@@ -103,25 +103,25 @@ def check_whole(name: str, kind: str) -> None:
 
 
 def _boxes_end(file: BinaryIO, size: int) -> int:
-    """Where the boxes of an MP4 end; ``size`` if they end in time or run to the end of the file."""
+    """End of the boxes of an MP4; ``size`` if they end earlier or run to the end of the file."""
     position = 0
     while position + 16 <= size:
         file.seek(position)
         length, box, long = struct.unpack(">I4sQ", file.read(16))
         length = long if length == 1 else length
-        if box not in _BOXES or length < 8:  # to the end of the file, or what some writer left behind it
+        if box not in _BOXES or length < 8:  # it runs to the end of the file, or is junk after the last box
             return size
         position += length
     return max(position, size)
 
 
 def _riff_end(file: BinaryIO, size: int) -> int:
-    """Where the RIFF chunks of an AVI end, of which one over 1 GB has several."""
+    """End of the RIFF chunks of an AVI; a file over 1 GB has several."""
     position = 0
     while position + 8 <= size:
         file.seek(position)
         tag, length = struct.unpack("<4sI", file.read(8))
-        if tag != b"RIFF" or length in (0, 0xFFFFFFFF):  # a writer that could not go back states no length
+        if tag != b"RIFF" or length in (0, 0xFFFFFFFF):  # a writer that could not seek back states no length
             return size
         if position + 8 + length > size:
             return position + 8 + length
@@ -130,19 +130,19 @@ def _riff_end(file: BinaryIO, size: int) -> int:
 
 
 def _elements_end(file: BinaryIO, size: int) -> int:
-    """Where the elements of a Matroska file end, entering the segment and its clusters.
+    """End of the elements of a Matroska file, entering the segment and its clusters.
 
-    Less than ``size``: no element begins there. A segment or a cluster of unknown size ends with the file.
+    If less than ``size``, no element begins there. A segment or cluster of unknown size ends with the file.
     """
     position, end = 0, size
     while position < min(end, size):
         file.seek(position)
         header = file.read(12)
         try:
-            first = 8 - header[0].bit_length()  # leading zeros of a byte: how many more follow it
+            first = 8 - header[0].bit_length()  # leading zeros of a byte: how many more bytes follow it
             second = 8 - header[first + 1].bit_length()
         except IndexError:
-            return size + 1  # cut inside of this header
+            return size + 1  # truncated within this header
         if first > 3 or second > 7:
             return position
         if len(header) < first + second + 2:
@@ -165,10 +165,10 @@ def _elements_end(file: BinaryIO, size: int) -> int:
 
 
 def animation_delays(name: str) -> list[int]:
-    """How long each picture of a GIF or WEBP is shown, in milliseconds; empty for a WEBP that does not move.
+    """How long each picture of a GIF or WEBP is shown, in milliseconds; empty for a still WEBP.
 
     Raises:
-      UserError: the file ends before it says that it does.
+      UserError: the file ends before its end mark.
     """
     with open(name, "rb") as file:
         data = file.read()
@@ -193,7 +193,7 @@ def _gif_delays(data: bytes) -> list[int]:
     delays, delay = [], 0
     position = 13 + colours(data[10])
     while (mark := data[position]) != 0x3B:
-        if mark == 0x21:  # an extension; a graphic control speaks of the picture that follows
+        if mark == 0x21:  # an extension; a graphic control describes the picture that follows
             if data[position + 1] == 0xF9:
                 delay = 10 * int.from_bytes(data[position + 4 : position + 6], "little")
             position = after_blocks(position + 2)

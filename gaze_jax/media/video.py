@@ -1,4 +1,4 @@
-"""Videos: files, folders of frames and animations, read as the few frames that a model sees.
+"""Videos: files, folders of frames and animations, sampled to the frames that a model sees.
 
 A video is opened with a :class:`FrameSampling` and becomes a :class:`Clip`, which decodes while it is
 iterated::
@@ -7,8 +7,8 @@ iterated::
     for seconds, frame in zip(clip.times, clip):
         ...
 
-Frames are chosen by their index, as the original models do, also where the frame rate varies: then the
-average rate stands for it, and :attr:`Clip.times` says when the chosen frames are really shown.
+Frames are chosen by index, as in the original models, even if the frame rate varies: then the average rate is
+used, and :attr:`Clip.times` holds the true times of the chosen frames.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from gaze_jax.media.probe import (
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _DEFAULT_DELAY = 100
-"""Milliseconds that a picture of an animation is shown if it says 0, as browsers do."""
+"""Milliseconds for which a picture with delay 0 is shown, as in browsers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video are read.
+    """Which frames of a video to read.
 
     ===========================  ==========================================================================
     no field                     every frame
@@ -57,14 +57,14 @@ class FrameSampling:
     ===========================  ==========================================================================
 
     Attributes:
-      fps: frames per second of the video to take.
-      max_frames: the most frames to take.
-      force: take max_frames whatever fps says.
-      start, end: seconds of the video to choose from. Frames int(start * rate) to int(end * rate); the last
-        of these is the end of an even choice, and every n-th frame is taken before it.
+      fps: frames to take per second of video.
+      max_frames: maximum number of frames to take.
+      force: take max_frames frames, regardless of fps.
+      start, end: seconds, the part of the video to choose from: frames int(start * rate) to int(end * rate).
+        The last of these is included when frames are spread evenly, excluded when every n-th is taken.
 
     Raises:
-      UserError: a value is out of range, or force is set without both fields that it chooses between.
+      UserError: a value is out of range, or force is set without both fps and max_frames.
     """
 
     fps: float | None = None
@@ -80,7 +80,7 @@ class FrameSampling:
             raise UserError(f"max_frames={self.max_frames} must be at least 1.")
         if self.force and (self.fps is None or self.max_frames is None):
             raise UserError(
-                "force=True takes max_frames whatever fps says, so it needs both; "
+                "force=True takes max_frames frames regardless of fps, so it needs both; "
                 "max_frames alone is always spread evenly."
             )
         if self.start is not None and not 0 <= self.start < math.inf:
@@ -90,14 +90,14 @@ class FrameSampling:
 
 
 def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarray:
-    """int64 [T]: which of ``frames`` frames at ``fps`` per second are taken, ascending, perhaps repeated.
+    """int64 [T]: indices of the frames to take of ``frames`` at ``fps`` per second, ascending, may repeat.
 
     The rules and their rounding are those of the code that the models were trained with (Cambrian-S
     ``process_video_with_decord``, LLaVA-NeXT ``llava/utils.py``): Python's round, half to even; evenly spaced
     indices are truncated.
 
     Raises:
-      UserError: ``sampling`` starts behind the last frame.
+      UserError: ``sampling`` starts after the last frame.
       ValueError: ``frames`` or ``fps`` is not positive.
     """
     if frames < 1 or not fps > 0:
@@ -105,7 +105,7 @@ def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarr
     first, last, stop = int((sampling.start or 0.0) * fps), frames - 1, frames
     if first > last:
         raise UserError(
-            f"start={sampling.start} is behind its end: it has {frames} frames, {frames / fps:g} seconds."
+            f"start={sampling.start} is after its end: it has {frames} frames, {frames / fps:g} seconds."
         )
     if sampling.end is not None:
         last = min(last, int(sampling.end * fps))
@@ -120,7 +120,7 @@ def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarr
 
 
 class Source(Protocol):
-    """All frames of a video: their size, number, rate and times, and a way to read some."""
+    """All frames of a video: size, number, rate and times, and a method to read some."""
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -141,12 +141,12 @@ class Clip:
     """The sampled frames of a video; iterating decodes them in order, one at a time.
 
     Attributes:
-      path: what was opened.
-      indices: int64 [T], the frames that were chosen.
-      times: float64 [T], when they are shown, in seconds after the video's first frame.
+      path: the path that was opened.
+      indices: int64 [T], the chosen frames.
+      times: float64 [T], when these are shown, in seconds after the video's first frame.
       fps: average frames per second of the video.
       size: (height, width) of every frame in pixels, upright. Pixels count as square.
-      frames: how many frames the video has.
+      frames: number of frames of the video.
       source: where the frames come from.
     """
 
@@ -162,10 +162,10 @@ class Clip:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields uint8 [height, width, 3] RGB, read-only; a frame that was chosen twice is decoded once.
+        """Yield frames, uint8 [height, width, 3] RGB, read-only; a frame chosen twice is decoded once.
 
         Raises:
-          UserError: the video is damaged, or a frame has another size than the first. Names the file.
+          UserError: the video is damaged, or a frame's size differs from the first's. Names the file.
         """
         wanted, counts = np.unique(self.indices, return_counts=True)
         for index, count, frame in zip(wanted, counts, self.source.read(wanted)):
@@ -173,7 +173,7 @@ class Clip:
                 height, width = frame.shape[:2]
                 raise UserError(
                     f"Video {self.path!r}: frame {index} has {width}x{height} pixels and the first has "
-                    f"{self.size[1]}x{self.size[0]}; give a video of one size."
+                    f"{self.size[1]}x{self.size[0]}; all frames must have one size."
                 )
             frame.setflags(write=False)
             for _ in range(count):
@@ -183,19 +183,19 @@ class Clip:
 def open_video(path: str | os.PathLike[str], sampling: FrameSampling, *, frames_fps: float = 1.0) -> Clip:
     """Open a video and choose its frames.
 
-    Of a video file every packet is listed and the first frame decoded; of an AVI, whose frames bear no time
-    stamps, all are decoded once to count them.
+    For a video file, every packet is listed and the first frame decoded; for an AVI, whose frames have no
+    time stamps, all frames are decoded once to count them.
 
     Args:
-      path: a video file, a GIF or WEBP that moves, or a folder of images, one frame each, ordered by name
-        with numbers in them as numbers.
+      path: a video file, an animated GIF or WEBP, or a folder of images, one frame each, in natural order of
+        their names (2 before 10).
       sampling: which frames to take.
-      frames_fps: frames per second of a folder, which cannot say so itself.
+      frames_fps: frames per second of a folder.
 
     Raises:
-      UserError: a URL, or a file that is missing, empty, an image, none of the formats that are read, without
-        frames, with too large ones, cut short or damaged, or that ``sampling`` misses; or PyAV is needed and
-        not installed. One sentence that names the file.
+      UserError: a URL; a file that is missing, empty, an image, of an unsupported format, without frames,
+        with too large frames, truncated or damaged; ``sampling`` selects no frame; or PyAV is needed and not
+        installed. One sentence that names the file.
     """
     name = os.fspath(path)
     source = _source(name, frames_fps)
@@ -225,12 +225,12 @@ def _source(name: str, frames_fps: float) -> Source:
     if delays or is_animation(head) or is_still(head):
         raise UserError(f"Video {name!r} is an image; use --image.")
     formats = ", ".join((*VIDEO_FORMATS, "GIF", "WEBP"))
-    raise UserError(f"Video {name!r} is none of {formats} and no folder of images; convert it to one.")
+    raise UserError(f"Video {name!r} is none of {formats} and not a folder of images; convert it to one.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
-    """Images as frames; ``files`` are their paths in order, ``size`` that of the first."""
+    """Images as frames; ``files`` are their paths in order, ``size`` is the size of the first."""
 
     files: tuple[str, ...]
     size: tuple[int, int]
@@ -238,7 +238,7 @@ class Folder:
 
     @property
     def times(self) -> np.ndarray:
-        """float64 [N]: seconds after the first."""
+        """float64 [N]: when each frame is shown, in seconds after the first."""
         return np.arange(len(self.files)) / self.fps
 
     def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
@@ -252,11 +252,11 @@ def _open_folder(name: str, fps: float) -> Folder:
         raise UserError(f"Video {name!r} is a folder, whose frames_fps={fps} must be a positive number.")
     names = [entry for entry in os.listdir(name) if not entry.startswith(".")]
     if not names:
-        raise UserError(f"Video {name!r} is a folder without images; give the folder that holds the frames.")
+        raise UserError(f"Video {name!r} is a folder without images; give a folder of frames.")
     for entry in names:
         if not entry.lower().endswith(FRAME_SUFFIXES):
             raise UserError(
-                f"Video {name!r} is a folder with {entry!r} in it, which is no image; leave only frames."
+                f"Video {name!r} is a folder that contains {entry!r}, which is no image; keep only frames."
             )
     files = tuple(os.path.join(name, entry) for entry in sorted(names, key=_natural))
     height, width = read_image(files[0]).shape[:2]
@@ -264,19 +264,19 @@ def _open_folder(name: str, fps: float) -> Folder:
 
 
 def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
-    """Sorts frame2 before frame10, and 1 beside 01 by spelling."""
+    """Sort key: frame2 before frame10; 1 and 01 are ordered by spelling."""
     pieces = re.findall(r"([^0-9]*)([0-9]*)", name)
     return [(text, int(number or -1)) for text, number in pieces], name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Animation:
-    """The pictures of a GIF or WEBP, as a viewer composes them.
+    """The pictures of a GIF or WEBP, composed as in a viewer.
 
     Attributes:
       name: path of the file.
       size: (height, width) in pixels.
-      times: float64 [N]: seconds after the first.
+      times: float64 [N]: when each picture is shown, in seconds after the first.
       fps: pictures per second, on average.
     """
 
@@ -304,7 +304,7 @@ def _open_animation(name: str, delays: list[int]) -> Animation:
 
 @contextlib.contextmanager
 def _animated(name: str) -> Iterator[PIL.Image.Image]:
-    """A GIF or WEBP in Pillow; errors of decoding it become one sentence."""
+    """Open a GIF or WEBP in Pillow; decoding errors become a one-sentence UserError."""
     try:
         with PIL.Image.open(name, formats=("GIF", "WEBP")) as image:
             check_pixels(name, "Video", *image.size)

@@ -1,1 +1,1 @@
-"""Meshes of devices, and where every array lives on them."""
+"""Device meshes, and how every array is sharded over them."""

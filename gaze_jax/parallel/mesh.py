@@ -1,4 +1,4 @@
-"""The device mesh: its axes, their sizes, and nothing about what is sharded over them."""
+"""The device mesh: its axes and their sizes. ``rules.py`` says what is sharded over them."""
 
 import dataclasses
 import math
@@ -20,9 +20,10 @@ class MeshConfig:
     """Sizes of the mesh axes; their product is the number of devices.
 
     Attributes:
-      data: copies of the parameters, each with its share of the batch; -1 is what ``fsdp`` leaves.
-      fsdp: devices that share one copy of the parameters, each with its share of the batch; -1 is what
-        ``data`` leaves.
+      data: number of copies of the parameters; the batch is split over them. -1: all devices that ``fsdp``
+        leaves.
+      fsdp: number of devices that share one copy of the parameters; the batch is split over them too. -1:
+        all devices that ``data`` leaves.
     """
 
     data: int = -1
@@ -52,20 +53,20 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes :data:`AXES` over ``devices`` (default: all).
+    """Make a mesh with axes :data:`AXES` over ``devices`` (default: all).
 
     Raises:
       UserError: see :func:`axis_sizes`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    # Auto: the compiler places activations. Explicit axes, jax's default, reject an embedding look-up.
+    # Auto: the compiler shards activations. JAX's default, explicit axes, rejects embedding lookups.
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
 def describe_devices() -> str:
-    """The accelerators, or the processor and how many cores of it this process may use, in words."""
+    """Describe the accelerators, or the processor and the number of cores this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"

@@ -1,4 +1,4 @@
-"""One strict table from logical axes, which the models name, to mesh axes, which the hardware has."""
+"""One strict table from the logical axes of the models to the mesh axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "norm": (),
     "layers": (),
 }
-"""Logical axis -> the mesh axes that it is split over, in order; () keeps it whole."""
+"""Logical axis -> the mesh axes that it is split over, in order; () does not split it."""
 
 
 def flax_rules() -> list[tuple[str, tuple[str, ...] | None]]:
-    """The table as ``nn.logical_axis_rules`` wants it, for constraints on activations."""
+    """The table in the format of ``nn.logical_axis_rules``, for constraints on activations."""
     return [(name, axes or None) for name, axes in RULES.items()]
 
 
 def partition_spec(names: Sequence[str | None], label: str = "array") -> PartitionSpec:
-    """Where the axes of one array go.
+    """Make the partition spec of one array.
 
     Args:
-      names: a logical name per axis; None keeps the axis whole.
+      names: a logical name per axis; None does not split the axis.
       label: names the array in error messages.
 
     Raises:
-      ValueError: an unknown logical name, or a mesh axis that two axes of the array ask for.
+      ValueError: an unknown logical name, or two axes of the array use the same mesh axis.
     """
     used: dict[str, str] = {}
     entries: list[tuple[str, ...] | None] = []
@@ -54,7 +54,7 @@ def partition_spec(names: Sequence[str | None], label: str = "array") -> Partiti
             if axis in used:
                 raise ValueError(
                     f"Axes {used[axis]!r} and {name!r} of {label} are both split over mesh axis {axis!r}; "
-                    "an array can be split over a mesh axis once."
+                    "an array can be split over a mesh axis only once."
                 )
             used[axis] = str(name)
         entries.append(axes or None)
@@ -63,7 +63,7 @@ def partition_spec(names: Sequence[str | None], label: str = "array") -> Partiti
 
 def _check_divides(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec, label: str) -> None:
     for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
-        # PartitionSpec turns a tuple of one name into the name.
+        # PartitionSpec replaces a tuple of one name by the name.
         axes = (entry,) if isinstance(entry, str) else entry or ()
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
@@ -78,26 +78,24 @@ def _name(path: Any) -> str:
 
 
 def param_shardings(mesh: Mesh, abstract_boxed: Tree) -> Tree:
-    """The sharding of every parameter.
+    """Return the sharding of every parameter.
 
     Args:
-      mesh: of the run.
-      abstract_boxed: ``jax.eval_shape`` of a linen ``init``: every leaf boxed with its logical names.
+      mesh: the run's mesh.
+      abstract_boxed: ``jax.eval_shape`` of a linen ``init``; every leaf is boxed with its logical names.
 
     Returns:
       The same tree without boxes, of ``NamedSharding``.
 
     Raises:
-      ValueError: a parameter without logical names, or names that the table refuses.
-      UserError: a mesh axis that does not divide a parameter; nothing is silently replicated.
+      ValueError: a parameter has no logical names, or the table rejects them.
+      UserError: a mesh axis does not divide a parameter (it is not silently replicated).
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         label = f"parameter {_name(path)}"
         if not isinstance(leaf, nn.LogicallyPartitioned):
-            raise ValueError(
-                f"{label.capitalize()} has no logical axis names; give it some where it is made."
-            )
+            raise ValueError(f"{label.capitalize()} has no logical axis names; add them where it is created.")
         spec = partition_spec(leaf.names, label)
         _check_divides(mesh, leaf.value.shape, spec, label)
         return NamedSharding(mesh, spec)
@@ -108,12 +106,12 @@ def param_shardings(mesh: Mesh, abstract_boxed: Tree) -> Tree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays of a batch: the first axis over all devices, the others whole."""
+    """Sharding of batch arrays: the first axis over all devices, the others not split."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same values on every device."""
+    """Sharding that puts the same values on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -122,7 +120,7 @@ def bytes_per_device(abstract: Tree, shardings: Tree) -> dict[str, int]:
 
     Args:
       abstract: a tree of arrays or ``jax.ShapeDtypeStruct``.
-      shardings: the same tree of shardings.
+      shardings: a tree of shardings with the same structure.
     """
 
     def size(leaf: Any, sharding: NamedSharding) -> int:

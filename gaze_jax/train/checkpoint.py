@@ -1,9 +1,9 @@
-"""Checkpoints: parameters, optimizer, position in the data and the config, committed together by Orbax.
+"""Checkpoints: parameters, optimizer state, data position and config, committed together by Orbax.
 
 One step is ``WORKDIR/checkpoints/STEP`` with four items: ``params``, ``train`` (step and optimizer state),
 ``data`` (the grain iterator) and ``meta`` (JSON: format, config, data fingerprint, tokenizer, and a name,
 dtype, shape and digest of every leaf). Orbax writes to a temporary folder and renames it, so a step is
-there whole or not at all; it casts silently and does not notice a flipped bit, so ``meta`` is checked here.
+complete or absent. It casts silently and does not notice a flipped bit, so this module checks ``meta``.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ FORMAT = 1
 FOLDER = "checkpoints"
 
 MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "eval")
-"""Fields of an experiment that a resumed run may set anew: they change where and when, not what.
+"""Fields of an experiment that a resumed run may change: they do not affect training.
 
-``num_workers`` would be one, but grain's iterator can be restored with the same number only."""
+``num_workers`` does not either, but grain's iterator can only be restored with the same number."""
 
 
 def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of a run; use it as a context manager, which waits for the last write.
+    """Open the checkpoints of a run; use it as a context manager, which waits for the last write.
 
     Args:
-      workdir: of the run.
-      keep: how many of the newest stay; None opens them for reading and makes no folder.
+      workdir: the run's folder.
+      keep: how many of the newest checkpoints to keep; None opens them for reading and creates no folder.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
     return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
@@ -60,7 +60,7 @@ def _digest(leaf: Array) -> Array:
     return jnp.sum(avalanche(words ^ place), dtype=jnp.uint32)
 
 
-# One program for all leaves: a CPU mesh stalls on many small collectives in flight at once.
+# One program for all leaves: a CPU mesh stalls when many small collectives run at once.
 _digests = jax.jit(lambda leaves: jnp.stack([_digest(leaf) for leaf in leaves]))
 
 
@@ -92,13 +92,13 @@ def save(
     tokenizer: Tokenizer,
     window: list[dict[str, float]],
 ) -> None:
-    """Commit the state after a step, in the background; every process calls it.
+    """Commit the state after a step, in the background; every process must call it.
 
     Args:
       manager: from :func:`open_manager`.
-      state: of the run; it may be donated as soon as this returns.
-      iterator: of the training batches.
-      experiment, fingerprint, tokenizer: what the state means.
+      state: the run's state; it may be donated as soon as this returns.
+      iterator: iterator over the training batches.
+      experiment, fingerprint, tokenizer: saved as ``meta``, to interpret the state.
       window: metrics of the steps since the last row of metrics.jsonl.
     """
     items = _items(state)
@@ -121,14 +121,14 @@ def save(
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
-    """Restore items; whatever Orbax says about a damaged file becomes one sentence."""
+    """Restore items; any error about a damaged file becomes a one-sentence UserError."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:  # Orbax, TensorStore and grain each raise their own kinds
+    except Exception as error:  # Orbax, TensorStore and grain each raise their own types
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"Checkpoint {manager.directory / str(step)} cannot be read ({reason}); it is damaged or not of "
-            "this program: move it away to go on from the one before it."
+            "this program: move it away to continue from the one before it."
         ) from error
 
 
@@ -143,7 +143,7 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _check_leaves(saved: Mapping[str, Any], wanted: Tree, where: str) -> None:
-    """Names, shapes and dtypes, before anything is read: Orbax would cast a dtype silently."""
+    """Check names, shapes and dtypes before anything is read: Orbax would cast a dtype silently."""
     named = _named(wanted)
     for name in sorted({*saved, *named}):
         if name not in saved or name not in named:
@@ -172,8 +172,8 @@ def _read_trees(
         for name, leaf in describe(restored[item]).items():
             if leaf["digest"] != meta["leaves"][item][name]["digest"]:
                 raise UserError(
-                    f"{where} is damaged: {name} is not what was saved; move it away to go on from the one "
-                    "before it."
+                    f"{where} is damaged: {name} is not what was saved; move it away to continue from the "
+                    "one before it."
                 )
     return {item: restored[item] for item in abstract}
 
@@ -191,7 +191,7 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run to go on with: its state, and the metrics since the last row of metrics.jsonl."""
+    """A run to continue: its state, and the metrics since the last row of metrics.jsonl."""
 
     state: TrainState
     window: list[dict[str, float]]
@@ -204,17 +204,17 @@ def restore(
     iterator: grain.DatasetIterator,
     fingerprint: Mapping[str, Any],
 ) -> Restored | None:
-    """The newest checkpoint, on ``mesh``, whatever mesh it was written from; None if there is none.
+    """Restore the newest checkpoint onto ``mesh``, whatever mesh wrote it; None if there is none.
 
     Args:
       manager: from :func:`open_manager`.
-      experiment: of this run; it may differ from the saved one in :data:`MAY_CHANGE` only.
-      mesh: of this run.
-      iterator: set to the position in the data.
-      fingerprint: of this run's data.
+      experiment: this run's experiment; it may differ from the saved one only in :data:`MAY_CHANGE`.
+      mesh: this run's mesh.
+      iterator: set to the saved position in the data.
+      fingerprint: the fingerprint of this run's data.
 
     Raises:
-      UserError: the checkpoint is of another experiment or other data, or damaged.
+      UserError: the checkpoint is damaged, or belongs to another experiment or other data.
     """
     step = manager.latest_step()
     if step is None:
@@ -224,7 +224,7 @@ def restore(
     def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in config.items() if name not in MAY_CHANGE}
 
-    saved = to_dict(parse(meta["config"]))  # fields that are younger than the checkpoint get their defaults
+    saved = to_dict(parse(meta["config"]))  # fields added after the checkpoint was written get their defaults
     changed = _differences(fixed(saved), fixed(to_dict(experiment)))
     if changed:
         raise UserError(
@@ -240,13 +240,13 @@ def restore(
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What inference needs of a run.
+    """The results of a run that inference needs.
 
     Attributes:
-      experiment: of the run.
-      params: of the model.
-      tokenizer: that the model was trained with.
-      step: steps done.
+      experiment: the run's experiment.
+      params: the model's parameters.
+      tokenizer: the tokenizer that the model was trained with.
+      step: number of steps done.
     """
 
     experiment: Experiment
@@ -256,11 +256,11 @@ class Trained:
 
 
 def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
-    """Parameters, config and tokenizer of the newest checkpoint of a run.
+    """Load parameters, config and tokenizer of the newest checkpoint of a run.
 
     Args:
-      workdir: of the run.
-      mesh: where the parameters go.
+      workdir: the run's folder.
+      mesh: the mesh to put the parameters on.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged.
@@ -271,7 +271,7 @@ def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
     with open_manager(workdir) as manager:
         step = manager.latest_step()
         if step is None:
-            raise UserError(f"{folder} holds no finished checkpoint; let train.py run to its first one.")
+            raise UserError(f"{folder} holds no finished checkpoint; run train.py until it writes one.")
         meta = _meta(manager, step)
         experiment = parse(meta["config"])
         abstract = {"params": abstract_params(experiment.model, mesh)}

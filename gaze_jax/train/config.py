@@ -1,4 +1,4 @@
-"""What one training run is: a frozen description, read strictly and checked before anything starts."""
+"""The config of a training run: frozen, parsed strictly and checked before anything starts."""
 
 import dataclasses
 import typing
@@ -25,8 +25,8 @@ class EvalConfig:
     """Evaluation after training.
 
     Attributes:
-      samples: of each family of questions.
-      batch_size: samples that are answered at once.
+      samples: number of samples per family of questions.
+      batch_size: samples answered at once.
     """
 
     samples: int = 256
@@ -35,24 +35,24 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One training run. A config file holds these fields, nested, and nothing else.
+    """One training run. A config file holds exactly these fields, nested.
 
     Attributes:
-      model: architecture; ``model.gaze.top_k`` is what the run ends with.
+      model: architecture; ``model.gaze.top_k`` is the final number of regions per query.
       data: the scenes and the questions about them.
-      seed: of the parameters and of the order of the data.
-      arm: "gaze"; "dense_context" attends everything and keeps the context tokens; "dense" attends
-        everything without them (the baseline); "sparse_start" is gaze without the schedule. One field
-        changes the arm: :func:`resolve` derives the rest.
+      seed: seed of the parameters and of the data order.
+      arm: "gaze"; "dense_context": attend to everything, with context tokens; "dense": attend to
+        everything, without them (the baseline); "sparse_start": gaze without the schedule. Changing this
+        field is enough: :func:`resolve` derives the rest.
       steps: optimizer steps.
       batch_size: samples per step, over all devices.
       optimizer: how parameters are updated.
-      schedule: fraction of the regions to keep, from everything to ``top_k``.
+      schedule: fraction of the regions to keep, from all down to ``top_k``.
       mesh: sizes of the device mesh.
-      checkpoint_every: steps between checkpoints; 0 writes one at the end only.
-      keep_checkpoints: the newest that stay on disk.
-      log_every: steps that a progress line and a row of metrics.jsonl sum up.
-      num_workers: processes that make batches; 0 makes them in the training process.
+      checkpoint_every: steps between checkpoints; 0 writes one only at the end.
+      keep_checkpoints: how many of the newest checkpoints to keep.
+      log_every: steps per progress line and row of metrics.jsonl.
+      num_workers: processes that make batches; 0 uses the training process.
       eval: evaluation after training.
     """
 
@@ -73,16 +73,16 @@ class Experiment:
 
 
 def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A config file's choices with every other field at its default, so that flags can override any of them.
+    """Add the default of every missing field to a config, so that flags can override any field.
 
     Raises:
-      UserError: an unknown or missing key, or a value of another type.
+      UserError: an unknown or missing key, or a value of the wrong type.
     """
     return _overridable(_read(config))
 
 
 def _overridable(config: Any) -> ml_collections.ConfigDict:
-    """A dataclass as a ``ConfigDict`` that flags can override: an empty field keeps its type."""
+    """Convert a dataclass to a ``ConfigDict`` that flags can override: an empty field keeps its type."""
     hints = typing.get_type_hints(type(config))
     out = ml_collections.ConfigDict()
     for field in dataclasses.fields(config):
@@ -100,7 +100,7 @@ def parse(config: Mapping[str, Any]) -> Experiment:
     """Read an experiment from a ``ConfigDict`` or a nested dictionary and :func:`resolve` it.
 
     Raises:
-      UserError: an unknown or missing key, a value of another type, or one out of range.
+      UserError: an unknown or missing key, or a value of the wrong type or out of range.
     """
     return resolve(_read(config))
 
@@ -109,7 +109,7 @@ def _read(config: Mapping[str, Any]) -> Experiment:
     try:
         return from_dict(Experiment, config)
     except (KeyError, TypeError, ValueError) as error:
-        # A KeyError prints its message in quotes; args[0] is the sentence itself.
+        # str() of a KeyError adds quotes; args[0] is the bare message.
         raise UserError(str(error.args[0])) from error
 
 
@@ -126,10 +126,10 @@ def _apply_arm(experiment: Experiment) -> Experiment:
 
 
 def resolve(experiment: Experiment) -> Experiment:
-    """Apply the arm and check what no single field can check. Resolving twice changes nothing.
+    """Apply the arm and check fields against each other. Resolving twice changes nothing.
 
     Raises:
-      UserError: fields that do not fit together.
+      UserError: fields contradict each other.
     """
 
     def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: batches in, checkpoints and metrics out, to be killed and started again at will."""
+"""The training loop: batches in, checkpoints and metrics out; it can be killed and restarted at any time."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ def print_once(text: str) -> None:
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that a preempted run can save. Only a main thread may listen."""
+    """Set an event on SIGTERM, so that a preempted run can save. Works only in the main thread."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -42,13 +42,13 @@ def _sigterm() -> Iterator[threading.Event]:
 
 
 def _must_stop(manager: ocp.CheckpointManager, step: int, asked: threading.Event) -> bool:
-    # Several processes must stop at the same step; jax's preemption service agrees on one.
+    # All processes must stop at the same step; JAX's preemption service makes them agree on one.
     return asked.is_set() if jax.process_count() == 1 else manager.reached_preemption(step)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """The parts of a run that stay the same from its first step to its last."""
+    """The constant parts of a run."""
 
     experiment: Experiment
     workdir: Path
@@ -58,7 +58,7 @@ class _Run:
     manager: ocp.CheckpointManager
 
     def begin(self) -> tuple[TrainState, list[metrics.Row]]:
-        """The newest checkpoint's state and its metrics not yet in a row, or a fresh state."""
+        """Return the newest checkpoint's state and unlogged metrics, or a fresh state."""
         found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.iterator, self.fingerprint)
         return (init_state(self.experiment, self.mesh), []) if found is None else (found.state, found.window)
 
@@ -75,16 +75,16 @@ class _Run:
 
 
 def train(experiment: Experiment, workdir: str | Path) -> bool:
-    """Train to the end, from the newest checkpoint in ``workdir`` if there is one.
+    """Train to the end, starting from the newest checkpoint in ``workdir`` if there is one.
 
-    Two runs of one experiment end in the same bits, however often either was killed on the way.
+    Two runs of one experiment are bit-identical, however often either was interrupted.
 
     Args:
       experiment: from :func:`gaze_jax.train.config.parse`.
       workdir: gets ``checkpoints/`` and ``metrics.jsonl``.
 
     Returns:
-      Whether all steps are done; False if SIGTERM came first, after saving.
+      True if all steps are done; False if SIGTERM stopped the run, after saving.
 
     Raises:
       UserError: the workdir holds a checkpoint of another config, or the loss is not finite.
@@ -93,7 +93,7 @@ def train(experiment: Experiment, workdir: str | Path) -> bool:
     mesh = make_mesh(experiment.mesh)
     iterator, fingerprint = make_iterator(experiment)
     with (
-        contextlib.closing(iterator),  # or its workers outlive the run
+        contextlib.closing(iterator),  # otherwise its workers outlive the run
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,
         _sigterm() as asked,
     ):
@@ -116,9 +116,9 @@ def _steps(
     batch = put_batch(next(run.iterator), run.mesh)
     step_once = compile_step(experiment, run.mesh, batch)
     progress = metrics.Progress(first, experiment.steps)
-    pending: list[Any] = []  # metrics that are still on the device: fetching them every step would wait
+    pending: list[Any] = []  # metrics still on the device: fetching them would block every step
     for step in range(first + 1, experiment.steps + 1):
-        # Every array was put where it belongs; a transfer inside the step would be a defect.
+        # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):
             state, measured = step_once(state, batch)
         pending.append(measured)
@@ -137,7 +137,7 @@ def _steps(
             run.save(state, window)
         if stop and not last:
             print_once(
-                f"Stopped by SIGTERM after step {step}, which is saved; the same command goes on from there."
+                f"Stopped by SIGTERM after step {step}, which is saved; run the same command to continue."
             )
             return False
         if not last:

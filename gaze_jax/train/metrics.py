@@ -1,4 +1,4 @@
-"""Metrics of a run: rows of metrics.jsonl that a resumed run continues, and the line that a person reads."""
+"""Metrics of a run: rows of metrics.jsonl, which a resumed run continues, and the progress line."""
 
 import json
 import math
@@ -14,7 +14,7 @@ Row = dict[str, float]
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the rows after ``step``, and a last line that a killed run left unfinished."""
+    """Drop the rows after ``step``, and an incomplete last line of a killed run."""
     if not path.exists():
         return
     kept = []
@@ -30,13 +30,13 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add one row. It holds nothing that differs between two equal runs, such as a time."""
+    """Append one row. It must hold nothing that differs between two equal runs, such as a time."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def mean(rows: list[Row]) -> Row:
-    """Mean of each metric over steps; "lr" is that of the last."""
+    """Mean of each metric over steps; for "lr", the last value."""
     means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return means | {"lr": rows[-1]["lr"]}
 
@@ -46,17 +46,17 @@ def check_finite(rows: list[Row], last_step: int, workdir: Path) -> None:
 
     Args:
       rows: metrics of consecutive steps.
-      last_step: number of the last of them, counted from 1.
-      workdir: named in the message.
+      last_step: number of the last of these steps, counted from 1.
+      workdir: named in the error message.
 
     Raises:
-      UserError: with the step and what to try.
+      UserError: a metric is not finite; the message names the step and what to try.
     """
     for step, row in enumerate(rows, last_step - len(rows) + 1):
         for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(row[name]):
                 raise UserError(
-                    f"Training stopped at step {step}: {name} is {row[name]}. Nothing of it was saved and "
+                    f"Training stopped at step {step}: {name} is {row[name]}. This step was not saved and "
                     f"the checkpoints in {workdir} are sound; lower optimizer.learning_rate, set "
                     "optimizer.clip_norm, or lengthen optimizer.warmup_steps."
                 )
@@ -69,13 +69,13 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """Speed and time left of this process's share of a run."""
+    """Speed and remaining time of a run, measured since this process started."""
 
     def __init__(self, step: int, steps: int):
         self._began, self._first, self._steps = time.monotonic(), step, steps
 
     def line(self, step: int, row: Row, regions: int) -> str:
-        """What a person wants to see at ``step``; ``regions`` is what one image has."""
+        """Format the progress line at ``step``; ``regions`` is the number of regions of one image."""
         speed = (step - self._first) / max(time.monotonic() - self._began, 1e-9)
         return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}  "

@@ -1,4 +1,4 @@
-"""The optimizer: Muon or AdamW from optax, warmup and decay, clipping by the global norm."""
+"""The optimizer: optax's Muon or AdamW, with warmup, decay and clipping by the global norm."""
 
 import dataclasses
 from typing import Any
@@ -10,9 +10,9 @@ from optax.contrib import MuonDimensionNumbers
 NAMES = ("muon", "adamw")
 DECAYS = ("linear", "cosine")
 
-# Kernels that are tables or filters rather than maps between hidden vectors.
+# Kernels that do not map between hidden vectors: tables and filters.
 _NOT_HIDDEN = ("lm_head", "patch_embedding")
-# RMS of an orthogonalised update, chosen to match AdamW's, so that both take the same learning rate.
+# RMS of an orthogonalised update, matched to AdamW's, so that both use the same learning rate.
 _MUON_RMS = 0.2
 
 
@@ -23,14 +23,15 @@ class OptimizerConfig:
     Attributes:
       name: "muon" orthogonalises the updates of hidden weight matrices and leaves the rest (embeddings,
         head, norms, biases, positions, context tokens, patches) to Adam; "adamw" is AdamW throughout.
-      learning_rate: at the peak.
-      adam_learning_rate: at the peak, of what "muon" leaves to Adam; None is ``learning_rate``.
-      warmup_steps: steps of linear growth from ``learning_rate / warmup_steps``.
-      decay: from the peak to the end, "linear" or "cosine".
-      final_fraction: of the peak, where the decay ends: one step after the last.
-      weight_decay: of hidden weight matrices, multiplied by the learning rate.
-      b2: decay of Adam's second moment.
-      clip_norm: largest global norm of the gradient; None does not clip.
+      learning_rate: peak learning rate.
+      adam_learning_rate: peak learning rate of the parameters that "muon" leaves to Adam; None means
+        ``learning_rate``.
+      warmup_steps: steps of linear warmup from ``learning_rate / warmup_steps``.
+      decay: shape of the decay from the peak, "linear" or "cosine".
+      final_fraction: fraction of the peak at which the decay ends, one step after the last.
+      weight_decay: weight decay of hidden matrices, multiplied by the learning rate.
+      b2: decay rate of Adam's second moment.
+      clip_norm: maximum global norm of the gradient; None does not clip.
     """
 
     name: str = "muon"
@@ -63,7 +64,7 @@ class OptimizerConfig:
             )
         if self.adam_learning_rate is not None and self.name != "muon":
             raise ValueError(
-                "optimizer.adam_learning_rate is for name='muon'; adamw has learning_rate alone."
+                "optimizer.adam_learning_rate has an effect only with name='muon'; adamw uses learning_rate."
             )
 
 
@@ -73,9 +74,9 @@ def _is_hidden(path: Any) -> bool:
 
 
 def muon_dimensions(params: Any) -> Any:
-    """What "muon" orthogonalises: the same tree with the two axes of each hidden matrix, or None.
+    """The same tree with the two axes of each hidden matrix, which "muon" orthogonalises, else None.
 
-    Leading axes are layers (of scanned kernels [L, in, out]) and are treated one by one.
+    Leading axes are layers (scanned kernels are [L, in, out]); each layer is orthogonalised separately.
     """
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
@@ -85,12 +86,12 @@ def muon_dimensions(params: Any) -> Any:
 
 
 def hidden_matrices(params: Any) -> Any:
-    """The same tree with True for the weight matrices between hidden vectors: what weight decay acts on."""
+    """The same tree with True for weight matrices between hidden vectors, to which weight decay applies."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_hidden(path), params)
 
 
 def learning_rate(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Warmup, then decay so that step ``steps`` (one after the last) would reach the final fraction."""
+    """Warmup, then decay that reaches the final fraction at step ``steps`` (one after the last)."""
     falling = max(steps - config.warmup_steps, 1)
     if config.decay == "linear":
         decay = optax.linear_schedule(peak, peak * config.final_fraction, falling)
@@ -105,7 +106,7 @@ def learning_rate(peak: float, config: OptimizerConfig, steps: int) -> optax.Sch
 def make_optimizer(
     config: OptimizerConfig, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The update rule and its learning rate (that of the hidden matrices) as a function of the step."""
+    """Return the update rule, and the learning rate of the hidden matrices as a function of the step."""
     schedule = learning_rate(config.learning_rate, config, steps)
     if config.name == "muon":
         rest = config.learning_rate if config.adam_learning_rate is None else config.adam_learning_rate

@@ -1,4 +1,4 @@
-"""The data of an experiment: processor, sizes of a batch, iterator and fingerprint."""
+"""The data of an experiment: processor, batch sizes, iterator and fingerprint."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from gaze_jax.train.config import Experiment
 
 
 def make_processor(experiment: Experiment) -> Processor:
-    """Samples to arrays, as the model of ``experiment`` wants them."""
+    """Make the processor that turns samples into arrays for the model of ``experiment``."""
     return Processor(experiment.model.layout, build_tokenizer(), FAMILIES)
 
 
@@ -25,7 +25,7 @@ def _config(experiment: Experiment) -> pipeline.PipelineConfig:
 
 
 def make_iterator(experiment: Experiment) -> tuple[grain.DatasetIterator, dict[str, Any]]:
-    """This process's share of the training batches, and the fingerprint of what decides them."""
+    """Return this process's part of the training batches, and a fingerprint of everything they depend on."""
     source = DigitScenes(experiment.data, experiment.seed, "train")
     processor, config = make_processor(experiment), _config(experiment)
     iterator = pipeline.training_iterator(

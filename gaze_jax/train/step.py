@@ -1,4 +1,4 @@
-"""The train state, the loss and the one step that a run repeats."""
+"""The train state, the loss and the training step."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,18 +27,18 @@ Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
 BATCH_FIELDS = (*(field.name for field in dataclasses.fields(Streams)), "images", "sample_id")
-"""What a step reads, ``streams.POOL_FIELDS`` where they are; a batch may hold more."""
+"""Batch fields that a step reads, plus ``streams.POOL_FIELDS`` if present; a batch may hold more."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes.
+    """The state that training updates.
 
     Attributes:
-      step: int32 scalar, steps done.
-      params: of the model.
-      opt_state: of the optimizer.
+      step: int32 scalar, number of steps done.
+      params: the model's parameters.
+      opt_state: the optimizer's state.
     """
 
     step: Array
@@ -53,17 +53,17 @@ def _init(experiment: Experiment, seed: Array) -> TrainState:
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing it.
+    """The shapes, dtypes and shardings of the state, without computing it.
 
     Raises:
-      UserError: the mesh does not divide a parameter.
+      UserError: a parameter is not divisible over the mesh.
     """
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     shapes = jax.eval_shape(lambda seed: _init(experiment, seed), seed)
     params = shardings_of(abstract_params(experiment.model, mesh))
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
     whole = rules.replicated(mesh)
-    # Moments live where their parameters do; counters are everywhere. Muon masks what it leaves to Adam.
+    # Moments are sharded like their parameters; counters are replicated. Muon masks what it leaves to Adam.
     opt_state = optax.tree_map_params(
         optimizer,
         lambda leaf, sharding: leaf if isinstance(leaf, optax.MaskedNode) else sharding,
@@ -77,19 +77,19 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
 
 
 def shardings_of(abstract: Tree) -> Tree:
-    """The shardings of a tree of arrays or abstract arrays."""
+    """Return the shardings of a tree of arrays or abstract arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """A fresh state, computed where it lives: a sharded parameter is never whole on one device."""
+    """Make a fresh state, sharded from the start: no device ever holds a full sharded parameter."""
     shardings = shardings_of(abstract_state(experiment, mesh))
     make = jax.jit(lambda seed: _init(experiment, seed), out_shardings=shardings)
     return make(np.uint32(experiment.seed))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """This process's rows of a batch onto the mesh; fields that a step does not read stay behind."""
+    """Put this process's rows of a batch onto the mesh; fields that a step does not read are dropped."""
     sharding = rules.batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, np.asarray(batch[name]))
@@ -99,7 +99,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean of ``values`` where ``mask``, in float32; 0 if nowhere."""
+    """Mean of ``values`` where ``mask`` is True, in float32; 0 if it is nowhere True."""
     total = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0))
     return total / jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(jnp.float32)
 
@@ -107,17 +107,17 @@ def masked_mean(values: Array, mask: Array) -> Array:
 def loss_and_metrics(
     params: Tree, batch: Batch, keep: Array | None, config: MLLMConfig
 ) -> tuple[Array, Metrics]:
-    """Teacher-forced cross entropy, a mean over the supervised tokens of the whole batch.
+    """Teacher-forced cross entropy, averaged over the supervised tokens of the whole batch.
 
     Args:
-      params: of the model.
+      params: the model's parameters.
       batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 [B, N, height, width, 3].
-      keep: float32 scalar, fraction of the regions in sight that a query selects; None is dense attention.
-      config: of the model.
+      keep: float32 scalar, fraction of the visible regions that a query selects; None is dense attention.
+      config: the model's config.
 
     Returns:
-      float32 loss and metrics, means over supervised queries: "loss", "accuracy", "top_k" (regions that
-      the query selects) and "visual_entries" (visual keys that it attends, a mean over layers and heads).
+      float32 loss and metrics, averaged over supervised queries: "loss", "accuracy", "top_k" (regions that
+      a query selects) and "visual_entries" (visual keys that it attends to, mean over layers and heads).
     """
     streams = Streams.from_batch(batch)
     sample = batch["sample_id"]
@@ -134,7 +134,7 @@ def loss_and_metrics(
     supervised = streams.targets != IGNORE
     targets = jnp.where(supervised, streams.targets, 0)
     loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), supervised)
-    # [L, B, S, Hs, R]; without a routed query to select anything, everything in sight is attended.
+    # [L, B, S, Hs, R]; if no query is routed, every visible key is attended to.
     chosen = out.get("selected", visible[None, :, :, None])
     share = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
     region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
@@ -150,9 +150,10 @@ def loss_and_metrics(
 
 
 def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
-    """Fraction of the regions in sight that a query selects at ``step``; None for dense arms.
+    """Fraction of the visible regions that a query selects at ``step``; None for dense arms.
 
-    It ends at ``top_k`` of one image's regions, so that samples with more images keep as many of each.
+    It ends at ``top_k`` over the regions of one image, so that a sample with several images keeps
+    proportionally more.
     """
     top_k = experiment.model.gaze.top_k
     if top_k is None:
@@ -163,10 +164,10 @@ def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
 
 
 def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step, to be jitted: (state, batch) -> (state, metrics).
+    """Make the optimizer step, to be jitted: (state, batch) -> (state, metrics).
 
     Metrics are float32 scalars: those of :func:`loss_and_metrics`, "grad_norm" before clipping,
-    "param_norm" after the update (finite exactly if the new parameters are), and "lr".
+    "param_norm" after the update (finite if and only if the new parameters are), and "lr".
     """
     optimizer, schedule = make_optimizer(experiment.optimizer, experiment.steps)
 
@@ -189,10 +190,10 @@ def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple
 def compile_step(
     experiment: Experiment, mesh: Mesh, batch: Batch
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile :func:`step_function` for batches of the shapes of ``batch``, once and for all.
+    """Compile :func:`step_function` once, for batches with the shapes of ``batch``.
 
-    Everything that changes during a run is traced, so that one program serves the whole of it. The state
-    that a call is given is used up.
+    Everything that changes during a run is traced, so one program serves the whole run. A call donates the
+    state it is given.
 
     Returns:
       The compiled step; a batch of other shapes raises a ValueError instead of compiling again.

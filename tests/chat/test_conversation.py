@@ -47,7 +47,7 @@ def ids_of(parts):
     return [token for text in texts for token in TOKENIZER.encode(text)[0]]
 
 
-def said(parts):
+def supervised_text(parts):
     """What is supervised, as text."""
     return [p.text[a:b] for p in parts if isinstance(p, Text) for a, b in p.targets]
 
@@ -97,7 +97,7 @@ def test_the_tokens_of_the_parts_are_transformers_tokens_of_the_whole(name, conv
                 name, messages, supervision=supervision, add_generation_prompt=prompted, **variables
             )
             assert ids_of(parts) == expected
-            assert (said(parts) == []) == prompted
+            assert (supervised_text(parts) == []) == prompted
 
 
 def test_media_become_parts_where_each_style_reads_them():
@@ -207,7 +207,9 @@ GENERATED = {
 def test_answers_are_supervised(name, messages, variables, expected):
     """What a model has to say after a generation prompt, and nothing else."""
     made = template(name) if name in TEMPLATES else ChatTemplate(name)
-    assert said(conversation_parts(made, messages, style="llava_onevision", **variables)) == expected
+    assert (
+        supervised_text(conversation_parts(made, messages, style="llava_onevision", **variables)) == expected
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
@@ -224,7 +226,7 @@ def test_answers_of_any_text_are_found(name, turns):
     parts = parts_of(name, messages)
     rendered = template(name).render(as_dicts(messages, name), add_generation_prompt=False)
     assert "".join(p.text for p in parts) == rendered
-    found = said(parts)
+    found = supervised_text(parts)
     if name == "qwen3":
         # Qwen3 puts the empty reasoning before the last answer, and takes line feeds before it out.
         found[-1] = found[-1].removeprefix(NO_THOUGHT)
@@ -294,7 +296,7 @@ def test_whole_turns_of_the_assistant_are_supervised_for_cambrian_s(name):
     """With header and the line feed after the end token, whatever blocks a template has."""
     turns = [f"<|im_start|>assistant\nA cat.{END}\n", f"<|im_start|>assistant\n{THOUGHT.text}{END}\n"]
     parts = parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, THOUGHT), supervision="cambrian_s")
-    assert said(parts) == turns
+    assert supervised_text(parts) == turns
 
 
 @pytest.mark.parametrize("context", [0, 1, 3])
@@ -366,7 +368,7 @@ def test_a_token_of_white_space_is_supervised_though_its_offsets_leave_it_out():
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen2_5_generation"])
 def test_the_prompt_of_a_conversation_asks_for_its_first_answer(name):
-    """What is read before an answer in training is what a question renders to; the rest is to be said."""
+    """The text before an answer in training equals the rendered question; the rest is to be generated."""
     made = processor(supervise=always_supervised("cambrian_s"))
     arrays = prompt(made, sample(parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, BLACK))))
     asked = process(processor(), sample(parts_of(name, (SYSTEM, SEEN), add_generation_prompt=True)))

@@ -42,7 +42,7 @@ def joined(tmp_path_factory):
 
 def test_what_is_new_is_said_and_progress_is_shown(joined):
     _, out, err = joined
-    assert "new, initialised: projector/linear_1/kernel" in out and "kept beside" in out
+    assert "new, initialised: projector/linear_1/kernel" in out and "stored but not used" in out
     assert "converting" in err and "Traceback" not in err and "WARNING" not in err
 
 
@@ -121,7 +121,7 @@ def test_mistakes_are_one_sentence_and_status_2(joined, tmp_path):
         ("convert.py", f"--from={where / 'llm'}", to, "--feature_layer=-1"): "is of an image tower",
         ("convert.py", f"--from={where / 'llm'}", to, "--format=hf"): "neither a converted checkpoint",
         ("convert.py", "--from=Qwen/Qwen3-4B@main", to): "write Qwen/Qwen3-4B@ and the commit's 40",
-        ("convert.py", f"--from={where / 'gaze'}", to): "is converted already",
+        ("convert.py", f"--from={where / 'gaze'}", to): "is already converted",
         ("eval.py", f"--checkpoint={where / 'gaze'}"): "--checkpoint has no effect without --compare",
         ("eval.py", "--compare=dense"): "name it with --checkpoint",
         ("eval.py", "--compare=dense", f"--checkpoint={where / 'tower'}"): "is an image tower alone",

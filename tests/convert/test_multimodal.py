@@ -19,6 +19,7 @@ from gaze_jax.convert.export import part_directories
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.shards import INDEX
 from gaze_jax.core.layout import ViewConfig
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
 from gaze_jax.families import family_of
@@ -141,7 +142,7 @@ def logits(model, tokens, valid):
 
 @functools.cache
 def text_logits(config):
-    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, top_k=None)[0])
+    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, Selection())[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -361,7 +362,7 @@ def test_vision_where_it_has_no_effect(tmp_path):
     with pytest.raises(UserError, match=r"--vision has no effect: .* is a language model; drop it"):
         run.plan_directory(llm, vision=tower())
     source = hf.save_cambrian(tmp_path / "cambrian")
-    with pytest.raises(UserError, match="is no image tower, which --vision must name"):
+    with pytest.raises(UserError, match="is not an image tower; give one with --vision"):
         run.plan_directory(source, vision=llm)
     with pytest.raises(UserError, match="is not a directory; give that of an image tower"):
         run.plan_directory(source, vision=tmp_path / "nothing")

@@ -14,6 +14,7 @@ import torch
 from gaze_jax.convert import verify
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.run import plan_directory
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
 from gaze_jax.families import feature_tower
@@ -58,7 +59,7 @@ def test_logits(name):
             position_ids=torch.tensor(positions),
         ).logits.numpy()
     streams = text_streams(jnp.asarray(tokens), jnp.asarray(valid))
-    run = jax.jit(lambda params, s: MLLM(found.config).apply({"params": params}, None, s, top_k=None)[0])
+    run = jax.jit(lambda params, s: MLLM(found.config).apply({"params": params}, None, s, Selection())[0])
     ours = np.asarray(run(found.params, streams))
     np.testing.assert_allclose(ours[valid], theirs[valid], atol=1e-4, rtol=0)
     assert np.abs(theirs[valid]).max() > 1  # or 1e-4 would mean little

@@ -161,7 +161,7 @@ def test_a_joined_model_may_be_cast_on_either_way(joined, tmp_path):
 
 def test_what_is_converted_already_is_not_converted_again(joined, tmp_path):
     where, _ = joined
-    with pytest.raises(UserError, match="is converted already"):
+    with pytest.raises(UserError, match="is already converted"):
         run.plan_directory(where / "gaze")
 
 

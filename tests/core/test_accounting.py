@@ -101,7 +101,7 @@ def _small():
     return (row["visual_src"] >= 0)[None], row["kind"][None]
 
 
-def test_kinds_are_counted_apart():
+def test_kinds_are_counted_separately():
     """Newlines in and outside of views, context and text; unseen keys and padding count nowhere."""
     valid, kind = _small()
     kind = np.pad(kind, ((0, 0), (0, 3)))

@@ -231,7 +231,7 @@ def test_a_region_becomes_visible_with_its_last_token():
     assert seen[1].tolist() == [False, True, True, True]
 
 
-def test_routed_queries_are_text_and_newlines_outside_of_units():
+def test_routed_queries_are_text_and_newlines_outside_of_views():
     """``routed`` follows the table: never visual, context, in-view newline or padding."""
     row = pad(sample(NEWLINES, region=(1, 2), context=1), text=9)
     _, text = masks.windows(batch([row]), visual_scope="all", visual_causal=True)
@@ -241,7 +241,7 @@ def test_routed_queries_are_text_and_newlines_outside_of_units():
     assert expected.sum() == 3
 
 
-def test_unit_spans_of_packed_rows():
+def test_view_spans_of_packed_rows():
     """First and last order per view id; an absent view spans nothing."""
     row = shuffle(
         pack([sample(TWO, region=(1, 2), context=1), sample(DOCSTRING, region=(1, 2), context=2)]), seed=1
@@ -258,7 +258,7 @@ def test_edge_03_text_without_regions():
     assert picture(streams) == "\n#..\n##.\n###\n"
 
 
-def test_two_slabs_interleaved_with_newlines_keep_units_apart():
+def test_slabs_interleaved_with_newlines_keep_views_separate():
     """A newline belongs to the view whose id it carries, not to the nearest one in storage."""
     row = sample([PlacedView(1, 2, newlines=True), PlacedView(1, 2, newlines=True)], region=(1, 2), context=0)
     expected = """

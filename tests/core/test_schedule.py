@@ -49,7 +49,7 @@ def test_disordered_edges_raise(edges):
 
 
 @pytest.mark.parametrize(("field", "value"), [("dense_until", 0.0), ("sparse_from", 0.9)])
-def test_law_8_every_field_matters(field, value):
+def test_every_field_matters(field, value):
     """Changing a field changes the fraction in the middle of training."""
     changed = Schedule(**{field: value})
     assert float(changed.keep(0.3, 0.1)) != float(Schedule().keep(0.3, 0.1))

@@ -162,7 +162,7 @@ def test_oracle_scores_are_the_softmax_mass_of_dense_attention(select_per, block
     np.testing.assert_allclose(np.exp(got), expected, rtol=2e-5, atol=1e-7)
 
 
-def test_an_oracles_small_masses_stay_apart():
+def test_small_oracle_masses_stay_distinct():
     """Regions that all lie 200 below the largest logit are still ranked."""
     keys = jnp.array([0.0, -200.0, -201.0, -202.0]).reshape(1, 1, 4, 1, 1)
     got = routing.oracle_scores(

@@ -68,7 +68,7 @@ def test_toy_targets_are_the_next_text_token_in_order():
     assert a != IGNORE
 
 
-def test_toy_prefix_keeps_whole_units():
+def test_toy_prefix_keeps_whole_views():
     """A prompt is a prefix in order; one that cuts an image is refused."""
     row = sample(PARTS)
     cut = prefix(row, 36)

@@ -17,7 +17,7 @@ from gaze_jax.corpora.digits import (
 from gaze_jax.corpora.phrases import FAMILIES, PLACE, QUESTIONS, build_tokenizer
 from gaze_jax.data.tokenizer import END
 
-# Digits as they are, in cells with room to move: what is drawn can be looked up in the originals.
+# Digits at their original size, in larger cells: drawn pixels can be compared with the originals.
 PLAIN = DigitsConfig(augment=False)
 # Hardly any training digits, so that all of them are distorted in no time.
 FEW = DigitsConfig(test_fraction=0.97)

@@ -141,7 +141,7 @@ def test_nothing_cannot_be_packed():
         pack([])
 
 
-def test_a_sample_padded_in_its_units_alone_is_refused():
+def test_a_sample_padded_only_in_its_views_is_refused():
     one = make(1, 1)
     padded = pad_to(one, regions=len(one["visual_src"]), text=len(one["tokens"]), images=2)
     with pytest.raises(ValueError, match="padded"):
@@ -179,7 +179,7 @@ def look_pooled(arrays):
 
 
 def test_a_pack_of_pooled_samples_shows_what_each_shows():
-    """Taps move with the images that they point to, newlines stay, and regions of all sizes share P."""
+    """Pool indices move with their images, newlines stay, and regions of all sizes share P."""
     samples = [make_pooled(1, 1), make_pooled(2, 0), make_pooled(3, 2)]
     assert len({len(arrays["images"]) for arrays in samples}) == 2
     row = pack(samples, image_tokens=TOKENS)

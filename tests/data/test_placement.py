@@ -104,7 +104,7 @@ def test_regions_come_in_the_order_of_their_first_token():
     assert sorted(table[table >= 0]) == list(range(4 * 5 * 8))
 
 
-def test_taps_point_into_the_images_of_their_view():
+def test_pool_indices_point_into_the_images_of_their_view():
     """Pooled tokens are the weighted sums of their own tiles' tokens, wherever the images stand."""
     made = layout(newlines="region")
     first = place_views(made, [view(2, 2, tiles=3, newlines=True, seed=1)], (1, 2, 2), Cursor(image=1))
@@ -150,7 +150,7 @@ def test_regions_of_several_sizes_share_the_largest():
         pad_slots(arrays["visual_src"], "visual_src", 8)
 
 
-def test_the_towers_own_tokens_need_no_taps():
+def test_unpooled_tokens_need_no_pool_indices():
     """Style "square": the index alone says it."""
     made = VisualLayout(12, 4, (2, 2), 0)
     grid = np.arange(9, dtype=np.int32).reshape(3, 3)

@@ -220,7 +220,7 @@ def test_a_context_token_predicts_the_first_token_of_text_that_follows_its_image
     assert arrays["targets"][at + 1] == end
 
 
-def test_an_image_that_is_shown_twice_is_two_units_and_boxes_lie_in_the_later_one():
+def test_an_image_shown_twice_is_two_views_and_boxes_are_in_the_later_one():
     arrays = check(processor(), sample([Image(0), QUESTION, ANSWER, Image(0), QUESTION, ANSWER]))
     np.testing.assert_array_equal(*arrays["images"])
     assert [view for view in arrays["target_view"] if view >= 0] == [0, 1]

@@ -315,7 +315,7 @@ def test_frames_come_one_by_one_and_are_not_kept(at):
         np.testing.assert_array_equal(view.images, images)
 
 
-def test_taps_cannot_be_written():
+def test_pool_indices_are_read_only():
     """They are shared by every image of a size."""
     (view, *_) = image_views(tiny_onevision(9), noise(31, 50), alone=True).views
     for array in (view.pool_indices, view.pool_weights):

@@ -50,7 +50,7 @@ import json, os, runpy, sys, tempfile
 import grain, orbax.checkpoint
 import gaze_jax.evaluate.run, gaze_jax.infer.requests, gaze_jax.train.loop
 
-said = []
+results = []
 for call in json.loads(sys.argv[1]):
     files = [tempfile.TemporaryFile("w+") for _ in range(2)]
     child = os.fork()
@@ -74,6 +74,6 @@ for call in json.loads(sys.argv[1]):
     for file in files:
         file.seek(0)
         texts.append(file.read())
-    said.append([status, *texts])
-print(json.dumps(said))
+    results.append([status, *texts])
+print(json.dumps(results))
 """

@@ -75,7 +75,7 @@ def _logits(model, params, cache, state, selection):
 
 
 def logits(engine):
-    """float32 [rows, V] of what would be said next; the session stays as it is."""
+    """float32 [rows, V] logits of the next token; the session does not change."""
     selection = engine._selection(engine)
     return np.asarray(_logits(engine._model, engine._params, engine._cache, engine._state, selection))[
         : engine.rows
@@ -97,7 +97,7 @@ def _one_pass(model, params, images, streams, top_k):
 
 
 def generated_row(ids, order):
-    """Arrays of tokens that were said, whatever text they make."""
+    """Arrays of the generated tokens, whatever text they decode to."""
     count = len(ids)
     places = order + np.arange(count, dtype=np.int32)
     blank = row("a")

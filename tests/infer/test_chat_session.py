@@ -1,4 +1,4 @@
-"""Talking to small checkpoints of each family: what is read, what is said, what is refused."""
+"""Chats with small checkpoints of each family: what is prefilled, generated and refused."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ def prompt_of(family, monkeypatch, **options):
 
 
 def test_later_questions_are_looked_at_too():
-    """A tag without a picture, or nothing; said before anything is loaded."""
+    """A tag without a picture, or nothing; refused before anything is loaded."""
     for wrong, sentence in (("<image> and this?", "has 1 <image>"), (" ", "is empty")):
         with pytest.raises(UserError, match=sentence):
             check_questions([QUESTION, wrong], 0, 0)
@@ -192,7 +192,7 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, g
 
 
 def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
-    """Room is made as it is needed, and what was read before stays."""
+    """The cache grows as needed and keeps what was read before."""
     monkeypatch.setattr(chat_session, "free_slots_for", lambda tokens: tokens)
     narrow, wide = make_chat(gaze=DENSE, free_slots=4), make_chat(gaze=DENSE, free_slots=200)
     assert narrow._engine.free_slots < 20 < 200 <= wide._engine.free_slots

@@ -71,6 +71,6 @@ def test_limits_that_no_answer_can_have_are_refused(sentence, stop, limit):
 
 
 def test_held_back_text_comes_at_the_end():
-    """An answer that is cut ends with all that was said."""
+    """An answer that is cut contains all that was generated."""
     detokenizer, shown = spoken("two E", stop=("END",), limit=len(TOKENIZER.encode("two E")[0]))
     assert detokenizer.finish_reason == "length" and "".join(shown) == "two E"

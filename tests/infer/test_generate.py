@@ -35,7 +35,7 @@ def prompts():
 
 
 def continued(row, tokens):
-    """The row with ``tokens`` said after it."""
+    """The row followed by the generated ``tokens``."""
     end = row["text_order"].max() + 1
     more = np.arange(len(tokens), dtype=np.int32)
     added = {

@@ -119,7 +119,7 @@ def test_a_mask_holds_what_was_selected():
         assert set(np.flatnonzero(mask[at])) == set(trace.selected[at]) - {-1}
 
 
-def test_a_unit_finds_its_picture():
+def test_a_view_finds_its_picture():
     """Views of one image share one."""
     trace = make_trace(media=both())
     assert trace.picture_of(trace.views[0]) is trace.picture_of(trace.views[1]) is trace.pictures[0]
@@ -191,7 +191,7 @@ def test_a_region_selected_twice_is_refused():
         ({"corners": (0.0, 0.0, np.inf, 1.0)}, "no rectangle"),
     ],
 )
-def test_a_unit_that_cannot_be_drawn_is_refused(change, message):
+def test_a_view_that_cannot_be_drawn_is_refused(change, message):
     """Its regions and its corners."""
     trace = make_trace(media=both())
     views = (dataclasses.replace(trace.views[0], **change), *trace.views[1:])

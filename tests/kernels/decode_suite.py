@@ -219,7 +219,7 @@ class DecodeSuite:
         case = cases.decode(regions=regions, capacity=capacity)
         _close(self.run(case), self.expected(case), self.tolerance)
 
-    def test_edge_05_law_5_nan_in_unread_slots_changes_nothing(self):
+    def test_edge_05_nan_in_unread_slots_changes_nothing(self):
         """NaN in unselected regions, other layers, invalid slots and unseen text-stream keys: the same
         bits."""
         case = cases.decode()

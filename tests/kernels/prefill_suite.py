@@ -220,7 +220,7 @@ class PrefillSuite:
             text_nobody,
         )
 
-    def test_edge_05_law_5_nan_in_unseen_keys_changes_nothing(self):
+    def test_edge_05_nan_in_unseen_keys_changes_nothing(self):
         """NaN in K and V of unselected regions, empty slots and padding: equal output, gradient 0."""
         case, nobody, text_nobody = self._routed_only()
         clean, clean_gradients = self.gradients(case)
@@ -335,7 +335,7 @@ class PrefillSuite:
         for mine, theirs in zip(got, expected, strict=True):
             _close(mine, theirs, 5e-6)
 
-    def test_query_blocks_keep_law_5_and_dense(self):
+    def test_query_blocks_ignore_unseen_nan_and_equal_dense(self):
         """In blocks too, NaN that no query of any block sees changes nothing; neither does selected=None."""
         case, nobody, _ = self._routed_only()
         case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, query_block=7))

@@ -65,7 +65,7 @@ def _elsewhere(case):
     return call(case, "xla")
 
 
-def test_the_two_forms_of_xla_are_told_apart():
+def test_the_two_forms_of_xla_differ():
     """A CPU goes through the selections in a loop, in the branch of a layer; elsewhere there is neither."""
     case = cases.decode(regions=20)
     program = str(jax.make_jaxpr(lambda case: call(case, "xla"))(case))

@@ -142,8 +142,8 @@ class TestTpu(PrefillSuite):
 
         monkeypatch.setattr(tpu, "_table", recorded)
         found, results = [], []
-        for share_of_units in (0.0, 2.0):
-            patch = dataclasses.replace(self.tiles, gather_below=share_of_units, queries=16)
+        for gather_below in (0.0, 2.0):
+            patch = dataclasses.replace(self.tiles, gather_below=gather_below, queries=16)
             monkeypatch.setattr(tpu, "TILES", patch)
             actions.clear()
             # Another function each time: the tiles are no part of jit's key.
@@ -193,7 +193,7 @@ class TestTpu(PrefillSuite):
         np.testing.assert_array_equal(got[0, ~sees], clean[0, ~sees])
         np.testing.assert_array_equal(got[0, :, 2:], clean[0, :, 2:])
 
-    def test_windows_of_the_two_streams_are_apart(self):
+    def test_windows_of_the_two_streams_are_independent(self):
         """Random intervals per query and stream, many of them empty: skipping a block loses no key."""
         case, rng = cases.prefill(_rows()), np.random.default_rng(3)
         names = ("visual_lo", "visual_hi", "text_lo", "text_hi")
@@ -330,7 +330,7 @@ def test_xla_memory_is_bounded_by_the_query_block():
 
 
 def test_reference_and_xla_differ_in_program():
-    """The two implementations are told apart: an unblocked reference holds every logit at once."""
+    """The two programs differ: the reference is not blocked and holds all logits at once."""
     case = cases.prefill(cases.rows())
     programs = [
         str(

@@ -98,7 +98,7 @@ def test_a_sampling_that_makes_no_sense_is_refused(fields, match):
 
 def test_sampling_behind_the_end_is_refused(folder):
     """A start that the video does not reach names the file, its frames and its length."""
-    with pytest.raises(UserError, match=r"start=3\.0 is behind its end: it has 30 frames, 3 seconds"):
+    with pytest.raises(UserError, match=r"start=3\.0 is after its end: it has 30 frames, 3 seconds"):
         sample_indices(30, 10.0, FrameSampling(start=3.0))
     refuse(folder / "video.mp4", "it has 60 frames, 6 seconds", FrameSampling(start=6.0))
 
@@ -336,7 +336,9 @@ def test_a_video_is_turned_the_way_its_camera_was(matrix, shown, tmp_path):
 def test_a_video_at_a_slant_is_refused(tmp_path):
     """Nothing is resampled behind the user's back."""
     for matrix in ((0.7, 0.7, -0.7, 0.7), (0.98, 0.17, -0.17, 0.98), (0.0, 0.0, 0.0, 0.0)):
-        refuse(turn(write_video(tmp_path / "video.mp4", 3), matrix), "at a slant")
+        refuse(
+            turn(write_video(tmp_path / "video.mp4", 3), matrix), "is not rotated by a multiple of 90 degrees"
+        )
 
 
 def test_frames_without_time_stamps_are_counted(folder, monkeypatch):
@@ -365,7 +367,7 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     (tmp_path / ".DS_Store").write_bytes(b"x")
     clip = open_video(tmp_path, FrameSampling())
     assert numbers(clip) == list(range(6))
-    np.testing.assert_array_equal(clip.times, np.arange(6.0))  # 1 per second unless said
+    np.testing.assert_array_equal(clip.times, np.arange(6.0))  # 1 per second by default
     assert open_video(tmp_path, FrameSampling(), frames_fps=3.0).fps == 3.0
     assert numbers(open_video(tmp_path, FrameSampling(fps=1.0), frames_fps=3.0)) == [0, 3]
 
@@ -375,7 +377,7 @@ def test_a_folder_that_is_no_video_is_refused(tmp_path):
     refuse(tmp_path, "is a folder without images")
     Image.fromarray(bars(0)).save(tmp_path / "0.png")
     (tmp_path / "notes.json").write_text("{}")
-    refuse(tmp_path, "is a folder with 'notes.json' in it, which is no image")
+    refuse(tmp_path, "is a folder that contains 'notes.json', which is no image")
     (tmp_path / "notes.json").unlink()
     Image.fromarray(bars(1, (40, 64))).save(tmp_path / "1.png")
     refuse(tmp_path, "frame 1 has 64x40 pixels and the first has 64x48")

@@ -170,7 +170,7 @@ def test_a_playlist_is_refused(folder, tmp_path):
         ("notes.txt", "nothing moves here\n" * 99),
     ):
         (tmp_path / name).write_text(text)
-        refuse(tmp_path / name, "is none of MP4, MOV, .*, GIF, WEBP and no folder of images")
+        refuse(tmp_path / name, "is none of MP4, MOV, .*, GIF, WEBP and not a folder of images")
 
 
 def test_a_container_is_opened_as_nothing_else(folder):

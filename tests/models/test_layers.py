@@ -95,7 +95,7 @@ def _encode(config):
     return jax.jit(lambda v, x: MLLM(config).apply(v, x, method="encode"))
 
 
-def test_the_tower_encodes_units_one_by_one_in_raster_order():
+def test_the_tower_encodes_views_one_by_one_in_raster_order():
     """A view's features do not depend on its neighbours, and a patch moves its own token most."""
     images = models.images(1, 2)
     encode, variables = _encode(DUMMY), models.parameters(DUMMY)

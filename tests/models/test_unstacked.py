@@ -74,7 +74,7 @@ def test_teacher_forced_logits_of_split_parameters():
         models.close(a[valid], b[valid], 1e-5)
 
 
-def test_only_kernels_are_taken_apart():
+def test_only_kernels_are_unstacked():
     """[out, in] arrays per layer that hold the stacked values; everything else is the same object."""
     config = VARIANTS["untied with biases, as in Qwen2.5"]
     params = models.parameters(config)["params"]

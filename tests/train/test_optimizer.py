@@ -91,5 +91,5 @@ def test_settings_out_of_range_are_named(field, value):
 
 
 def test_adams_own_rate_needs_muon():
-    with pytest.raises(ValueError, match="adam_learning_rate is for name='muon'"):
+    with pytest.raises(ValueError, match="adam_learning_rate has an effect only with name='muon'"):
         OptimizerConfig(name="adamw", adam_learning_rate=1e-3)

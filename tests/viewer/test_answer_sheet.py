@@ -42,7 +42,7 @@ def view(number, regions, corners=(0.0, 0.0, 20.0, 10.0)):
     return PlacedView(number, True, 0, number, corners, np.array(regions, np.int32))
 
 
-def test_the_units_that_most_heads_selected_are_kept_in_their_order():
+def test_the_most_selected_views_keep_their_order():
     """Ties go to the earlier view."""
     views = [view(0, [[0, 1]]), view(1, [[2, 2]]), view(2, [[3, 4]])]
     selected = np.zeros((2, 2, 5), bool)
@@ -53,7 +53,7 @@ def test_the_units_that_most_heads_selected_are_kept_in_their_order():
     assert [u.view for u in most_looked_at(views, selected, 2)] == [0, 1]
 
 
-def test_sheets_of_units_stand_one_under_the_other():
+def test_sheets_of_views_are_stacked():
     """Each is the contact sheet of what its view covers, with the share of heads per region."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(256, size=(10, 20, 3), dtype=np.uint8) for _ in range(2)]
@@ -78,7 +78,7 @@ def test_padding_that_a_grid_shows_is_black():
     np.testing.assert_array_equal(got, contact_sheet(padded, ["a"], np.ones((1, 1, 1)), title="t"))
 
 
-def test_the_sheet_of_a_trace_is_that_of_the_units_it_looked_at_most():
+def test_the_sheet_of_a_trace_shows_its_most_selected_views():
     """Of one layer, or of the heads of all; the first title has the question and the budget."""
     trace = make_trace(media=make_media(np.random.default_rng(0), views=2, frames=3), selectors=2)
     mask = trace.mask()
@@ -91,7 +91,7 @@ def test_the_sheet_of_a_trace_is_that_of_the_units_it_looked_at_most():
         np.testing.assert_array_equal(sheet(trace, layer=layer, views=2), wanted)
 
 
-def test_titles_say_what_a_unit_of_a_trace_shows():
+def test_titles_say_what_a_view_of_a_trace_shows():
     """Views are counted, frames have their time."""
     trace = make_trace(media=make_media(np.random.default_rng(0), views=2, frames=2))
     assert titles_of(trace) == [
@@ -102,7 +102,7 @@ def test_titles_say_what_a_unit_of_a_trace_shows():
     ]
 
 
-def test_a_sheet_is_cut_from_the_copy_as_the_unit_from_the_original():
+def test_a_sheet_is_cut_from_the_copy_as_the_view_from_the_original():
     """The original was ten times as large."""
     views, pictures = make_media(np.random.default_rng(0), views=2)
     large = tuple(dataclasses.replace(picture, size=(480, 640)) for picture in pictures)

@@ -389,7 +389,7 @@ LONG = make_trace(
 @pytest.mark.parametrize("trace", [make_trace(), LONG], ids=["short", "long"])
 @pytest.mark.parametrize("width", [360, 700, 1200])
 def test_nothing_is_wider_than_the_window(show, driver, width, trace):
-    """Dense beside gaze where there is room and below it on a phone."""
+    """Dense is beside gaze if the page is wide enough, and below it on a phone."""
     resize(driver, width, 740, mobile=width < 600)
     page = show(trace)
     assert page.js("return innerWidth") == width

@@ -146,7 +146,7 @@ def test_every_argument_shows():
     ("one", "other"),
     [("word", " word"), ("", " "), ("\n", " "), ("\n", "\n\n"), ("\t", "\n"), ("日", "月"), ("é", "e")],
 )
-def test_tokens_that_differ_in_what_cannot_be_seen_are_told_apart(one, other):
+def test_tokens_that_differ_invisibly_look_different(one, other):
     sheets = [
         contact_sheet(tiny_image(), [token], quadrants(1, 0, 0, 0) > 0, title="q") for token in (one, other)
     ]
@@ -154,7 +154,7 @@ def test_tokens_that_differ_in_what_cannot_be_seen_are_told_apart(one, other):
 
 
 @pytest.mark.parametrize("text", ["a" * 400, "short " + "b" * 300 + " end", "\u65e5" * 90])
-def test_a_line_is_never_wider_than_its_room(text):
+def test_a_line_is_never_wider_than_available(text):
     """Scripts without spaces and long words are broken; nothing is lost."""
     font = ImageFont.load_default(22)
     lines = wrapped(text, 300, font)

@@ -70,7 +70,7 @@ def best_match(pixels, wanted, left, top):
     return min(windows, key=lambda window: np.abs(window.astype(int) - wanted).mean())
 
 
-def test_a_clip_shows_the_units_that_were_looked_at_most():
+def test_a_clip_shows_the_most_selected_views():
     """As large as they fit; all pages have one even size."""
     trace = make_trace(media=make_media(np.random.default_rng(0), views=0, frames=7), tokens=("A", "b"))
     for views in (2, 4, 8):
@@ -107,11 +107,11 @@ def test_a_question_of_several_lines_is_headed_by_them():
 
 @pytest.mark.parametrize("tokens", [("a", "\n", "b"), ("w" * 200, " x"), ("",), (" " + "w" * 60,) * 7])
 def test_captions_keep_their_place(tokens):
-    """Line ends, words wider than the page, nothing, and more lines than there is room for."""
+    """Line ends, words wider than the page, nothing, and more lines than fit."""
     pages = list(clip_pages(make_trace(tokens=tokens, layers=1), layer=0, views=1))
     assert len({page.size for page in pages}) == 1 and len(pages) == len(tokens)
     for page in pages:
-        # The token that is being said is marked, above the count of keys.
+        # The current token is marked, above the count of keys.
         blue = (np.asarray(page) == SELECTED).all(-1)[:, :32].any(-1).nonzero()[0]
         assert (np.asarray(page)[:162] == SELECTED).all(-1).any()
         assert not blue.size or blue.min() > 60

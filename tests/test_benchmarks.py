@@ -16,7 +16,7 @@ from gaze_jax.core.streams import Kind
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Video
-from gaze_jax.models.published import MODELS
+from gaze_jax.families import MODELS, get_family
 from pallas_kernels import dispatch
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
@@ -209,7 +209,7 @@ def test_layouts_are_those_of_real_arrays_and_presets_waste_little():
     for family in ("llava-onevision", "cambrian-s"):
         for newlines in ("text", "region"):
             layout = dataclasses.replace(MODELS[layouts.FAMILIES[family]].layout, newlines=newlines)
-            processor = Processor(layout, build_tokenizer(), ("a",))
+            processor = Processor(layout, build_tokenizer(), ("a",), get_family(layout.views.style).views)
             for part, name in ((Image(0), "photo 640x480"), (Video(0), "16 frames 1280x720")):
                 arrays = process(processor, Sample(0, (photo,), (part,), "a", (frames,)))
                 (row,) = (

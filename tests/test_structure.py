@@ -113,8 +113,9 @@ def test_core_knows_no_model_library():
             assert not roots(name) & {"flax", "optax", "orbax", "grain"}, name
 
 
-def test_torch_is_imported_in_one_module():
-    assert len([name for name in MODULES if "torch" in roots(name)]) == 1
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_a_library_of_the_originals_is_imported_in_one_module(library):
+    assert [name for name in MODULES if library in roots(name)] == ["gaze_jax.convert.original"]
 
 
 @pytest.mark.parametrize("script", COMMANDS)

@@ -12,8 +12,9 @@ from gaze_jax.commands.generate_groups import GAZE_FLAGS
 from gaze_jax.commands.generate_options import GenerateOptions
 from gaze_jax.errors import UserError, renamed
 from gaze_jax.evaluate.run import best_layer_of
+from gaze_jax.families import get_family
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
-from gaze_jax.infer.sampler import FRAME_SAMPLING, Sampler, collect_answer, load
+from gaze_jax.infer.sampler import Sampler, collect_answer, load
 from gaze_jax.infer.trace import Trace
 from gaze_jax.infer.trace_file import save
 from gaze_jax.media.images import read_image
@@ -29,7 +30,7 @@ def _open_videos(options: GenerateOptions, style: str) -> list[Clip]:
     shown = options.shown
     chosen = {name: getattr(shown, name) for name in ("fps", "max_frames")}
     given = {name: value for name, value in chosen.items() if value is not None}
-    sampling = dataclasses.replace(FRAME_SAMPLING[style], **given)
+    sampling = dataclasses.replace(get_family(style).frames, **given)
     return [open_video(name, sampling, frames_fps=options.value("folder_fps")) for name in shown.video]
 
 

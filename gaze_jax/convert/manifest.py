@@ -20,7 +20,6 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from gaze_jax.config import from_dict, to_dict
 from gaze_jax.convert.shards import read_json
@@ -95,7 +94,7 @@ def chunk_path(name: str, leaf: Leaf, layer: int | None = None) -> str:
     return f"{leaf_folder(name)}/{'.'.join(map(str, index)) or '0'}"
 
 
-def crc_hex(data: Any) -> str:
+def crc_hex(data: bytes | memoryview) -> str:
     """CRC-32 of a buffer; detects any flipped bit and any burst of up to 32 bits."""
     return f"{zlib.crc32(data):08x}"
 
@@ -109,7 +108,7 @@ def file_crc(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def _body(manifest: Manifest) -> dict[str, Any]:
+def _body(manifest: Manifest) -> dict[str, object]:
     kind = "tower" if isinstance(manifest.model, VisionConfig) else "model"
     return {
         "format_version": FORMAT_VERSION,
@@ -122,7 +121,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _seal(body: Mapping[str, Any]) -> str:
+def _seal(body: Mapping[str, object]) -> str:
     return crc_hex(json.dumps(body, sort_keys=True).encode())
 
 

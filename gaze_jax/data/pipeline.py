@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import absl.flags
 import grain
@@ -112,7 +112,7 @@ def training_iterator(
 
 def fingerprint(
     source: Source, processor: Processor, config: PipelineConfig, *, process_count: int = 1
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that decides which arrays come in which order; JSON-ready.
 
     A grain iterator's saved state is little more than a counter and is accepted by any pipeline; this
@@ -130,7 +130,7 @@ def fingerprint(
     }
 
 
-def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def compare_fingerprints(saved: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Refuse to continue on other data.
 
     Raises:

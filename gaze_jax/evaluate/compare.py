@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gaze_jax.chat.conversation import Parts, conversation_parts, default_system
+from gaze_jax.chat.conversation import Parts, conversation_parts
 from gaze_jax.chat.messages import Message
 from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.config import to_dict
@@ -34,6 +34,7 @@ from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import student_interval
 from gaze_jax.evaluate.prompts import Prompt
+from gaze_jax.families import get_family
 from gaze_jax.infer.generate import Generator, Params
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.parallel.mesh import describe_devices
@@ -152,11 +153,11 @@ def _prompt_arrays(
         raise UserError(f"The question about {prompt.name!r} is empty; ask something.")
     parts: Parts = (Text(_BEFORE), Image(0), Text(_AFTER.format(question=question)))
     if template is not None:
-        style = processor.layout.views.style
-        system = default_system(style)
+        family = get_family(processor.layout.views.style)
+        system = family.system
         messages = [Message("system", system)] if system else []
         messages.append(Message("user", (Image(0), question)))
-        parts = conversation_parts(template, messages, style=style, add_generation_prompt=True)
+        parts = conversation_parts(template, messages, arrange=family.arrange, add_generation_prompt=True)
     return process(processor, Sample(index, (prompt.image,), parts, _FAMILY))
 
 
@@ -283,7 +284,8 @@ def compare(
     settings = _settings(
         _chosen("shares", shares, SELECT_PER), _chosen("descriptors", descriptors, DESCRIPTORS)
     )
-    processor = Processor(config.layout, tokenizer, (_FAMILY,), resize)
+    views = get_family(config.views.style).views
+    processor = Processor(config.layout, tokenizer, (_FAMILY,), views, resize)
     try:
         arrays = [_prompt_arrays(processor, i, prompt, template) for i, prompt in enumerate(prompts)]
     except ValueError as error:

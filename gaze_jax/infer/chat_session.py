@@ -125,7 +125,9 @@ class ChatSession:
         if system is None:
             system = sampler.system
         self._messages: tuple[Message, ...] = () if system is None else (Message("system", system),)
-        self._processor = Processor(sampler.layout, sampler.tokenizer, (FAMILY,), resize=sampler.resize)
+        self._processor = Processor(
+            sampler.layout, sampler.tokenizer, (FAMILY,), sampler.family.views, resize=sampler.resize
+        )
         self._engine: Engine | None = None
         self._parts: tuple[Part, ...] = ()  # that were read
         self._images: list[np.ndarray] = []
@@ -169,8 +171,9 @@ class ChatSession:
         mark = unused([turn.text, *(message.text for message in self._messages), one.template.source])
         answered = (Message("assistant", mark),) if self._answers else ()
         messages = (*self._messages, *answered, turn)
-        style = one.layout.views.style
-        parts = conversation_parts(one.template, messages, style=style, add_generation_prompt=True)
+        parts = conversation_parts(
+            one.template, messages, arrange=one.family.arrange, add_generation_prompt=True
+        )
         if not answered:
             return parts, messages
         for number, part in reversed(list(enumerate(parts))):

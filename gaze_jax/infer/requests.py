@@ -198,9 +198,12 @@ def _row(sampler: Sampler, request: Request) -> _Row:
     system = sampler.system if request.system is None else request.system
     turn = user_turn(request.question, range(len(images)), range(len(videos)))
     messages = (*(() if system is None else (Message("system", system),)), turn)
-    style = sampler.layout.views.style
-    parts = conversation_parts(sampler.template, messages, style=style, add_generation_prompt=True)
-    processor = Processor(sampler.layout, sampler.tokenizer, (FAMILY,), resize=sampler.resize)
+    parts = conversation_parts(
+        sampler.template, messages, arrange=sampler.family.arrange, add_generation_prompt=True
+    )
+    processor = Processor(
+        sampler.layout, sampler.tokenizer, (FAMILY,), sampler.family.views, resize=sampler.resize
+    )
     sample = Sample(0, tuple(images), parts, FAMILY, tuple(videos))
     arrays, views = process_with_views(processor, sample)
     regions = len(arrays["visual_src"])

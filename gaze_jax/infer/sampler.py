@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gaze_jax.chat.conversation import default_system
 from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.convert import load as checkpoints
 from gaze_jax.convert.checkpoint import Converted
@@ -19,6 +18,8 @@ from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.sample import Frames
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
+from gaze_jax.families import get_family
+from gaze_jax.families.family import Family
 from gaze_jax.infer.chat_session import ChatSession, StreamChunk
 from gaze_jax.infer.detokenizer import check_limits
 from gaze_jax.infer.gaze_options import GazeOptions
@@ -27,17 +28,10 @@ from gaze_jax.infer.programs import Params
 from gaze_jax.infer.sampling import check_sampling
 from gaze_jax.infer.trace import Trace
 from gaze_jax.media.images import read_image
-from gaze_jax.media.video import FrameSampling, open_video
+from gaze_jax.media.video import open_video
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.config import VisionConfig
 from gaze_jax.models.unstacked import split_layers
-
-FRAME_SAMPLING = {
-    "square": FrameSampling(max_frames=32),
-    "llava_onevision": FrameSampling(max_frames=32),
-    "cambrian_s": FrameSampling(fps=1.0, max_frames=128),
-}
-"""Style of views -> which frames of a video its models are shown, as their authors evaluate them."""
 
 PLAIN = ChatTemplate(
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -108,6 +102,11 @@ class Sampler:
         return self.config.layout
 
     @property
+    def family(self) -> Family:
+        """How its models are shown images and videos and asked questions."""
+        return get_family(self.config.views.style)
+
+    @property
     def model(self) -> MLLM:
         """The network."""
         return MLLM(self.config)
@@ -162,7 +161,7 @@ class Sampler:
                 f"for {config.decoder.vocab_size}; take the tokenizer that came with it."
             )
         ends = frozenset({tokenizer.end_id, *_stated_ends(found.files)})
-        system = default_system(config.views.style)
+        system = get_family(config.views.style).system
         return cls(config, found.params, tokenizer, ChatTemplate.load(found.files), ends, name, system)
 
     def with_gaze(self, **fields: Any) -> "Sampler":
@@ -253,7 +252,7 @@ class Sampler:
         """Frames of each video, files sampled as models of this family are shown them."""
         if isinstance(films, str | os.PathLike):
             raise UserError(f"videos={str(films)!r} must be a list of videos; put brackets around it.")
-        sampling = FRAME_SAMPLING[self.layout.views.style]
+        sampling = self.family.frames
         return [open_video(f, sampling) if isinstance(f, str | os.PathLike) else f for f in films]
 
     def check_memory(

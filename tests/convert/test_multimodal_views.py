@@ -23,11 +23,11 @@ from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
-from gaze_jax.data.views import image_views, video_views
+from gaze_jax.families import get_family
 from gaze_jax.models import MLLM
 from tests.helpers import hf
 from tests.helpers.engines import logits, make_engine, row
-from tests.helpers.views import cambrian_canvas, cambrian_grid
+from tests.helpers.views import cambrian_canvas, cambrian_grid, image_views, video_views
 
 pytestmark = pytest.mark.xdist_group("parity")
 
@@ -71,7 +71,12 @@ def scene(name: str) -> Sample:
 
 
 def arrays_of(config, sample: Sample, **fields):
-    processor = Processor(dataclasses.replace(config.layout, **fields), build_tokenizer(), ("a",))
+    processor = Processor(
+        dataclasses.replace(config.layout, **fields),
+        build_tokenizer(),
+        ("a",),
+        get_family(config.views.style).views,
+    )
     return process(processor, sample)
 
 

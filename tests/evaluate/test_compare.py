@@ -18,6 +18,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare as module
 from gaze_jax.evaluate.compare import compare, default_top_ks, plot, require_matplotlib, table
 from gaze_jax.evaluate.prompts import Prompt
+from gaze_jax.families.square import SQUARE
 from tests.helpers import models, multimodal
 from tests.helpers.experiments import tiny_experiment
 
@@ -61,7 +62,7 @@ def report(measured):
 def answered(prompt, index=0):
     """The row that is measured, and the answer in it."""
     layout = MODEL.layout
-    arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",)), index, prompt)
+    arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",), SQUARE.views), index, prompt)
     bucket = dataclasses.replace(module._bucket([arrays]), text=160)
     generator = module.Generator(module.MLLM(MODEL), TOKENS, TOKENIZER.end_id)
     answer = module._dense_answer(generator, peaky(), arrays, bucket)
@@ -171,7 +172,7 @@ def test_the_vocabulary_meets_the_answer_alone():
 
 
 def test_a_prompt_is_a_chat_with_the_image_first():
-    processor = Processor(MODEL.layout, TOKENIZER, ("compare",))
+    processor = Processor(MODEL.layout, TOKENIZER, ("compare",), SQUARE.views)
     arrays = module._prompt_arrays(processor, 0, Prompt("x", IMAGES[0], " What is {this}? "))
     text, first = arrays["tokens"][arrays["kind"] == 1], arrays["visual_order"][0, 0]
     generated = TOKENIZER.decode(text)

@@ -10,7 +10,7 @@ import pytest
 import skimage.data
 import skimage.io
 
-from gaze_jax.chat.conversation import conversation_parts, default_system
+from gaze_jax.chat.conversation import conversation_parts
 from gaze_jax.chat.messages import Message
 from gaze_jax.convert.load import load, one_device
 from gaze_jax.data.processor import Processor, process
@@ -169,15 +169,14 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, g
     assert generated == answer.removesuffix("<|im_end|>")
     further = f"{FURTHER} \ue000"  # a character that templates are asked with, if it is free
     session.ask(further, videos=shown)
-    system = default_system(one.layout.views.style)
+    system = one.family.system
     messages = [
         Message("user", (Image(0), QUESTION)),
         Message("assistant", generated),
         Message("user", (*map(Video, range(len(shown))), further)),
     ]
     messages = [*([Message("system", system)] if system else []), *messages]
-    style = one.layout.views.style
-    parts = conversation_parts(one.template, messages, style=style, add_generation_prompt=True)
+    parts = conversation_parts(one.template, messages, arrange=one.family.arrange, add_generation_prompt=True)
     if family == "llava_onevision":
         # Its template asks for an answer with other white space than it shows an old one; the cache has what
         # was read when the answer was given.
@@ -186,7 +185,7 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, g
         asked = last.text.replace("<|im_start|>assistant \n", "<|im_start|>assistant\n")
         parts = (*media, dataclasses.replace(last, text=asked))
     sample = Sample(0, (PHOTO,), parts, "a", shown)
-    arrays = process(Processor(one.layout, one.tokenizer, ("a",)), sample)
+    arrays = process(Processor(one.layout, one.tokenizer, ("a",), one.family.views), sample)
     expected = at_once(one.config, one.params, arrays, gaze.top_k)
     np.testing.assert_allclose(logits(session._engine)[0], expected, atol=1e-4)
 

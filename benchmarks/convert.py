@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-_MODEL = flags.DEFINE_string("model", "qwen2.5-0.5b", "Which of gaze_jax.models.published.DECODERS.")
+_MODEL = flags.DEFINE_string("model", "qwen2.5-0.5b", "Which of gaze_jax.families.DECODERS.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How many times to measure each step; medians are reported.")
 _JSON = flags.DEFINE_string("json", None, "Write the results to this file.")
 _DIR = flags.DEFINE_string("dir", None, "Scratch folder with space for four checkpoints; default: a new one.")
@@ -48,16 +48,14 @@ def make(directory: Path, model: str) -> None:
 
     from gaze_jax.convert import shards
     from gaze_jax.convert.source import expected_tensors
-    from gaze_jax.families import FAMILIES, decoder_family
-    from gaze_jax.models.published import DECODERS
+    from gaze_jax.families import CONVERSIONS, DECODERS, written_as
 
     config = DECODERS[model]
-    kind = decoder_family(config)
-    family = FAMILIES[kind]
+    conversion = CONVERSIONS[written_as(config)]
     directory.mkdir(parents=True)
-    fields = family.write_config(config) | {"dtype": "bfloat16"}
+    fields = conversion.write_config(config) | {"dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(fields))
-    tensors = expected_tensors(family.rules(config), config)
+    tensors = expected_tensors(conversion.rules(config), config)
     entries = {name: ("BF16", shape) for name, shape in tensors.items()}
     writers = {shards.SINGLE: shards.Writer(directory / shards.SINGLE, entries, {"format": "pt"})}
     rng = np.random.default_rng(0)

@@ -350,7 +350,7 @@ def one_problem(
         "regions": shape.regions,
         "slots": timing.SLOTS,
         "top_k": shape.top_k,
-        "dense": TEXT,
+        "text_stream": TEXT,
         "batch": batch,
         "heads": model,
         "dtype": args.dtype,
@@ -384,7 +384,7 @@ def line(row: Mapping[str, Any]) -> str:
     """Format a row as text."""
     top_k = "all" if row["top_k"] is None else row["top_k"]
     name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
-    text = f"{name:44}{row['implementation']:>10}{row['select_per']:>6}{row['ms']['median']:>9.3f} ms"
+    text = f"{name:44}{row['implementation']:>10}{row['select_per']:>9}{row['ms']['median']:>9.3f} ms"
     text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f}, {row['bandwidth'] / 1e9:.1f} GB/s)"
     text += "".join(
         f"  {k} {v['median']:.3f} ({row['speedup'][k]['median']:.2f}x)" for k, v in row["dense_ms"].items()

@@ -6,8 +6,9 @@ Four parts. "prefill" reads visual tokens and a question of 16 tokens (turn 1), 
 resulting cache (turn 2), each up to the first token of the answer. "decode" times generated tokens; its
 caches hold random keys and values, because prefilling would take most of the time. "attention" is the time of
 routing and attention in such a step. "memory" runs each case in its own process and reports the peak resident
-memory after loading the parameters, including them. The competitors of a row alternate in one process; the
-byte model divides the bytes that a step must read by the bandwidth of a large sum in the same rounds.
+memory after loading the parameters, including them. The competitors of a row alternate in one process. The
+byte model divides the bytes that a step must read by the bandwidth of a large sum, measured in the same
+rounds.
 """
 
 import argparse
@@ -30,9 +31,9 @@ import numpy as np
 from benchmarks import decode, timing
 from benchmarks import generate_models as models
 from benchmarks.generate_models import OURS, QUESTION, Case
+from gaze_jax.families import DECODERS
 from gaze_jax.models.cache import decode_spec
 from gaze_jax.models.config import DecoderConfig
-from gaze_jax.models.published import DECODERS
 
 VARIANTS = (*OURS, "transformers")
 PARTS = ("memory", "prefill", "attention", "decode")

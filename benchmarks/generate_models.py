@@ -18,7 +18,7 @@ from benchmarks.timing import SLOTS
 from gaze_jax.core import accounting
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Kind, Streams
-from gaze_jax.families import FAMILIES
+from gaze_jax.families import CONVERSIONS
 from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
 from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.cache import build_cache, decode_spec
@@ -91,7 +91,7 @@ def tensors(drawn: Any, decoder: DecoderConfig) -> dict[str, np.ndarray]:
         "/".join(part.key for part in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(drawn)
     }
     found = {}
-    for rule in FAMILIES["qwen2"].rules(decoder):
+    for rule in CONVERSIONS["qwen2"].rules(decoder):
         for i, name in enumerate(rule.tensors):
             leaf = leaves[rule.leaf]
             found[name] = rule.to_tensor(leaf[i] if rule.layers else leaf)
@@ -304,9 +304,9 @@ class Theirs:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        family = FAMILIES["qwen2"]
-        assert family.write_config is not None
-        fields = {k: v for k, v in family.write_config(decoder).items() if k != "model_type"}
+        conversion = CONVERSIONS["qwen2"]
+        assert conversion.write_config is not None
+        fields = {k: v for k, v in conversion.write_config(decoder).items() if k != "model_type"}
         config = transformers.Qwen2Config(**fields, max_position_embeddings=32768)
         found = {name: torch.from_numpy(values) for name, values in tensors(drawn, decoder).items()}
         found["lm_head.weight"] = found["model.embed_tokens.weight"]

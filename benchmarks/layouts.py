@@ -17,8 +17,8 @@ from typing import Any
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.regions import partition_frames
-from gaze_jax.data.views import GridShape, frame_shape, image_shapes, video_end_newline
-from gaze_jax.models.published import MODELS
+from gaze_jax.data.views import GridShape, frame_shape, image_shapes
+from gaze_jax.families import MODELS, get_family
 
 FAMILIES = {
     "cambrian (paper), 384": "cambrian-4b-384",
@@ -69,14 +69,15 @@ def rows() -> Iterator[dict[str, Any]]:
     """A row for every family, input and newline convention."""
     for family, name in FAMILIES.items():
         whole = MODELS[name].layout
+        style = get_family(whole.views.style).views
         for newlines in ("text", "region"):
             layout = dataclasses.replace(whole, newlines=newlines)
             shown = []
             for label, size in IMAGES.items():
-                shapes, end = image_shapes(layout, *size, alone=True)
+                shapes, end = image_shapes(style, layout, *size, alone=True)
                 shown.append((label, [(1, shape) for shape in shapes], end, False))
-            grid = frame_shape(layout, *FRAME)
-            end = video_end_newline(layout)
+            grid = frame_shape(style, layout, *FRAME)
+            end = style.video_end_newline
             shown += [(f"{count} frames 1280x720", [(count, grid)], end, True) for count in FRAMES]
             if newlines == "region" and not any(shape[2] for _, groups, _, _ in shown for _, shape in groups):
                 continue  # no newline inside a view, so no convention to choose

@@ -162,7 +162,7 @@ def describe(shape: timing.Shape, args: argparse.Namespace) -> dict[str, Any]:
         "regions": shape.regions,
         "slots": timing.SLOTS,
         "top_k": shape.top_k,
-        "dense": TEXT,
+        "text_stream": TEXT,
         "queries": args.queries,
         "query_block": args.query_block,
         "dtype": args.dtype,

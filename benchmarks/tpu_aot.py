@@ -29,10 +29,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from gaze_jax.core.selection import Selection, SelectionSpec
+from gaze_jax.families import DECODERS
 from gaze_jax.models import MLLM, DecodePosition, GazeConfig, MLLMConfig
 from gaze_jax.models.cache import Cache
 from gaze_jax.models.parameters import boxed_params
-from gaze_jax.models.published import DECODERS
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api as decode_api
 from pallas_kernels.gaze_decode import shapes as decode_shapes

@@ -16,7 +16,7 @@ from gaze_jax.core.streams import Kind
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Video
-from gaze_jax.models.published import MODELS
+from gaze_jax.families import MODELS, get_family
 from pallas_kernels import dispatch
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
@@ -38,8 +38,8 @@ def prefilled(tmp_path_factory):
     return _run(prefill, tmp_path_factory.mktemp("prefill"))
 
 
-def test_decode_writes_a_row_per_shape_and_share(decoded):
-    """Shapes x shares of the one implementation, over eight layers, with what they were measured on."""
+def test_decode_writes_a_row_per_shape_and_select_per(decoded):
+    """Shapes x select_per of the one implementation, over eight layers, with what they were measured on."""
     rows = decoded["rows"]
     found = [(row["tokens"], row["top_k"], row["implementation"], row["select_per"]) for row in rows]
     assert found == [
@@ -148,7 +148,7 @@ def test_tiles_are_tried_and_the_best_is_kept(tmp_path, monkeypatch):
     assert table["default"] == default and table[kind]["int8"]["measured"]["problems"] == best["problems"]
 
 
-def test_prefill_writes_a_row_per_implementation_share_and_pass(prefilled):
+def test_prefill_writes_a_row_per_implementation_select_per_and_pass(prefilled):
     """Useful FLOPs are those of selected pairs; TFLOP/s and speedups follow from the times."""
     rows = prefilled["rows"]
     labels = [(row["implementation"], row["select_per"], row["pass"]) for row in rows]
@@ -209,7 +209,7 @@ def test_layouts_are_those_of_real_arrays_and_presets_waste_little():
     for family in ("llava-onevision", "cambrian-s"):
         for newlines in ("text", "region"):
             layout = dataclasses.replace(MODELS[layouts.FAMILIES[family]].layout, newlines=newlines)
-            processor = Processor(layout, build_tokenizer(), ("a",))
+            processor = Processor(layout, build_tokenizer(), ("a",), get_family(layout.views.style).views)
             for part, name in ((Image(0), "photo 640x480"), (Video(0), "16 frames 1280x720")):
                 arrays = process(processor, Sample(0, (photo,), (part,), "a", (frames,)))
                 (row,) = (

@@ -9,7 +9,7 @@ become :class:`Image` and :class:`Video` parts, the text between them :class:`Te
         Message("user", (Image(0), "What is this?")),
         Message("assistant", "A cat."),
     )
-    conversation_parts(template, messages, style="cambrian_s")
+    conversation_parts(template, messages, arrange=media_first)
 
     Text("<|im_start|>system\\nYou are ...<|im_end|>\\n<|im_start|>user\\n")
     Image(0)
@@ -26,11 +26,9 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
 
 from gaze_jax.chat.messages import TAG, TAGS, Content, Message, kind_of
 from gaze_jax.chat.template import ChatTemplate
-from gaze_jax.core.layout import STYLES
 from gaze_jax.data.sample import Image, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.errors import UserError
@@ -38,46 +36,13 @@ from gaze_jax.errors import UserError
 START = "<|im_start|>"
 
 Parts = tuple[Image | Video | Text, ...]
-Supervision = Literal["answer", "cambrian_s"]
+Span = tuple[int, int]
+"""(first, end) of characters."""
+Arrange = Callable[[tuple[Content, ...]], tuple[Content, ...]]
+"""Items of a turn -> the same in the order in which a family reads them, as ``messages.media_first``."""
 
 _THINK = re.compile(r"</?think>")
 _END = re.compile(rf"\s*{re.escape(END)}")
-_SYSTEM = {"square": "You are a helpful assistant.", "cambrian_s": "You are a helpful assistant."}
-
-
-def default_system(style: str) -> str | None:
-    """The system prompt that models of a ``ViewConfig.style`` were trained with; None: none.
-
-    For "llava_onevision" it is that of transformers' template; lmms-lab's own code has Cambrian-S's.
-    """
-    _check("style", style, STYLES)
-    return _SYSTEM.get(style)
-
-
-def always_supervised(supervision: Supervision) -> tuple[str, ...]:
-    """Tokens that are targets wherever they occur: the value of ``Processor.supervise``.
-
-    Cambrian-S, like LLaVA-NeXT for Qwen before it, also trains on every line feed and on the tokens that
-    open and end a turn, in the turns of system and user too.
-    """
-    _check("supervision", supervision, get_args(Supervision))
-    return ("\n", START, END) if supervision == "cambrian_s" else ()
-
-
-def _check(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} must be one of {tuple(known)}.")
-
-
-def _arrange(items: tuple[Content, ...], style: str) -> tuple[Content, ...]:
-    """The items of a turn, in the order in which models of ``style`` read them."""
-    media = [item for item in items if not isinstance(item, str)]
-    if not media or style == "square":
-        return items
-    if style == "llava_onevision":
-        media.sort(key=lambda item: isinstance(item, Video))
-    text = "".join(item for item in items if isinstance(item, str)).strip()
-    return (*media, text) if text else tuple(media)
 
 
 def _as_text(items: Iterable[Content]) -> str:
@@ -111,7 +76,7 @@ def _takes_lists(template: ChatTemplate) -> bool:
     return "<image>" in rendered and "probe" in rendered
 
 
-def _pieces(answer: str) -> list[tuple[int, int]]:
+def _pieces(answer: str) -> list[Span]:
     """Characters of what stands between the tags of reasoning in an answer, without white space around it."""
     cuts = [0, *(cut for tag in _THINK.finditer(answer) for cut in tag.span()), len(answer)]
     pieces = []
@@ -153,18 +118,25 @@ class _Marks:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Render:
-    """How one conversation is rendered: everything but who asks and with which marks."""
+class Rendering:
+    """How one conversation is rendered: everything but who asks and with which marks.
+
+    Attributes:
+      template: of the checkpoint.
+      messages: in order.
+      arrange: the order of the items of a turn.
+      variables: of the template.
+    """
 
     template: ChatTemplate
     messages: tuple[Message, ...]
-    style: str
-    variables: Mapping[str, Any]
+    arrange: Arrange
+    variables: Mapping[str, object]
 
     def __call__(self, *, add_generation_prompt: bool = False, marks: _Marks | None = None) -> str:
         lists, turns = _takes_lists(self.template), []
         for message in self.messages:
-            items = _arrange(message.items, self.style)
+            items = self.arrange(message.items)
             if marks and message.role == "assistant":
                 items = (marks.around(message.text),)
             turns.append({"role": message.role, "content": _as_list(items) if lists else _as_text(items)})
@@ -177,24 +149,27 @@ class _Render:
 
     @property
     def name(self) -> str:
+        """Of the template, for messages."""
         return self.template.name
 
     @property
-    def said(self) -> list[str]:
+    def answer_texts(self) -> list[str]:
         """Text of every answer."""
         return [message.text for message in self.messages if message.role == "assistant"]
 
-    def answers(self, whole: str) -> tuple[list[list[tuple[int, int]]], list[tuple[int, int]]]:
+    def answers(self, whole: str) -> tuple[list[list[Span]], list[Span]]:
         """Where in ``whole`` the pieces of each answer lie, and the ``{% generation %}`` blocks."""
-        pieces = [_pieces(answer) for answer in self.said]
+        pieces = [_pieces(answer) for answer in self.answer_texts]
         if [] in pieces:
             raise UserError(f"Answer {pieces.index([])} of the conversation is empty; leave its turn out.")
-        marks = _Marks.for_texts([whole, self.template.source, *self.said])
+        marks = _Marks.for_texts([whole, self.template.source, *self.answer_texts])
         bare, found = marks.remove(self(marks=marks))
         spans = list(zip(found[marks.opening], found[marks.closing]))
         begins, ends = (found[mark] for mark in marks.generation)
         written = [whole[start:end] for start, end in spans]
-        expected = [answer[start:end] for answer, of_it in zip(self.said, pieces) for start, end in of_it]
+        expected = [
+            answer[start:end] for answer, of_it in zip(self.answer_texts, pieces) for start, end in of_it
+        ]
         if bare != whole or written != expected:
             raise UserError(
                 f"{self.name} rewrites or leaves out a part of an answer, so it cannot be learnt as it is "
@@ -205,7 +180,7 @@ class _Render:
         return [[next(left) for _ in of_it] for of_it in pieces], list(zip(begins, ends, strict=True))
 
 
-def _turn_start(render: _Render, whole: str, at: int) -> int:
+def _turn_start(render: Rendering, whole: str, at: int) -> int:
     """Where the turn opens whose answer begins at character ``at``."""
     start = whole.rfind(START, 0, at)
     if start < 0:
@@ -215,7 +190,7 @@ def _turn_start(render: _Render, whole: str, at: int) -> int:
     return start
 
 
-def _turn_end(render: _Render, whole: str, at: int) -> int:
+def _turn_end(render: Rendering, whole: str, at: int) -> int:
     """Where the end token ends that follows an answer, which ends at character ``at``."""
     end = _END.match(whole, at)
     if end is None:
@@ -223,7 +198,7 @@ def _turn_end(render: _Render, whole: str, at: int) -> int:
     return end.end()
 
 
-def _answer_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
+def answer_spans(render: Rendering, whole: str) -> list[Span]:
     """Characters that a model would say: from the end of the generation prompt to the end token."""
     answers, blocks = render.answers(whole)
     blocks = [(start, end) for start, end in blocks if start < end]
@@ -233,7 +208,7 @@ def _answer_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
     prompted = render(add_generation_prompt=True)
     header = prompted.removeprefix(whole) if prompted.startswith(whole) else ""
     spans = []
-    for answer, pieces in zip(render.said, answers, strict=True):
+    for answer, pieces in zip(render.answer_texts, answers, strict=True):
         first, last = pieces[0][0], pieces[-1][1]
         opened, before = _turn_start(render, whole, first), answer[: _pieces(answer)[0][0]]
         if header and whole.startswith(header, opened):
@@ -244,7 +219,7 @@ def _answer_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _cambrian_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
+def turn_spans(render: Rendering, whole: str) -> list[Span]:
     """Whole turns of the assistant, with header, end token and the line feed after it."""
     spans = []
     for pieces in render.answers(whole)[0]:
@@ -253,9 +228,27 @@ def _cambrian_spans(render: _Render, whole: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _split(render: _Render, whole: str, spans: Sequence[tuple[int, int]]) -> Parts:
+@dataclasses.dataclass(frozen=True)
+class Supervision:
+    """What of a conversation a model learns.
+
+    Attributes:
+      spans: (rendering, the rendered string) -> the characters that are targets, in order.
+      tokens: tokens, written out, that are targets wherever they occur: the value of ``Processor.supervise``.
+    """
+
+    spans: Callable[[Rendering, str], list[Span]]
+    tokens: tuple[str, ...] = ()
+
+
+ANSWER = Supervision(answer_spans)
+"""What the model says after a generation prompt, with the end token, or the ``{% generation %}`` blocks of a
+template that has them, each with the end token that follows."""
+
+
+def _split(render: Rendering, whole: str, spans: Sequence[Span]) -> Parts:
     """Cut ``whole`` at its tags; a text takes what ``spans`` say about its characters."""
-    arranged = [item for message in render.messages for item in _arrange(message.items, render.style)]
+    arranged = [item for message in render.messages for item in render.arrange(message.items)]
     media = {tag: [item for item in arranged if isinstance(item, kind)] for tag, kind in TAGS.items()}
     for tag, items in media.items():
         if whole.count(tag) != len(items):
@@ -280,16 +273,14 @@ def conversation_parts(
     template: ChatTemplate,
     messages: Sequence[Message],
     *,
-    style: str,
-    supervision: Supervision = "answer",
+    arrange: Arrange,
+    supervision: Supervision = ANSWER,
     add_generation_prompt: bool = False,
-    **variables: Any,
+    **variables: object,
 ) -> Parts:
     """Render a conversation into the parts of a sample.
 
-    Where the media of a turn go is a matter of ``style``: for "cambrian_s" before its text, for
-    "llava_onevision" too, and images before videos; for "square" they stay where they are. In a template
-    that knows no media, a line feed follows media that open a turn.
+    In a template that knows no media, a line feed follows media that open a turn.
 
     With Qwen3's template an answer is shown with (empty) reasoning only in the last turn, as it is shown to
     the model later. What the model is taught to say first is then not the same in all turns; where that
@@ -298,10 +289,9 @@ def conversation_parts(
     Args:
       template: of the checkpoint.
       messages: in order. ``Image`` and ``Video`` keep their indices.
-      style: as ``ViewConfig.style``.
-      supervision: "answer": what the model says after a generation prompt, with the end token, or the
-        ``{% generation %}`` blocks of a template that has them, each with the end token that follows;
-        "cambrian_s": whole turns of the assistant with their header, for :func:`always_supervised`.
+      arrange: the order of media and text in a turn, ``Family.arrange``.
+      supervision: what is learnt; :data:`ANSWER`, or ``Family.supervision`` for what the family's authors
+        trained on.
       add_generation_prompt: ask for an answer: nothing is supervised.
       **variables: of the template, such as ``enable_thinking``.
 
@@ -312,9 +302,7 @@ def conversation_parts(
       UserError: the template fails, leaves a text out, rewrites an answer or has no place for the media; or
         there is no answer to learn (or already one, where it is asked for).
     """
-    _check("style", style, STYLES)
-    _check("supervision", supervision, get_args(Supervision))
-    render = _Render(template, tuple(messages), style, variables)
+    render = Rendering(template, tuple(messages), arrange, variables)
     answered = [message.role == "assistant" for message in messages]
     if not messages or (not add_generation_prompt and True not in answered):
         raise UserError(
@@ -325,14 +313,13 @@ def conversation_parts(
     whole = render(add_generation_prompt=add_generation_prompt)
     for message in messages:
         if message.role != "assistant":
-            for item in _arrange(message.items, style):
+            for item in arrange(message.items):
                 if isinstance(item, str) and item.strip() not in whole:
                     raise UserError(
                         f"{template.name} leaves out or rewrites text of a turn of role {message.role!r} "
                         f"({item.strip()[:40]!r}); change the turn or the template."
                     )
-    find = _answer_spans if supervision == "answer" else _cambrian_spans
-    return _split(render, whole, () if add_generation_prompt else find(render, whole))
+    return _split(render, whole, [] if add_generation_prompt else supervision.spans(render, whole))
 
 
 def count_tokens(

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,13 +18,13 @@ from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import Tensor
 from gaze_jax.convert.source import CONFIG, UNUSED, PartConfig, cast, read_config
 from gaze_jax.errors import UserError
-from gaze_jax.families import FAMILIES, decoder_family, joint_rules
-from gaze_jax.families.table import Family, Rule
+from gaze_jax.families import CONVERSIONS, joint_rules, written_as
+from gaze_jax.families.table import Conversion, Rule
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.stored import NEWEST
 
 GAZE_TENSORS = "gaze.safetensors"
 GAZE_SETTINGS = "gaze.json"
-SETTINGS_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 _DTYPE = ("dtype", "torch_dtype")
 _PT = {"format": "pt"}
@@ -113,35 +112,39 @@ def _of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, _Entry]:
 
 
 def _part_entries(
-    model: Model, family: Family, config: PartConfig, beside: Path | None, dtype: str | None
+    model: Model, conversion: Conversion, config: PartConfig, beside: Path | None, dtype: str | None
 ) -> dict[str, _Entry]:
     """All tensors of a part, by canonical name."""
     entries: dict[str, _Entry] = {}
-    for rule in family.rules(config):
+    for rule in conversion.rules(config):
         entries |= _of_rule(model, rule, dtype)
-    for name, original in family.implied(config).items():
+    for name, original in conversion.implied(config).items():
         entries[name] = entries[original]
     if beside is None:
-        entries |= _of_arrays(family.defaults(config))
+        entries |= _of_arrays(conversion.defaults(config))
     elif (beside / UNUSED).exists():
         entries |= _of_file(beside / UNUSED, dtype)
     return entries
 
 
 def _plan(
-    entries: Mapping[str, _Entry], family: Family, config: PartConfig, source: Source | None, whole: bool
+    entries: Mapping[str, _Entry],
+    conversion: Conversion,
+    config: PartConfig,
+    source: Source | None,
+    whole: bool,
 ) -> dict[str, tuple[dict[str, str], dict[str, _Entry]]]:
     """File name -> metadata and tensors; the source's own files if they held exactly these tensors."""
     if source is not None and whole:
         return {
             file: (
                 dict(content["metadata"]),
-                {name: entries[family.canonical(name)] for name in content["tensors"]},
+                {name: entries[conversion.canonical(name)] for name in content["tensors"]},
             )
             for file, content in source.files.items()
             if content["tensors"]  # skip a shard of which no tensor was converted
         }
-    implied = family.implied(config)
+    implied = conversion.implied(config)
     parts: list[dict[str, _Entry]] = [{}]
     filled = 0
     for name, entry in entries.items():
@@ -192,11 +195,11 @@ def _write_index(directory: Path, plan: Mapping[str, tuple[Mapping[str, str], Ma
     _write_json(path, index)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str, _Entry]) -> None:
+def _write_config(directory: Path, config: dict[str, object], entries: Mapping[str, _Entry]) -> None:
     """Write config.json, with the tensors' dtype unless they have several."""
     dtypes = {shards.DTYPES[entry.dtype].name for entry in entries.values()}
     if len(dtypes) == 1:
@@ -216,28 +219,30 @@ def _recast(written: Mapping[str, _Entry], source: Source | None) -> bool:
     return any(came.get(name, entry.dtype) != entry.dtype for name, entry in written.items())
 
 
-def _written_as(config: PartConfig) -> str:
-    """The family under which a part without a source is written."""
-    if isinstance(config, VisionConfig):
-        return "siglip_vision_model"
-    assert not isinstance(config, MLLMConfig), "a whole model without a source is written part by part"
-    return decoder_family(config)
-
-
 def _export_part(
-    model: Model, part: str, config: PartConfig, directory: Path, dtype: str | None, progress: Any
+    model: Model,
+    part: str,
+    config: PartConfig,
+    directory: Path,
+    dtype: str | None,
+    progress: Callable[[int], None],
 ) -> None:
     source = model.sources.get(part)
     beside = None if source is None or model.beside is None else model.beside / part
-    family = FAMILIES[_written_as(config) if source is None else source.model_type]
-    entries = _part_entries(model, family, config, beside, dtype)
+    if source is None:
+        assert not isinstance(config, MLLMConfig), "a whole model without a source is written part by part"
+        model_type = written_as(config)
+    else:
+        model_type = source.model_type
+    conversion = CONVERSIONS[model_type]
+    entries = _part_entries(model, conversion, config, beside, dtype)
     original = None if beside is None else read_config(beside)
     if original is None:
-        assert family.write_config is not None, "decoders and towers have it"
-        own = family.write_config(config)
+        assert conversion.write_config is not None, "decoders and towers have it"
+        own = conversion.write_config(config)
     else:
-        own = dict(family.own_config(original))
-    plan = _plan(entries, family, config, source, whole=own == original)
+        own = dict(conversion.own_config(original))
+    plan = _plan(entries, conversion, config, source, whole=own == original)
     directory.mkdir(exist_ok=True)
     _write_files(directory, plan, progress)
     if beside is not None:
@@ -286,8 +291,8 @@ def export(
             for rule in joint_rules(model.config.gaze.context_tokens):
                 entries |= _of_rule(model, rule, dtype)
             _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
-        stored = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
-        settings = {"format_version": SETTINGS_VERSION, "model": to_dict(stored), "parts": places}
+        config = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
+        settings = {"format_version": NEWEST["export"], "model": to_dict(config), "parts": places}
         _write_json(directory / GAZE_SETTINGS, settings)
 
 

@@ -10,6 +10,8 @@ from gaze_jax.convert import checkpoint, manifest
 from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, read_tokenizer, text_part
 from gaze_jax.convert.run import Plan, plan_directory
 from gaze_jax.errors import UserError
+from gaze_jax.families import check_views
+from gaze_jax.models.config import MLLMConfig
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.checkpoint import FOLDER, load_for_inference
@@ -49,10 +51,17 @@ def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
       check: verify the checksums of a converted checkpoint.
 
     Raises:
-      UserError: the directory is none of these, or it is damaged.
+      UserError: the directory is none of these, it is damaged, or the views in its config are invalid.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give a checkpoint.")
+    found = _load(directory, mesh, check)
+    if isinstance(found.config, MLLMConfig):
+        check_views(found.config.views)
+    return found
+
+
+def _load(directory: Path, mesh: Mesh, check: bool) -> Converted:
     if (directory / manifest.FILE).exists():
         return checkpoint.load(directory, mesh, check=check)
     if (directory / FOLDER).is_dir():

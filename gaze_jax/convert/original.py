@@ -1,21 +1,28 @@
 """The original of a whole multimodal model in torch, for comparison. Needs torch and transformers.
 
-transformers only has a class for its own layout. A model in the layout of LLaVA-NeXT or Cambrian-S is
-assembled here: every tensor of its files is loaded, under its own name, into transformers' language model,
-its image tower or a projector; missing and unexpected tensors are errors.
+transformers only has a class for its own layouts (``Conversion.original``). A model in the layout of
+LLaVA-NeXT or Cambrian-S is assembled here: every tensor of its files is loaded, under its own name, into
+transformers' language model, its image tower or a projector; missing and unexpected tensors are errors.
 """
 
 import dataclasses
 import fnmatch
+import operator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gaze_jax.convert import shards
 from gaze_jax.convert.source import CONFIG, read_config
 from gaze_jax.errors import UserError
-from gaze_jax.families import FAMILIES, family_type
-from gaze_jax.families.table import Json, Names
+from gaze_jax.families import conversion_of
+from gaze_jax.families.table import Conversion, Json, Names
 from gaze_jax.models.config import VisionConfig
+
+# torch is an optional extra, and nothing here needs its types.
+TorchModule = Any
+TorchTensor = Any
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -31,7 +38,7 @@ _TEXT_FIELDS = (
 )
 
 
-def import_torch() -> tuple[Any, Any]:
+def import_torch() -> tuple[ModuleType, ModuleType]:
     """Import torch and transformers, without the latter's warnings.
 
     Raises:
@@ -49,7 +56,7 @@ def import_torch() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def load_tower(directory: Path) -> Any:
+def load_tower(directory: Path) -> TorchModule:
     """Load the image tower of a directory with transformers, in float32."""
     torch, transformers = import_torch()
     return transformers.SiglipVisionModel.from_pretrained(
@@ -70,12 +77,12 @@ class Original:
       newline: the newline embedding, a tensor of that width.
     """
 
-    decoder: Any
-    layers: Any
-    tower: Any
+    decoder: TorchModule
+    layers: Iterable[TorchModule]
+    tower: TorchModule
     feature_layer: int
-    projector: Any
-    newline: Any
+    projector: TorchModule
+    newline: TorchTensor
 
 
 def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> Original:
@@ -91,24 +98,20 @@ def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> 
     """
     torch, transformers = import_torch()
     values = read_config(directory)
-    kind = family_type(values, str(directory / CONFIG))
-    if kind == "llava_onevision":
-        whole = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        inner = whole.model
-        return Original(
-            whole,
-            inner.language_model.layers,
-            inner.vision_tower,
-            whole.config.vision_feature_layer,
-            inner.multi_modal_projector,
-            inner.image_newline,
-        )
-    return _assemble(directory, values, kind, vision, tower)
+    conversion = conversion_of(values, str(directory / CONFIG))
+    if conversion.original is None:
+        return _assemble(directory, values, conversion, vision, tower)
+    where = conversion.original
+    whole = (
+        getattr(transformers, where.name)
+        .from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+    )
+    paths = (where.layers, where.tower, where.feature_layer, where.projector, where.newline)
+    return Original(whole, *operator.attrgetter(*paths)(whole))
 
 
-def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
+def _split(tensors: Mapping[str, TorchTensor], names: Names) -> dict[str, dict[str, TorchTensor]]:
     """Split tensors by part; each gets the name that it has in the separate part."""
     prefixes = {
         "tower": names.vision,
@@ -117,27 +120,28 @@ def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
         "newline": names.newline,
         "decoder": names.decoder,
     }
-    parts: dict[str, dict[str, Any]] = {part: {} for part in prefixes}
+    parts: dict[str, dict[str, TorchTensor]] = {part: {} for part in prefixes}
     for name, tensor in tensors.items():
         part = next(part for part, prefix in prefixes.items() if name.startswith(prefix))
         parts[part][name.removeprefix(prefixes[part])] = tensor
     return parts
 
 
-def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tower: VisionConfig) -> Original:
+def _assemble(
+    directory: Path, values: Json, conversion: Conversion, vision: Path | None, tower: VisionConfig
+) -> Original:
     """Assemble a model of which transformers has no class from transformers' parts."""
     torch, transformers = import_torch()
     import safetensors.torch
 
-    family = FAMILIES[kind]
-    assert family.names is not None, "a whole model"
+    assert conversion.names is not None, "a whole model"
     tensors = {}
     for file in shards.open_checkpoint(directory):
         for name, tensor in safetensors.torch.load_file(file.path).items():
-            canonical = family.canonical(name)
-            if not any(fnmatch.fnmatchcase(canonical, glob) for glob in family.left_out):
+            canonical = conversion.canonical(name)
+            if not any(fnmatch.fnmatchcase(canonical, glob) for glob in conversion.left_out):
                 tensors[canonical] = tensor.float()
-    parts = _split(tensors, family.names)
+    parts = _split(tensors, conversion.names)
     fields = {name: values[name] for name in _TEXT_FIELDS if values.get(name) is not None}
     nested = values.get("rope_parameters") or {}
     text = transformers.Qwen2Config(**{"rope_theta": nested.get("rope_theta", 10_000.0)} | fields)
@@ -161,7 +165,7 @@ def _assemble(directory: Path, values: Json, kind: str, vision: Path | None, tow
     return Original(decoder, decoder.model.layers, found, feature_layer, projector, parts["newline"][""])
 
 
-def _tower(tensors: dict[str, Any], config: VisionConfig) -> Any:
+def _tower(tensors: dict[str, TorchTensor], config: VisionConfig) -> TorchModule:
     """transformers' image tower with the layers and the other modules for which ``tensors`` has values."""
     _, transformers = import_torch()
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}

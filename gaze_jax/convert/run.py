@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,6 @@ from gaze_jax.convert.checkpoint import Config, Pending, flat_leaves, numpy_dtyp
 from gaze_jax.convert.export import (
     GAZE_SETTINGS,
     GAZE_TENSORS,
-    SETTINGS_VERSION,
     Model,
     export,
     part_directories,
@@ -44,11 +43,11 @@ from gaze_jax.convert.source import (
     read_config,
 )
 from gaze_jax.errors import UserError
-from gaze_jax.families import family_of, feature_tower, joint_rules
-from gaze_jax.families.tower import read_siglip
+from gaze_jax.families import check_views, conversion_of, feature_tower, joint_rules
 from gaze_jax.models.config import DTYPES, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params, init_variables
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.stored import check_version, upgrade
 from gaze_jax.train.checkpoint import FOLDER, load_for_inference
 
 
@@ -71,7 +70,12 @@ class Plan:
     dtype: str | None = None
 
 
-def _stored(leaves: Mapping[str, Pending]) -> dict[str, Any]:
+class _Dtypes(TypedDict):
+    dtype: str
+    param_dtype: str
+
+
+def _stored(leaves: Mapping[str, Pending]) -> _Dtypes:
     """Settings of a model that computes in the dtype of its embeddings."""
     stored = leaves["decoder/embedding"].leaf.dtype
     return {"dtype": stored if stored in DTYPES else "float32", "param_dtype": stored}
@@ -105,14 +109,14 @@ def plan_directory(
     if (directory / manifest.FILE).exists():
         raise UserError(f"{directory} is already converted; --format=hf converts it back for transformers.")
     exported = (directory / GAZE_SETTINGS).exists()
-    family = None if exported else family_of(read_config(directory), str(directory / CONFIG))
-    if vision is not None and (family is None or not family.tower_elsewhere):
-        what = "an export of this project" if family is None else KINDS[family.part]
-        whole = "" if family is None or family.part != "model" else " with its image tower"
+    conversion = None if exported else conversion_of(read_config(directory), str(directory / CONFIG))
+    if vision is not None and (conversion is None or not conversion.tower_elsewhere):
+        what = "an export of this project" if conversion is None else KINDS[conversion.part]
+        whole = "" if conversion is None or conversion.part != "model" else " with its image tower"
         raise UserError(f"--vision has no effect: {directory} is {what}{whole}; drop it.")
-    if family is None:
+    if conversion is None:
         return _plan_export(directory, dtype)
-    if family.part == "model":
+    if conversion.part == "model":
         opened = _open_whole(directory, vision)
         leaves = _all_leaves(opened, dtype)
         config = opened["model"].config
@@ -129,10 +133,11 @@ def _described_tower(directory: Path) -> VisionConfig:
     """The tower in a directory's config.json, up to the penultimate layer; the weights may be missing."""
     where = directory / CONFIG
     values = read_config(directory)
-    if family_of(values, str(where)).part != "vision":
+    conversion = conversion_of(values, str(where))
+    if conversion.part != "vision":
         raise UserError(f"{directory} is not an image tower; give one with --vision.")
     try:
-        return feature_tower(read_siglip(values), -2)
+        return feature_tower(conversion.read_config(values), -2)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -186,13 +191,11 @@ def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str
 def _plan_export(directory: Path, dtype: str | None) -> Plan:
     settings = shards.read_json(directory / GAZE_SETTINGS)
     where = directory / GAZE_SETTINGS
-    if settings.get("format_version") != SETTINGS_VERSION:
-        raise UserError(
-            f"{where} has format_version {settings.get('format_version')!r} but this gaze_jax reads "
-            f"{SETTINGS_VERSION}; use the version that wrote it."
-        )
+    version = check_version("export", settings, str(where))
     try:
+        settings = upgrade("export", settings, version)
         config = from_dict(MLLMConfig, settings["model"])
+        check_views(config.views)
         places = part_directories(directory)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not what was written ({error}); export the model again.") from error

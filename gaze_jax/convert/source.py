@@ -16,8 +16,8 @@ from gaze_jax.convert.checkpoint import Pending, flat_leaves, numpy_dtype
 from gaze_jax.convert.manifest import Leaf, Source
 from gaze_jax.convert.shards import DTYPES, NAMES, Tensor
 from gaze_jax.errors import UserError
-from gaze_jax.families import FAMILIES, family_type, feature_tower
-from gaze_jax.families.table import Family, Json, Part, Rule, copy
+from gaze_jax.families import CONVERSIONS, feature_tower, model_type_of
+from gaze_jax.families.table import Conversion, Json, Part, Rule, copy
 from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params
 
@@ -70,7 +70,7 @@ class Opened:
 
     Attributes:
       directory: its path.
-      model_type, family: its key and value in FAMILIES.
+      model_type, conversion: its key and value in CONVERSIONS.
       config: config of the part that is converted.
       rules: rules of all parameters it holds; those of the part, without the tower if that is elsewhere.
       files: its safetensors files.
@@ -82,7 +82,7 @@ class Opened:
 
     directory: Path
     model_type: str
-    family: Family
+    conversion: Conversion
     config: PartConfig
     rules: tuple[Rule, ...]
     files: tuple[shards.File, ...]
@@ -104,21 +104,21 @@ class Opened:
     @property
     def source(self) -> Source:
         """Its entry in the manifest; names as in the files, so that they can be written again."""
-        kept = {self.family.canonical(name) for name in (*self.used, *self.unused)}
-        kept |= set(self.family.implied(self.config))
+        kept = {self.conversion.canonical(name) for name in (*self.used, *self.unused)}
+        kept |= set(self.conversion.implied(self.config))
         files = {}
         for file in self.files:
             names = {
                 name: tensor.dtype
                 for name, tensor in file.tensors.items()
-                if self.family.canonical(name) in kept
+                if self.conversion.canonical(name) in kept
             }
             files[file.path.name] = {"metadata": dict(file.metadata), "tensors": names}
         return Source(self.model_type, files, self.left_out)
 
 
 def _sort(
-    family: Family, config: PartConfig, files: Iterable[shards.File]
+    conversion: Conversion, config: PartConfig, files: Iterable[shards.File]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
     """Tensors that are used, tensors that are only stored, and notes on those left out."""
     used: dict[str, Tensor] = {}
@@ -126,21 +126,25 @@ def _sort(
     left: dict[str, int] = {}
     for file in files:
         for name, tensor in file.tensors.items():
-            canonical = family.canonical(name)
-            reasons = (why for glob, why in family.left_out.items() if fnmatch.fnmatchcase(canonical, glob))
+            canonical = conversion.canonical(name)
+            reasons = (
+                why for glob, why in conversion.left_out.items() if fnmatch.fnmatchcase(canonical, glob)
+            )
             if (reason := next(reasons, None)) is not None:
                 left[reason] = left.get(reason, 0) + 1
                 continue
-            group = unused if family.unused(config, canonical) else used
+            group = unused if conversion.unused(config, canonical) else used
             if canonical in group:
                 raise UserError(f"{file.path} has {canonical} under two names; remove one.")
             group[canonical] = tensor
     return used, unused, tuple(f"{count} tensors not converted: {why}." for why, count in left.items())
 
 
-def _check_implied(family: Family, config: PartConfig, used: dict[str, Tensor], directory: Path) -> None:
+def _check_implied(
+    conversion: Conversion, config: PartConfig, used: dict[str, Tensor], directory: Path
+) -> None:
     """Drop the copy of a tied tensor from ``used``, after comparing it with the original."""
-    for name, original in family.implied(config).items():
+    for name, original in conversion.implied(config).items():
         if name not in used or original not in used:
             continue
         copy, first = used.pop(name), used[original]
@@ -188,24 +192,24 @@ def read_config(directory: Path) -> Json:
 
 
 def _read_part(
-    directory: Path, family: Family, values: Json, feature_layer: int, tower: VisionConfig | None
+    directory: Path, conversion: Conversion, values: Json, feature_layer: int, tower: VisionConfig | None
 ) -> PartConfig:
     """The part that ``config.json`` describes, up to the features that are used."""
     try:
-        if family.tower_elsewhere:
-            return family.read_config(values, tower)
-        config = family.read_config(values)
+        if conversion.tower_elsewhere:
+            return conversion.read_config(values, tower)
+        config = conversion.read_config(values)
         return feature_tower(config, feature_layer) if isinstance(config, VisionConfig) else config
     except ValueError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from error
 
 
-def _rules(family: Family, config: PartConfig, names: Iterable[str]) -> tuple[Rule, ...]:
+def _rules(conversion: Conversion, config: PartConfig, names: Iterable[str]) -> tuple[Rule, ...]:
     """The family's table, without the tower if the family allows that and the file has none of it."""
-    rules = family.rules(config)
-    if not family.tower_elsewhere or family.names is None:
+    rules = conversion.rules(config)
+    if not conversion.tower_elsewhere or conversion.names is None:
         return rules
-    if any(family.canonical(name).startswith(family.names.vision) for name in names):
+    if any(conversion.canonical(name).startswith(conversion.names.vision) for name in names):
         return rules
     return tuple(rule for rule in rules if not rule.leaf.startswith(TOWER))
 
@@ -231,17 +235,17 @@ def open_directory(
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give one with config.json and safetensors files.")
     values = read_config(directory)
-    kind = family_type(values, str(directory / CONFIG))
-    family = FAMILIES[kind]
-    if part is not None and family.part != part:
-        raise UserError(f"{directory} is {KINDS[family.part]} but {KINDS[part]} is needed here.")
-    config = _read_part(directory, family, values, feature_layer, tower)
+    kind = model_type_of(values, str(directory / CONFIG))
+    conversion = CONVERSIONS[kind]
+    if part is not None and conversion.part != part:
+        raise UserError(f"{directory} is {KINDS[conversion.part]} but {KINDS[part]} is needed here.")
+    config = _read_part(directory, conversion, values, feature_layer, tower)
     files = shards.open_checkpoint(directory)
-    rules = _rules(family, config, (name for file in files for name in file.tensors))
-    used, unused, left_out = _sort(family, config, files)
-    _check_implied(family, config, used, directory)
+    rules = _rules(conversion, config, (name for file in files for name in file.tensors))
+    used, unused, left_out = _sort(conversion, config, files)
+    _check_implied(conversion, config, used, directory)
     opened = Opened(
-        directory, kind, family, config, rules, files, used, unused, left_out, family.remarks(values)
+        directory, kind, conversion, config, rules, files, used, unused, left_out, conversion.remarks(values)
     )
     _check_tensors(opened)
     return opened

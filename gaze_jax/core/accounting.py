@@ -12,11 +12,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int
 
 from gaze_jax.core.regions import descriptor_width
 from gaze_jax.core.streams import Kind
+from gaze_jax.core.types import AnyArray, Array
 
-Array = jax.Array
+Amount = Float[AnyArray, "*#lead"] | float
+"""One number, or one for each query."""
 
 
 @jax.tree_util.register_dataclass
@@ -24,13 +27,13 @@ Array = jax.Array
 class Entries:
     """Valid keys attended by one query in one layer; each float32 [...]."""
 
-    visual: Array
-    newline: Array
-    context: Array
-    text: Array
+    visual: Float32[AnyArray, "*#lead"]
+    newline: Float32[AnyArray, "*#lead"]
+    context: Float32[AnyArray, "*#lead"]
+    text: Float32[AnyArray, "*#lead"]
 
     @property
-    def total(self) -> Array:
+    def total(self) -> Float32[AnyArray, "*#lead"]:
         """All of them: the length of the softmax."""
         return self.visual + self.newline + self.context + self.text
 
@@ -45,12 +48,12 @@ class Reads:
       text_stream: keys and values of the text stream.
     """
 
-    descriptors: Array | float
-    visual: Array | float
-    text_stream: Array | float
+    descriptors: Amount
+    visual: Amount
+    text_stream: Amount
 
     @property
-    def total(self) -> Array | float:
+    def total(self) -> Amount:
         """All of them."""
         return self.descriptors + self.visual + self.text_stream
 
@@ -59,21 +62,23 @@ class Reads:
 class Flops:
     """Floating point operations of one query in one layer (a multiply-add is two)."""
 
-    attention: Array | float
-    routing: Array | float
+    attention: Amount
+    routing: Amount
 
     @property
-    def total(self) -> Array | float:
+    def total(self) -> Amount:
         """Attention and routing."""
         return self.attention + self.routing
 
 
-def mask_from_indices(indices: Array, num_regions: int) -> Array:
+def mask_from_indices(indices: Int[AnyArray, "*lead J"], num_regions: int) -> Bool[Array, "*lead R"]:
     """int32 [..., J] to bool [..., R]: -1 names no region and a region listed twice counts once."""
     return jnp.any(indices[..., None] == jnp.arange(num_regions, dtype=jnp.int32), axis=-2)
 
 
-def _selection(selected: Array | None, indices: Array | None, num_regions: int) -> Array | None:
+def _selection(
+    selected: Bool[AnyArray, "*lead R"] | None, indices: Int[AnyArray, "*lead J"] | None, num_regions: int
+) -> Bool[AnyArray, "*lead R"] | None:
     if selected is not None and indices is not None:
         raise ValueError(
             "accounting takes selected or indices, not both; leave both out for dense attention."
@@ -82,12 +87,12 @@ def _selection(selected: Array | None, indices: Array | None, num_regions: int) 
 
 
 def entries(
-    valid: Array,
-    text_seen: Array,
-    kind: Array,
+    valid: Bool[AnyArray, "*#lead R P"],
+    text_seen: Bool[AnyArray, "*#lead S"],
+    kind: Int[AnyArray, "*#lead S"],
     *,
-    selected: Array | None = None,
-    indices: Array | None = None,
+    selected: Bool[AnyArray, "*#lead Hs R"] | None = None,
+    indices: Int[AnyArray, "*#lead Hs J"] | None = None,
 ) -> Entries:
     """Count the keys that routed queries attend to.
 
@@ -109,13 +114,13 @@ def entries(
         per_head = jnp.sum(jnp.where(chosen, tokens[..., None, :], 0), axis=-1)
         visual = jnp.mean(per_head.astype(jnp.float32), axis=-1)
 
-    def count(wanted: Kind) -> Array:
+    def count(wanted: Kind) -> Float32[Array, "*lead"]:
         return jnp.sum(text_seen & (kind == wanted), axis=-1, dtype=jnp.int32).astype(jnp.float32)
 
     return Entries(visual, count(Kind.NEWLINE), count(Kind.CONTEXT), count(Kind.TEXT))
 
 
-def union_over_group(selected: Array, kv_heads: int) -> Array:
+def union_over_group(selected: Bool[AnyArray, "*lead Hs R"], kv_heads: int) -> Float32[Array, "*lead K"]:
     """Regions that each kv head must read for its query heads: bool [..., Hs, R] to float32 [..., K]."""
     heads, regions = selected.shape[-2:]
     if heads % kv_heads:
@@ -125,14 +130,14 @@ def union_over_group(selected: Array, kv_heads: int) -> Array:
 
 
 def reads(
-    valid: Array,
-    text_seen: Array,
+    valid: Bool[AnyArray, "*#lead R P"],
+    text_seen: Bool[AnyArray, "*#lead S"],
     *,
     kv_heads: int,
     head_dim: int,
     itemsize: int,
-    selected: Array | None = None,
-    indices: Array | None = None,
+    selected: Bool[AnyArray, "*#lead Hs R"] | None = None,
+    indices: Int[AnyArray, "*#lead Hs J"] | None = None,
     descriptor: str = "mean",
 ) -> Reads:
     """Bytes that decoding steps must read, with the union over a group's query heads as measured.
@@ -166,8 +171,8 @@ def decode_floor(
     itemsize: int,
     regions: int | None,
     slots: int,
-    union: Array | float,
-    text_stream: Array | float,
+    union: Amount,
+    text_stream: Amount,
     *,
     descriptor: str = "mean",
 ) -> Reads:
@@ -195,7 +200,7 @@ def decode_floor(
 def attention_flops(
     heads: int,
     head_dim: int,
-    attended: Array | float,
+    attended: Amount,
     *,
     regions: int = 0,
     kv_heads: int | None = None,

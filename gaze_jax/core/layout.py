@@ -4,10 +4,10 @@ import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Int32
 
 from gaze_jax.core.regions import partition
 
-STYLES = ("square", "llava_onevision", "cambrian_s")
 NEWLINES = ("text", "region")
 
 
@@ -18,8 +18,9 @@ class ViewConfig:
     A view is one token grid: a whole image, the joined tiles of one, or a video frame.
 
     Attributes:
-      style: "square", an image or a frame is one view of the tower's size, without newlines;
-        "llava_onevision" or "cambrian_s", as those models read them (``gaze_jax.data.views``).
+      style: name of the family whose models read them so, a key of ``gaze_jax.families.FAMILIES``; "square":
+        an image or a frame is one view of the tower's size, without newlines. The family decides which of the
+        other fields it uses; what it would ignore is refused where its views are made.
       canvases: (height, width) in pixels that the tiles of an image may fill, multiples of the tower's
         size; empty: an image is never cut into tiles.
       max_tiles: a tile grid of more tokens than this many whole images is shrunk (LLaVA-OneVision's
@@ -28,7 +29,7 @@ class ViewConfig:
       frame_side: the same for a video frame.
 
     Raises:
-      ValueError: an unknown style, a number that is not positive, or one that the style has no use for.
+      ValueError: a number that is not positive.
     """
 
     style: str = "square"
@@ -42,24 +43,14 @@ class ViewConfig:
         for canvas in self.canvases:
             if len(canvas) != 2 or min(canvas) < 1:
                 raise ValueError(f"views.canvases has {canvas}, which should be (height, width) in pixels.")
-        if self.style not in STYLES:
-            raise ValueError(f"views.style={self.style!r} must be one of {STYLES}.")
-        numbers = {name: getattr(self, name) for name in ("max_tiles", "image_side", "frame_side")}
-        for name, value in numbers.items():
+        for name in ("max_tiles", "image_side", "frame_side"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"views.{name}={value} must be at least 1, or None.")
-        if self.style == "square" and (self.canvases or any(numbers.values())):
-            raise ValueError(
-                "views.style='square' has no tiles and pools nothing; leave the other fields of views empty."
-            )
-        if self.style == "llava_onevision" and self.image_side is not None:
-            raise ValueError("views.style='llava_onevision' pools no image; leave views.image_side empty.")
-        if self.style == "cambrian_s" and self.max_tiles is not None:
-            raise ValueError("views.style='cambrian_s' shrinks no tile grid; leave views.max_tiles empty.")
 
 
 @functools.lru_cache(maxsize=64)
-def _regions(grid: int, region: tuple[int, int]) -> np.ndarray:
+def _regions(grid: int, region: tuple[int, int]) -> Int32[np.ndarray, "R P"]:
     table = partition(grid, grid, region)
     table.setflags(write=False)  # shared by every caller
     return table
@@ -133,7 +124,7 @@ class VisualLayout:
         return self.grid * self.grid
 
     @property
-    def table(self) -> np.ndarray:
+    def table(self) -> Int32[np.ndarray, "R P"]:
         """int32 [R, P], read-only: raster index of the token in each slot of each region, -1 if empty."""
         return _regions(self.grid, self.region)
 

@@ -29,11 +29,11 @@ is one interval. A picture of one row, ``t`` text, ``v`` visual (two regions), `
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int, Int32
 
 from gaze_jax.core.streams import EMPTY, Kind, Streams
+from gaze_jax.core.types import AnyArray, Array
 from pallas_kernels.spec import KeyPlaces, Windows
-
-Array = jax.Array
 
 
 def key_places(streams: Streams) -> KeyPlaces:
@@ -46,7 +46,7 @@ def key_places(streams: Streams) -> KeyPlaces:
     )
 
 
-def view_spans(streams: Streams) -> tuple[Array, Array]:
+def view_spans(streams: Streams) -> tuple[Int32[Array, "B views"], Int32[Array, "B views"]]:
     """First and last order of each view's visual tokens.
 
     Returns:
@@ -67,7 +67,7 @@ def view_spans(streams: Streams) -> tuple[Array, Array]:
     return jax.vmap(spans)(order, bucket)
 
 
-def _lookup(spans: Array, view: Array) -> Array:
+def _lookup(spans: Int32[Array, "B views"], view: Int[AnyArray, "B N"]) -> Int32[Array, "B N"]:
     return jnp.take_along_axis(spans, jnp.maximum(view, 0), axis=1)
 
 
@@ -124,7 +124,7 @@ def windows(streams: Streams, *, visual_scope: str, visual_causal: bool) -> tupl
     return visual, text
 
 
-def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Array, Array]:
+def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Bool[Array, "B T R P"], Bool[Array, "B T S"]]:
     """The keys that queries see under dense attention: bool [B, T, R, P] and [B, T, S].
 
     Args:
@@ -149,7 +149,9 @@ def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Array, Array]:
     return visual.reshape(batch, -1, regions, slots), text
 
 
-def visible_regions(queries: Windows, places: KeyPlaces, first: Array, last: Array) -> Array:
+def visible_regions(
+    queries: Windows, places: KeyPlaces, first: Int[Array, "B R"], last: Int[Array, "B R"]
+) -> Bool[Array, "B T R"]:
     """Regions that a routed query may choose from.
 
     Args:

@@ -3,13 +3,12 @@
 Axis letters as in :mod:`gaze_jax.core.streams`.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int32
 
 from gaze_jax.core.streams import EMPTY, NEWLINE
-
-Array = jax.Array
+from gaze_jax.core.types import AnyArray, Array
 
 DESCRIPTORS = ("mean", "minmax")
 """What a region is summarised by; see :func:`describe`."""
@@ -26,7 +25,7 @@ def balanced_sides(length: int, target: int) -> list[int]:
     return [small + 1] * larger + [small] * (count - larger)
 
 
-def partition(height: int, width: int, region: tuple[int, int]) -> np.ndarray:
+def partition(height: int, width: int, region: tuple[int, int]) -> Int32[np.ndarray, "R P"]:
     """Assign the tokens of a ``height`` x ``width`` grid to balanced rectangular regions.
 
     Args:
@@ -53,7 +52,7 @@ def partition(height: int, width: int, region: tuple[int, int]) -> np.ndarray:
 
 def partition_frames(
     frames: int, height: int, width: int, region: tuple[int, int, int], *, newlines: bool = False
-) -> np.ndarray:
+) -> Int32[np.ndarray, "R P"]:
     """Assign the tokens of ``frames`` equal grids to regions, each a box of time, height and width.
 
     Args:
@@ -84,12 +83,14 @@ def partition_frames(
     return slots
 
 
-def slot_fill(slots: np.ndarray) -> float:
+def slot_fill(slots: Int[np.ndarray, "R P"]) -> float:
     """Share of the [R, P] slots that hold a token; the rest is padding that is stored and skipped."""
     return float((np.asarray(slots) >= 0).mean())
 
 
-def to_regions(features: Array, visual_src: Array) -> Array:
+def to_regions(
+    features: Float[Array, "B N M"], visual_src: Int[AnyArray, "B R P"]
+) -> Float[Array, "B R P M"]:
     """Move tower output into region-major order.
 
     Args:
@@ -108,7 +109,12 @@ def to_regions(features: Array, visual_src: Array) -> Array:
     return moved.reshape(*visual_src.shape, features.shape[-1])
 
 
-def pool_to_regions(features: Array, pool_indices: Array, pool_weights: Array, newline: Array) -> Array:
+def pool_to_regions(
+    features: Float[Array, "B N M"],
+    pool_indices: Int[AnyArray, "B R P W"],
+    pool_weights: Float[AnyArray, "B R P W"],
+    newline: Float[Array, " M"],
+) -> Float[Array, "B R P M"]:
     """Pool tower output and move it into region-major order in one go.
 
     Unpadding, joining tiles and bilinear resizing all make a token a weighted sum of at most W tower tokens,
@@ -135,7 +141,9 @@ def pool_to_regions(features: Array, pool_indices: Array, pool_weights: Array, n
     return jnp.where(is_newline, newline.astype(features.dtype), out.astype(features.dtype))
 
 
-def from_regions(values: Array, visual_src: Array, length: int) -> Array:
+def from_regions(
+    values: Float[Array, "B R P M"], visual_src: Int[AnyArray, "B R P"], length: int
+) -> Float[Array, "B {length} M"]:
     """The inverse of :func:`to_regions`: [B, R, P, M] back to [B, length, M]; absent tokens are 0."""
     batch, width = values.shape[0], values.shape[-1]
     # Empty slots are sent one past the end, where mode="drop" discards them.
@@ -145,7 +153,7 @@ def from_regions(values: Array, visual_src: Array, length: int) -> Array:
     return out.at[rows, target].set(values.reshape(batch, -1, width), mode="drop")
 
 
-def mean_keys(keys: Array, valid: Array) -> Array:
+def mean_keys(keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"]) -> Float[Array, "B K R D"]:
     """Describe each region by the mean of its valid keys (paper: the region descriptor).
 
     Args:
@@ -162,7 +170,7 @@ def mean_keys(keys: Array, valid: Array) -> Array:
     return (total / count[:, None, :, None]).astype(keys.dtype)
 
 
-def minmax_keys(keys: Array, valid: Array) -> Array:
+def minmax_keys(keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"]) -> Float[Array, "B K R 2*D"]:
     """Describe each region by the box around its valid keys (Quest, arXiv 2406.10774).
 
     Args:
@@ -181,7 +189,9 @@ def minmax_keys(keys: Array, valid: Array) -> Array:
     return jnp.where(some, jnp.concatenate([low, high], axis=-1), jnp.zeros((), keys.dtype))
 
 
-def describe(keys: Array, valid: Array, descriptor: str) -> Array:
+def describe(
+    keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"], descriptor: str
+) -> Float[Array, "B K R E"]:
     """Summarise each region: [B, K, R, E], the width E from :func:`descriptor_width`.
 
     Args:
@@ -196,7 +206,9 @@ def descriptor_width(descriptor: str, head_dim: int) -> int:
     return {"mean": 1, "minmax": 2}[descriptor] * head_dim
 
 
-def region_span(order: Array) -> tuple[Array, Array]:
+def region_span(
+    order: Int[AnyArray, "*lead R P"],
+) -> tuple[Int32[Array, "*lead R"], Int32[Array, "*lead R"]]:
     """First and last ``order`` of each region's valid tokens.
 
     Args:

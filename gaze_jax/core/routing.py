@@ -13,12 +13,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Int32, UInt32
 
-Array = jax.Array
+from gaze_jax.core.types import Array
 
 STRATEGIES = ("descriptor", "oracle", "random", "forced")
 _UNSEEN = jnp.iinfo(jnp.int32).min
 _NAN = _UNSEEN + 1
+
+PerQuery = Int[Array, ""] | Int[Array, " #T"] | Int[Array, "#B #T"] | int
+"""An integer for each query: broadcastable to [B, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,21 @@ class Keep:
       fraction: float32; 1 keeps every region. Its shape broadcasts like that of the count it stands for.
     """
 
-    fraction: Array
+    fraction: Float[Array, "..."] | float
 
 
-def query_features(q: Array, descriptor: str) -> Array:
+def heads_per_kv_head(heads: int, kv_heads: int) -> int:
+    """G of H = K * G.
+
+    Raises:
+      ValueError: H is not a multiple of K.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"H={heads} query heads are not a multiple of K={kv_heads} kv heads.")
+    return heads // kv_heads
+
+
+def query_features(q: Float[Array, "*lead D"], descriptor: str) -> Float[Array, "*lead E"]:
     """What to multiply with a descriptor so that the product is the region's score.
 
     A "minmax" descriptor bounds every q . k of its region by sum_d max(q_d * min_d, q_d * max_d) (Quest,
@@ -75,7 +90,9 @@ def query_features(q: Array, descriptor: str) -> Array:
     return jnp.concatenate([jnp.minimum(q, zero), jnp.maximum(q, zero)], axis=-1)
 
 
-def descriptor_scores(q: Array, descriptors: Array, *, select_per: str) -> Array:
+def descriptor_scores(
+    q: Float[Array, "B T H E"], descriptors: Float[Array, "B K R E"], *, select_per: str
+) -> Float32[Array, "B T Hs R"]:
     """Score every region for every query (paper: s = q . d).
 
     Args:
@@ -85,10 +102,13 @@ def descriptor_scores(q: Array, descriptors: Array, *, select_per: str) -> Array
 
     Returns:
       float32 [B, T, Hs, R].
+
+    Raises:
+      ValueError: H is not a multiple of K.
     """
     batch, queries, heads, width = q.shape
     kv_heads = descriptors.shape[1]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+    grouped = q.reshape(batch, queries, kv_heads, heads_per_kv_head(heads, kv_heads), width)
     if select_per == "kv_head":
         # The sum of scores is the score of the sum; add in float32.
         summed = jnp.sum(grouped.astype(jnp.float32), axis=3)
@@ -108,7 +128,14 @@ def descriptor_scores(q: Array, descriptors: Array, *, select_per: str) -> Array
     return scores.reshape(batch, queries, heads, -1)
 
 
-def steer(scores: Array, seen: Array, bias: Array, *, heads: int, dim: int) -> tuple[Array, Array]:
+def steer(
+    scores: Float32[Array, "B T Hs R"],
+    seen: Bool[Array, "#B #T #Hs R"],
+    bias: Float[Array, "#B R"],
+    *,
+    heads: int,
+    dim: int,
+) -> tuple[Float32[Array, "B T Hs R"], Bool[Array, "#B #T #Hs R"]]:
     """Make regions likelier to be selected, or leave them out, by hand.
 
     A bias counts as if every logit of the region were so much higher, for the selection only: with it the
@@ -125,14 +152,20 @@ def steer(scores: Array, seen: Array, bias: Array, *, heads: int, dim: int) -> t
       The scores, and what may still be selected.
     """
     allowed = bias > -jnp.inf
-    scale = dim**0.5 * (heads // scores.shape[2])
+    scale = dim**0.5 * heads_per_kv_head(heads, scores.shape[2])
     added = jnp.where(allowed, bias, 0.0) * jnp.float32(scale)
     return scores + added[:, None, None, :], seen & allowed[:, None, None, :]
 
 
 def log_masses(
-    q: Array, visual_k: Array, text_k: Array, visual_seen: Array, text_seen: Array, *, scale: float
-) -> tuple[Array, Array]:
+    q: Float[Array, "B H D"],
+    visual_k: Float[Array, "B K R P D"],
+    text_k: Float[Array, "B K S D"],
+    visual_seen: Bool[Array, "B R P"],
+    text_seen: Bool[Array, "B S"],
+    *,
+    scale: float,
+) -> tuple[Float32[Array, "B K G R"], Float32[Array, "B K G"]]:
     """How much of a softmax goes to each region and to the text-stream keys, before it is normalised.
 
     Args:
@@ -148,7 +181,7 @@ def log_masses(
     """
     batch, heads, dim = q.shape
     kv_heads = visual_k.shape[1]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    grouped = q.reshape(batch, kv_heads, heads_per_kv_head(heads, kv_heads), dim)
     options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     visual = scale * jnp.einsum("BKGD,BKRPD->BKGRP", grouped, visual_k, **options)
     text = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, text_k, **options)
@@ -157,22 +190,24 @@ def log_masses(
     return jax.nn.logsumexp(visual, axis=-1), jax.nn.logsumexp(text, axis=-1)
 
 
-def _normalised(regions: Array, text: Array) -> Array:
+def _normalised(
+    regions: Float32[Array, "B K G R"], text: Float32[Array, "B K G"]
+) -> Float32[Array, "B K G R"]:
     """Logarithm of each region's share of the softmax over these regions and the text-stream keys."""
     total = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), text)[..., None]
     return regions - jnp.where(jnp.isfinite(total), total, 0.0)
 
 
 def attention_shares(
-    q: Array,
-    visual_k: Array,
-    text_k: Array,
-    visual_seen: Array,
-    text_seen: Array,
-    selected: Array | None,
+    q: Float[Array, "B H D"],
+    visual_k: Float[Array, "B K R P D"],
+    text_k: Float[Array, "B K S D"],
+    visual_seen: Bool[Array, "B R P"],
+    text_seen: Bool[Array, "B S"],
+    selected: Bool[Array, "B Hs R"] | None,
     *,
     scale: float,
-) -> tuple[Array, Array]:
+) -> tuple[Float32[Array, "B H R"], Float32[Array, "B H R"]]:
     """Where the attention of a query went, and where that of dense attention would have gone.
 
     For who watches: it reads every key.
@@ -196,16 +231,16 @@ def attention_shares(
 
 
 def oracle_scores(
-    q: Array,
-    visual_k: Array,
-    text_k: Array,
-    visual_seen: Array,
-    text_seen: Array,
+    q: Float[Array, "B T H D"],
+    visual_k: Float[Array, "B K R P D"],
+    text_k: Float[Array, "B K S D"],
+    visual_seen: Bool[Array, "B T R P"],
+    text_seen: Bool[Array, "B T S"],
     *,
     scale: float,
     select_per: str,
     query_block: int,
-) -> Array:
+) -> Float32[Array, "B T Hs R"]:
     """Score every region by the softmax mass of its keys under dense attention.
 
     Args:
@@ -235,7 +270,7 @@ def oracle_scores(
     return jnp.moveaxis(jax.lax.map(one, by_query, batch_size=min(query_block, q.shape[1])), 0, 1)
 
 
-def avalanche(x: Array) -> Array:
+def avalanche(x: UInt32[Array, "*lead"]) -> UInt32[Array, "*lead"]:
     """Avalanche a uint32 (the finaliser of MurmurHash3): every input bit reaches every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -243,8 +278,13 @@ def avalanche(x: Array) -> Array:
 
 
 def random_scores(
-    seed: int, sample: Array, order: Array, layer: Array, heads: int, region_first: Array
-) -> Array:
+    seed: int,
+    sample: PerQuery,
+    order: Int[Array, "B T"],
+    layer: Int[Array, ""] | int,
+    heads: int,
+    region_first: Int[Array, "B R"],
+) -> Float32[Array, "B T {heads} R"]:
     """Scores that depend on nothing but the names of query and region.
 
     They are the same whatever else is in the batch, however it is stored, and whether the query is
@@ -275,7 +315,9 @@ def random_scores(
     return (state >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
-def forced_scores(forced: Array, num_regions: int) -> tuple[Array, Array]:
+def forced_scores(
+    forced: Int[Array, "B T Hs J"], num_regions: int
+) -> tuple[Float32[Array, "B T Hs {num_regions}"], Bool[Array, "B T Hs {num_regions}"]]:
     """Scores that select exactly the listed regions, the first listed highest.
 
     Args:
@@ -291,7 +333,9 @@ def forced_scores(forced: Array, num_regions: int) -> tuple[Array, Array]:
     return -place.astype(jnp.float32), listed
 
 
-def _sortable(scores: Array, visible: Array) -> Array:
+def _sortable(
+    scores: Float32[Array, "B T Hs R"], visible: Bool[Array, "#B #T #Hs R"]
+) -> Int32[Array, "B T Hs R"]:
     """Map float32 scores to int32 keys of the same order: unseen < NaN < -inf < ... < inf."""
     # -0.0 and 0.0 differ in their bits but must tie.
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
@@ -301,17 +345,26 @@ def _sortable(scores: Array, visible: Array) -> Array:
     return jnp.where(visible, keys, _UNSEEN)
 
 
-def tie_permutation(region_first: Array) -> Array:
+def tie_permutation(region_first: Int[Array, "B R"]) -> Int32[Array, "B R"]:
     """Regions by their first token: int32 [B, R]. Ties are broken in this order, not by storage."""
     return jnp.argsort(region_first, axis=-1, stable=True).astype(jnp.int32)
 
 
-def _permuted(scores: Array, visible: Array, permutation: Array) -> Array:
+def _permuted(
+    scores: Float32[Array, "B T Hs R"],
+    visible: Bool[Array, "#B #T #Hs R"],
+    permutation: Int[Array, "B R"],
+) -> Int32[Array, "B T Hs R"]:
     keys = _sortable(jax.lax.stop_gradient(scores), visible)
     return jnp.take_along_axis(keys, permutation[:, None, None, :], axis=-1)
 
 
-def select_mask(scores: Array, visible: Array, top_k: Array, permutation: Array) -> Array:
+def select_mask(
+    scores: Float32[Array, "B T Hs R"],
+    visible: Bool[Array, "#B #T #Hs R"],
+    top_k: PerQuery,
+    permutation: Int[Array, "B R"],
+) -> Bool[Array, "B T Hs R"]:
     """The Top-K regions of each query, as a mask.
 
     Args:
@@ -338,7 +391,13 @@ def select_mask(scores: Array, visible: Array, top_k: Array, permutation: Array)
     return jnp.take_along_axis(chosen, inverse[:, None, None, :], axis=-1)
 
 
-def select_indices(scores: Array, visible: Array, top_k: Array, capacity: int, permutation: Array) -> Array:
+def select_indices(
+    scores: Float32[Array, "B T Hs R"],
+    visible: Bool[Array, "#B #T #Hs R"],
+    top_k: PerQuery,
+    capacity: int,
+    permutation: Int[Array, "B R"],
+) -> Int32[Array, "B T Hs {capacity}"]:
     """The Top-K regions of each query, as J slots, best first.
 
     Args:
@@ -366,12 +425,15 @@ def select_indices(scores: Array, visible: Array, top_k: Array, capacity: int, p
     return jnp.pad(indices, ((0, 0),) * 3 + ((0, capacity - width),), constant_values=-1)
 
 
-def count(top_k: "Array | Keep", visible: Array) -> Array:
+def count(top_k: PerQuery | Keep, visible: Bool[Array, "B T R"]) -> PerQuery:
     """A budget as a count, int32 broadcastable to [B, T], of regions in sight: ``visible`` bool [B, T, R]."""
     return budget_from_keep(top_k.fraction, visible) if isinstance(top_k, Keep) else top_k
 
 
-def budget_from_keep(keep: Array | float, visible: Array) -> Array:
+def budget_from_keep(
+    keep: Float[Array, ""] | Float[Array, " #T"] | Float[Array, "#B #T"] | float,
+    visible: Bool[Array, "B T R"],
+) -> Int32[Array, "B T"]:
     """Turn a fraction of the regions in sight into a count, so that unequal samples share one setting.
 
     Args:

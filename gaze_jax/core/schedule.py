@@ -6,8 +6,10 @@ count is annealed, so that a 16-region image and a 555-region video can share a 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
+
+from gaze_jax.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Schedule:
                 f"and sparse_from={self.sparse_from}."
             )
 
-    def keep(self, progress: jax.Array | float, final: float) -> jax.Array:
+    def keep(self, progress: Float[Array, ""] | float, final: float) -> Float32[Array, ""]:
         """Fraction kept at ``progress`` (0 at the first step, 1 at the last); float32 scalar."""
         progress = jnp.asarray(progress, jnp.float32)
         span = max(self.sparse_from - self.dense_until, 1e-9)

@@ -8,10 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Int32, Num
 
 from gaze_jax.core.routing import Keep, Routing
-
-Array = jax.Array
+from gaze_jax.core.types import AnyArray, Array
 
 ALL_REGIONS = jnp.iinfo(jnp.int32).max
 """A budget that no sequence exceeds."""
@@ -49,10 +49,10 @@ class Selection:
       full_layers: bool [L], layers that read every region whatever the budget.
     """
 
-    budget: Array | Keep | None = None
-    bias: Array | None = None
-    forced: Array | None = None
-    full_layers: Array | None = None
+    budget: Int[AnyArray, "..."] | int | Keep | None = None
+    bias: Float[AnyArray, "..."] | None = None
+    forced: Int[AnyArray, "..."] | None = None
+    full_layers: Bool[AnyArray, " L"] | Bool[AnyArray, ""] | None = None
 
     def check(self, routing: Routing) -> None:
         """Refuse a combination that would be ignored.
@@ -99,7 +99,7 @@ class Selection:
         )
 
 
-def _integers(value: Array) -> Array:
+def _integers(value: Num[AnyArray, "*shape"] | int) -> Int32[Array, "*shape"]:
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
@@ -109,7 +109,7 @@ def _integers(value: Array) -> Array:
     return value.astype(jnp.int32)
 
 
-def _with_layers(value: Array, layers: int, trailing: int) -> Array:
+def _with_layers(value: Num[Array, "..."], layers: int, trailing: int) -> Num[Array, "{layers} ..."]:
     """``value`` with a leading layer axis before its ``trailing`` axes; it may have fewer of them."""
     if value.ndim <= trailing:
         value = value.reshape((1,) * (trailing + 1 - value.ndim) + value.shape)

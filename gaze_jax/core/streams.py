@@ -9,18 +9,21 @@ Axis letters, used in every shape of this project::
     B batch        T queries            S keys of the text stream   F views
     R regions      P slots per region   J capacity of a selection    C context tokens per view
     K kv heads     G query heads per kv head (H = K * G)             D head dim
-    M model width  L layers             V vocabulary
+    M model width  L layers             V vocabulary                 N tokens of both streams (R * P + S)
+    E width of a descriptor             Hs selectors, H or K         W tower tokens pooled into one
 """
 
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
-Array = jax.Array
+from gaze_jax.core.types import AnyArray, Array
 
 IGNORE = -100
 """Target of a position that is not trained on."""
@@ -73,23 +76,25 @@ class Streams:
         tokens with these float32 weights (``regions.pool_to_regions``); None if they are the tower's own.
     """
 
-    visual_src: Array
-    visual_order: Array
-    visual_positions: Array
-    visual_view: Array
-    region_segment: Array
-    tokens: Array
-    kind: Array
-    text_order: Array
-    text_positions: Array
-    text_segment: Array
-    text_view: Array
-    targets: Array
-    pool_indices: Array | None = None
-    pool_weights: Array | None = None
+    visual_src: Int32[AnyArray, "B R P"]
+    visual_order: Int32[AnyArray, "B R P"]
+    visual_positions: Int32[AnyArray, "B R P"]
+    visual_view: Int32[AnyArray, "B R P"]
+    region_segment: Int32[AnyArray, "B R"]
+    tokens: Int32[AnyArray, "B S"]
+    kind: Int32[AnyArray, "B S"]
+    text_order: Int32[AnyArray, "B S"]
+    text_positions: Int32[AnyArray, "B S"]
+    text_segment: Int32[AnyArray, "B S"]
+    text_view: Int32[AnyArray, "B S"]
+    targets: Int32[AnyArray, "B S"]
+    pool_indices: Int32[AnyArray, "B R P W"] | None = None
+    pool_weights: Float32[AnyArray, "B R P W"] | None = None
 
     @classmethod
-    def from_batch(cls, batch: Mapping[str, Any]) -> "Streams":
+    def from_batch(
+        cls, batch: Mapping[str, Shaped[Array, "..."]] | Mapping[str, Shaped[np.ndarray, "..."]]
+    ) -> "Streams":
         """Take this class's fields out of a batch of named arrays.
 
         Raises:
@@ -97,15 +102,15 @@ class Streams:
         """
         names = [field.name for field in dataclasses.fields(cls)]
         wanted = [name for name in names if name in batch or name not in POOL_FIELDS]
-        return cls(**{name: batch[name] for name in wanted})
+        return cls(**{name: cast(AnyArray, batch[name]) for name in wanted})
 
     @property
-    def visual_valid(self) -> Array:
+    def visual_valid(self) -> Bool[Array, "B R P"]:
         """[B, R, P] bool: the slot holds a token."""
         return jnp.asarray(self.visual_src) >= 0
 
 
-def text_streams(tokens: Array, valid: Array) -> Streams:
+def text_streams(tokens: Int[AnyArray, "B S"], valid: Bool[AnyArray, "B S"]) -> Streams:
     """Streams of text alone, one sample per row.
 
     Args:

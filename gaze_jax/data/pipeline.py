@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import absl.flags
 import grain
@@ -15,11 +15,15 @@ from gaze_jax.errors import UserError
 
 
 class Source(Protocol):
-    """Samples by index; ``repr`` names everything that decides their content."""
+    """Samples by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that decides the content of the samples: names and plain values, JSON-ready."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +116,14 @@ def training_iterator(
 
 def fingerprint(
     source: Source, processor: Processor, config: PipelineConfig, *, process_count: int = 1
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that decides which arrays come in which order; JSON-ready.
 
     A grain iterator's saved state is little more than a counter and is accepted by any pipeline; this
     is what tells whether the counter still means the same.
     """
     return {
-        "source": repr(source),
+        "source": source.fingerprint(),
         "length": len(source),
         "layout": json.loads(json.dumps(dataclasses.asdict(processor.layout))),
         "families": list(processor.families),
@@ -130,7 +134,7 @@ def fingerprint(
     }
 
 
-def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def compare_fingerprints(saved: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Refuse to continue on other data.
 
     Raises:

@@ -145,15 +145,15 @@ def _pool_indices(
     return pool_indices, pool_weights
 
 
-def join(layout: VisualLayout, placed: Sequence[Placement]) -> Arrays:
+def join(layout: VisualLayout, placed: Sequence[Placement], *, pooled: bool) -> Arrays:
     """The visual fields of a sample, [R, P]; P is the largest region of any of its views.
 
-    The tower's own tokens (style "square") need no pool indices.
+    ``pooled``: with pool indices and weights, which the tower's own tokens do not need.
     """
     slots = max((p.fields["visual_src"].shape[1] for p in placed), default=layout.slots)
     out = {}
     for name in (*FILL, "region_segment"):
-        if layout.views.style == "square" and name in POOL_FIELDS:
+        if not pooled and name in POOL_FIELDS:
             continue
         slotted = (slots,) if name in FILL else ()
         tail = (*slotted, _POOL_WIDTH) if name in POOL_FIELDS else slotted

@@ -27,7 +27,7 @@ from gaze_jax.data.pixels import normalise
 from gaze_jax.data.placement import Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
-from gaze_jax.data.views import MediaViews, image_views, video_end_newline, video_views
+from gaze_jax.data.views import MediaViews, ViewStyle, check_style, image_views, video_views
 from gaze_jax.errors import UserError
 
 # Field -> (the axis that a bucket fixes, value of what is padded).
@@ -61,23 +61,28 @@ class Processor:
       layout: of the tower and its regions.
       tokenizer: of the language model.
       families: names of question families; a family's id is its index.
-      resize: for views of style "square": squash images to the tower's size with bicubic filtering, as
+      views: how the model's family sees images and frames; of the style that ``layout.views`` names.
+      resize: for views with ``tower_tokens``: squash images to the tower's size with bicubic filtering, as
         SigLIP does, and scale boxes with them; otherwise an image of another size is an error.
       supervise: tokens, written out, that are targets wherever a text has them, supervised or not
-        (``chat.always_supervised``), except where no text-stream token comes directly before: at the start,
+        (``Supervision.tokens``), except where no text-stream token comes directly before: at the start,
         and after an image without context tokens.
 
     Raises:
-      UserError: ``supervise`` names what is not one token.
+      UserError: ``supervise`` names what is not one token, or ``layout.views`` has a field that its style
+        would ignore.
+      ValueError: ``views`` is of another style than ``layout.views``.
     """
 
     layout: VisualLayout
     tokenizer: Tokenizer
     families: tuple[str, ...]
+    views: ViewStyle
     resize: bool = False
     supervise: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_style(self.views, self.layout.views)
         _token_ids(self.tokenizer, self.supervise)
 
     def __call__(self, sample: Sample) -> Arrays:
@@ -112,20 +117,21 @@ class _Tokens:
 
 def _views(processor: Processor, sample: Sample, part: Image | Video) -> MediaViews:
     """The views of an image or a video of the sample."""
-    layout, size = processor.layout, processor.layout.image_size
+    style, layout, size = processor.views, processor.layout, processor.layout.image_size
     if isinstance(part, Video):
         if part.stop == part.start:
-            return MediaViews((), part.ends and video_end_newline(layout))
-        views = video_views(layout, itertools.islice(sample.videos[part.index], part.start, part.stop))
+            return MediaViews((), part.ends and style.video_end_newline)
+        frames = itertools.islice(sample.videos[part.index], part.start, part.stop)
+        views = video_views(style, layout, frames)
         return views if part.ends else dataclasses.replace(views, end_newline=False)
     image = sample.images[part.index]
     fits = image.shape[:2] == (size, size)
-    if layout.views.style == "square" and not fits and not processor.resize:
+    if style.tower_tokens and not fits and not processor.resize:
         raise UserError(
             f"Image {part.index} of sample {sample.id} is {image.shape[0]}x{image.shape[1]} pixels but the "
             f"tower takes {size}x{size}; resize it, or set resize=True (--resize) to squash it to that size."
         )
-    return image_views(layout, image, alone=sum(isinstance(p, Image) for p in sample.parts) == 1)
+    return image_views(style, layout, image, alone=sum(isinstance(p, Image) for p in sample.parts) == 1)
 
 
 def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int, int]) -> _Tokens:
@@ -147,7 +153,7 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int,
             )
         height, width = sample.images[box.image].shape[:2]
         scale = np.ones(4)
-        if processor.layout.views.style == "square":
+        if processor.views.tower_tokens:
             scale = np.array([processor.layout.image_size / side for side in (width, height)] * 2)
         boxes[inside] = np.array(box.corners) * scale
         box_views[inside] = views[box.image]
@@ -275,7 +281,7 @@ def _process_parts(
             f"{processor.families}."
         )
     size = layout.image_size
-    arrays = join(layout, placed) | _text_arrays(pieces)
+    arrays = join(layout, placed, pooled=not processor.views.tower_tokens) | _text_arrays(pieces)
     arrays["images"] = normalise(np.concatenate([np.zeros((0, size, size, 3), np.uint8), *images]))
     arrays["sample_id"] = np.asarray(sample.id, np.int32)
     arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
@@ -303,7 +309,7 @@ def process(processor: Processor, sample: Sample) -> Arrays:
       The fields of ``Streams`` without their batch axis, and ``images`` float32
       [images, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole images, tiles, frames;
       ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) that the *target* token speaks of, in pixels of the
-      tower's input (views of style "square") or of the image (others), and ``target_view`` int32 [S], the
+      tower's input (views with ``tower_tokens``) or of the image (others), and ``target_view`` int32 [S], the
       last view of that image, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
 
     Raises:

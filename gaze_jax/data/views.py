@@ -6,31 +6,22 @@ most four tokens of the tower (after the projector, where the published models p
 ``pool_weights`` say which, and no model needs to know a convention. For tower tokens ``x`` [n * grid *
 grid, M]::
 
-    tokens = (x[view.pool indices] * view.weights[..., None]).sum(axis=2)  # [h, w, M]
+    tokens = (x[view.pool_indices] * view.pool_weights[..., None]).sum(axis=2)  # [h, w, M]
 
-The conventions, for an image that is alone in its prompt, for one of several, and for a frame:
-
-* ``square``: squashed to the tower's size; that is all.
-* ``llava_onevision``, as transformers' LlavaOnevision reads images. Alone: the image squashed, then its
-  tiles on black, unpadded, shrunk if they are many, a newline after each row. One of several (or alone
-  without canvases): padded with grey to a square and kept whole, and one newline. A frame: squashed and
-  pooled; one newline after the last.
-* ``cambrian_s``, as the inference code of Cambrian-S reads images. Always a newline after each row. Alone:
-  the image padded with grey to a square, pooled and unpadded, then its tiles on grey, pooled, unpadded. One
-  of several (or alone without canvases): without the tiles. A frame: padded, pooled to ``frame_side`` and
-  unpadded.
+What differs between families is a :class:`ViewStyle`: which grids an image and a frame become. A family
+makes its grids of :func:`whole_grid` and :func:`unpadded_grid`; everything after the grid is the same for
+all. The styles are in ``gaze_jax.families``.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
-from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.pixels import (
-    BLACK,
     GREY,
     Size,
     best_canvas,
@@ -43,9 +34,6 @@ from gaze_jax.errors import UserError
 
 GridShape = tuple[int, int, bool]
 """(h, w, newlines): tokens per column and row, and whether a newline follows every row."""
-
-SHRINK_ABOVE = 1.1
-"""LLaVA-OneVision leaves a tile grid alone whose side is up to this many times what ``max_tiles`` allows."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,21 +71,21 @@ class MediaViews:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Grid:
+class Grid:
     """A view without its pixels.
 
     Attributes:
       fit: how the image comes onto the canvas. "squash": resized to it; "pad": padded to a square, then
         resized to it; "inside": resized with its aspect ratio, then padded.
-      canvas: pixels that the tower reads, in tiles of its size.
+      canvas: (height, width) in pixels that the tower reads, in tiles of its size.
       colour: of the padding.
       side: tokens per side of a tile, after pooling.
       margin: (rows, columns) of the joined grid that are cut off at either end.
-      shape: (h, w) that remain, after shrinking.
+      shape: (h, w) that remain. A smaller one than the margin leaves shrinks a grid that is not pooled.
       newlines, corners: as in :class:`View`.
     """
 
-    fit: str
+    fit: Literal["squash", "pad", "inside"]
     canvas: Size
     colour: int
     side: int
@@ -107,11 +95,49 @@ class _Grid:
     corners: tuple[float, float, float, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class ViewStyle:
+    """How the models of a family see images and frames. Functions are of a module, so that workers pickle it.
+
+    Attributes:
+      name: the value of ``ViewConfig.style`` that means it.
+      image_grids: (layout, (height, width), alone) -> the grids of an image in the order of the sequence,
+        and whether one newline follows them. ``alone``: no other image is in the prompt.
+      frame_grid: (layout, (height, width)) -> the grid of a video frame.
+      video_end_newline: one newline follows the last frame of a video.
+      tower_tokens: each view is the tower's own tokens of an image that was resized to its square. Then
+        arrays have no pool indices, boxes are in pixels of that square, and an image of another size is
+        refused unless ``Processor.resize``.
+      unused: field of ``ViewConfig`` that the style has no use for -> why, as the predicate of a sentence.
+    """
+
+    name: str
+    image_grids: Callable[[VisualLayout, Size, bool], tuple[list[Grid], bool]]
+    frame_grid: Callable[[VisualLayout, Size], Grid]
+    video_end_newline: bool = False
+    tower_tokens: bool = False
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+
+def check_style(style: ViewStyle, views: ViewConfig) -> None:
+    """Check that ``views`` is of this style and has no field that the style would ignore.
+
+    Raises:
+      UserError: a field is set that the style has no use for.
+      ValueError: it is of another style.
+    """
+    if views.style != style.name:
+        raise ValueError(f"views.style={views.style!r} was given the views of style {style.name!r}.")
+    for field, reason in style.unused.items():
+        if getattr(views, field) not in (None, ()):
+            raise UserError(f"views.style={style.name!r} {reason}; leave views.{field} empty.")
+
+
 def _margin(grid: tuple[int, int], size: Size, digits: int | None) -> tuple[int, int]:
     """(rows, columns) of ``grid`` at either end that show nothing of a centred image of (height, width).
 
     The order of the floating-point operations is that of the originals: another one may cut a row more.
-    ``digits``: transformers rounds to so many before it cuts the fraction off; Cambrian-S does not.
+    ``digits``: as in :func:`unpadded_grid`.
     """
 
     def filled(extent: int, scale: float) -> int:
@@ -124,48 +150,59 @@ def _margin(grid: tuple[int, int], size: Size, digits: int | None) -> tuple[int,
     return 0, (columns - filled(width, rows / height)) // 2
 
 
-def _shrunk(shape: tuple[int, int], layout: VisualLayout, size: Size) -> tuple[int, int]:
-    """The shape of an unpadded tile grid after LLaVA-OneVision's limit on its tokens."""
-    limit = layout.views.max_tiles
-    ratio = 0.0 if limit is None else math.sqrt(shape[0] * shape[1] / (limit * layout.tokens))
-    if ratio <= SHRINK_ABOVE:
-        return shape
-    small = int(shape[0] // ratio), int(shape[1] // ratio)
-    if 0 in small:
-        raise UserError(
-            f"An image of {size[0]}x{size[1]} pixels has {shape[0]}x{shape[1]} tokens, and the limit of "
-            f"views.max_tiles={limit} leaves it none; crop it, or raise views.max_tiles."
-        )
-    return small
+def tile_canvas(layout: VisualLayout, size: Size, alone: bool) -> Size | None:
+    """(height, width) in pixels of the tiles of an image of ``size``; None if it is not cut into tiles."""
+    return best_canvas(size, layout.views.canvases) if alone and layout.views.canvases else None
 
 
-def _unpadded(
-    layout: VisualLayout, size: Size, side: int, *, fit: str, canvas: Size, colour: int, digits: int | None
-) -> _Grid:
-    """The tokens of a canvas, without the rows or columns of padding."""
+def unpadded_grid(
+    layout: VisualLayout,
+    size: Size,
+    side: int,
+    *,
+    canvas: Size,
+    colour: int,
+    fit: Literal["pad", "inside"] = "inside",
+    digits: int | None = None,
+) -> Grid:
+    """The tokens of a canvas without the rows or columns of padding, and a newline after each row.
+
+    Args:
+      layout: of the model.
+      size: (height, width) of the image in pixels.
+      side: tokens per side of a tile.
+      canvas, colour, fit: as in :class:`Grid`.
+      digits: decimal digits to which the filled rows are rounded before the fraction is cut off; None:
+        not rounded.
+    """
     joined = canvas[0] // layout.image_size * side, canvas[1] // layout.image_size * side
     margin = _margin(joined, size, digits)
     shape = joined[0] - 2 * margin[0], joined[1] - 2 * margin[1]
-    return _Grid(fit, canvas, colour, side, margin, shape, True, (0, 0, size[1], size[0]))
+    return Grid(fit, canvas, colour, side, margin, shape, True, (0, 0, size[1], size[0]))
 
 
-def _snapshot(layout: VisualLayout, size: Size, side: int) -> _Grid:
-    """A whole image or frame as Cambrian-S shows it."""
-    canvas = layout.image_size, layout.image_size
-    return _unpadded(layout, size, side, fit="pad", canvas=canvas, colour=GREY, digits=None)
+def whole_grid(layout: VisualLayout, size: Size, side: int, fit: Literal["squash", "pad"]) -> Grid:
+    """All tokens of one tile, padding or not: ``side`` x ``side``, without newlines.
 
-
-def _whole(layout: VisualLayout, size: Size, side: int, fit: str) -> _Grid:
-    """All tokens of one tile, padding or not."""
+    Args:
+      layout: of the model.
+      size: (height, width) of the image in pixels.
+      side: tokens per side.
+      fit: "squash", or "pad" with grey.
+    """
     canvas = layout.image_size, layout.image_size
     shown = size if fit == "squash" else (max(size), max(size))
     y, x = (shown[0] - size[0]) // 2, (shown[1] - size[1]) // 2
     corners = (-x, -y, shown[1] - x, shown[0] - y)
-    return _Grid(fit, canvas, GREY, side, (0, 0), (side, side), False, corners)
+    return Grid(fit, canvas, GREY, side, (0, 0), (side, side), False, corners)
 
 
-def _shown(grids: list[_Grid], size: Size, name: str) -> list[_Grid]:
-    """The grids that have a token."""
+def shown_grids(grids: Sequence[Grid], size: Size, name: str) -> list[Grid]:
+    """The grids that have a token; ``name`` opens the sentence about an image of ``size`` without any.
+
+    Raises:
+      UserError: none has.
+    """
     shown = [grid for grid in grids if 0 not in grid.shape]
     if not shown:
         side = grids[0].side
@@ -174,32 +211,6 @@ def _shown(grids: list[_Grid], size: Size, name: str) -> list[_Grid]:
             f"{side}x{side} tokens is left; crop it."
         )
     return shown
-
-
-def _image_grids(layout: VisualLayout, size: Size, alone: bool) -> tuple[list[_Grid], bool]:
-    """The grids of an image in order, and whether a newline follows them."""
-    views = layout.views
-    side = views.image_side or layout.grid
-    canvas = best_canvas(size, views.canvases) if alone and views.canvases else None
-    if views.style == "square":
-        return [_whole(layout, size, side, "squash")], False
-    if views.style == "llava_onevision":
-        if canvas is None:
-            return [_whole(layout, size, side, "pad")], True
-        tiles = _unpadded(layout, size, side, fit="inside", canvas=canvas, colour=BLACK, digits=7)
-        tiles = dataclasses.replace(tiles, shape=_shrunk(tiles.shape, layout, size))
-        return _shown([_whole(layout, size, side, "squash"), tiles], size, "An image"), False
-    grids = [_snapshot(layout, size, side)]
-    if canvas is not None:
-        grids.append(_unpadded(layout, size, side, fit="inside", canvas=canvas, colour=GREY, digits=None))
-    return _shown(grids, size, "An image"), False
-
-
-def _frame_grid(layout: VisualLayout, size: Size) -> _Grid:
-    side = layout.views.frame_side or layout.grid
-    if layout.views.style == "cambrian_s":
-        return _shown([_snapshot(layout, size, side)], size, "A frame")[0]
-    return _whole(layout, size, side, "squash")
 
 
 def _bilinear(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +235,10 @@ def _axis(grid: int, tiles: int, side: int, margin: int, size: int) -> tuple[np.
     kept = slice(margin, tiles * side - margin)
     index, weight = index[kept], np.tile(weight, (tiles, 1))[kept]
     if size != len(index):
-        # Only what was not pooled is shrunk (ViewConfig refuses both), so a row here is one row of the tower.
+        if side != grid:
+            raise ValueError(
+                "A grid that is pooled cannot be shrunk too; a row of it is no row of the tower."
+            )
         again, weight = _bilinear(len(index), size)
         index = index[:, 0][again]
     return index, weight
@@ -247,7 +261,7 @@ def _pool_indices(
     return pool_indices, pool_weights
 
 
-def _view(layout: VisualLayout, image: np.ndarray, grid: _Grid) -> View:
+def _view(layout: VisualLayout, image: np.ndarray, grid: Grid) -> View:
     side = layout.image_size
     if grid.fit == "inside":
         images = cut_tiles(image, grid.canvas, side, grid.colour)
@@ -260,74 +274,75 @@ def _view(layout: VisualLayout, image: np.ndarray, grid: _Grid) -> View:
     return View(images, pool_indices, pool_weights, grid.newlines, grid.corners)
 
 
-def image_views(layout: VisualLayout, image: np.ndarray, *, alone: bool) -> MediaViews:
+def image_views(style: ViewStyle, layout: VisualLayout, image: np.ndarray, *, alone: bool) -> MediaViews:
     """The views of one image.
 
     Of a strip narrower than a token, unpadding may leave a view no token; it is left out, and its newlines,
     which the published models keep where a strip stands upright.
 
     Args:
-      layout: of the model; ``layout.views`` is the convention.
+      style: of the family.
+      layout: of the model; ``layout.views`` has the numbers of its style.
       image: uint8 [height, width, 3].
       alone: the only image of its prompt; only then it is cut into tiles.
 
     Raises:
-      ValueError: not such an image.
+      ValueError: not such an image, or ``layout`` is of another style.
       UserError: the image is so narrow that no token shows it.
     """
-    grids, end_newline = _image_grids(layout, check_image(image, "An image"), alone)
+    check_style(style, layout.views)
+    grids, end_newline = style.image_grids(layout, check_image(image, "An image"), alone)
     return MediaViews(tuple(_view(layout, image, grid) for grid in grids), end_newline)
 
 
-def video_views(layout: VisualLayout, frames: Iterable[np.ndarray]) -> MediaViews:
+def video_views(style: ViewStyle, layout: VisualLayout, frames: Iterable[np.ndarray]) -> MediaViews:
     """The views of a video: one per frame.
 
     Args:
-      layout: of the model; ``layout.views`` is the convention.
+      style: of the family.
+      layout: of the model; ``layout.views`` has the numbers of its style.
       frames: uint8 [height, width, 3] each; one is reduced to the tower's size before the next is taken.
 
     Raises:
-      ValueError: no frames, or one that is not such an image.
+      ValueError: no frames, one that is not such an image, or ``layout`` is of another style.
       UserError: a frame is so narrow that no token shows it.
     """
+    check_style(style, layout.views)
     views = []
     for number, frame in enumerate(frames):
-        grid = _frame_grid(layout, check_image(frame, f"Frame {number} of a video"))
+        grid = style.frame_grid(layout, check_image(frame, f"Frame {number} of a video"))
         views.append(_view(layout, frame, grid))
     if not views:
         raise ValueError("A video has no frames; sample at least one.")
-    return MediaViews(tuple(views), video_end_newline(layout))
+    return MediaViews(tuple(views), style.video_end_newline)
 
 
 def image_shapes(
-    layout: VisualLayout, height: int, width: int, *, alone: bool
+    style: ViewStyle, layout: VisualLayout, height: int, width: int, *, alone: bool
 ) -> tuple[list[GridShape], bool]:
     """The grids that :func:`image_views` makes of an image of this size, and its ``end_newline``.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1, or ``layout`` is of another style.
       UserError: as :func:`image_views`.
     """
     _check_size(height, width)
-    grids, end_newline = _image_grids(layout, (height, width), alone)
+    check_style(style, layout.views)
+    grids, end_newline = style.image_grids(layout, (height, width), alone)
     return [(*grid.shape, grid.newlines) for grid in grids], end_newline
 
 
-def frame_shape(layout: VisualLayout, height: int, width: int) -> GridShape:
+def frame_shape(style: ViewStyle, layout: VisualLayout, height: int, width: int) -> GridShape:
     """The grid that :func:`video_views` makes of a frame of this size.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1, or ``layout`` is of another style.
       UserError: as :func:`video_views`.
     """
     _check_size(height, width)
-    grid = _frame_grid(layout, (height, width))
+    check_style(style, layout.views)
+    grid = style.frame_grid(layout, (height, width))
     return (*grid.shape, grid.newlines)
-
-
-def video_end_newline(layout: VisualLayout) -> bool:
-    """Whether one newline follows the last frame of a video."""
-    return layout.views.style == "llava_onevision"
 
 
 def _check_size(height: int, width: int) -> None:

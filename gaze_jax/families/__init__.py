@@ -1,57 +1,127 @@
-"""The families that can be converted. Names, shapes and defaults are those of the original code.
+"""Model families, a file each: all that is particular to one, and here the tables of all of them.
 
-Dispatch is on ``model_type`` of ``config.json``, never on a name or a path; where the original code calls two
-kinds of model alike, on the class in ``architectures`` too.
+A family of multimodal models is a :class:`gaze_jax.families.family.Family`, known by ``views.style`` of a
+model's config. What is converted is known by ``model_type`` of ``config.json``, never by a name or a path;
+where the original code calls two kinds of model alike, by the class in ``architectures`` too.
 """
 
 from collections.abc import Mapping
 
+from gaze_jax.core.layout import ViewConfig
+from gaze_jax.data.views import check_style
 from gaze_jax.errors import UserError
-from gaze_jax.families.cambrian import CAMBRIAN_QWEN
-from gaze_jax.families.decoder import DECODERS, decoder_family
-from gaze_jax.families.llava import LLAVA_ONEVISION, LLAVA_QWEN
-from gaze_jax.families.multimodal import joint_rules
-from gaze_jax.families.table import Family, Json
-from gaze_jax.families.tower import SIGLIP, feature_tower
+from gaze_jax.families import cambrian, llama, qwen, siglip
+from gaze_jax.families.cambrian_s import CAMBRIAN_S
+from gaze_jax.families.family import Family
+from gaze_jax.families.joint import joint_rules
+from gaze_jax.families.llava_onevision import LLAVA_ONEVISION
+from gaze_jax.families.siglip import feature_tower
+from gaze_jax.families.square import SQUARE
+from gaze_jax.families.table import Conversion, Json
+from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
 
-__all__ = ["FAMILIES", "decoder_family", "family_of", "family_type", "feature_tower", "joint_rules"]
+__all__ = [
+    "CONVERSIONS",
+    "DECODERS",
+    "FAMILIES",
+    "MODELS",
+    "TOWERS",
+    "check_views",
+    "conversion_of",
+    "feature_tower",
+    "get_family",
+    "joint_rules",
+    "model_type_of",
+    "written_as",
+]
 
 FAMILIES: Mapping[str, Family] = {
-    **DECODERS,
-    "siglip": SIGLIP,
-    "siglip_vision_model": SIGLIP,
-    "llava_onevision": LLAVA_ONEVISION,
-    "llava_qwen": LLAVA_QWEN,
-    "cambrian_qwen": CAMBRIAN_QWEN,
+    family.views.name: family for family in (SQUARE, LLAVA_ONEVISION, CAMBRIAN_S)
 }
-"""``model_type`` -> family."""
+"""``views.style`` -> family of multimodal models."""
 
-_LLAVA_NEXT = "LlavaQwenForCausalLM"
+DECODERS: Mapping[str, DecoderConfig] = {**qwen.DECODERS}
+"""Published name -> language model."""
+
+TOWERS: Mapping[str, VisionConfig] = {**siglip.TOWERS}
+"""Published name -> image tower up to the features that multimodal LLMs read."""
+
+MODELS: Mapping[str, MLLMConfig] = {
+    **cambrian.MODELS,
+    **{name: config for family in FAMILIES.values() for name, config in family.models.items()},
+}
+"""Name -> whole model."""
+
+CONVERSIONS: Mapping[str, Conversion] = {
+    **qwen.CONVERSIONS,
+    **llama.CONVERSIONS,
+    **siglip.CONVERSIONS,
+    **{name: each for family in FAMILIES.values() for name, each in family.conversions.items()},
+}
+"""``model_type`` -> conversion."""
+
+_REFUSED: Mapping[str, str] = {**siglip.REFUSED}
+
+_ALIASES = {alias: name for name, conversion in CONVERSIONS.items() for alias in conversion.aliases}
 
 
-def family_type(config: Json, where: str) -> str:
-    """The key in :data:`FAMILIES` of a ``config.json``: its ``model_type``, unless that says too little.
+def get_family(style: str) -> Family:
+    """The family that ``views.style`` of a model's config names.
 
     Raises:
       UserError: there is no such family.
     """
-    kind = config.get("model_type")
-    if kind in ("siglip2", "siglip2_vision_model"):
+    if style not in FAMILIES:
+        raise UserError(f"views.style={style!r} names no family; the families are {', '.join(FAMILIES)}.")
+    return FAMILIES[style]
+
+
+def check_views(views: ViewConfig) -> None:
+    """Check the views of a model's config that comes from a file.
+
+    Raises:
+      UserError: they are of no family, or have a field that their family would ignore.
+    """
+    check_style(get_family(views.style).views, views)
+
+
+def model_type_of(config: Json, where: str) -> str:
+    """The key in :data:`CONVERSIONS` of a ``config.json``: its ``model_type``, unless that says too little.
+
+    Args:
+      config: the file's content.
+      where: what to call it in messages.
+
+    Raises:
+      UserError: there is no conversion of such a model.
+    """
+    kind, classes = config.get("model_type"), config.get("architectures")
+    for alias in _ALIASES:
+        if kind == alias[0] and isinstance(classes, list) and alias[1] in classes:
+            return _ALIASES[alias]
+    if not isinstance(kind, str) or kind not in {**CONVERSIONS, **_REFUSED}:
         raise UserError(
-            f"{where} is a NaFlex SigLIP2 (model_type {kind!r}), which takes images of any shape and is not "
-            "supported; use a fixed-resolution SigLIP2, whose model_type is 'siglip'."
+            f"{where} has model_type {kind!r}; the models that can be converted are {', '.join(CONVERSIONS)}."
         )
-    # LLaVA-NeXT's code writes "llava", which is another model in transformers, or the language model's type.
-    classes = config.get("architectures")
-    if kind in ("llava", "qwen2") and isinstance(classes, list) and _LLAVA_NEXT in classes:
-        return "llava_qwen"
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(
-            f"{where} has model_type {kind!r}; the families that can be converted are {', '.join(FAMILIES)}."
-        )
+    if kind in _REFUSED:
+        raise UserError(f"{where} has model_type {kind!r}: it {_REFUSED[kind]}.")
     return kind
 
 
-def family_of(config: Json, where: str) -> Family:
-    """The family of a ``config.json``; see :func:`family_type`."""
-    return FAMILIES[family_type(config, where)]
+def conversion_of(config: Json, where: str) -> Conversion:
+    """The conversion of a ``config.json``; see :func:`model_type_of`."""
+    return CONVERSIONS[model_type_of(config, where)]
+
+
+def written_as(config: DecoderConfig | VisionConfig) -> str:
+    """The ``model_type`` under which a part without a source is written.
+
+    Raises:
+      UserError: no family is like it.
+    """
+    part = "vision" if isinstance(config, VisionConfig) else "decoder"
+    known = {name: conversion for name, conversion in CONVERSIONS.items() if conversion.part == part}
+    for name, conversion in known.items():
+        if conversion.writes(config):
+            return name
+    raise UserError(f"{config} is none of {', '.join(known)}, so transformers has no class for it.")

@@ -1,91 +1,36 @@
-"""Cambrian-S, as its own code saves it.
+"""The models of the paper, Gaze Attention (arXiv 2605.13080): a language model and a SigLIP2.
 
-Paper: "Cambrian-S: Towards Spatial Supersensing in Video" (arXiv 2511.04670).
+They read images as ``square`` does. None was published, so there are sizes and no conversion.
 """
 
-import functools
-import math
+import dataclasses
+from collections.abc import Mapping
 
-from gaze_jax.core.layout import ViewConfig
-from gaze_jax.errors import UserError
-from gaze_jax.families.multimodal import (
-    BUFFERS,
-    named_tower,
-    scaling_remarks,
-    unscaled_decoder,
-    whole_config,
-    whole_implied,
-    whole_rules,
-    whole_unused,
-)
-from gaze_jax.families.table import Family, Fields, Json, Names
-from gaze_jax.models.config import MLLMConfig, VisionConfig
-from gaze_jax.models.published import cambrian_canvases
+from gaze_jax.families import qwen, siglip
+from gaze_jax.models.config import GazeConfig, MLLMConfig
 
 
-def _side(fields: Fields, name: str) -> int:
-    """Tokens per side of a square of ``name`` tokens."""
-    tokens = fields.get(name, int)
-    side = math.isqrt(max(tokens, 0))
-    if side < 1 or side * side != tokens:
-        raise UserError(f"{fields.where} has {name}={tokens}, which is no positive square.")
-    return side
-
-
-def _canvases(fields: Fields, size: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the tiles, in the order in which the original code tries them: by width first."""
-    fields.only("image_aspect_ratio", "anyres", "pad", required=True)
-    if fields.get("image_aspect_ratio", str) == "pad":
-        return ()
-    return cambrian_canvases(size, fields.get("anyres_max_subimages", int))
-
-
-def _read_cambrian(config: Json, tower: VisionConfig | None = None) -> MLLMConfig:
-    fields = Fields(config, "config.json")
-    fields.only("mm_projector_type", "mlp2x_gelu", required=True)
-    fields.only("connector_only", True, required=True)
-    fields.only("mm_vision_select_layer", -2, required=True)
-    fields.only("mm_vision_select_feature", "patch")
-    fields.only("mm_use_im_start_end", False)
-    fields.only("mm_use_im_newline_token", True)
-    towers = fields.get("mm_vision_tower_aux_list", list)
-    if len(towers) != 1 or not isinstance(towers[0], str):
-        raise UserError(f"{fields.where} has mm_vision_tower_aux_list={towers!r}; one tower is supported.")
-    decoder = unscaled_decoder(config)
-    tower = named_tower(towers[0], tower, fields)
-    fields.only("mm_vision_tower_aux_token_len_list", None, [tower.grid**2])
-    views = ViewConfig(
-        "cambrian_s",
-        _canvases(fields, tower.image_size),
-        image_side=_side(fields, "si_token_len"),
-        frame_side=_side(fields, "miv_token_len"),
+def _model(decoder: str, image_size: int) -> MLLMConfig:
+    # The paper's defaults: regions of 6x6 tokens at 384 pixels, 8x8 at 512, so 16 of them; 4 context tokens.
+    side = 6 if image_size == 384 else 8
+    return MLLMConfig(
+        qwen.DECODERS[decoder],
+        siglip.TOWERS[f"siglip2-so400m-patch16-{image_size}"],
+        GazeConfig(region=(side, side), context_tokens=4, top_k=4),
+        dtype="bfloat16",
+        param_dtype="bfloat16",
     )
-    return whole_config(decoder, tower, views)
 
 
-_NAMES = Names(
-    decoder="",
-    vision="model.vision_tower_aux_list.0.vision_tower.vision_model.",
-    projector=("model.mm_projector.0", "model.mm_projector.2"),
-    newline="model.image_newline",
-)
+MODELS: Mapping[str, MLLMConfig] = {
+    "cambrian-4b-384": _model("qwen3-4b", 384),
+    "cambrian-4b-512": _model("qwen3-4b", 512),
+    "cambrian-7b-384": _model("qwen2.5-7b", 384),
+    "cambrian-7b-512": _model("qwen2.5-7b", 512),
+}
+"""They select 4 of 16 regions per query: the paper's best average at 144 of 576 entries."""
 
 
-def _name(name: str) -> str:
-    """Without what torch-xla's FSDP wraps modules in."""
-    return name.replace("_orig_module.", "")
-
-
-CAMBRIAN_QWEN = Family(
-    part="model",
-    read_config=_read_cambrian,
-    rules=functools.partial(whole_rules, names=_NAMES),
-    names=_NAMES,
-    tower_elsewhere=True,
-    remarks=scaling_remarks,
-    canonical=_name,
-    unused=functools.partial(whole_unused, names=_NAMES),
-    implied=functools.partial(whole_implied, names=_NAMES),
-    left_out=BUFFERS
-    | {"model.nfp_head.*": "nfp_head, which predicts the next frame in training and has no part in answers"},
-)
+def dense(config: MLLMConfig) -> MLLMConfig:
+    """The paper's baseline of a model: every visual token, no context tokens."""
+    return dataclasses.replace(config, gaze=dataclasses.replace(config.gaze, top_k=None, context_tokens=0))

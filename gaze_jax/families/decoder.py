@@ -1,16 +1,10 @@
-"""Language models: Qwen2, Qwen2.5, Qwen3 dense and Llama. Names and defaults are those of transformers."""
+"""What the language models have in common: transformers' names, the fields of config.json, the rules."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from gaze_jax.errors import UserError
-from gaze_jax.families.table import Family, Fields, Json, Rule, linear
+from gaze_jax.families.table import Conversion, Fields, Json, Rule, linear
 from gaze_jax.models.config import DecoderConfig
-
-Kind = Literal["qwen2", "qwen3", "llama"]
-"""Decoders that differ in what is around the projections: biases, norms, or neither."""
-
-_CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def _rope_theta(fields: Fields, config: Json) -> float:
@@ -24,14 +18,26 @@ def _rope_theta(fields: Fields, config: Json) -> float:
     return float(inner.get("rope_theta", float, 10_000.0))
 
 
-def read_decoder(config: Json, *, kind: Kind, where: str = "config.json") -> DecoderConfig:
-    """The language model that ``config`` describes; ``where`` is what to call it in messages."""
+def read_decoder(
+    config: Json, where: str = "config.json", *, qk_norm: bool, qkv_bias: bool, head_dim: int | None = None
+) -> DecoderConfig:
+    """The language model that ``config`` describes.
+
+    Args:
+      config: as transformers writes it.
+      where: what to call it in messages.
+      qk_norm, qkv_bias: of its family.
+      head_dim: default of its family; None: the width over the number of heads.
+
+    Raises:
+      UserError: a field is missing, of another type, or would compute something else.
+    """
     fields = Fields(config, where)
     width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     depth = fields.get("num_hidden_layers", int)
     fields.only("hidden_act", "silu")
     fields.only("use_sliding_window", False)
-    if kind != "qwen2":
+    if not qkv_bias:
         fields.only("attention_bias", None, False)
     fields.only("mlp_bias", None, False)
     fields.only("quantization_config", None)
@@ -42,25 +48,21 @@ def read_decoder(config: Json, *, kind: Kind, where: str = "config.json") -> Dec
         depth=depth,
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads", int),
-        head_dim=fields.get("head_dim", int, 128 if kind == "qwen3" else width // heads),
+        head_dim=fields.get("head_dim", int, width // heads if head_dim is None else head_dim),
         mlp_dim=fields.get("intermediate_size", int),
         rope_theta=_rope_theta(fields, config),
         norm_eps=fields.get("rms_norm_eps", float, 1e-6),
-        qk_norm=kind == "qwen3",
-        qkv_bias=kind == "qwen2",
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
     )
 
 
-def _write_decoder(config: DecoderConfig, *, kind: Kind) -> dict[str, Any]:
-    if kind == "qwen2" and config.head_dim * config.num_heads != config.width:
-        raise UserError(
-            f"decoder.head_dim={config.head_dim} times decoder.num_heads={config.num_heads} is not "
-            f"decoder.width={config.width}; transformers' Qwen2 needs that."
-        )
+def write_decoder(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """The inverse of :func:`read_decoder`, for a class of transformers."""
     return {
-        "architectures": [_CLASSES[kind]],
-        "model_type": kind,
+        "architectures": [architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
@@ -77,7 +79,7 @@ def _write_decoder(config: DecoderConfig, *, kind: Kind) -> dict[str, Any]:
 
 
 def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """Qwen2, Qwen2.5, Qwen3 dense and Llama; what the config has not, the table has not."""
+    """The table of a language model; it has rules only for the parameters that ``config`` has."""
     block, layer = "decoder/layers", "model.layers.{}"
     attention, depth = f"{block}/self_attn", config.depth
     rules = [Rule("decoder/embedding", "model.embed_tokens.weight")]
@@ -107,36 +109,20 @@ def implied_head(config: DecoderConfig) -> Mapping[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
 
 
-def _decoder(kind: Kind) -> Family:
-    return Family(
+def decoder_conversion(
+    read: Callable[[Json], DecoderConfig],
+    write: Callable[[DecoderConfig], dict[str, Any]],
+    *,
+    qk_norm: bool,
+    qkv_bias: bool,
+) -> Conversion:
+    """The conversion of language models with these norms and biases."""
+    return Conversion(
         part="decoder",
-        read_config=lambda config: read_decoder(config, kind=kind),
-        write_config=lambda config: _write_decoder(config, kind=kind),
+        read_config=read,
+        write_config=write,
+        writes=lambda config: (config.qk_norm, config.qkv_bias) == (qk_norm, qkv_bias),
         rules=decoder_rules,
         left_out={"*.rotary_emb.inv_freq": "a buffer that is computed from rope_theta"},
         implied=implied_head,
     )
-
-
-DECODERS: Mapping[str, Family] = {
-    "qwen2": _decoder("qwen2"),
-    "qwen3": _decoder("qwen3"),
-    "llama": _decoder("llama"),
-}
-"""``model_type`` -> family of the language models."""
-
-
-def decoder_family(config: DecoderConfig) -> str:
-    """The ``model_type`` of a decoder without a source.
-
-    Raises:
-      UserError: no family has both q/k norms and q/k/v biases.
-    """
-    if config.qk_norm and config.qkv_bias:
-        raise UserError(
-            "A decoder with qk_norm=True and qkv_bias=True is neither a Qwen3 (norms, no biases), a Qwen2 "
-            "(biases, no norms) nor a Llama (neither), so transformers has no class for it."
-        )
-    if config.qk_norm:
-        return "qwen3"
-    return "qwen2" if config.qkv_bias else "llama"

@@ -114,15 +114,38 @@ class Names:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """How one ``model_type`` maps to this project.
+class Original:
+    """A class of transformers that reads a whole model, and where its parts are: attribute paths with dots.
+
+    Attributes:
+      name: of the class.
+      layers: of the language model.
+      tower: of the image tower, a SiglipVisionModel.
+      feature_layer: of the index into the tower's hidden states that the projector reads.
+      projector: of the projector.
+      newline: of the newline embedding.
+    """
+
+    name: str
+    layers: str
+    tower: str
+    feature_layer: str
+    projector: str
+    newline: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """How checkpoints of one ``model_type`` are read and written.
 
     Attributes:
       part: the subtree of the parameters that it fills, "decoder" or "vision"; "model" for all of them.
       read_config: from the checkpoint's ``config.json``; raises a UserError for what is not supported.
       rules: the table, of every parameter of the part.
       write_config: the inverse of ``read_config``, for a part that was not converted from a checkpoint. A
-        whole model without a source is written as two parts, so its families have none.
+        whole model without a source is written as two parts, so it has none.
+      aliases: (``model_type``, class in ``architectures``) that mean it too.
+      writes: whether a config of the part without a source is written as this ``model_type``.
       names: of a whole model.
       tower_elsewhere: of a whole model whose ``config.json`` only names its tower. ``read_config`` takes the
         tower's VisionConfig (None: not known) as a second argument, and the file may lack the tower.
@@ -135,12 +158,16 @@ class Family:
       implied: tensor that tied models may repeat -> the one that it must equal.
       defaults: tensors that transformers wants though nothing here computes with them, for a model without
         a source.
+      original: the class of transformers that reads a whole model; None: it has none, and the original is
+        put together of parts for comparison.
     """
 
     part: Part
     read_config: Callable[..., Any]
     rules: Callable[[Any], tuple[Rule, ...]]
     write_config: Callable[[Any], dict[str, Any]] | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    writes: Callable[[Any], bool] = lambda config: False
     names: Names | None = None
     tower_elsewhere: bool = False
     remarks: Callable[[Json], tuple[str, ...]] = lambda config: ()
@@ -150,6 +177,7 @@ class Family:
     own_config: Callable[[Json], Json] = lambda config: config
     implied: Callable[[Any], Mapping[str, str]] = lambda config: {}
     defaults: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+    original: Original | None = None
 
 
 class Fields:

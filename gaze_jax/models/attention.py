@@ -6,20 +6,19 @@ Pure functions without parameters. Queries, keys and values of both streams trav
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from gaze_jax.core import masks, regions, routing
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Streams
+from gaze_jax.core.types import AnyArray, Array, NamedArrays
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_prefill
 from pallas_kernels import GazeSpec, KeyPlaces, Windows
-
-Array = jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +35,11 @@ class RoutedQueries:
       permutation: int32 [B, R] regions by first token, which breaks ties.
     """
 
-    visible: Array
-    order: Array
-    sample: Array
-    first: Array
-    permutation: Array
+    visible: Bool[Array, "B T R"]
+    order: Int32[AnyArray, "B T"]
+    sample: Int32[AnyArray, " B #T"]
+    first: Int32[Array, "B R"]
+    permutation: Int32[Array, "B R"]
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +57,7 @@ class AttentionMetadata:
     visual: Windows
     text: Windows
     places: KeyPlaces
-    valid: Array
+    valid: Bool[Array, "B R P"]
     routed: RoutedQueries
 
 
@@ -73,18 +72,18 @@ class Past:
       descriptors: [B, K, R, E].
     """
 
-    visual_k: Array
-    visual_v: Array
-    text_k: Array
-    text_v: Array
-    descriptors: Array
+    visual_k: Float[Array, "B K R P D"]
+    visual_v: Float[Array, "B K R P D"]
+    text_k: Float[Array, "B K S D"]
+    text_v: Float[Array, "B K S D"]
+    descriptors: Float[Array, "B K R E"]
 
 
 def make_metadata(
     streams: Streams,
     gaze: GazeConfig,
-    sample: Array | None = None,
-    past: tuple[Array, Array] | None = None,
+    sample: Int[AnyArray, " B"] | Int[AnyArray, "B S"] | None = None,
+    past: tuple[Int[Array, "B R P"], Int[Array, "B past"]] | None = None,
 ) -> AttentionMetadata:
     """Derive the metadata of a batch.
 
@@ -100,10 +99,10 @@ def make_metadata(
     order = places.text_order
     if past is not None:
 
-        def after(before: Array, now: Array) -> Array:
+        def after(before: Int[Array, "B ..."], now: Int[AnyArray, "B ..."]) -> Int[Array, "B ..."]:
             return jnp.concatenate([before, now], axis=1)
 
-        def segment(order: Array) -> Array:
+        def segment(order: Int[Array, "B N"]) -> Int32[Array, "B N"]:
             return jnp.where(order >= 0, 0, EMPTY).astype(jnp.int32)
 
         places = KeyPlaces(
@@ -130,16 +129,16 @@ def make_metadata(
 
 
 def region_scores(
-    q: Array,
-    descriptors: Array,
+    q: Float[Array, "B T H D"],
+    descriptors: Float[Array, "B K R E"],
     routed: RoutedQueries,
     selection: Selection,
     *,
     gaze: GazeConfig,
     strategy: Routing,
-    layer: Array,
-    oracle: Callable[[], Array],
-) -> tuple[Array, Array]:
+    layer: Int[Array, ""],
+    oracle: Callable[[], Float32[Array, "B T Hs R"]],
+) -> tuple[Float32[Array, "B T Hs R"], Bool[Array, "#B #T #Hs R"]]:
     """Scores of every region and whether it may be chosen, for any strategy.
 
     Args:
@@ -176,7 +175,9 @@ def region_scores(
     return routing.steer(scores, seen, selection.bias, heads=q.shape[2], dim=q.shape[3])
 
 
-def split_streams(a: Array, regions: int, slots: int) -> tuple[Array, Array]:
+def split_streams(
+    a: Float[Array, "B N K D"], regions: int, slots: int
+) -> tuple[Float[Array, "B K {regions} {slots} D"], Float[Array, "B K S D"]]:
     """[B, N, K, D] of both streams to [B, K, R, P, D] and [B, K, S, D]."""
     tokens = regions * slots
     a = jnp.moveaxis(a, 2, 1)
@@ -199,17 +200,17 @@ def _after_past(past: Past | None, new: Past) -> Past:
 
 
 def gaze_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K D"],
     metadata: AttentionMetadata,
     selection: Selection,
     spec: SelectionSpec,
     *,
     gaze: GazeConfig,
-    layer: Array,
+    layer: Int[Array, ""],
     past: Past | None = None,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Float[Array, "B N H D"], NamedArrays]:
     """Attention of all tokens of a batch, in training or prefill.
 
     Args:
@@ -232,11 +233,13 @@ def gaze_attention(
     (visual_k, text_k), (visual_v, text_v) = (split_streams(a, num_regions, slots) for a in (k, v))
     descriptors = regions.describe(visual_k, metadata.valid, gaze.descriptor)
     new = Past(visual_k, visual_v, text_k, text_v, descriptors)
-    out: dict[str, Any] = {field.name: getattr(new, field.name) for field in dataclasses.fields(new)}
+    out: NamedArrays = {field.name: getattr(new, field.name) for field in dataclasses.fields(new)}
     keys = _after_past(past, new)
     op = GazeSpec(scale=q.shape[3] ** -0.5, select_per=gaze.select_per, query_block=gaze.query_block)
 
-    def attend(q: Array, queries: Windows, selected: Array | None) -> Array:
+    def attend(
+        q: Float[Array, "B T H D"], queries: Windows, selected: Bool[Array, "B T Hs R"] | None
+    ) -> Float[Array, "B T H D"]:
         return gaze_prefill(
             q,
             keys.visual_k,
@@ -266,7 +269,7 @@ def gaze_attention(
 
 
 def _select(
-    q: Array,
+    q: Float[Array, "B S H D"],
     keys: Past,
     metadata: AttentionMetadata,
     selection: Selection,
@@ -274,11 +277,11 @@ def _select(
     op: GazeSpec,
     *,
     gaze: GazeConfig,
-    layer: Array,
-) -> tuple[Array, Array]:
+    layer: Int[Array, ""],
+) -> tuple[Float32[Array, "B S Hs R"], Bool[Array, "B S Hs R"]]:
     """Scores float32 and the selection bool [B, S, Hs, R] of text-stream queries [B, S, H, D]."""
 
-    def oracle() -> Array:
+    def oracle() -> Float32[Array, "B S Hs R"]:
         return routing.oracle_scores(
             q,
             keys.visual_k,

@@ -4,20 +4,19 @@ Nothing is evicted. The cache is stacked over layers and handed whole to every l
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Int32
 
 from gaze_jax.core import regions
 from gaze_jax.core.streams import EMPTY, Streams
+from gaze_jax.core.types import Array, ArrayTree, NamedArrays
 from gaze_jax.models.attention import Past
 from gaze_jax.models.config import GazeConfig
 from pallas_kernels import GazeSpec
 from pallas_kernels.gaze_decode import api
-
-Array = jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -33,20 +32,20 @@ class Cache:
       text_order: int32 [B, S], -1 where no token is yet.
     """
 
-    visual: Any
-    descriptors: Array
-    text_k: Array
-    text_v: Array
-    visual_order: Array
-    text_order: Array
+    visual: ArrayTree
+    descriptors: Float[Array, "L B K R E"]
+    text_k: Float[Array, "L B K S D"]
+    text_v: Float[Array, "L B K S D"]
+    visual_order: Int32[Array, "B R P"]
+    text_order: Int32[Array, "B S"]
 
     @property
-    def first(self) -> Array:
+    def first(self) -> Int32[Array, "B R"]:
         """int32 [B, R], order of each region's first token."""
         return regions.region_span(self.visual_order)[0]
 
     @property
-    def last(self) -> Array:
+    def last(self) -> Int32[Array, "B R"]:
         """int32 [B, R], order of each region's last token."""
         return regions.region_span(self.visual_order)[1]
 
@@ -61,7 +60,7 @@ def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
     )
 
 
-def packed_layer(layer: dict[str, Any], gaze: GazeConfig) -> dict[str, Any]:
+def packed_layer(layer: NamedArrays, gaze: GazeConfig) -> dict[str, ArrayTree]:
     """What a layer keeps of its prefill, its visual part packed already where it leaves for the host.
 
     Packing all layers at once would first hold all of them on the device.
@@ -74,7 +73,9 @@ def packed_layer(layer: dict[str, Any], gaze: GazeConfig) -> dict[str, Any]:
     return kept | {"visual": api.pack(k, v, spec=spec, implementation=gaze.decode_implementation)}
 
 
-def build_cache(layers: dict[str, Array], streams: Streams, gaze: GazeConfig, *, free_slots: int) -> Cache:
+def build_cache(
+    layers: dict[str, ArrayTree], streams: Streams, gaze: GazeConfig, *, free_slots: int
+) -> Cache:
     """Make a cache of what prefill computed.
 
     Args:
@@ -137,12 +138,12 @@ def with_regions(cache: Cache, gaze: GazeConfig, head_dim: int, *, regions: int,
 
 def append(
     cache: Cache,
-    layers: dict[str, Array],
+    layers: dict[str, ArrayTree],
     streams: Streams,
     gaze: GazeConfig,
     *,
-    region: Array,
-    write_index: Array,
+    region: Int[Array, ""],
+    write_index: Int[Array, ""],
 ) -> Cache:
     """Write what was read later into a cache that has room for it.
 
@@ -156,7 +157,9 @@ def append(
     spec = decode_spec(gaze, cache.text_k.shape[-1])
     zero = jnp.zeros((), jnp.int32)
 
-    def write(stack: Array, new: Array, start: Array) -> Array:
+    def write(
+        stack: Float[Array, "L B K space D"], new: Float[Array, "L B K N D"], start: Int[Array, ""]
+    ) -> Float[Array, "L B K space D"]:
         """Along the axis before the last of [L, B, K, N, D]."""
         at = (zero, zero, zero, start, zero)
         return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), at)
@@ -188,23 +191,27 @@ def append(
     )
 
 
-def _layer(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> tuple[Array, Array]:
+def _layer(
+    cache: Cache, layer: Int[Array, ""], gaze: GazeConfig, head_dim: int
+) -> tuple[Float[Array, "B K R P D"], Float[Array, "B K R P D"]]:
     """Visual keys and values [B, K, R, P, D] of a layer."""
     one = api.one_layer(cache.visual, layer)
     k, v = api.unpack(one, spec=decode_spec(gaze, head_dim), implementation=gaze.decode_implementation)
     return k[0], v[0]
 
 
-def layer_keys(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> tuple[Array, Array]:
-    """All keys of a layer: visual [B, K, R, P, D] and dense [B, K, S, D]."""
+def layer_keys(
+    cache: Cache, layer: Int[Array, ""], gaze: GazeConfig, head_dim: int
+) -> tuple[Float[Array, "B K R P D"], Float[Array, "B K S D"]]:
+    """All keys of a layer: visual [B, K, R, P, D] and text stream [B, K, S, D]."""
     visual, _ = _layer(cache, layer, gaze, head_dim)
     return visual, jax.lax.dynamic_index_in_dim(cache.text_k, layer, keepdims=False)
 
 
-def past_of(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> Past:
+def past_of(cache: Cache, layer: Int[Array, ""], gaze: GazeConfig, head_dim: int) -> Past:
     """What a layer holds, for tokens that come after it."""
 
-    def take(a: Array) -> Array:
+    def take(a: Float[Array, " L *rest"]) -> Float[Array, "*rest"]:
         return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
 
     return Past(
@@ -218,7 +225,7 @@ def past_of(cache: Cache, layer: Array, gaze: GazeConfig, head_dim: int) -> Past
 def constrained(cache: Cache) -> Cache:
     """The cache, split over a mesh as its logical axes say; without one it stays as it is."""
 
-    def split(tree: Any, names: tuple[str, ...]) -> Any:
+    def split(tree: ArrayTree, names: tuple[str, ...]) -> ArrayTree:
         return jax.tree.map(
             lambda a: nn.with_logical_constraint(a, (*names, *(None,) * (a.ndim - len(names)))), tree
         )

@@ -4,9 +4,10 @@ Field names are the keys of a config file (``configs/*.py``) and of a checkpoint
 """
 
 import dataclasses
-from typing import Any
+from typing import TypedDict
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gaze_jax.core.layout import NEWLINES, ViewConfig, VisualLayout
 from gaze_jax.core.regions import DESCRIPTORS
@@ -16,6 +17,13 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAM_DTYPES = DTYPES | {"float16": jnp.float16}
 """Parameters may also rest in float16, in which some checkpoints are published; nothing computes in it."""
 SCOPES = ("all", "view")
+
+
+class Kinds(TypedDict):
+    """Dtypes of a module, as its keywords."""
+
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
 
 def _require(condition: bool, message: str) -> None:
@@ -201,7 +209,7 @@ class Numerics:
             _require(value in known, f"{name}={value!r} must be one of {tuple(known)}.")
 
     @property
-    def kinds(self) -> dict[str, Any]:
+    def kinds(self) -> Kinds:
         """Keywords ``dtype`` and ``param_dtype`` of a module."""
         return {"dtype": DTYPES[self.dtype], "param_dtype": PARAM_DTYPES[self.param_dtype]}
 

@@ -8,8 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
-Array = jax.Array
+from gaze_jax.core.types import AnyArray, Array
+
 Names = tuple[str | None, ...]
 
 PER_LAYER_SCAN: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
@@ -21,13 +24,21 @@ def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initial
     return nn.with_logical_partitioning(init, names)
 
 
-def _matmul(x: Array, kernel: Array, *_: object, **kinds: Any) -> Array:
+def _matmul(
+    x: Float[Array, "*lead M"],
+    kernel: Float[Array, "M out"],
+    dimensions: object,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*lead out"]:
     """``lax.dot_general`` of [..., in] and [in, out] as one matrix product over all tokens.
 
     XLA on CPU transposes operands of more than two axes slowly in the backward pass: 1.8 times the time
     of a gated MLP's gradient.
     """
-    out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kinds)
+    out = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision
+    )
     return out.reshape(*x.shape[:-1], kernel.shape[1])
 
 
@@ -36,8 +47,8 @@ def dense(
     names: tuple[str, str],
     *,
     use_bias: bool,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     name: str,
     ends_branch: bool = False,
 ) -> nn.Dense:
@@ -63,11 +74,11 @@ class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32, as Qwen and Llama define it."""
 
     eps: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*lead M"]) -> Float[Array, "*lead M"]:
         """[..., M] -> [..., M]."""
         weight = self.param(
             "weight", logical(nn.initializers.ones_init(), "norm"), x.shape[-1:], self.param_dtype
@@ -86,11 +97,11 @@ class LayerNorm(nn.Module):
     """
 
     eps: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*lead M"]) -> Float[Array, "*lead M"]:
         """[..., M] -> [..., M]."""
         shape = x.shape[-1:]
         scale = self.param("scale", logical(nn.initializers.ones_init(), "norm"), shape, self.param_dtype)
@@ -101,7 +112,9 @@ class LayerNorm(nn.Module):
         return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
 
-def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rope_angles(
+    positions: Int[AnyArray, "*lead"], head_dim: int, theta: float
+) -> tuple[Float32[Array, "*lead {head_dim//2}"], Float32[Array, "*lead {head_dim//2}"]]:
     """Cosines and sines of rotate-half RoPE.
 
     Args:
@@ -118,7 +131,10 @@ def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: Array, angles: tuple[Array, Array]) -> Array:
+def apply_rope(
+    x: Float[Array, "*lead heads D"],
+    angles: tuple[Float32[Array, "*#lead D//2"], Float32[Array, "*#lead D//2"]],
+) -> Float[Array, "*lead heads D"]:
     """Rotate channel i with channel i + D/2: [..., heads, D] by angles [..., D / 2]."""
     cos, sin = (a[..., None, :] for a in angles)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)

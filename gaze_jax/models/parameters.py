@@ -1,22 +1,18 @@
 """The parameters of a model before they have values: names, shapes, dtypes, where they belong."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray, PyTree
 
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.models.mllm import MLLM
 from gaze_jax.models.vision import VisionTower
 from gaze_jax.parallel import rules
 
-Array = jax.Array
-Tree = Any
 
-
-def init_variables(config: MLLMConfig, key: Array) -> Tree:
+def init_variables(config: MLLMConfig, key: PRNGKeyArray) -> PyTree:
     """Boxed parameters of the model, with their initial values."""
     images = None
     if config.vision is not None:
@@ -24,12 +20,12 @@ def init_variables(config: MLLMConfig, key: Array) -> Tree:
     return MLLM(config).init(key, images, method="init_forward")["params"]
 
 
-def _init_tower(config: VisionConfig, key: Array) -> Tree:
+def _init_tower(config: VisionConfig, key: PRNGKeyArray) -> PyTree:
     image = jnp.zeros((1, config.image_size, config.image_size, 3))
     return {"vision": VisionTower(config).init(key, image)["params"]}
 
 
-def boxed_params(config: MLLMConfig | VisionConfig) -> Tree:
+def boxed_params(config: MLLMConfig | VisionConfig) -> PyTree:
     """Shapes and dtypes of the parameters, each boxed with its logical axis names; nothing is computed.
 
     Args:
@@ -40,7 +36,7 @@ def boxed_params(config: MLLMConfig | VisionConfig) -> Tree:
     return jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
 
 
-def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> Tree:
+def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> PyTree:
     """Shapes, dtypes and shardings of the parameters, without computing them.
 
     Args:
@@ -54,7 +50,7 @@ def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> Tree:
     return with_shardings(nn.meta.unbox(boxed), rules.param_shardings(mesh, boxed))
 
 
-def with_shardings(shapes: Tree, shardings: Tree) -> Tree:
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
     """``jax.ShapeDtypeStruct`` of every leaf of ``shapes`` with its sharding."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -10,16 +10,23 @@ Accelerators want the stacked form: there a branch costs a synchronisation and a
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int, PyTree, Shaped
 
-Array = jax.Array
-Tree = Any
+from gaze_jax.core.types import Array
+
+Module = TypeVar("Module", bound=nn.Module)
+Carry = TypeVar("Carry")
+Inputs = TypeVar("Inputs")
+Out = TypeVar("Out")
 
 # From so many rows on packing a kernel costs little, and turning the product around more.
 _MANY = 128
@@ -30,7 +37,7 @@ _MANY = 128
 class UnstackedKernel:
     """Kernels of one linear layer: an array [out, in] for each block, or one that is no block's."""
 
-    layers: tuple[Array, ...]
+    layers: tuple[Float[Array, "out in"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +45,10 @@ class _At:
     """The kernel of one block, in the place of an array among its parameters."""
 
     kernels: UnstackedKernel
-    layer: Array
+    layer: Int[Array, ""]
 
 
-def split_layers(params: Mapping[str, Tree]) -> dict[str, Tree]:
+def split_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Take the kernels of a model's decoder apart.
 
     Args:
@@ -59,32 +66,46 @@ def split_layers(params: Mapping[str, Tree]) -> dict[str, Tree]:
     return {**params, "decoder": decoder}
 
 
-def _split(path: Any, leaf: Array) -> Array | UnstackedKernel:
+def _split(
+    path: tuple[jax.tree_util.DictKey, ...], leaf: Shaped[Array, "..."]
+) -> Shaped[Array, "..."] | UnstackedKernel:
     if path[-1].key != "kernel":
         return leaf
     return UnstackedKernel(jax.jit(lambda a: tuple(a[i].T for i in range(a.shape[0])))(leaf))
 
 
-def is_unstacked(leaf: Any) -> bool:
+def is_unstacked(leaf: object) -> TypeGuard[UnstackedKernel]:
     """Whether this is what :func:`split_layers` makes of a kernel."""
     return isinstance(leaf, UnstackedKernel)
 
 
-def is_split(blocks: Tree) -> bool:
+def is_split(blocks: PyTree) -> bool:
     """Whether the parameters of the blocks come from :func:`split_layers`; None is an untold yet tree."""
     return any(map(is_unstacked, jax.tree.leaves(blocks, is_leaf=is_unstacked)))
 
 
-def product(kernel: Array, x: Array, **kinds: Any) -> Array:
+def product(
+    kernel: Float[Array, "out in"],
+    x: Float[Array, "*lead in"],
+    *,
+    preferred_element_type: DTypeLike | None = None,
+) -> Float[Array, "*lead out"]:
     """``x @ kernel.T`` of [out, in] and [..., in], where the kernel is multiplied as it lies in memory."""
+    multiply = functools.partial(jax.lax.dot_general, preferred_element_type=preferred_element_type)
     if math.prod(x.shape[:-1]) >= _MANY:
-        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), **kinds)
-    out = jax.lax.dot_general(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())), **kinds)
+        return multiply(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    out = multiply(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
     # Without the barrier XLA turns the product around, and the kernel is its right side again.
     return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], kernel.shape[0])
 
 
-def scan(block: nn.Module, blocks: Tree, body: Callable[..., Any], carry: Any, inputs: Any) -> Any:
+def scan(
+    block: Module,
+    blocks: PyTree,
+    body: Callable[[Module, Carry, Inputs], tuple[Carry, Out]],
+    carry: Carry,
+    inputs: Inputs,
+) -> tuple[Carry, Out]:
     """``nn.scan`` of ``body`` over split parameters.
 
     Args:
@@ -99,7 +120,7 @@ def scan(block: nn.Module, blocks: Tree, body: Callable[..., Any], carry: Any, i
     """
     stacked = jax.tree.map(lambda leaf: None if is_unstacked(leaf) else leaf, blocks, is_leaf=is_unstacked)
 
-    def step(carry: Any, here: Any) -> Any:
+    def step(carry: Carry, here: tuple[Int[Array, ""], PyTree, Inputs]) -> tuple[Carry, Out]:
         layer, leaves, inputs = here
         params = jax.tree.map(
             lambda leaf, own: _At(leaf, layer) if is_unstacked(leaf) else own,

@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -54,7 +53,7 @@ class _Run:
     workdir: Path
     mesh: Mesh
     iterator: grain.DatasetIterator
-    fingerprint: dict[str, Any]
+    fingerprint: Mapping[str, object]
     manager: ocp.CheckpointManager
 
     def initial(self) -> tuple[TrainState, list[metrics.Row]]:
@@ -70,7 +69,7 @@ class _Run:
     def log(self, step: int, window: list[metrics.Row], progress: metrics.Progress) -> None:
         row = metrics.mean(window)
         if jax.process_index() == 0:
-            metrics.append(self.workdir / metrics.FILE, {"step": step} | row)
+            metrics.append(self.workdir / metrics.FILE, {"step": step, **row})
         print_once(progress.line(step, row, self.experiment.model.layout.regions))
 
 
@@ -116,7 +115,8 @@ def _steps(
     batch = put_batch(next(run.iterator), run.mesh)
     step_once = compile_step(experiment, run.mesh, batch)
     progress = metrics.Progress(first, experiment.steps)
-    pending: list[Any] = []  # metrics still on the device: fetching them would block every step
+    # Metrics still on the device: fetching them would block every step.
+    pending: list[dict[str, jax.Array]] = []
     for step in range(first + 1, experiment.steps + 1):
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):

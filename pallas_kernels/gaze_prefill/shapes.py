@@ -96,8 +96,8 @@ SHAPES = (
     Shape("qwen3-4b 36,864", 32, 8, 128, queries=1024, regions=1024),
     Shape("qwen3-4b 147,456", 32, 8, 128, queries=1024, regions=4096),
     Shape("qwen2.5-7b 36,864", 28, 4, 128, queries=1024, regions=1024),
-    Shape("qwen2.5-7b 36,864 group", 28, 4, 128, queries=1024, regions=1024, select_per="kv_head"),
-    Shape("qwen2.5-0.5b 9,216 group", 14, 2, 64, queries=1024, regions=256, select_per="kv_head"),
+    Shape("qwen2.5-7b 36,864 kv_head", 28, 4, 128, queries=1024, regions=1024, select_per="kv_head"),
+    Shape("qwen2.5-0.5b 9,216 kv_head", 14, 2, 64, queries=1024, regions=256, select_per="kv_head"),
     Shape("qwen3-4b 9,216 float32", 32, 8, 128, queries=1024, regions=256, dtype="float32"),
     Shape("qwen3-4b 9,216 visual queries", 32, 8, 128, queries=9216, regions=256, select_per=None),
 )

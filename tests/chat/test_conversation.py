@@ -5,22 +5,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from gaze_jax.chat.conversation import (
-    always_supervised,
-    conversation_parts,
-    count_tokens,
-    default_system,
-    truncate,
-)
-from gaze_jax.chat.messages import Message
+from gaze_jax.chat import conversation
+from gaze_jax.chat.conversation import conversation_parts, count_tokens, truncate
+from gaze_jax.chat.messages import Message, media_first
 from gaze_jax.chat.template import ChatTemplate
-from gaze_jax.core.layout import STYLES, VisualLayout
-from gaze_jax.core.streams import IGNORE, Kind
 from gaze_jax.corpora.phrases import build_tokenizer
-from gaze_jax.data.processor import Processor, process, prompt
-from gaze_jax.data.sample import Box, Image, Sample, Text, Video
+from gaze_jax.data.processor import process, prompt
+from gaze_jax.data.sample import Box, Image, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.errors import UserError
+from gaze_jax.families import FAMILIES, get_family
+from gaze_jax.families.cambrian_s import CAMBRIAN_S
 from tests.helpers.chat import (
     AGAIN,
     ANSWER,
@@ -34,6 +29,11 @@ from tests.helpers.chat import (
     TOKENIZER,
     as_dicts,
     hf,
+    labels_of,
+    parts_of,
+    processor,
+    sample,
+    supervised_text,
     template,
     tokenizer_json,
     variables_of,
@@ -47,52 +47,21 @@ def ids_of(parts):
     return [token for text in texts for token in TOKENIZER.encode(text)[0]]
 
 
-def supervised_text(parts):
-    """What is supervised, as text."""
-    return [p.text[a:b] for p in parts if isinstance(p, Text) for a, b in p.targets]
-
-
-def parts_of(name, messages, style="llava_onevision", **more):
-    return conversation_parts(template(name), messages, style=style, **more)
-
-
-def processor(*, context=1, supervise=(), tokenizer=TOKENIZER):
-    return Processor(VisualLayout(4, 2, (1, 2), context), tokenizer, ("chat",), supervise=supervise)
-
-
-def sample(parts, images=2):
-    pixels = tuple(np.full((4, 4, 3), i, np.uint8) for i in range(images))
-    return Sample(3, pixels, tuple(parts), "chat", videos=([pixels[0]],))
-
-
-def labels_of(arrays, layout):
-    """(token, label or None) of every text token, in order; a label is what the token before predicts."""
-    predicted = {
-        order + 1: target
-        for order, target in zip(arrays["text_order"].tolist(), arrays["targets"].tolist(), strict=True)
-        if target != IGNORE
-    }
-    text = arrays["kind"] == Kind.TEXT
-    orders, tokens = arrays["text_order"][text].tolist(), arrays["tokens"][text].tolist()
-    assert predicted.keys() <= set(orders), "only text is predicted"
-    return [(token, predicted.get(order)) for order, token in zip(orders, tokens, strict=True)]
-
-
 @pytest.mark.parametrize("prompted", [False, True])
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("turns_of", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_tokens_of_the_parts_are_transformers_tokens_of_the_whole(name, conversation, prompted):
+def test_the_tokens_of_the_parts_are_transformers_tokens_of_the_whole(name, turns_of, prompted):
     """Tokenising each text by itself is tokenising the rendered string."""
-    messages = CONVERSATIONS[conversation]
+    messages = CONVERSATIONS[turns_of]
     messages = messages[: -1 if prompted else None]
     for variables in variables_of(name):
         turns = as_dicts(messages, name)
-        if not name.startswith("llava") and "images" in conversation:
+        if not name.startswith("llava") and "images" in turns_of:
             turns[0]["content"] = "<image><image><video>\nWhat is this?"
         expected = hf(name).apply_chat_template(
             turns, add_generation_prompt=prompted, return_dict=False, **variables
         )
-        for supervision in ("answer", "cambrian_s"):
+        for supervision in (conversation.ANSWER, CAMBRIAN_S.supervision):
             parts = parts_of(
                 name, messages, supervision=supervision, add_generation_prompt=prompted, **variables
             )
@@ -105,9 +74,8 @@ def test_media_become_parts_where_each_style_reads_them():
     turn = Message("user", ("Is ", Video(1), "like ", Image(2), " or ", Image(0), "? "))
 
     def placed(name, style):
-        text = [
-            p.text if isinstance(p, Text) else p for p in parts_of(name, (SYSTEM, turn, ANSWER), style=style)
-        ]
+        parts = parts_of(name, (SYSTEM, turn, ANSWER), get_family(style))
+        text = [p.text if isinstance(p, Text) else p for p in parts]
         return [text[0].rpartition("user")[2], *text[1:-1], text[-1].partition(END)[0]]
 
     first = [Image(2), Image(0)]
@@ -115,8 +83,8 @@ def test_media_become_parts_where_each_style_reads_them():
     for name, before in (("qwen3", "\n"), ("llava_onevision", " ")):
         assert placed(name, "llava_onevision") == [before, *first, Video(1), "\nIs like  or ?"]
     assert placed("qwen3", "square") == ["\nIs ", Video(1), "like ", Image(2), " or ", Image(0), "? "]
-    for style in STYLES:  # and as in the example of the module
-        parts = parts_of("qwen2_5", (SYSTEM, SEEN, ANSWER), style=style)
+    for family in FAMILIES.values():  # and as in the example of the module
+        parts = parts_of("qwen2_5", (SYSTEM, SEEN, ANSWER), family)
         assert parts[1] == Image(0)
         text = f"\nWhat is this?{END}\n<|im_start|>assistant\nA cat.{END}\n"
         assert parts[2] == Text(text, targets=((47, 63),))
@@ -207,9 +175,7 @@ GENERATED = {
 def test_answers_are_supervised(name, messages, variables, expected):
     """What a model has to say after a generation prompt, and nothing else."""
     made = template(name) if name in TEMPLATES else ChatTemplate(name)
-    assert (
-        supervised_text(conversation_parts(made, messages, style="llava_onevision", **variables)) == expected
-    )
+    assert supervised_text(conversation_parts(made, messages, arrange=media_first, **variables)) == expected
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
@@ -272,52 +238,6 @@ def test_cutting_a_text_where_supervision_begins_would_change_its_tokens():
     assert len(shared) == 1 and (shared[0], shared[0]) in labels
 
 
-# Cambrian-S
-
-
-def cambrian_labels(messages):
-    """(token or "image", label) from the rule itself: turn by turn, text around images by itself."""
-    unmasked = {TOKENIZER.encode(token)[0][0] for token in ("\n", "<|im_start|>", END)}
-    sequence = []
-    for message in messages:
-        text = as_dicts([message], "qwen2_5")[0]["content"]
-        pieces = f"<|im_start|>{message.role}\n{text}{END}\n".split("<image>")
-        for i, piece in enumerate(pieces):
-            if i:
-                sequence.append(("image", None))
-            for token in TOKENIZER.encode(piece)[0]:
-                learnt = message.role == "assistant" or token in unmasked
-                sequence.append((token, token if learnt else None))
-    return sequence
-
-
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen2_5_generation"])
-def test_whole_turns_of_the_assistant_are_supervised_for_cambrian_s(name):
-    """With header and the line feed after the end token, whatever blocks a template has."""
-    turns = [f"<|im_start|>assistant\nA cat.{END}\n", f"<|im_start|>assistant\n{THOUGHT.text}{END}\n"]
-    parts = parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, THOUGHT), supervision="cambrian_s")
-    assert supervised_text(parts) == turns
-
-
-@pytest.mark.parametrize("context", [0, 1, 3])
-def test_cambrian_s_learns_the_turns_of_the_assistant_and_every_line_feed(context):
-    """Exactly its labels, but for a line feed right after an image, which no text position predicts."""
-    messages = (SYSTEM, SEEN, ANSWER, AGAIN, BLACK, QUESTION, Message("assistant", "A\ncat.\n"))
-    expected = cambrian_labels(messages)
-    # Nothing comes before the first token; without context tokens nothing dense before one after an image.
-    dropped = {0} | (
-        {i + 1 for i, (token, _) in enumerate(expected) if token == "image"} if context == 0 else set()
-    )
-    assert all(expected[i][1] is not None for i in dropped)
-    expected = [(t, None if i in dropped else label) for i, (t, label) in enumerate(expected) if t != "image"]
-    made = processor(context=context, supervise=always_supervised("cambrian_s"))
-    parts = parts_of("qwen2_5", messages, style="cambrian_s", supervision="cambrian_s")
-    assert labels_of(process(made, sample(parts)), made.layout) == expected
-    learnt = {token for token, label in expected if label is not None}
-    assert {TOKENIZER.encode(token)[0][0] for token in ("\n", "<|im_start|>", END)} <= learnt
-    assert always_supervised("answer") == ()
-
-
 def test_tokens_that_are_always_supervised_must_be_tokens():
     """Named by what they are written as."""
     with pytest.raises(
@@ -369,7 +289,7 @@ def test_a_token_of_white_space_is_supervised_though_its_offsets_leave_it_out():
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen2_5_generation"])
 def test_the_prompt_of_a_conversation_asks_for_its_first_answer(name):
     """The text before an answer in training equals the rendered question; the rest is to be generated."""
-    made = processor(supervise=always_supervised("cambrian_s"))
+    made = processor(supervise=CAMBRIAN_S.supervision.tokens)
     arrays = prompt(made, sample(parts_of(name, (SYSTEM, SEEN, ANSWER, AGAIN, BLACK))))
     asked = process(processor(), sample(parts_of(name, (SYSTEM, SEEN), add_generation_prompt=True)))
     for field, values in asked.items():
@@ -466,7 +386,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("supervision", ["answer", "cambrian_s"])
+@pytest.mark.parametrize(
+    "supervision", [conversation.ANSWER, CAMBRIAN_S.supervision], ids=["answer", "cambrian_s"]
+)
 @pytest.mark.parametrize(("name", "messages", "more", "reason"), REFUSED.values(), ids=REFUSED)
 def test_a_conversation_that_would_not_be_learnt_as_it_is_is_refused(
     name, messages, more, reason, supervision
@@ -474,25 +396,7 @@ def test_a_conversation_that_would_not_be_learnt_as_it_is_is_refused(
     """Rather than training on something else, or on nothing."""
     made = template(name) if name in TEMPLATES else ChatTemplate(name, {"eos_token": END})
     with pytest.raises(UserError, match=reason):
-        conversation_parts(made, messages, style="cambrian_s", supervision=supervision, **more)
-
-
-def test_an_unknown_style_or_supervision_is_a_mistake_of_the_program():
-    """And says what there is."""
-    with pytest.raises(ValueError, match="style='qwen' must be one of"):
-        parts_of("qwen3", (QUESTION, ANSWER), style="qwen")
-    with pytest.raises(ValueError, match="supervision='all' must be one of"):
-        parts_of("qwen3", (QUESTION, ANSWER), supervision="all")
-    with pytest.raises(ValueError, match="supervision='all' must be one of"):
-        always_supervised("all")
-    with pytest.raises(ValueError, match="style='qwen' must be one of"):
-        default_system("qwen")
-
-
-def test_the_system_prompt_of_a_style():
-    """Cambrian-S has one; transformers' LLaVA-OneVision has none."""
-    assert default_system("cambrian_s") == SYSTEM.text
-    assert default_system("llava_onevision") is None
+        conversation_parts(made, messages, arrange=media_first, supervision=supervision, **more)
 
 
 # Truncation

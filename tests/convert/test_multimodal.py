@@ -19,10 +19,11 @@ from gaze_jax.convert.export import part_directories
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.shards import INDEX
 from gaze_jax.core.layout import ViewConfig
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
-from gaze_jax.families import family_of
-from gaze_jax.models import MLLM, published
+from gaze_jax.families import conversion_of, siglip
+from gaze_jax.models import MLLM
 from gaze_jax.models.config import VisionConfig
 from tests.helpers import hf
 
@@ -141,7 +142,7 @@ def logits(model, tokens, valid):
 
 @functools.cache
 def text_logits(config):
-    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, top_k=None)[0])
+    return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, Selection())[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -242,7 +243,7 @@ def test_tying_is_resolved_as_transformers_does(top, inner):
         "image_grid_pinpoints": hf.pinpoints(),
     } | ({} if top is None else {"tie_word_embeddings": top})
     theirs = transformers.LlavaOnevisionConfig(**config).tie_word_embeddings
-    assert family_of(config, "x").read_config(config).decoder.tie_embeddings == theirs
+    assert conversion_of(config, "x").read_config(config).decoder.tie_embeddings == theirs
 
 
 def test_default_pinpoints_are_those_of_transformers():
@@ -250,7 +251,7 @@ def test_default_pinpoints_are_those_of_transformers():
     sizes = hf.VISION | {"image_size": 384, "patch_size": 14, "model_type": "siglip_vision_model"}
     config = {"model_type": "llava_onevision", "text_config": hf.TEXT, "vision_config": sizes}
     theirs = transformers.LlavaOnevisionConfig(vision_config=sizes).image_grid_pinpoints
-    assert family_of(config, "x").read_config(config).views.canvases == tuple(map(tuple, theirs))
+    assert conversion_of(config, "x").read_config(config).views.canvases == tuple(map(tuple, theirs))
 
 
 def test_views_of_the_small_models(tmp_path):
@@ -308,13 +309,13 @@ def test_shards_keep_their_places(tmp_path):
 def test_a_tower_that_is_elsewhere_must_be_named(tmp_path, monkeypatch, write):
     """One sentence names the field and the flag, whether the tower's sizes are known or not."""
     source = write(tmp_path / "hf")
-    vision = family_of(json.loads((source / "config.json").read_text()), "x").names.vision
+    vision = conversion_of(json.loads((source / "config.json").read_text()), "x").names.vision
     field = "mm_vision_tower_aux_list" if write is hf.save_cambrian else "mm_vision_tower"
     with pytest.raises(UserError, match=r"does not describe its image tower 'tiny/siglip.*with --vision"):
         run.plan_directory(source)
     hf.edit_tensors(source, lambda t: {name: v for name, v in t.items() if not name.startswith(vision)})
     for name in ("siglip", "siglip2"):
-        monkeypatch.setitem(published.TOWERS, name, TOWER)
+        monkeypatch.setitem(siglip.TOWERS, name, TOWER)
     for read in (run.plan_directory, lambda directory: load(directory, one_device())):
         with pytest.raises(UserError, match=rf"holds no image tower; its {field} names .*with --vision"):
             read(source)
@@ -341,12 +342,12 @@ def test_a_tower_in_the_file_is_the_one_that_is_used(tmp_path):
 
 def test_a_published_tower_needs_no_description(tmp_path, monkeypatch):
     """Its sizes are in a table, and every tensor must have them."""
-    monkeypatch.setitem(published.TOWERS, "siglip", TOWER)
+    monkeypatch.setitem(siglip.TOWERS, "siglip", TOWER)
     source = hf.save_llava_next(tmp_path / "hf")
     assert run.plan_directory(source).config.vision == TOWER
     found = load(source, one_device())
     assert found.files == source and found.config.vision == TOWER
-    monkeypatch.setitem(published.TOWERS, "siglip", VisionConfig(28, 4, 48, 2, 4, 80))
+    monkeypatch.setitem(siglip.TOWERS, "siglip", VisionConfig(28, 4, 48, 2, 4, 80))
     hf.edit_config(source, image_grid_pinpoints="(1x1),...,(2x2)")
     with pytest.raises(UserError, match=r"position_embedding\.weight is \[36, 48\] and should be \[49, 48\]"):
         run.plan_directory(source)
@@ -393,12 +394,12 @@ def test_everything_wrong_is_listed_at_once(tmp_path, layout):
     hf.edit_tensors(source, break_it)
     with pytest.raises(UserError) as error:
         run.plan_directory(source, vision=tower() if elsewhere else None)
-    family = family_of(json.loads((source / "config.json").read_text()), "x")
+    conversion = conversion_of(json.loads((source / "config.json").read_text()), "x")
     message = str(error.value)
     for name in names["missing"]:
-        assert f"{family.canonical(name)} [" in message and "is missing" in message, name
+        assert f"{conversion.canonical(name)} [" in message and "is missing" in message, name
     for name in names["wrong"]:
-        assert f"{family.canonical(name)} is [" in message and "and should be [" in message, name
+        assert f"{conversion.canonical(name)} is [" in message and "and should be [" in message, name
     assert "vision_resampler.weight [3] is unexpected" in message and "Nothing was converted" in message
 
 

@@ -17,16 +17,17 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.run import plan_directory
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, pad_to, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
-from gaze_jax.data.views import image_views, video_views
+from gaze_jax.families import get_family
 from gaze_jax.models import MLLM
 from tests.helpers import hf
 from tests.helpers.engines import logits, make_engine, row
-from tests.helpers.views import cambrian_canvas, cambrian_grid
+from tests.helpers.views import cambrian_canvas, cambrian_grid, image_views, video_views
 
 pytestmark = pytest.mark.xdist_group("parity")
 
@@ -70,7 +71,12 @@ def scene(name: str) -> Sample:
 
 
 def arrays_of(config, sample: Sample, **fields):
-    processor = Processor(dataclasses.replace(config.layout, **fields), build_tokenizer(), ("a",))
+    processor = Processor(
+        dataclasses.replace(config.layout, **fields),
+        build_tokenizer(),
+        ("a",),
+        get_family(config.views.style).views,
+    )
     return process(processor, sample)
 
 
@@ -78,14 +84,14 @@ def arrays_of(config, sample: Sample, **fields):
 def forward(config):
     return jax.jit(
         lambda params, images, streams, top_k: MLLM(config).apply(
-            {"params": params}, images, streams, top_k=top_k
+            {"params": params}, images, streams, Selection(top_k)
         )[0]
     )
 
 
 def ours(found, arrays, config=None, top_k=None) -> np.ndarray:
     """float32 [S, V]; padded to few shapes, so that few compile."""
-    sizes = {"regions": 24, "dense": 120, "images": 12, "slots": 42}
+    sizes = {"regions": 24, "text": 120, "images": 12, "slots": 42}
     batch = {name: jnp.asarray(a) for name, a in stack([pad_to(arrays, **sizes)]).items()}
     budget = None if top_k is None else jnp.int32(top_k)
     run = forward(config or found.config)

@@ -8,10 +8,7 @@ import torch
 import transformers
 
 from gaze_jax.convert.source import expected_tensors, leaf_shapes
-from gaze_jax.core.layout import VisualLayout
-from gaze_jax.families import FAMILIES, decoder_family
-from gaze_jax.models.config import VisionConfig
-from gaze_jax.models.published import DECODERS, MODELS, TOWERS, dense
+from gaze_jax.families import CONVERSIONS, DECODERS, MODELS, TOWERS, written_as
 
 pytestmark = pytest.mark.xdist_group("parity")
 
@@ -51,13 +48,12 @@ def meta(config):
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder(name):
     config = DECODERS[name]
-    kind = decoder_family(config)
-    family = FAMILIES[kind]
-    original = meta(transformers.AutoConfig.for_model(**family.write_config(config)))
+    conversion = CONVERSIONS[written_as(config)]
+    original = meta(transformers.AutoConfig.for_model(**conversion.write_config(config)))
     in_memory = len(original)
     if config.tie_embeddings:
         del original["lm_head.weight"]  # the embedding again, and not in the file
-    ours = expected_tensors(family.rules(config), config)
+    ours = expected_tensors(conversion.rules(config), config)
     assert ours == original
     tensors, parameters = COUNTS[name]
     assert len(ours) == tensors and in_memory == tensors + config.tie_embeddings
@@ -69,14 +65,14 @@ def test_decoder(name):
 def test_tower(name):
     tower = TOWERS[name]
     whole = dataclasses.replace(tower, depth=27, post_norm=True)
-    family = FAMILIES["siglip_vision_model"]
-    fields = family.write_config(whole) | {"vision_use_head": True}
+    conversion = CONVERSIONS["siglip_vision_model"]
+    fields = conversion.write_config(whole) | {"vision_use_head": True}
     original = meta(transformers.SiglipVisionConfig(**fields))
     assert len(original) == 448
     assert sum(map(math.prod, original.values())) == TOWER_COUNTS[name]
     for config in (whole, tower):
-        ours = expected_tensors(family.rules(config), config)
-        unused = {name for name in original if family.unused(config, name)}
+        ours = expected_tensors(conversion.rules(config), config)
+        unused = {name for name in original if conversion.unused(config, name)}
         assert ours == {name: shape for name, shape in original.items() if name not in unused}
     assert len(unused) == 16 + 2 + 12 - 1  # layer 27, the final norm, the pooling head
 
@@ -92,9 +88,9 @@ def test_token_grids():
 
 def llava_onevision(config):
     """The config of transformers for a whole model; of its tower the 26 layers that are published."""
-    tower = FAMILIES["siglip_vision_model"].write_config(config.tower)
+    tower = CONVERSIONS["siglip_vision_model"].write_config(config.tower)
     return transformers.LlavaOnevisionConfig(
-        text_config=FAMILIES["qwen2"].write_config(config.decoder),
+        text_config=CONVERSIONS["qwen2"].write_config(config.decoder),
         vision_config=tower,
         tie_word_embeddings=config.decoder.tie_embeddings,
     )
@@ -104,19 +100,19 @@ def llava_onevision(config):
 def test_llava_onevision(name):
     """Every tensor of the published sizes, one to one, in memory and as files call it."""
     config = MODELS[name]
-    family = FAMILIES["llava_onevision"]
+    conversion = CONVERSIONS["llava_onevision"]
     theirs = llava_onevision(config)
-    assert family.read_config(theirs.to_dict()) == dataclasses.replace(
+    assert conversion.read_config(theirs.to_dict()) == dataclasses.replace(
         config, dtype="float32", param_dtype="float32"
     )
     in_memory = meta(theirs)
-    original = {family.canonical(name): shape for name, shape in in_memory.items()}
+    original = {conversion.canonical(name): shape for name, shape in in_memory.items()}
     assert len(original) == len(in_memory)
     if config.decoder.tie_embeddings:
         del original["language_model.lm_head.weight"]  # the embedding again
-    unused = {name for name in original if family.unused(config, name)}
+    unused = {name for name in original if conversion.unused(config, name)}
     assert unused == {f"vision_tower.post_layernorm.{end}" for end in ("weight", "bias")}
-    ours = expected_tensors(family.rules(config), config)
+    ours = expected_tensors(conversion.rules(config), config)
     assert ours == {name: shape for name, shape in original.items() if name not in unused}
     tensors, parameters = WHOLE_COUNTS[name]
     assert len(in_memory) == tensors and sum(map(math.prod, original.values())) == parameters
@@ -129,11 +125,11 @@ def test_cambrian_s(size):
     config = MODELS[f"cambrian-s-{size}"]
     width = config.decoder.width
     tensors, parameters = COUNTS[f"qwen2.5-{size}"]
-    tower = expected_tensors(FAMILIES["siglip"].rules(config.tower), config.tower)
+    tower = expected_tensors(CONVERSIONS["siglip"].rules(config.tower), config.tower)
     tensors += len(tower) + 5
     parameters += sum(map(math.prod, tower.values())) + 1152 * width + width * width + 3 * width
     for kind in ("cambrian_qwen", "llava_qwen"):
-        ours = expected_tensors(FAMILIES[kind].rules(config), config)
+        ours = expected_tensors(CONVERSIONS[kind].rules(config), config)
         assert len(ours) == tensors and sum(map(math.prod, ours.values())) == parameters
     assert sum(map(math.prod, leaf_shapes(config).values())) == parameters
 
@@ -142,14 +138,3 @@ def test_cambrian_s_has_the_size_that_was_published():
     """Cambrian-S-7B-LFP's file: 8,047,327,392 parameters, 16,978,560 of them the next-frame head's."""
     shapes = leaf_shapes(MODELS["cambrian-s-7b"])
     assert sum(map(math.prod, shapes.values())) + POST_NORM == 8_047_327_392 - 16_978_560
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].views.style == "square"])
-def test_the_papers_models_cut_an_image_into_16_full_regions(name):
-    config = MODELS[name]
-    tower = config.tower
-    layout = VisualLayout(tower.image_size, tower.patch_size, config.gaze.region, config.gaze.context_tokens)
-    assert layout.regions == 16 and layout.slots * 16 == layout.tokens
-    baseline = dense(config)
-    assert baseline.gaze.top_k is None and baseline.gaze.context_tokens == 0
-    assert isinstance(baseline.vision, VisionConfig)

@@ -6,7 +6,7 @@ import pytest
 from gaze_jax.convert import hub, run
 from gaze_jax.convert.source import open_directory
 from gaze_jax.errors import UserError
-from gaze_jax.families import FAMILIES
+from gaze_jax.families import CONVERSIONS
 from gaze_jax.models.config import GazeConfig
 from tests.helpers.checkpoints import QWEN, SIGLIP, checkpoint
 
@@ -51,7 +51,7 @@ def test_a_name_with_and_without_its_prefix(tmp_path):
 
 def test_the_family_is_that_of_config_json_whatever_the_path_says(tmp_path):
     directory = checkpoint(tmp_path / "clip-vit-large-qwen3", SIGLIP)
-    assert open_directory(directory).family is FAMILIES["siglip_vision_model"]
+    assert open_directory(directory).conversion is CONVERSIONS["siglip_vision_model"]
 
 
 def test_code_that_config_json_points_to_is_ignored(tmp_path):

@@ -8,9 +8,11 @@ from gaze_jax.data.packing import MIXED, pack
 from gaze_jax.data.processor import PADDING, Processor, pad_to, process
 from gaze_jax.data.sample import Box, Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END
+from gaze_jax.families.cambrian_s import CAMBRIAN_S
+from gaze_jax.families.square import SQUARE
 
 # 3x3 tokens in regions of 2x2: full, partial and empty slots.
-PROCESSOR = Processor(VisualLayout(6, 2, (2, 2), 2), build_tokenizer(), FAMILIES)
+PROCESSOR = Processor(VisualLayout(6, 2, (2, 2), 2), build_tokenizer(), FAMILIES, SQUARE.views)
 SIDE, GRID, TOKENS = 6, 3, 9
 # Fields that name something in the row, and so move when a row is shared.
 MOVED = {"visual_src", "visual_view", "text_view", "target_view", "region_segment", "text_segment"}
@@ -151,7 +153,11 @@ def test_a_sample_padded_only_in_its_views_is_refused():
 # Tiles, pooling and routed newlines: tokens that are sums of several tower tokens of several images.
 VIEWS = ViewConfig("cambrian_s", canvases=((6, 6), (6, 12)), image_side=2, frame_side=2)
 POOLED = Processor(
-    VisualLayout(6, 2, (2, 2), 1, views=VIEWS, newlines="region"), build_tokenizer(), FAMILIES, True
+    VisualLayout(6, 2, (2, 2), 1, views=VIEWS, newlines="region"),
+    build_tokenizer(),
+    FAMILIES,
+    CAMBRIAN_S.views,
+    True,
 )
 
 

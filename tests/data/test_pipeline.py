@@ -18,11 +18,12 @@ from gaze_jax.data.pipeline import (
 from gaze_jax.data.processor import Processor, pad_to
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
+from gaze_jax.families.square import SQUARE
 
 # 18 scenes in batches of 4: batches straddle the end of an epoch.
 SCENES = DigitsConfig(rows=2, cols=2, augment=False, train_scenes=18, reads_per_sample=2)
 SOURCE = DigitScenes(SCENES, 0, "train")
-PROCESSOR = Processor(VisualLayout(20, 5, (2, 2), 1), build_tokenizer(), FAMILIES)
+PROCESSOR = Processor(VisualLayout(20, 5, (2, 2), 1), build_tokenizer(), FAMILIES, SQUARE.views)
 CONFIG = PipelineConfig(batch_size=4, seed=0, bucket=Bucket(regions=4, text=40, images=1))
 
 

@@ -19,8 +19,17 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.data import pixels as module
 from gaze_jax.data.pixels import GREY, normalise, pad, resize, resize_on_square
-from gaze_jax.data.views import image_views, video_views
-from tests.helpers.views import CAMBRIAN_S, LLAVA_ONEVISION, cambrian_canvas, layout, noise, pinpoints, pixels
+from tests.helpers.views import (
+    CAMBRIAN_S,
+    LLAVA_ONEVISION,
+    cambrian_canvas,
+    image_views,
+    layout,
+    noise,
+    pinpoints,
+    pixels,
+    video_views,
+)
 
 # Cuts of the photographs, (height, width): square, odd, small, tiny, very wide, very tall, and beyond a tile.
 CUTS = [(300, 300), (299, 451), (37, 53), (5, 3), (23, 600), (500, 17), (384, 384), (427, 640), (999, 1000)]

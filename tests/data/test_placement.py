@@ -109,7 +109,7 @@ def test_pool_indices_point_into_the_images_of_their_view():
     made = layout(newlines="region")
     first = place_views(made, [view(2, 2, tiles=3, newlines=True, seed=1)], (1, 2, 2), Cursor(image=1))
     second = place_views(made, [view(2, 4, seed=2), view(2, 4, seed=3)], (2, 1, 3), first.next)
-    arrays = join(made, [first, second])
+    arrays = join(made, [first, second], pooled=True)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(1, 6 * TOKENS, 8)).astype(np.float32)
     newline = rng.normal(size=8).astype(np.float32)
@@ -142,7 +142,7 @@ def test_regions_of_several_sizes_share_the_largest():
     made = layout()
     parts = [place_views(made, [view(3, 3)], (1, 3, 3), Cursor())]
     parts.append(place_views(made, [view(2, 2)], (1, 2, 2), parts[0].next))
-    arrays = join(made, parts)
+    arrays = join(made, parts, pooled=True)
     assert arrays["visual_src"].shape == (2, 9) and (arrays["visual_src"] >= 0).sum() == 13
     assert (arrays["pool_weights"][arrays["visual_src"] < 0] == 0).all()
     assert (arrays["pool_indices"][arrays["visual_src"] < 0] == 0).all()
@@ -151,7 +151,7 @@ def test_regions_of_several_sizes_share_the_largest():
 
 
 def test_unpooled_tokens_need_no_pool_indices():
-    """Style "square": the index alone says it."""
+    """The index alone says which it is."""
     made = VisualLayout(12, 4, (2, 2), 0)
     grid = np.arange(9, dtype=np.int32).reshape(3, 3)
     plain = View(
@@ -161,5 +161,5 @@ def test_unpooled_tokens_need_no_pool_indices():
         False,
         (0.0, 0.0, 12.0, 12.0),
     )
-    arrays = join(made, [place_views(made, [plain, plain], (2, 2, 2), Cursor())])
+    arrays = join(made, [place_views(made, [plain, plain], (2, 2, 2), Cursor())], pooled=False)
     assert "pool_indices" not in arrays and arrays["visual_src"].shape == (4, 8)

@@ -14,6 +14,7 @@ from gaze_jax.data.processor import Processor, pad_answers, pad_to, process, pro
 from gaze_jax.data.sample import Box, Image, Sample, Text
 from gaze_jax.data.tokenizer import END
 from gaze_jax.errors import UserError
+from gaze_jax.families.square import SQUARE
 
 TOKENIZER = build_tokenizer()
 NO_BOX = (-1.0, -1.0, -1.0, -1.0)
@@ -21,7 +22,7 @@ NO_BOX = (-1.0, -1.0, -1.0, -1.0)
 
 def processor(*, grid=2, region=(1, 2), context=1, patch=2, remainder=0, resize=False):
     layout = VisualLayout(grid * patch + remainder, patch, region, context)
-    return Processor(layout, TOKENIZER, FAMILIES, resize)
+    return Processor(layout, TOKENIZER, FAMILIES, SQUARE.views, resize)
 
 
 def noise(height, width, seed=0):

@@ -7,14 +7,21 @@ tests download nothing, and Qwen2.5's turns with blocks around what is learnt.
 import functools
 import pathlib
 
+import numpy as np
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from gaze_jax.chat.conversation import conversation_parts
 from gaze_jax.chat.messages import Message
 from gaze_jax.chat.template import ChatTemplate
-from gaze_jax.data.sample import Image, Video
+from gaze_jax.core.layout import VisualLayout
+from gaze_jax.core.streams import IGNORE, Kind
+from gaze_jax.data.processor import Processor
+from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
+from gaze_jax.families.llava_onevision import LLAVA_ONEVISION
+from gaze_jax.families.square import SQUARE
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "chat" / "templates"
 
@@ -107,3 +114,36 @@ def as_dicts(messages, name):
 
 def variables_of(name):
     return [{}, {"enable_thinking": False}, {"enable_thinking": True}] if name == "qwen3" else [{}]
+
+
+def supervised_text(parts):
+    """What is supervised, as text."""
+    return [p.text[a:b] for p in parts if isinstance(p, Text) for a, b in p.targets]
+
+
+def parts_of(name, messages, family=LLAVA_ONEVISION, **more):
+    return conversation_parts(template(name), messages, arrange=family.arrange, **more)
+
+
+def processor(*, context=1, supervise=(), tokenizer=TOKENIZER):
+    return Processor(
+        VisualLayout(4, 2, (1, 2), context), tokenizer, ("chat",), SQUARE.views, supervise=supervise
+    )
+
+
+def sample(parts, images=2):
+    pixels = tuple(np.full((4, 4, 3), i, np.uint8) for i in range(images))
+    return Sample(3, pixels, tuple(parts), "chat", videos=([pixels[0]],))
+
+
+def labels_of(arrays, layout):
+    """(token, label or None) of every text token, in order; a label is what the token before predicts."""
+    predicted = {
+        order + 1: target
+        for order, target in zip(arrays["text_order"].tolist(), arrays["targets"].tolist(), strict=True)
+        if target != IGNORE
+    }
+    text = arrays["kind"] == Kind.TEXT
+    orders, tokens = arrays["text_order"][text].tolist(), arrays["tokens"][text].tolist()
+    assert predicted.keys() <= set(orders), "only text is predicted"
+    return [(token, predicted.get(order)) for order, token in zip(orders, tokens, strict=True)]

@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gaze_jax.convert.source import expected_tensors
-from gaze_jax.families import family_of, feature_tower
-from gaze_jax.families.tower import read_siglip
+from gaze_jax.families import conversion_of, feature_tower
+from gaze_jax.families.siglip import read_siglip
 
 QWEN = {
     "model_type": "qwen2",
@@ -43,11 +43,11 @@ CAMBRIAN = QWEN | {
 
 
 def tensors_of(config) -> dict[str, np.ndarray]:
-    family = family_of(config, "config.json")
-    tower = (feature_tower(read_siglip(SIGLIP), -2),) if family.tower_elsewhere else ()
-    whole = family.read_config(config, *tower)
+    conversion = conversion_of(config, "config.json")
+    tower = (feature_tower(read_siglip(SIGLIP), -2),) if conversion.tower_elsewhere else ()
+    whole = conversion.read_config(config, *tower)
     rng = np.random.default_rng(0)
-    shapes = expected_tensors(family.rules(whole), whole)
+    shapes = expected_tensors(conversion.rules(whole), whole)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 

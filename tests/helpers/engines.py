@@ -13,6 +13,7 @@ from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.pipeline import stack
 from gaze_jax.data.processor import Processor, process_with_views
 from gaze_jax.data.sample import Image, Sample, Text
+from gaze_jax.families import get_family
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions, join, most
 from gaze_jax.infer.sampling import SamplingParams
@@ -29,7 +30,9 @@ def row(*parts, config=MODEL, order=0, videos=()):
     """Arrays of images, by number, of texts, and of parts as they are."""
     kinds = {int: Image, str: Text}
     parts = tuple(kinds[type(part)](part) if type(part) in kinds else part for part in parts)
-    processor = Processor(config.layout, TOKENIZER, FAMILIES, resize=True)
+    processor = Processor(
+        config.layout, TOKENIZER, FAMILIES, get_family(config.views.style).views, resize=True
+    )
     sample = Sample(0, IMAGES, parts, FAMILIES[0], tuple(videos))
     return process_with_views(processor, sample, order=order)[0]
 

@@ -6,11 +6,34 @@ import numpy as np
 import torch
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
+from gaze_jax.data import views as data_views
 from gaze_jax.data.pixels import normalise
-from gaze_jax.data.views import MediaViews
-from gaze_jax.models.published import VIEWS, cambrian_canvases
+from gaze_jax.data.views import MediaViews, View, ViewStyle
+from gaze_jax.families import MODELS, get_family
+from gaze_jax.families.cambrian_s import cambrian_canvases
 
-LLAVA_ONEVISION, CAMBRIAN_S = VIEWS["llava-onevision"], VIEWS["cambrian-s"]
+LLAVA_ONEVISION = MODELS["llava-onevision-qwen2-7b"].views
+CAMBRIAN_S = MODELS["cambrian-s-7b"].views
+
+
+def style_of(at: VisualLayout) -> ViewStyle:
+    return get_family(at.views.style).views
+
+
+def image_views(at: VisualLayout, image: np.ndarray, *, alone: bool) -> MediaViews:
+    return data_views.image_views(style_of(at), at, image, alone=alone)
+
+
+def video_views(at: VisualLayout, frames) -> MediaViews:
+    return data_views.video_views(style_of(at), at, frames)
+
+
+def image_shapes(at: VisualLayout, height: int, width: int, *, alone: bool):
+    return data_views.image_shapes(style_of(at), at, height, width, alone=alone)
+
+
+def frame_shape(at: VisualLayout, height: int, width: int):
+    return data_views.frame_shape(style_of(at), at, height, width)
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -89,3 +112,56 @@ def cambrian_grid(
         joined = joined[:, :, cut : w - cut]
     ends = newline[:, None, None].expand(width_of, joined.shape[1], 1)
     return torch.cat([joined, ends], dim=2).flatten(1).T
+
+
+# (height, width) of images that fill a whole number of rows or columns, less 1e-14 in floats: transformers
+# rounds, Cambrian-S cuts the fraction off. The first belong to 27 tokens a side, then 24, 8, and tiny grids.
+NEARLY_WHOLE = [(423, 188), (188, 423), (1323, 196), (196, 1323), (98, 1323), (820, 1107)]
+NEARLY_WHOLE += [(110, 176), (984, 205), (693, 1848), (147, 392), (392, 147), (343, 392)]
+NEARLY_WHOLE += [(22, 55), (55, 22), (39, 117), (117, 39), (98, 147), (147, 98), (49, 98)]
+
+
+def count(shapes: list[tuple[int, int, bool]], end_newline: bool) -> int:
+    return sum(h * (w + newlines) for h, w, newlines in shapes) + end_newline
+
+
+def sizes(number: int, smallest: int, largest: int) -> list[tuple[int, int]]:
+    """(height, width), every order of magnitude alike."""
+    low, high = math.log(smallest), math.log(largest + 1)
+    drawn = np.exp(np.random.default_rng(number).uniform(low, high, (number, 2))).astype(int)
+    return [(int(height), int(width)) for height, width in drawn]
+
+
+def features(tiles: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng(tiles).normal(size=(tiles, tokens, 3)).astype(np.float32)
+
+
+NEWLINE = np.array([7.0, -5.0, 3.0], np.float32)
+
+
+def weigh(view: View, tokens: np.ndarray) -> np.ndarray:
+    """A view's tokens, float32 [h, w, M], from those of the tower."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    assert view.pool_indices.dtype == np.int32 and view.pool_weights.dtype == np.float32
+    assert view.pool_indices.shape == view.pool_weights.shape == (*view.pool_indices.shape[:2], 4)
+    assert view.pool_indices.min() >= 0 and view.pool_indices.max() < len(flat)
+    assert not view.pool_indices[view.pool_weights == 0].any() and view.pool_weights.min() >= 0
+    np.testing.assert_allclose(view.pool_weights.sum(-1), 1, atol=3e-7)
+    return (flat[view.pool_indices] * view.pool_weights[..., None]).sum(2)
+
+
+def sequence(views: MediaViews, tokens: np.ndarray) -> np.ndarray:
+    """Everything that the decoder would see, float32 [n, M]; ``tokens`` are of the views' images in order."""
+    out, start = [], 0
+    for view in views.views:
+        grid = weigh(view, tokens[start : start + len(view.images)])
+        start += len(view.images)
+        if view.newlines:
+            grid = np.concatenate([grid, np.broadcast_to(NEWLINE, (len(grid), 1, len(NEWLINE)))], axis=1)
+        out.append(grid.reshape(-1, grid.shape[-1]))
+    assert start == len(tokens)
+    return np.concatenate([*out, NEWLINE[None]] if views.end_newline else out)
+
+
+def shapes_of(views: MediaViews) -> tuple[list[tuple[int, int, bool]], bool]:
+    return [(*view.pool_indices.shape[:2], view.newlines) for view in views.views], views.end_newline

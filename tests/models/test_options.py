@@ -17,6 +17,7 @@ from gaze_jax.core.selection import Selection
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Video
+from gaze_jax.families import get_family
 from gaze_jax.models import DUMMY, MLLM, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.attention import RoutedQueries, region_scores
 from pallas_kernels import GazeSpec, dispatch, gaze_prefill
@@ -106,7 +107,7 @@ def _streams(views, config=DUMMY):
     """What the processor makes of an image and of a video of four frames: sizes and sums of all fields."""
     vision = dataclasses.replace(config.vision, image_size=24, patch_size=4)
     layout = dataclasses.replace(config, vision=vision, views=views).layout
-    processor = Processor(layout, build_tokenizer(), ("a",), resize=True)
+    processor = Processor(layout, build_tokenizer(), ("a",), get_family(views.style).views, resize=True)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 50, 90, 3), dtype=np.uint8)
     made = Sample(0, (pixels[0],), (Image(0), Video(0)), "a", (pixels,))
     return " ".join(f"{name} {a.shape} {a.sum()}" for name, a in sorted(process(processor, made).items()))

@@ -7,8 +7,22 @@ from typing import Any
 import numpy as np
 
 from gaze_jax.errors import UserError
-from gaze_jax.families.table import Family, Fields, Json, Rule, layer_norm, linear
+from gaze_jax.families.table import Conversion, Fields, Json, Rule, layer_norm, linear
 from gaze_jax.models.config import VisionConfig
+
+
+def _so400m(image_size: int, patch_size: int) -> VisionConfig:
+    # The features after layer 26 of 27, which multimodal LLMs read.
+    return VisionConfig(image_size, patch_size, 1152, depth=26, num_heads=16, mlp_dim=4304)
+
+
+TOWERS: Mapping[str, VisionConfig] = {
+    "siglip-so400m-patch14-384": _so400m(384, 14),
+    "siglip2-so400m-patch14-384": _so400m(384, 14),
+    "siglip2-so400m-patch16-384": _so400m(384, 16),
+    "siglip2-so400m-patch16-512": _so400m(512, 16),
+}
+"""Published sizes, up to the penultimate layer."""
 
 
 def _tower_fields(config: Json) -> Json:
@@ -103,7 +117,7 @@ def siglip_unused(config: VisionConfig, name: str) -> bool:
     return name.startswith("encoder.layers.") and layer.isdigit() and int(layer) >= config.depth
 
 
-SIGLIP = Family(
+_SIGLIP = Conversion(
     part="vision",
     read_config=read_siglip,
     write_config=_write_siglip,
@@ -117,6 +131,19 @@ SIGLIP = Family(
         "logit_*": "the contrastive head, which a multimodal LLM does not use",
     },
 )
+
+CONVERSIONS: Mapping[str, Conversion] = {
+    "siglip": _SIGLIP,
+    "siglip_vision_model": dataclasses.replace(_SIGLIP, writes=lambda config: True),
+}
+"""``model_type`` -> conversion: a whole SigLIP, of which the tower is read, and a tower alone."""
+
+_NAFLEX = (
+    "is a NaFlex SigLIP2, which takes images of any shape and is not supported; use a fixed-resolution "
+    "SigLIP2, whose model_type is 'siglip'"
+)
+REFUSED: Mapping[str, str] = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}
+"""``model_type`` -> why it is not converted, as the predicate of a sentence."""
 
 
 def feature_tower(config: VisionConfig, feature_layer: int, setting: str = "--feature_layer") -> VisionConfig:

@@ -7,11 +7,11 @@ from typing import Any
 
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.errors import UserError
-from gaze_jax.families.decoder import decoder_rules, implied_head, read_decoder
+from gaze_jax.families.decoder import decoder_rules, implied_head
+from gaze_jax.families.qwen import read_qwen2
+from gaze_jax.families.siglip import TOWERS, siglip_rules, siglip_unused
 from gaze_jax.families.table import Fields, Json, Names, Rule, linear
-from gaze_jax.families.tower import siglip_rules, siglip_unused
 from gaze_jax.models.config import DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
-from gaze_jax.models.published import TOWERS
 
 BUFFERS = {"*.rotary_emb.inv_freq": "a buffer that is computed from rope_theta"}
 
@@ -64,6 +64,12 @@ def whole_config(decoder: DecoderConfig, tower: VisionConfig, views: ViewConfig)
     config = MLLMConfig(decoder, tower, gaze, views=views)
     _ = config.layout  # checks the views
     return config
+
+
+def published(decoder: DecoderConfig, tower: VisionConfig, views: ViewConfig) -> MLLMConfig:
+    """:func:`whole_config` in bfloat16, as whole models are published."""
+    config = whole_config(decoder, tower, views)
+    return dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
 
 
 def pairs(value: Any, name: str) -> tuple[tuple[int, int], ...]:
@@ -130,7 +136,7 @@ def unscaled_decoder(config: Json) -> DecoderConfig:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
         plain["rope_theta"] = nested["rope_theta"]
-    return read_decoder(plain, kind="qwen2")
+    return read_qwen2(plain)
 
 
 def scaling_remarks(config: Json) -> tuple[str, ...]:

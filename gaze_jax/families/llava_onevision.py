@@ -1,22 +1,34 @@
 """LLaVA-OneVision: as transformers has it, and as LLaVA-NeXT's own code saves it.
 
+An image alone, as transformers reads it: squashed, then its tiles on black, unpadded, shrunk if they are
+many, a newline after each row of tiles. One of several (or alone without canvases): padded with grey to a
+square and kept whole, and one newline. A frame: squashed and pooled; one newline after the last.
+
 Papers and code: "LLaVA-OneVision: Easy Visual Task Transfer" (Li et al., arXiv 2408.03326);
 transformers' ``LlavaOnevisionForConditionalGeneration``; LLaVA-NeXT's ``LlavaQwenForCausalLM``.
 """
 
+import dataclasses
 import functools
 import itertools
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from gaze_jax.core.layout import ViewConfig
+from gaze_jax.chat.messages import Content, media_first
+from gaze_jax.core.layout import ViewConfig, VisualLayout
+from gaze_jax.data.pixels import BLACK, Size
+from gaze_jax.data.sample import Video
+from gaze_jax.data.views import Grid, ViewStyle, shown_grids, tile_canvas, unpadded_grid, whole_grid
 from gaze_jax.errors import UserError
-from gaze_jax.families.decoder import read_decoder
-from gaze_jax.families.multimodal import (
+from gaze_jax.families.family import Family
+from gaze_jax.families.joint import (
     BUFFERS,
     max_tiles,
     named_tower,
     pairs,
+    published,
     scaling_remarks,
     unscaled_decoder,
     whole_config,
@@ -24,9 +36,51 @@ from gaze_jax.families.multimodal import (
     whole_rules,
     whole_unused,
 )
-from gaze_jax.families.table import Family, Fields, Json, Names
-from gaze_jax.families.tower import feature_tower, read_siglip
+from gaze_jax.families.qwen import DECODERS, read_qwen2
+from gaze_jax.families.siglip import TOWERS, feature_tower, read_siglip
+from gaze_jax.families.table import Conversion, Fields, Json, Names, Original
+from gaze_jax.media.video import FrameSampling
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+
+STYLE = "llava_onevision"
+
+SHRINK_ABOVE = 1.1
+"""A tile grid is left alone whose side is up to this many times what ``max_tiles`` allows."""
+
+
+def _shrunk(shape: tuple[int, int], layout: VisualLayout, size: Size) -> tuple[int, int]:
+    """The shape of an unpadded tile grid after the limit on its tokens."""
+    limit = layout.views.max_tiles
+    ratio = 0.0 if limit is None else math.sqrt(shape[0] * shape[1] / (limit * layout.tokens))
+    if ratio <= SHRINK_ABOVE:
+        return shape
+    small = int(shape[0] // ratio), int(shape[1] // ratio)
+    if 0 in small:
+        raise UserError(
+            f"An image of {size[0]}x{size[1]} pixels has {shape[0]}x{shape[1]} tokens, and the limit of "
+            f"views.max_tiles={limit} leaves it none; crop it, or raise views.max_tiles."
+        )
+    return small
+
+
+def _image_grids(layout: VisualLayout, size: Size, alone: bool) -> tuple[list[Grid], bool]:
+    side, canvas = layout.grid, tile_canvas(layout, size, alone)
+    if canvas is None:
+        return [whole_grid(layout, size, side, "pad")], True
+    # transformers rounds to 7 digits before it cuts the fraction of a row off.
+    tiles = unpadded_grid(layout, size, side, canvas=canvas, colour=BLACK, digits=7)
+    tiles = dataclasses.replace(tiles, shape=_shrunk(tiles.shape, layout, size))
+    return shown_grids([whole_grid(layout, size, side, "squash"), tiles], size, "An image"), False
+
+
+def _frame_grid(layout: VisualLayout, size: Size) -> Grid:
+    return whole_grid(layout, size, layout.views.frame_side or layout.grid, "squash")
+
+
+def _arrange(items: tuple[Content, ...]) -> tuple[Content, ...]:
+    """Images, then videos, then the text."""
+    return media_first(sorted(items, key=lambda item: isinstance(item, Video)))
+
 
 _TEXT_DEFAULTS = {
     "vocab_size": 151936,
@@ -38,13 +92,13 @@ _TEXT_DEFAULTS = {
 }
 """Of transformers' Qwen2Config: a nested config omits what is default."""
 
-_CANVASES = tuple(itertools.product(range(384, 2305, 384), repeat=2))
+_CANVASES = tuple(itertools.product(range(384, 2305, 384), range(384, 2305, 384)))
 """Of transformers' LlavaOnevisionConfig."""
 
 
 def _views(tower: VisionConfig, canvases: tuple[tuple[int, int], ...], tiles: int | None) -> ViewConfig:
     half = -(-tower.grid // 2)  # frames are pooled to half their side, rounded up
-    return ViewConfig("llava_onevision", canvases, max_tiles=tiles, frame_side=half)
+    return ViewConfig(STYLE, canvases, max_tiles=tiles, frame_side=half)
 
 
 def _nested(fields: Fields, name: str, kind: str) -> dict[str, Any]:
@@ -63,9 +117,7 @@ def _read_llava_onevision(config: Json) -> MLLMConfig:
     fields.only("quantization_config", None)
     # transformers ties where either level says so.
     tied = fields.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", False)
-    decoder = read_decoder(
-        text | {"tie_word_embeddings": tied}, kind="qwen2", where=f"{fields.where}: text_config"
-    )
+    decoder = read_qwen2(text | {"tie_word_embeddings": tied}, f"{fields.where}: text_config")
     layer = fields.get("vision_feature_layer", int, -1)
     tower = feature_tower(read_siglip(config), layer, "vision_feature_layer")
     name = "image_grid_pinpoints"
@@ -93,7 +145,7 @@ def _hf_name(name: str) -> str:
     return re.sub(r"^language_model\.(?!model\.|lm_head\.)", f"{_HF.decoder}model.", name)
 
 
-LLAVA_ONEVISION = Family(
+_TRANSFORMERS = Conversion(
     part="model",
     read_config=_read_llava_onevision,
     rules=functools.partial(whole_rules, names=_HF),
@@ -102,6 +154,14 @@ LLAVA_ONEVISION = Family(
     unused=functools.partial(whole_unused, names=_HF),
     implied=functools.partial(whole_implied, names=_HF),
     left_out=BUFFERS,
+    original=Original(
+        "LlavaOnevisionForConditionalGeneration",
+        layers="model.language_model.layers",
+        tower="model.vision_tower",
+        feature_layer="config.vision_feature_layer",
+        projector="model.multi_modal_projector",
+        newline="model.image_newline",
+    ),
 )
 
 
@@ -148,14 +208,42 @@ _NEXT = Names(
     newline="model.image_newline",
 )
 
-LLAVA_QWEN = Family(
+_LLAVA_NEXT = Conversion(
     part="model",
     read_config=_read_llava_next,
     rules=functools.partial(whole_rules, names=_NEXT),
     names=_NEXT,
+    # LLaVA-NeXT's code writes "llava", which is another model in transformers, or the language model's type.
+    aliases=(("llava", "LlavaQwenForCausalLM"), ("qwen2", "LlavaQwenForCausalLM")),
     tower_elsewhere=True,
     remarks=scaling_remarks,
     unused=functools.partial(whole_unused, names=_NEXT),
     implied=functools.partial(whole_implied, names=_NEXT),
     left_out=BUFFERS,
+)
+
+
+def _published(decoder: str, rows: int) -> MLLMConfig:
+    # Two tokens were added to the vocabulary, and rows up to a multiple of 64.
+    widened = dataclasses.replace(DECODERS[decoder], vocab_size=rows)
+    tower = TOWERS["siglip-so400m-patch14-384"]
+    return published(widened, tower, _views(tower, _CANVASES, 9))
+
+
+MODELS: Mapping[str, MLLMConfig] = {
+    "llava-onevision-qwen2-0.5b": _published("qwen2.5-0.5b", 152000),
+    "llava-onevision-qwen2-7b": _published("qwen2.5-7b", 152128),
+}
+"""Published sizes: dense, as conversion writes them."""
+
+LLAVA_ONEVISION = Family(
+    views=ViewStyle(
+        STYLE, _image_grids, _frame_grid, video_end_newline=True, unused={"image_side": "pools no image"}
+    ),
+    frames=FrameSampling(max_frames=32),
+    arrange=_arrange,
+    # transformers' template has no system prompt; lmms-lab's own code has Cambrian-S's.
+    system=None,
+    conversions={"llava_onevision": _TRANSFORMERS, "llava_qwen": _LLAVA_NEXT},
+    models=MODELS,
 )

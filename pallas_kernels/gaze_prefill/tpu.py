@@ -18,7 +18,6 @@ as 128 would.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +271,7 @@ def _tile_arrays(
 
 
 Queries = tuple[dict[str, Array], Array | None]
+_Residuals = tuple[Array, Array, Array, Array, Queries, Array, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -298,7 +298,7 @@ def _movable(plan: Plan, a: Array) -> Array:
 
 def _forward(
     plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
-) -> tuple[Array, tuple[Any, ...]]:
+) -> tuple[Array, _Residuals]:
     def one(xs: tuple[Array, Queries]) -> tuple[Array, Array]:
         table, facts = _tile_arrays(plan, tiles, places, xs[1])
         inputs = tpu_forward.Inputs(table, places, _movable(plan, xs[0]), facts, k, v)
@@ -309,10 +309,14 @@ def _forward(
     return out, (q, k, v, places, queries, out, lse)
 
 
-def _backward(plan: Plan, tiles: Tiles, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+def _backward(
+    plan: Plan, tiles: Tiles, residuals: _Residuals, d_out: Array
+) -> tuple[Array, Array, Array, None, None]:
     q, k, v, places, queries, out, lse = residuals
 
-    def one(sums: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
+    def one(
+        sums: tuple[Array, Array], xs: tuple[Array, Queries, Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
         q, queries, out, lse, d_out = xs
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         table, facts = _tile_arrays(plan, tiles, places, queries, lse, delta)

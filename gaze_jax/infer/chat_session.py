@@ -8,6 +8,7 @@ import numpy as np
 
 from gaze_jax.chat.conversation import Parts
 from gaze_jax.chat.messages import Message
+from gaze_jax.core.selection import Selection
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.data.sample import Frames, Video
 from gaze_jax.errors import UserError
@@ -80,7 +81,7 @@ class ChatSession:
         """R of the conversation."""
         return 0 if self._engine is None else self._engine.regions
 
-    def _selection(self, engine: Engine) -> Any:
+    def _selection(self, engine: Engine) -> Selection:
         budgets = None if self._budget is None else [self._budget]
         layers = self._sampler.config.decoder.depth
         return join(engine, [self._gaze_options], budgets, [self.views], layers)

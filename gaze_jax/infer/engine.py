@@ -9,13 +9,13 @@ from the same program, and an answer that is taken token by token has the same b
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
@@ -95,7 +95,7 @@ class Engine:
             )
         self._written(read, 0)
 
-    def _devices(self) -> contextlib.AbstractContextManager[Any]:
+    def _devices(self) -> contextlib.ExitStack:
         """Where programs run: on the mesh, if there is one."""
         stack = contextlib.ExitStack()
         if self._mesh is not None:
@@ -103,7 +103,7 @@ class Engine:
             stack.enter_context(nn.logical_axis_rules(flax_rules()))
         return stack
 
-    def _put(self, tree: Any) -> Any:
+    def _put(self, tree: PyTree) -> PyTree:
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return jax.device_put(tree, batch_sharding(self._mesh))
@@ -346,9 +346,12 @@ def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
     }
 
 
-def _with_token(row: Arrays, token: int, order: int, positions: int) -> dict[str, np.ndarray]:
+_Scalar = int | Array | np.integer
+
+
+def _with_token(row: Arrays, token: _Scalar, order: _Scalar, positions: _Scalar) -> dict[str, np.ndarray]:
     """The row with a token of text before it."""
-    first: dict[str, Any] = {
+    first: dict[str, object] = {
         "tokens": [token],
         "kind": [Kind.TEXT],
         "text_order": [order],

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gaze_jax.core.accounting import entries, mask_from_indices
 from gaze_jax.core.selection import Selection, SelectionSpec
@@ -54,16 +55,16 @@ class DecodeState:
       sample: int32 [B], names the sample for random routing.
     """
 
-    token: Any
-    order: Any
-    positions: Any
-    done: Any
-    index: Any
+    token: Array | np.ndarray
+    order: Array | np.ndarray
+    positions: Array | np.ndarray
+    done: Array | np.ndarray
+    index: Array | np.ndarray
     write_index: Any
     sample: Any
 
 
-def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
+def _apply(model: MLLM, params: Params, *arguments: object, **options: object) -> Any:
     apply: Callable[..., Any] = model.apply  # linen's own type knows one method's result only
     return apply({"params": params}, *arguments, **options)
 
@@ -137,6 +138,8 @@ def grow_cache(config: MLLMConfig, cache: Cache, *, free_slots: int, regions: in
 UPDATED = ("text_k", "text_v", "text_order")
 """What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
 
+_Carry = tuple[dict[str, Array], DecodeState, dict[str, Array], Array]
+
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("spec", "returns"), donate_argnames="updated")
 def decode_loop(
@@ -205,11 +208,11 @@ def decode_loop(
     rows = {name: jnp.zeros((STEPS, *a.shape), a.dtype) for name, a in shapes.items()}
     rows["tokens"] -= 100  # IGNORE
 
-    def more(carry: Any) -> Array:
+    def more(carry: _Carry) -> Array:
         _, state, _, t = carry
         return (t < steps) & ~jnp.all(state.done)
 
-    def body(carry: Any) -> Any:
+    def body(carry: _Carry) -> _Carry:
         updated, state, rows, t = carry
         updated, state, found = step(updated, state)
         rows = {name: jax.lax.dynamic_update_index_in_dim(a, found[name], t, 0) for name, a in rows.items()}

@@ -12,13 +12,12 @@ trained on, :data:`PLAIN`; a checkpoint with a chat template is asked with that;
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
 
 from gaze_jax.chat.conversation import Arrange, Parts, conversation_parts
-from gaze_jax.chat.messages import TAG, Message, from_llava
+from gaze_jax.chat.messages import TAG, Content, Message, from_llava
 from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.data.placement import Arrays, PlacedView
 from gaze_jax.data.processor import Processor, process_with_views
@@ -91,14 +90,14 @@ def user_turn(question: str, images: Sequence[int], videos: Sequence[int]) -> Me
     """
     if not TAG.sub("", question).strip():
         raise UserError("The question is empty; ask something.")
-    record: dict[str, Any] = {
+    record: dict[str, object] = {
         "conversations": [{"from": "human", "value": question}],
         "image": ["given"] * len(images),
         "video": ["given"] * len(videos),
     }
     (message,) = from_llava(record, name="The question", system=None).messages
 
-    def numbered(item: Any) -> Any:
+    def numbered(item: Content) -> Content:
         if isinstance(item, Image):
             return Image(images[item.index])
         return Video(videos[item.index]) if isinstance(item, Video) else item

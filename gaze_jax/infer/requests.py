@@ -128,7 +128,7 @@ _KINDS = {
 }
 
 
-def _fits(value: Any, kind: str) -> bool:
+def _fits(value: object, kind: str) -> bool:
     if value is None:
         return kind.endswith("| None")
     if kind.startswith("tuple"):
@@ -162,7 +162,7 @@ def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
     return found
 
 
-def record(request: Request, answer: Answer) -> dict[str, Any]:
+def record(request: Request, answer: Answer) -> dict[str, object]:
     """A line of the answers: what was asked and said, and how much was looked at."""
     return {
         "id": request.id,
@@ -187,7 +187,7 @@ class _Row:
     budget: int | float | None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[type, tuple[int, ...]]:
         """Rows of one batch have this in common."""
         return type(self.budget), self.request.gaze_full_layers
 

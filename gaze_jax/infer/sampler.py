@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from jax.sharding import Mesh
 
@@ -13,11 +13,17 @@ from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.loaded import Film, LoadedModel, Picture
 
 
+class _ChatOptions(TypedDict, total=False):
+    system: str | None
+    gaze: GazeOptions | None
+    free_slots: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler(LoadedModel):
     """A checkpoint in memory that answers; :func:`gaze_jax.load` makes one. Attributes are its base's."""
 
-    def chat(self, **options: Any) -> ChatSession:
+    def chat(self, **options: Unpack[_ChatOptions]) -> ChatSession:
         """Begin a conversation; options of :class:`gaze_jax.infer.chat_session.ChatSession`."""
         return ChatSession(self, **options)
 
@@ -37,7 +43,7 @@ class Sampler(LoadedModel):
         stop: Sequence[str] = (),
         seed: int = 0,
         return_trace: bool = False,
-        on_text: Callable[[str], Any] | None = None,
+        on_text: Callable[[str], object] | None = None,
     ) -> Answer:
         """Answer one question.
 
@@ -100,7 +106,7 @@ def load(
 
 
 def collect_answer(
-    chat: ChatSession, steps: Iterator[StreamChunk], on_text: Callable[[str], Any] | None = None
+    chat: ChatSession, steps: Iterator[StreamChunk], on_text: Callable[[str], object] | None = None
 ) -> Answer:
     """Take an answer to its end."""
     for step in steps:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +30,10 @@ class SamplingParams:
       seed: uint32 [B].
     """
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    seed: Any
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    seed: Array | np.ndarray
 
     @classmethod
     def of(
@@ -84,7 +83,7 @@ def check_sampling(temperature: float, top_p: float, seed: int, sample_top_k: in
         raise UserError(f"sample_top_k={sample_top_k} must be at least 1; 0 draws from all tokens.")
 
 
-def likeliest(logits: Array, top_k: Array, top_p: Array) -> Array:
+def likeliest(logits: Array, top_k: Array | np.ndarray, top_p: Array | np.ndarray) -> Array:
     """Logits with -inf for what is not drawn from: first by ``top_k``, then by ``top_p`` of what is left.
 
     The likeliest token always stays, and of equal ones all that a cut falls on, as in vLLM and transformers:
@@ -110,7 +109,7 @@ def likeliest(logits: Array, top_k: Array, top_p: Array) -> Array:
     return jnp.where(logits >= cut, logits, -jnp.inf)
 
 
-def next_token(logits: Array, sampling: SamplingParams, index: Array) -> Array:
+def next_token(logits: Array, sampling: SamplingParams, index: Array | np.ndarray) -> Array:
     """Draw a token for each row.
 
     Args:
@@ -136,7 +135,7 @@ def next_token(logits: Array, sampling: SamplingParams, index: Array) -> Array:
             lambda: scaled,
         )
 
-        def one(logits: Array, seed: Array, index: Array) -> Array:
+        def one(logits: Array, seed: Array | np.ndarray, index: Array | np.ndarray) -> Array:
             return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), index), logits)
 
         drawn = jax.vmap(one)(scaled, sampling.seed, index)

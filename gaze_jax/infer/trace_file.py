@@ -9,6 +9,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, get_args
 
 import numpy as np
@@ -122,7 +123,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         raise UserError(f"Trace {os.fspath(path)!r} cannot be written ({error.strerror}).") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """NumPy's scalars, which may stand in a view, as Python's."""
     if isinstance(value, np.generic):
         return value.item()
@@ -258,7 +259,7 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
     return meta
 
 
-def _check_fields(what: str, fields: Any, types: dict[str, Any]) -> None:
+def _check_fields(what: str, fields: object, types: Mapping[str, object]) -> None:
     """Raises a ValueError unless ``fields`` are these and of these types."""
     if not isinstance(fields, dict) or set(fields) != set(types):
         raise ValueError(f"{what} must have the fields {', '.join(types)}")
@@ -270,7 +271,7 @@ def _check_fields(what: str, fields: Any, types: dict[str, Any]) -> None:
             raise ValueError(f"{name} of {what} is {type(fields[name]).__name__}")
 
 
-def _check_numbers(what: str, numbers: Any, count: int) -> None:
+def _check_numbers(what: str, numbers: Sequence[object], count: int) -> None:
     if len(numbers) != count or not all(type(n) is int and 0 <= n < 1 << 31 for n in numbers):
         raise ValueError(f"{what} must be {count} whole numbers, 0 or more")
 

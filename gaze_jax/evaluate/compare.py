@@ -304,7 +304,7 @@ def _measure(
     return [asdict(setting) | {"top_k": k} | _summary(of, mean) for (setting, k), of in outcomes.items()]
 
 
-def _summary(outcomes: Sequence[_Outcome], dense_entries: float) -> dict[str, Any]:
+def _summary(outcomes: Sequence[_Outcome], dense_entries: float) -> dict[str, float | list[float] | None]:
     """Means over prompts, and intervals that take prompts and not tokens as independent."""
     kl, top1, entries = ([float(getattr(o, name)) for o in outcomes] for name in ("kl", "top1", "entries"))
     intervals = {"kl_ci": student_interval(kl, 0.0), "top1_ci": student_interval(top1, 0.0, 1.0)}

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ def read_prompts(path: str | os.PathLike[str]) -> tuple[Prompt, ...]:
 
 def _read_line(folder: Path, line: str) -> Prompt:
     try:
-        fields: Any = json.loads(line)
+        fields: object = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error.msg} at character {error.pos + 1}).") from error
     if not isinstance(fields, dict) or set(fields) != {"image", "question"}:

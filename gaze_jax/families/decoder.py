@@ -1,7 +1,6 @@
 """What the language models have in common: transformers' names, the fields of config.json, the rules."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from gaze_jax.families.table import Conversion, Fields, Json, Rule, linear
 from gaze_jax.models.config import DecoderConfig
@@ -58,7 +57,7 @@ def read_decoder(
     )
 
 
-def write_decoder(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, Any]:
+def write_decoder(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, object]:
     """The inverse of :func:`read_decoder`, for a class of transformers."""
     return {
         "architectures": [architecture],
@@ -111,7 +110,7 @@ def implied_head(config: DecoderConfig) -> Mapping[str, str]:
 
 def decoder_conversion(
     read: Callable[[Json], DecoderConfig],
-    write: Callable[[DecoderConfig], dict[str, Any]],
+    write: Callable[[DecoderConfig], dict[str, object]],
     *,
     qk_norm: bool,
     qkv_bias: bool,

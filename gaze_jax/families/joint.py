@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.errors import UserError
@@ -72,7 +71,7 @@ def published(decoder: DecoderConfig, tower: VisionConfig, views: ViewConfig) ->
     return dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
 
 
-def pairs(value: Any, name: str) -> tuple[tuple[int, int], ...]:
+def pairs(value: Sequence[object], name: str) -> tuple[tuple[int, int], ...]:
     """A list of pairs of numbers, from field ``name``.
 
     Raises:

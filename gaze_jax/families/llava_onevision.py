@@ -13,8 +13,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from gaze_jax.chat.messages import Content, media_first
 from gaze_jax.core.layout import ViewConfig, VisualLayout
@@ -101,7 +100,7 @@ def _views(tower: VisionConfig, canvases: tuple[tuple[int, int], ...], tiles: in
     return ViewConfig(STYLE, canvases, max_tiles=tiles, frame_side=half)
 
 
-def _nested(fields: Fields, name: str, kind: str) -> dict[str, Any]:
+def _nested(fields: Fields, name: str, kind: str) -> dict[str, object]:
     values = fields.get(name, dict)
     Fields(values, f"{fields.where}: {name}").only("model_type", kind)
     return {key: value for key, value in values.items() if value is not None}
@@ -165,7 +164,7 @@ _TRANSFORMERS = Conversion(
 )
 
 
-def _next_canvases(value: Any, size: int) -> tuple[tuple[int, int], ...]:
+def _next_canvases(value: str | Sequence[object], size: int) -> tuple[tuple[int, int], ...]:
     """LLaVA-NeXT's (width, height), as a list or as the first and last pair of counts of tiles."""
     name = "image_grid_pinpoints"
     if isinstance(value, str):

@@ -1,7 +1,6 @@
 """Qwen2, Qwen2.5 and Qwen3 (dense). Names and defaults are those of transformers."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from gaze_jax.errors import UserError
 from gaze_jax.families.decoder import decoder_conversion, read_decoder, write_decoder
@@ -32,7 +31,7 @@ def _read_qwen3(config: Json) -> DecoderConfig:
     return read_decoder(config, qk_norm=True, qkv_bias=False, head_dim=128)
 
 
-def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+def _write_qwen2(config: DecoderConfig) -> dict[str, object]:
     if config.head_dim * config.num_heads != config.width:
         raise UserError(
             f"decoder.head_dim={config.head_dim} times decoder.num_heads={config.num_heads} is not "
@@ -41,7 +40,7 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
     return write_decoder(config, "qwen2", "Qwen2ForCausalLM")
 
 
-def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+def _write_qwen3(config: DecoderConfig) -> dict[str, object]:
     return write_decoder(config, "qwen3", "Qwen3ForCausalLM")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -49,7 +48,7 @@ def read_siglip(config: Json) -> VisionConfig:
     )
 
 
-def _write_siglip(config: VisionConfig) -> dict[str, Any]:
+def _write_siglip(config: VisionConfig) -> dict[str, object]:
     return {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",

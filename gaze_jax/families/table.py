@@ -6,13 +6,15 @@ differ. Layers are stacked here and apart there, so ``{}`` in a tensor's name st
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
 from gaze_jax.errors import UserError
 
 Json = Mapping[str, Any]
+_Config = Any  # a DecoderConfig, VisionConfig or MLLMConfig; a conversion takes that of its part
+_T = TypeVar("_T")
 Layout = Literal["same", "linear", "conv"]
 
 _TO_LEAF: Mapping[str, tuple[int, ...] | None] = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
@@ -163,20 +165,20 @@ class Conversion:
     """
 
     part: Part
-    read_config: Callable[..., Any]
-    rules: Callable[[Any], tuple[Rule, ...]]
-    write_config: Callable[[Any], dict[str, Any]] | None = None
+    read_config: Callable[..., _Config]
+    rules: Callable[[_Config], tuple[Rule, ...]]
+    write_config: Callable[[_Config], dict[str, object]] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
-    writes: Callable[[Any], bool] = lambda config: False
+    writes: Callable[[_Config], bool] = lambda config: False
     names: Names | None = None
     tower_elsewhere: bool = False
     remarks: Callable[[Json], tuple[str, ...]] = lambda config: ()
     canonical: Callable[[str], str] = str
-    unused: Callable[[Any, str], bool] = lambda config, name: False
+    unused: Callable[[_Config, str], bool] = lambda config, name: False
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_config: Callable[[Json], Json] = lambda config: config
-    implied: Callable[[Any], Mapping[str, str]] = lambda config: {}
-    defaults: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+    implied: Callable[[_Config], Mapping[str, str]] = lambda config: {}
+    defaults: Callable[[_Config], Mapping[str, np.ndarray]] = lambda config: {}
     original: Original | None = None
 
 
@@ -186,7 +188,13 @@ class Fields:
     def __init__(self, config: Json, where: str) -> None:
         self._config, self.where = config, where
 
-    def get(self, name: str, kind: type, default: Any = dataclasses.MISSING) -> Any:
+    @overload
+    def get(self, name: str, kind: type[_T]) -> _T: ...
+
+    @overload
+    def get(self, name: str, kind: type[_T], default: _T) -> _T: ...
+
+    def get(self, name: str, kind: type, default: object = dataclasses.MISSING) -> object:
         """The value of ``name``, or ``default``; None counts as absent.
 
         Raises:
@@ -203,7 +211,7 @@ class Fields:
             raise UserError(f"{self.where} has {name}={value!r}, which should be of type {kind.__name__}.")
         return value
 
-    def only(self, name: str, *allowed: Any, required: bool = False) -> None:
+    def only(self, name: str, *allowed: object, required: bool = False) -> None:
         """Refuse a value that would change the computation in a way that is not implemented.
 
         Args:

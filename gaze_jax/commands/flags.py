@@ -5,7 +5,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import flags
 
@@ -50,7 +49,7 @@ class _Help(flags.BooleanFlag):
         super().__init__("help", False, "Print this and exit.", short_name="h")
         self._text = text
 
-    def parse(self, argument: Any) -> None:
+    def parse(self, argument: str | bool) -> None:
         if self._parse(argument):
             print(self._text())
             sys.exit(0)
@@ -62,7 +61,7 @@ class _Integers(flags.ArgumentParser):
     def __init__(self, example: str) -> None:
         self._example = example
 
-    def parse(self, argument: Any) -> tuple[int, ...]:
+    def parse(self, argument: str | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(argument, tuple):
             return argument
         words = [word.strip() for word in argument.split(",")] if argument else []
@@ -77,7 +76,7 @@ class _Choices(flags.ArgumentParser):
     def __init__(self, choices: Sequence[str]) -> None:
         self._choices = tuple(choices)
 
-    def parse(self, argument: Any) -> tuple[str, ...]:
+    def parse(self, argument: str | Sequence[str]) -> tuple[str, ...]:
         words = tuple(word.strip() for word in argument.split(",")) if isinstance(argument, str) else argument
         if not words or not set(words) <= set(self._choices):
             raise ValueError(f"must be some of {', '.join(self._choices)}, with commas between them.")
@@ -87,7 +86,7 @@ class _Choices(flags.ArgumentParser):
 class _Joined(flags.ArgumentSerializer):
     """A tuple as it is written in a flag."""
 
-    def serialize(self, value: Any) -> str:
+    def serialize(self, value: Sequence[object]) -> str:
         return ",".join(map(str, value))
 
 
@@ -165,7 +164,9 @@ class Flags:
         self._parsed(_Choices(choices), name, ",".join(choices), text)
         self.listed(name, ",".join(choices), text)
 
-    def _parsed(self, parser: flags.ArgumentParser, name: str, default: Any, text: str) -> None:
+    def _parsed(
+        self, parser: flags.ArgumentParser, name: str, default: str | tuple[int, ...] | None, text: str
+    ) -> None:
         flags.DEFINE(parser, name, default, text, flag_values=self.values, serializer=_Joined())
 
     def parse(self) -> tuple[Values, list[str]]:

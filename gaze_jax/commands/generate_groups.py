@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 
 SUFFIXES = (".html", ".png", ".mp4", ".gaze")
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, float] = {
     "folder_fps": 1.0,
     "top_p": 1.0,
     "seed": 0,
@@ -32,7 +32,7 @@ GAZE_FLAGS = {name: f"--gaze_{name}" for name in ("top_k", "keep", "dense", "ful
 """Fields of ``GazeOptions`` -> the flags that set them."""
 
 
-def or_default(group: Any, name: str) -> Any:
+def or_default(group: object, name: str) -> Any:
     """A field of a group, with what None means."""
     value = getattr(group, name)
     return DEFAULTS.get(name) if value is None else value
@@ -125,6 +125,14 @@ class SelectionOptions:
         return chosen | ({"decode_implementation": "offload"} if self.offload else {})
 
 
+class _Drawn(typing.TypedDict):
+    temperature: float
+    sample_top_k: int | None
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are drawn; see ``Sampler.generate``."""
@@ -145,7 +153,7 @@ class SamplingOptions:
             check_sampling(self.temperature, self.drawn["top_p"], self.drawn["seed"], self.sample_top_k)
 
     @property
-    def drawn(self) -> dict[str, Any]:
+    def drawn(self) -> _Drawn:
         """The arguments of ``ChatSession.stream`` and the fields of ``Request`` about drawing."""
         return {
             "temperature": self.temperature,

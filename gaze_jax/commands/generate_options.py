@@ -72,7 +72,7 @@ class GenerateOptions:
         value = getattr(self._group(name), name)
         return value is not None and value is not False and value != ()
 
-    def _group(self, name: str) -> Any:
+    def _group(self, name: str) -> object:
         groups = (getattr(self, field.name) for field in dataclasses.fields(self))
         return next(group for group in groups if hasattr(group, name))
 

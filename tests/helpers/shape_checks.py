@@ -8,8 +8,8 @@ import functools
 import typing
 
 import beartype
-import beartype.door
 import jaxtyping
+from beartype.door import is_bearable
 
 PACKAGES = ("gaze_jax.core", "gaze_jax.models")
 
@@ -44,7 +44,7 @@ def check_fields(value):
         with jaxtyping.jaxtyped("context"):
             for name, hint in hints.items():
                 field = getattr(inner, name)
-                if not beartype.door.is_bearable(field, hint, conf=_CONF):
+                if not is_bearable(field, hint, conf=_CONF):
                     raise jaxtyping.TypeCheckError(
                         f"{type(inner).__name__}.{name} is {jaxtyping_name(field)}, not {hint}."
                     )

@@ -1,9 +1,9 @@
-"""What converting a checkpoint costs beside plainly reading and writing the same files.
+"""The cost of converting a checkpoint, compared with plainly reading and writing the same files.
 
 python -m benchmarks.convert --json=benchmarks/results/convert.json
 
-Makes a checkpoint of a published size with random weights, then measures each step in a process of its own:
-seconds without imports, and the peak of its resident memory with them. Rounds interleave the steps.
+Makes a checkpoint of a published size with random weights, then measures each step in its own process:
+seconds without imports, and peak resident memory with them. Rounds interleave the steps.
 """
 
 import datetime
@@ -21,10 +21,10 @@ from typing import Any
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "qwen2.5-0.5b", "Which of gaze_jax.families.DECODERS.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each step is measured; medians are reported.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How many times to measure each step; medians are reported.")
 _JSON = flags.DEFINE_string("json", None, "Write the results to this file.")
-_DIR = flags.DEFINE_string("dir", None, "Scratch folder for four times the checkpoint; default: a new one.")
-_STEP = flags.DEFINE_string("step", None, "Measure one step here; the benchmark calls itself with it.")
+_DIR = flags.DEFINE_string("dir", None, "Scratch folder with space for four checkpoints; default: a new one.")
+_STEP = flags.DEFINE_string("step", None, "Measure this step in this process; used internally.")
 
 BESIDE = {
     "read": "read",
@@ -35,14 +35,14 @@ BESIDE = {
     "load": "read",
     "unchecked": "read",
 }
-"""DecodePosition -> the plain step that it is compared with: reading the files, or reading and writing them.
+"""Step -> the plain step it is compared with: reading the files, or reading and writing them.
 
-"durable" is plain and waits for the disk, as Orbax does after every file.
+"durable" is "plain" that also waits for the disk, as Orbax does after every file.
 """
 
 
 def make(directory: Path, model: str) -> None:
-    """A random-weight checkpoint in bfloat16, in one file as the small Qwen's are published."""
+    """Make a random-weight checkpoint in bfloat16, in one file like the published small Qwen models."""
     import ml_dtypes
     import numpy as np
 
@@ -111,7 +111,7 @@ def measure(step: str, directory: Path) -> dict[str, float]:
 
 
 def rounds(directory: Path, count: int) -> dict[str, list[dict[str, float]]]:
-    """Measure every step ``count`` times, each in a fresh process, with nothing left to write back."""
+    """Measure every step ``count`` times, each in a fresh process, after pending writes are flushed."""
     found: dict[str, list[dict[str, float]]] = {step: [] for step in BESIDE}
     for _ in range(count):
         for name in ("gaze", "back", "plain"):
@@ -127,7 +127,7 @@ def rounds(directory: Path, count: int) -> dict[str, list[dict[str, float]]]:
 
 
 def report(directory: Path, found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians, and their ratios to the plain steps."""
+    """Report medians and their ratios to the plain steps."""
     from gaze_jax.parallel.mesh import describe_devices
 
     size = sum(path.stat().st_size for path in (directory / "source").glob("*.safetensors")) / 1e6

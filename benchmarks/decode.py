@@ -1,12 +1,12 @@
-"""One decoding step of gaze_decode beside dense attention and beside the bytes that it must read.
+"""One decoding step of gaze_decode, compared with dense attention and with the bytes that it must read.
 
 python -m benchmarks.decode --json=benchmarks/results/decode.json
 
-A measured call runs the op over all layers of a stacked cache, each layer's query made of the last one's
-output, as often as it takes to be long against a launch; times are per layer. The bandwidth under a row's
-floor is that of a large sum which takes its turn in the same rounds. Dense attention gets its keys
-and values the way that suits it: an array per layer and form, no mask, both streams in one array. "routing"
-is scoring and top-k alone, "routed" routing and the op in one program.
+A measured call runs the op over all layers of a stacked cache, each layer's query computed from the previous
+output, repeated until the launch time is negligible; times are per layer. The bandwidth of a row's floor is
+that of a large sum measured in the same rounds. Dense attention gets keys and values in its preferred layout:
+an array per layer and form, no mask, both streams in one array. "routing" is scoring and top-k only, "routed"
+is routing and the op in one program.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TEXT = 256
 LAYERS = 8
 EINSUMS = ("einsum keys-heads", "einsum heads-keys")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.bfloat16}
-"""Option -> dtype of queries, descriptors and the text stream; with int8 the visual cache alone is int8."""
+"""Option -> dtype of queries, descriptors and text stream; with int8 only the visual cache is int8."""
 
 
 def floor_bytes(
@@ -59,12 +59,12 @@ def floor_bytes(
 
 
 def _chain(q: Array, out: Array) -> Array:
-    """The next layer's query: no layer can begin before the last has ended."""
+    """The next layer's query; it depends on the output, so layers cannot overlap."""
     return q + out * jnp.asarray(1e-3, q.dtype)
 
 
 def einsum(form: str, q: Array, k: Array, v: Array, scale: float) -> Array:
-    """Dense attention by einsums over [B, K, N, D]; the forms lay the logits out in different orders."""
+    """Dense attention by einsums over [B, K, N, D]; the forms order the axes of the logits differently."""
     batch, kv_heads, _, dim = k.shape
     grouped = q.reshape(batch, kv_heads, -1, dim)
     wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
@@ -77,13 +77,13 @@ def einsum(form: str, q: Array, k: Array, v: Array, scale: float) -> Array:
 
 
 def dot_product(implementation: str, q: Array, k: Array, v: Array, scale: float) -> Array:
-    """jax.nn.dot_product_attention over [B, N, K, D], its own layout."""
+    """jax.nn.dot_product_attention over its own layout [B, N, K, D]."""
     out = jax.nn.dot_product_attention(q[:, None], k, v, scale=scale, implementation=implementation)  # type: ignore[arg-type]
     return out[:, 0]
 
 
 def over_arrays(one: Callable[..., Array], scale: float) -> Callable[..., Array]:
-    """Run ``one`` over lists of layers, ``repeats`` times over."""
+    """Run ``one`` over lists of layers, ``repeats`` times."""
 
     def run(q: Array, repeats: Array, ks: list[Array], vs: list[Array]) -> Array:
         def once(_: Array, q: Array) -> Array:
@@ -99,7 +99,7 @@ def over_arrays(one: Callable[..., Array], scale: float) -> Callable[..., Array]
 def over_layers(
     name: str, spec: GazeSpec, top_k: int | None, route: bool, attend: bool
 ) -> Callable[..., Array]:
-    """Run routing, the op, or both over a stacked cache, ``repeats`` times over."""
+    """Run routing, the op, or both over a stacked cache, ``repeats`` times."""
 
     def run(
         q: Array,
@@ -136,7 +136,7 @@ def over_layers(
 
 
 def torch_sdpa(q: Array, ks: list[Array], vs: list[Array], scale: float) -> Callable[[int], Any] | None:
-    """torch's scaled_dot_product_attention over the same arrays, where torch with CUDA can be imported."""
+    """torch's scaled_dot_product_attention over the same arrays; None without torch with CUDA."""
     if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -160,7 +160,7 @@ def torch_sdpa(q: Array, ks: list[Array], vs: list[Array], scale: float) -> Call
 
 
 class Problem:
-    """The arrays of one shape, batch and model that every competitor shares."""
+    """The arrays of one shape, batch and model, shared by all competitors."""
 
     def __init__(self, shape: timing.Shape, heads: tuple[int, int, int], batch: int, dtype: str, layers: int):
         many, kv_heads, dim = heads
@@ -194,7 +194,7 @@ class Problem:
         return packed, tuple(text)  # type: ignore[return-value]
 
     def picks(self, select_per: str) -> tuple[Array | None, float]:
-        """int32 [L, B, Hs, J] drawn per selection, and the mean union over a group's heads."""
+        """Random selections int32 [L, B, Hs, J], and the mean size of the union over a group's heads."""
         many, kv_heads, _ = self.heads
         if self.shape.top_k is None:
             return None, float(self.shape.regions)
@@ -211,10 +211,10 @@ class Problem:
 def layers_that_fit(
     shape: timing.Shape, heads: tuple[int, int, int], batch: int, dtype: str
 ) -> tuple[int, int]:
-    """At most :data:`LAYERS`; and the bytes of one layer's keys and values, of which four copies must fit.
+    """Number of layers, at most :data:`LAYERS`, and the bytes of one layer's keys and values.
 
-    Three live at once: an array per layer for each of two dense layouts, and the packed cache; the fourth is
-    what packing works with.
+    Four copies must fit in memory: an array per layer for each of two dense layouts, the packed cache, and
+    one for packing.
     """
     _, kv_heads, dim = heads
     tokens = shape.regions * timing.SLOTS + TEXT
@@ -225,7 +225,7 @@ def layers_that_fit(
 def competitors(
     problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace
 ) -> tuple[dict[str, Callable[[Any], Any]], dict[str, float]]:
-    """Everything that runs beside the implementation ``name``, by name; and the union of each select_per."""
+    """All competitors of the implementation ``name``, by name; and the union for each ``select_per``."""
     ks, vs, q = problem.ks, problem.vs, problem.q
     found: dict[str, Callable[[Any], Any]] = {}
     for form in EINSUMS:
@@ -263,13 +263,13 @@ def competitors(
 
 
 def repeats_for(run: Callable[[Any], Any], least: float) -> int:
-    """How often to go over the layers so that a call takes ``least`` seconds."""
+    """Number of passes over the layers for a call to take ``least`` seconds."""
     once = min(timing.paired({"run": lambda: run(jnp.int32(1))}, rounds=3)["run"])
     return max(1, min(1000, math.ceil(least / once)))
 
 
 def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per select_per."""
+    """One row per ``select_per``."""
     found, unions = competitors(problem, name, spec, args)
     counts = {label: repeats_for(run, args.least_ms / 1e3) for label, run in found.items()}
     calls = {label: functools.partial(run, jnp.int32(counts[label])) for label, run in found.items()}
@@ -297,7 +297,7 @@ def columns(
     bandwidth: float,
     einsum_form: str,
 ) -> dict[str, Any]:
-    """The figures of one select_per: milliseconds per layer, and how many times as long others take."""
+    """The results of one ``select_per``: milliseconds per layer, and the speedup over competitors."""
 
     def ms(label: str) -> dict[str, Any]:
         return {
@@ -332,7 +332,7 @@ def columns(
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows; what cannot run becomes a row that says why."""
+    """All rows; a combination that cannot run becomes a row with the reason."""
     rows = []
     for text in args.shapes.split(","):
         for model in args.heads:
@@ -381,7 +381,7 @@ def one_problem(
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row for people."""
+    """Format a row as text."""
     top_k = "all" if row["top_k"] is None else row["top_k"]
     name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
     text = f"{name:44}{row['implementation']:>10}{row['select_per']:>9}{row['ms']['median']:>9.3f} ms"
@@ -401,7 +401,7 @@ BARS = {
     "FlashMLA, H800": "3,000 GB/s, about 90 % of peak",
     "NSA decode, A100, 64k": "11.6x, the ratio of memory volumes",
 }
-"""What kernels of this kind reach on GPUs by their authors' own account."""
+"""Speeds of similar kernels on GPUs as published by their authors."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -415,8 +415,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of rounds per implementation and shape")
-    parser.add_argument("--least-ms", type=float, default=20.0, help="shortest measured call")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time per implementation and shape")
+    parser.add_argument("--least-ms", type=float, default=20.0, help="minimum duration of a measured call")
     parser.add_argument("--quick", action="store_true", help="a dry run at toy sizes")
     parser.add_argument("--json", help="write the results to this file")
     if parser.parse_known_args(argv)[0].quick:

@@ -1,9 +1,9 @@
-"""Train every arm of a config over several seeds, gather the results, and plot them.
+"""Train every arm of a config with several seeds, collect the results, and plot them.
 
 python -m benchmarks.digits --config=configs/digits.py --workdir=runs/arms --seeds=3
     writes benchmarks/results/digits.json and docs/images/digits.png (the plot needs the dev extra).
 
-A run that is finished is not repeated and one that was stopped goes on, so the command can be given again.
+Finished runs are not repeated and interrupted runs are resumed, so the command can be run again.
 """
 
 import datetime
@@ -26,16 +26,16 @@ from gaze_jax.train.config import ARMS
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CONFIG = flags.DEFINE_string("config", "configs/digits.py", "What to train.")
+_CONFIG = flags.DEFINE_string("config", "configs/digits.py", "The config to train.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/arms", "Gets a folder per arm and seed.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every arm.", lower_bound=2, upper_bound=10)
 _ARMS = flags.DEFINE_list("arms", list(ARMS), "Which arms.")
 _RESULT = flags.DEFINE_string("result", "benchmarks/results/digits.json", "The JSON file.")
-_PLOT = flags.DEFINE_string("plot", "docs/images/digits.png", "The plot; empty for none.")
+_PLOT = flags.DEFINE_string("plot", "docs/images/digits.png", "The plot file; empty: no plot.")
 
 
 def train(arm: str, seed: int) -> dict[str, Any]:
-    """One run of ``train.py``: its evaluation, the seconds it took and the processor cores it had."""
+    """Run ``train.py`` once: its evaluation, duration in seconds and number of processor cores."""
     workdir = _ROOT / _WORKDIR.value / f"{arm}-{seed}"
     report, clock = workdir / "eval.json", workdir / "clock.json"
     if not report.exists():
@@ -48,7 +48,7 @@ def train(arm: str, seed: int) -> dict[str, Any]:
 
 
 def summary(values: Iterable[float], highest: float = 1.0) -> dict[str, Any]:
-    """Mean over seeds and its 95 % interval by Student's t, cut to what is possible: 0 to ``highest``."""
+    """Mean over seeds and its 95 % interval by Student's t, clipped to [0, ``highest``]."""
     values = list(values)
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
@@ -57,7 +57,7 @@ def summary(values: Iterable[float], highest: float = 1.0) -> dict[str, Any]:
 
 
 def gather(reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The numbers of every arm, each over seeds."""
+    """Aggregate the results of every arm over seeds."""
     arms = {}
     for arm, runs in reports.items():
         ways = [way for way in ("gaze", "dense", "random_routing") if way in runs[0]]
@@ -78,7 +78,7 @@ def gather(reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def plot(arms: dict[str, Any], path: Path) -> None:
-    """Accuracy of each arm as it attends itself: the mean over seeds, its interval, and every seed."""
+    """Plot the accuracy of each arm with its own attention: mean over seeds, interval, and each seed."""
     import matplotlib
 
     matplotlib.use("Agg")

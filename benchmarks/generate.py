@@ -1,14 +1,14 @@
-"""Answering about 576, 4,608 and 18,432 visual tokens: dense, Gaze, and transformers beside them.
+"""Answering questions about 576, 4,608 and 18,432 visual tokens: dense, Gaze and transformers.
 
 python -m benchmarks.generate --json=benchmarks/results/generate_cpu.json
 
 Four parts. "prefill" reads visual tokens and a question of 16 tokens (turn 1), then another question on the
-cache that it left (turn 2), each up to the first token of the answer. "decode" times generated tokens; its
-caches are filled with random keys and values, because prefilling would take most of the time. "attention"
-is the share of routing and attention in such a step. "memory" runs each case in a process of its own and
-reports the highest resident memory after the parameters were loaded, parameters included. Competitors of a
-row take turns in one process; the byte model divides what a step must read by the bandwidth of a large sum
-that takes its turn with them.
+resulting cache (turn 2), each up to the first token of the answer. "decode" times generated tokens; its
+caches hold random keys and values, because prefilling would take most of the time. "attention" is the time of
+routing and attention in such a step. "memory" runs each case in its own process and reports the peak resident
+memory after loading the parameters, including them. The competitors of a row alternate in one process. The
+byte model divides the bytes that a step must read by the bandwidth of a large sum, measured in the same
+rounds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ VARIANTS = (*OURS, "transformers")
 PARTS = ("memory", "prefill", "attention", "decode")
 TINY = DecoderConfig(320, 64, 2, 4, 2, 16, 96, qk_norm=False, qkv_bias=True)
 TARGETS = (
-    # name, part, tokens, batch (None: each), ratio of which to what, at least
+    # name, part, tokens, batch (None: each), (numerator, denominator) of the ratio, minimum
     ("dense against transformers", "decode", 576, None, ("transformers", "dense"), 0.95),
     ("dense against transformers", "decode", 4608, None, ("transformers", "dense"), 1.3),
     ("attention of Gaze, per kv head, against dense", "attention", 18432, None, ("dense", "kv_head"), 3.0),
@@ -47,13 +47,13 @@ TARGETS = (
     ("step of Gaze, per kv head, against dense", "decode", 18432, 8, ("dense", "kv_head"), 1.6),
 )
 SLACK, SOONER, VIDEO = 1.25, 10.0, 4608
-"""At most so many times the byte model; turn 2 is at least so many times as quick as turn 1, where what both
-are about is as long as a video."""
+"""SLACK: maximum ratio of a step's time to the byte model. SOONER: minimum ratio of turn 1's time to that of
+turn 2, for at least VIDEO visual tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Models that hold the same weights."""
+    """Models with the same weights."""
 
     decoder: DecoderConfig
     params: Any
@@ -70,7 +70,7 @@ def build(decoder: DecoderConfig, variants: list[str]) -> Bench:
 
 
 def stats(times: Mapping[str, list[float]], per: int = 1) -> dict[str, Any]:
-    """Milliseconds: median and quartiles of each competitor."""
+    """Median and quartiles of each competitor, in milliseconds."""
     return {
         name: {
             "median": 1e3 * statistics.median(each) / per,
@@ -81,7 +81,7 @@ def stats(times: Mapping[str, list[float]], per: int = 1) -> dict[str, Any]:
 
 
 def ratios(times: Mapping[str, list[float]]) -> dict[str, Any]:
-    """How many times as long as dense each takes, and transformers as each of ours, by round."""
+    """Time ratios by round: dense over each Gaze variant, and transformers over each of ours."""
     pairs = [("dense", name) for name in OURS[1:]] + [("transformers", name) for name in OURS]
     return {
         f"{above} / {below}": timing.ratio(times, above, below)
@@ -91,7 +91,7 @@ def ratios(times: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def in_turn(competitors: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """As :func:`timing.paired`, without the calls that are not counted: for calls of many seconds."""
+    """Like :func:`timing.paired` but without warm-up calls, for calls that take many seconds."""
     order, times = np.random.default_rng(0), {name: [] for name in competitors}
     for _ in range(rounds):
         for name in order.permutation(list(competitors)):
@@ -141,7 +141,7 @@ def turns(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def decoded(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Generated tokens on a cache that was not prefilled."""
+    """Time generated tokens on a cache that was not prefilled."""
     steps = args.steps if case.batch == 1 else max(1, args.steps // 2)
     token = np.ones((case.batch, 1), np.int32)
     calls: dict[str, Callable[[], Any]] = {}
@@ -154,7 +154,7 @@ def decoded(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any
             calls[name] = functools.partial(bench.theirs.follow, token, steps, theirs)
             continue
         config = bench.config(name)
-        # On a CPU how a cache is packed does not depend on what shares a selection.
+        # On a CPU the layout of a packed cache does not depend on select_per.
         cache = models.random_cache(config, case) if cache is None else cache
         order, write_index = jnp.int32(case.tokens + models.FILLED), jnp.int32(models.FILLED)
         calls[name] = functools.partial(
@@ -189,7 +189,7 @@ def decoded(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any
 
 
 def attention(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Routing and attention of all layers, without anything around them."""
+    """Time routing and attention of all layers, without the rest of the model."""
     decoder, calls, cache = bench.decoder, {}, None
     q = jax.random.normal(jax.random.key(2), (case.batch, decoder.num_heads, decoder.head_dim))
     for name in args.variants:
@@ -213,7 +213,7 @@ def attention(bench: Bench, case: Case, args: argparse.Namespace) -> dict[str, A
 
 
 def _resident(reset: bool) -> int:
-    """The highest resident memory of this process in bytes since it was last reset."""
+    """Peak resident memory of this process in bytes since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -221,7 +221,7 @@ def _resident(reset: bool) -> int:
 
 
 def peak(variant: str, case: Case, prefilled: bool, decoder: DecoderConfig) -> dict[str, int]:
-    """Memory of one variant that decodes two tokens, after a prefill or on a random cache; run it alone."""
+    """Peak memory of one variant that decodes two tokens, after a prefill or on a random cache."""
     bench = build(decoder, [variant])
     loaded = _resident(reset=True)
     visual, question = models.embeddings(decoder, case), models.question(decoder, case, 1)
@@ -242,7 +242,7 @@ def peak(variant: str, case: Case, prefilled: bool, decoder: DecoderConfig) -> d
 
 
 def in_child(variant: str, case: Case, prefilled: bool, quick: bool) -> dict[str, int]:
-    """:func:`peak` in a process of its own."""
+    """Run :func:`peak` in its own process."""
     words = f"{variant}/{case.tokens}/{case.batch}/{'prefill' if prefilled else 'decode'}"
     command = [sys.executable, "-m", "benchmarks.generate", f"--peak={words}", *["--quick"] * quick]
     return json.loads(
@@ -268,7 +268,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row | {"batch": case.batch} | figures)
         print(line(rows[-1]), flush=True)
 
-    # First, while this process holds nothing.
+    # First, while this process uses little memory.
     if "memory" in args.measure:
         for tokens, batch, kind in args.memory:
             add("memory", case := Case(tokens, batch), memory(case, kind == "prefill", args))
@@ -290,7 +290,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row for people."""
+    """Format a row as text."""
     text = f"{row['part']:10}{row['tokens']:>6} tokens B{row['batch']}"
     if "peak_bytes" in row:
         return text + "".join(f"  {n} {b / 1e9:.2f} GB" for n, b in row["peak_bytes"].items())
@@ -307,7 +307,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was to be reached, what was, and by how much; of the rows that there are."""
+    """The targets, the measured values and the margins, for the available rows."""
     found = []
 
     def add(name: str, row: Mapping[str, Any], got: float, least: float, margin: float) -> None:
@@ -359,10 +359,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=integers, default=[1, 8])
     parser.add_argument("--prefill", type=integers, default=[576, 4608], help="visual tokens to prefill")
     parser.add_argument("--memory", type=cases, default="4608/1/prefill,18432/1/decode,18432/8/decode")
-    parser.add_argument("--steps", type=int, default=8, help="tokens of a measured call; half with a batch")
+    parser.add_argument("--steps", type=int, default=8, help="tokens per measured call; half with a batch")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefill-rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of rounds per row")
+    parser.add_argument("--seconds", type=float, default=40.0, help="measuring time per row")
     parser.add_argument("--quick", action="store_true", help="a dry run at toy sizes")
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

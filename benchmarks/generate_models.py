@@ -1,7 +1,7 @@
-"""A language model of ours and the same one in transformers, ready to be timed.
+"""A language model of this project and the same one in transformers, ready to be timed.
 
-Both get visual tokens as embeddings, so that no tower is in the way, and both hold the same random weights:
-ours are drawn, and the conversion table says which tensor of transformers each is.
+Both get visual tokens as embeddings, without an image tower, and both have the same random weights, mapped by
+the conversion table.
 """
 
 import dataclasses
@@ -32,18 +32,18 @@ from pallas_kernels.gaze_decode.cpu import Layered
 Array = jax.Array
 
 OURS = ("dense", "head", "kv_head")
-"""Dense attention, and Gaze by what shares a selection."""
+"""Dense attention, and Gaze with each ``select_per``."""
 
 QUESTION = 16
 """Tokens of a user's turn."""
 
 FILLED, TEXT = 32, 64
-"""Tokens of text in a cache that was not prefilled, and the room for them and what is decoded."""
+"""Text tokens in a cache that was not prefilled, and its capacity for these and the decoded tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sequences of a batch: visual tokens in regions of 36, of which Gaze selects a tenth."""
+    """A batch of sequences: visual tokens in regions of 36, of which Gaze selects a tenth."""
 
     tokens: int
     batch: int
@@ -62,11 +62,11 @@ def config_of(decoder: DecoderConfig, variant: str) -> MLLMConfig:
 
 
 def draw(decoder: DecoderConfig) -> Any:
-    """Random parameters as numpy arrays, the blocks stacked: activations neither vanish nor explode."""
+    """Random parameters as NumPy arrays, layers stacked, scaled to keep activations in range."""
     rng = np.random.default_rng(0)
 
     def leaf(path: Any, boxed: Any) -> np.ndarray:
-        values = rng.random(boxed.shape, np.float32)  # three times as quick as a normal distribution
+        values = rng.random(boxed.shape, np.float32)  # three times as fast as a normal distribution
         values -= 0.5
         name = path[-1].key
         if name in ("weight", "bias"):
@@ -80,13 +80,13 @@ def draw(decoder: DecoderConfig) -> Any:
 
 
 def ours(drawn: Any) -> Any:
-    """Parameters as a CPU decodes with them, as they are anywhere else."""
+    """Parameters in the layout for decoding: unstacked on a CPU, unchanged elsewhere."""
     stacked = jax.tree.map(jnp.asarray, drawn)
     return split_layers(stacked) if jax.default_backend() == "cpu" else stacked
 
 
 def tensors(drawn: Any, decoder: DecoderConfig) -> dict[str, np.ndarray]:
-    """The same as transformers names and lays them out."""
+    """The same parameters with the names and layout of transformers."""
     leaves = {
         "/".join(part.key for part in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(drawn)
     }
@@ -99,7 +99,7 @@ def tensors(drawn: Any, decoder: DecoderConfig) -> dict[str, np.ndarray]:
 
 
 def embeddings(decoder: DecoderConfig, case: Case) -> np.ndarray:
-    """float32 [B, tokens, M], what a projector might make of images."""
+    """Random visual embeddings, float32 [B, tokens, M]."""
     shape = (case.batch, case.tokens, decoder.width)
     return np.random.default_rng(1).standard_normal(shape, np.float32) * np.float32(decoder.width**-0.5)
 
@@ -111,7 +111,7 @@ def question(decoder: DecoderConfig, case: Case, turn: int) -> np.ndarray:
 
 
 def _streams(tokens: Array, visual: int, start: Array | int) -> Streams:
-    """``visual`` tokens, a region after the other, and text [B, S] from ``start`` in the sequence on."""
+    """Streams of ``visual`` tokens, region by region, and text [B, S] that begins at order ``start``."""
     batch, text = tokens.shape
 
     def rows(a: Array) -> Array:
@@ -144,7 +144,7 @@ def _selection(top_k: int | None) -> Selection:
 def prefill(
     config: MLLMConfig, top_k: int | None, params: Any, visual: Array, tokens: Array
 ) -> tuple[Array, Cache]:
-    """Read visual embeddings [B, n, M] and text int32 [B, S]: the last logits [B, V] and the cache."""
+    """Prefill visual embeddings [B, n, M] and text int32 [B, S]: the last logits [B, V] and the cache."""
     decoder: Callable[..., Any] = functools.partial(Decoder(config).apply, {"params": params["decoder"]})
     streams = _streams(tokens, visual.shape[1], visual.shape[1])
     x = jnp.concatenate([visual, decoder(tokens, method="embed")], axis=1)
@@ -172,19 +172,19 @@ def follow(
     steps: Array,
     cache: Cache,
 ) -> tuple[Array, Array, Array | None]:
-    """Read tokens int32 [B, T], then the likeliest ones, ``steps`` steps in all.
+    """Decode tokens int32 [B, T], then greedily, ``steps`` steps in total.
 
     Args:
-      tokens: the first of them.
-      order, write_index: int32 scalars, place in the sequence and in the text stream of the first.
+      tokens: the first tokens.
+      order, write_index: int32 scalars, index of the first token in the sequence and in the text stream.
       steps: int32 scalar.
 
     Returns:
-      The likeliest next token [B], the last logits [B, V], and the last selections int32 [L, B, Hs, J].
+      The most likely next token [B], the last logits [B, V], and the last selections int32 [L, B, Hs, J].
     """
     batch, known = tokens.shape
     apply: Callable[..., Any] = MLLM(config).apply
-    # What a step does not change stays out of the loop, which would copy it.
+    # Keep what a step does not change out of the loop, which would copy it.
     updated = ("text_k", "text_v", "text_order")
 
     def step(token: Array, i: Array, parts: Mapping[str, Array]) -> Any:
@@ -219,9 +219,9 @@ def ask(
     write_index: Array,
     cache: Cache,
 ) -> tuple[Array, Array, Array | None]:
-    """Read tokens int32 [B, T] after what is in the cache: all but the last at once, as a session does.
+    """Read tokens int32 [B, T] with the cache: all but the last at once, as a chat session does.
 
-    Arguments and result are those of :func:`follow`.
+    Arguments and result are as for :func:`follow`.
     """
     apply: Callable[..., Any] = MLLM(config).apply
     extended = apply(
@@ -241,7 +241,7 @@ def ask(
 
 
 def random_cache(config: MLLMConfig, case: Case) -> Cache:
-    """What a prefill leaves, with random keys and values: FILLED tokens of text, TEXT in all."""
+    """A cache with random keys and values, FILLED text tokens and capacity TEXT."""
     decoder, gaze = config.decoder, config.gaze
     spec, implementation = decode_spec(gaze, decoder.head_dim), gaze.decode_implementation
 
@@ -274,17 +274,17 @@ def random_cache(config: MLLMConfig, case: Case) -> Cache:
 def step_bytes(
     config: MLLMConfig, params: Any, case: Case, picks: Array | None, text: float
 ) -> dict[str, float]:
-    """What a decoding step must read: every parameter once, and the keys and values that are attended to.
+    """Bytes that a decoding step must read: every parameter once, and the attended keys and values.
 
-    Of the embedding the head reads every row. Regions that several query heads of a kv head select are read
-    once, and with Gaze every descriptor is.
+    The output head reads every row of the embedding. A region selected by several query heads of a kv head is
+    read once; with Gaze, every descriptor is read.
 
     Args:
-      config: of the model.
-      params: of the model.
+      config: the model's config.
+      params: the model's parameters.
       case: the sequences.
       picks: int32 [L, B, Hs, J], selections of a step; None for dense attention.
-      text: keys of the text stream that a step sees.
+      text: number of text-stream keys that a step sees.
     """
     decoder, union, regions = config.decoder, float(case.regions), None
     if picks is not None:
@@ -296,7 +296,7 @@ def step_bytes(
 
 
 class Theirs:
-    """transformers' Qwen2 on a CPU, with a cache; calls end where the next token is known."""
+    """transformers' Qwen2 on a CPU, with a cache; a call ends when the next token is known."""
 
     def __init__(self, drawn: Any, decoder: DecoderConfig):
         import torch
@@ -316,7 +316,7 @@ class Theirs:
         self.decoder, self._new = decoder, transformers.DynamicCache
 
     def prefill(self, visual: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
-        """As :func:`prefill`."""
+        """See :func:`prefill`."""
         import torch
 
         with torch.inference_mode():
@@ -326,7 +326,7 @@ class Theirs:
             return out.logits[:, -1].numpy(), out.past_key_values
 
     def follow(self, tokens: np.ndarray, steps: int, cache: Any) -> tuple[np.ndarray, np.ndarray]:
-        """As :func:`follow`, but that the known tokens are read at once; the cache is left as it was."""
+        """See :func:`follow`; the given tokens are read at once, and the cache is restored."""
         import torch
 
         before = cache.get_seq_length()
@@ -339,7 +339,7 @@ class Theirs:
         return ids[:, 0].numpy(), out.logits[:, -1].numpy()
 
     def random_cache(self, case: Case) -> Any:
-        """As :func:`random_cache`."""
+        """See :func:`random_cache`."""
         import torch
 
         cache, decoder = self._new(), self.decoder

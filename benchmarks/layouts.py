@@ -1,10 +1,10 @@
-"""What images and videos become: views, tokens, regions, and what a query reads of them.
+"""Views, tokens and regions of images and videos, and the part of them that a query reads.
 
 python -m benchmarks.layouts --json=benchmarks/results/layouts.json
 
-Counts, no times: the published families at the sizes of real pictures, videos of 16, 64 and 128 frames. A
+Counts, not times, for the published families, with real picture sizes and videos of 16, 64 and 128 frames. A
 query of the language model attends to a tenth of the regions (rounded up), all newlines, context tokens and
-64 tokens of text; "read" is what that is of all. Slot fill: the share of the cache's slots that hold a token.
+64 text tokens; "read" is the fraction of all keys. "Slot fill" is the fraction of cache slots with a token.
 """
 
 import argparse
@@ -32,13 +32,13 @@ FRAMES = (16, 64, 128)
 KEEP = 0.1
 TEXT = 64
 LEAST_FILL = 0.87
-"""Below this, presets store and read too much padding."""
+"""Minimum slot fill of presets; below it they store and read too much padding."""
 
 
 def describe(
     layout: VisualLayout, groups: list[tuple[int, GridShape]], end_newline: bool, video: bool
 ) -> dict[str, Any]:
-    """Count what groups of equal views, (how many, grid) each, become."""
+    """Count tokens and regions for groups of equal views, given as (number, grid)."""
     region = layout.frame_region if video else (1, *layout.region)
     tables, newlines = [], int(end_newline)
     for count, (height, width, rows) in groups:
@@ -66,7 +66,7 @@ def describe(
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """A row for every family, what it is shown, and the place of newlines."""
+    """A row for every family, input and newline convention."""
     for family, name in FAMILIES.items():
         whole = MODELS[name].layout
         style = get_family(whole.views.style).views
@@ -80,7 +80,7 @@ def rows() -> Iterator[dict[str, Any]]:
             end = style.video_end_newline
             shown += [(f"{count} frames 1280x720", [(count, grid)], end, True) for count in FRAMES]
             if newlines == "region" and not any(shape[2] for _, groups, _, _ in shown for _, shape in groups):
-                continue  # no newline inside a view: nothing to choose
+                continue  # no newline inside a view, so no convention to choose
             for label, groups, end, video in shown:
                 yield {"family": family, "shown": label, "newlines_in": newlines} | describe(
                     layout, groups, end, video
@@ -88,7 +88,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """Format a row as text."""
     return (
         f"{row['family']:22}{row['shown']:22}{row['newlines_in']:>8}{row['views']:>6}{row['tokens']:>8,}"
         f"{row['regions']:>8,}{row['slots']:>6}{row['slot_fill']:>7.2f}{row['newlines']:>9,}"

@@ -1,10 +1,10 @@
-"""gaze_prefill, forward and backward, beside dense attention over the same keys.
+"""gaze_prefill, forward and backward, compared with dense attention over the same keys.
 
 python -m benchmarks.prefill --json=benchmarks/results/prefill.json
 
 1,024 routed queries attend to their selected regions of one sequence and to its text stream. TFLOP/s count
-the products of selected pairs only (of all pairs for dense attention), 4 * D each and query head, 3.5 times
-that with the backward pass, whatever an implementation computes beyond them or again.
+only the products of selected pairs (for dense attention, of all pairs): 4 * D per pair and query head, 3.5
+times that with the backward pass, regardless of what an implementation computes in addition or twice.
 """
 
 import argparse
@@ -35,13 +35,13 @@ PASSES = ("forward", "forward+backward")
 
 
 def useful_flops(heads: tuple[int, int, int], queries: int, attended: float, backward: bool) -> float:
-    """q . k and weight * v for each pair of query and key; a backward pass has five products for two."""
+    """FLOPs of q . k and weight * v per pair of query and key; a backward pass has five products, not two."""
     many, _, dim = heads
     return 4.0 * many * dim * queries * attended * (3.5 if backward else 1.0)
 
 
 def passes(attend: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
-    """``attend(q, k..., v...)`` and its gradients, the cotangent being the first query."""
+    """``attend(q, k..., v...)`` and its gradients, with the query as cotangent."""
 
     def both(*arrays: Array) -> Any:
         out, pull = jax.vjp(attend, *arrays)
@@ -64,7 +64,7 @@ def arrays_of(
 def gaze(
     name: str, spec: GazeSpec, shape: timing.Shape, queries: int, selected: Array | None
 ) -> Callable[..., Array]:
-    """``gaze_prefill`` as a function of its five arrays."""
+    """Make ``gaze_prefill`` a function of its five arrays."""
     seen = shape.seen(1)
     order = np.where(seen, np.arange(seen.size).reshape(seen.shape), -1)
     places = KeyPlaces(
@@ -91,7 +91,7 @@ def gaze(
 
 
 def library(implementation: str, scale: float) -> Callable[..., Array]:
-    """jax.nn.dot_product_attention over [1, N, K, D], its own layout."""
+    """jax.nn.dot_product_attention over its own layout [1, N, K, D]."""
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)  # type: ignore[call-overload]
@@ -113,9 +113,9 @@ def joined(arrays: tuple[Array, ...], tokens: int) -> tuple[Array, ...]:
 def rivals(
     shape: timing.Shape, heads: tuple[int, int, int], args: argparse.Namespace, rows: list[dict[str, Any]]
 ) -> dict[tuple[str, str, str], tuple[Callable[..., Any], tuple[Array, ...], float]]:
-    """(implementation, select_per, pass) -> what to run, on what, and the keys that a query attends to.
+    """(implementation, select_per, pass) -> function, arguments, and keys that a query attends to.
 
-    What cannot run is added to ``rows``.
+    Combinations that cannot run are added to ``rows``.
     """
     many, kv_heads, dim = heads
     dtype = jnp.dtype(args.dtype)
@@ -210,7 +210,7 @@ def one_problem(shape: timing.Shape, model: str, args: argparse.Namespace) -> li
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A row for people."""
+    """Format a row as text."""
     name = f"{row['tokens']}/{row['regions']}/{row['top_k']} {row['heads']} {row['dtype']}"
     text = f"{name:38}{row['implementation'] + ' ' + row['select_per']:28}{row['pass']:17}"
     text += (
@@ -234,7 +234,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=QUERIES)
     parser.add_argument("--query-block", type=int, default=GazeSpec(1.0).query_block)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of rounds per shape")
+    parser.add_argument("--seconds", type=float, default=120.0, help="measuring time per shape")
     parser.add_argument("--quick", action="store_true", help="a dry run at toy sizes")
     parser.add_argument("--json", help="write the results to this file")
     if parser.parse_known_args(argv)[0].quick:

@@ -17,16 +17,16 @@ CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 @contextlib.contextmanager
 def browser(*flags: str) -> Iterator[Any]:
-    """A Chromium that logs its console and what it requests; it is closed at the end."""
+    """Start a Chromium that logs its console and its requests; it is closed at the end."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
-    # A container's root has no sandbox and little shared memory.
+    # As root in a container there is no sandbox and little shared memory.
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars", *flags):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # A service that is named keeps Selenium from downloading one.
+    # An explicit driver keeps Selenium from downloading one.
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
     try:
         yield driver
@@ -41,13 +41,13 @@ def resize(driver: Any, width: int, height: int, *, scale: float = 1, mobile: bo
 
 
 def prefer(driver: Any, **features: str) -> None:
-    """Media features of the page: ``prefers_color_scheme="dark"``."""
+    """Set media features of the page, such as ``prefers_color_scheme="dark"``."""
     named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
 
 
 def press(driver: Any, keys: str) -> None:
-    """Press keys by the names of the DOM, with spaces between them; ``*N`` behind one is N times."""
+    """Press keys, given by their DOM names separated by spaces; ``*N`` after a name repeats it N times."""
     for key in keys.split():
         name, _, times = key.partition("*")
         name = " " if name == "Space" else name
@@ -57,7 +57,7 @@ def press(driver: Any, keys: str) -> None:
 
 
 def open_page(driver: Any, path: Path) -> None:
-    """Open a file and wait until it shows something."""
+    """Open a file and wait until its main part is shown."""
     driver.get(path.resolve().as_uri())
     wait_until_shown(driver)
 
@@ -73,7 +73,7 @@ def wait_until_shown(driver: Any) -> None:
 def photograph(
     driver: Any, page: Path, out: Path, *, width: int, height: int | None, scale: float, keys: str, dark: bool
 ) -> None:
-    """Write a PNG of a page after ``keys``: all of it, or ``height`` CSS pixels; a phone's below 600 wide."""
+    """Write a PNG of a page after ``keys``: all of it or ``height`` CSS pixels; mobile if below 600 wide."""
     resize(driver, width, height or 900, scale=scale, mobile=width < 600)
     prefer(driver, prefers_color_scheme="dark" if dark else "light", prefers_reduced_motion="reduce")
     open_page(driver, page)
@@ -90,11 +90,11 @@ def main() -> None:
     )
     parser.add_argument("page", type=Path, help="an HTML file")
     parser.add_argument("out", type=Path, help="the PNG to write")
-    parser.add_argument("--width", type=int, default=1200, help="of the viewport in CSS pixels")
-    parser.add_argument("--height", type=int, help="of the picture in CSS pixels; default: the whole page")
+    parser.add_argument("--width", type=int, default=1200, help="width of the viewport in CSS pixels")
+    parser.add_argument("--height", type=int, help="height of the picture in CSS pixels; default: all")
     parser.add_argument("--scale", type=float, default=1.0, help="device pixels per CSS pixel")
     parser.add_argument("--keys", default="", help="keys to press first, such as 'ArrowRight*4 ArrowUp'")
-    parser.add_argument("--dark", action="store_true", help="as it looks where dark colours are preferred")
+    parser.add_argument("--dark", action="store_true", help="use the dark colour scheme")
     args = parser.parse_args()
     with browser() as driver:
         photograph(driver, **vars(args))

@@ -1,6 +1,6 @@
-"""What the benchmarks of the attention ops share: shapes, paired timing, bandwidth, reports.
+"""Helpers for the benchmarks of the attention ops: shapes, paired timing, bandwidth, reports.
 
-jax and numpy only, so that they run on a machine that has nothing else.
+Imports only jax and numpy, so that they run on a machine without other packages.
 """
 
 import argparse
@@ -54,13 +54,13 @@ class Shape:
         return shape
 
     def seen(self, batch: int) -> np.ndarray:
-        """bool [B, R, P] slots that hold a token."""
+        """bool [B, R, P]: slots that hold a token."""
         valid = np.arange(self.regions * SLOTS) < self.tokens
         return np.broadcast_to(valid.reshape(self.regions, SLOTS), (batch, self.regions, SLOTS))
 
 
 def listed(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """An argparse type: comma-separated words out of ``names``."""
+    """Make an argparse type: comma-separated words from ``names``."""
     known = list(names)
 
     def parse(text: str) -> list[str]:
@@ -75,11 +75,11 @@ def listed(names: Iterable[str]) -> Callable[[str], list[str]]:
 def paired(
     competitors: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = float("inf")
 ) -> dict[str, list[float]]:
-    """Seconds of every competitor in every round; each round runs all of them once, in an order of its own.
+    """Seconds of every competitor in every round; each round runs all of them once, in a new random order.
 
-    Whatever disturbs the machine disturbs neighbours alike: compare within rounds. A call that is not
-    counted goes before each that is: what ran before leaves caches and memory in its own state, and after
-    one that fills them the next is slow. After ``seconds`` no further round begins, but three are run.
+    Disturbances of the machine affect calls of a round alike, so compare within rounds. Each measured call
+    follows an unmeasured one of the same competitor, because the previous competitor leaves caches and memory
+    in its own state. After ``seconds`` no further round begins, but at least three are run.
     """
     names = list(competitors)
     for name in names:
@@ -104,15 +104,15 @@ def quartiles(values: Iterable[float]) -> list[float]:
 
 
 def ratio(times: Mapping[str, list[float]], above: str, below: str) -> dict[str, Any]:
-    """How many times as long ``above`` takes as ``below``: median and quartiles of the rounds' ratios."""
+    """Time of ``above`` divided by that of ``below``: median and quartiles of the rounds' ratios."""
     each = [a / b for a, b in zip(times[above], times[below], strict=True)]
     return {"median": statistics.median(each), "iqr": quartiles(each)}
 
 
 class Reader:
-    """Reads ``nbytes``, summing rows of 128 floats: what a memory gives a program that only reads.
+    """Measures read bandwidth: reads ``nbytes`` by summing rows of 128 floats.
 
-    A competitor like the others, so that it meets the same disturbances.
+    It runs as a competitor like the others, so that disturbances affect it equally.
     """
 
     def __init__(self, nbytes: int):
@@ -130,7 +130,7 @@ class Reader:
 
 
 def free_memory() -> int:
-    """Bytes that arrays may still take on the first device, with a fifth left for temporaries."""
+    """Bytes available for arrays on the first device, with a fifth reserved for temporaries."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
@@ -141,7 +141,7 @@ def free_memory() -> int:
 
 
 def top_regions(rng: np.random.Generator, top_k: int, regions: int, lead: tuple[int, ...]) -> np.ndarray:
-    """int32 [*lead, top_k]: the highest of random scores, drawn anew for every place."""
+    """int32 [*lead, top_k]: the top_k of random scores, drawn independently for every entry."""
     scores = rng.random((*lead, regions), dtype=np.float32)
     if top_k >= regions:
         return np.argsort(scores, axis=-1).astype(np.int32)
@@ -149,14 +149,14 @@ def top_regions(rng: np.random.Generator, top_k: int, regions: int, lead: tuple[
 
 
 def skipped(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """The row of what did not run, which says why; printed at once."""
+    """Make and print the row of a combination that did not run, with the reason."""
     row = {**row, "skipped": reason}
     print("skipped:", ", ".join(f"{k}={v}" for k, v in row.items() if not isinstance(v, dict)), flush=True)
     return row
 
 
 def report(module: str, argv: list[str] | None, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """What the JSON file holds: rows, and what they were measured on and with."""
+    """The content of the JSON file: rows, and the machine and versions they were measured with."""
     import jaxlib
 
     return {

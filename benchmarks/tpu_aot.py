@@ -1,10 +1,10 @@
-"""Compiles every TPU kernel at its real shapes for TPUs that this machine does not have.
+"""Compile every TPU kernel at its real shapes for TPUs, without a TPU.
 
     scripts/tpu_aot.sh [--json=FILE] [--chips v5e v5p v6e] [--only SUBSTRING]
 
-What it proves: that the kernels compile, what each program holds at its peak, and that no operation of a
-decode step copies as much as one layer's visual cache; for a cache in host memory, how much of it the device
-holds at once. It measures no time on a TPU.
+It checks that the kernels compile, that no operation of a decode step copies as much as one layer's visual
+cache, the peak memory of each program and, for a cache in host memory, how much of it the device holds at
+once. It does not measure times.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ITEMSIZE = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1
 
 @contextlib.contextmanager
 def target(chip: str) -> Iterator[jax.sharding.NamedSharding]:
-    """Trace for one device of ``chip``; yields where to put arguments."""
+    """Trace for one device of ``chip``; yields the sharding of the arguments."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
     mesh = jax.sharding.Mesh([device], ("one",), axis_types=(jax.sharding.AxisType.Auto,))
     with dispatch.compile_for("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -54,10 +54,9 @@ def target(chip: str) -> Iterator[jax.sharding.NamedSharding]:
 
 
 def largest_operation(text: str) -> tuple[int, str]:
-    """Bytes and line of the largest array that an operation of an optimised HLO text writes.
+    """Bytes and line of the largest array that an operation in an optimised HLO text writes.
 
-    Arguments and views of them are no operations, nor is a tuple or an update in place; what happens
-    inside a fusion is written nowhere.
+    Arguments, views, tuples and in-place updates do not count; arrays inside a fusion are not written.
     """
     free = re.compile(
         r"\b(parameter|bitcast|get-tuple-element|tuple|while|conditional|dynamic-update-slice)\("
@@ -81,7 +80,7 @@ def compile_one(
     where: jax.sharding.NamedSharding,
     donate: tuple[int, ...] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Compile for the target; figures and the optimised HLO."""
+    """Compile for the target; return figures and the optimised HLO."""
 
     def place(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return a if a.sharding is not None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
@@ -107,7 +106,7 @@ def compile_one(
 
 
 def decode_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
-    """Compile gaze_decode at every shape of which a layer fits the chip."""
+    """Compile gaze_decode at every shape of which at least one layer fits the chip."""
     for wanted in decode_shapes.real():
         shape = wanted.fitting(int(0.9 * CHIPS[chip][1]))
         name = f"gaze_decode {(shape or wanted).name}"
@@ -191,7 +190,7 @@ def compile_step(
     """Compile a decoding step of a whole model: layers scanned, cache donated, 40 regions per query.
 
     Returns:
-      Figures and optimised HLO of :func:`compile_one`; and the bytes of the cache's parts.
+      Figures and optimised HLO from :func:`compile_one`, and the bytes of the cache's parts.
     """
     gaze = GazeConfig(select_per=shape.select_per, context_tokens=0, decode_implementation=implementation)
     config = MLLMConfig(DECODERS[shape.heads], None, gaze, dtype="bfloat16", param_dtype="bfloat16")
@@ -220,7 +219,7 @@ def compile_step(
 
 
 def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
-    """A decoding step of whole models, 40 of 256 regions."""
+    """Compile a decoding step of whole models, 40 of 256 regions."""
     for name in STEPS:
         for select_per in ("head", "kv_head"):
             shape = decode_shapes.Shape(name, 9_216, 1, select_per, layers=decode_shapes.HEADS[name][0])
@@ -241,11 +240,11 @@ def step_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
 
 
 LIMITS = {"kv_head": 0.03, "head": 0.06}
-"""Device memory for an offloaded visual cache, of what it would take there, by who shares a selection."""
+"""Limit on device memory for an offloaded visual cache, as a fraction of its size, by ``select_per``."""
 
 
 def host_results(text: str) -> list[int]:
-    """Bytes of each array that a computation on the host hands to the device, per call in the HLO text."""
+    """Bytes of each array that host computations pass to the device, per call in the HLO text."""
     sizes = []
     for start in re.findall(r"(%[\w.\-]+) = .*custom_call_target=\"HostExecute\"", text):
         done = re.search(rf"= (.*) custom-call-done\({re.escape(start)}\)", text)
@@ -258,7 +257,7 @@ def host_results(text: str) -> list[int]:
 
 
 def other_host_operations(text: str) -> list[str]:
-    """Lines that read or write host memory and are neither arguments, views, loops nor calls of the host."""
+    """Lines that use host memory and are not arguments, views, loops or host calls."""
     free = re.compile(r"\b(parameter|bitcast|get-tuple-element|tuple|while|conditional)\(|HostExecute")
     body = (line.strip() for line in text.splitlines() if re.match(r"\s+(?:ROOT )?%", line))
     return [line[:200] for line in body if "S(5)" in line and not free.search(line)]
@@ -267,8 +266,8 @@ def other_host_operations(text: str) -> list[str]:
 def offload_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
     """A decoding step of Qwen3-4B whose visual cache is in host memory, 40 of 256 regions.
 
-    What the device holds of the visual cache is taken to be the descriptors, which are an argument, and
-    *all* temporaries of the step: those that have nothing to do with the cache are counted too.
+    The part of the visual cache on the device is counted as the descriptors, which are an argument, plus
+    *all* temporaries of the step, including those unrelated to the cache.
     """
     for select_per, limit in LIMITS.items():
         layers, kv_heads, group, dim = decode_shapes.HEADS["qwen3-4b"]
@@ -336,7 +335,7 @@ PARTS = (decode_rows, step_rows, offload_rows, append_rows, prefill_rows)
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row, in words."""
+    """The problems of a row, as text."""
     if "skipped" in row:
         return []
     found = []
@@ -383,7 +382,7 @@ def main(argv: list[str]) -> int:
                 f"temporary {row['temporary_bytes'] / 1e6:8.2f} MB"
             )
             print(f"{chip}  {row['kernel']:60} {told}", *complaints, flush=True)
-            if flags.json is not None:  # after every row: a run that is cut off keeps what it has
+            if flags.json is not None:  # after every row, so that an interrupted run keeps its results
                 flags.json.write_text(json.dumps(log | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(*wrong, sep="\n", file=sys.stderr)
     return 1 if wrong else 0

@@ -1,12 +1,12 @@
-"""Measure tiles of the GPU decode kernel and keep the best of each dtype beside the kernel.
+"""Tune the tiles of the GPU decode kernel and store the best for each dtype next to the kernel.
 
 python -m benchmarks.tune_decode
     tries tiles on the GPU that JAX runs on and writes its entry of pallas_kernels/gaze_decode/gpu_tiles.json,
-    and every candidate to benchmarks/results/tune_decode.json, after each of them: a run that is cut off
-    keeps what it has.
+    and every candidate to benchmarks/results/tune_decode.json; both after each candidate, so that an
+    interrupted run keeps its results.
 
-The score of a candidate is the geometric mean, over one long and one short problem, of its time over the time
-in which the bytes that it must read could be read. A candidate whose output is not that of "xla" is out.
+The score of a candidate is the geometric mean, over one long and one short problem, of its time divided by
+the time needed to read the bytes that it must read. A candidate whose output differs from "xla" is dropped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _TILES = _ROOT / "pallas_kernels" / "gaze_decode" / "gpu_tiles.json"
 _RESULT = _ROOT / "benchmarks" / "results" / "tune_decode.json"
 
-# One region and more of 36 slots; tiles have a multiple of 64 rows, so these fill 1, 2, 2, 3 of them.
+# Multiples of regions of 36 slots; tiles have a multiple of 64 rows, so these fill 1, 2, 2, 3 times 64.
 _KEYS = (36, 72, 108, 180)
 _STAGES = (2, 3, 4)
 _BLOCKS = (132, 264, 396, 528)  # 132 multiprocessors
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     top_k: int
 
     def floor_bytes(self, itemsize: float) -> float:
-        """What a layer's step must read of the visual cache and of a bfloat16 or float32 text stream."""
+        """Bytes that a layer's step must read of the visual cache and a bfloat16 or float32 text stream."""
         visual = 2 * self.top_k * _SLOTS * self.dim * itemsize
         return self.batch * self.kv_heads * (visual + 2 * _TEXT * self.dim * max(itemsize, 2))
 
@@ -68,7 +68,7 @@ def read_bandwidth(nbytes: int) -> float:
 
 
 def seconds(run: Callable[[], Any], *, least: float) -> float:
-    """Median of five calls, each repeated to take ``least`` seconds."""
+    """Median time of five calls, each repeated to take at least ``least`` seconds."""
 
     def once(repeats: int) -> float:
         begun = time.perf_counter()
@@ -83,7 +83,7 @@ def seconds(run: Callable[[], Any], *, least: float) -> float:
 
 
 class Bench:
-    """A problem's arrays, and one step over all its layers by any implementation."""
+    """A problem's arrays, and a step over all its layers with any implementation."""
 
     def __init__(self, problem: Problem, dtype: str, interpret: bool) -> None:
         self.problem = problem
@@ -105,7 +105,7 @@ class Bench:
         self.seen = (jnp.ones((batch, regions, _SLOTS), bool), jnp.ones((batch, _TEXT), bool))
 
     def program(self, implementation: str, spec: GazeSpec, packed: Any) -> Callable[[], jax.Array]:
-        """The last layer's output; each layer's query is made of the one before, so none can overlap."""
+        """The last layer's output; each layer's query depends on the one before, so none can overlap."""
         layers = self.problem.layers
 
         @jax.jit
@@ -123,7 +123,7 @@ class Bench:
 
     @functools.cached_property
     def expected(self) -> np.ndarray:
-        """Of plain XLA, over a cache that was not rounded to int8."""
+        """The output of plain XLA over a cache that was not rounded to int8."""
         spec = GazeSpec(self.spec.scale, self.spec.select_per)
         packed = api.pack(self.k, self.v, spec=spec, implementation="xla")
         return np.asarray(self.program("xla", spec, packed)(), np.float64)
@@ -146,7 +146,7 @@ class Bench:
 
 
 def candidates(scores: Mapping[tuple[int, int, int], float]) -> Iterator[tuple[int, int, int]]:
-    """Keys of a chunk by stages, then the number of blocks for the best of those in ``scores``."""
+    """Candidates: first keys per chunk and stages, then the number of blocks for the best of these."""
     for keys in _KEYS:
         for stages in _STAGES:
             yield keys, stages, 2 * _BLOCKS[0]
@@ -162,7 +162,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def tune(dtype: str, problems: list[Problem], bandwidth: float, args: argparse.Namespace) -> None:
-    """Measure candidates for one dtype until the time is over, writing after each."""
+    """Measure candidates for one dtype until time runs out, writing after each."""
     interpret = jax.default_backend() == "cpu"
     kind = jax.devices()[0].device_kind
     benches = [Bench(problem, dtype, interpret) for problem in problems]
@@ -200,7 +200,7 @@ def tune(dtype: str, problems: list[Problem], bandwidth: float, args: argparse.N
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_decode", description=__doc__)
-    parser.add_argument("--dtypes", default="bfloat16,int8", help="of bfloat16, int8 and float32")
+    parser.add_argument("--dtypes", default="bfloat16,int8", help="comma-separated: bfloat16, int8, float32")
     parser.add_argument("--seconds", type=float, default=150.0, help="for each dtype")
     parser.add_argument("--quick", action="store_true", help="a dry run at a toy size, interpreted on a CPU")
     parser.add_argument("--json", type=Path, default=_RESULT, help="every candidate; rows are added")

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from gaze_jax.stored import renamed_setting
+
 T = TypeVar("T")
 
 
@@ -49,7 +51,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
       path: prefix for names in error messages.
 
     Raises:
-      KeyError: an unknown or missing field, named by its full path.
+      KeyError: an unknown or missing field, named by its full path, or a name or value that was renamed.
       TypeError: a value's type is not the one declared by its field.
     """
     # A ConfigDict behaves like a mapping but is not registered as one.
@@ -59,7 +61,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
     prefix = f"{path}." if path else ""
     given = dict(values.items())
-    for name in given:
+    for name, value in given.items():
+        if now := renamed_setting(prefix + name, value):
+            raise KeyError(f"Config key {prefix}{name}={value!r} was renamed; write {now}.")
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(fields)}."

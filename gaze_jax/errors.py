@@ -1,5 +1,9 @@
 """Errors that a command prints as one sentence."""
 
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+
 
 class UserError(ValueError):
     """An error that the user can fix, such as a wrong config value, path or checkpoint.
@@ -7,3 +11,18 @@ class UserError(ValueError):
     The message is one sentence that says what is wrong and how to fix it. Commands print it without a
     traceback; every other exception is a bug in the program and keeps its traceback.
     """
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """A :class:`UserError` from inside calls options by the names that the user knows them by.
+
+    Args:
+      names: an option's name in the messages -> its name for the user.
+    """
+    try:
+        yield
+    except UserError as error:
+        words = "|".join(map(re.escape, names))
+        message = re.sub(rf"(?<![\w.'-])(?:{words})\b", lambda found: names[found[0]], str(error))
+        raise UserError(message) from error

@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake CPU devices, strict dtype promotion, no compilation cache.
+"""What every test runs under: eight fake CPU devices, checked shapes, strict dtypes, no compilation cache.
 
 Unless ``JAX_PLATFORMS`` says otherwise the tests use the CPU, whatever the machine has:
 ``JAX_PLATFORMS=cuda pytest -m gpu`` runs the GPU tests.
@@ -29,9 +29,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 from benchmarks.screenshots import CHROMIUM, DRIVER
+from tests.helpers import shape_checks
+
+# Before the first import of these packages. Processes that tests start check nothing.
+jaxtyping.install_import_hook(shape_checks.PACKAGES, "tests.helpers.shape_checks.checked")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A test that passes because yesterday's program was still on disk has tested yesterday's program.

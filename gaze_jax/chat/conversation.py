@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from gaze_jax.chat.messages import TAG, TAGS, Content, Message, kind_of
 from gaze_jax.chat.template import ChatTemplate
@@ -132,7 +131,7 @@ class Rendering:
     template: ChatTemplate
     messages: tuple[Message, ...]
     arrange: Arrange
-    variables: Mapping[str, Any]
+    variables: Mapping[str, object]
 
     def __call__(self, *, add_generation_prompt: bool = False, marks: _Marks | None = None) -> str:
         lists, turns = _takes_lists(self.template), []
@@ -277,7 +276,7 @@ def conversation_parts(
     arrange: Arrange,
     supervision: Supervision = ANSWER,
     add_generation_prompt: bool = False,
-    **variables: Any,
+    **variables: object,
 ) -> Parts:
     """Render a conversation into the parts of a sample.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from gaze_jax.data.sample import Image, Video
 from gaze_jax.errors import UserError
@@ -98,7 +97,7 @@ class Conversation:
     videos: tuple[str, ...] = ()
 
 
-def _files(record: Mapping[str, Any], key: str, name: str) -> tuple[str, ...]:
+def _files(record: Mapping[str, object], key: str, name: str) -> tuple[str, ...]:
     """File names under ``key`` of a record; nothing, and what data sets write for it, is no file."""
     value = record.get(key)
     if value is None or value in _NO_FILE or value != value:  # a NaN is a missing cell of a table
@@ -109,7 +108,7 @@ def _files(record: Mapping[str, Any], key: str, name: str) -> tuple[str, ...]:
     return tuple(files)
 
 
-def _turns(record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
+def _turns(record: Mapping[str, object], name: str) -> list[tuple[str, str]]:
     """(role, text) of every turn of a record."""
     conversations = record.get("conversations")
     if not isinstance(conversations, list) or not conversations:
@@ -140,7 +139,7 @@ def _with_media(text: str, media: Iterator[Image | Video]) -> tuple[Content, ...
     return tuple(items)
 
 
-def from_llava(record: Mapping[str, Any], *, name: str, system: str | None = None) -> Conversation:
+def from_llava(record: Mapping[str, object], *, name: str, system: str | None = None) -> Conversation:
     """Read a record in LLaVA's form.
 
     That is ``{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}`` with

@@ -55,12 +55,12 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """``namespace`` whose attributes cannot be named like Python's internals."""
 
-    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, /, *args: Mapping[str, object], **kwargs: object) -> None:
         super().__init__()
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         if name.startswith("_"):
             raise jinja2.sandbox.SecurityError(f"it sets the attribute {name!r} of a namespace")
         super().__setitem__(name, value)
@@ -75,7 +75,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
@@ -100,7 +100,7 @@ def _compile(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A copy of ``value`` in JSON's types alone: what methods other objects have, no sandbox can know."""
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -126,7 +126,7 @@ def _read(path: Path) -> str | None:
         raise UserError(f"{path} is not readable UTF-8 text ({error}); download it again.") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     """A JSON object; empty if there is no such file."""
     text = _read(path)
     try:
@@ -138,7 +138,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _default(value: Any, path: Path) -> str | None:
+def _default(value: object, path: Path) -> str | None:
     """The template under "chat_template": a string, or the one named "default" of a list."""
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
@@ -223,11 +223,11 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool,
         generation_marks: tuple[str, str] | None = None,
-        **variables: Any,
+        **variables: object,
     ) -> str:
         """Write a conversation.
 

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from gaze_jax.convert import manifest as manifests
 from gaze_jax.convert import shards
@@ -27,7 +28,6 @@ from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import abstract_params
 
-Tree = Any
 Config = MLLMConfig | VisionConfig
 
 
@@ -36,7 +36,7 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def flat_leaves(tree: Tree) -> dict[str, Any]:
+def flat_leaves(tree: PyTree) -> dict[str, Any]:
     """Flatten a tree of parameters to "a/b/c" -> leaf."""
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
@@ -60,7 +60,7 @@ class Pending:
         return int(np.prod(self.leaf.shape, dtype=np.int64)) * numpy_dtype(self.leaf.dtype).itemsize
 
 
-def pending_array(values: Any, layers: int = 0) -> Pending:
+def pending_array(values: np.ndarray | jax.Array, layers: int = 0) -> Pending:
     """Wrap an existing NumPy or JAX array."""
 
     def fill(out: np.ndarray, layer: int) -> None:
@@ -83,7 +83,7 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._memory, self._done = memory, done
 
-    def memory_size(self, values: Sequence[Any]) -> Sequence[tuple[int, int]]:
+    def memory_size(self, values: Sequence[Pending]) -> Sequence[tuple[int, int]]:
         return [(value.nbytes, value.nbytes) for value in values]
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
@@ -96,8 +96,8 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
                 futures = await super().serialize([array], [info.replace(ts_context=_CONTEXT)], [arg])
                 del array  # the future keeps it alive while it is needed
                 name = info.name.replace(".", "/")
-                finish = functools.partial(self._finish, futures, name, value.leaf, checksums)
-                under_way.append((value.nbytes, finish))
+                finish_leaf = functools.partial(self._finish, futures, name, value.leaf, checksums)
+                under_way.append((value.nbytes, finish_leaf))
             while under_way:
                 under_way.popleft()[1]()
         finally:
@@ -107,7 +107,9 @@ class _Streaming(ocp.type_handlers.NumpyHandler):
                     wait()
         return []
 
-    def _finish(self, futures: Sequence[Any], name: str, leaf: Leaf, checksums: Sequence[str]) -> None:
+    def _finish(
+        self, futures: Sequence[ocp.future.Future], name: str, leaf: Leaf, checksums: Sequence[str]
+    ) -> None:
         for future in futures:
             future.result()
         self._done(name, leaf, checksums)
@@ -125,7 +127,7 @@ def materialise(pending: Pending) -> tuple[np.ndarray, list[str]]:
     def one(layer: int) -> str:
         part = array[layer, ...] if leaf.layers else array  # a view, also of a vector
         pending.fill(part, layer)
-        return crc_hex(part.reshape(-1).view(np.uint8))
+        return crc_hex(part.reshape(-1).view(np.uint8).data)
 
     return array, list(_pool.map(one, range(leaf.layers or 1)))
 
@@ -235,7 +237,7 @@ def _read_file(directory: Path, manifest: Manifest, path: str, out: np.ndarray, 
         shards.read_into(shards.Tensor(file, "", out.shape, 0, out.nbytes), out)
     except (OSError, UserError):
         return False
-    return not check or crc_hex(out.reshape(-1).view(np.uint8)) == manifest.files[path]
+    return not check or crc_hex(out.reshape(-1).view(np.uint8).data) == manifest.files[path]
 
 
 def read_layer(directory: Path, manifest: Manifest, name: str, layer: int | None) -> np.ndarray:
@@ -279,7 +281,7 @@ class Converted:
     """
 
     config: Config
-    params: Tree
+    params: PyTree
     tokenizer: str | None
     files: Path | None = None
 
@@ -295,7 +297,7 @@ def read_tokenizer(directory: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, Any]) -> None:
+def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     problems = []
     for name in sorted({*manifest.leaves, *abstract}):
         leaf, want = manifest.leaves.get(name), abstract.get(name)

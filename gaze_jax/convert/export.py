@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,10 +21,10 @@ from gaze_jax.errors import UserError
 from gaze_jax.families import CONVERSIONS, joint_rules, written_as
 from gaze_jax.families.table import Conversion, Rule
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.stored import NEWEST
 
 GAZE_TENSORS = "gaze.safetensors"
 GAZE_SETTINGS = "gaze.json"
-SETTINGS_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 _DTYPE = ("dtype", "torch_dtype")
 _PT = {"format": "pt"}
@@ -196,11 +195,11 @@ def _write_index(directory: Path, plan: Mapping[str, tuple[Mapping[str, str], Ma
     _write_json(path, index)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_config(directory: Path, config: dict[str, Any], entries: Mapping[str, _Entry]) -> None:
+def _write_config(directory: Path, config: dict[str, object], entries: Mapping[str, _Entry]) -> None:
     """Write config.json, with the tensors' dtype unless they have several."""
     dtypes = {shards.DTYPES[entry.dtype].name for entry in entries.values()}
     if len(dtypes) == 1:
@@ -221,7 +220,12 @@ def _recast(written: Mapping[str, _Entry], source: Source | None) -> bool:
 
 
 def _export_part(
-    model: Model, part: str, config: PartConfig, directory: Path, dtype: str | None, progress: Any
+    model: Model,
+    part: str,
+    config: PartConfig,
+    directory: Path,
+    dtype: str | None,
+    progress: Callable[[int], None],
 ) -> None:
     source = model.sources.get(part)
     beside = None if source is None or model.beside is None else model.beside / part
@@ -287,8 +291,8 @@ def export(
             for rule in joint_rules(model.config.gaze.context_tokens):
                 entries |= _of_rule(model, rule, dtype)
             _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
-        stored = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
-        settings = {"format_version": SETTINGS_VERSION, "model": to_dict(stored), "parts": places}
+        config = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
+        settings = {"format_version": NEWEST["export"], "model": to_dict(config), "parts": places}
         _write_json(directory / GAZE_SETTINGS, settings)
 
 

@@ -20,14 +20,13 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from gaze_jax.config import from_dict, to_dict
 from gaze_jax.convert.shards import read_json
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
+from gaze_jax.stored import NEWEST, check_version, upgrade
 
-FORMAT_VERSION = 1
 FILE = "manifest.json"
 PARAMS = "params"
 _BLOCK = 1 << 20  # stays in the CPU's cache between reading and checksumming
@@ -95,7 +94,7 @@ def chunk_path(name: str, leaf: Leaf, layer: int | None = None) -> str:
     return f"{leaf_folder(name)}/{'.'.join(map(str, index)) or '0'}"
 
 
-def crc_hex(data: Any) -> str:
+def crc_hex(data: bytes | memoryview) -> str:
     """CRC-32 of a buffer; detects any flipped bit and any burst of up to 32 bits."""
     return f"{zlib.crc32(data):08x}"
 
@@ -109,10 +108,10 @@ def file_crc(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def _body(manifest: Manifest) -> dict[str, Any]:
+def _body(manifest: Manifest) -> dict[str, object]:
     kind = "tower" if isinstance(manifest.model, VisionConfig) else "model"
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": NEWEST["manifest"],
         "kind": kind,
         "model": to_dict(manifest.model),
         "new": list(manifest.new),
@@ -122,7 +121,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _seal(body: Mapping[str, Any]) -> str:
+def _seal(body: Mapping[str, object]) -> str:
     return crc_hex(json.dumps(body, sort_keys=True).encode())
 
 
@@ -134,21 +133,18 @@ def write(directory: Path, manifest: Manifest) -> None:
 
 
 def read(directory: Path) -> Manifest:
-    """Read and check manifest.json.
+    """Read and check manifest.json, of this or an earlier version.
 
     Raises:
-      UserError: it is missing, damaged, or has another format version.
+      UserError: it is missing, damaged, or of an unknown version.
     """
     path = directory / FILE
     values = read_json(path)
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format_version {version!r} but this gaze_jax reads {FORMAT_VERSION}; use the "
-            "version that wrote it, or convert again."
-        )
+    version = check_version("manifest", values, str(path))
     if values.pop("crc32", None) != _seal(values):
         raise UserError(f"{path} is not what was written: it is damaged or edited; convert again.")
+    # Only now: the seal is of the names that are in the file.
+    values = upgrade("manifest", values, version)
     model = values["model"]
     return Manifest(
         model=from_dict(VisionConfig, model) if values["kind"] == "tower" else from_dict(MLLMConfig, model),

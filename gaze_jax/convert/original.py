@@ -8,7 +8,9 @@ transformers' language model, its image tower or a projector; missing and unexpe
 import dataclasses
 import fnmatch
 import operator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gaze_jax.convert import shards
@@ -17,6 +19,10 @@ from gaze_jax.errors import UserError
 from gaze_jax.families import conversion_of
 from gaze_jax.families.table import Conversion, Json, Names
 from gaze_jax.models.config import VisionConfig
+
+# torch is an optional extra, and nothing here needs its types.
+TorchModule = Any
+TorchTensor = Any
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -32,7 +38,7 @@ _TEXT_FIELDS = (
 )
 
 
-def import_torch() -> tuple[Any, Any]:
+def import_torch() -> tuple[ModuleType, ModuleType]:
     """Import torch and transformers, without the latter's warnings.
 
     Raises:
@@ -50,7 +56,7 @@ def import_torch() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def load_tower(directory: Path) -> Any:
+def load_tower(directory: Path) -> TorchModule:
     """Load the image tower of a directory with transformers, in float32."""
     torch, transformers = import_torch()
     return transformers.SiglipVisionModel.from_pretrained(
@@ -71,12 +77,12 @@ class Original:
       newline: the newline embedding, a tensor of that width.
     """
 
-    decoder: Any
-    layers: Any
-    tower: Any
+    decoder: TorchModule
+    layers: Iterable[TorchModule]
+    tower: TorchModule
     feature_layer: int
-    projector: Any
-    newline: Any
+    projector: TorchModule
+    newline: TorchTensor
 
 
 def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> Original:
@@ -105,7 +111,7 @@ def load_original(directory: Path, vision: Path | None, tower: VisionConfig) -> 
     return Original(whole, *operator.attrgetter(*paths)(whole))
 
 
-def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
+def _split(tensors: Mapping[str, TorchTensor], names: Names) -> dict[str, dict[str, TorchTensor]]:
     """Split tensors by part; each gets the name that it has in the separate part."""
     prefixes = {
         "tower": names.vision,
@@ -114,7 +120,7 @@ def _split(tensors: Json, names: Names) -> dict[str, dict[str, Any]]:
         "newline": names.newline,
         "decoder": names.decoder,
     }
-    parts: dict[str, dict[str, Any]] = {part: {} for part in prefixes}
+    parts: dict[str, dict[str, TorchTensor]] = {part: {} for part in prefixes}
     for name, tensor in tensors.items():
         part = next(part for part, prefix in prefixes.items() if name.startswith(prefix))
         parts[part][name.removeprefix(prefixes[part])] = tensor
@@ -159,7 +165,7 @@ def _assemble(
     return Original(decoder, decoder.model.layers, found, feature_layer, projector, parts["newline"][""])
 
 
-def _tower(tensors: dict[str, Any], config: VisionConfig) -> Any:
+def _tower(tensors: dict[str, TorchTensor], config: VisionConfig) -> TorchModule:
     """transformers' image tower with the layers and the other modules for which ``tensors`` has values."""
     _, transformers = import_torch()
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}

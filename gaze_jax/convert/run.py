@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,6 @@ from gaze_jax.convert.checkpoint import Config, Pending, flat_leaves, numpy_dtyp
 from gaze_jax.convert.export import (
     GAZE_SETTINGS,
     GAZE_TENSORS,
-    SETTINGS_VERSION,
     Model,
     export,
     part_directories,
@@ -48,6 +47,7 @@ from gaze_jax.families import check_views, conversion_of, feature_tower, joint_r
 from gaze_jax.models.config import DTYPES, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params, init_variables
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.stored import check_version, upgrade
 from gaze_jax.train.checkpoint import FOLDER, load_for_inference
 
 
@@ -70,7 +70,12 @@ class Plan:
     dtype: str | None = None
 
 
-def _stored(leaves: Mapping[str, Pending]) -> dict[str, Any]:
+class _Dtypes(TypedDict):
+    dtype: str
+    param_dtype: str
+
+
+def _stored(leaves: Mapping[str, Pending]) -> _Dtypes:
     """Settings of a model that computes in the dtype of its embeddings."""
     stored = leaves["decoder/embedding"].leaf.dtype
     return {"dtype": stored if stored in DTYPES else "float32", "param_dtype": stored}
@@ -186,12 +191,9 @@ def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str
 def _plan_export(directory: Path, dtype: str | None) -> Plan:
     settings = shards.read_json(directory / GAZE_SETTINGS)
     where = directory / GAZE_SETTINGS
-    if settings.get("format_version") != SETTINGS_VERSION:
-        raise UserError(
-            f"{where} has format_version {settings.get('format_version')!r} but this gaze_jax reads "
-            f"{SETTINGS_VERSION}; use the version that wrote it."
-        )
+    version = check_version("export", settings, str(where))
     try:
+        settings = upgrade("export", settings, version)
         config = from_dict(MLLMConfig, settings["model"])
         check_views(config.views)
         places = part_directories(directory)

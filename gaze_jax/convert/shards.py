@@ -55,8 +55,8 @@ class Tensor:
     size: int
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    out: dict[str, object] = {}
     for key, value in pairs:
         if key in out:
             raise ValueError(f"key {key!r} is given twice")
@@ -225,7 +225,7 @@ class Writer:
     ) -> None:
         """Create ``path`` with the header of ``tensors``, name -> (dtype name, shape)."""
         size = {name: DTYPES[dtype].itemsize for name, (dtype, _) in tensors.items()}
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self._place: dict[str, tuple[int, int]] = {}
         end = 0
         for name in sorted(tensors, key=lambda name: (-size[name], tensors[name][0], name)):

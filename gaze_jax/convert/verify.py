@@ -6,23 +6,22 @@ plain ("eager") attention; bfloat16 and float16 weights are exact in float32.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gaze_jax.convert.load import load, one_device
-from gaze_jax.convert.original import import_torch, load_original, load_tower
+from gaze_jax.convert.original import TorchModule, TorchTensor, import_torch, load_original, load_tower
 from gaze_jax.core.streams import Streams, text_streams
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLM
 from gaze_jax.models.config import MLLMConfig, Numerics, VisionConfig
 from gaze_jax.models.vision import VisionTower
-
-Tree = Any
 
 TOLERANCE = 1e-4
 """Maximum error of a stage, relative to the stage's largest value."""
@@ -69,21 +68,23 @@ def _logits_stage(ours: np.ndarray, theirs: np.ndarray) -> Stage:
 
 # Compiled once per model, even if several of its checkpoints are verified.
 @functools.partial(jax.jit, static_argnums=0)
-def _run_stages(model: MLLM, params: Tree, streams: Streams) -> Any:
-    return model.apply({"params": params}, None, streams, method="stages")
+def _run_stages(model: MLLM, params: PyTree, streams: Streams) -> tuple[jax.Array, jax.Array]:
+    return cast(tuple[jax.Array, jax.Array], model.apply({"params": params}, None, streams, method="stages"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_encode(model: MLLM, params: Tree, images: jax.Array) -> Any:
-    return model.apply({"params": params}, images, method="encode")
+def _run_encode(model: MLLM, params: PyTree, images: jax.Array) -> jax.Array:
+    return cast(jax.Array, model.apply({"params": params}, images, method="encode"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_tower(tower: VisionTower, params: Tree, images: jax.Array) -> Any:
-    return tower.apply({"params": params}, images)
+def _run_tower(tower: VisionTower, params: PyTree, images: jax.Array) -> jax.Array:
+    return cast(jax.Array, tower.apply({"params": params}, images))
 
 
-def _decoder_stages(original: Any, layers: Any, config: MLLMConfig, params: Tree, seed: int) -> list[Stage]:
+def _decoder_stages(
+    original: TorchModule, layers: Iterable[TorchModule], config: MLLMConfig, params: PyTree, seed: int
+) -> list[Stage]:
     """Compare a decoder with a transformers model on random text, one row of it padded."""
     torch, _ = import_torch()
     rng = np.random.default_rng(seed)
@@ -106,7 +107,7 @@ def _decoder_stages(original: Any, layers: Any, config: MLLMConfig, params: Tree
     return [*stages, _logits_stage(ours_logits[valid], theirs_logits[valid])]
 
 
-def verify_decoder(directory: Path, config: MLLMConfig, params: Tree, *, seed: int = 0) -> list[Stage]:
+def verify_decoder(directory: Path, config: MLLMConfig, params: PyTree, *, seed: int = 0) -> list[Stage]:
     """Compare a decoder with transformers on random text, one row of it padded.
 
     Args:
@@ -131,7 +132,7 @@ def _pixels(config: VisionConfig, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
 
 
-def _features(tower: Any, pixels: np.ndarray, layer: int | None) -> Any:
+def _features(tower: TorchModule, pixels: np.ndarray, layer: int | None) -> TorchTensor:
     """Features of transformers' tower for ``pixels``, a tensor [2, tokens, width].
 
     Args:
@@ -145,12 +146,12 @@ def _features(tower: Any, pixels: np.ndarray, layer: int | None) -> Any:
     return out.last_hidden_state if layer is None else out.hidden_states[layer]
 
 
-def _tower_stage(config: VisionConfig, params: Tree, pixels: np.ndarray, theirs: Any) -> Stage:
+def _tower_stage(config: VisionConfig, params: PyTree, pixels: np.ndarray, theirs: TorchTensor) -> Stage:
     ours = _run_tower(VisionTower(config, Numerics()), params, pixels)
     return _stage("image tower", np.asarray(ours), np.asarray(theirs))
 
 
-def verify_tower(directory: Path, config: VisionConfig, params: Tree, *, seed: int = 0) -> list[Stage]:
+def verify_tower(directory: Path, config: VisionConfig, params: PyTree, *, seed: int = 0) -> list[Stage]:
     """Compare an image tower's features with transformers on random pixels.
 
     Args:
@@ -165,7 +166,7 @@ def verify_tower(directory: Path, config: VisionConfig, params: Tree, *, seed: i
 
 
 def verify_whole(
-    directory: Path, vision: Path | None, config: MLLMConfig, params: Tree, *, seed: int = 0
+    directory: Path, vision: Path | None, config: MLLMConfig, params: PyTree, *, seed: int = 0
 ) -> list[Stage]:
     """Compare a whole model with the original: tower, projector, newline embedding, decoder on text.
 

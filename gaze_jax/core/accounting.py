@@ -1,9 +1,9 @@
-"""What a query attends to, what a decoding step reads, and what attention costs: counts by formula.
+"""What attention costs: keys attended, bytes read by a decoding step, and FLOPs, all by formula.
 
-*Entries* are valid keys attended, a mean over heads where their selections differ. *Reads* are bytes of
-the slots that must come from memory: the padding slots of a selected region are read too, and a region
-that several query heads of one kv head select is read once, so the union over the group is measured.
-Both speak of one query of one layer. Evaluation, benchmarks and documentation quote this module.
+*Entries* are the valid keys attended, a mean over heads if their selections differ. *Reads* are the bytes of
+the slots read from memory: the padding slots of a selected region are read too, and a region that several
+query heads of one kv head select is read once, so the union over the group counts. Both are for one query
+of one layer. Evaluation, benchmarks and documentation take their numbers from this module.
 
 Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H or K, as in :mod:`gaze_jax.core.routing`.
 """
@@ -12,11 +12,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int
 
 from gaze_jax.core.regions import descriptor_width
 from gaze_jax.core.streams import Kind
+from gaze_jax.core.types import AnyArray, Array
 
-Array = jax.Array
+Amount = Float[AnyArray, "*#lead"] | float
+"""One number, or one for each query."""
 
 
 @jax.tree_util.register_dataclass
@@ -24,14 +27,14 @@ Array = jax.Array
 class Entries:
     """Valid keys attended by one query in one layer; each float32 [...]."""
 
-    visual: Array
-    newline: Array
-    context: Array
-    text: Array
+    visual: Float32[AnyArray, "*#lead"]
+    newline: Float32[AnyArray, "*#lead"]
+    context: Float32[AnyArray, "*#lead"]
+    text: Float32[AnyArray, "*#lead"]
 
     @property
-    def total(self) -> Array:
-        """All of them: the length of the softmax."""
+    def total(self) -> Float32[AnyArray, "*#lead"]:
+        """All kinds together: the length of the softmax."""
         return self.visual + self.newline + self.context + self.text
 
 
@@ -40,18 +43,18 @@ class Reads:
     """Bytes read by one decoding step in one layer, over all kv heads.
 
     Attributes:
-      descriptors: of every region; 0 under dense attention.
-      visual: keys and values of the selected regions, every slot of them.
+      descriptors: descriptors of every region; 0 under dense attention.
+      visual: keys and values of every slot of the selected regions.
       text_stream: keys and values of the text stream.
     """
 
-    descriptors: Array | float
-    visual: Array | float
-    text_stream: Array | float
+    descriptors: Amount
+    visual: Amount
+    text_stream: Amount
 
     @property
-    def total(self) -> Array | float:
-        """All of them."""
+    def total(self) -> Amount:
+        """All bytes together."""
         return self.descriptors + self.visual + self.text_stream
 
 
@@ -59,21 +62,23 @@ class Reads:
 class Flops:
     """Floating point operations of one query in one layer (a multiply-add is two)."""
 
-    attention: Array | float
-    routing: Array | float
+    attention: Amount
+    routing: Amount
 
     @property
-    def total(self) -> Array | float:
+    def total(self) -> Amount:
         """Attention and routing."""
         return self.attention + self.routing
 
 
-def mask_from_indices(indices: Array, num_regions: int) -> Array:
-    """int32 [..., J] to bool [..., R]: -1 names no region and a region listed twice counts once."""
+def mask_from_indices(indices: Int[AnyArray, "*lead J"], num_regions: int) -> Bool[Array, "*lead R"]:
+    """int32 [..., J] to bool [..., R]: -1 is ignored and a region listed twice counts once."""
     return jnp.any(indices[..., None] == jnp.arange(num_regions, dtype=jnp.int32), axis=-2)
 
 
-def _selection(selected: Array | None, indices: Array | None, num_regions: int) -> Array | None:
+def _selection(
+    selected: Bool[AnyArray, "*lead R"] | None, indices: Int[AnyArray, "*lead J"] | None, num_regions: int
+) -> Bool[AnyArray, "*lead R"] | None:
     if selected is not None and indices is not None:
         raise ValueError(
             "accounting takes selected or indices, not both; leave both out for dense attention."
@@ -82,24 +87,28 @@ def _selection(selected: Array | None, indices: Array | None, num_regions: int) 
 
 
 def entries(
-    valid: Array,
-    text_seen: Array,
-    kind: Array,
+    valid: Bool[AnyArray, "*#lead R P"],
+    text_seen: Bool[AnyArray, "*#lead S"],
+    kind: Int[AnyArray, "*#lead S"],
     *,
-    selected: Array | None = None,
-    indices: Array | None = None,
+    selected: Bool[AnyArray, "*#lead Hs R"] | None = None,
+    indices: Int[AnyArray, "*#lead Hs J"] | None = None,
 ) -> Entries:
     """Count the keys that routed queries attend to.
 
-    Leading axes broadcast: a decoded step has selections [L, B, Hs, J] and ``valid`` [B, R, P]; for all
-    tokens of a batch, [L, B, S, Hs, R], pass ``valid[:, None]``.
+    Leading axes broadcast: a decoding step has selections [L, B, Hs, J] and ``valid`` [B, R, P]. With
+    selections for all tokens of a batch, [L, B, S, Hs, R], pass ``valid[:, None]``.
 
     Args:
-      valid: bool [..., R, P] slots that hold a token the query may see.
-      text_seen: bool [..., S] text-stream keys that it sees.
-      kind: int32 [..., S] of :class:`gaze_jax.core.streams.Kind`.
-      selected: bool [..., Hs, R]; or
-      indices: int32 [..., Hs, J], -1 in unused slots. Without either, attention is dense.
+      valid: bool [..., R, P], slots that hold a token the query may see.
+      text_seen: bool [..., S], text-stream keys that the query sees.
+      kind: int32 [..., S], values of :class:`gaze_jax.core.streams.Kind`.
+      selected: bool [..., Hs, R], the selection as a mask.
+      indices: int32 [..., Hs, J], the selection as indices, -1 in unused slots. Give ``selected`` or
+        ``indices``, not both; neither means dense attention.
+
+    Raises:
+      ValueError: both ``selected`` and ``indices`` are given.
     """
     tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)
     chosen = _selection(selected, indices, tokens.shape[-1])
@@ -109,13 +118,13 @@ def entries(
         per_head = jnp.sum(jnp.where(chosen, tokens[..., None, :], 0), axis=-1)
         visual = jnp.mean(per_head.astype(jnp.float32), axis=-1)
 
-    def count(wanted: Kind) -> Array:
+    def count(wanted: Kind) -> Float32[Array, "*lead"]:
         return jnp.sum(text_seen & (kind == wanted), axis=-1, dtype=jnp.int32).astype(jnp.float32)
 
     return Entries(visual, count(Kind.NEWLINE), count(Kind.CONTEXT), count(Kind.TEXT))
 
 
-def union_over_group(selected: Array, kv_heads: int) -> Array:
+def union_over_group(selected: Bool[AnyArray, "*lead Hs R"], kv_heads: int) -> Float32[Array, "*lead K"]:
     """Regions that each kv head must read for its query heads: bool [..., Hs, R] to float32 [..., K]."""
     heads, regions = selected.shape[-2:]
     if heads % kv_heads:
@@ -125,17 +134,17 @@ def union_over_group(selected: Array, kv_heads: int) -> Array:
 
 
 def reads(
-    valid: Array,
-    text_seen: Array,
+    valid: Bool[AnyArray, "*#lead R P"],
+    text_seen: Bool[AnyArray, "*#lead S"],
     *,
     kv_heads: int,
     head_dim: int,
     itemsize: int,
-    selected: Array | None = None,
-    indices: Array | None = None,
+    selected: Bool[AnyArray, "*#lead Hs R"] | None = None,
+    indices: Int[AnyArray, "*#lead Hs J"] | None = None,
     descriptor: str = "mean",
 ) -> Reads:
-    """Bytes that decoding steps must read, with the union over a group's query heads as measured.
+    """Bytes that decoding steps must read, given what they selected.
 
     Args:
       valid, text_seen, selected, indices: as in :func:`entries`.
@@ -166,12 +175,12 @@ def decode_floor(
     itemsize: int,
     regions: int | None,
     slots: int,
-    union: Array | float,
-    text_stream: Array | float,
+    union: Amount,
+    text_stream: Amount,
     *,
     descriptor: str = "mean",
 ) -> Reads:
-    """The least bytes that one decoding step of one layer can read: K * (bER + 2bDPU + 2bDS).
+    """The fewest bytes that one decoding step of one layer can read: K * (bER + 2bDPU + 2bDS).
 
     Args:
       kv_heads: K.
@@ -180,8 +189,8 @@ def decode_floor(
       regions: R, whose descriptors are read; None for dense attention, which reads none.
       slots: P.
       union: U, regions read per kv head (a mean over kv heads); R under dense attention.
-      text_stream: S, text-stream keys, context tokens among them.
-      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`; decides the width E of a descriptor.
+      text_stream: S, text-stream keys, context tokens included.
+      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`; sets the width E.
     """
     vector = kv_heads * itemsize * head_dim
     width = descriptor_width(descriptor, head_dim)
@@ -195,7 +204,7 @@ def decode_floor(
 def attention_flops(
     heads: int,
     head_dim: int,
-    attended: Array | float,
+    attended: Amount,
     *,
     regions: int = 0,
     kv_heads: int | None = None,
@@ -206,9 +215,9 @@ def attention_flops(
     Args:
       heads: H.
       head_dim: D.
-      attended: entries, all kinds.
-      regions: R that are scored; 0 for dense attention.
-      kv_heads: K for select_per "kv_head", which adds a group's queries and scores once; None for "head".
+      attended: entries of all kinds.
+      regions: R, the regions scored; 0 for dense attention.
+      kv_heads: K for select_per "kv_head", which sums a group's queries and scores once; None for "head".
       descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`.
     """
     width = descriptor_width(descriptor, head_dim)

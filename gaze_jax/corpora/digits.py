@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from gaze_jax.config import to_dict
 from gaze_jax.corpora.backgrounds import KINDS, PHOTO_CREDIT, cut
 from gaze_jax.corpora.glyphs import NATIVE, Glyphs, glyphs
 from gaze_jax.corpora.phrases import FAMILIES, PLACE, QUESTIONS
@@ -228,6 +229,10 @@ class DigitScenes:
 
     def __getitem__(self, index: int) -> Sample:
         return make_sample(self.config, self.seed, self.split, int(index))
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that decides the samples, JSON-ready."""
+        return {"corpus": "digits"} | to_dict(self)
 
 
 def evaluation_samples(

@@ -1,9 +1,9 @@
-"""The grain pipeline: a random-access source of samples to an endless, resumable stream of batches."""
+"""The grain pipeline: from a random-access source of samples to an endless, resumable stream of batches."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import absl.flags
 import grain
@@ -15,11 +15,15 @@ from gaze_jax.errors import UserError
 
 
 class Source(Protocol):
-    """Samples by index; ``repr`` names everything that decides their content."""
+    """Samples by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that decides the content of the samples: names and plain values, JSON-ready."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Bucket:
 
     Attributes:
       regions, text: R and S of every row.
-      images: that the tower reads.
-      slots: P; None leaves what the layout gives, the same for every image of one size.
+      images: number of images that the tower reads.
+      slots: P; None keeps the layout's, which is the same for all images of one size.
     """
 
     regions: int
@@ -40,11 +44,11 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """What decides the order and grouping of samples.
+    """Order and grouping of samples.
 
     Attributes:
-      batch_size: rows of a batch over all processes.
-      seed: of the shuffle.
+      batch_size: rows of a batch, over all processes.
+      seed: seed of the shuffle.
       bucket: static sizes of a row.
     """
 
@@ -76,19 +80,19 @@ def training_iterator(
     """This process's share of an endless, shuffled stream of batches.
 
     Args:
-      source: of samples.
-      processor: makes arrays of them.
+      source: source of samples.
+      processor: turns samples into arrays.
       config: order and grouping.
       num_workers: worker processes that prepare batches; 0 uses threads of this process. The batches
         are the same.
-      process_index, process_count: of this process.
+      process_index, process_count: index of this process and number of processes.
 
     Returns:
       An iterator of dicts of numpy arrays with a leading axis of batch_size / process_count; its
       state is saved with ``grain.checkpoint.CheckpointSave``.
 
     Raises:
-      ValueError: the batch does not divide by the processes, or the source is smaller than a batch.
+      ValueError: the batch size is not a multiple of the processes, or the source is smaller than a batch.
     """
     if config.batch_size % process_count:
         raise ValueError(
@@ -100,10 +104,10 @@ def training_iterator(
     dataset = dataset[process_index::process_count]
     dataset = dataset.map(_ProcessAndPad(processor, config.bucket))
     dataset = dataset.batch(config.batch_size // process_count)
-    # Few threads: making a sample is Python, and the cores belong to the training step.
+    # One thread: making a sample is Python code, and the training step needs the cores.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if num_workers:
-        # grain reads an absl flag when it starts workers, which fails outside of absl.app.
+        # grain reads an absl flag when it starts workers, which fails outside absl.app.
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -112,14 +116,14 @@ def training_iterator(
 
 def fingerprint(
     source: Source, processor: Processor, config: PipelineConfig, *, process_count: int = 1
-) -> dict[str, Any]:
-    """Everything that decides which arrays come in which order; JSON-ready.
+) -> dict[str, object]:
+    """Everything that determines the arrays and their order, as JSON-ready values.
 
-    A grain iterator's saved state is little more than a counter and is accepted by any pipeline; this
-    is what tells whether the counter still means the same.
+    A grain iterator's saved state is little more than a counter, and any pipeline accepts it. The fingerprint
+    tells whether the counter still means the same.
     """
     return {
-        "source": repr(source),
+        "source": source.fingerprint(),
         "length": len(source),
         "layout": json.loads(json.dumps(dataclasses.asdict(processor.layout))),
         "families": list(processor.families),
@@ -130,11 +134,11 @@ def fingerprint(
     }
 
 
-def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue on other data.
+def compare_fingerprints(saved: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Refuse to continue on different data.
 
     Raises:
-      UserError: one sentence that names what changed.
+      UserError: the fingerprints differ; the message names what changed.
     """
     changed = [
         f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
@@ -154,5 +158,5 @@ def stack(rows: list[Arrays]) -> Arrays:
 
 
 def prompt_length(tokens: int) -> int:
-    """The multiple of 16 that a text stream of so many tokens is padded to, so that few lengths compile."""
+    """``tokens`` rounded up to a multiple of 16, so that text streams have few lengths to compile."""
     return -(-tokens // 16) * 16

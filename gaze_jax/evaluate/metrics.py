@@ -141,9 +141,9 @@ def best_layer(hits: np.ndarray, counts: np.ndarray) -> dict[str, float | int | 
       index; "per_layer": the share of every layer on that half.
     """
 
-    def share(half: slice) -> np.ndarray:
+    def hit_rate(half: slice) -> np.ndarray:
         return hits[:, half].sum(axis=1) / counts[half].sum()
 
-    chosen = int(np.argmax(share(slice(0, None, 2))))
-    held_out = share(slice(1, None, 2))
+    chosen = int(np.argmax(hit_rate(slice(0, None, 2))))
+    held_out = hit_rate(slice(1, None, 2))
     return {"best": float(held_out[chosen]), "layer": chosen, "per_layer": [float(h) for h in held_out]}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.core.routing import Routing
-from gaze_jax.core.streams import Streams
+from gaze_jax.core.selection import Selection
+from gaze_jax.core.streams import IGNORE
 from gaze_jax.corpora.digits import credit, evaluation_samples, sequence_lengths
 from gaze_jax.corpora.phrases import FAMILIES
-from gaze_jax.data.pipeline import stack
-from gaze_jax.data.processor import Arrays, pad_answers, pad_to, prompt
+from gaze_jax.data.processor import ANSWER_PADDING, Arrays, pad_answers, prompt
 from gaze_jax.evaluate.metrics import (
     accuracy,
     best_layer,
@@ -24,7 +24,10 @@ from gaze_jax.evaluate.metrics import (
     target_regions,
     token_scores,
 )
-from gaze_jax.infer.generate import Generator
+from gaze_jax.infer.engine import Engine
+from gaze_jax.infer.gaze_options import most
+from gaze_jax.infer.programs import free_slots_for
+from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.checkpoint import Trained, load_for_inference
@@ -49,33 +52,17 @@ def load(workdir: str | Path) -> Trained:
     return load_for_inference(workdir, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
 
 
-def evaluation_batches(trained: Trained, samples: int) -> list[Arrays]:
-    """Prompts of every family with a training weight, in batches of one shape.
-
-    The last batch is filled up with its own first row; ``counted`` bool [B] marks the rows that count.
-    """
+def evaluation_prompts(trained: Trained, samples: int) -> list[Arrays]:
+    """Prompts of every family with a training weight, unpadded, their answers padded to one length."""
     experiment = trained.experiment
     processor = make_processor(experiment)
-    layout = experiment.model.layout
-    lengths = sequence_lengths(experiment.data, trained.tokenizer)
-    rows = []
-    for family, weight in zip(FAMILIES, experiment.data.families, strict=True):
-        if weight:
-            for sample in evaluation_samples(experiment.data, _TEST_SEED, family, samples):
-                row = pad_to(
-                    prompt(processor, sample),
-                    regions=layout.regions,
-                    text=lengths.question + layout.context_tokens,
-                    images=1,
-                )
-                rows.append(pad_answers(row, length=lengths.answer))
-    size = experiment.eval.batch_size
-    batches = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        batch = stack(part + [part[0]] * (size - len(part)))
-        batches.append(batch | {"counted": np.arange(size) < len(part)})
-    return batches
+    length = sequence_lengths(experiment.data, trained.tokenizer).answer
+    return [
+        pad_answers(prompt(processor, sample), length=length)
+        for family, weight in zip(FAMILIES, experiment.data.families, strict=True)
+        if weight
+        for sample in evaluation_samples(experiment.data, _TEST_SEED, family, samples)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +71,8 @@ class Answers:
 
     Attributes:
       tokens: int32 [N, A].
-      selected: bool [A, L, N, Hs, R]; None under dense attention.
+      selected: bool [A, L, N, Hs, R], by the query that emitted each token, none after an answer's end; None
+        under dense attention.
       visual_entries: float32 [N, A], visual keys per query, a mean over layers and heads.
     """
 
@@ -93,36 +81,64 @@ class Answers:
     visual_entries: np.ndarray
 
 
-def answer(trained: Trained, batches: list[Arrays], *, top_k: int | None, route: Routing) -> Answers:
+def answer(
+    trained: Trained, prompts: Sequence[Arrays], *, top_k: int | None, routing: Routing = Routing()
+) -> Answers:
     """Answer every prompt greedily.
 
     Args:
       trained: the model.
-      batches: from :func:`evaluation_batches`.
+      prompts: from :func:`evaluation_prompts`.
       top_k: regions per query; None attends densely.
-      route: where region scores come from.
+      routing: where region scores come from.
     """
-    length = batches[0]["answer"].shape[1]
-    generator = Generator(MLLM(trained.experiment.model), length, trained.tokenizer.end_id, route)
-    tokens, selected, entries = [], [], []
-    for batch in batches:
-        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-        found = jax.device_get(
-            generator(
-                trained.params,
-                arrays["images"],
-                Streams.from_batch(arrays),
-                top_k=top_k,
-                sample_id=arrays["sample_id"],
-            )
+    size = trained.experiment.eval.batch_size
+    found: dict[str, list[np.ndarray]] = {"tokens": [], "entries": [], "selected": []}
+    for start in range(0, len(prompts), size):
+        part = list(prompts[start : start + size])
+        # A last batch that is not full is filled with its first row, so that it needs no other program.
+        rows = part + [part[0]] * (min(size, len(prompts)) - len(part))
+        for name, values in _decode(trained, rows, top_k, routing).items():
+            found[name].append(values[: len(part)] if name == "tokens" else values[:, :, : len(part)])
+    entries = np.concatenate(found["entries"], axis=2)
+    return Answers(
+        tokens=np.concatenate(found["tokens"]),
+        selected=np.concatenate(found["selected"], axis=2) if found["selected"] else None,
+        visual_entries=entries[..., 0].mean(axis=1).T,
+    )
+
+
+def _decode(
+    trained: Trained, rows: Sequence[Arrays], top_k: int | None, routing: Routing
+) -> dict[str, np.ndarray]:
+    """One batch: "tokens" [B, A], "entries" [A, L, B, 4], and, if routed, "selected" [A, L, B, Hs, R]."""
+    length = len(rows[0]["answer"])
+    engine = Engine(
+        MLLM(trained.experiment.model),
+        trained.params,
+        [{name: a for name, a in row.items() if name not in ANSWER_PADDING} for row in rows],
+        free_slots=free_slots_for(length),
+        selection=lambda _: Selection(None if top_k is None else jnp.asarray(top_k, jnp.int32)),
+        routing=routing,
+    )
+    steps = list(
+        engine.decode(
+            length,
+            ends=[trained.tokenizer.end_id],
+            sampling=SamplingParams.of([0.0] * len(rows)),
+            returns="selection",
+            capacity=most(None if top_k is None else [top_k], engine.capacity),
         )
-        keep = batch["counted"]
-        tokens.append(found.tokens.T[keep])
-        entries.append(found.entries.visual.mean(axis=1).T[keep])
-        if found.selected is not None:
-            selected.append(found.selected[:, :, keep])
-    chosen = np.concatenate(selected, axis=2) if selected else None
-    return Answers(np.concatenate(tokens), chosen, np.concatenate(entries))
+    )
+    found = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+    missing = length - len(found["tokens"])  # steps after the last end token
+    tokens = np.pad(found.pop("tokens"), ((0, missing), (0, 0)), constant_values=IGNORE).T
+    del found["visual_tokens"]
+    if "selected" in found:
+        found["selected"] = found["selected"][..., : engine.regions]  # without the bucket's padding
+    return {"tokens": tokens} | {
+        name: np.pad(a, ((0, missing), *[(0, 0)] * (a.ndim - 1))) for name, a in found.items()
+    }
 
 
 def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -139,8 +155,8 @@ def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndar
     report["entries"] = float(answers.visual_entries[emitted].mean())
     if answers.selected is not None:
         targets = np.where(rows["answer_view"] >= 0, target_regions(rows["answer_box"], layout), -1)
-        share = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
-        report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": share}
+        chance = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
+        report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": chance}
     return report
 
 
@@ -150,12 +166,12 @@ class Evaluation:
 
     Attributes:
       report: the content of eval.json.
-      rows: fields of the prompts, [N, ...] each.
+      prompts: N, from :func:`evaluation_prompts`.
       answers: by way of attending.
     """
 
     report: dict[str, Any]
-    rows: Mapping[str, np.ndarray]
+    prompts: Sequence[Arrays]
     answers: Mapping[str, Answers]
 
 
@@ -173,9 +189,9 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
       :func:`gaze_jax.evaluate.metrics.best_layer`.
     """
     experiment = trained.experiment
-    batches = evaluation_batches(trained, samples)
-    names = ("answer", "answer_box", "answer_view", "family", "images", "tokens")
-    rows = {n: np.concatenate([batch[n][batch["counted"]] for batch in batches]) for n in names}
+    prompts = evaluation_prompts(trained, samples)
+    names = ("answer", "answer_box", "answer_view", "family")
+    rows = {name: np.stack([row[name] for row in prompts]) for name in names}
     top_k = experiment.model.gaze.top_k
     ways: dict[str, tuple[int | None, Routing]] = {"dense": (None, Routing())}
     if top_k is not None:
@@ -185,7 +201,8 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
             "random_routing": (top_k, Routing(strategy="random")),
         }
     answers = {
-        name: answer(trained, batches, top_k=budget, route=route) for name, (budget, route) in ways.items()
+        name: answer(trained, prompts, top_k=budget, routing=routing)
+        for name, (budget, routing) in ways.items()
     }
     report: dict[str, Any] = {
         "arm": experiment.arm,
@@ -195,7 +212,7 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
         "regions": experiment.model.layout.regions,
     }
     report |= {name: _report(experiment, found, rows) for name, found in answers.items()}
-    return Evaluation(report, rows, answers)
+    return Evaluation(report, prompts, answers)
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -219,15 +236,15 @@ def table(report: Mapping[str, Any]) -> str:
 
 def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
     """Write the first test scene as ``scene.png`` and where its answer looked as ``gaze.png``."""
-    experiment, rows, found = trained.experiment, evaluation.rows, evaluation.answers["gaze"]
+    experiment, asked, found = trained.experiment, evaluation.prompts[0], evaluation.answers["gaze"]
     assert found.selected is not None, "the gaze arm selects"
-    image = np.round((rows["images"][0, 0] + 1) * 127.5).astype(np.uint8)
+    image = np.round((asked["images"][0] + 1) * 127.5).astype(np.uint8)
     PIL.Image.fromarray(image).save(workdir / SCENE)
     ids = [int(token) for token in found.tokens[0] if token >= 0]
-    boxes = [tuple(box) if box[0] >= 0 else None for box in rows["answer_box"][0].tolist()]
+    boxes = [tuple(box) if box[0] >= 0 else None for box in asked["answer_box"].tolist()]
     layer = evaluation.report["gaze"]["routing"]["layer"]
     layout = experiment.model.layout
-    question = trained.tokenizer.decode(rows["tokens"][0][rows["tokens"][0] >= 0].tolist(), skip_special=True)
+    question = trained.tokenizer.decode(asked["tokens"].tolist(), skip_special=True)
     sheet = answer_sheet(
         image,
         [trained.tokenizer.decode([token]) for token in ids],

@@ -59,24 +59,24 @@ class Detokenizer:
             self.ids.append(token)
             if len(self.ids) == self._limit:
                 self.finish_reason = "length"
-        whole = self._tokenizer.decode(self.ids)
+        decoded = self._tokenizer.decode(self.ids)
         # The first to appear ends the answer; of two at one place, the one named first.
-        cuts = [(at, number) for number, at in enumerate(map(whole.find, self._stop)) if at >= 0]
+        cuts = [(at, number) for number, at in enumerate(map(decoded.find, self._stop)) if at >= 0]
         if cuts:
             at, number = min(cuts)
-            whole, self.finish_reason, self.stop_reason = whole[:at], "stop", self._stop[number]
+            decoded, self.finish_reason, self.stop_reason = decoded[:at], "stop", self._stop[number]
         elif self.finish_reason is None:
-            if whole.endswith(_BROKEN):
+            if decoded.endswith(_BROKEN):
                 return ""
-            whole = whole[: len(whole) - self._open(whole)]
-        new = whole[len(self.text) :]
+            decoded = decoded[: len(decoded) - self._open(decoded)]
+        new = decoded[len(self.text) :]
         self.text += new
         return new
 
-    def _open(self, whole: str) -> int:
+    def _open(self, decoded: str) -> int:
         """Characters at the end that may be the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1)
-        for size in range(min(longest - 1, len(whole)), 0, -1):
-            if any(stop.startswith(whole[-size:]) for stop in self._stop):
+        for size in range(min(longest - 1, len(decoded)), 0, -1):
+            if any(stop.startswith(decoded[-size:]) for stop in self._stop):
                 return size
         return 0

@@ -1,9 +1,9 @@
-"""Sequences that are read, answered and read on, on one cache that nothing is evicted from.
+"""The engine: prefill and decode on one cache that nothing is evicted from.
 
-A session is a batch of rows, one sequence each. Reading runs the model over what is new, text and frames
-alike, against the cache; answering runs one compiled loop of decoding steps. The last token that was read is
-held back and fed to the first step of the loop, so every token of an answer is emitted by the same program,
-and an answer that is taken token by token has the same bits as one that is taken whole.
+Chat, batches, evaluation and comparison all decode here. A batch has rows, one sequence each. ``prefill``
+runs the model over new text and frames against the cache; ``decode`` runs one compiled loop of steps. The
+last token of a prompt is held back and fed to the first step of the loop. So every token of an answer comes
+from the same program, and an answer that is taken token by token has the same bits as one taken at once.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
 from gaze_jax.data.pipeline import prompt_length, stack
@@ -26,6 +27,7 @@ from gaze_jax.infer.programs import (
     UPDATED,
     DecodeState,
     Params,
+    Returns,
     bucket,
     decode_loop,
     extend_step,
@@ -41,15 +43,17 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Engine:
-    """Rows of a batch, read and answered in turns.
+    """Rows of a batch, prefilled and decoded in turns.
 
     Args:
       model: the network.
       params: of the model.
-      rows: what each row begins with, from ``processor.process``, unpadded.
-      free_slots: text-stream slots to keep free for what follows.
-      selection: called whenever something is read or said: what queries may select, with arrays of
-        ``batch`` rows.
+      rows: the beginning of each row, from ``processor.process``, unpadded. Their ``sample_id`` names the
+        rows for random routing.
+      free_slots: text-stream slots to keep free for later tokens.
+      selection: called before every prefill and decode: what queries may select, with arrays of ``batch``
+        rows.
+      routing: where region scores come from.
       mesh: devices that the rows are dealt to; None is one device.
     """
 
@@ -61,6 +65,7 @@ class Engine:
         *,
         free_slots: int,
         selection: Callable[["Engine"], Selection] = lambda _: Selection(),
+        routing: Routing = Routing(),
         mesh: Mesh | None = None,
     ) -> None:
         self._model, self._params = model, params
@@ -69,7 +74,9 @@ class Engine:
         devices = 1 if self._mesh is None else self._mesh.size
         self.batch = bucket(-(-len(rows) // devices)) * devices
         blank = np.zeros(self.batch, np.int32)
-        self._state = DecodeState(blank, blank - 1, blank - 1, blank > 0, blank, np.int32(0))
+        names = [int(row["sample_id"]) for row in rows]
+        sample = np.asarray(names + names[:1] * (self.batch - len(rows)), np.int32)
+        self._state = DecodeState(blank, blank - 1, blank - 1, blank > 0, blank, np.int32(0), sample)
         self._held = np.zeros(len(rows), bool)
         self._ends: frozenset[int] = frozenset()
         read = self._hold(rows)
@@ -78,13 +85,13 @@ class Engine:
         self.capacity = sizes["regions"]
         self.regions = max(len(row["visual_src"]) for row in read)
         self.visual_tokens = max(int((row["visual_src"] >= 0).sum()) for row in read)
-        self._selection = selection
+        self._selection, self._spec = selection, SelectionSpec(routing)
         self._kind = np.zeros((self.batch, 0), np.int32)
         batch = self._batch(read, sizes)
         with self._devices():
             chosen = _spread(selection(self), self.regions, self.capacity)
             self._cache = prefill_step(
-                model, params, *self._inputs(batch), chosen, spec=SelectionSpec(), free_slots=free_slots
+                model, params, *self._inputs(batch), chosen, spec=self._spec, free_slots=free_slots
             )
         self._written(read, 0)
 
@@ -125,7 +132,7 @@ class Engine:
 
     @property
     def _ended(self) -> np.ndarray:
-        """bool [rows]: said an end token, which nobody has read and nobody will."""
+        """bool [rows]: the row's last token is an end token, which is never read."""
         token, done = np.asarray(self._state.token), np.asarray(self._state.done)
         return (done & np.isin(token, list(self._ends)))[: self.rows]
 
@@ -134,9 +141,9 @@ class Engine:
         padded = [pad_to(_narrow(row, sizes["slots"]), **sizes) for row in rows]
         return stack(padded + [padded[0]] * (self.batch - len(padded)))
 
-    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams]:
+    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams, Array]:
         images = batch["images"] if batch["images"].shape[1] else None
-        return self._put(images), self._put(Streams.from_batch(batch))
+        return self._put(images), self._put(Streams.from_batch(batch)), self._put(self._state.sample)
 
     def _written(self, rows: Sequence[Arrays], write_index: int) -> None:
         """Note what kind of token is where, and which slot is free next."""
@@ -153,18 +160,22 @@ class Engine:
 
     @property
     def order(self) -> np.ndarray:
-        """int32 [rows], of the last token that was read or said; an end token does not count."""
+        """int32 [rows], of the last token, prefilled or decoded; an end token does not count."""
         return np.asarray(self._state.order)[: self.rows] - self._ended
 
     @property
     def text_length(self) -> int:
-        """Dense slots that are taken."""
+        """Text-stream slots that are taken."""
         return int(self._state.write_index)
 
     @property
     def free_slots(self) -> int:
-        """Dense tokens that fit before the cache has to grow."""
+        """Text-stream tokens that fit before the cache has to grow."""
         return self._cache.text_order.shape[1] - int(self._state.write_index)
+
+    def fits(self, *, text: int, regions: int, slots: int) -> bool:
+        """Whether so many more text-stream tokens, and regions of ``slots``, fit before the cache grows."""
+        return slots <= self.slots and text <= self.free_slots and self.regions + regions <= self.capacity
 
     def reserve(self, *, text: int = 0, regions: int = 0, slots: int = 0) -> None:
         """Make room for as many more text-stream tokens and regions; a larger cache is compiled for once."""
@@ -209,7 +220,7 @@ class Engine:
                 _spread(self._selection(self), self.regions, self.capacity, sizes["regions"]),
                 np.int32(self.regions),
                 np.int32(write_index),
-                spec=SelectionSpec(),
+                spec=self._spec,
             )
         self.regions += max(len(row["visual_src"]) for row in read)
         self.visual_tokens += max(int((row["visual_src"] >= 0).sum()) for row in read)
@@ -221,7 +232,7 @@ class Engine:
         *,
         ends: Collection[int],
         sampling: SamplingParams,
-        return_trace: bool = False,
+        returns: Returns = "tokens",
         chunked: bool = True,
         capacity: int | None = None,
         stopped: Callable[[], Sequence[bool]] | None = None,
@@ -230,19 +241,19 @@ class Engine:
 
         Args:
           max_tokens: of each row.
-          ends: tokens that end a row's answer, which are said too.
+          ends: tokens that end a row's answer; they are part of it.
           sampling: of the rows.
-          return_trace: also yield where each step looked, which reads every key.
-          chunked: yield some steps at once; False yields every step when it is there.
+          returns: what to yield besides tokens.
+          chunked: yield several steps at once; False yields every step as soon as it is there.
           capacity: J, the most regions that a query selects; None is all.
-          stopped: asked after every yield: which rows are done though they said no end token.
+          stopped: asked after every yield: which rows are done without an end token.
 
         Yields:
-          "tokens" int32 [n, rows], -100 after a row's end; with ``return_trace`` also "visual_tokens" int32
-          [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline, context, text keys, a mean over
-          heads), "attention" and "dense" float32 [n, L, rows, H, R], and under routing "selected" bool and
-          "scores" float32 [n, L, rows, Hs, R]. The last token of a row is not read until the next
-          :meth:`prefill`.
+          "tokens" int32 [n, rows], -100 after a row's end. With "selection", about the query that emitted
+          each token: "visual_tokens" int32 [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline,
+          context, text keys, a mean over heads), and under routing "selected" bool [n, L, rows, Hs, R].
+          With "trace" also "attention" and "dense" float32 [n, L, rows, H, R], and under routing "scores"
+          float32 [n, L, rows, Hs, R]. The last token of a row is not read until the next :meth:`prefill`.
         """
         if not self._held.all() or self._ended.any():
             raise ValueError("Nothing was read since the last answer, or it ends in a picture.")
@@ -270,7 +281,8 @@ class Engine:
                     last,
                     np.int32(steps),
                     self._put(self._kinds(self._cache.text_order.shape[1])),
-                    spec=SelectionSpec(capacity=capacity, return_trace=return_trace),
+                    spec=dataclasses.replace(self._spec, capacity=capacity),
+                    returns=returns,
                 )
             self._cache = dataclasses.replace(cache, **updated)
             found, after = jax.device_get((found, after))
@@ -280,7 +292,7 @@ class Engine:
             rows = slice(0, self.rows)
             flat = ("tokens", "visual_tokens")
             out = {name: a[:ran, rows] if name in flat else a[:ran, :, rows] for name, a in found.items()}
-            if return_trace and out["entries"].shape[1] == 1:
+            if returns != "tokens" and out["entries"].shape[1] == 1:
                 out["entries"] = np.repeat(out["entries"], depth, axis=1)
             yield out
             if stopped is not None:

@@ -114,12 +114,21 @@ def join(
     )
 
 
-def check(gaze: GazeOptions, views: Sequence[PlacedView], layers: int) -> None:
-    """Refuse what :func:`join` would refuse of one row, before anything is computed.
+def check(gaze: GazeOptions, views: Sequence[PlacedView], layers: int, *, regions: int | None = None) -> None:
+    """Refuse options that one row cannot have, before anything is computed.
+
+    Args:
+      gaze: the options.
+      views: of the row.
+      layers: L of the model.
+      regions: R of all that the row shows; None if more is to come.
 
     Raises:
-      UserError: a layer that the model has not, or a box outside of everything.
+      UserError: ``top_k`` is larger than R, a layer that the model does not have, or a box outside of
+        everything.
     """
+    if gaze.top_k is not None and regions and gaze.top_k > regions:
+        raise UserError(f"top_k={gaze.top_k} must be between 1 and {regions}, the regions of what is shown.")
     _full_layers(gaze, layers)
     if gaze.look_at:
         bias_of(gaze.look_at, views, layers, 1 + max((int(u.regions.max()) for u in views), default=-1))

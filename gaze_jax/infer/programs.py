@@ -1,4 +1,4 @@
-"""The programs that a session runs: read a prompt, read on, decode; and the sizes that decide about them.
+"""The compiled programs of the engine: prefill, extend, decode; and the sizes that decide about them.
 
 Sizes are buckets (:func:`bucket`): prompts of similar sizes share programs.
 """
@@ -6,12 +6,12 @@ Sizes are buckets (:func:`bucket`): prompts of similar sizes share programs.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from gaze_jax.core.accounting import entries
+from gaze_jax.core.accounting import entries, mask_from_indices
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Streams
 from gaze_jax.infer.sampling import SamplingParams, next_token
@@ -23,6 +23,10 @@ Params = dict[str, object]
 
 STEPS = 16
 """Most steps of one call of the compiled loop."""
+
+Returns = Literal["tokens", "selection", "trace"]
+"""What decoding returns of each step: its tokens; also what each query selected and how many keys it read; or
+also the attention of every region, which costs as much as dense attention."""
 
 
 def bucket(size: int) -> int:
@@ -44,9 +48,10 @@ class DecodeState:
     Attributes:
       token: int32 [B], read by the next step.
       order, positions: int32 [B], of that token.
-      done: bool [B], rows that say nothing more.
+      done: bool [B], rows whose answer has ended.
       index: int32 [B], tokens that the answer has so far.
       write_index: int32 scalar, the next free text-stream slot.
+      sample: int32 [B], names the sample for random routing.
     """
 
     token: Any
@@ -55,6 +60,7 @@ class DecodeState:
     done: Any
     index: Any
     write_index: Any
+    sample: Any
 
 
 def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
@@ -68,6 +74,7 @@ def prefill_step(
     params: Params,
     images: Array | None,
     streams: Streams,
+    sample: Array,
     selection: Selection,
     *,
     spec: SelectionSpec,
@@ -82,6 +89,7 @@ def prefill_step(
         selection,
         spec,
         free_slots=free_slots,
+        sample_id=sample,
         method="prefill",
     )
     return constrained(cache)
@@ -93,6 +101,7 @@ def extend_step(
     params: Params,
     images: Array | None,
     streams: Streams,
+    sample: Array,
     cache: Cache,
     selection: Selection,
     region: Array,
@@ -111,6 +120,7 @@ def extend_step(
         spec,
         region=region,
         write_index=write_index,
+        sample_id=sample,
         method="extend",
     )
     return constrained(extended)
@@ -128,7 +138,7 @@ UPDATED = ("text_k", "text_v", "text_order")
 """What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="spec", donate_argnames="updated")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("spec", "returns"), donate_argnames="updated")
 def decode_loop(
     model: MLLM,
     params: Params,
@@ -142,6 +152,7 @@ def decode_loop(
     kind: Array,
     *,
     spec: SelectionSpec,
+    returns: Returns,
 ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
     """Up to ``steps`` decoding steps, fewer when every row is done.
 
@@ -152,8 +163,9 @@ def decode_loop(
 
     Returns:
       ``updated`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
-      was done or no step ran; with ``spec.return_trace`` also what :meth:`Engine.decode` describes.
+      was done or no step ran; and what :meth:`Engine.decode` describes for ``returns``.
     """
+    spec = dataclasses.replace(spec, return_trace=returns == "trace")
 
     def step(
         updated: dict[str, Array], state: DecodeState
@@ -167,15 +179,17 @@ def decode_loop(
             state.token,
             state.positions,
             cache,
-            DecodePosition(order=order, write_index=state.write_index, sample=jnp.zeros_like(order)),
+            DecodePosition(order=order, write_index=state.write_index, sample=state.sample),
             selection,
             spec,
             method="decode",
         )
         token = next_token(logits, sampling, state.index)
         found = {"tokens": jnp.where(state.done, IGNORE, token)}
-        if spec.return_trace:
-            found |= _traced(cache, order, kind, out)
+        if returns != "tokens":
+            found |= _counted(cache, order, kind, out, selection)
+        if returns == "trace":
+            found |= {name: out[name] for name in ("scores", "attention", "dense") if name in out}
         after = DecodeState(
             token=jnp.where(state.done, state.token, token),
             order=jnp.where(state.done, state.order, state.order + 1),
@@ -183,6 +197,7 @@ def decode_loop(
             done=state.done | jnp.any(token[:, None] == ends[None], axis=1),
             index=jnp.where(state.done, state.index, state.index + 1),
             write_index=state.write_index + 1,
+            sample=state.sample,
         )
         return {name: getattr(cache, name) for name in UPDATED}, after, found
 
@@ -205,11 +220,18 @@ def decode_loop(
     return {name: getattr(cache, name) for name in UPDATED}, state, rows
 
 
-def _traced(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:
-    """Of one step: where it looked and what that counts."""
+def _counted(
+    cache: Cache, order: Array, kind: Array, out: dict[str, Array], selection: Selection
+) -> dict[str, Array]:
+    """The regions that the queries of one step selected, and the keys that they attended to."""
     valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
     seen = (cache.text_order >= 0) & (cache.text_order <= order[:, None])
-    selected = out.get("selected")
+    selected = None
+    if "indices" in out:
+        selected = mask_from_indices(out["indices"], cache.visual_order.shape[1])
+        if selection.full_layers is not None:
+            earlier = (cache.last >= 0) & (cache.last <= order[:, None])
+            selected |= selection.full_layers[:, None, None, None] & earlier[None, :, None, :]
     counts = entries(valid, seen, kind, selected=selected)
     parts = jnp.broadcast_arrays(counts.visual, counts.newline, counts.context, counts.text)
     found = {
@@ -218,5 +240,4 @@ def _traced(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> d
     }
     if found["entries"].ndim == 2:
         found["entries"] = found["entries"][None]  # dense attention: every layer the same
-    names = [name for name in ("selected", "scores", "attention", "dense") if name in out]
-    return found | {name: out[name] for name in names}
+    return found if selected is None else found | {"selected": selected}

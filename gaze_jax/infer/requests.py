@@ -2,27 +2,33 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from gaze_jax.chat.conversation import conversation_parts
-from gaze_jax.chat.messages import Message
-from gaze_jax.data.placement import PlacedView
-from gaze_jax.data.processor import Processor, process_with_views
-from gaze_jax.data.sample import Frames, Sample
-from gaze_jax.errors import UserError
-from gaze_jax.infer.chat_session import FAMILY, user_turn
-from gaze_jax.infer.detokenizer import Detokenizer, check_limits
+from gaze_jax.data.sample import Frames
+from gaze_jax.errors import UserError, renamed
+from gaze_jax.infer.answer import Answer, DecodeOptions, PendingAnswer, Question, decode_answers
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import GazeOptions, check, counted, join, most
+from gaze_jax.infer.gaze_options import GazeOptions, check, join
 from gaze_jax.infer.programs import free_slots_for
-from gaze_jax.infer.sampler import Answer, Sampler
-from gaze_jax.infer.sampling import SamplingParams, check_sampling
+from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
+from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
-from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
+
+GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
+"""Fields of ``GazeOptions`` -> those of :class:`Request`."""
+
+OLD_FIELDS = {
+    "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
+    "keep": "gaze_keep",
+    "dense": "gaze_dense",
+    "dense_layers": "gaze_full_layers",
+    "full_layers": "gaze_full_layers",
+}
+"""What fields of a line were called before -> what they are called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +39,9 @@ class Request:
       question: with a tag for each of the media, or without any: media first.
       id: names it in answers and files; the line's number, from 1, if there is none.
       images, videos: files.
-      system, max_tokens, temperature, top_p, stop, seed: as in ``Sampler.generate``.
-      top_k, keep, dense, full_layers: as in :class:`gaze_jax.infer.gaze_options.GazeOptions`.
+      system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
+      gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
+        :class:`gaze_jax.infer.gaze_options.GazeOptions`.
       look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
 
     Raises:
@@ -48,26 +55,34 @@ class Request:
     system: str | None = None
     max_tokens: int = 64
     temperature: float = 0.0
+    sample_top_k: int | None = None
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    top_k: int | None = None
-    keep: float | None = None
-    dense: bool = False
-    full_layers: tuple[int, ...] = ()
+    gaze_top_k: int | None = None
+    gaze_keep: float | None = None
+    gaze_dense: bool = False
+    gaze_full_layers: tuple[int, ...] = ()
     look_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_limits(self.max_tokens, self.stop)
-        check_sampling(self.temperature, self.top_p, self.seed)
+        _ = self.options
         user_turn(self.question, range(len(self.images)), range(len(self.videos)))
         _ = self.gaze
+
+    @property
+    def options(self) -> DecodeOptions:
+        """How its answer is decoded."""
+        return DecodeOptions(
+            self.max_tokens, self.temperature, self.sample_top_k, self.top_p, self.stop, self.seed
+        )
 
     @property
     def gaze(self) -> GazeOptions:
         """Which regions its queries may select."""
         boxes = tuple(LookAt.parse(text) for text in self.look_at)
-        return GazeOptions(self.top_k, self.keep, self.dense, self.full_layers, boxes)
+        with renamed(GAZE_FIELDS):
+            return GazeOptions(self.gaze_top_k, self.gaze_keep, self.gaze_dense, self.gaze_full_layers, boxes)
 
     @classmethod
     def parse(cls, line: str, name: str, **defaults: Any) -> Self:
@@ -84,6 +99,8 @@ class Request:
             raise UserError(f"{name} must be a JSON object, not {type(record).__name__}.")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in record.items():
+            if key in OLD_FIELDS:
+                raise UserError(f"{name} has the field {key!r}, which is now {OLD_FIELDS[key]}.")
             if key not in known:
                 raise UserError(f"{name} has an unknown field {key!r}; known are {', '.join(known)}.")
             kind = str(known[key].type)
@@ -155,7 +172,7 @@ def record(request: Request, answer: Answer) -> dict[str, Any]:
         "stop_reason": answer.stop_reason,
         "tokens": len(answer.tokens),
         "regions": answer.regions,
-        "top_k": answer.top_k,
+        "gaze_top_k": answer.top_k,
     }
 
 
@@ -166,37 +183,22 @@ class _Row:
     request: Request
     images: list[np.ndarray]
     videos: list[Frames]
-    arrays: Mapping[str, np.ndarray]
-    views: tuple[PlacedView, ...]
+    prompt: ProcessedPrompt
     budget: int | float | None
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Rows of one batch have this in common."""
-        return type(self.budget), self.request.full_layers
+        return type(self.budget), self.request.gaze_full_layers
 
 
 def _row(sampler: Sampler, request: Request) -> _Row:
     images, videos = sampler.read_images(request.images), sampler.read_videos(request.videos)
-    system = sampler.system if request.system is None else request.system
-    turn = user_turn(request.question, range(len(images)), range(len(videos)))
-    messages = (*(() if system is None else (Message("system", system),)), turn)
-    parts = conversation_parts(
-        sampler.template, messages, arrange=sampler.family.arrange, add_generation_prompt=True
-    )
-    processor = Processor(
-        sampler.layout, sampler.tokenizer, (FAMILY,), sampler.family.views, resize=sampler.resize
-    )
-    sample = Sample(0, tuple(images), parts, FAMILY, tuple(videos))
-    arrays, views = process_with_views(processor, sample)
-    budget = request.gaze.budget(sampler.config.gaze.top_k)
-    regions = len(arrays["visual_src"])
-    if request.top_k is not None and 0 < regions < request.top_k:
-        raise UserError(
-            f"top_k={request.top_k} must be between 1 and {regions}, the regions of what is shown."
-        )
-    check(request.gaze, views, sampler.config.decoder.depth)
-    return _Row(request, images, videos, arrays, views, budget)
+    prompt = sampler.prompts.question(request.question, images, videos, system=request.system)
+    with renamed(GAZE_FIELDS):
+        budget = request.gaze.budget(sampler.config.gaze.top_k)
+        check(request.gaze, prompt.views, sampler.config.decoder.depth, regions=prompt.regions)
+    return _Row(request, images, videos, prompt, budget)
 
 
 def answer_all(
@@ -234,81 +236,36 @@ def answer_all(
 
 def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Iterator[tuple[Request, Answer]]:
     """Answer one batch."""
-    requests = [row.request for row in rows]
-    length = max(request.max_tokens for request in requests)
-    _check_memory(sampler, rows, length)
-    gaze_options = [request.gaze for request in requests]
+    length = max(row.request.max_tokens for row in rows)
+    arrays = [row.prompt.arrays for row in rows]
+    sampler.check_memory(arrays, length)
+    gaze_options = [row.request.gaze for row in rows]
     budgets = None if rows[0].budget is None else [row.budget for row in rows if row.budget is not None]
-    views, layers = [row.views for row in rows], sampler.config.decoder.depth
+    views, layers = [row.prompt.views for row in rows], sampler.config.decoder.depth
     engine = Engine(
         sampler.model,
         sampler.params,
-        [row.arrays for row in rows],
+        arrays,
         free_slots=free_slots_for(length),
         selection=lambda engine: join(engine, gaze_options, budgets, views, layers),
         mesh=sampler.mesh,
     )
-    detokenizers = [Detokenizer(sampler.tokenizer, sampler.end_ids, r.stop, r.max_tokens) for r in requests]
-    token_traces: list[list[TokenTrace]] = [[] for _ in rows]
-    found = engine.decode(
-        length,
-        ends=sampler.end_ids,
-        sampling=SamplingParams.of(
-            [r.temperature for r in requests], [r.top_p for r in requests], [r.seed for r in requests]
-        ),
-        return_trace=return_trace and engine.regions > 0,
-        chunked=not any(request.stop for request in requests),
-        capacity=most(budgets, engine.capacity),
-        stopped=lambda: [detokenizer.finish_reason is not None for detokenizer in detokenizers],
-    )
-    for out in found:
-        for b, detokenizer in enumerate(detokenizers):
-            for step, token in enumerate(out["tokens"][:, b]):
-                if detokenizer.finish_reason is None:
-                    detokenizer.add(int(token))
-                    if "attention" in out and rows[b].views:
-                        token_traces[b].append(TokenTrace.of(out, step, b, len(rows[b].arrays["visual_src"])))
-    for row, detokenizer, seen in zip(rows, detokenizers, token_traces, strict=True):
-        yield row.request, _finished(sampler, row, detokenizer, seen)
-
-
-def _finished(
-    sampler: Sampler, row: _Row, detokenizer: Detokenizer, token_traces: Sequence[TokenTrace]
-) -> Answer:
-    regions, budget = len(row.arrays["visual_src"]), row.budget
-    if isinstance(budget, int) and regions:
-        budget = min(budget, regions)
-    trace = None
-    if token_traces:
-        trace = trace_of(
-            token_traces,
-            question=row.request.question,
-            answer=detokenizer.text,
-            tokens=detokenizer.pieces,
-            model=sampler.name,
-            top_k=None if budget is None else counted(budget, regions),
-            select_per=sampler.config.gaze.select_per,
-            views=row.views,
-            pictures=pictures_of(row.views, row.images, row.videos),
+    answers = [
+        PendingAnswer(
+            sampler,
+            Question(
+                row.request.question,
+                row.images,
+                row.videos,
+                row.prompt.views,
+                row.prompt.regions,
+                row.budget,
+            ),
+            row.request.options,
         )
-    assert detokenizer.finish_reason is not None, "an answer was taken to its end"
-    return Answer(
-        detokenizer.text,
-        tuple(detokenizer.pieces),
-        detokenizer.finish_reason,
-        detokenizer.stop_reason,
-        regions,
-        budget,
-        trace,
-    )
-
-
-def _check_memory(sampler: Sampler, rows: Sequence[_Row], tokens: int) -> None:
-    sources = [row.arrays["visual_src"] for row in rows]
-    sampler.check_memory(
-        rows=len(rows),
-        regions=max(len(source) for source in sources),
-        slots=max((source.shape[1] for source in sources if len(source)), default=1),
-        text=max(len(row.arrays["tokens"]) for row in rows) + tokens,
-        visual=max(int((source >= 0).sum()) for source in sources),
-    )
+        for row in rows
+    ]
+    for _ in decode_answers(sampler, engine, answers, return_trace=return_trace, chunked=True):
+        pass
+    for row, answer in zip(rows, answers, strict=True):
+        yield row.request, answer.result()

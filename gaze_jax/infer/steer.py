@@ -60,24 +60,24 @@ class LookAt:
         return cls((numbers[0], numbers[1], numbers[2], numbers[3]), frame, layers, bias)
 
 
-def _inside(look: LookAt, view: PlacedView) -> np.ndarray:
+def _inside(target: LookAt, view: PlacedView) -> np.ndarray:
     """int32 [n], regions of a view with a token whose pixels the box overlaps."""
     rows, columns = view.regions.shape
     left, top, right, bottom = view.corners
     xs, ys = np.linspace(left, right, columns + 1), np.linspace(top, bottom, rows + 1)
-    x0, y0, x1, y1 = look.box
+    x0, y0, x1, y1 = target.box
     across = (xs[:-1] < x1) & (xs[1:] > x0)
     down = (ys[:-1] < y1) & (ys[1:] > y0)
     return np.unique(view.regions[down][:, across])
 
 
-def bias_of(looks: Sequence[LookAt], views: Sequence[PlacedView], layers: int, regions: int) -> np.ndarray:
+def bias_of(targets: Sequence[LookAt], views: Sequence[PlacedView], layers: int, regions: int) -> np.ndarray:
     """What steering adds to the scores: float32 [L, R] in logits, -inf for regions that are left out.
 
     Boxes that restrict are joined: a region in any of them may be selected. Biases add up.
 
     Args:
-      looks: what to look at.
+      targets: what to look at.
       views: where each view or frame is in the regions.
       layers: L of the model.
       regions: R of the sequence; those beyond the views are left alone.
@@ -85,28 +85,30 @@ def bias_of(looks: Sequence[LookAt], views: Sequence[PlacedView], layers: int, r
     Raises:
       UserError: a layer that the model has not, a frame that is not shown, or a box outside of everything.
     """
-    if looks and not views:
+    if targets and not views:
         raise UserError("Nothing is shown, so there is nowhere to look; drop look_at.")
     bias = np.zeros((layers, regions), np.float32)
     restricted = np.zeros(layers, bool)
     allowed = np.zeros((layers, regions), bool)
-    for look in looks:
-        chosen = np.arange(layers) if look.layers is None else np.asarray(look.layers, int)
+    for target in targets:
+        chosen = np.arange(layers) if target.layers is None else np.asarray(target.layers, int)
         if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= layers:
             raise UserError(
-                f"look_at layers {look.layers} must be between 0 and {layers - 1}, the model's last."
+                f"look_at layers {target.layers} must be between 0 and {layers - 1}, the model's last."
             )
-        meant = [view for view in views if look.frame is None or (view.video and view.frame == look.frame)]
+        meant = [
+            view for view in views if target.frame is None or (view.video and view.frame == target.frame)
+        ]
         if not meant:
             shown = sum(view.video for view in views)
-            raise UserError(f"look_at frame {look.frame} is not shown; there are {shown} frames of video.")
-        found = np.concatenate([_inside(look, view) for view in meant])
+            raise UserError(f"look_at frame {target.frame} is not shown; there are {shown} frames of video.")
+        found = np.concatenate([_inside(target, view) for view in meant])
         if not found.size:
-            raise UserError(f"look_at={look.box} lies outside of everything that is shown.")
-        if look.bias is None:
+            raise UserError(f"look_at={target.box} lies outside of everything that is shown.")
+        if target.bias is None:
             restricted[chosen] = True
             allowed[np.ix_(chosen, found)] = True
         else:
-            bias[np.ix_(chosen, np.unique(found))] += look.bias
+            bias[np.ix_(chosen, np.unique(found))] += target.bias
     bias[restricted[:, None] & ~allowed] = -np.inf
     return bias

@@ -16,9 +16,9 @@ import numpy as np
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.infer.trace import Picture, Trace
+from gaze_jax.stored import NEWEST, check_version, upgrade
 
 FORMAT = "gaze_jax.trace"
-VERSION = 1
 MAX_BYTES = 2 << 30
 """Largest trace that is read, in bytes after decompression."""
 
@@ -86,7 +86,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     sizes = (*trace.selected.shape, trace.heads, trace.regions)
     meta = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": NEWEST["trace"],
         **{
             name: getattr(trace, name)
             for name in ("question", "answer", "tokens", "model", "top_k", "select_per")
@@ -239,11 +239,7 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
         raise ValueError("its meta is nested too deeply") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"Trace {name!r} is no trace: its meta does not say format {FORMAT!r}.")
-    if meta.get("version") != VERSION:
-        raise UserError(
-            f"Trace {name!r} has version {meta.get('version')!r} and this program reads {VERSION}; "
-            "write it again, or read it with the program that wrote it."
-        )
+    meta = upgrade("trace", meta, check_version("trace", meta, f"Trace {name!r}"))
     _check_fields("meta", {k: v for k, v in meta.items() if k not in ("format", "version")}, _META)
     if not all(isinstance(token, str) for token in meta["tokens"]):
         raise ValueError("tokens must be strings")

@@ -10,12 +10,19 @@ import dataclasses
 import os
 import struct
 from collections.abc import Generator, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.images import check_pixels
+
+# PyAV is an optional extra, and nothing here needs its types.
+AvContainer = Any
+AvStream = Any
+AvFrame = Any
+AvPacket = Any
 
 SKIP = 16
 """Seek if the next keyframe is at least this many frames ahead; decoding fewer is faster than a seek."""
@@ -73,7 +80,7 @@ class Container:
                 yield self._upright(self._next(frames, target))
                 position += 1
 
-    def _next(self, frames: Iterator[Any], position: int) -> Any:
+    def _next(self, frames: Iterator[AvFrame], position: int) -> AvFrame:
         """Return the next frame, which must be the one at ``position``."""
         reason = ""
         try:
@@ -91,7 +98,7 @@ class Container:
             f"{len(self.times)} frames{reason}; copy or download it again."
         )
 
-    def _upright(self, frame: Any) -> np.ndarray:
+    def _upright(self, frame: AvFrame) -> np.ndarray:
         check_pixels(self.name, "Video", frame.width, frame.height)
         pixels = frame.to_ndarray(format="rgb24")
         swapped, rows, columns = self.turn
@@ -145,12 +152,12 @@ class _Packet(NamedTuple):
     corrupt: bool
 
     @classmethod
-    def of(cls, packet: Any) -> "_Packet":
+    def of(cls, packet: AvPacket) -> "_Packet":
         flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
         return cls(packet.size, packet.pts, packet.duration or 0, *flags)
 
 
-def _check_complete(name: str, kind: str, stream: Any, packets: list[_Packet]) -> None:
+def _check_complete(name: str, kind: str, stream: AvStream, packets: list[_Packet]) -> None:
     """Refuse a file without a first keyframe or with a cut packet, or an MP4 with fewer frames than stated.
 
     Fewer frames may also result from an edit list, which shows a part of the stream. Then the duration agrees
@@ -203,7 +210,7 @@ def _counted(name: str, kind: str, rate: float, least: int) -> np.ndarray:
     return (np.array(stamps, np.int64) - min(stamps, default=0)) * base
 
 
-def _av() -> Any:
+def _av() -> ModuleType:
     """Import PyAV, which is optional.
 
     Raises:
@@ -219,7 +226,7 @@ def _av() -> Any:
 
 
 @contextlib.contextmanager
-def _opened(name: str, kind: str) -> Iterator[tuple[Any, Any]]:
+def _opened(name: str, kind: str) -> Iterator[tuple[AvContainer, AvStream]]:
     """Open a container and its video stream; FFmpeg's errors become a one-sentence UserError.
 
     Opens only this file, and only as ``kind``: some formats, such as playlists, name other files or URLs.
@@ -242,7 +249,7 @@ def _opened(name: str, kind: str) -> Iterator[tuple[Any, Any]]:
         ) from error
 
 
-def _decoded(container: Any, stream: Any) -> Generator[Any, None, None]:
+def _decoded(container: AvContainer, stream: AvStream) -> Generator[AvFrame, None, None]:
     """Yield frames from the next keyframe on, in display order."""
     for packet in container.demux(stream):
         if packet.size:  # an empty packet would end the decoding
@@ -250,7 +257,7 @@ def _decoded(container: Any, stream: Any) -> Generator[Any, None, None]:
     yield from stream.codec_context.decode(None)
 
 
-def _turn(name: str, frame: Any) -> tuple[bool, int, int]:
+def _turn(name: str, frame: AvFrame) -> tuple[bool, int, int]:
     """Rotation and mirroring by a frame's display matrix, as in players; see ``Container.turn``.
 
     The matrix has rows (a, b, u), (c, d, v), (x, y, w); a pixel (p, q) is shown at (a p + c q, b p + d q). It

@@ -55,7 +55,7 @@ def video_kind(head: bytes) -> str | None:
     return None
 
 
-def is_still(head: bytes) -> bool:
+def is_static_image(head: bytes) -> bool:
     """Whether these first bytes are of a JPEG, PNG or BMP: formats without animation."""
     bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
     return bitmap or head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))

@@ -31,7 +31,7 @@ from gaze_jax.media.probe import (
     check_file,
     check_whole,
     is_animation,
-    is_still,
+    is_static_image,
     is_url,
     read_head,
     video_kind,
@@ -222,7 +222,7 @@ def _source(name: str, frames_fps: float) -> Source:
     delays = animation_delays(name) if is_animation(head) else []
     if len(delays) > 1:
         return _open_animation(name, delays)
-    if delays or is_animation(head) or is_still(head):
+    if delays or is_animation(head) or is_static_image(head):
         raise UserError(f"Video {name!r} is an image; use --image.")
     formats = ", ".join((*VIDEO_FORMATS, "GIF", "WEBP"))
     raise UserError(f"Video {name!r} is none of {formats} and not a folder of images; convert it to one.")

@@ -1,56 +1,55 @@
 """Gaze attention of one layer over all tokens of a batch: pool, score, select, attend.
 
-Pure functions without parameters. Queries, keys and values of both streams travel as one array
-[B, N, heads, D] with N = R * P + S, the visual tokens first. ``decode.py`` is the counterpart for one token.
+Pure functions without parameters. Queries, keys and values of both streams are in one array [B, N, heads, D]
+with N = R * P + S, visual tokens first. ``decode.py`` is the counterpart for one token.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from gaze_jax.core import masks, regions, routing
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Streams
+from gaze_jax.core.types import AnyArray, Array, NamedArrays
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_prefill
 from pallas_kernels import GazeSpec, KeyPlaces, Windows
-
-Array = jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutedQueries:
-    """The queries that select regions, and the regions they may choose from; the same in every layer.
+    """The queries that select regions, and the regions they may select; the same in every layer.
 
     Attributes:
-      visible: bool [B, T, R] regions that a query may choose from, those of a cache first; False for
-        queries that are not routed.
-      order: int32 [B, T] of the queries.
-      sample: int32 [B, T] or [B, 1], names the sample for random routing.
+      visible: bool [B, T, R] regions that a query may select, cached regions first; False for queries that
+        are not routed.
+      order: int32 [B, T] order of the queries.
+      sample: int32 [B, T] or [B, 1] sample id, for random routing.
       first: int32 [B, R] order of each region's first token.
-      permutation: int32 [B, R] regions by first token, which breaks ties.
+      permutation: int32 [B, R] regions sorted by first token, to break ties.
     """
 
-    visible: Array
-    order: Array
-    sample: Array
-    first: Array
-    permutation: Array
+    visible: Bool[Array, "B T R"]
+    order: Int32[AnyArray, "B T"]
+    sample: Int32[AnyArray, " B #T"]
+    first: Int32[Array, "B R"]
+    permutation: Int32[Array, "B R"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """What all layers share about a batch; computed once per forward pass.
+    """Masks and orders of a batch that all layers share; computed once per forward pass.
 
     Attributes:
       visual, text: windows of the visual [B, R * P] and the text-stream [B, S] queries.
-      places: order and segment of the keys, those of a cache first.
+      places: order and segment of the keys, cached keys first.
       valid: bool [B, R, P] slots of the batch that hold a token.
       routed: the text-stream queries [B, S] that select regions.
     """
@@ -58,14 +57,14 @@ class AttentionMetadata:
     visual: Windows
     text: Windows
     places: KeyPlaces
-    valid: Array
+    valid: Bool[Array, "B R P"]
     routed: RoutedQueries
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """The cache of earlier tokens, as one layer sees it.
+    """One layer of the cache of earlier tokens.
 
     Attributes:
       visual_k, visual_v: [B, K, R, P, D].
@@ -73,37 +72,37 @@ class Past:
       descriptors: [B, K, R, E].
     """
 
-    visual_k: Array
-    visual_v: Array
-    text_k: Array
-    text_v: Array
-    descriptors: Array
+    visual_k: Float[Array, "B K R P D"]
+    visual_v: Float[Array, "B K R P D"]
+    text_k: Float[Array, "B K S D"]
+    text_v: Float[Array, "B K S D"]
+    descriptors: Float[Array, "B K R E"]
 
 
 def make_metadata(
     streams: Streams,
     gaze: GazeConfig,
-    sample: Array | None = None,
-    past: tuple[Array, Array] | None = None,
+    sample: Int[AnyArray, " B"] | Int[AnyArray, "B S"] | None = None,
+    past: tuple[Int[Array, "B R P"], Int[Array, "B past"]] | None = None,
 ) -> AttentionMetadata:
     """Derive the metadata of a batch.
 
     Args:
       streams: the batch.
       gaze: the model's gaze settings.
-      sample: int32 [B] or [B, S] (default 0), for random routing.
-      past: order of the cached tokens, int32 [B, R, P] and [B, S], -1 in empty slots; the batch continues
-        them, one sample per row.
+      sample: int32 [B] or [B, S] sample ids for random routing; 0 by default.
+      past: order of the cached tokens, int32 [B, R, P] and [B, S], -1 in empty slots. The batch then has one
+        sample per row, which continues the row of the cache.
     """
     visual, text = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
     places = masks.key_places(streams)
     order = places.text_order
     if past is not None:
 
-        def after(before: Array, now: Array) -> Array:
+        def after(before: Int[Array, "B ..."], now: Int[AnyArray, "B ..."]) -> Int[Array, "B ..."]:
             return jnp.concatenate([before, now], axis=1)
 
-        def segment(order: Array) -> Array:
+        def segment(order: Int[Array, "B N"]) -> Int32[Array, "B N"]:
             return jnp.where(order >= 0, 0, EMPTY).astype(jnp.int32)
 
         places = KeyPlaces(
@@ -130,24 +129,24 @@ def make_metadata(
 
 
 def region_scores(
-    q: Array,
-    descriptors: Array,
+    q: Float[Array, "B T H D"],
+    descriptors: Float[Array, "B K R E"],
     routed: RoutedQueries,
     selection: Selection,
     *,
     gaze: GazeConfig,
     strategy: Routing,
-    layer: Array,
-    oracle: Callable[[], Array],
-) -> tuple[Array, Array]:
-    """Scores of every region and whether it may be chosen, for any strategy.
+    layer: Int[Array, ""],
+    oracle: Callable[[], Float32[Array, "B T Hs R"]],
+) -> tuple[Float32[Array, "B T Hs R"], Bool[Array, "#B #T #Hs R"]]:
+    """Scores of every region and whether it may be selected, for any strategy.
 
     Args:
       q: [B, T, H, D].
       descriptors: [B, K, R, E].
-      routed: the queries, T of them.
-      selection: of this layer, without the axis L: ``forced`` int32 [B, T, Hs, J], broadcastable in T and
-        Hs; ``bias`` float32 [B, R].
+      routed: the T queries.
+      selection: this layer's selection, without the axis L: ``forced`` int32 [B, T, Hs, J], broadcastable in
+        T and Hs; ``bias`` float32 [B, R].
       gaze: the model's gaze settings.
       strategy: where scores come from.
       layer: int32 scalar.
@@ -176,7 +175,9 @@ def region_scores(
     return routing.steer(scores, seen, selection.bias, heads=q.shape[2], dim=q.shape[3])
 
 
-def split_streams(a: Array, regions: int, slots: int) -> tuple[Array, Array]:
+def split_streams(
+    a: Float[Array, "B N K D"], regions: int, slots: int
+) -> tuple[Float[Array, "B K {regions} {slots} D"], Float[Array, "B K S D"]]:
     """[B, N, K, D] of both streams to [B, K, R, P, D] and [B, K, S, D]."""
     tokens = regions * slots
     a = jnp.moveaxis(a, 2, 1)
@@ -187,7 +188,7 @@ def _after_past(past: Past | None, new: Past) -> Past:
     """Keys, values and descriptors of a cache followed by those of the batch."""
     if past is None:
         return new
-    # A cache may store another dtype than the model computes with (int8).
+    # A cache may store another dtype (int8) than the model computes in.
     dtype = new.visual_k.dtype
     return Past(
         visual_k=jnp.concatenate([past.visual_k.astype(dtype), new.visual_k], axis=2),
@@ -199,44 +200,46 @@ def _after_past(past: Past | None, new: Past) -> Past:
 
 
 def gaze_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K D"],
     metadata: AttentionMetadata,
     selection: Selection,
     spec: SelectionSpec,
     *,
     gaze: GazeConfig,
-    layer: Array,
+    layer: Int[Array, ""],
     past: Past | None = None,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Float[Array, "B N H D"], NamedArrays]:
     """Attention of all tokens of a batch, in training or prefill.
 
     Args:
       q: [B, N, H, D] post-RoPE.
       k, v: [B, N, K, D], keys post-RoPE.
-      metadata: of the batch.
-      selection: of this layer, without the axis L; ``budget`` is broadcastable to [B, S].
-      spec: static choices; ``capacity`` has no meaning here.
+      metadata: attention metadata of the batch.
+      selection: this layer's selection, without the axis L; ``budget`` is broadcastable to [B, S].
+      spec: static settings; ``capacity`` is not used here.
       gaze: the model's gaze settings.
-      layer: int32 scalar.
-      past: keys and values of earlier tokens; ``metadata`` was made with their order.
+      layer: int32 scalar, index of the layer.
+      past: keys and values of earlier tokens; ``metadata`` includes their order.
 
     Returns:
       [B, N, H, D], and a dict with "visual_k", "visual_v" [B, K, R, P, D], "text_k", "text_v" [B, K, S, D]
       and "descriptors" [B, K, R, E] of these tokens; with ``spec.return_trace`` and a budget also "scores"
-      float32 and "selected" bool [B, S, Hs, R], where R has the regions of the past first.
+      float32 and "selected" bool [B, S, Hs, R], where R has the cached regions first.
     """
     num_regions, slots = metadata.valid.shape[1:]
     tokens = num_regions * slots
     (visual_k, text_k), (visual_v, text_v) = (split_streams(a, num_regions, slots) for a in (k, v))
     descriptors = regions.describe(visual_k, metadata.valid, gaze.descriptor)
     new = Past(visual_k, visual_v, text_k, text_v, descriptors)
-    out: dict[str, Any] = {field.name: getattr(new, field.name) for field in dataclasses.fields(new)}
+    out: NamedArrays = {field.name: getattr(new, field.name) for field in dataclasses.fields(new)}
     keys = _after_past(past, new)
     op = GazeSpec(scale=q.shape[3] ** -0.5, select_per=gaze.select_per, query_block=gaze.query_block)
 
-    def attend(q: Array, queries: Windows, selected: Array | None) -> Array:
+    def attend(
+        q: Float[Array, "B T H D"], queries: Windows, selected: Bool[Array, "B T Hs R"] | None
+    ) -> Float[Array, "B T H D"]:
         return gaze_prefill(
             q,
             keys.visual_k,
@@ -251,8 +254,8 @@ def gaze_attention(
         )
 
     if selection.budget is None or keys.descriptors.shape[2] == 0:
-        everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
-        return attend(q, everyone, None), out
+        queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
+        return attend(q, queries, None), out
     scores, selected = _select(
         q[:, tokens:], keys, metadata, selection, spec.routing, op, gaze=gaze, layer=layer
     )
@@ -266,7 +269,7 @@ def gaze_attention(
 
 
 def _select(
-    q: Array,
+    q: Float[Array, "B S H D"],
     keys: Past,
     metadata: AttentionMetadata,
     selection: Selection,
@@ -274,11 +277,11 @@ def _select(
     op: GazeSpec,
     *,
     gaze: GazeConfig,
-    layer: Array,
-) -> tuple[Array, Array]:
-    """Scores float32 and the selection bool [B, S, Hs, R] of text-stream queries [B, S, H, D]."""
+    layer: Int[Array, ""],
+) -> tuple[Float32[Array, "B S Hs R"], Bool[Array, "B S Hs R"]]:
+    """Float32 scores and bool selection, [B, S, Hs, R] each, of text-stream queries [B, S, H, D]."""
 
-    def oracle() -> Array:
+    def oracle() -> Float32[Array, "B S Hs R"]:
         return routing.oracle_scores(
             q,
             keys.visual_k,

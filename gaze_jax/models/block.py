@@ -1,20 +1,21 @@
 """One block of the decoder: pre-norm attention and MLP."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import flax.linen as nn
-import jax
+from jaxtyping import Float, Float32, Int
 
 from gaze_jax.core.selection import Selection, SelectionSpec
+from gaze_jax.core.types import Array, NamedArrays
 from gaze_jax.models.attention import AttentionMetadata, Past, gaze_attention
 from gaze_jax.models.cache import Cache
 from gaze_jax.models.config import MLLMConfig
 from gaze_jax.models.decode import DecodeMasks, DecodePosition, append_token, decode_attention
 from gaze_jax.models.layers import RMSNorm, apply_rope, dense
 
-Array = jax.Array
-Angles = tuple[Array, Array]
+Angles = tuple[Float32[Array, "#B N half"], Float32[Array, "#B N half"]]
+Out = TypeVar("Out")
 
 
 class Attention(nn.Module):
@@ -35,11 +36,13 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.norm_eps, **kinds)
             self.k_norm = RMSNorm(c.norm_eps, **kinds)
 
-    def qkv(self, x: Array, angles: Angles) -> tuple[Array, Array, Array]:
+    def qkv(
+        self, x: Float[Array, "B N M"], angles: Angles
+    ) -> tuple[Float[Array, "B N H D"], Float[Array, "B N K D"], Float[Array, "B N K D"]]:
         """[B, N, M] to post-RoPE queries [B, N, H, D] and keys and values [B, N, K, D]."""
         c = self.config.decoder
 
-        def heads(a: Array) -> Array:
+        def heads(a: Float[Array, "B N width"]) -> Float[Array, "B N heads D"]:
             return a.reshape(*a.shape[:-1], -1, c.head_dim)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
@@ -47,7 +50,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, angles), apply_rope(k, angles), v
 
-    def merge(self, heads: Array) -> Array:
+    def merge(self, heads: Float[Array, "B N H D"]) -> Float[Array, "B N M"]:
         """[B, N, H, D] to [B, N, M]."""
         return self.o_proj(heads.reshape(*heads.shape[:-2], -1))
 
@@ -58,7 +61,7 @@ class GatedMLP(nn.Module):
     config: MLLMConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
         """[B, N, M] -> [B, N, M]."""
         c, kinds = self.config.decoder, self.config.numerics.kinds
         gate = dense(c.mlp_dim, ("embed", "mlp"), use_bias=False, name="gate_proj", **kinds)(x)
@@ -68,7 +71,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; one method per way to run it."""
+    """Pre-norm attention and MLP, with a method each for forward, initialisation and decoding."""
 
     config: MLLMConfig
 
@@ -80,8 +83,11 @@ class Block(nn.Module):
         self.mlp = GatedMLP(self.config)
 
     def _around(
-        self, x: Array, angles: Angles, attend: Callable[..., tuple[Array, Any]]
-    ) -> tuple[Array, Any]:
+        self,
+        x: Float[Array, "B N M"],
+        angles: Angles,
+        attend: Callable[[Array, Array, Array], tuple[Array, Out]],
+    ) -> tuple[Float[Array, "B N M"], Out]:
         q, k, v = self.self_attn.qkv(self.input_norm(x), angles)
         heads, out = attend(q, k, v)
         x = x + self.self_attn.merge(heads)
@@ -89,31 +95,31 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Array,
+        x: Float[Array, "B N M"],
         angles: Angles,
         metadata: AttentionMetadata,
         selection: Selection,
         spec: SelectionSpec,
         *,
-        layer: Array,
+        layer: Int[Array, ""],
         past: Past | None = None,
-    ) -> tuple[Array, dict[str, Any]]:
+    ) -> tuple[Float[Array, "B N M"], NamedArrays]:
         """All tokens at once, [B, N, M]; see :func:`gaze_jax.models.attention.gaze_attention`."""
         x = nn.with_logical_constraint(x, ("batch", "tokens", "width"))
         gaze = self.config.gaze
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Any]]:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, NamedArrays]:
             return gaze_attention(q, k, v, metadata, selection, spec, gaze=gaze, layer=layer, past=past)
 
         return self._around(x, angles, attend)
 
-    def init_forward(self, x: Array, angles: Angles) -> Array:
-        """[B, N, M] through every parameter; attention has none and is left out."""
+    def init_forward(self, x: Float[Array, "B N M"], angles: Angles) -> Float[Array, "B N M"]:
+        """[B, N, M] -> [B, N, M] without attention, which has no parameters."""
         return self._around(x, angles, lambda q, k, v: (q, None))[0]
 
     def decode(
         self,
-        x: Array,
+        x: Float[Array, "B 1 M"],
         cache: Cache,
         angles: Angles,
         position: DecodePosition,
@@ -121,12 +127,12 @@ class Block(nn.Module):
         selection: Selection,
         spec: SelectionSpec,
         *,
-        layer: Array,
-    ) -> tuple[tuple[Array, Cache], dict[str, Array]]:
+        layer: Int[Array, ""],
+    ) -> tuple[tuple[Float[Array, "B 1 M"], Cache], NamedArrays]:
         """One token per row, [B, 1, M]; see :func:`gaze_jax.models.decode.decode_attention`."""
         gaze = self.config.gaze
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Cache, dict[str, Array]]]:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Cache, NamedArrays]]:
             new_cache = append_token(cache, k, v, layer, position.write_index)
             heads, out = decode_attention(q, new_cache, masks, selection, spec, gaze=gaze, layer=layer)
             return heads, (new_cache, out)

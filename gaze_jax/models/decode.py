@@ -1,4 +1,4 @@
-"""Gaze attention of one layer for the one token per row that is being decoded.
+"""Gaze attention of one layer while decoding, one token per row.
 
 Pure functions without parameters; ``attention.py`` is the counterpart for all tokens of a batch.
 """
@@ -7,52 +7,52 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from gaze_jax.core import routing
 from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.selection import Selection, SelectionSpec
+from gaze_jax.core.types import Array, NamedArrays
 from gaze_jax.models.attention import RoutedQueries, region_scores
 from gaze_jax.models.cache import Cache, decode_spec, layer_keys
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_decode
 
-Array = jax.Array
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodePosition:
-    """Where the token that is being decoded goes.
+    """Order and cache slot of the token being decoded.
 
     Attributes:
       order: int32 [B] index in the spliced sequence.
-      write_index: int32 scalar, the text-stream slot that it takes in every row.
-      sample: int32 [B], names the sample for random routing.
+      write_index: int32 scalar, the text-stream slot to write to, the same in every row.
+      sample: int32 [B] sample ids, for random routing.
     """
 
-    order: Array
-    write_index: Array
-    sample: Array
+    order: Int32[Array, " B"]
+    write_index: Int32[Array, ""]
+    sample: Int32[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeMasks:
-    """What the tokens of a step may see; the same in every layer.
+    """What the tokens of a decoding step may see; the same in every layer.
 
     Attributes:
       visual: bool [B, R, P] visual keys; a routed query attends to those of its selected regions.
       text: bool [B, S] text-stream keys.
-      routed: the queries, T = 1. A region may be selected once all of it is earlier.
+      routed: the queries, T = 1. A region may be selected if all its tokens are earlier.
     """
 
-    visual: Array
-    text: Array
+    visual: Bool[Array, "B R P"]
+    text: Bool[Array, "B S"]
     routed: RoutedQueries
 
 
 def decode_masks(cache: Cache, position: DecodePosition) -> DecodeMasks:
-    """The masks of a step whose tokens ``cache.text_order`` holds already."""
+    """The masks of a decoding step; ``cache.text_order`` must already include its tokens."""
     order = position.order[:, None]
     first, last = cache.first, cache.last
     return DecodeMasks(
@@ -68,10 +68,16 @@ def decode_masks(cache: Cache, position: DecodePosition) -> DecodeMasks:
     )
 
 
-def append_token(cache: Cache, k: Array, v: Array, layer: Array, write_index: Array) -> Cache:
+def append_token(
+    cache: Cache,
+    k: Float[Array, "B 1 K D"],
+    v: Float[Array, "B 1 K D"],
+    layer: Int[Array, ""],
+    write_index: Int[Array, ""],
+) -> Cache:
     """Write one token's key and value [B, 1, K, D] in place."""
 
-    def write(stack: Array, new: Array) -> Array:
+    def write(stack: Float[Array, "L B K S D"], new: Float[Array, "B 1 K D"]) -> Float[Array, "L B K S D"]:
         new = jnp.moveaxis(new, 1, 2)[None].astype(stack.dtype)
         zero = jnp.zeros((), jnp.int32)
         return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, write_index, zero))
@@ -80,25 +86,25 @@ def append_token(cache: Cache, k: Array, v: Array, layer: Array, write_index: Ar
 
 
 def decode_attention(
-    q: Array,
+    q: Float[Array, "B 1 H D"],
     cache: Cache,
     masks: DecodeMasks,
     selection: Selection,
     spec: SelectionSpec,
     *,
     gaze: GazeConfig,
-    layer: Array,
-) -> tuple[Array, dict[str, Array]]:
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "B 1 H D"], NamedArrays]:
     """Select regions and attend to them.
 
     Args:
       q: [B, 1, H, D] post-RoPE.
-      cache: of all layers, with this token in it.
-      masks: of the step.
-      selection: of this layer, without the axis L; ``budget`` is broadcastable to [B, 1].
-      spec: static choices.
+      cache: the cache of all layers, which already contains this token.
+      masks: masks of the step.
+      selection: this layer's selection, without the axis L; ``budget`` is broadcastable to [B, 1].
+      spec: static settings.
       gaze: the model's gaze settings.
-      layer: int32 scalar.
+      layer: int32 scalar, index of the layer.
 
     Returns:
       [B, 1, H, D], and a dict: with a budget "indices" int32 [B, Hs, J] and "scores" float32 [B, Hs, R];
@@ -112,7 +118,7 @@ def decode_attention(
         indices, scores = _select(q, cache, masks, selection, spec, gaze=gaze, layer=layer)
         out = {"indices": indices, "scores": scores}
 
-    def attend(indices: Array | None) -> Array:
+    def attend(indices: Int32[Array, "B Hs J"] | None) -> Float[Array, "B H D"]:
         return gaze_decode(
             q[:, 0],
             cache.visual,
@@ -145,19 +151,19 @@ def decode_attention(
 
 
 def _select(
-    q: Array,
+    q: Float[Array, "B 1 H D"],
     cache: Cache,
     masks: DecodeMasks,
     selection: Selection,
     spec: SelectionSpec,
     *,
     gaze: GazeConfig,
-    layer: Array,
-) -> tuple[Array, Array]:
+    layer: Int[Array, ""],
+) -> tuple[Int32[Array, "B Hs J"], Float32[Array, "B Hs R"]]:
     """The selected regions int32 [B, Hs, J], best first, and all scores float32 [B, Hs, R]."""
     dim = q.shape[3]
 
-    def oracle() -> Array:
+    def oracle() -> Float32[Array, "B 1 Hs R"]:
         return routing.oracle_scores(
             q,
             *layer_keys(cache, layer, gaze, dim),

@@ -5,14 +5,16 @@ Training, prefill and cached decoding run the same modules. Dense attention is `
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 from gaze_jax.core.selection import Selection, SelectionSpec
+from gaze_jax.core.types import AnyArray, Array, ArrayTree, NamedArrays
 from gaze_jax.models import unstacked
 from gaze_jax.models.attention import AttentionMetadata
 from gaze_jax.models.block import Block
@@ -21,7 +23,12 @@ from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.decode import DecodePosition, decode_masks
 from gaze_jax.models.layers import PER_LAYER_SCAN, RMSNorm, dense, logical, rope_angles
 
-Array = jax.Array
+Carry = TypeVar("Carry")
+Inputs = TypeVar("Inputs")
+Out = TypeVar("Out")
+
+Layer = tuple[Int[Array, ""], Selection]
+"""Index of a layer and what its queries select."""
 
 
 class Decoder(nn.Module):
@@ -38,16 +45,16 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = dense(c.vocab_size, ("embed", "vocab"), use_bias=False, name="lm_head", **kinds)
 
-    def embed(self, tokens: Array) -> Array:
+    def embed(self, tokens: Int[AnyArray, "*lead"]) -> Float[Array, "*lead M"]:
         """int32 [...] token ids to [..., M]."""
         return jnp.take(self.embedding, tokens, axis=0).astype(DTYPES[self.config.dtype])
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Float[Array, "*lead M"]) -> Float32[Array, "*lead V"]:
         """[..., M] to float32 [..., V]."""
         split = unstacked.is_split(self.get_variable("params", "layers"))
         if not self.config.decoder.tie_embeddings:
             if split:
-                kernel: Array = self.get_variable("params", "lm_head")["kernel"].layers[0]
+                kernel: Float[Array, "V M"] = self.get_variable("params", "lm_head")["kernel"].layers[0]
                 return unstacked.product(kernel.astype(hidden.dtype), hidden).astype(jnp.float32)
             return self.lm_head(hidden).astype(jnp.float32)
         table = self.embedding.astype(hidden.dtype)
@@ -56,22 +63,30 @@ class Decoder(nn.Module):
         return jnp.einsum("...M,VM->...V", hidden, table, preferred_element_type=jnp.float32)
 
     def _over_layers(
-        self, body: Callable[..., Any], carry: Any, inputs: Any, *, remat: bool = False, **options: Any
-    ) -> Any:
-        """Scan ``body``, of (block, carry, inputs), over the blocks; their parameters may be apart."""
-        blocks: Any = self.get_variable("params", "layers")
+        self,
+        body: Callable[[Block, Carry, Inputs], tuple[Carry, Out]],
+        carry: Carry,
+        inputs: Inputs,
+        *,
+        remat: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> tuple[Carry, Out]:
+        """Scan ``body(block, carry, inputs)`` over the blocks, whose parameters may be unstacked."""
+        blocks: ArrayTree = self.get_variable("params", "layers")
         if unstacked.is_split(blocks):
             return unstacked.scan(Block(self.config, parent=None), blocks, body, carry, inputs)
         if remat:
             body = nn.remat(body, prevent_cse=False)
-        scan = nn.scan(body, length=self.config.decoder.depth, **options, **PER_LAYER_SCAN)
+        scan = nn.scan(
+            body, length=self.config.decoder.depth, metadata_params=metadata or {}, **PER_LAYER_SCAN
+        )
         return scan(self.layers, carry, inputs)
 
-    def init_forward(self, x: Array, positions: Array) -> Array:
-        """:meth:`forward` without attention, for making parameters: it traces in a third of the time."""
+    def init_forward(self, x: Float[Array, "B N M"], positions: Int[Array, "B N"]) -> Float32[Array, "B N V"]:
+        """:meth:`forward` without attention, to create parameters; it traces in a third of the time."""
         angles = rope_angles(positions, self.config.decoder.head_dim, self.config.decoder.rope_theta)
 
-        def body(block: Block, x: Array, _: None) -> tuple[Array, None]:
+        def body(block: Block, x: Float[Array, "B N M"], _: None) -> tuple[Float[Array, "B N M"], None]:
             return block.init_forward(x, angles), None
 
         scan = nn.scan(
@@ -85,8 +100,8 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        x: Array,
-        positions: Array,
+        x: Float[Array, "B N M"],
+        positions: Int[Array, "B N"],
         metadata: AttentionMetadata,
         selection: Selection,
         spec: SelectionSpec,
@@ -94,18 +109,18 @@ class Decoder(nn.Module):
         keep_kv: bool = False,
         keep_hidden: bool = False,
         past: Cache | None = None,
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Float[Array, "B N M"], dict[str, ArrayTree]]:
         """Training or prefill over both streams.
 
         Args:
           x: [B, N, M] embedded tokens.
           positions: int32 [B, N] RoPE positions.
-          metadata: of the batch.
+          metadata: attention metadata of the batch.
           selection: what text-stream queries select; T is S.
-          spec: static choices; with ``return_trace`` scores and selections are returned.
+          spec: static settings; with ``return_trace`` scores and selections are returned.
           keep_kv: return keys, values and descriptors.
           keep_hidden: return "hidden" [L, B, N, M], the residual stream after each block.
-          past: the cache of earlier tokens, whose order ``metadata`` knows; the new tokens continue them.
+          past: the cache of earlier tokens, which the new tokens continue; ``metadata`` includes their order.
 
         Returns:
           [B, N, M] after the final norm, and a dict of arrays stacked over layers.
@@ -115,38 +130,43 @@ class Decoder(nn.Module):
         angles = rope_angles(positions, c.head_dim, c.rope_theta)
         layers = jnp.arange(c.depth, dtype=jnp.int32)
 
-        def body(block: Block, x: Array, inputs: Any) -> tuple[Array, dict[str, Array]]:
+        def body(
+            block: Block, x: Float[Array, "B N M"], inputs: Layer
+        ) -> tuple[Float[Array, "B N M"], dict[str, ArrayTree]]:
             layer, chosen = inputs
             before = None if past is None else past_of(past, layer, self.config.gaze, c.head_dim)
             x, out = block.forward(x, angles, metadata, chosen, spec, layer=layer, past=before)
-            kept: dict[str, Array] = {name: out.pop(name) for name in ("scores", "selected") if name in out}
+            kept: dict[str, ArrayTree] = {
+                name: out.pop(name) for name in ("scores", "selected") if name in out
+            }
             if keep_kv:
                 kept |= out if past is not None else packed_layer(out, self.config.gaze)
             return x, kept | ({"hidden": x} if keep_hidden else {})
 
-        named = {"metadata_params": {nn.PARTITION_NAME: "layers"}}
         inputs = (layers, selection.over_layers(c.depth))
-        x, out = self._over_layers(body, x, inputs, remat=self.config.remat, **named)
+        x, out = self._over_layers(
+            body, x, inputs, remat=self.config.remat, metadata={nn.PARTITION_NAME: "layers"}
+        )
         return self.norm(x), out
 
     def decode(
         self,
-        x: Array,
-        positions: Array,
+        x: Float[Array, "B M"],
+        positions: Int[Array, " B"],
         cache: Cache,
         position: DecodePosition,
         selection: Selection,
         spec: SelectionSpec,
-    ) -> tuple[Array, Cache, dict[str, Array]]:
+    ) -> tuple[Float[Array, "B M"], Cache, NamedArrays]:
         """One token per row with the cache.
 
         Args:
           x: [B, M] embedded tokens.
           positions: int32 [B] RoPE positions.
-          cache: of the rows.
-          position: order of the tokens and where they are written; ``position.write_index`` must be free.
+          cache: cache of the same rows.
+          position: order of the tokens and where they are written; the slot ``write_index`` must be free.
           selection: what the tokens select; T is 1.
-          spec: static choices.
+          spec: static settings.
 
         Returns:
           [B, M] after the final norm, the cache with the token in it, and what
@@ -160,10 +180,12 @@ class Decoder(nn.Module):
         text_order = jax.lax.dynamic_update_slice(cache.text_order, position.order[:, None], at)
         cache = dataclasses.replace(cache, text_order=text_order)
         layers = jnp.arange(c.depth, dtype=jnp.int32)
-        # Only what changes is carried; the visual cache is closed over and never copied.
+        # Carry only what changes. The visual cache is closed over, so it is never copied.
         fixed, masks = cache, decode_masks(cache, position)
 
-        def body(block: Block, carry: Any, inputs: Any) -> tuple[Any, dict[str, Array]]:
+        def body(
+            block: Block, carry: tuple[Array, Array, Array], inputs: Layer
+        ) -> tuple[tuple[Array, Array, Array], NamedArrays]:
             x, text_k, text_v = carry
             layer, chosen = inputs
             current = dataclasses.replace(fixed, text_k=text_k, text_v=text_v)

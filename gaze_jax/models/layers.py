@@ -1,4 +1,4 @@
-"""Small modules that the decoder, the tower and the projector share.
+"""Small modules shared by the decoder, the tower and the projector.
 
 Every parameter names its logical axes; ``gaze_jax.parallel.rules`` maps them to mesh axes.
 """
@@ -8,26 +8,37 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
-Array = jax.Array
+from gaze_jax.core.types import AnyArray, Array
+
 Names = tuple[str | None, ...]
 
 PER_LAYER_SCAN: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-"""Options of ``nn.scan`` over blocks whose parameters are stacked on a leading axis."""
+"""Arguments of ``nn.scan`` over blocks whose parameters are stacked on a leading axis."""
 
 
 def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
-    """Attach logical axis names to the parameter that ``init`` makes."""
+    """Attach logical axis names to the parameter that ``init`` creates."""
     return nn.with_logical_partitioning(init, names)
 
 
-def _matmul(x: Array, kernel: Array, *_: object, **kinds: Any) -> Array:
+def _matmul(
+    x: Float[Array, "*lead M"],
+    kernel: Float[Array, "M out"],
+    dimensions: object,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "*lead out"]:
     """``lax.dot_general`` of [..., in] and [in, out] as one matrix product over all tokens.
 
-    XLA on CPU transposes operands of more than two axes slowly in the backward pass: 1.8 times the time
-    of a gated MLP's gradient.
+    In the backward pass XLA on CPU is slow to transpose operands with more than two axes: a gated MLP's
+    gradient took 1.8 times as long.
     """
-    out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kinds)
+    out = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision
+    )
     return out.reshape(*x.shape[:-1], kernel.shape[1])
 
 
@@ -36,15 +47,16 @@ def dense(
     names: tuple[str, str],
     *,
     use_bias: bool,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     name: str,
     ends_branch: bool = False,
 ) -> nn.Dense:
     """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias.
 
-    One that ends a residual branch starts at zero, so that an untrained block is the identity and its
-    gradient is not drowned by noise (Zhang et al., "Fixup Initialization", arXiv 1901.09321).
+    With ``ends_branch``, the last layer of a residual branch starts at zero, so that an untrained block is
+    the identity and noise does not swamp its gradient (Zhang et al., "Fixup Initialization", arXiv
+    1901.09321).
     """
     init = nn.initializers.zeros_init() if ends_branch else nn.initializers.lecun_normal()
     return nn.Dense(
@@ -63,11 +75,11 @@ class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32, as Qwen and Llama define it."""
 
     eps: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*lead M"]) -> Float[Array, "*lead M"]:
         """[..., M] -> [..., M]."""
         weight = self.param(
             "weight", logical(nn.initializers.ones_init(), "norm"), x.shape[-1:], self.param_dtype
@@ -81,16 +93,16 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """(x - mean) / std * scale + bias over the last axis, in float32.
 
-    Flax's own does not run on bfloat16 under strict dtype promotion, and its variance E[x^2] - E[x]^2
-    cancels where the mean is large.
+    Flax's LayerNorm does not run on bfloat16 under strict dtype promotion, and its variance E[x^2] - E[x]^2
+    loses precision when the mean is large.
     """
 
     eps: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*lead M"]) -> Float[Array, "*lead M"]:
         """[..., M] -> [..., M]."""
         shape = x.shape[-1:]
         scale = self.param("scale", logical(nn.initializers.ones_init(), "norm"), shape, self.param_dtype)
@@ -101,7 +113,9 @@ class LayerNorm(nn.Module):
         return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
 
-def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rope_angles(
+    positions: Int[AnyArray, "*lead"], head_dim: int, theta: float
+) -> tuple[Float32[Array, "*lead {head_dim//2}"], Float32[Array, "*lead {head_dim//2}"]]:
     """Cosines and sines of rotate-half RoPE.
 
     Args:
@@ -113,14 +127,17 @@ def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, A
       Two float32 [..., D / 2].
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    # Float32 throughout: bfloat16 cannot tell position 257 from 256.
+    # Float32 throughout: bfloat16 rounds position 257 to 256.
     angles = positions[..., None].astype(jnp.float32) * (theta**-exponent)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: Array, angles: tuple[Array, Array]) -> Array:
+def apply_rope(
+    x: Float[Array, "*lead heads D"],
+    angles: tuple[Float32[Array, "*#lead D//2"], Float32[Array, "*#lead D//2"]],
+) -> Float[Array, "*lead heads D"]:
     """Rotate channel i with channel i + D/2: [..., heads, D] by angles [..., D / 2]."""
     cos, sin = (a[..., None, :] for a in angles)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -3,12 +3,13 @@
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
 from gaze_jax.core.regions import pool_to_regions, to_regions
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Kind, Streams
+from gaze_jax.core.types import AnyArray, Array, ArrayTree, NamedArrays
 from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.cache import Cache, append, build_cache
 from gaze_jax.models.config import DTYPES, MLLMConfig
@@ -17,7 +18,8 @@ from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.layers import logical
 from gaze_jax.models.vision import Projector, VisionTower
 
-Array = jax.Array
+Images = Float[AnyArray, "B images height width 3"]
+SampleId = Int[AnyArray, " B"] | Int[AnyArray, "B S"]
 
 
 class MLLM(nn.Module):
@@ -42,14 +44,14 @@ class MLLM(nn.Module):
             shape = (c.gaze.context_tokens, width)
             self.context = self.param("context", logical(init, None, "norm"), shape, param_dtype)
 
-    def encode(self, images: Array) -> Array:
+    def encode(self, images: Images) -> Float[Array, "B N M"]:
         """Images float32 [B, N, height, width, 3] to projected features [B, N * grid * grid, M]."""
         batch, views = images.shape[:2]
         features = self.projector(self.vision(images.reshape(batch * views, *images.shape[2:])))
         return features.reshape(batch, views * features.shape[1], features.shape[2])
 
-    def _embed_text(self, streams: Streams) -> Array:
-        """Text from the table; newlines and context tokens from their own parameters; padding is 0."""
+    def _embed_text(self, streams: Streams) -> Float[Array, "B S M"]:
+        """Embed text from the table, newlines and context tokens from their parameters; padding is 0."""
         dtype = DTYPES[self.config.dtype]
         is_text = (streams.kind == Kind.TEXT)[..., None]
         x = jnp.where(is_text, self.decoder.embed(jnp.where(is_text[..., 0], streams.tokens, 0)), 0)
@@ -63,7 +65,7 @@ class MLLM(nn.Module):
             x = jnp.where(is_context[..., None], self.context.astype(dtype)[which], x)
         return x
 
-    def _embed_visual(self, images: Array | None, streams: Streams) -> Array:
+    def _embed_visual(self, images: Images | None, streams: Streams) -> Float[Array, "B N M"]:
         """Tower output in region-major order, [B, R * P, M]; a model without a tower has none."""
         batch, regions, slots = streams.visual_src.shape
         width = self.config.decoder.width
@@ -78,8 +80,8 @@ class MLLM(nn.Module):
             visual = pool_to_regions(features, streams.pool_indices, streams.pool_weights, self.newline)
         return visual.reshape(batch, regions * slots, width)
 
-    def init_forward(self, images: Array | None) -> Array:
-        """Use every parameter once, for making them.
+    def init_forward(self, images: Images | None) -> Float32[Array, "1 1 V"]:
+        """Use every parameter once, to create them.
 
         Args:
           images: float32 [1, 1, image_size, image_size, 3]; None for a model without a tower.
@@ -91,17 +93,17 @@ class MLLM(nn.Module):
 
     def hidden(
         self,
-        images: Array | None,
+        images: Images | None,
         streams: Streams,
         selection: Selection,
         spec: SelectionSpec = SelectionSpec(),
         *,
-        sample_id: Array | None = None,
+        sample_id: SampleId | None = None,
         past: Cache | None = None,
         keep_kv: bool = False,
         keep_hidden: bool = False,
-    ) -> tuple[Array, dict[str, Array]]:
-        """The text stream before the head, for callers that need logits at a few places only.
+    ) -> tuple[Float[Array, "B S M"], dict[str, ArrayTree]]:
+        """The text stream before the head, for callers that need only some of the logits.
 
         Args:
           images, streams, selection, spec, sample_id: see :meth:`__call__`.
@@ -109,7 +111,7 @@ class MLLM(nn.Module):
           keep_kv, keep_hidden: see :meth:`gaze_jax.models.decoder.Decoder.forward`.
 
         Returns:
-          [B, S, M] for :meth:`Decoder.logits`, and what was asked to be kept, stacked over layers.
+          [B, S, M] for :meth:`Decoder.logits`, and a dict of the requested arrays, stacked over layers.
         """
         visual = self._embed_visual(images, streams)
         batch, size = visual.shape[:2]
@@ -133,23 +135,22 @@ class MLLM(nn.Module):
 
     def __call__(
         self,
-        images: Array | None,
+        images: Images | None,
         streams: Streams,
         selection: Selection,
         spec: SelectionSpec = SelectionSpec(),
         *,
-        sample_id: Array | None = None,
-    ) -> tuple[Array, dict[str, Array]]:
+        sample_id: SampleId | None = None,
+    ) -> tuple[Float32[Array, "B S V"], NamedArrays]:
         """Teacher-forced pass.
 
         Args:
-          images: float32 [B, N, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole
-            images, tiles, frames; None for text alone.
+          images: float32 [B, N, image_size, image_size, 3] in [-1, 1], the tower's inputs: whole images,
+            tiles, frames; None for text alone.
           streams: the batch.
           selection: what text-stream queries select; T is S.
-          spec: static choices; ``capacity`` has no meaning here.
-          sample_id: int32 [B], or [B, S] to name each token's sample in packed rows; only random routing
-            uses it.
+          spec: static settings; ``capacity`` is not used here.
+          sample_id: int32 [B], or [B, S] for each token of packed rows; only random routing uses it.
 
         Returns:
           float32 logits [B, S, V] of the text stream, and a dict: with ``spec.return_trace`` and a budget,
@@ -158,8 +159,10 @@ class MLLM(nn.Module):
         hidden, out = self.hidden(images, streams, selection, spec, sample_id=sample_id)
         return self.decoder.logits(hidden), out
 
-    def stages(self, images: Array | None, streams: Streams) -> tuple[Array, Array]:
-        """Dense attention with every intermediate, which conversion compares with the original's.
+    def stages(
+        self, images: Images | None, streams: Streams
+    ) -> tuple[Float[Array, "L B S M"], Float32[Array, "B S V"]]:
+        """Dense attention with all intermediates, which conversion compares with the original model's.
 
         Returns:
           [L, B, S, M], the text stream after each block, and float32 logits [B, S, V].
@@ -169,15 +172,15 @@ class MLLM(nn.Module):
 
     def prefill(
         self,
-        images: Array | None,
+        images: Images | None,
         streams: Streams,
         selection: Selection,
         spec: SelectionSpec = SelectionSpec(),
         *,
         free_slots: int,
-        sample_id: Array | None = None,
-    ) -> tuple[Array, Cache, dict[str, Array]]:
-        """Read prompts, one sample per row, into a new cache.
+        sample_id: SampleId | None = None,
+    ) -> tuple[Float32[Array, "B V"], Cache, NamedArrays]:
+        """Prefill a new cache with prompts, one sample per row.
 
         Args:
           images, streams, selection, spec, sample_id: see :meth:`__call__`.
@@ -199,29 +202,29 @@ class MLLM(nn.Module):
 
     def extend(
         self,
-        images: Array | None,
+        images: Images | None,
         streams: Streams,
         cache: Cache,
         selection: Selection,
         spec: SelectionSpec = SelectionSpec(),
         *,
-        region: Array,
-        write_index: Array,
-        sample_id: Array | None = None,
+        region: Int[Array, ""],
+        write_index: Int[Array, ""],
+        sample_id: SampleId | None = None,
     ) -> Cache:
-        """Read what follows a cache, one sample per row: text, images, frames.
+        """Prefill what follows a cache, one sample per row: text, images, frames.
 
         Args:
           images, streams, sample_id: as in :meth:`__call__`; orders and positions continue those of the
-            cache, and regions have as many slots as its own.
-          cache: with free slots for all of it.
-          selection: T is S; ``bias`` [L, B, R] has the regions of the cache first, then the new ones.
-          spec: static choices; ``return_trace`` has no meaning here.
+            cache, and regions have as many slots as the cache's.
+          cache: the cache, with enough free regions and slots.
+          selection: T is S; ``bias`` [L, B, R] has the cached regions first, then the new ones.
+          spec: static settings; ``return_trace`` is not used here.
           region, write_index: int32 scalars, the first free region and text-stream slot, the same in every
             row.
 
         Returns:
-          The cache with everything in it.
+          The cache with the new tokens.
         """
         spec = dataclasses.replace(spec, return_trace=False)
         _, layers = self.hidden(
@@ -231,13 +234,13 @@ class MLLM(nn.Module):
 
     def decode(
         self,
-        tokens: Array,
-        positions: Array,
+        tokens: Int[Array, " B"],
+        positions: Int[Array, " B"],
         cache: Cache,
         position: DecodePosition,
         selection: Selection,
         spec: SelectionSpec = SelectionSpec(),
-    ) -> tuple[Array, Cache, dict[str, Array]]:
+    ) -> tuple[Float32[Array, "B V"], Cache, NamedArrays]:
         """Feed one token per row, int32 [B]; see :meth:`Decoder.decode`. Logits are float32 [B, V]."""
         x = self.decoder.embed(tokens)
         hidden, cache, out = self.decoder.decode(x, positions, cache, position, selection, spec)

@@ -1,29 +1,36 @@
 """The attention ops on a mesh.
 
-XLA splits its own operations over the devices of a mesh, but not a Pallas kernel, which is a program of
-one device, nor a loop over heads, which is how a CPU decodes. So these run under ``jax.shard_map``, each
-device on its share of the batch and of the heads, which is all that the ops need: no value crosses from
-one row or kv head to another.
+XLA partitions its own operations over the devices of a mesh, but not a Pallas kernel, which is a program for
+one device, nor a loop over heads, which is how a CPU decodes. So the ops run under ``jax.shard_map``, each
+device on its part of the batch and of the kv heads. They need no communication: rows and kv heads are
+independent.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+from jaxtyping import Bool, Float, Int
 
-from pallas_kernels import KeyPlaces, Windows, dispatch
+from gaze_jax.core.types import Array, ArrayTree
+from pallas_kernels import GazeSpec, KeyPlaces, Windows, dispatch
 from pallas_kernels.gaze_decode import api as decode_api
 from pallas_kernels.gaze_prefill import api as prefill_api
 
-Array = jax.Array
+Names = tuple[str | None, ...]
 
 
-def _split(function: Any, arguments: tuple[Any, ...], names: tuple[Any, ...], out: tuple[Any, ...]) -> Array:
-    """Call ``function`` on every device's part.
+def _split(
+    function: Callable[..., Array],
+    arguments: tuple[ArrayTree | None, ...],
+    names: tuple[Names, ...],
+    out: Names,
+) -> Float[Array, "..."]:
+    """Call ``function`` on each device's part of the arguments.
 
     Args:
-      function: of ``arguments``, each an array or a tree of arrays.
-      arguments: what it is called with; None stays None.
+      function: takes ``arguments``, each an array or a tree of arrays.
+      arguments: arguments of ``function``; None stays None.
       names: logical axes of each argument's leading dimensions.
       out: logical axes of the result.
     """
@@ -32,7 +39,7 @@ def _split(function: Any, arguments: tuple[Any, ...], names: tuple[Any, ...], ou
         return function(*arguments)
     here = [(a, n) for a, n in zip(arguments, names, strict=True) if a is not None]
 
-    def call(*given: Any) -> Array:
+    def call(*given: ArrayTree) -> Array:
         rest = iter(given)
         return function(*(None if a is None else next(rest) for a in arguments))
 
@@ -46,23 +53,25 @@ def _split(function: Any, arguments: tuple[Any, ...], names: tuple[Any, ...], ou
 
 
 def gaze_decode(
-    q: Array,
-    visual: Any,
-    text_k: Array,
-    text_v: Array,
-    layer: Array,
-    indices: Array | None,
-    visual_seen: Array,
-    text_seen: Array,
-    **options: Any,
-) -> Array:
-    """:func:`pallas_kernels.gaze_decode`, split as the logical axes "batch" and "kv_heads" say."""
+    q: Float[Array, "B H D"],
+    visual: ArrayTree,
+    text_k: Float[Array, "L B K S D"],
+    text_v: Float[Array, "L B K S D"],
+    layer: Int[Array, ""],
+    indices: Int[Array, "B Hs J"] | None,
+    visual_seen: Bool[Array, "B R P"],
+    text_seen: Bool[Array, "B S"],
+    *,
+    spec: GazeSpec,
+    implementation: str,
+) -> Float[Array, "B H D"]:
+    """:func:`pallas_kernels.gaze_decode`, sharded by the logical axes "batch" and "kv_heads"."""
 
-    def call(*arguments: Any) -> Array:
-        return decode_api.gaze_decode(*arguments, **options)
+    def call(*arguments: ArrayTree) -> Array:
+        return decode_api.gaze_decode(*arguments, spec=spec, implementation=implementation)
 
     arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
-    if decode_api.compiler_splits(options["implementation"]):
+    if decode_api.compiler_splits(implementation):
         return call(*arguments)
     text = ("layers", "batch", "kv_heads")
     heads = ("batch", "heads")
@@ -71,23 +80,25 @@ def gaze_decode(
 
 
 def gaze_prefill(
-    q: Array,
-    visual_k: Array,
-    visual_v: Array,
-    text_k: Array,
-    text_v: Array,
+    q: Float[Array, "B T H D"],
+    visual_k: Float[Array, "B K R P D"],
+    visual_v: Float[Array, "B K R P D"],
+    text_k: Float[Array, "B K S D"],
+    text_v: Float[Array, "B K S D"],
     queries: Windows,
     places: KeyPlaces,
-    selected: Array | None,
-    **options: Any,
-) -> Array:
-    """:func:`pallas_kernels.gaze_prefill`, split as the logical axes "batch" and "kv_heads" say."""
+    selected: Bool[Array, "B T Hs R"] | None,
+    *,
+    spec: GazeSpec,
+    implementation: str,
+) -> Float[Array, "B T H D"]:
+    """:func:`pallas_kernels.gaze_prefill`, sharded by the logical axes "batch" and "kv_heads"."""
 
-    def call(*arguments: Any) -> Array:
-        return prefill_api.gaze_prefill(*arguments, **options)
+    def call(*arguments: ArrayTree) -> Array:
+        return prefill_api.gaze_prefill(*arguments, spec=spec, implementation=implementation)
 
     arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
-    if options["implementation"] not in dispatch.KERNELS:
+    if implementation not in dispatch.KERNELS:
         return call(*arguments)
     keys = ("batch", "kv_heads")
     rows = ("batch", None, "heads")

@@ -3,14 +3,16 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from gaze_jax.core.types import AnyArray, Array
 from gaze_jax.models.config import Numerics, VisionConfig
 from gaze_jax.models.layers import PER_LAYER_SCAN, LayerNorm, dense, logical
 
-Array = jax.Array
 
-
-def _attend(q: Array, k: Array, v: Array) -> Array:
+def _attend(
+    q: Float[Array, "B N heads D"], k: Float[Array, "B N heads D"], v: Float[Array, "B N heads D"]
+) -> Float[Array, "B N heads D"]:
     """Full attention of [B, N, heads, D], softmax in float32."""
     # jax.nn.dot_product_attention does not run on bfloat16 under strict dtype promotion.
     logits = jnp.einsum("BTHD,BNHD->BHTN", q, k, preferred_element_type=jnp.float32)
@@ -26,11 +28,11 @@ class EncoderBlock(nn.Module):
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
         """[B, N, M] -> [B, N, M]."""
         c, kinds = self.config, self.numerics.kinds
 
-        def project(x: Array, name: str) -> Array:
+        def project(x: Float[Array, "B N M"], name: str) -> Float[Array, "B N M"]:
             return dense(c.width, ("embed", "heads"), use_bias=True, name=name, **kinds)(x)
 
         h = LayerNorm(c.norm_eps, **kinds, name="layer_norm1")(x)
@@ -55,7 +57,7 @@ class VisionTower(nn.Module):
     numerics: Numerics = Numerics()
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Float[AnyArray, "B height width 3"]) -> Float[Array, "B N M"]:
         """Encode images.
 
         Args:
@@ -85,7 +87,9 @@ class VisionTower(nn.Module):
         )
         x = x + table.astype(dtype)[None]
 
-        def body(block: EncoderBlock, x: Array, _: None) -> tuple[Array, None]:
+        def body(
+            block: EncoderBlock, x: Float[Array, "B N M"], _: None
+        ) -> tuple[Float[Array, "B N M"], None]:
             return block(x), None
 
         if self.numerics.remat:
@@ -98,13 +102,13 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Two linear layers with the exact GELU between them (``mlp2x_gelu``), into ``width`` channels."""
+    """Two linear layers to ``width`` channels with the exact GELU between them (``mlp2x_gelu``)."""
 
     width: int
     numerics: Numerics
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*lead width"]) -> Float[Array, "*lead M"]:
         """[..., vision width] -> [..., M]."""
         width, kinds = self.width, self.numerics.kinds
         x = dense(width, ("embed", "mlp"), use_bias=True, name="linear_1", **kinds)(x)

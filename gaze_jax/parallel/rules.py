@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from gaze_jax.errors import UserError
-
-Tree = Any
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -73,11 +72,11 @@ def _check_divides(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec, label:
             )
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(mesh: Mesh, abstract_boxed: Tree) -> Tree:
+def param_shardings(mesh: Mesh, abstract_boxed: PyTree) -> PyTree:
     """Return the sharding of every parameter.
 
     Args:
@@ -92,7 +91,7 @@ def param_shardings(mesh: Mesh, abstract_boxed: Tree) -> Tree:
       UserError: a mesh axis does not divide a parameter (it is not silently replicated).
     """
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
+    def sharding(path: KeyPath, leaf: object) -> NamedSharding:
         label = f"parameter {_name(path)}"
         if not isinstance(leaf, nn.LogicallyPartitioned):
             raise ValueError(f"{label.capitalize()} has no logical axis names; add them where it is created.")
@@ -115,7 +114,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def bytes_per_device(abstract: Tree, shardings: Tree) -> dict[str, int]:
+def bytes_per_device(abstract: PyTree, shardings: PyTree) -> dict[str, int]:
     """Bytes that one device holds of each leaf, by name, largest first.
 
     Args:
@@ -123,7 +122,7 @@ def bytes_per_device(abstract: Tree, shardings: Tree) -> dict[str, int]:
       shardings: a tree of shardings with the same structure.
     """
 
-    def size(leaf: Any, sharding: NamedSharding) -> int:
+    def size(leaf: jax.Array | jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     sizes = jax.tree.map(size, abstract, shardings)

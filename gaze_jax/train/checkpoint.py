@@ -10,13 +10,14 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from gaze_jax.config import to_dict
 from gaze_jax.core.routing import avalanche
@@ -24,13 +25,13 @@ from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models.parameters import abstract_params
+from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train.config import Experiment, parse
 from gaze_jax.train.step import TrainState, abstract_state
 
 Array = jax.Array
-Tree = Any
+Leaf = Array | jax.ShapeDtypeStruct
 
-FORMAT = 1
 FOLDER = "checkpoints"
 
 MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "eval")
@@ -64,16 +65,35 @@ def _digest(leaf: Array) -> Array:
 _digests = jax.jit(lambda leaves: jnp.stack([_digest(leaf) for leaf in leaves]))
 
 
-def _named(tree: Tree) -> dict[str, Any]:
+def _named(tree: PyTree) -> dict[str, Leaf]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _items(state: TrainState) -> dict[str, Tree]:
+def _items(state: TrainState) -> dict[str, PyTree]:
     return {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state}}
 
 
-def describe(tree: Tree) -> dict[str, dict[str, Any]]:
+class LeafRecord(TypedDict):
+    """What is written about an array, to know it again."""
+
+    dtype: str
+    shape: list[int]
+    digest: str
+
+
+class Meta(TypedDict):
+    """What a checkpoint says of itself in JSON; ``leaves`` are those of each of its trees, by name."""
+
+    format_version: int
+    config: dict[str, object]
+    data: dict[str, object]
+    tokenizer: str
+    leaves: dict[str, dict[str, LeafRecord]]
+    window: list[dict[str, float]]
+
+
+def describe(tree: PyTree) -> dict[str, LeafRecord]:
     """Name -> dtype, shape and digest of every leaf, JSON-ready."""
     named = _named(tree)
     digests = jax.device_get(_digests(list(named.values())))
@@ -88,7 +108,7 @@ def save(
     state: TrainState,
     iterator: grain.DatasetIterator,
     experiment: Experiment,
-    fingerprint: Mapping[str, Any],
+    fingerprint: Mapping[str, object],
     tokenizer: Tokenizer,
     window: list[dict[str, float]],
 ) -> None:
@@ -102,8 +122,8 @@ def save(
       window: metrics of the steps since the last row of metrics.jsonl.
     """
     items = _items(state)
-    meta = {
-        "format": FORMAT,
+    meta: Meta = {
+        "format_version": NEWEST["run"],
         "config": to_dict(experiment),
         "data": dict(fingerprint),
         "tokenizer": tokenizer.json,
@@ -120,7 +140,7 @@ def save(
     )
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
+def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.CheckpointArgs) -> ocp.args.Composite:
     """Restore items; any error about a damaged file becomes a one-sentence UserError."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**args))
@@ -132,17 +152,20 @@ def _read(manager: ocp.CheckpointManager, step: int, **args: Any) -> Any:
         ) from error
 
 
-def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    meta: dict[str, Any] = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
-    if meta.get("format") != FORMAT:
+def _meta(manager: ocp.CheckpointManager, step: int) -> Meta:
+    """What the checkpoint says of itself, under today's names."""
+    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    where = f"Checkpoint {manager.directory / str(step)}"
+    version = check_version("run", meta, where)
+    try:
+        return cast(Meta, upgrade("run", meta, version))
+    except ValueError as error:
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} has format {meta.get('format')!r} but this version "
-            f"of gaze_jax reads format {FORMAT}; use the version that wrote it."
-        )
-    return meta
+            f"{where} is damaged: {error}; move it away to continue from the one before it."
+        ) from error
 
 
-def _check_leaves(saved: Mapping[str, Any], wanted: Tree, where: str) -> None:
+def _check_leaves(saved: Mapping[str, LeafRecord], wanted: PyTree, where: str) -> None:
     """Check names, shapes and dtypes before anything is read: Orbax would cast a dtype silently."""
     named = _named(wanted)
     for name in sorted({*saved, *named}):
@@ -160,8 +183,8 @@ def _check_leaves(saved: Mapping[str, Any], wanted: Tree, where: str) -> None:
 
 
 def _read_trees(
-    manager: ocp.CheckpointManager, step: int, meta: Mapping[str, Any], abstract: dict[str, Tree]
-) -> dict[str, Tree]:
+    manager: ocp.CheckpointManager, step: int, meta: Meta, abstract: dict[str, PyTree]
+) -> dict[str, PyTree]:
     where = f"Checkpoint {manager.directory / str(step)}"
     for item, tree in abstract.items():
         _check_leaves(meta["leaves"][item], tree, where)
@@ -178,7 +201,7 @@ def _read_trees(
     return {item: restored[item] for item in abstract}
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(saved: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:
     out = []
     for name in sorted({*saved, *now}):
         old, new = saved.get(name), now.get(name)
@@ -202,7 +225,7 @@ def restore(
     experiment: Experiment,
     mesh: Mesh,
     iterator: grain.DatasetIterator,
-    fingerprint: Mapping[str, Any],
+    fingerprint: Mapping[str, object],
 ) -> Restored | None:
     """Restore the newest checkpoint onto ``mesh``, whatever mesh wrote it; None if there is none.
 
@@ -221,7 +244,7 @@ def restore(
         return None
     meta = _meta(manager, step)
 
-    def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    def fixed(config: Mapping[str, object]) -> dict[str, object]:
         return {name: value for name, value in config.items() if name not in MAY_CHANGE}
 
     saved = to_dict(parse(meta["config"]))  # fields added after the checkpoint was written get their defaults
@@ -250,7 +273,7 @@ class Trained:
     """
 
     experiment: Experiment
-    params: Tree
+    params: PyTree
     tokenizer: Tokenizer
     step: int
 

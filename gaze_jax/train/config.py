@@ -72,7 +72,7 @@ class Experiment:
     eval: EvalConfig = EvalConfig()
 
 
-def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def complete(config: Mapping[str, object]) -> ml_collections.ConfigDict:
     """Add the default of every missing field to a config, so that flags can override any field.
 
     Raises:
@@ -96,7 +96,7 @@ def _overridable(config: Any) -> ml_collections.ConfigDict:
     return out
 
 
-def parse(config: Mapping[str, Any]) -> Experiment:
+def parse(config: Mapping[str, object]) -> Experiment:
     """Read an experiment from a ``ConfigDict`` or a nested dictionary and :func:`resolve` it.
 
     Raises:
@@ -105,7 +105,7 @@ def parse(config: Mapping[str, Any]) -> Experiment:
     return resolve(_read(config))
 
 
-def _read(config: Mapping[str, Any]) -> Experiment:
+def _read(config: Mapping[str, object]) -> Experiment:
     try:
         return from_dict(Experiment, config)
     except (KeyError, TypeError, ValueError) as error:

@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -54,10 +53,10 @@ class _Run:
     workdir: Path
     mesh: Mesh
     iterator: grain.DatasetIterator
-    fingerprint: dict[str, Any]
+    fingerprint: Mapping[str, object]
     manager: ocp.CheckpointManager
 
-    def begin(self) -> tuple[TrainState, list[metrics.Row]]:
+    def initial(self) -> tuple[TrainState, list[metrics.Row]]:
         """Return the newest checkpoint's state and unlogged metrics, or a fresh state."""
         found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.iterator, self.fingerprint)
         return (init_state(self.experiment, self.mesh), []) if found is None else (found.state, found.window)
@@ -70,7 +69,7 @@ class _Run:
     def log(self, step: int, window: list[metrics.Row], progress: metrics.Progress) -> None:
         row = metrics.mean(window)
         if jax.process_index() == 0:
-            metrics.append(self.workdir / metrics.FILE, {"step": step} | row)
+            metrics.append(self.workdir / metrics.FILE, {"step": step, **row})
         print_once(progress.line(step, row, self.experiment.model.layout.regions))
 
 
@@ -98,7 +97,7 @@ def train(experiment: Experiment, workdir: str | Path) -> bool:
         _sigterm() as asked,
     ):
         run = _Run(experiment, workdir, mesh, iterator, fingerprint, manager)
-        state, window = run.begin()
+        state, window = run.initial()
         first = int(state.step)
         print_once(
             f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
@@ -116,7 +115,8 @@ def _steps(
     batch = put_batch(next(run.iterator), run.mesh)
     step_once = compile_step(experiment, run.mesh, batch)
     progress = metrics.Progress(first, experiment.steps)
-    pending: list[Any] = []  # metrics still on the device: fetching them would block every step
+    # Metrics still on the device: fetching them would block every step.
+    pending: list[dict[str, jax.Array]] = []
     for step in range(first + 1, experiment.steps + 1):
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):

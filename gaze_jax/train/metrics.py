@@ -3,8 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from gaze_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def keep_until(path: Path, step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, object]) -> None:
     """Append one row. It must hold nothing that differs between two equal runs, such as a time."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,11 +1,14 @@
 """The optimizer: optax's Muon or AdamW, with warmup, decay and clipping by the global norm."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
+from jax.tree_util import DictKey
+from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
+
+Leaf = jax.Array | jax.ShapeDtypeStruct
 
 NAMES = ("muon", "adamw")
 DECAYS = ("linear", "cosine")
@@ -68,24 +71,24 @@ class OptimizerConfig:
             )
 
 
-def _is_hidden(path: Any) -> bool:
+def _is_hidden(path: tuple[DictKey, ...]) -> bool:
     names = [key.key for key in path]
     return names[-1] == "kernel" and not set(names) & set(_NOT_HIDDEN)
 
 
-def muon_dimensions(params: Any) -> Any:
+def muon_dimensions(params: PyTree) -> PyTree:
     """The same tree with the two axes of each hidden matrix, which "muon" orthogonalises, else None.
 
     Leading axes are layers (scanned kernels are [L, in, out]); each layer is orthogonalised separately.
     """
 
-    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+    def dimensions(path: tuple[DictKey, ...], leaf: Leaf) -> MuonDimensionNumbers | None:
         return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if _is_hidden(path) else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def hidden_matrices(params: Any) -> Any:
+def hidden_matrices(params: PyTree) -> PyTree:
     """The same tree with True for weight matrices between hidden vectors, to which weight decay applies."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_hidden(path), params)
 

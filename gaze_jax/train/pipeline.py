@@ -1,7 +1,5 @@
 """The data of an experiment: processor, batch sizes, iterator and fingerprint."""
 
-from typing import Any
-
 import grain
 import jax
 
@@ -26,7 +24,7 @@ def _config(experiment: Experiment) -> pipeline.PipelineConfig:
     return pipeline.PipelineConfig(batch_size=experiment.batch_size, seed=experiment.seed, bucket=bucket)
 
 
-def make_iterator(experiment: Experiment) -> tuple[grain.DatasetIterator, dict[str, Any]]:
+def make_iterator(experiment: Experiment) -> tuple[grain.DatasetIterator, dict[str, object]]:
     """Return this process's part of the training batches, and a fingerprint of everything they depend on."""
     source = DigitScenes(experiment.data, experiment.seed, "train")
     processor, config = make_processor(experiment), _config(experiment)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from gaze_jax.core.routing import budget_from_keep
 from gaze_jax.core.selection import Selection, SelectionSpec
@@ -22,7 +22,6 @@ from gaze_jax.train.config import Experiment
 from gaze_jax.train.optimizer import make_optimizer
 
 Array = jax.Array
-Tree = Any
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
@@ -42,8 +41,8 @@ class TrainState:
     """
 
     step: Array
-    params: Tree
-    opt_state: Tree
+    params: PyTree
+    opt_state: PyTree
 
 
 def _init(experiment: Experiment, seed: Array) -> TrainState:
@@ -72,11 +71,11 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
-    shardings: Tree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
+    shardings: PyTree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
     return with_shardings(shapes, shardings)
 
 
-def shardings_of(abstract: Tree) -> Tree:
+def shardings_of(abstract: PyTree) -> PyTree:
     """Return the shardings of a tree of arrays or abstract arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
@@ -105,7 +104,7 @@ def masked_mean(values: Array, mask: Array) -> Array:
 
 
 def loss_and_metrics(
-    params: Tree, batch: Batch, keep: Array | None, config: MLLMConfig
+    params: PyTree, batch: Batch, keep: Array | None, config: MLLMConfig
 ) -> tuple[Array, Metrics]:
     """Teacher-forced cross entropy, averaged over the supervised tokens of the whole batch.
 
@@ -136,7 +135,7 @@ def loss_and_metrics(
     loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), supervised)
     # [L, B, S, Hs, R]; if no query is routed, every visible key is attended to.
     chosen = out.get("selected", visible[None, :, :, None])
-    share = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
+    fraction = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
     region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
     visible_regions = jnp.sum(visible, axis=-1, dtype=jnp.int32)
     return loss, {
@@ -145,7 +144,7 @@ def loss_and_metrics(
         "top_k": masked_mean(
             visible_regions if top_k is None else jnp.minimum(top_k, visible_regions), supervised
         ),
-        "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", share, region_tokens), supervised),
+        "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", fraction, region_tokens), supervised),
     }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.infer.trace import Trace, check_layer
-from gaze_jax.viewer.contact_sheet import contact_sheet
+from gaze_jax.viewer.contact_sheet import SheetOptions, contact_sheet
 
 
 def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
@@ -25,7 +25,13 @@ def over_grid(per_region: np.ndarray, layout: VisualLayout) -> np.ndarray:
 
 
 def answer_sheet(
-    image: np.ndarray, pieces: Sequence[str], selected: np.ndarray, layout: VisualLayout, **options: Any
+    image: np.ndarray,
+    pieces: Sequence[str],
+    selected: np.ndarray,
+    layout: VisualLayout,
+    *,
+    title: str,
+    **options: Unpack[SheetOptions],
 ) -> Image.Image:
     """Draw the regions that each token of an answer selected in one layer.
 
@@ -34,13 +40,14 @@ def answer_sheet(
       pieces: T generated tokens as text.
       selected: bool [T, Hs, R] of one layer; the fewer heads selected a region, the stronger its veil.
       layout: the image's layout.
-      **options: see :func:`gaze_jax.viewer.contact_sheet.contact_sheet`; "title" is required.
+      title: above the sheet.
+      **options: see :func:`gaze_jax.viewer.contact_sheet.contact_sheet`.
 
     Returns:
       An RGB picture.
     """
     fraction = selected.astype(np.float32).mean(axis=1)
-    return contact_sheet(image, pieces, over_grid(fraction, layout), **options)
+    return contact_sheet(image, pieces, over_grid(fraction, layout), title=title, **options)
 
 
 def most_looked_at(views: Sequence[PlacedView], selected: np.ndarray, count: int) -> list[PlacedView]:
@@ -92,7 +99,7 @@ def view_sheets(
     selected: np.ndarray,
     *,
     titles: Sequence[str],
-    **options: Any,
+    **options: Unpack[SheetOptions],
 ) -> Image.Image:
     """Contact sheets below each other, one for each view of an image or frame of a video.
 
@@ -121,7 +128,7 @@ def view_sheets(
     return whole
 
 
-def sheet(trace: Trace, *, layer: int | None, views: int, **options: Any) -> Image.Image:
+def sheet(trace: Trace, *, layer: int | None, views: int, **options: Unpack[SheetOptions]) -> Image.Image:
     """The contact sheets of a trace: its answer over the views and frames with the most selected regions.
 
     Args:

@@ -7,6 +7,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -37,6 +38,16 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # Fractions of its colour and brightness that a veiled pixel keeps.
 _VEIL_COLOUR = 0.15
 _VEIL_LIGHT = 0.36
+
+
+class SheetOptions(TypedDict, total=False):
+    """Keywords of :func:`contact_sheet` that may be left out."""
+
+    panel: int
+    columns: int
+    boxes: Sequence[Box | None] | None
+    credit: str | None
+    font: Path | None
 
 
 def contact_sheet(

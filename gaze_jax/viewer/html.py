@@ -14,7 +14,6 @@ import urllib.parse
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import markupsafe
@@ -108,7 +107,7 @@ def index_page(entries: Sequence[Entry]) -> str:
     return _page("index.html", "index.css", [], entries=lines)
 
 
-def _page(template: str, style: str, scripts: Sequence[str], **values: Any) -> str:
+def _page(template: str, style: str, scripts: Sequence[str], **values: object) -> str:
     """Fill a template, with style and scripts inline and a policy that allows only these."""
     css = (_ASSETS / style).read_text(encoding="utf-8")
     js = "\n".join((_ASSETS / script).read_text(encoding="utf-8") for script in scripts)
@@ -130,7 +129,7 @@ def _sha256(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _json(data: Any) -> markupsafe.Markup:
+def _json(data: object) -> markupsafe.Markup:
     """JSON that is safe in a script element: it cannot end the element or open a comment."""
     return markupsafe.Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
 
@@ -139,7 +138,7 @@ def _data_url(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
-def _views(trace: Trace) -> list[dict[str, Any]]:
+def _views(trace: Trace) -> list[dict[str, object]]:
     """What the page needs to know of each view; corners as fractions of the picture's width and height."""
     keys = [picture.key for picture in trace.pictures]
     views = []

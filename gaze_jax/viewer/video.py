@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +38,7 @@ _LINES = 3
 _QUESTION_LINES = 2
 
 
-def need_av() -> Any:
+def need_av() -> ModuleType:
     """Import PyAV and check that it has an H.264 encoder.
 
     Raises:

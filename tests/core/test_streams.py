@@ -12,12 +12,16 @@ from tests.helpers.streams import Newline, PlacedView, Text, batch, find, pack, 
 
 PARTS = [Text(3), PlacedView(3, 5, newlines=True), Text(2), Newline(), PlacedView(2, 3), Text(4)]
 
+POOLED = {"pool_indices": jnp.int32, "pool_weights": jnp.float32}
+
 
 def test_from_batch_takes_its_fields_and_names_the_missing_one():
     """Other entries are left alone; a missing field is a KeyError with its name."""
-    fields = {f.name: i for i, f in enumerate(dataclasses.fields(Streams))}
-    found = Streams.from_batch(fields | {"images": None})
-    assert found.targets == fields["targets"] and found.pool_indices == fields["pool_indices"]
+    streams = batch([sample(PARTS)])
+    pooled = {name: jnp.zeros((*streams.visual_src.shape, 4), dtype) for name, dtype in POOLED.items()}
+    fields = {f.name: getattr(streams, f.name) for f in dataclasses.fields(Streams)} | pooled
+    found = Streams.from_batch(fields | {"images": jnp.zeros(1)})
+    assert found.targets is fields["targets"] and found.pool_indices is fields["pool_indices"]
     del fields["pool_indices"]
     assert Streams.from_batch(fields).pool_indices is None
     del fields["text_view"]

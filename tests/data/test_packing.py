@@ -29,7 +29,7 @@ def make(number, images, family="read"):
     return process(PROCESSOR, Sample(number, pixels, tuple(parts), family))
 
 
-def look(arrays):
+def pixels_of(arrays):
     """What each visual slot shows: the mean colours of its patch, looked up as the decoder does."""
     images = arrays["images"]
     patches = images.reshape(len(images), GRID, 2, GRID, 2, 3).mean(axis=(2, 4)).reshape(-1, 3)
@@ -59,7 +59,7 @@ def check(row, samples):
             moved = np.where(arrays[name] >= 0, arrays[name] + first, -1)
             np.testing.assert_array_equal(part[name], moved, err_msg=name)
         np.testing.assert_array_equal(row["images"][first : first + len(arrays["images"])], arrays["images"])
-        np.testing.assert_array_equal(look(row)[row["region_segment"] == number], look(arrays))
+        np.testing.assert_array_equal(pixels_of(row)[row["region_segment"] == number], pixels_of(arrays))
     for name in PADDING.keys() & samples[0].keys():
         assert len(row[name]) == sum(len(arrays[name]) for arrays in samples), name
         assert row[name].dtype == samples[0][name].dtype, name
@@ -175,7 +175,7 @@ def make_pooled(number, images):
     return process(POOLED, Sample(number, pixels, tuple(parts), "read", (video,)))
 
 
-def look_pooled(arrays):
+def pooled_pixels(arrays):
     """What each visual slot shows, newlines as -7: mean colours of patches, mixed as the decoder does."""
     images = arrays["images"]
     patches = images.reshape(len(images), GRID, 2, GRID, 2, 3).mean(axis=(2, 4)).reshape(-1, 3)
@@ -192,10 +192,10 @@ def test_a_pack_of_pooled_samples_shows_what_each_shows():
     for number, arrays in enumerate(samples):
         mine = row["region_segment"] == number
         valid = arrays["visual_src"] >= 0
-        shown = look_pooled(row)[mine][:, : valid.shape[1]]
-        np.testing.assert_allclose(shown[valid], look_pooled(arrays)[valid], atol=1e-6)
+        shown = pooled_pixels(row)[mine][:, : valid.shape[1]]
+        np.testing.assert_allclose(shown[valid], pooled_pixels(arrays)[valid], atol=1e-6)
         assert (row["visual_src"][mine][:, valid.shape[1] :] == -1).all()
-        assert (look_pooled(arrays)[valid] == -7).any()
+        assert (pooled_pixels(arrays)[valid] == -7).any()
     assert len(np.unique(row["visual_src"][row["visual_src"] >= 0])) == (row["visual_src"] >= 0).sum()
     assert row["visual_view"].max() + 1 == sum(arrays["visual_view"].max() + 1 for arrays in samples)
     padded = pad_to(row, regions=40, text=60, images=12, slots=9)

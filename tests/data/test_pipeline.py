@@ -136,10 +136,10 @@ def test_the_shares_of_all_processes_make_the_batches_of_one(start, count):
 
 
 def test_a_share_resumes_too(start):
-    share = {"process_index": 1, "process_count": 2}
-    first = start(**share)
+    worker = {"process_index": 1, "process_count": 2}
+    first = start(**worker)
     take(first, 5)
-    resumed = start(**share)
+    resumed = start(**worker)
     resumed.set_state(first.get_state())
     equal(take(resumed, 6), take(first, 6))
 

@@ -119,12 +119,12 @@ def test_pool_indices_point_into_the_images_of_their_view():
     )
     by_order = {int(o): got[0, r, p] for (r, p), o in np.ndenumerate(arrays["visual_order"]) if o >= 0}
     order = 0
-    for made_of, begin in (
+    for made_of, start in (
         (view(2, 2, tiles=3, newlines=True, seed=1), 1),
         (view(2, 4, seed=2), 4),
         (view(2, 4, seed=3), 5),
     ):
-        tower = features[0, begin * TOKENS : (begin + len(made_of.images)) * TOKENS]
+        tower = features[0, start * TOKENS : (start + len(made_of.images)) * TOKENS]
         for row in range(made_of.pool_indices.shape[0]):
             for column in range(made_of.pool_indices.shape[1]):
                 expected = made_of.pool_weights[row, column] @ tower[made_of.pool_indices[row, column]]

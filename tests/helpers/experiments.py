@@ -79,7 +79,7 @@ def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None) -> Any:
 
 
 @contextlib.contextmanager
-def runs_share_programs() -> Iterator[None]:
+def reused_programs() -> Iterator[None]:
     """Training runs in this context compile once, and under the promotion that optax needs."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(loop, "compile_step", compiled)

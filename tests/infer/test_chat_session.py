@@ -16,10 +16,10 @@ from gaze_jax.convert.load import load, one_device
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.errors import UserError
-from gaze_jax.infer import chat_session
-from gaze_jax.infer.chat_session import check_questions
+from gaze_jax.infer import chat_session, prompt
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
+from gaze_jax.infer.prompt import CHATML, check_questions
 from gaze_jax.infer.sampler import Sampler
 from tests.helpers import multimodal
 from tests.helpers.chat import tokenizer_json
@@ -64,13 +64,13 @@ EXPECTED = {
 def prompt_of(family, monkeypatch, **options):
     """The parts of the first prompt, as text with tags."""
     seen = []
-    original = chat_session.process_with_views
+    original = prompt.process_with_views
 
-    def return_trace(processor, sample, **options):
+    def record(processor, sample, **options):
         seen.append(sample)
         return original(processor, sample, **options)
 
-    monkeypatch.setattr(chat_session, "process_with_views", return_trace)
+    monkeypatch.setattr(prompt, "process_with_views", record)
     make_chat(family, **options)
     tags = {Image: "<image>", Video: "<video>"}
     return "".join(p.text if isinstance(p, Text) else tags[type(p)] for p in seen[0].parts)
@@ -108,32 +108,30 @@ def test_answers_stream_and_name_regions(family, monkeypatch):
     emitted = []
     original = Engine.decode
 
-    def return_trace(engine, *args, **options):
+    def record(engine, *args, **options):
         for out in original(engine, *args, **options):
             emitted.extend(out["tokens"][:, 0].tolist())
             yield out
 
-    monkeypatch.setattr(Engine, "decode", return_trace)
+    monkeypatch.setattr(Engine, "decode", record)
     session = make_chat(family, videos=[FRAMES])
     generated = list(session.stream(6, return_trace=True))
     assert 1 <= len(generated) == len(emitted) <= 6
     ids = [token for token in emitted if token not in ends]
-    assert "".join(step.text for step in generated) == session.detokenizer.text == tokenizer.decode(ids) != ""
+    assert "".join(step.text for step in generated) == session.answer().text == tokenizer.decode(ids) != ""
     assert [step.token for step in generated] == [tokenizer.decode([token]) for token in emitted]
     for step in generated:
         selected = step.token_trace.selected
         assert selected.dtype == bool and selected.shape == (3, 4, session.regions)
         assert (selected.sum(axis=-1) == 2).all()
-    trace = session.trace()
-    assert (
-        trace.tokens == tuple(step.token for step in generated) and trace.answer == session.detokenizer.text
-    )
+    trace = session.answer().trace
+    assert trace.tokens == tuple(step.token for step in generated) and trace.answer == session.answer().text
     np.testing.assert_array_equal(trace.mask(), np.stack([step.token_trace.selected for step in generated]))
     assert [picture.key for picture in trace.pictures] == [(False, 0, 0), *((True, 0, t) for t in range(4))]
     # The same in one go, unwatched.
     again = make_chat(family, videos=[FRAMES])
     list(again.stream(6, chunked=True))
-    assert again.detokenizer.pieces == session.detokenizer.pieces
+    assert again.answer().tokens == session.answer().tokens
 
 
 def saying(monkeypatch, family, text):
@@ -145,7 +143,7 @@ def saying(monkeypatch, family, text):
         for token in ids[:max_tokens]:
             engine.prefill([generated_row([token], int(engine.order[0]) + 1)])
             done = np.full(engine.batch, token in ends)
-            engine._turn = dataclasses.replace(engine._turn, done=done)
+            engine._state = dataclasses.replace(engine._state, done=done)
             yield {"tokens": np.full((1, 1), token, np.int32)}
 
     monkeypatch.setattr(Engine, "decode", decode)
@@ -254,8 +252,7 @@ def test_the_configured_budget_is_at_most_all_regions():
     text = configured.chat()
     text.ask(QUESTION)
     assert text.regions == 0 and len(list(text.stream(2, return_trace=True))) == 2
-    with pytest.raises(UserError, match="no traced answer about anything shown"):
-        text.trace()
+    assert text.answer().trace is None
     with pytest.raises(UserError, match=f"top_k=50 must be between 1 and {shown.regions}"):
         one.chat(gaze=GazeOptions(top_k=50)).ask(QUESTION, images=[PHOTO])
 
@@ -303,13 +300,13 @@ def test_a_trace_is_of_the_question_that_was_answered():
     """Also when another one, about another picture, has been read."""
     session = make_chat(gaze=GazeOptions(top_k=1))
     list(session.stream(2, return_trace=True))
-    before = session.trace()
+    before = session.answer().trace
     session.ask(FURTHER, images=[PHOTO[:, ::-1]])
-    after = session.trace()
+    after = session.answer().trace
     assert after.question == QUESTION and len(after.views) == len(before.views)
     np.testing.assert_array_equal(after.selected, before.selected)
     list(session.stream(2, return_trace=True))
-    assert session.trace().question == FURTHER and len(session.trace().pictures) == 2
+    assert session.answer().trace.question == FURTHER and len(session.answer().trace.pictures) == 2
 
 
 @pytest.mark.parametrize(
@@ -333,7 +330,14 @@ def test_a_refused_answer_leaves_the_question_open():
     session = make_chat()
     with pytest.raises(UserError, match="max_tokens=0 must be at least 1"):
         next(session.stream(0))
-    assert len(list(session.stream(1))) == 1
+    with pytest.raises(UserError, match="No question was answered yet"):
+        session.answer()
+    steps = session.stream(2)
+    next(steps)
+    with pytest.raises(UserError, match="has not ended"):
+        session.answer()
+    list(steps)
+    assert len(session.answer().tokens) == 2
 
 
 def test_turns_take_turns():
@@ -377,7 +381,7 @@ def changed(family, tmp_path, **files):
 
 
 def test_checkpoints_that_cannot_be_talked_to(tmp_path):
-    """One sentence each: no tower, no tokenizer, another tokenizer, no template, broken settings."""
+    """One sentence each; only a chat template may be missing."""
     found = load(directory("llava_onevision"), one_device())
     tower = dataclasses.replace(found, config=found.config.vision)
     text = dataclasses.replace(found, config=dataclasses.replace(found.config, vision=None))
@@ -395,8 +399,8 @@ def test_checkpoints_that_cannot_be_talked_to(tmp_path):
         assert "\n" not in str(error.value)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "generation_config.json").unlink()
-    with pytest.raises(UserError, match="has no chat template"):
-        Sampler.of(dataclasses.replace(found, files=tmp_path), Path("DIR"))
+    without = Sampler.of(dataclasses.replace(found, files=tmp_path), Path("DIR"))
+    assert without.template is CHATML
 
 
 def test_how_it_looks_can_be_chosen_when_it_runs():

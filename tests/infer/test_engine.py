@@ -6,14 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from gaze_jax.core.streams import IGNORE, Streams
-from gaze_jax.data.pipeline import stack
+from gaze_jax.core.streams import IGNORE
 from gaze_jax.data.sample import Video
 from gaze_jax.infer.compiles import compiles
 from gaze_jax.infer.gaze_options import GazeOptions
-from gaze_jax.infer.generate import Generator
 from gaze_jax.infer.programs import STEPS, bucket
-from gaze_jax.models import MLLM
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers.engines import (
     IMAGES,
@@ -41,41 +38,45 @@ def test_buckets_are_few_and_near():
     assert [bucket(size) for size in sizes] == sizes
 
 
-@pytest.mark.parametrize("top_k", [2, None])
-def test_tokens_and_selections_are_those_that_evaluation_counts(top_k):
-    """Greedy: the same tokens and the same regions as of the program that prefills the whole prompt."""
-    arrays = row(0, ASK)
-    batch = {name: jax.numpy.asarray(value) for name, value in stack([arrays]).items()}
-    expected = Generator(MLLM(MODEL), 6, -7)(PARAMS, batch["images"], Streams.from_batch(batch), top_k=top_k)
-    found = decode(make_engine(arrays, budgets=top_k), 6, return_trace=True)
-    np.testing.assert_array_equal(found["tokens"], expected.tokens)
-    counts = np.stack([getattr(expected.entries, n) for n in ("visual", "newline", "context", "text")], -1)
-    np.testing.assert_array_equal(found["entries"], counts)
-    if top_k is None:
-        assert "selected" not in found
-    else:
-        np.testing.assert_array_equal(found["selected"], expected.selected)
+@pytest.mark.parametrize(
+    ("top_k", "gaze"), [(2, GazeOptions(top_k=2, full_layers=(1,))), (None, GazeOptions(dense=True))]
+)
+def test_what_is_returned_changes_no_token_and_no_count(top_k, gaze):
+    """A selection is the trace without attention, also in a layer that reads everything."""
+    found = {
+        returns: decode(make_engine(row(0, ASK), budgets=top_k, gaze=gaze), 6, returns=returns)
+        for returns in ("tokens", "selection", "trace")
+    }
+    assert set(found["tokens"]) == {"tokens"}
+    routed = {"selected"} if top_k else set()
+    assert set(found["selection"]) == {"tokens", "entries", "visual_tokens"} | routed
+    assert set(found["trace"]) - set(found["selection"]) == {"attention", "dense"} | (
+        {"scores"} if top_k else set()
+    )
+    for less, more in (("tokens", "selection"), ("selection", "trace")):
+        for name, values in found[less].items():
+            np.testing.assert_array_equal(values, found[more][name], err_msg=name)
 
 
 def test_one_step_at_a_time_has_the_same_bits():
     """Streaming is the same program, asked more often."""
-    chunked = decode(make_engine(row(0, ASK)), STEPS + 3, return_trace=True)
-    steps = decode(make_engine(row(0, ASK)), STEPS + 3, return_trace=True, chunked=False)
+    chunked = decode(make_engine(row(0, ASK)), STEPS + 3, returns="trace")
+    steps = decode(make_engine(row(0, ASK)), STEPS + 3, returns="trace", chunked=False)
     assert chunked["tokens"].shape == (STEPS + 3, 1)
     for name, values in chunked.items():
         np.testing.assert_array_equal(steps[name], values, strict=True, err_msg=name)
 
 
-def test_what_was_watched_adds_up():
+def test_a_trace_adds_up():
     """Shares of attention are a softmax: the selection's are larger than dense attention gives it."""
-    found = decode(make_engine(row(0, ASK)), 2, return_trace=True)
+    found = decode(make_engine(row(0, ASK)), 2, returns="trace")
     attention, dense, selected = found["attention"], found["dense"], found["selected"]
     assert selected.sum(axis=-1).tolist() == np.full(selected.shape[:-1], 2).tolist()
     assert (attention[~selected] == 0).all() and (attention[selected] > dense[selected]).all()
     for shares in (attention, dense):
         assert (shares >= 0).all() and (shares.sum(axis=-1) < 1).all()
     assert found["visual_tokens"].tolist() == [[16], [16]]
-    everything = decode(make_engine(row(0, ASK), budgets=None), 2, return_trace=True)
+    everything = decode(make_engine(row(0, ASK), budgets=None), 2, returns="trace")
     np.testing.assert_array_equal(everything["attention"], everything["dense"])
 
 
@@ -211,13 +212,13 @@ def test_an_int8_cache_is_near_and_not_equal():
 def test_a_layer_that_reads_everything_does():
     """All layers so is dense attention; one of them is neither that nor the budget."""
     arrays = row(0, ASK)
-    dense = decode(make_engine(arrays, budgets=None), 4, return_trace=True)
-    every = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(0, 1))), 4, return_trace=True)
+    dense = decode(make_engine(arrays, budgets=None), 4, returns="trace")
+    every = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(0, 1))), 4, returns="trace")
     np.testing.assert_array_equal(every["tokens"], dense["tokens"])
     assert every["selected"].all()
-    one = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(1,))), 4, return_trace=True)
+    one = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(1,))), 4, returns="trace")
     assert one["selected"][:, 1].all() and (one["selected"][:, 0].sum(axis=-1) == 2).all()
     # The first layer selects by the same keys in both; what it is given differs after the first token only.
-    some = decode(make_engine(arrays), 4, return_trace=True)
+    some = decode(make_engine(arrays), 4, returns="trace")
     np.testing.assert_array_equal(one["selected"][0, 0], some["selected"][0, 0])
     assert not np.allclose(one["attention"][0, 1], some["attention"][0, 1])

@@ -40,10 +40,19 @@ def test_a_batch_says_what_each_would_say_alone(sampler, photos):
     """Unequal pictures, questions, lengths, budgets, seeds, boxes and stops."""
     wide, tall = str(photos / "wide.png"), str(photos / "tall.png")
     requests = [
-        Request("What is this?", "a", (wide,), max_tokens=9, temperature=0.9, seed=3, top_k=2),
-        Request("<image> and <image>, which?", "b", (tall, wide), max_tokens=3, top_k=1),
-        Request("Colour?", "c", (tall,), max_tokens=12, stop=("x",), look_at=("0,0,5,5",), top_k=1),
-        Request("And this?", "d", (wide,), max_tokens=4, dense=True),
+        Request(
+            "What is this?",
+            "a",
+            (wide,),
+            max_tokens=9,
+            temperature=0.9,
+            sample_top_k=40,
+            seed=3,
+            gaze_top_k=2,
+        ),
+        Request("<image> and <image>, which?", "b", (tall, wide), max_tokens=3, gaze_top_k=1),
+        Request("Colour?", "c", (tall,), max_tokens=12, stop=("x",), look_at=("0,0,5,5",), gaze_top_k=1),
+        Request("And this?", "d", (wide,), max_tokens=4, gaze_dense=True),
     ]
     found = dict(
         zip("abcd", [answer for _, answer in answer_all(sampler, requests, return_trace=True)], strict=True)
@@ -55,6 +64,7 @@ def test_a_batch_says_what_each_would_say_alone(sampler, photos):
             gaze=request.gaze,
             max_tokens=request.max_tokens,
             temperature=request.temperature,
+            sample_top_k=request.sample_top_k,
             seed=request.seed,
             stop=request.stop,
             return_trace=True,
@@ -80,17 +90,19 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
         {
             "question": "<image> What?",
             "images": ["x.png"],
-            "top_k": 2,
+            "gaze_top_k": 2,
+            "sample_top_k": 50,
             "temperature": 1,
             "look_at": ["0,0,5,5"],
         },
-        {"question": "Why?", "id": "why", "stop": ["."], "keep": 0.5, "system": None},
+        {"question": "Why?", "id": "why", "stop": ["."], "gaze_keep": 0.5, "system": None},
     ]
     path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     first, second = read_requests(path, max_tokens=7, system="Be brief.")
     assert (first.id, first.images, first.max_tokens, first.system) == ("1", ("x.png",), 7, "Be brief.")
+    assert (first.gaze.top_k, first.sample_top_k, second.sample_top_k) == (2, 50, None)
     assert first.gaze.look_at[0].box == (0.0, 0.0, 5.0, 5.0)
-    assert (second.id, second.stop, second.keep, second.system) == ("why", (".",), 0.5, None)
+    assert (second.id, second.stop, second.gaze_keep, second.system) == ("why", (".",), 0.5, None)
     path.write_text("\ufeff" + json.dumps({"question": "one\u2028two\x85"}, ensure_ascii=False) + "\r\n")
     assert [request.question for request in read_requests(path)] == ["one\u2028two\x85"]
 
@@ -99,13 +111,27 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
     ("line", "sentence"),
     [
         ('{"question": "a", "topk": 1}', "Line 1 of .* has an unknown field 'topk'; known are question, id"),
-        ('{"question": "a", "top_k": "1"}', "has top_k='1', which should be an integer or null"),
-        ('{"question": "a", "top_k": true}', "has top_k=True, which should be an integer"),
+        ('{"question": "a", "gaze_top_k": "1"}', "has gaze_top_k='1', which should be an integer or null"),
+        ('{"question": "a", "gaze_top_k": true}', "has gaze_top_k=True, which should be an integer"),
         ('{"question": "a", "images": "x.png"}', "has images='x.png', which should be a list of texts"),
-        ('{"question": "a", "dense": 1}', "has dense=1, which should be true or false"),
+        ('{"question": "a", "gaze_dense": 1}', "has gaze_dense=1, which should be true or false"),
         ('{"images": []}', "has no question; ask something"),
         ('{"question": "<image> a"}', "has 1 <image> and 0 <video> tags but 0 images"),
-        ('{"question": "a", "top_k": 0}', "Line 1 of .*: top_k=0 must be at least 1"),
+        (
+            '{"question": "a", "gaze_top_k": 0}',
+            "Line 1 of .*: gaze_top_k=0 must be at least 1; gaze_dense attends",
+        ),
+        ('{"question": "a", "gaze_keep": 2}', "Line 1 of .*: gaze_keep=2.0 must be above 0"),
+        ('{"question": "a", "sample_top_k": -1}', "Line 1 of .*: sample_top_k=-1 must be at least 1"),
+        (
+            '{"question": "a", "sample_top_k": 0.5}',
+            "has sample_top_k=0.5, which should be an integer or null",
+        ),
+        ('{"question": "a", "top_k": 1}', "'top_k', which is now gaze_top_k .* or sample_top_k"),
+        ('{"question": "a", "keep": 0.5}', "has the field 'keep', which is now gaze_keep"),
+        ('{"question": "a", "dense": true}', "has the field 'dense', which is now gaze_dense"),
+        ('{"question": "a", "dense_layers": [0]}', "'dense_layers', which is now gaze_full_layers"),
+        ('{"question": "a", "full_layers": [0]}', "'full_layers', which is now gaze_full_layers"),
         ('{"question": "a", "stop": [""]}', "Line 1 of .*: A stop string is empty"),
         ('{"question": "a", "top_p": 2}', "top_p=2 must be above 0 and at most 1"),
         ('{"question": "a", "look_at": ["1,2"]}', "look_at='1,2' must be x0,y0,x1,y1"),
@@ -129,11 +155,14 @@ def test_a_question_that_cannot_be_read_is_named(sampler, photos):
     for request, sentence in (
         (Request("What?", "q7", ("none.png",)), "Question 'q7': Image 'none.png' is not a file"),
         (
-            Request("What?", "q7", (str(photos / "tall.png"),), top_k=99),
-            "Question 'q7': top_k=99 must be between",
+            Request("What?", "q7", (str(photos / "tall.png"),), gaze_top_k=99),
+            "Question 'q7': gaze_top_k=99 must be between",
         ),
-        (Request("What?", "q7", top_k=1, look_at=("0,0,1,1",)), "Question 'q7': Nothing is shown"),
-        (Request("What?", "q7", top_k=1, full_layers=(9,)), r"Question 'q7': full_layers=\(9,\) must be"),
+        (Request("What?", "q7", gaze_top_k=1, look_at=("0,0,1,1",)), "Question 'q7': Nothing is shown"),
+        (
+            Request("What?", "q7", gaze_top_k=1, gaze_full_layers=(9,)),
+            r"Question 'q7': gaze_full_layers=\(9,\) must be",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             list(answer_all(sampler, [request]))
@@ -152,7 +181,7 @@ def test_too_much_for_the_cache_is_said_before_it_is_computed(sampler, monkeypat
     tokens = [int(word) for word in re.findall(r"\b\d+\b", str(error.value))]
     visual, other, wanted = tokens[:3]
     assert visual + other == wanted > 60 and other > 200 and "cache_tokens=60" in str(error.value)
-    monkeypatch.setattr("gaze_jax.infer.assistant.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("gaze_jax.infer.loaded.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"takes 0\.\d MB on a device but 0\.0 MB are free; show less"):
         sampler.generate("What is this?", images=[PHOTO])
 

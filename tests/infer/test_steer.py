@@ -96,7 +96,7 @@ def test_the_model_selects_in_the_box(select_per):
     def selected(*looks, length=3):
         gaze = GazeOptions(top_k=2, look_at=looks)
         engine = make_engine(prompt, config=config, gaze=gaze, views=(IMAGE,))
-        return decode(engine, length, return_trace=True)["selected"][:, :, 0]
+        return decode(engine, length, returns="selection")["selected"][:, :, 0]
 
     corner = (19, 19, 20, 20)
     free, held = selected(), selected(LookAt(corner, layers=(1,)))

@@ -80,7 +80,7 @@ def test_a_file_is_readable_with_numpy_alone(tmp_path):
     save(trace, tmp_path / "a.gaze")
     with np.load(tmp_path / "a.gaze", allow_pickle=False) as file:
         meta = json.loads(file["meta"].tobytes())
-        assert (meta["format"], meta["version"]) == ("gaze_jax.trace", 1)
+        assert (meta["format"], meta["version"]) == ("gaze_jax.trace", 2)
         assert meta["shape"] == {"T": 5, "L": 3, "Hs": 2, "J": 2, "H": 4, "R": trace.regions}
         assert file["selected"].dtype == np.int16 and file["grids"].dtype == np.int16
         assert file["attention"].dtype == file["dense"].dtype == np.float16
@@ -291,7 +291,7 @@ DAMAGE = {
     "no array": (without("dense"), "its entries must be"),
     "more": (put("more", np.zeros(1)), "its entries must be"),
     "format": (edit(format="other"), "does not say format"),
-    "version": (edit(version=2), "has version 2 and this program reads 1"),
+    "version": (edit(version=3), "has format_version 3 but this gaze_jax reads 1 and 2"),
     "list": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"[]", np.uint8))}), "does not say format"),
     "json": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"{", np.uint8))}), "is damaged"),
     "deep": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"[" * 99_999, np.uint8))}), "too deeply"),

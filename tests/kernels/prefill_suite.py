@@ -401,7 +401,7 @@ class PrefillSuite:
         small = cases.prefill([row])
         large = cases.prefill([pad(row, regions=7, slots=6, text=9)])
         regions, slots, dense = *small.places.visual_order.shape[1:], small.places.text_order.shape[1]
-        grown = large.with_arrays(
+        extended = large.with_arrays(
             (
                 large.q,
                 *(
@@ -412,13 +412,13 @@ class PrefillSuite:
             )
         )
         start = large.places.visual_order.size
-        grown = dataclasses.replace(
-            grown,
-            q=grown.q.at[:, start : start + dense].set(small.q[:, regions * slots :]),
-            selected=grown.selected.at[:, start : start + dense, :, :regions].set(
+        extended = dataclasses.replace(
+            extended,
+            q=extended.q.at[:, start : start + dense].set(small.q[:, regions * slots :]),
+            selected=extended.selected.at[:, start : start + dense, :, :regions].set(
                 small.selected[:, regions * slots :]
             ),
         )
-        got = np.asarray(self.forward(grown))[:, start:]
+        got = np.asarray(self.forward(extended))[:, start:]
         _close(got[:, :dense], np.asarray(self.forward(small))[:, regions * slots :], 1e-6)
         assert (got[:, dense:] == 0).all()

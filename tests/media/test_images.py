@@ -97,12 +97,12 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-def test_a_truncated_file_is_refused(kind, share, tmp_path):
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
+def test_a_truncated_file_is_refused(kind, fraction, tmp_path):
     file = tmp_path / "cut"
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     whole = write(tmp_path / "whole", noise, kind).read_bytes()
-    file.write_bytes(whole[: int(len(whole) * share)])
+    file.write_bytes(whole[: int(len(whole) * fraction)])
     refuse(file, "is none of|cannot be decoded")
 
 

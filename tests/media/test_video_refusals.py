@@ -34,12 +34,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [*FILES, "gif", "webp"])
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.97])
-def test_a_cut_file_is_refused_when_it_is_opened(kind, share, folder, tmp_path, capfd):
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.8, 0.97])
+def test_a_cut_file_is_refused_when_it_is_opened(kind, fraction, folder, tmp_path, capfd):
     """No decoder is asked, none of it is returned, and FFmpeg says nothing."""
     whole = (folder / f"video.{kind}").read_bytes()
     file = tmp_path / f"cut.{kind}"
-    file.write_bytes(whole[: int(len(whole) * share)])
+    file.write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(UserError, match="is cut short") as error:
         open_video(file, FrameSampling(max_frames=1))
     assert repr(str(file)) in str(error.value)
@@ -64,8 +64,8 @@ def test_a_matroska_file_of_unknown_length_is_read_and_checked(tmp_path):
     assert numbers(open_video(file, FrameSampling(max_frames=3))) == [0, 29, 59]
     data = file.read_bytes()
     assert b"\x18\x53\x80\x67\x01\xff\xff\xff\xff\xff\xff\xff" in data
-    for share in (0.3, 0.6, 0.9):
-        file.write_bytes(data[: int(len(data) * share)])
+    for fraction in (0.3, 0.6, 0.9):
+        file.write_bytes(data[: int(len(data) * fraction)])
         refuse(file, "is cut short")
 
 

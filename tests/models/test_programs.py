@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -135,7 +136,7 @@ def test_a_routed_decode_step_never_copies_a_layers_cache(select_per):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * one_layer / 2
 
 
-def test_refusals_of_the_model():
+def test_refusals_of_the_model(monkeypatch):
     """What would be ignored or cut off silently raises one sentence instead."""
     images, streams = models.toy()
     variables = models.parameters(DUMMY)
@@ -155,6 +156,9 @@ def test_refusals_of_the_model():
         run(None, Routing("forced"), forced=forced)
     with pytest.raises(ValueError, match="Forced regions need a budget"):
         run(None, forced=forced)
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # outside of the tests nothing checks types
     with pytest.raises(TypeError, match="must be integers, got float32"):
         run(0.5)
     with pytest.raises(TypeError, match="must be integers"):

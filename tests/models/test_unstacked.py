@@ -57,8 +57,9 @@ def test_a_product_is_that_of_any_side(rows):
     """Few rows and many are multiplied from different sides."""
     rng = np.random.default_rng(rows)
     kernel, x = rng.normal(size=(24, 16)).astype(np.float32), rng.normal(size=(rows, 16)).astype(np.float32)
-    np.testing.assert_allclose(unstacked.product(kernel, jnp.asarray(x)), x @ kernel.T, rtol=1e-5, atol=1e-5)
-    deep = unstacked.product(kernel, jnp.asarray(x).reshape(1, rows, 16))
+    a, b = jnp.asarray(kernel), jnp.asarray(x)
+    np.testing.assert_allclose(unstacked.product(a, b), x @ kernel.T, rtol=1e-5, atol=1e-5)
+    deep = unstacked.product(a, b.reshape(1, rows, 16))
     np.testing.assert_allclose(deep[0], x @ kernel.T, rtol=1e-5, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import init_state, put_batch
-from tests.helpers.experiments import compiled, runs_share_programs, tiny_experiment
+from tests.helpers.experiments import compiled, reused_programs, tiny_experiment
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    with runs_share_programs():
+    with reused_programs():
         loop.train(tiny_experiment(), workdir)
     return workdir
 

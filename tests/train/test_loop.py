@@ -17,7 +17,7 @@ from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.checkpoint import load_for_inference
 from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import init_state, put_batch, shardings_of
-from tests.helpers.experiments import compiled, runs_share_programs, tiny_experiment
+from tests.helpers.experiments import compiled, reused_programs, tiny_experiment
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
@@ -33,7 +33,7 @@ def content(workdir):
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs():
-    with runs_share_programs():
+    with reused_programs():
         yield
 
 

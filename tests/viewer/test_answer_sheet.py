@@ -34,8 +34,8 @@ def test_the_sheet_shows_the_share_of_heads():
     image = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
     selected = np.array([[[True, False, False, False], [True, True, False, False]]])
     sheet = answer_sheet(image, ["7"], selected, layout, title="q")
-    share = np.array([[1.0, 0.5], [0.0, 0.0]], np.float32).repeat(2, 0).repeat(2, 1)[None]
-    np.testing.assert_array_equal(sheet, contact_sheet(image, ["7"], share, title="q"))
+    fraction = np.array([[1.0, 0.5], [0.0, 0.0]], np.float32).repeat(2, 0).repeat(2, 1)[None]
+    np.testing.assert_array_equal(sheet, contact_sheet(image, ["7"], fraction, title="q"))
 
 
 def view(number, regions, corners=(0.0, 0.0, 20.0, 10.0)):
@@ -54,15 +54,15 @@ def test_the_most_selected_views_keep_their_order():
 
 
 def test_sheets_of_views_are_stacked():
-    """Each is the contact sheet of what its view covers, with the share of heads per region."""
+    """Each is the contact sheet of what its view covers, with the fraction of heads per region."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(256, size=(10, 20, 3), dtype=np.uint8) for _ in range(2)]
     views = [view(0, [[0, 1]]), view(1, [[2, 2]], (5.0, 2.0, 20.0, 10.0))]
     selected = rng.random((3, 2, 3)) < 0.5
     whole = np.asarray(view_sheets(pictures, views, list("abc"), selected, titles=["one", "two"]))
-    share = selected.mean(axis=1).astype(np.float32)
-    first = np.asarray(contact_sheet(pictures[0], list("abc"), share[:, [[0, 1]]], title="one"))
-    second = np.asarray(contact_sheet(pictures[1][2:10, 5:], list("abc"), share[:, [[2, 2]]], title="two"))
+    fraction = selected.mean(axis=1).astype(np.float32)
+    first = np.asarray(contact_sheet(pictures[0], list("abc"), fraction[:, [[0, 1]]], title="one"))
+    second = np.asarray(contact_sheet(pictures[1][2:10, 5:], list("abc"), fraction[:, [[2, 2]]], title="two"))
     np.testing.assert_array_equal(whole[: len(first), : first.shape[1]], first)
     np.testing.assert_array_equal(whole[len(first) :, : second.shape[1]], second)
     assert len(whole) == len(first) + len(second)

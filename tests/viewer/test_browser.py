@@ -122,8 +122,8 @@ def show(driver, tmp_path):
     assert sum(url.startswith("file:") for url in urls) >= 1
 
 
-def expected_share(trace, token, layer, head):
-    """[R]: the share of the chosen heads that selected each region, from the trace alone."""
+def expected_fraction(trace, token, layer, head):
+    """[R]: the fraction of the chosen heads that selected each region, from the trace alone."""
     mask = np.repeat(trace.mask(), trace.heads // trace.selected.shape[2], axis=2)[token].astype(np.float32)
     mask = mask if layer == ALL else mask[layer : layer + 1]
     mask = mask if head == ALL else mask[:, head : head + 1]
@@ -155,14 +155,14 @@ def assert_gaze(page, trace, token, layer, head, view=None):
     got = page.pixels("#gaze")
     clear = covered(trace, view, 560 // max(covered(trace, view, 1).shape[:2]))
     assert got.shape == clear.shape
-    select_per = expected_share(trace, token, layer, head)[cells(view, got.shape)]
+    fraction = expected_fraction(trace, token, layer, head)[cells(view, got.shape)]
     outline = (got == OUTLINE).all(-1)
-    difference = np.abs(got.astype(int) - _veiled(clear, select_per))
+    difference = np.abs(got.astype(int) - _veiled(clear, fraction))
     assert difference[~outline].max() <= 4
     # The outline hides nothing that half of the heads selected, and lies beside it.
-    assert not (outline & (select_per >= 0.5)).any()
-    assert outline.any() == bool((select_per >= 0.5).any() and (select_per < 0.5).any())
-    return select_per
+    assert not (outline & (fraction >= 0.5)).any()
+    assert outline.any() == bool((fraction >= 0.5).any() and (fraction < 0.5).any())
+    return fraction
 
 
 def test_a_word_shows_where_it_looked(show):
@@ -247,8 +247,8 @@ def test_dense_attention_is_a_map_beside_it(show):
         light = np.array([np.median(got[where == r]) for r in range(trace.regions)])
         np.testing.assert_array_equal(np.argsort(light), np.argsort(dense))
         assert page.text("#most") == f"{100 * dense.max():.0f}\u00a0%"
-        select_per = float(page.text("#dense-note").split("\u00a0")[0])
-        assert select_per == pytest.approx(100 * dense.sum(), abs=0.5)
+        fraction = float(page.text("#dense-note").split("\u00a0")[0])
+        assert fraction == pytest.approx(100 * dense.sum(), abs=0.5)
 
 
 def test_the_table_names_the_regions_with_most_attention(show):
@@ -264,10 +264,10 @@ def test_the_table_names_the_regions_with_most_attention(show):
         ranked = [r for r in np.argsort(-attention) if attention[r] > 0]
         rows = np.reshape(page.texts("#rows td"), (-1, 5)).tolist()
         assert [int(row[0]) for row in rows] == ranked
-        select_per, dense = expected_share(trace, 0, 1, head), expected_dense(trace, 0, 1, head)
+        fraction, dense = expected_fraction(trace, 0, 1, head), expected_dense(trace, 0, 1, head)
         for r, row in zip(ranked, rows, strict=True):
             numbers = [float(text.removesuffix("\u00a0%")) for text in row[1:]]
-            assert numbers[0] == pytest.approx(100 * select_per[r], abs=0.5)
+            assert numbers[0] == pytest.approx(100 * fraction[r], abs=0.5)
             chosen = [0, 1] if head == ALL else [head // 2]
             scores = [trace.scores[0, 1, s][trace.selected[0, 1, s] == r] for s in chosen]
             assert numbers[1] == pytest.approx(np.concatenate(scores).mean(), abs=0.006)
@@ -333,10 +333,10 @@ def test_frames_of_a_video_are_a_strip(show):
     page.press(". , ,")
     assert page.current("#strip button") == 5
     thumb = page.pixels("#strip button:nth-child(6) canvas")
-    select_per = expected_share(trace, 3, 2, ALL)[cells(trace.views[5], thumb.shape)]
+    fraction = expected_fraction(trace, 3, 2, ALL)[cells(trace.views[5], thumb.shape)]
     inner = ~(thumb == OUTLINE).all(-1)
     clear = covered(trace, trace.views[5], 1)  # a thumb is never larger than the copy
-    assert np.abs(thumb.astype(int) - _veiled(clear, select_per))[inner].max() <= 4
+    assert np.abs(thumb.astype(int) - _veiled(clear, fraction))[inner].max() <= 4
     page.find("#follow").click()
     page.press("End")
     assert page.current("#strip button") == view_of(trace, 4)

@@ -48,8 +48,8 @@ def test_a_page_shows_what_each_token_looked_at():
     for layer in (0, None):
         mask = trace.mask() if layer is None else trace.mask()[:, layer : layer + 1]
         for token, page in enumerate(clip_pages(trace, layer=layer, views=8)):
-            share = mask[token].astype(np.float32).mean(axis=(0, 1))[view.regions]
-            shares = share.repeat(clear.shape[0] // 4, 0).repeat(clear.shape[1] // 4, 1)
+            fraction = mask[token].astype(np.float32).mean(axis=(0, 1))[view.regions]
+            shares = fraction.repeat(clear.shape[0] // 4, 0).repeat(clear.shape[1] // 4, 1)
             wanted = _veiled(clear, shares)
             pixels = np.asarray(page)
             left, top = (WIDTH - clear.shape[1]) // 2, len(pixels) - 32 - clear.shape[0]
@@ -98,10 +98,10 @@ def test_any_number_of_pictures_fits_the_width(count, size):
 
 def test_a_question_of_several_lines_is_headed_by_them():
     """A choice below a question is not shown with signs for its line ends."""
-    apart, joined = (
+    separate, joined = (
         make_trace(tokens=("a",), layers=1, question=q) for q in ("Which?\nA. cat", "Which? A. cat")
     )
-    (one,), (other,) = (clip_pages(trace, layer=0, views=1) for trace in (apart, joined))
+    (one,), (other,) = (clip_pages(trace, layer=0, views=1) for trace in (separate, joined))
     assert one.height > other.height
 
 

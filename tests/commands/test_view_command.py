@@ -70,16 +70,12 @@ MISTAKES = {
 
 EACH = """
 import json, sys
-from absl import flags
-from gaze_jax import cli
-from gaze_jax.viewer import __main__ as command
+from gaze_jax.commands import view
 
 for arguments in json.loads(sys.argv[1]):
-    for name in flags.FLAGS:
-        flags.FLAGS[name].unparse()
     sys.argv[1:] = arguments
     try:
-        cli.run(command.main, arguments=True)
+        view.run()
     except SystemExit as end:
         assert end.code in (None, 2), end.code
 """

@@ -1,4 +1,4 @@
-"""The commands as a user has them: processes, exit statuses, and what is left when one is killed."""
+"""train.py and what asks its runs, as processes: exit statuses, and what is left when one is killed."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from tests.helpers import commands
 from tests.helpers.commands import finish, refusals
 from tests.helpers.experiments import save_untrained, tiny_experiment
 
-pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("doors")]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("commands")]
 
 CONFIG = "--config=tests/helpers/tiny_config.py"
 ONE_DEVICE = "--config.mesh.fsdp=1"
@@ -115,6 +115,9 @@ def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(run, tmp_path):
         "is larger than the tower's 4x4 token grid": [*train, "--config.model.gaze.region=(9, 9)"],
         "--config.steps=many": [*train, "--config.steps=many"],
         "--config=nowhere.py cannot be loaded": ["train.py", "--config=nowhere.py", *train[2:]],
+        "--config=absent.py cannot be loaded": ["train.py", "--config=absent.py", train[-1]],
+        "Give --config, a file such as": ["train.py", train[-1]],
+        "Give --workdir, the folder": train[:2],
         "is of another config: seed was 3 and is 4": [
             *["train.py", CONFIG, ONE_DEVICE, f"--workdir={run}", "--config.seed=4"]
         ],

@@ -41,7 +41,12 @@ def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
     """Two turns about both: an answer each; of one family, everything that shows where the second looked."""
     suffixes = (".png", ".html", ".gaze", ".mp4") if family == "cambrian_s" else ()
     files = [tmp_path / f"answer{suffix}" for suffix in suffixes]
-    flags = [f"--image={media / 'photo.jpg'}", f"--video={media / 'film.mp4'}", "--max_frames=5", "--top_k=3"]
+    flags = [
+        f"--image={media / 'photo.jpg'}",
+        f"--video={media / 'film.mp4'}",
+        "--max_frames=5",
+        "--gaze_top_k=3",
+    ]
     flags += [
         "--question=What is in <image> and in <video>?",
         "--question=And what colour?",
@@ -53,8 +58,9 @@ def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
         "--temperature=0.8",
         "--seed=2",
     ]
-    flags += ["--share=group", "--region=3,3", "--video_region=2,3,3", "--newlines=region", "--top_p=0.9"]
-    flags += ["--look_at=0,0,50,50", "--look_at_layers=1", "--look_at_bias=2", "--full_layers=2"]
+    flags += ["--gaze_select_per=kv_head", "--gaze_region=3,3", "--gaze_video_region=2,3,3"]
+    flags += ["--gaze_newlines=region", "--top_p=0.9", "--sample_top_k=50"]
+    flags += ["--look_at=0,0,50,50", "--look_at_layers=1", "--look_at_bias=2", "--gaze_full_layers=2"]
     flags += [f"--compilation_cache={tmp_path / 'programs'}"]
     checkpoint = multimodal.write(family, tmp_path / "checkpoint")
     out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
@@ -80,18 +86,18 @@ def test_answers_a_file_of_questions(media, tmp_path):
     lines = [
         {"question": "What is this?", "images": [photo]},
         {"question": "<image> or <image>?", "images": [photo, str(media / "mirror.png")], "id": "two"},
-        {"question": "How long?", "videos": [str(media / "film.mp4")], "keep": 0.5, "max_tokens": 2},
+        {"question": "How long?", "videos": [str(media / "film.mp4")], "gaze_keep": 0.5, "max_tokens": 2},
     ]
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     questions.write_text("\n".join(map(json.dumps, lines)))
     flags = [f"--questions={questions}", f"--answers={answers}", f"--traces={tmp_path / 'looked'}"]
-    flags += ["--top_k=2", "--max_tokens=3", "--offload", "--compilation_cache="]
-    flags += ["--look_at=0,0,9,9", "--full_layers=2"]
+    flags += ["--gaze_top_k=2", "--max_tokens=3", "--offload", "--compilation_cache="]
+    flags += ["--look_at=0,0,9,9", "--gaze_full_layers=2"]
     out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
     assert not err and not out
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["id"] for line in found] == ["1", "two", "3"]
-    assert [line["top_k"] for line in found] == [2, 2, 0.5]
+    assert [line["gaze_top_k"] for line in found] == [2, 2, 0.5]
     assert found[2]["tokens"] <= 2 and all(line["finish_reason"] in ("stop", "length") for line in found)
     index = (tmp_path / "looked" / "index.html").read_text()
     outside = 0
@@ -124,9 +130,9 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(media):
         "has more pixels than the limit": [f"--image={media / 'huge.png'}", ASK],
         "The question is empty": [film, "--question="],
         "--fps has no effect without --video": [photo, ASK, "--fps=1"],
-        "lies in a folder that does not exist": [photo, ASK, "--top_k=1", "--out=/nowhere/answer.png"],
-        "must end in one of .html": [photo, ASK, "--top_k=1", "--out=answer.txt"],
-        "look_at='1,2,3' must be": [photo, ASK, "--top_k=1", "--look_at=1,2,3"],
+        "lies in a folder that does not exist": [photo, ASK, "--gaze_top_k=1", "--out=/nowhere/answer.png"],
+        "must end in one of .html": [photo, ASK, "--gaze_top_k=1", "--out=answer.txt"],
+        "look_at='1,2,3' must be": [photo, ASK, "--gaze_top_k=1", "--look_at=1,2,3"],
         "q.jsonl is not a readable UTF-8 file": ["--questions=q.jsonl", "--answers=a.jsonl"],
         "--look_at_layers is for one conversation": [*many, "--look_at=0,0,9,9", "--look_at_layers=1"],
         "--layer has no effect without --traces": [*asked, "--layer=1"],
@@ -134,13 +140,17 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(media):
         "is a folder; give the name of a file": [f"--questions={lines}", f"--answers={media}"],
         "'index' is taken, rename it": [*asked, f"--traces={media / 'looked'}"],
         "cannot be a folder": [f"--questions={plain}", asked[1], f"--traces={plain}"],
-        "Question '1': look_at has no effect with dense": [f"--questions={boxed}", asked[1], "--dense"],
+        "Question '1': look_at has no effect with gaze_dense": [
+            f"--questions={boxed}",
+            asked[1],
+            "--gaze_dense",
+        ],
         "--seed has no effect at --temperature=0": [photo, ASK, "--seed=1"],
-        "--top_k has no effect without --image or --video": [ASK, "--top_k=1"],
+        "--gaze_top_k has no effect without --image or --video": [ASK, "--gaze_top_k=1"],
         "--views has no effect without --out=....png": [photo, ASK, "--out=a.html", "--views=2"],
         "--layer has no effect without an --out": [photo, ASK, "--out=a.gaze", "--layer=2"],
         "--folder_fps has no effect without a --video that is a folder": [film, ASK, "--folder_fps=2"],
-        "nowhere is not a directory; give a checkpoint": [photo, ASK, "--top_k=1"],
+        "nowhere is not a directory; give a checkpoint": [photo, ASK, "--gaze_top_k=1"],
     }
     lines = refusals(["generate.py", "--checkpoint=nowhere", *flags] for flags in cases.values())
     for sentence, line in zip(cases, lines, strict=True):

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tests.helpers.checkpoints import CAMBRIAN, QWEN, SIGLIP, checkpoint
 from tests.helpers.commands import finish, refusals, start
 
-pytestmark = pytest.mark.xdist_group("doors")
+pytestmark = pytest.mark.xdist_group("commands")
 
 GROUPS = 4  # regions of 3x3 tokens
 
@@ -28,12 +28,14 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory):
-    where = tmp_path_factory.mktemp("doors")
+    where = tmp_path_factory.mktemp("commands")
     llm = checkpoint(where / "llm", QWEN | {"vocab_size": 264})
     byte_tokenizer().save(str(llm / "tokenizer.json"))
     tower = checkpoint(where / "tower", SIGLIP)
     out, err = finish(
-        start("convert.py", f"--llm={llm}", f"--vision={tower}", "--region=2,2", f"--to={where / 'gaze'}")
+        start(
+            "convert.py", f"--llm={llm}", f"--vision={tower}", "--gaze_region=2,2", f"--to={where / 'gaze'}"
+        )
     )
     return where, out, err
 
@@ -90,14 +92,15 @@ def test_gaze_is_compared_with_dense(joined, tmp_path):
             "--compare=dense",
             f"--prompts={prompts}",
             f"--out={tmp_path / 'out'}",
-            f"--top_ks=1,{GROUPS}",
-            "--shares=group",
-            "--descriptors=mean",
+            f"--gaze_top_ks=1,{GROUPS}",
+            "--gaze_select_per=kv_head",
+            "--gaze_descriptors=mean",
             "--max_tokens=3",
         )
     )
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert "top-1 agreement" in out and "--top_ks=1,4" in report["command"]
+    assert "top-1 agreement" in out and report["command"].startswith("python eval.py --checkpoint=")
+    assert "--gaze_top_ks=1,4" in report["command"]
     rows = [(row["descriptor"] or row["strategy"], row["select_per"], row["top_k"]) for row in report["rows"]]
     assert rows == [(way, "kv_head", k) for way in ("mean", "oracle", "random") for k in (1, GROUPS)]
     dense = [row for row in report["rows"] if row["top_k"] == GROUPS]
@@ -109,9 +112,12 @@ def test_gaze_is_compared_with_dense(joined, tmp_path):
 def test_mistakes_are_one_sentence_and_status_2(joined, tmp_path):
     where, _, _ = joined
     to = f"--to={tmp_path / 'new'}"
+    new = (f"--llm={where / 'llm'}", f"--vision={where / 'tower'}", to)
     cases = {
+        ("convert.py", "--from=a"): "Give --to, a new directory to write",
+        ("convert.py", *new, "--gaze_region=2"): "--gaze_region=2 must be two numbers of tokens",
         ("convert.py", to): "Give either --from, or both --llm and --vision",
-        ("convert.py", f"--from={where / 'llm'}", to, "--top_k=3"): "--top_k is for a new model",
+        ("convert.py", f"--from={where / 'llm'}", to, "--gaze_top_k=3"): "--gaze_top_k is for a new model",
         ("convert.py", f"--from={where / 'llm'}", to, "--feature_layer=-1"): "is of an image tower",
         ("convert.py", f"--from={where / 'llm'}", to, "--format=hf"): "neither a converted checkpoint",
         ("convert.py", "--from=Qwen/Qwen3-4B@main", to): "write Qwen/Qwen3-4B@ and the commit's 40",
@@ -119,7 +125,7 @@ def test_mistakes_are_one_sentence_and_status_2(joined, tmp_path):
         ("eval.py", f"--checkpoint={where / 'gaze'}"): "--checkpoint has no effect without --compare",
         ("eval.py", "--compare=dense"): "name it with --checkpoint",
         ("eval.py", "--compare=dense", f"--checkpoint={where / 'tower'}"): "is an image tower alone",
-        ("eval.py", "--compare=dense", f"--checkpoint={where / 'llm'}"): "no image tower",
+        ("eval.py", "--compare=dense", f"--checkpoint={where / 'llm'}"): "is a language model alone",
     }
     for message, line in zip(cases.values(), refusals(cases), strict=True):
         assert message in line

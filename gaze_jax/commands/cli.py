@@ -3,18 +3,20 @@
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
 from gaze_jax.errors import UserError
 
 
-def _unloadable(path: str) -> str:
+def unloadable(path: str) -> str:
+    """The sentence about a config file that has no config."""
     return (
         f"--config={path} cannot be loaded; give a Python file with a get_config() function, such as "
         "configs/digits.py."
@@ -24,59 +26,89 @@ def _unloadable(path: str) -> str:
 def _sentence(error: Exception, argv: Sequence[str]) -> str:
     """What absl and ml_collections raise for a flag, on one line."""
     if isinstance(error, OSError):  # an override needs the config that it changes
-        return _unloadable(next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), ""))
+        return unloadable(next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), ""))
     message = " ".join(str(error.args[0] if error.args else error).split())
     if isinstance(error, AttributeError | KeyError):
         overrides = [arg.split("=")[0] for arg in argv if arg.startswith("--config.")]
+        for override in overrides:
+            section, _, field = override.rpartition(".")
+            if field in RENAMED_FIELDS:
+                return f"{override} is now {section}.{RENAMED_FIELDS[field]}; use that."
         close = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', message)
         hint = f"{close[2]!r} does not exist, did you mean {close[1]!r}?" if close else message
         return f"Unknown config key in {', '.join(overrides)}: {hint}"
     return message
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with whatever is wrong with a flag as a sentence."""
+def program() -> str:
+    """How the program was started: a file's name, or ``python -m MODULE``."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return os.path.basename(sys.argv[0])
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def command_line() -> str:
+    """The command that is running, to be given again in a shell."""
+    name = program()
+    return f"{name if name.startswith('python ') else f'python {name}'} {shlex.join(sys.argv[1:])}"
+
+
+def parse(define: Callable[[Flags], None], doc: str, argv: Sequence[str]) -> tuple[Values, list[str]]:
+    """The values of a command's flags, and what is no flag; ends the program with status 2 and one sentence.
+
+    Args:
+      define: defines the flags.
+      doc: of the command, for its help.
+      argv: the command line, the program first.
+    """
+    defined = Flags(doc, argv)
+    define(defined)
     try:
-        return flags.FLAGS(list(argv))
+        return defined.parse()
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        print(f"{_program()}: {_sentence(error, argv)}", file=sys.stderr)
+        print(f"{program()}: {_sentence(error, argv)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _program() -> str:
-    """How the program was started, for messages."""
-    spec = sys.modules["__main__"].__spec__
-    return os.path.basename(sys.argv[0]) if spec is None else f"python -m {spec.parent}"
-
-
-def run(main: Callable[..., None], *, arguments: bool = False) -> None:
-    """Parse the flags and call ``main``, with a list of what is no flag if it takes ``arguments``.
+def run(
+    main: Callable[..., None], define: Callable[[Flags], None], doc: str | None, *, arguments: bool = False
+) -> None:
+    """Parse the flags and call ``main`` with their values.
 
     A :class:`UserError` ends the program with status 2 and its sentence alone; anything else is a defect
     and keeps its traceback.
+
+    Args:
+      main: takes the values and, with ``arguments``, a list of what is no flag.
+      define: defines the flags.
+      doc: what the command does, for ``--help``.
+      arguments: whether words may be given that are no flags.
     """
 
-    def guarded(argv: Sequence[str]) -> None:
-        name = _program()
+    def guarded(parsed: tuple[Values, list[str]]) -> None:
+        values, rest = parsed
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
-        if len(argv) > 1 and not arguments:
-            print(f"{name}: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
+        if rest and not arguments:
+            print(f"{program()}: unexpected argument {rest[0]!r}; every option is a --flag.", file=sys.stderr)
             sys.exit(2)
         try:
-            main(*([argv[1:]] if arguments else []))
+            main(values, *([rest] if arguments else []))
         except UserError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{program()}: {error}", file=sys.stderr)
             sys.exit(2)
 
-    app.run(guarded, flags_parser=_parse_flags)
+    # absl passes on what its parser returns.
+    parser: Any = lambda argv: parse(define, doc or "", argv)  # noqa: E731
+    app.run(guarded, flags_parser=parser)
 
 
-def refuse_flags(holders: Iterable[flags.FlagHolder], why: str) -> None:
+def refuse_flags(values: Values, names: Iterable[str], why: str) -> None:
     """Raise a UserError if the user gave one of these flags, which ``why`` have no effect."""
-    for holder in holders:
-        if flags.FLAGS[holder.name].present:
-            raise UserError(f"--{holder.name} {why}; drop it.")
+    for name in names:
+        if values[name].present:
+            raise UserError(f"--{name} {why}; drop it.")
 
 
 def check_file(flag: str, path: str) -> None:
@@ -118,15 +150,3 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with writing(path):
         Path(path).write_text(text, encoding="utf-8", newline="\n")
-
-
-def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
-    """The value of a ``config_flags.DEFINE_config_file`` flag.
-
-    Raises:
-      UserError: the file does not exist or has no ``get_config``.
-    """
-    try:
-        return holder.value
-    except (OSError, AttributeError) as error:
-        raise UserError(_unloadable(config_flags.get_config_filename(flags.FLAGS[holder.name]))) from error

@@ -1,0 +1,226 @@
+"""The flags of a command: its own set, with headings for its help, and the names that flags had before."""
+
+import dataclasses
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+Values = flags.FlagValues
+"""Parsed flags: ``values.NAME`` is a value, ``values["NAME"].present`` how often it was given."""
+
+RENAMED = {
+    "top_k": ("gaze_top_k", "gaze_top_ks", "sample_top_k"),
+    "top_ks": ("gaze_top_ks",),
+    "keep": ("gaze_keep",),
+    "dense": ("gaze_dense",),
+    "dense_layers": ("gaze_full_layers",),
+    "full_layers": ("gaze_full_layers",),
+    "share": ("gaze_select_per",),
+    "shares": ("gaze_select_per",),
+    "select_per": ("gaze_select_per",),
+    "region": ("gaze_region",),
+    "video_region": ("gaze_video_region",),
+    "newlines": ("gaze_newlines",),
+    "descriptors": ("gaze_descriptors",),
+    "visual_dtype": ("gaze_visual_dtype",),
+    "context_tokens": ("gaze_context_tokens",),
+    "units": ("views",),
+}
+"""Former name of a flag -> what may be meant, of which a command has some or none."""
+
+_MEANING = {
+    "gaze_top_k": "regions that a query selects",
+    "sample_top_k": "tokens to draw from",
+    "gaze_select_per": "head or kv_head",
+    "gaze_newlines": "text or region",
+}
+
+RENAMED_FIELDS = {"share": "select_per"}
+"""Former name of a config's field -> its name."""
+
+
+class _Help(flags.BooleanFlag):
+    """Prints the help and ends the program with status 0."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__("help", False, "Print this and exit.", short_name="h")
+        self._text = text
+
+    def parse(self, argument: Any) -> None:
+        if self._parse(argument):
+            print(self._text())
+            sys.exit(0)
+
+
+class _Integers(flags.ArgumentParser):
+    """Whole numbers with commas between them, as a tuple."""
+
+    def __init__(self, example: str) -> None:
+        self._example = example
+
+    def parse(self, argument: Any) -> tuple[int, ...]:
+        if isinstance(argument, tuple):
+            return argument
+        words = [word.strip() for word in argument.split(",")] if argument else []
+        if not all(word.isdecimal() for word in words):
+            raise ValueError(f"must be whole numbers with commas between them, such as {self._example}.")
+        return tuple(int(word) for word in words)
+
+
+class _Choices(flags.ArgumentParser):
+    """Words out of a few, with commas between them, as a tuple."""
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self._choices = tuple(choices)
+
+    def parse(self, argument: Any) -> tuple[str, ...]:
+        words = tuple(word.strip() for word in argument.split(",")) if isinstance(argument, str) else argument
+        if not words or not set(words) <= set(self._choices):
+            raise ValueError(f"must be some of {', '.join(self._choices)}, with commas between them.")
+        return tuple(words)
+
+
+class _Joined(flags.ArgumentSerializer):
+    """A tuple as it is written in a flag."""
+
+    def serialize(self, value: Any) -> str:
+        return ",".join(map(str, value))
+
+
+@dataclasses.dataclass
+class _Group:
+    """Flags under one heading: name, what a value looks like, what it means."""
+
+    heading: str
+    flags: list[tuple[str, str, str]]
+
+
+class Flags:
+    """The flags of one command. Nothing of it is global, so commands may share names and a process.
+
+    Args:
+      doc: what the command does, and examples: the beginning of its help.
+      argv: the command line, the program first.
+
+    Attributes:
+      values: what was defined and, once parsed, given.
+      argv: the command line.
+    """
+
+    def __init__(self, doc: str, argv: Sequence[str]) -> None:
+        self.values, self.argv, self._doc = flags.FlagValues(), list(argv), doc
+        self.values.set_gnu_getopt(True)  # what is no flag may stand anywhere
+        self._groups: list[_Group] = []
+        flags.DEFINE_flag(_Help(self.help), self.values)
+
+    def group(self, heading: str) -> None:
+        """Flags that follow are listed under this heading."""
+        self._groups.append(_Group(heading, []))
+
+    def listed(self, name: str, meta: str, text: str) -> None:
+        """Show a flag of :attr:`values` in the help; ``meta`` is what a value looks like."""
+        self._groups[-1].flags.append((name, meta, text))
+
+    def string(self, name: str, default: str | None, text: str, meta: str = "TEXT") -> None:
+        """A text or a path."""
+        flags.DEFINE_string(name, default, text, flag_values=self.values)
+        self.listed(name, meta, text)
+
+    def strings(self, name: str, text: str, meta: str = "TEXT") -> None:
+        """A text that may be given again; the value is a list."""
+        flags.DEFINE_multi_string(name, [], text, flag_values=self.values)
+        self.listed(name, meta, f"{text} May be given again.")
+
+    def boolean(self, name: str, default: bool, text: str) -> None:
+        """``--NAME`` or ``--noNAME``."""
+        flags.DEFINE_bool(name, default, text, flag_values=self.values)
+        self.listed(name, "", text)
+
+    def integer(self, name: str, default: int | None, text: str) -> None:
+        """A whole number."""
+        flags.DEFINE_integer(name, default, text, flag_values=self.values)
+        self.listed(name, "N", text)
+
+    def number(self, name: str, default: float | None, text: str) -> None:
+        """A number."""
+        flags.DEFINE_float(name, default, text, flag_values=self.values)
+        self.listed(name, "X", text)
+
+    def integers(self, name: str, default: tuple[int, ...] | None, text: str, example: str) -> None:
+        """Whole numbers with commas between them; the value is a tuple."""
+        self._parsed(_Integers(example), name, default, text)
+        self.listed(name, example, text)
+
+    def choice(self, name: str, default: str | None, choices: Sequence[str], text: str) -> None:
+        """One of a few words."""
+        flags.DEFINE_enum(name, default, list(choices), text, flag_values=self.values)
+        self.listed(name, "|".join(choices), text)
+
+    def choices(self, name: str, choices: Sequence[str], text: str) -> None:
+        """Some of a few words, all by default; the value is a tuple."""
+        self._parsed(_Choices(choices), name, ",".join(choices), text)
+        self.listed(name, ",".join(choices), text)
+
+    def _parsed(self, parser: flags.ArgumentParser, name: str, default: Any, text: str) -> None:
+        flags.DEFINE(parser, name, default, text, flag_values=self.values, serializer=_Joined())
+
+    def parse(self) -> tuple[Values, list[str]]:
+        """Parse the command line; returns the values and what is no flag.
+
+        absl's flags for logging and debugging are taken too, but belong to the whole process.
+
+        Raises:
+          flags.Error: a flag is unknown, was renamed, or has a value that it cannot have.
+        """
+        known = flags.FLAGS.flags_by_module_dict()
+        for flag in (*known.get("absl.app", ()), *known.get("absl.logging", ())):
+            if flag.name not in self.values and not flag.name.startswith(("help", "only_check")):
+                self.values[flag.name] = flag
+        try:
+            rest = self.values(self.argv)[1:]
+        except flags.UnrecognizedFlagError as error:
+            if sentence := self._renamed(error.flagname):
+                raise flags.Error(sentence) from error
+            raise
+        flags.FLAGS.mark_as_parsed()  # libraries read theirs
+        return self.values, rest
+
+    def _renamed(self, name: str) -> str | None:
+        """The sentence about a flag that had this name before."""
+        name = name if name in RENAMED else name.removeprefix("no")
+        found = [new for new in RENAMED.get(name, ()) if new in self.values]
+        if not found:
+            return None
+        several = len(found) > 1
+        told = [f"--{new} ({_MEANING[new]})" if new in _MEANING else f"--{new}" for new in found]
+        return f"--{name} is now {' or '.join(told)}; use {'the one that you mean' if several else 'that'}."
+
+    def help(self) -> str:
+        """What the command does and its flags, by group, with defaults."""
+        width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+        lines = [self._doc.strip()]
+        for group in self._groups:
+            lines += ["", f"{group.heading}:"]
+            for name, meta, text in group.flags:
+                lines += [f"  --{name}={meta}" if meta else f"  --[no]{name}"]
+                lines += textwrap.wrap(
+                    self._with_default(name, text),
+                    width,
+                    initial_indent="      ",
+                    subsequent_indent="      ",
+                    break_on_hyphens=False,
+                )
+        return "\n".join([*lines, "", "  -h, --help", "      Print this and exit."])
+
+    def _with_default(self, name: str, text: str) -> str:
+        flag = self.values[name]
+        if flag.default is None or flag.default is False or flag.default in ("", []):
+            return text
+        default = "on" if flag.boolean else flag.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        return f"{text.removesuffix('.')}; default: {default}."

@@ -1,0 +1,136 @@
+"""Ask a model about images and videos, and see where every token of the answer looked.
+
+python generate.py --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.html
+    any multimodal checkpoint: converted, a Hugging Face directory as it is, or a run of train.py. --image,
+    --video and --question may be repeated: further questions go on with the conversation. --out may be too:
+    .html is the viewer, .png a sheet, .mp4 a clip, .gaze the trace itself (python -m gaze_jax.viewer)
+
+python generate.py --checkpoint=ckpt/llava --questions=questions.jsonl --answers=answers.jsonl --traces=looked
+    many questions, a JSON object a line, answered in batches; see gaze_jax/infer/requests.py for its fields
+"""
+
+import os
+
+from gaze_jax.commands import cli
+from gaze_jax.commands.flags import Flags, Values
+from gaze_jax.commands.generate_groups import DEFAULTS
+from gaze_jax.commands.generate_options import GenerateOptions
+
+SELECT_PER = ("head", "kv_head")
+NEWLINES = ("text", "region")
+
+
+def define_flags(flags: Flags) -> None:
+    """A flag for every field of :class:`GenerateOptions`."""
+    flags.group("The model and what it is shown")
+    flags.string(
+        "checkpoint",
+        None,
+        "A converted checkpoint, a Hugging Face directory, or a run of train.py.",
+        "FOLDER",
+    )
+    flags.strings("image", "An image file.", "FILE")
+    flags.strings("video", "A video file, an animation, or a folder of frames.", "FILE")
+    flags.strings("question", "What to ask; several are turns of one conversation.")
+    flags.string("system", None, "System prompt; default: the one of the model's family.")
+    flags.number("fps", None, "Frames of a video to show per second; default: the family's.")
+    flags.integer("max_frames", None, "Most frames of a video to show; default: the family's.")
+    flags.number("folder_fps", None, _text("Frames per second that a folder of frames has", "folder_fps"))
+    flags.boolean("resize", False, "Squash an image of another size to that of a run's tower.")
+    _define_gaze(flags)
+    flags.group("How tokens are drawn")
+    flags.integer("max_tokens", 64, "Most tokens to generate for a question.")
+    flags.number("temperature", 0.0, "0 takes the likeliest token, more samples.")
+    flags.integer("sample_top_k", None, "Sample from the N likeliest tokens; default: from all.")
+    flags.number(
+        "top_p",
+        None,
+        _text("Sample from the likeliest of those tokens that reach this probability together", "top_p"),
+    )
+    flags.strings("stop", "End the answer before this string.")
+    flags.integer("seed", None, _text("Seed of the sampling", "seed"))
+    flags.group("Pictures of the last answer")
+    flags.strings("out", "Where the answer looked: a file that ends in .html, .png, .mp4 or .gaze.", "FILE")
+    flags.integer("layer", None, "Layer of the pictures; default: all, or the best one of a run's eval.json.")
+    flags.integer(
+        "views", None, _text("Most views and frames in a PNG or MP4: those looked at most", "views")
+    )
+    flags.group("Many questions")
+    flags.string("questions", None, "JSON Lines file of many questions.", "FILE")
+    flags.string("answers", None, "JSON Lines file to write their answers to.", "FILE")
+    flags.string("traces", None, "Folder for a trace and a viewer page of each, and an index.", "FOLDER")
+    flags.integer("batch_size", None, _text("Most questions of the file to answer at once", "batch_size"))
+    flags.group("Devices and memory")
+    flags.boolean("all_devices", False, "Split batches over all devices, not one.")
+    flags.integer("fsdp", None, _text("Devices that share one copy of the parameters", "fsdp"))
+    flags.integer("cache_tokens", None, "Most tokens in the cache; default: what fits.")
+    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    flags.string(
+        "compilation_cache",
+        os.path.join(home, "gaze_jax"),
+        "Folder that keeps compiled programs; empty for none.",
+        "FOLDER",
+    )
+
+
+def _define_gaze(flags: Flags) -> None:
+    """Which regions there are and which are selected."""
+    flags.group("Where it may look (gaze)")
+    flags.integer("gaze_top_k", None, "Regions per query; default: what the model is configured for.")
+    flags.number("gaze_keep", None, "The same as a fraction of the regions in sight.")
+    flags.boolean("gaze_dense", False, "Attend to everything, whatever the model is configured for.")
+    flags.integers("gaze_full_layers", None, "Layers that attend to everything.", "0,1")
+    flags.choice(
+        "gaze_select_per", None, SELECT_PER, "Who selects: each query head, or each kv head's group."
+    )
+    flags.integers("gaze_region", None, "Target size of an image's regions in tokens.", "7,7")
+    flags.integers("gaze_video_region", None, "The same of a video, with frames first.", "2,4,8")
+    flags.choice("gaze_newlines", None, NEWLINES, "Read all newlines, or route them with their regions.")
+    flags.choice("gaze_visual_dtype", None, ["int8"], "Keep visual keys and values as int8.")
+    flags.boolean(
+        "offload", False, "Keep visual keys and values in the host's memory and fetch what is selected."
+    )
+    flags.strings(
+        "look_at",
+        "Box in pixels, and perhaps a frame's number: look nowhere else.",
+        "X0,Y0,X1,Y1[,FRAME]",
+    )
+    flags.integers("look_at_layers", None, "Layers that --look_at is for; default: all.", "12,13")
+    flags.number(
+        "look_at_bias", None, "Make the boxes likelier by as many logits, in place of looking nowhere else."
+    )
+
+
+def _text(text: str, name: str) -> str:
+    """The help of a flag that has no default of its own, to tell whether it was given."""
+    return f"{text}; default: {DEFAULTS[name]}."
+
+
+def options_of(values: Values) -> GenerateOptions:
+    """What the flags say, checked."""
+    given = {name: values[name].value for name in values}
+    return GenerateOptions.of({n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+
+
+def main(values: Values) -> None:
+    """Answer one conversation or a file of questions."""
+    options = options_of(values)
+    import jax
+
+    from gaze_jax.commands import generate_answers
+
+    if options.devices.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", options.devices.compilation_cache)
+    if options.batch.questions is None:
+        generate_answers.ask(options)
+    else:
+        generate_answers.ask_many(options)
+
+
+def run() -> None:
+    """The command."""
+    cli.run(main, define_flags, __doc__)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,295 @@
+"""What generate.py was asked for: one value that has checked itself before anything is read.
+
+What options mean together is in two tables, of options, a situation and a sentence: :data:`RULES` and, once a
+checkpoint is there, :data:`CHECKPOINT_RULES`.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+from gaze_jax.commands.generate_groups import (
+    BatchOptions,
+    DeviceOptions,
+    OutputOptions,
+    SamplingOptions,
+    SelectionOptions,
+    ShownOptions,
+    or_default,
+)
+from gaze_jax.errors import UserError
+
+DRAWN = (".png", ".mp4")
+"""Files of ``--out`` that show what was selected and nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Everything that generate.py was asked for.
+
+    Raises:
+      UserError: an option is out of range, is missing, or has no effect beside the others (:data:`RULES`).
+    """
+
+    checkpoint: str | None = None
+    shown: ShownOptions = dataclasses.field(default_factory=ShownOptions)
+    selection: SelectionOptions = dataclasses.field(default_factory=SelectionOptions)
+    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
+    batch: BatchOptions = dataclasses.field(default_factory=BatchOptions)
+    devices: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None:
+            raise UserError(
+                "Give --checkpoint, a converted one, a Hugging Face directory or a run of train.py."
+            )
+        check(self, self, RULES)
+        if self.batch.questions is None:
+            from gaze_jax.infer.prompt import check_questions
+
+            check_questions(self.shown.question, len(self.shown.image), len(self.shown.video))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Of options by their names; those that are left out have their defaults."""
+        groups = {field.name: field.type for field in dataclasses.fields(cls) if field.name != "checkpoint"}
+        given: dict[str, Any] = {"checkpoint": values.get("checkpoint")}
+        for name, kind in groups.items():
+            fields = dataclasses.fields(typing.cast(Any, kind))
+            chosen = {field.name: values[field.name] for field in fields if field.name in values}
+            given[name] = typing.cast(Any, kind)(**chosen)
+        return cls(**given)
+
+    def value(self, name: str) -> Any:
+        """An option of a group by its name, with what None means."""
+        return or_default(self._group(name), name)
+
+    def given(self, name: str) -> bool:
+        """Whether an option was given; one that is off counts as left out."""
+        value = getattr(self._group(name), name)
+        return value is not None and value is not False and value != ()
+
+    def _group(self, name: str) -> Any:
+        groups = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return next(group for group in groups if hasattr(group, name))
+
+    def check_checkpoint(self, *, top_k: int | None, depth: int, resizes: bool) -> None:
+        """Refuse what this checkpoint has no use for.
+
+        Args:
+          top_k: regions per query that it is configured for; None is dense attention.
+          depth: layers of its decoder.
+          resizes: images of any size are its model's business.
+
+        Raises:
+          UserError: an option has no effect (:data:`CHECKPOINT_RULES`), or the layer does not exist.
+        """
+        check(self, Opened(self, top_k, resizes), CHECKPOINT_RULES)
+        layer = self.output.layer
+        if layer is not None and not 0 <= layer < depth:
+            raise UserError(f"--layer={layer} must be between 0 and {depth - 1}.")
+
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(Generic[T]):
+    """Options that are refused in a situation.
+
+    Attributes:
+      options: by name.
+      when: the situation.
+      why: the sentence after the option's name.
+      mend: the sentence's end.
+    """
+
+    options: tuple[str, ...]
+    when: Callable[[T], bool]
+    why: str
+    mend: str = "drop it"
+
+
+def check(options: GenerateOptions, situation: T, rules: Sequence[Rule[T]]) -> None:
+    """Raise the sentence of the first rule that an option breaks.
+
+    Args:
+      options: that may have been given.
+      situation: what the rules ask about.
+      rules: in the order in which they are told.
+
+    Raises:
+      UserError: a rule is broken.
+    """
+    for rule in rules:
+        if rule.when(situation):
+            for name in filter(options.given, rule.options):
+                raise UserError(f"--{name} {rule.why}; {rule.mend}.")
+
+
+def one_conversation(options: GenerateOptions) -> bool:
+    """There is no file of questions."""
+    return options.batch.questions is None
+
+
+def file_of_questions(options: GenerateOptions) -> bool:
+    """There is one."""
+    return not one_conversation(options)
+
+
+def no_video(options: GenerateOptions) -> bool:
+    """A conversation without one."""
+    return one_conversation(options) and not options.shown.video
+
+
+def no_folder(options: GenerateOptions) -> bool:
+    """A conversation without frames in a folder."""
+    return one_conversation(options) and not any(Path(name).is_dir() for name in options.shown.video)
+
+
+def nothing_shown(options: GenerateOptions) -> bool:
+    """A conversation of text alone."""
+    return no_video(options) and not options.shown.image
+
+
+def no_layer_shown(options: GenerateOptions) -> bool:
+    """A conversation without a picture, or with a trace alone, which has all layers."""
+    return one_conversation(options) and not options.output.suffixes - {".gaze"}
+
+
+def nothing_drawn(options: GenerateOptions) -> bool:
+    """A conversation without a sheet or clip."""
+    return one_conversation(options) and options.output.suffixes.isdisjoint(DRAWN)
+
+
+def greedy(options: GenerateOptions) -> bool:
+    """A conversation whose tokens are not sampled."""
+    return one_conversation(options) and options.sampling.temperature == 0
+
+
+def dense(options: GenerateOptions) -> bool:
+    """A conversation with dense attention."""
+    return one_conversation(options) and options.selection.gaze_dense
+
+
+def dense_drawn(options: GenerateOptions) -> bool:
+    """The same, with a sheet or clip."""
+    return dense(options) and not nothing_drawn(options)
+
+
+def no_traces(options: GenerateOptions) -> bool:
+    """A file of questions without traces."""
+    return file_of_questions(options) and options.batch.traces is None
+
+
+def no_box(options: GenerateOptions) -> bool:
+    """No box to look at."""
+    return not options.selection.look_at
+
+
+def one_device(options: GenerateOptions) -> bool:
+    """Not all devices."""
+    return not options.devices.all_devices
+
+
+_OF_ONE = ("image", "video", "question", "out", "fps", "max_frames", "folder_fps", "views")
+_OF_REGIONS = (
+    "gaze_select_per",
+    "gaze_region",
+    "gaze_newlines",
+    "gaze_visual_dtype",
+    "offload",
+    "gaze_top_k",
+    "gaze_keep",
+    "gaze_dense",
+    "gaze_full_layers",
+    "look_at",
+    "resize",
+    "out",
+)
+
+RULES = (
+    Rule(("answers", "traces", "batch_size"), one_conversation, "is for --questions"),
+    Rule(
+        (*_OF_ONE, "look_at_layers", "look_at_bias"),
+        file_of_questions,
+        "is for one conversation; write it into the lines of --questions",
+    ),
+    Rule(("fps", "max_frames", "folder_fps", "gaze_video_region"), no_video, "has no effect without --video"),
+    Rule(_OF_REGIONS, nothing_shown, "has no effect without --image or --video"),
+    Rule(("layer",), no_layer_shown, "has no effect without an --out that shows a layer"),
+    Rule(("layer",), no_traces, "has no effect without --traces"),
+    Rule(("views",), nothing_drawn, "has no effect without --out=....png or .mp4"),
+    Rule(("folder_fps",), no_folder, "has no effect without a --video that is a folder"),
+    Rule(
+        ("sample_top_k", "top_p", "seed"),
+        greedy,
+        "has no effect at --temperature=0, which samples nothing",
+        "drop it, or raise the temperature",
+    ),
+    Rule(("look_at_layers", "look_at_bias"), no_box, "has no effect without --look_at"),
+    Rule(("gaze_select_per",), dense, "has no effect with --gaze_dense, which selects nothing"),
+    Rule(
+        ("out",),
+        dense_drawn,
+        "as .png or .mp4 shows what was selected, and --gaze_dense selects nothing",
+        "drop one of them",
+    ),
+    Rule(("fsdp",), one_device, "has no effect without --all_devices"),
+)
+"""Options, the situation that refuses them, and the sentence; the first that applies is told."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Options and the checkpoint that they are for.
+
+    Attributes:
+      options: of the command.
+      top_k: regions per query that the checkpoint is configured for; None is dense attention.
+      resizes: images of any size are its model's business.
+    """
+
+    options: GenerateOptions
+    top_k: int | None
+    resizes: bool
+
+
+def sizes_images(opened: Opened) -> bool:
+    """The checkpoint is none of train.py."""
+    return opened.resizes
+
+
+def selects_nothing(opened: Opened) -> bool:
+    """A conversation that is dense because neither the checkpoint nor an option says otherwise."""
+    selection = opened.options.selection
+    budgets = (opened.top_k, selection.gaze_top_k, selection.gaze_keep)
+    return one_conversation(opened.options) and all(budget is None for budget in budgets)
+
+
+def draws_nothing(opened: Opened) -> bool:
+    """The same, with a sheet or clip."""
+    return selects_nothing(opened) and not nothing_drawn(opened.options)
+
+
+_GIVE_BUDGET = "give --gaze_top_k or --gaze_keep"
+
+CHECKPOINT_RULES = (
+    Rule(("resize",), sizes_images, "is for runs of train.py; a checkpoint has its own way with images"),
+    Rule(
+        ("gaze_select_per", "gaze_full_layers", "look_at"),
+        selects_nothing,
+        "has no effect on a checkpoint that attends densely",
+        _GIVE_BUDGET,
+    ),
+    Rule(
+        ("out",),
+        draws_nothing,
+        "as .png or .mp4 shows what was selected, and this checkpoint attends densely",
+        _GIVE_BUDGET,
+    ),
+)
+"""The same of a checkpoint."""

@@ -1,0 +1,70 @@
+"""Train one experiment, then evaluate it and draw where it looked.
+
+python train.py --config=configs/digits.py --workdir=runs/digits [--config.FIELD=VALUE ...]
+
+The same command goes on with a run that was stopped or killed.
+"""
+
+import typing
+
+from gaze_jax.commands import cli
+from gaze_jax.commands.flags import Flags, Values
+from gaze_jax.errors import UserError
+
+if typing.TYPE_CHECKING:
+    import ml_collections
+
+
+def define_flags(flags: Flags) -> None:
+    """The flags, and whatever fields the config has."""
+    from ml_collections import config_flags
+
+    flags.group("The run")
+    text = "A file of configs/. --config.FIELD=VALUE changes a field of it, such as --config.steps=1000."
+    config_flags.DEFINE_config_file(
+        "config", None, text, flag_values=flags.values, lock_config=True, sys_argv=flags.argv
+    )
+    flags.listed("config", "FILE", text)
+    flags.string("workdir", None, "Where checkpoints, metrics and results go.", "FOLDER")
+
+
+def config_of(values: Values) -> "ml_collections.ConfigDict":
+    """The config file's values, with those of flags.
+
+    Raises:
+      UserError: the file does not exist or has no ``get_config``.
+    """
+    from ml_collections import config_flags
+
+    config = values.config
+    try:
+        _ = config.items  # what stands for a file that could not be loaded raises at the first use
+        return config
+    except (OSError, AttributeError) as error:
+        raise UserError(cli.unloadable(config_flags.get_config_filename(values["config"]))) from error
+
+
+def main(values: Values) -> None:
+    """Train and, on one process, evaluate."""
+    if not values["config"].present:
+        raise UserError("Give --config, a file such as configs/digits.py.")
+    if values.workdir is None:
+        raise UserError("Give --workdir, the folder for checkpoints, metrics and results.")
+    import jax
+
+    from gaze_jax.evaluate.run import run as evaluate
+    from gaze_jax.train.config import parse
+    from gaze_jax.train.loop import train
+
+    finished = train(parse(config_of(values)), values.workdir)
+    if finished and jax.process_count() == 1:
+        evaluate(values.workdir)
+
+
+def run() -> None:
+    """The command."""
+    cli.run(main, define_flags, __doc__)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,66 @@
+"""The run-time check of the shapes in the types of ``gaze_jax.core`` and ``gaze_jax.models``.
+
+``tests/conftest.py`` has jaxtyping put it on every function there as the modules are imported.
+"""
+
+import dataclasses
+import functools
+import typing
+
+import beartype
+import jaxtyping
+from beartype.door import is_bearable
+
+PACKAGES = ("gaze_jax.core", "gaze_jax.models")
+
+# An int may stand for a float, as type checkers have it.
+_CONF = beartype.BeartypeConf(is_pep484_tower=True)
+
+
+def checked(function):
+    """Check the arguments and the result of a function, and the fields of dataclasses among them.
+
+    The arguments of ``__init__`` stay unchecked: JAX makes pytrees anew with whatever takes the place of
+    their arrays, be it shardings, None or arrays without the layer axis. Fields are checked where a function
+    takes or returns the dataclass.
+    """
+    if function.__name__ == "__init__":
+        return function
+    arrays = beartype.beartype(function, conf=_CONF)
+
+    @functools.wraps(function)
+    def check(*args, **kwargs):
+        for value in (*args, *kwargs.values()):
+            check_fields(value)
+        return arrays(*args, **kwargs)
+
+    return check
+
+
+def check_fields(value):
+    """Refuse a dataclass of the checked packages, or one inside it, whose arrays do not fit one another."""
+    for inner in value if type(value) is tuple else (value,):
+        hints = _hints(type(inner))
+        with jaxtyping.jaxtyped("context"):
+            for name, hint in hints.items():
+                field = getattr(inner, name)
+                if not is_bearable(field, hint, conf=_CONF):
+                    raise jaxtyping.TypeCheckError(
+                        f"{type(inner).__name__}.{name} is {jaxtyping_name(field)}, not {hint}."
+                    )
+        for name in hints:
+            check_fields(getattr(inner, name))
+
+
+def jaxtyping_name(value):
+    """Shape and dtype of an array, or the type of anything else."""
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+
+
+@functools.cache
+def _hints(cls):
+    """The annotations of a dataclass of the checked packages; none for any other class."""
+    if not (dataclasses.is_dataclass(cls) and cls.__module__.startswith(PACKAGES)):
+        return {}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -25,7 +25,7 @@ from gaze_jax.evaluate.metrics import (
     token_scores,
 )
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import most
+from gaze_jax.infer.gaze_options import selection_capacity
 from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
@@ -127,7 +127,7 @@ def _decode(
             ends=[trained.tokenizer.end_id],
             sampling=SamplingParams.of([0.0] * len(rows)),
             returns="selection",
-            capacity=most(None if top_k is None else [top_k], engine.capacity),
+            capacity=selection_capacity(None if top_k is None else [top_k], engine.capacity),
         )
     )
     found = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}

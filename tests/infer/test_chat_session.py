@@ -234,7 +234,7 @@ def test_a_running_video_is_asked_about_alone():
     session.append_frames(FRAMES[:1], last=True)
     with pytest.raises(UserError, match="The video has ended"):
         session.append_frames(FRAMES[1:])
-    with pytest.raises(UserError, match="shows nothing else"):
+    with pytest.raises(UserError, match="takes no other media"):
         session.ask(QUESTION, images=[PHOTO])
     session.ask(QUESTION)
     with pytest.raises(UserError, match="has no answer yet"):

@@ -139,7 +139,7 @@ WRONG = {
     "top_k": ({"top_k": 0}, "top_k=0 must be at least 1"),
     "dense": ({"top_k": None}, "top_k=None but J=2"),
     "tokens": ({"tokens": ("a",)}, "dense is of 5 tokens but there are 1"),
-    "text": ({"answer": "\ud800"}, "half a character"),
+    "text": ({"answer": "\ud800"}, "half a surrogate pair"),
     "shape": ({"scores": np.zeros((5, 3, 4, 3), np.float32)}, r"scores must be float32 \[5, 3, 4, 2\]"),
     "dtype": ({"visual_tokens": np.full(5, 60)}, r"visual_tokens must be int32 \[5\], got int64"),
     "axes": ({"dense": np.zeros((5, 3, 4), np.float32)}, r"dense must be \[T, L, H, R\]"),
@@ -300,14 +300,14 @@ DAMAGE = {
     "token": (edit(tokens=lambda t: [1, *t[1:]]), "tokens must be strings"),
     "count": (edit(tokens=lambda t: t[1:]), "dense is of 5 tokens but there are 4"),
     "bool": (edit(top_k=True), "top_k of meta is bool"),
-    "T": (edit(shape=lambda s: s | {"T": 6}), "not what its meta says"),
+    "T": (edit(shape=lambda s: s | {"T": 6}), "does not match its meta"),
     "negative": (edit(shape=lambda s: s | {"T": -1}), "whole numbers, 0 or more"),
     "axis": (edit(shape=lambda s: s | {"X": 1}), "shape must have the fields"),
     "view": (edit(views=lambda u: first(u, grid=[2])), "grid must be 2"),
-    "grid": (edit(views=lambda u: first(u, grid=[5, 4])), "not what its meta says"),
+    "grid": (edit(views=lambda u: first(u, grid=[5, 4])), "does not match its meta"),
     "corners": (edit(views=lambda u: first(u, corners=["0", 0, 1, 1])), "four numbers"),
     "far": (edit(views=lambda u: first(u, corners=[0, 0, 10**400, 1])), "is damaged"),
-    "bytes": (edit(pictures=lambda p: first(p, bytes=1)), "not what its meta says"),
+    "bytes": (edit(pictures=lambda p: first(p, bytes=1)), "does not match its meta"),
     "moved": (
         edit(
             pictures=lambda p: [
@@ -326,7 +326,7 @@ DAMAGE = {
         "scores is no array",
     ),
     "text": (lambda e: e.update({"scores.npy": b"hello"}), "scores is no array"),
-    "lying": (lying, "dense has not the length that it declares"),
+    "lying": (lying, "dense does not have the length that it declares"),
     "short": (lambda e: e.update({"dense.npy": e["dense.npy"][:-2]}), "not the length"),
     "long": (lambda e: e.update({"dense.npy": e["dense.npy"] + b"\0"}), "not the length"),
     "index": (edit(pictures=lambda p: first(p, index=-1)), "whole numbers, 0 or more"),
@@ -363,7 +363,7 @@ def test_a_file_that_is_cut_or_changed_is_refused(tmp_path):
     whole, rng, same = path.read_bytes(), np.random.default_rng(0), 0
     for cut in range(0, len(whole), 997):
         path.write_bytes(whole[:cut])
-        refused(path, "no trace|damaged|no entry")
+        refused(path, "not a trace|damaged|no entry")
     for at in rng.integers(len(whole), size=300):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1 :])
         try:
@@ -438,7 +438,7 @@ def recorded(names, function):
 
 def test_other_files_are_refused(tmp_path):
     """Missing, a folder, empty, another format, a zip of something else, not writable."""
-    for name, message in {"absent": "No such file", ".": "directory", "empty": "no trace"}.items():
+    for name, message in {"absent": "No such file", ".": "directory", "empty": "not a trace"}.items():
         if name == "empty":
             (tmp_path / name).write_bytes(b"")
         refused(tmp_path / name, message)

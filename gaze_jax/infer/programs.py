@@ -159,8 +159,7 @@ def decode_loop(
     Args:
       model, params, state, selection, sampling, spec, returns: as in :class:`Engine`.
       fixed, updated: the cache without its fields :data:`UPDATED`, which are None, and these fields.
-      ends: int32 [n], ids of the end tokens.
-      steps: int32 scalar, at most :data:`STEPS`.
+      ends, steps: int32 [n], ids of the end tokens; int32 scalar, at most :data:`STEPS`.
       kind: int32 [B, S], the kind of token in each text-stream slot.
 
     Returns:

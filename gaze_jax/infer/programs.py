@@ -157,17 +157,10 @@ def decode_loop(
     """Run up to ``steps`` decode steps, fewer if every row is done.
 
     Args:
-      model, params: the model and its parameters.
-      fixed: the cache without its fields :data:`UPDATED`, which are None.
-      updated: the fields :data:`UPDATED` of the cache.
-      state: the rows' state.
-      selection: what queries may select.
-      sampling: how tokens are drawn.
-      ends: int32 [n], ids of the end tokens.
-      steps: int32 scalar, at most :data:`STEPS`.
+      model, params, state, selection, sampling, spec, returns: as in :class:`Engine`.
+      fixed, updated: the cache without its fields :data:`UPDATED`, which are None, and these fields.
+      ends, steps: int32 [n], ids of the end tokens; int32 scalar, at most :data:`STEPS`.
       kind: int32 [B, S], the kind of token in each text-stream slot.
-      spec: the static part of the selection.
-      returns: see :data:`Returns`.
 
     Returns:
       ``updated`` and ``state`` after the last step, and the output by step: "tokens" int32 [STEPS, B], -100

@@ -34,7 +34,7 @@ def test_a_box_allows_the_regions_that_it_overlaps():
 
 
 def test_a_frame_is_one_of_the_video():
-    """Without a number every frame and image is meant; regions that nobody knows of stay out."""
+    """Without a number every frame and image is meant; regions beyond the views are excluded."""
     assert allowed(LookAt((0, 0, 1, 1))) == [0, 4, 8]
     assert allowed(LookAt((0, 0, 1, 1), frame=1)) == [8]
 

@@ -232,7 +232,7 @@ def test_a_picture_that_is_none_is_refused(change, message):
 
 
 def rewritten(path, change, compression=zipfile.ZIP_DEFLATED):
-    """Writes the file anew with entries {name: bytes} that ``change`` alters."""
+    """Rewrite the file after ``change`` has altered its entries {name: bytes}."""
     with zipfile.ZipFile(path) as file:
         entries = {info.filename: file.read(info) for info in file.infolist()}
     change(entries)
@@ -413,7 +413,7 @@ def test_a_bomb_that_declares_little_is_read_no_further(tmp_path):
 
 @pytest.mark.parametrize("way", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compressions_are_refused(way, tmp_path):
-    """Their readers take what memory they like."""
+    """Their readers do not limit the memory that they use."""
     path = tmp_path / "a.gaze"
     save(make_trace(), path)
     rewritten(path, lambda entries: None, way)

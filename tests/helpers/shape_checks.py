@@ -20,11 +20,11 @@ _CONF = beartype.BeartypeConf(is_pep484_tower=True)
 def checked(function):
     """Check the arguments and the result of a function, and the fields of dataclasses among them.
 
-    The arguments of ``__init__`` stay unchecked: JAX makes pytrees anew with whatever takes the place of
-    their arrays, be it shardings, None or arrays without the layer axis. Fields are checked where a function
-    takes or returns the dataclass.
+    The arguments of ``__init__`` are not checked: JAX rebuilds pytrees with other leaves than arrays, such as
+    shardings or None. ``__post_init__`` refuses wrong values itself. Fields are checked where a function takes
+    or returns the dataclass.
     """
-    if function.__name__ == "__init__":
+    if function.__name__ in ("__init__", "__post_init__"):
         return function
     arrays = beartype.beartype(function, conf=_CONF)
 

@@ -21,8 +21,8 @@ def checked(function):
     """Check the arguments and the result of a function, and the fields of dataclasses among them.
 
     The arguments of ``__init__`` are not checked: JAX rebuilds pytrees with other leaves than arrays, such as
-    shardings or None. ``__post_init__`` refuses wrong values itself. Fields are checked where a function takes
-    or returns the dataclass.
+    shardings or None. ``__post_init__`` refuses wrong values itself. Fields are checked where a function
+    takes or returns the dataclass.
     """
     if function.__name__ in ("__init__", "__post_init__"):
         return function

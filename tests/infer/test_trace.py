@@ -134,11 +134,11 @@ def changed(name, at, value):
 
 
 WRONG = {
-    "select_per": ({"select_per": "layer"}, "select_per='layer' must be one of head, group"),
+    "select_per": ({"select_per": "layer"}, "select_per='layer' must be one of head, kv_head"),
     "selectors": ({"select_per": "head", "selectors": 2}, "does not fit 2 selectors of 4 heads"),
     "top_k": ({"top_k": 0}, "top_k=0 must be at least 1"),
     "dense": ({"top_k": None}, "top_k=None but J=2"),
-    "tokens": ({"tokens": ("a",)}, "dense is of 5 tokens but there are 1"),
+    "tokens": ({"tokens": ("a",)}, "dense has 5 tokens but tokens has 1"),
     "text": ({"answer": "\ud800"}, "half a surrogate pair"),
     "shape": ({"scores": np.zeros((5, 3, 4, 3), np.float32)}, r"scores must be float32 \[5, 3, 4, 2\]"),
     "dtype": ({"visual_tokens": np.full(5, 60)}, r"visual_tokens must be int32 \[5\], got int64"),
@@ -298,7 +298,7 @@ DAMAGE = {
     "unknown": (edit(colour=1), "must have the fields"),
     "type": (edit(question=1), "question of meta is int"),
     "token": (edit(tokens=lambda t: [1, *t[1:]]), "tokens must be strings"),
-    "count": (edit(tokens=lambda t: t[1:]), "dense is of 5 tokens but there are 4"),
+    "count": (edit(tokens=lambda t: t[1:]), "dense has 5 tokens but tokens has 4"),
     "bool": (edit(top_k=True), "top_k of meta is bool"),
     "T": (edit(shape=lambda s: s | {"T": 6}), "does not match its meta"),
     "negative": (edit(shape=lambda s: s | {"T": -1}), "whole numbers, 0 or more"),
@@ -327,8 +327,8 @@ DAMAGE = {
     ),
     "text": (lambda e: e.update({"scores.npy": b"hello"}), "scores is no array"),
     "lying": (lying, "dense does not have the length that it declares"),
-    "short": (lambda e: e.update({"dense.npy": e["dense.npy"][:-2]}), "not the length"),
-    "long": (lambda e: e.update({"dense.npy": e["dense.npy"] + b"\0"}), "not the length"),
+    "short": (lambda e: e.update({"dense.npy": e["dense.npy"][:-2]}), "not have the length"),
+    "long": (lambda e: e.update({"dense.npy": e["dense.npy"] + b"\0"}), "not have the length"),
     "index": (edit(pictures=lambda p: first(p, index=-1)), "whole numbers, 0 or more"),
     "frame": (edit(pictures=lambda p: first(p, frame=1 << 40)), "whole numbers, 0 or more"),
     "outside": (edit(views=lambda u: first(u, corners=[0, 0, 1e6, 1e6])), "far outside of its picture"),

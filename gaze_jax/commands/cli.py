@@ -76,8 +76,8 @@ def run(
 ) -> None:
     """Parse the flags and call ``main`` with their values.
 
-    A :class:`UserError` ends the program with status 2 and its message; any other exception is a bug and keeps
-    its traceback.
+    A :class:`UserError` ends the program with status 2 and its message; any other exception is a bug and
+    keeps its traceback.
 
     Args:
       main: takes the values and, with ``arguments``, the list of arguments that are not flags.

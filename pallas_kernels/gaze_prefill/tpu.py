@@ -192,7 +192,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
       plan, tiles: static sizes.
       places: int32 [B, K, N, 8, W].
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None without a selection.
     """
     batch, kv_heads = places.shape[:2]
     order, segment = places[:, 0, :, tpu_common.ORDER], places[:, 0, :, tpu_common.SEGMENT_OF]
@@ -229,7 +229,7 @@ def _facts(
     Args:
       plan: static sizes.
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None without a selection.
       numbers: float32 [B, K, rows] log-sum-exp and delta, for the backward pass.
     """
     lanes = [windows[name] for name in ("visual_lo", "visual_hi", "text_lo", "text_hi", "segment")]

@@ -7,7 +7,6 @@ This file lists the regions that each kv head reads, builds the other arguments 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import plan, tpu_kernel, tpu_layout
-from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalars, Static
+from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalar, Scalars, Static
 from pallas_kernels.gaze_decode.tpu_layout import LANES, Packed
 from pallas_kernels.spec import GazeSpec
 
@@ -124,21 +123,27 @@ class _Grid:
     per_core: int
     lanes_are_tokens: bool
 
-    def row(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def row(self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars) -> tuple[Scalar, ...]:
         """Block of the current row, for [B * K, ...]."""
         return core * self.per_core + inner, 0, 0
 
-    def next_row(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def next_row(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
         """Block of the core's next row, for [B * K, ...]. For the last row it is the last row itself."""
         return core * self.per_core + jnp.minimum(inner + 1, self.per_core - 1), 0, 0
 
-    def text_seen(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def text_seen(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
         """Block of the current tile, for [B, 1, S]."""
         b = (core * self.per_core + inner) // self.kv_heads
         # After the last tile in use the index repeats, and the pipeline does not fetch the same block again.
         return b, 0, jnp.minimum(tile, jnp.maximum(scalars.tiles[b] - 1, 0))
 
-    def text_keys(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def text_keys(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
         """Block of the current tile, for [L, B, K, S, D], or [L, B, K, D, S] if lanes are tokens."""
         b, _, at = self.text_seen(core, inner, tile, scalars)
         place = (0, at) if self.lanes_are_tokens else (at, 0)

@@ -18,7 +18,6 @@ unit as D=128.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +191,7 @@ def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], o
       plan, tiles: static sizes.
       places: int32 [B, K, N, 8, W].
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None without a selection.
     """
     batch, kv_heads = places.shape[:2]
     order, segment = places[:, 0, :, tpu_common.ORDER], places[:, 0, :, tpu_common.SEGMENT_OF]
@@ -229,7 +228,7 @@ def _facts(
     Args:
       plan: static sizes.
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None without a selection.
       numbers: float32 [B, K, rows] log-sum-exp and delta, for the backward pass.
     """
     lanes = [windows[name] for name in ("visual_lo", "visual_hi", "text_lo", "text_hi", "segment")]
@@ -272,6 +271,7 @@ def _tile_arrays(
 
 
 Queries = tuple[dict[str, Array], Array | None]
+_Residuals = tuple[Array, Array, Array, Array, Queries, Array, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -299,7 +299,7 @@ def _movable(plan: Plan, a: Array) -> Array:
 
 def _forward(
     plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
-) -> tuple[Array, tuple[Any, ...]]:
+) -> tuple[Array, _Residuals]:
     def one(xs: tuple[Array, Queries]) -> tuple[Array, Array]:
         table, facts = _tile_arrays(plan, tiles, places, xs[1])
         inputs = tpu_forward.Inputs(table, places, _movable(plan, xs[0]), facts, k, v)
@@ -310,10 +310,14 @@ def _forward(
     return out, (q, k, v, places, queries, out, lse)
 
 
-def _backward(plan: Plan, tiles: Tiles, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+def _backward(
+    plan: Plan, tiles: Tiles, residuals: _Residuals, d_out: Array
+) -> tuple[Array, Array, Array, None, None]:
     q, k, v, places, queries, out, lse = residuals
 
-    def one(sums: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
+    def one(
+        sums: tuple[Array, Array], xs: tuple[Array, Queries, Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
         q, queries, out, lse, d_out = xs
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         table, facts = _tile_arrays(plan, tiles, places, queries, lse, delta)

@@ -34,7 +34,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import interpreter
 
 Array = jax.Array
-Ref = Any  # in a kernel; the callers fill the same bundles with arrays and BlockSpecs
+Ref = Any  # Pallas refs have no public type; the callers fill the same bundles with arrays and BlockSpecs
+
+Slice = slice | pl.Slice
 
 LANES = 128
 SKIP, GATHER, DIRECT = 0, 1, 2
@@ -167,7 +169,7 @@ def logits(plan: Plan, q: Array, keys: Keys) -> Array:
     return dot(q, keys.k, (1, 1)) * plan.scale + poison
 
 
-def unit_rows(plan: Plan, unit: Array) -> Any:
+def unit_rows(plan: Plan, unit: Array) -> Slice:
     """The slice of a unit's rows."""
     return pl.ds(pl.multiple_of(unit * plan.unit, plan.unit), plan.unit)
 
@@ -211,7 +213,7 @@ def visit(
     pl.when(left > 0)(lambda: flush(left))
 
 
-def in_chunks(plan: Plan, body: Callable[[Any], None]) -> None:
+def in_chunks(plan: Plan, body: Callable[[Slice], None]) -> None:
     """Call ``body`` with the slice of rows of every chunk of the tile."""
 
     def step(i: Array, carry: None) -> None:
@@ -225,7 +227,7 @@ def block_specs(plan: Plan, dim: int, facts_per_head: bool) -> dict[str, pl.Bloc
     # Blocks after the last visual one read only the windows, which every register carries.
     last = plan.registers - 1
 
-    def facts(b: Array, k: Array, n: Array) -> tuple[Any, ...]:
+    def facts(b: Array, k: Array, n: Array) -> tuple[Array | int, ...]:
         return b, k if facts_per_head else 0, 0, jnp.minimum(jax.lax.div(n, plan.blocks_per_facts), last)
 
     return {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are asked for: whoever trains or converts needs none of this.
+# Imported on first use: training and conversion need none of these.
 _LAZY = {
     "Answer": "gaze_jax.infer.answer",
     "Sampler": "gaze_jax.infer.sampler",

@@ -69,29 +69,31 @@ def _words(values: Mapping[str, str]) -> Callable[[Any], Any]:
     return lambda value: values.get(value, value) if isinstance(value, str) else value
 
 
-_SOURCES = {"DigitScenes": "digits"}
-"""Class of a data source, as ``repr`` names it -> ``corpus`` of its fingerprint."""
+def _plain(node: ast.expr, name: str | None = None) -> Any:
+    """Values in a ``repr``, tuples as lists; with ``name`` the fields of that dataclass.
 
-
-def _plain(node: ast.expr) -> Any:
-    """A dataclass's ``repr`` as a dictionary of its fields, a tuple as a list."""
-    if isinstance(node, ast.Call):
-        return {str(field.arg): _plain(field.value) for field in node.keywords}
-    if isinstance(node, ast.Tuple):
-        return [_plain(item) for item in node.elts]
+    Raises:
+      ValueError: it is anything else.
+    """
+    match node:
+        case ast.Call(func=ast.Name(id=found), args=[], keywords=fields) if found == name:
+            inner = {"config": "DigitsConfig"}
+            return {str(field.arg): _plain(field.value, inner.get(str(field.arg))) for field in fields}
+        case ast.Tuple(elts=items):
+            return [ast.literal_eval(item) for item in items]
     return ast.literal_eval(node)
 
 
 def _source(text: Any) -> Any:
-    """The ``repr`` of a data source as its fingerprint.
+    """The ``repr`` of a data source as its fingerprint; version 1 had one kind, ``DigitScenes``.
 
     Raises:
-      ValueError: it is no ``repr`` of a data source that version 1 had.
+      ValueError: it is something else.
     """
-    with contextlib.suppress(SyntaxError, TypeError, ValueError, RecursionError):
-        match ast.parse(text, mode="eval").body:
-            case ast.Call(func=ast.Name(id=name)) as call if name in _SOURCES:
-                return {"corpus": _SOURCES[name], **_plain(call)}
+    with contextlib.suppress(SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        call = ast.parse(text, mode="eval").body
+        if isinstance(call, ast.Call):
+            return {"corpus": "digits"} | _plain(call, "DigitScenes")
     raise ValueError(f"data.source={text!r} is not a data source of version 1")
 
 

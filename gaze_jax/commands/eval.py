@@ -4,7 +4,7 @@ python eval.py --workdir=runs/digits [--samples=1024]
     the newest checkpoint of a run: accuracy, visual entries and routing, against dense attention
 
 python eval.py --checkpoint=ckpt/model --compare=dense [--prompts=prompts.jsonl]
-    any checkpoint, without training: how far Gaze moves its dense answers, by top_k, select_per and
+    any checkpoint, without training: how far Gaze changes its dense answers, by top_k, select_per and
     descriptor
 """
 
@@ -32,7 +32,7 @@ _OF_COMPARISONS = (
 
 
 def define_flags(flags: Flags) -> None:
-    """Those of a run, and those of a comparison."""
+    """Flags for evaluating a run and for a comparison."""
     flags.group("A run of train.py")
     flags.string("workdir", None, "The workdir of the run.", "FOLDER")
     flags.integer("samples", None, "Questions of each family; default: the config's.")
@@ -42,14 +42,14 @@ def define_flags(flags: Flags) -> None:
     flags.boolean("check", True, "Compare the checkpoint's files with their checksums first.")
     flags.string("prompts", None, "JSONL of image and question; default: two bundled photos.", "FILE")
     flags.integers("gaze_top_ks", None, "Regions per query; default: powers of two, and all.", "1,2,4")
-    flags.choices("gaze_select_per", SELECT_PER, "Who selects: each query head, or each kv head's group.")
+    flags.choices("gaze_select_per", SELECT_PER, "Select per query head, or per kv head's group.")
     flags.choices("gaze_descriptors", DESCRIPTORS, "How a region is described.")
     flags.integer("max_tokens", 32, "Most tokens of a dense answer.")
     flags.string("out", "compare", "Folder for compare.json and compare.png.", "FOLDER")
 
 
 def _compare(values: Values) -> None:
-    """Compare, print the table, write JSON and plot."""
+    """Compare, print the table, write JSON and a plot."""
     from gaze_jax.evaluate import compare
     from gaze_jax.evaluate.prompts import default_prompts, read_prompts
     from gaze_jax.infer.sampler import Sampler

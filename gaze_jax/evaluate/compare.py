@@ -1,9 +1,9 @@
-"""Gaze without training: how far routed attention moves a checkpoint's own dense answers.
+"""Gaze without training: how much routed attention changes a checkpoint's own dense answers.
 
-Dense attention answers each prompt. The answer is then read once densely and once with every setting. At
-each position that emits one of its tokens the two distributions of the next token are compared: their KL
-divergence, and whether the likeliest token is the same. An oracle that routes by the true attention shows
-what any descriptor could reach at best; random regions show what no descriptor should fall below.
+Dense attention answers each prompt. A teacher-forced pass over that answer then runs once densely and once
+with every setting. At each position that emits a token of the answer, the two next-token distributions are
+compared by KL divergence and by whether their most likely token agrees. An oracle that routes by the true
+attention is the upper limit for any descriptor; random regions are the lower limit.
 """
 
 import datetime
@@ -42,7 +42,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class _Setting:
-    """One way to route; one program serves it at every top_k."""
+    """A routing setting; one compiled program serves every top_k."""
 
     strategy: str
     select_per: str
@@ -59,13 +59,13 @@ class _Setting:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Row:
-    """A prompt with the answer that dense attention gave, as a batch of one.
+    """A prompt followed by its dense answer, as a batch of one.
 
     Attributes:
       images: float32 [1, images, image_size, image_size, 3].
-      streams: of prompt and answer.
-      sample: int32 [1], names the prompt for random routing.
-      at: int32 [A] text-stream places of the queries that emit the answer's tokens.
+      streams: prompt and answer.
+      sample: int32 [1], the prompt's number, the key of random routing.
+      at: int32 [A], text-stream indices of the queries that emit the answer's tokens.
       counted: bool [A], False beyond the answer's end.
     """
 
@@ -91,7 +91,7 @@ def _emitted(
 ) -> tuple[Array, accounting.Entries]:
     """Log-probabilities float32 [A, V] of the tokens after ``row.at``, and what these queries attended to.
 
-    The vocabulary meets the A places alone: logits of a whole row may be larger than the model.
+    Logits are computed at these A positions only; for a whole row they may be larger than the model.
     """
     hidden, out = model.hidden(
         row.images,
@@ -110,7 +110,7 @@ def _emitted(
 
 
 def _mean(values: Array, row: _Row) -> Array:
-    """Mean of [..., A] over the counted tokens."""
+    """Mean of [..., A] over the counted tokens and all other axes."""
     count = jnp.sum(row.counted).astype(jnp.float32)
     return jnp.mean(jnp.sum(jnp.where(row.counted, values, 0.0), axis=-1) / count)
 
@@ -133,7 +133,7 @@ def _routed_pass(
     kl = jnp.sum(jnp.exp(dense) * (dense - routed), axis=-1)
     agree = jnp.argmax(dense, axis=-1) == jnp.argmax(routed, axis=-1)
     return _Outcome(
-        kl=_mean(jnp.maximum(kl, 0.0), row),  # rounding may leave less than nothing
+        kl=_mean(jnp.maximum(kl, 0.0), row),  # rounding may make it negative
         top1=_mean(agree.astype(jnp.float32), row),
         entries=_mean(entries.visual, row),
     )
@@ -152,7 +152,7 @@ def _prompt_arrays(sampler: Sampler, prompts: Sequence[Prompt]) -> list[Arrays]:
 
 
 def _bucket(arrays: Sequence[Arrays]) -> Bucket:
-    """Sizes that every prompt fits."""
+    """The sizes that hold every prompt."""
     return Bucket(
         regions=max(len(row["visual_src"]) for row in arrays),
         text=prompt_length(max(len(row["tokens"]) for row in arrays)),
@@ -162,7 +162,7 @@ def _bucket(arrays: Sequence[Arrays]) -> Bucket:
 
 
 def _with_answer(arrays: Arrays, answer: Sequence[int], bucket: Bucket, length: int) -> _Row:
-    """Append the answer's tokens but the last, which is emitted and never read."""
+    """Append the answer's tokens except the last, which is emitted but never an input."""
     count, read = len(arrays["tokens"]), len(answer) - 1
     batch = pad_to(arrays, **asdict(replace(bucket, text=bucket.text + length)))
     new, steps = slice(count, count + read), np.arange(1, read + 1)
@@ -186,14 +186,14 @@ def _with_answer(arrays: Arrays, answer: Sequence[int], bucket: Bucket, length: 
 
 
 def _dense_answer(sampler: Sampler, arrays: Arrays, max_tokens: int) -> list[int]:
-    """The tokens that the model answers when it attends to everything, the end token included."""
+    """The tokens of the model's dense answer, including the end token."""
     engine = Engine(sampler.model, sampler.params, [arrays], free_slots=free_slots_for(max_tokens))
     found = engine.decode(max_tokens, ends=sampler.end_ids, sampling=SamplingParams.of([0.0]))
     return [int(token) for step in found for token in step["tokens"][:, 0]]
 
 
 def default_top_ks(regions: int) -> tuple[int, ...]:
-    """Powers of two below R, and R itself, which must equal dense attention."""
+    """Powers of two below R, and R itself, which equals dense attention."""
     return (*(2**i for i in range((regions - 1).bit_length())), regions)
 
 
@@ -205,7 +205,7 @@ def _chosen(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[s
 
 
 def _settings(select_per: Iterable[str], descriptors: Iterable[str]) -> list[_Setting]:
-    """Every descriptor, then the ceiling and the floor."""
+    """Every descriptor, then the oracle and random routing."""
     selectors = _chosen("select_per", select_per, SELECT_PER)
     names = _chosen("descriptors", descriptors, DESCRIPTORS)
     found = [_Setting("descriptor", each, name) for name in names for each in selectors]
@@ -213,7 +213,7 @@ def _settings(select_per: Iterable[str], descriptors: Iterable[str]) -> list[_Se
 
 
 def _check_top_ks(top_ks: Iterable[int] | None, regions: int) -> list[int]:
-    """Budgets in order; None is :func:`default_top_ks`."""
+    """The budgets, sorted; None means :func:`default_top_ks`."""
     found = sorted(set(default_top_ks(regions) if top_ks is None else top_ks))
     if not found or not 1 <= found[0] <= found[-1] <= regions:
         raise UserError(f"top_ks={found} must lie between 1 and {regions}, the regions of an image.")
@@ -232,22 +232,22 @@ def compare(
     """Measure every descriptor, selector and top_k against dense attention, between an oracle and random.
 
     Args:
-      sampler: the checkpoint; prompts are built as its chat builds them.
+      sampler: the checkpoint; prompts are built as in a chat with it.
       prompts: questions about images.
-      top_ks: regions per query; None is :func:`default_top_ks`.
-      select_per: of ``GazeConfig.select_per``.
-      descriptors: of ``GazeConfig.descriptor``.
-      max_tokens: most tokens of a dense answer.
+      top_ks: regions per query; None means :func:`default_top_ks`.
+      select_per: values of ``GazeConfig.select_per``.
+      descriptors: values of ``GazeConfig.descriptor``.
+      max_tokens: maximum number of tokens in a dense answer.
 
     Returns:
-      What is JSON-ready: "model" (the config), "regions" and "visual_tokens" of the largest prompt, "prompts"
-      with their dense answers, "answer_tokens" of all answers, "template", "date", "device", and "rows", one
-      for every setting and top_k. A row has "strategy", "descriptor" (None for oracle and random),
-      "select_per", "top_k", "entries" (visual keys per query, layer and head), "entries_fraction" of dense
-      attention's, "kl" (of the routed from the dense distribution, in nats) and "top1" (agreement), means
-      over prompts of means over an answer's tokens, and their 95 % intervals over prompts "kl_ci" and
-      "top1_ci", None for a single prompt. Prompts about the same image are not independent either: an
-      interval over few images is too narrow.
+      A report that can be written as JSON: "model" (the config), "regions" and "visual_tokens" of the largest
+      prompt, "prompts" with their dense answers, "answer_tokens" (total), "template", "date", "device", and
+      "rows", one per setting and top_k. A row has "strategy", "descriptor" (None for oracle and random),
+      "select_per", "top_k", "entries" (visual keys per query, layer and head), "entries_fraction" (of dense
+      attention's entries), "kl" (of the routed from the dense distribution, in nats) and "top1" (agreement).
+      These are means over prompts of means over an answer's tokens; "kl_ci" and "top1_ci" are their 95 %
+      intervals over prompts, None for a single prompt. Prompts about one image are not independent, so
+      intervals over few images are too narrow.
 
     Raises:
       UserError: there is no prompt, one does not fit the model, or an option is out of range.
@@ -288,7 +288,7 @@ def _measure(
     settings: Sequence[_Setting],
     top_ks: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """The rows of the report: every setting and top_k on every prompt with its dense answer."""
+    """The report's rows: every setting and top_k, averaged over the prompts and their dense answers."""
     config, params = sampler.config, sampler.params
     outcomes: dict[tuple[_Setting, int], list[_Outcome]] = {(s, k): [] for s in settings for k in top_ks}
     dense_entries = []
@@ -305,7 +305,7 @@ def _measure(
 
 
 def _summary(outcomes: Sequence[_Outcome], dense_entries: float) -> dict[str, float | list[float] | None]:
-    """Means over prompts, and intervals that take prompts and not tokens as independent."""
+    """Means over prompts, with intervals that treat prompts, not tokens, as independent."""
     kl, top1, entries = ([float(getattr(o, name)) for o in outcomes] for name in ("kl", "top1", "entries"))
     intervals = {"kl_ci": student_interval(kl, 0.0), "top1_ci": student_interval(top1, 0.0, 1.0)}
     return {
@@ -318,7 +318,7 @@ def _summary(outcomes: Sequence[_Outcome], dense_entries: float) -> dict[str, fl
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for a person: one line per setting and top_k."""
+    """The report as a table, one line per setting and top_k."""
     lines = [
         f"{len(report['prompts'])} prompts, {report['answer_tokens']} answer tokens, {report['regions']} "
         f"regions of {report['visual_tokens']} visual tokens; means and 95 % intervals over prompts",
@@ -339,7 +339,11 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def require_matplotlib() -> None:
-    """Raise a UserError if :func:`plot` could not draw; ask before what takes long."""
+    """Check that :func:`plot` can draw; call this before a long computation.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("A plot needs matplotlib; install it with pip install 'gaze-jax[plot]'.")
 
@@ -379,7 +383,7 @@ def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         axis.set_xlabel("visual keys per query, fraction of dense")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    # All regions are dense attention: their KL is rounding, and would flatten everything else.
+    # With all regions the KL is only rounding, and including it would flatten the other curves.
     routed = [row["kl"] for row in report["rows"] if row["top_k"] < report["regions"] and row["kl"] > 0]
     if any(row["kl"] > 0 for row in report["rows"]):
         left.set_yscale("log", nonpositive="clip")

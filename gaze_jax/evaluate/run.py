@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: answers by free-running cached decoding, and where each answer looked."""
+"""Evaluation of a training run: accuracy of free-running answers, routing accuracy, and a picture."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from gaze_jax.evaluate.metrics import (
     token_scores,
 )
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import most
+from gaze_jax.infer.gaze_options import selection_capacity
 from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
@@ -39,12 +39,12 @@ FILE = "eval.json"
 SCENE = "scene.png"
 PICTURE = "gaze.png"
 
-# Any seed but those of training runs: test scenes of one seed are the same for every run and arm.
+# Not the seed of any training run. Every run and arm is tested on the same scenes.
 _TEST_SEED = 20_260_102
 
 
 def load(workdir: str | Path) -> Trained:
-    """The newest checkpoint of a run, on one device.
+    """Load the newest checkpoint of a run onto one device.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -53,7 +53,15 @@ def load(workdir: str | Path) -> Trained:
 
 
 def evaluation_prompts(trained: Trained, samples: int) -> list[Arrays]:
-    """Prompts of every family with a training weight, unpadded, their answers padded to one length."""
+    """Test prompts of every question family with a training weight.
+
+    Args:
+      trained: the model.
+      samples: number of prompts per family.
+
+    Returns:
+      Arrays of one row each; prompts are unpadded, answers are padded to one length.
+    """
     experiment = trained.experiment
     processor = make_processor(experiment)
     length = sequence_lengths(experiment.data, trained.tokenizer).answer
@@ -67,12 +75,12 @@ def evaluation_prompts(trained: Trained, samples: int) -> list[Arrays]:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model answered, N samples together.
+    """A model's answers to N prompts.
 
     Attributes:
-      tokens: int32 [N, A].
-      selected: bool [A, L, N, Hs, R], by the query that emitted each token, none after an answer's end; None
-        under dense attention.
+      tokens: int32 [N, A], -100 after an answer's end.
+      selected: bool [A, L, N, Hs, R], the regions selected by the query that emitted each token, all False
+        after an answer's end; None under dense attention.
       visual_entries: float32 [N, A], visual keys per query, a mean over layers and heads.
     """
 
@@ -89,14 +97,14 @@ def answer(
     Args:
       trained: the model.
       prompts: from :func:`evaluation_prompts`.
-      top_k: regions per query; None attends densely.
+      top_k: regions per query; None means dense attention.
       routing: where region scores come from.
     """
     size = trained.experiment.eval.batch_size
     found: dict[str, list[np.ndarray]] = {"tokens": [], "entries": [], "selected": []}
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
-        # A last batch that is not full is filled with its first row, so that it needs no other program.
+        # Fill up the last batch with copies of its first row, so that it compiles no other program.
         rows = part + [part[0]] * (min(size, len(prompts)) - len(part))
         for name, values in _decode(trained, rows, top_k, routing).items():
             found[name].append(values[: len(part)] if name == "tokens" else values[:, :, : len(part)])
@@ -127,11 +135,11 @@ def _decode(
             ends=[trained.tokenizer.end_id],
             sampling=SamplingParams.of([0.0] * len(rows)),
             returns="selection",
-            capacity=most(None if top_k is None else [top_k], engine.capacity),
+            capacity=selection_capacity(None if top_k is None else [top_k], engine.capacity),
         )
     )
     found = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
-    missing = length - len(found["tokens"])  # steps after the last end token
+    missing = length - len(found["tokens"])  # the engine stops when every row has ended
     tokens = np.pad(found.pop("tokens"), ((0, missing), (0, 0)), constant_values=IGNORE).T
     del found["visual_tokens"]
     if "selected" in found:
@@ -166,8 +174,8 @@ class Evaluation:
 
     Attributes:
       report: the content of eval.json.
-      prompts: N, from :func:`evaluation_prompts`.
-      answers: by way of attending.
+      prompts: the N prompts, from :func:`evaluation_prompts`.
+      answers: the answers to all prompts, one entry per section of the report.
     """
 
     report: dict[str, Any]
@@ -176,17 +184,17 @@ class Evaluation:
 
 
 def evaluate(trained: Trained, samples: int) -> Evaluation:
-    """Answer unseen questions as the model was trained; if with gaze, also densely and routed at random.
+    """Answer unseen questions as trained; a gaze model also answers densely and with random routing.
 
     Args:
       trained: the model.
-      samples: of each family.
+      samples: number of questions per family.
 
     Returns:
-      The answers, and a report of sections "gaze", "dense" and "random_routing", all of the same weights
-      (of a dense arm "dense" alone). Each has a part per family ("acc", "ci", "samples"), "entries" (visual
-      keys per query, layer and head), and if routed "routing": see
-      :func:`gaze_jax.evaluate.metrics.best_layer`.
+      The answers, and a report with sections "gaze", "dense" and "random_routing", all with the same weights
+      (only "dense" for a dense arm). A section has an entry per family ("acc", "ci", "samples"), "entries"
+      (visual keys per query, layer and head) and, if routed, "routing"
+      (:func:`gaze_jax.evaluate.metrics.best_layer`).
     """
     experiment = trained.experiment
     prompts = evaluation_prompts(trained, samples)
@@ -216,7 +224,7 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for a person: one line per way of attending."""
+    """The report as a table, one line per section."""
     families = [name for name in FAMILIES if name in report["dense"]]
     lines = ["".join([f"{'':16}", *(f"{name:>26}" for name in families), f"{'entries':>10}{'routing':>18}"])]
     for way in ("gaze", "dense", "random_routing"):
@@ -235,7 +243,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
-    """Write the first test scene as ``scene.png`` and where its answer looked as ``gaze.png``."""
+    """Write the first test scene to ``scene.png`` and where its answer looked to ``gaze.png``."""
     experiment, asked, found = trained.experiment, evaluation.prompts[0], evaluation.answers["gaze"]
     assert found.selected is not None, "the gaze arm selects"
     image = np.round((asked["images"][0] + 1) * 127.5).astype(np.uint8)
@@ -262,8 +270,8 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run: print a table, write ``eval.json``, draw the picture.
 
     Args:
-      workdir: of the run.
-      samples: of each family; None is what the config says.
+      workdir: the run's directory.
+      samples: number of questions per family; None takes the config's.
 
     Returns:
       The report.
@@ -284,7 +292,7 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
 
 
 def best_layer_of(workdir: str | Path) -> int | None:
-    """The layer that routed best in the run's ``eval.json``; None if it names none."""
+    """The layer with the best routing accuracy in the run's ``eval.json``; None if there is none."""
     path = Path(workdir, FILE)
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return int(report["gaze"]["routing"]["layer"]) if "gaze" in report else None

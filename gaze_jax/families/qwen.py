@@ -19,11 +19,11 @@ DECODERS: Mapping[str, DecoderConfig] = {
     "qwen3-4b": DecoderConfig(151936, 2560, 36, 32, 8, 128, 9728, **_QWEN3),
     "qwen3-4b-instruct-2507": DecoderConfig(151936, 2560, 36, 32, 8, 128, 9728, rope_theta=5e6, **_QWEN3),
 }
-"""Published sizes; Qwen2 has those of Qwen2.5."""
+"""Published sizes; Qwen2's are those of Qwen2.5."""
 
 
 def read_qwen2(config: Json, where: str = "config.json") -> DecoderConfig:
-    """The Qwen2 or Qwen2.5 that ``config`` describes; ``where`` is what to call it in messages."""
+    """The Qwen2 or Qwen2.5 that ``config`` describes; ``where`` is the file's name in error messages."""
     return read_decoder(config, where, qk_norm=False, qkv_bias=True)
 
 
@@ -48,4 +48,4 @@ CONVERSIONS: Mapping[str, Conversion] = {
     "qwen2": decoder_conversion(read_qwen2, _write_qwen2, qk_norm=False, qkv_bias=True),
     "qwen3": decoder_conversion(_read_qwen3, _write_qwen3, qk_norm=True, qkv_bias=False),
 }
-"""``model_type`` -> conversion. Qwen2 has biases of q, k and v; Qwen3 has norms of q and k instead."""
+"""``model_type`` -> conversion. Qwen2 has biases on q, k and v; Qwen3 has norms on q and k instead."""

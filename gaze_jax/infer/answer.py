@@ -1,4 +1,4 @@
-"""Answers: the one path from decoded tokens to text, finish reason and trace, for a chat and for a batch."""
+"""From decoded tokens to text, finish reason and trace; chats and batches share this path."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
 from gaze_jax.infer.detokenizer import Detokenizer, check_limits
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import counted, most
+from gaze_jax.infer.gaze_options import budget_count, selection_capacity
 from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.sampling import SamplingParams, check_sampling
 from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
@@ -22,13 +22,13 @@ class DecodeOptions:
     """How one answer is decoded.
 
     Attributes:
-      max_tokens: most tokens to generate; the answer is cut there.
-      temperature, top_p, seed: of :class:`gaze_jax.infer.sampling.SamplingParams`.
-      sample_top_k: its ``top_k``; None is 0, all tokens.
-      stop: strings that end the answer before them.
+      max_tokens: maximum number of tokens to generate.
+      temperature, top_p, seed: see :class:`gaze_jax.infer.sampling.SamplingParams`.
+      sample_top_k: its ``top_k``; None means 0, all tokens.
+      stop: strings that end the answer; they are not part of its text.
 
     Raises:
-      UserError: a number is out of range, or ``stop`` is no list of strings.
+      UserError: a number is out of range, or ``stop`` is not a list of strings.
     """
 
     max_tokens: int = 64
@@ -45,14 +45,14 @@ class DecodeOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """What an answer is about.
+    """A question and the media that have been shown when it is answered.
 
     Attributes:
-      text: as it was asked.
-      images, videos: that the views show.
-      views: what has been shown so far.
-      regions: R of it.
-      budget: regions per query, or a fraction of those in sight; None is dense attention.
+      text: the question as the user wrote it.
+      images, videos: the media that the views were made from.
+      views: all views shown so far.
+      regions: R, the number of regions in those views.
+      budget: regions per query, or a fraction of the visible regions; None means dense attention.
     """
 
     text: str
@@ -64,26 +64,27 @@ class Question:
 
     @property
     def top_k(self) -> int | float | None:
-        """The budget, a count being at most all regions."""
-        return limited(self.budget, self.regions)
+        """The budget; a count is limited to the number of regions."""
+        return cap_budget(self.budget, self.regions)
 
 
-def limited(budget: int | float | None, regions: int) -> int | float | None:
-    """A budget whose count is at most all regions; where nothing is shown it stays as it is."""
+def cap_budget(budget: int | float | None, regions: int) -> int | float | None:
+    """Limit a count to ``regions``; fractions and None, and any budget if ``regions`` is 0, are unchanged."""
     return min(budget, regions) if isinstance(budget, int) and regions else budget
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """What a model answered.
+    """A complete answer.
 
     Attributes:
-      text: the answer, without an end token or a stop string.
-      tokens: what was generated, as text, the end token last if it came.
-      finish_reason: why it ended: "stop" (an end token or a stop string) or "length" (``max_tokens``).
-      stop_reason: the end token or the stop string that ended it, as text; None if neither did.
-      regions, top_k: R of what was shown, and how many (or which fraction) a query selected; None: dense.
-      trace: where every token looked, if the answer was traced.
+      text: the answer, without the end token or stop string.
+      tokens: the generated tokens as text, including the end token if there was one.
+      finish_reason: "stop" (an end token or a stop string) or "length" (``max_tokens`` was reached).
+      stop_reason: the end token or stop string, as text; None if neither ended the answer.
+      regions: R, the number of regions shown.
+      top_k: regions that each query selected, or their fraction; None means dense attention.
+      trace: where each token looked, if the answer was traced.
     """
 
     text: str
@@ -100,10 +101,10 @@ class StreamChunk:
     """One step of an answer.
 
     Attributes:
-      text: what can be shown now; empty while a character or a stop string is incomplete, and for the token
-        that ends it all.
+      text: the text that can be shown now; empty for the end token, and while a character or a possible stop
+        string is incomplete.
       token: the token as text.
-      token_trace: where the query looked that emitted it, if the answer is traced.
+      token_trace: where the query that emitted the token looked, if the answer is traced.
     """
 
     text: str
@@ -112,11 +113,11 @@ class StreamChunk:
 
 
 class PendingAnswer:
-    """An answer while it is decoded.
+    """An answer that is being decoded.
 
     Args:
-      sampler: who answers.
-      question: what it is about.
+      sampler: the model.
+      question: the question it answers.
       options: how it is decoded.
     """
 
@@ -128,11 +129,11 @@ class PendingAnswer:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the answer is complete."""
         return self._detokenizer.finish_reason is not None
 
     def add(self, found: dict[str, np.ndarray], step: int, row: int) -> StreamChunk:
-        """Take one step of one row of what :meth:`gaze_jax.infer.engine.Engine.decode` yields."""
+        """Add one step of one row from the output of :meth:`gaze_jax.infer.engine.Engine.decode`."""
         text = self._detokenizer.add(int(found["tokens"][step, row]))
         token_trace = None
         if "attention" in found and self.question.views:
@@ -141,14 +142,14 @@ class PendingAnswer:
         return StreamChunk(text, self._detokenizer.pieces[-1], token_trace)
 
     def result(self) -> Answer:
-        """The finished answer.
+        """The complete answer.
 
         Raises:
-          UserError: it has not ended.
+          UserError: decoding has not finished.
         """
         detokenizer, question = self._detokenizer, self.question
         if detokenizer.finish_reason is None:
-            raise UserError("The answer has not ended; take it to its end.")
+            raise UserError("The answer is not complete; consume its whole stream first.")
         return Answer(
             detokenizer.text,
             tuple(detokenizer.pieces),
@@ -167,7 +168,7 @@ class PendingAnswer:
             answer=self._detokenizer.text,
             tokens=self._detokenizer.pieces,
             model=self._sampler.name,
-            top_k=None if budget is None else counted(budget, question.regions),
+            top_k=None if budget is None else budget_count(budget, question.regions),
             select_per=self._sampler.config.gaze.select_per,
             views=question.views,
             pictures=pictures_of(question.views, question.images, question.videos),
@@ -182,17 +183,17 @@ def decode_answers(
     return_trace: bool,
     chunked: bool,
 ) -> Iterator[tuple[int, StreamChunk]]:
-    """Decode one answer for each row of an engine, to their ends.
+    """Decode one answer per row of an engine until all are complete.
 
     Args:
-      sampler: who answers.
-      engine: whose rows have been asked.
-      answers: of the rows; all their budgets are counts, or fractions, or None.
+      sampler: the model.
+      engine: its rows have been prefilled with the questions.
+      answers: one per row; their budgets are all counts, all fractions, or all None.
       return_trace: record where each token looked.
-      chunked: compute several tokens at once, where no stop string could end an answer in between.
+      chunked: compute several tokens per call; ignored if any answer has stop strings.
 
     Yields:
-      The row, and one step of its answer.
+      The row's index and one step of its answer.
     """
     options = [answer.options for answer in answers]
     budgets = [answer.question.budget for answer in answers if answer.question.budget is not None]
@@ -207,7 +208,7 @@ def decode_answers(
         ),
         returns="trace" if return_trace and engine.regions > 0 else "tokens",
         chunked=chunked and not any(option.stop for option in options),
-        capacity=most(budgets or None, engine.capacity),
+        capacity=selection_capacity(budgets or None, engine.capacity),
         stopped=lambda: [answer.done for answer in answers],
     )
     for out in found:

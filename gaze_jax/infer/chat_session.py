@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint: media and questions in turns, running videos, text as it comes."""
+"""A conversation with a checkpoint: questions and media in turns, live video, streamed answers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from gaze_jax.infer.answer import (
     PendingAnswer,
     Question,
     StreamChunk,
+    cap_budget,
     decode_answers,
-    limited,
 )
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions, check, join
@@ -29,21 +29,20 @@ from gaze_jax.infer.prompt import split_at_video, user_turn
 
 
 class ChatSession:
-    """One conversation on one cache: what was shown and said is never computed again.
+    """One conversation on one cache; earlier turns are never computed again.
 
-    ``ask`` a question, with images and videos or without, then ``stream`` the answer, and so on. Frames of a
-    video that is still going on are shown with ``append_frames``, any number of times before a question.
+    Call ``ask`` with a question and optional images and videos, then ``stream`` the answer, and repeat. To
+    show a live video, call ``append_frames`` any number of times before a question.
 
-    What was read and said stays as it was, also where the template would show it otherwise by now (Qwen3's
-    leaves the reasoning of earlier answers out, and LLaVA-OneVision cuts only an image that is alone into
-    tiles).
+    Earlier turns stay in the cache as they were processed, even where the template would now render them
+    differently. (Qwen3's template drops the reasoning of earlier answers; LLaVA-OneVision tiles an image only
+    if it is the only one.)
 
     Args:
-      sampler: who answers.
-      system: system prompt, also an empty one; None takes that of the model's style.
-      gaze: which regions its queries may select.
-      free_slots: tokens that will follow what is shown first. The cache has room for them at least before
-        it has to grow.
+      sampler: the model.
+      system: system prompt; "" is an empty one, None is the model family's default.
+      gaze: which regions queries may select.
+      free_slots: text-stream slots to keep free after the first prompt; the cache grows when they are used.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class ChatSession:
         self._prompts = sampler.prompts
         self._messages = self._prompts.opening(system)
         self._engine: Engine | None = None
-        self._parts: Parts = ()  # that were read
+        self._parts: Parts = ()  # already prefilled
         self._images: list[np.ndarray] = []
         self._videos: list[Any] = []
         self._running: _Running | None = None
@@ -69,16 +68,16 @@ class ChatSession:
         self.views = ()
 
     views: tuple[PlacedView, ...]
-    """Where each view and frame is in the regions that a :class:`TokenTrace` speaks of."""
+    """The regions of each view and frame, as a :class:`TokenTrace` numbers them."""
 
     @property
     def top_k(self) -> int | float | None:
-        """Regions per query, or the fraction of those in sight; None is dense attention."""
-        return limited(self._budget, self.regions)
+        """Regions per query, or a fraction of the visible regions; None means dense attention."""
+        return cap_budget(self._budget, self.regions)
 
     @property
     def regions(self) -> int:
-        """R of the conversation."""
+        """R, the number of regions in the conversation so far."""
         return 0 if self._engine is None else self._engine.regions
 
     def _selection(self, engine: Engine) -> Selection:
@@ -86,9 +85,9 @@ class ChatSession:
         layers = self._sampler.config.decoder.depth
         return join(engine, [self._gaze_options], budgets, [self.views], layers)
 
-    def _read(self, parts: Parts) -> None:
-        """Read parts of the conversation; only their own tokens are computed."""
-        one, engine = self._sampler, self._engine
+    def _prefill(self, parts: Parts) -> None:
+        """Prefill the next parts of the conversation; only their own tokens are computed."""
+        sampler, engine = self._sampler, self._engine
         known = (*self._parts, *parts)
         prompt = self._prompts.process(
             known,
@@ -106,20 +105,20 @@ class ChatSession:
         check(
             self._gaze_options,
             (*self.views, *shown),
-            one.config.decoder.depth,
+            sampler.config.decoder.depth,
             regions=prompt.regions if engine is None and not going_on else None,
         )
-        one.check_memory([prompt.arrays], self._free_slots if engine is None else 0, engine)
+        sampler.check_memory([prompt.arrays], self._free_slots if engine is None else 0, engine)
         earlier, self.views = self.views, (*self.views, *shown)
         try:
             if engine is None:
                 self._engine = Engine(
-                    one.model,
-                    one.params,
+                    sampler.model,
+                    sampler.params,
                     [prompt.arrays],
                     free_slots=free_slots_for(self._free_slots),
                     selection=self._selection,
-                    mesh=one.mesh,
+                    mesh=sampler.mesh,
                 )
             else:
                 engine.prefill([prompt.arrays])
@@ -130,17 +129,17 @@ class ChatSession:
 
     def _refuse_waiting(self) -> None:
         if self._waiting:
-            raise UserError("The last question has no answer yet; let it be answered first.")
+            raise UserError("The last question has no answer yet; stream its answer first.")
 
     def append_frames(self, frames: Frames, *, last: bool = False) -> None:
-        """Read more frames of a running video.
+        """Prefill more frames of a live video.
 
-        The first frames after a question begin a new video. Regions over several frames
-        (``gaze.video_region``) are cut within the frames of one call: give whole slabs.
+        The first frames after a question start a new video. Regions over several frames
+        (``gaze.video_region``) do not cross calls, so pass a multiple of that many frames.
 
         Args:
           frames: uint8 [height, width, 3] each.
-          last: nothing more of this video will come, so what follows a video is read too.
+          last: these are the video's last frames, so the tokens that follow a video are prefilled too.
 
         Raises:
           UserError: a frame cannot be read, the video has ended, or the last question has no answer yet.
@@ -156,34 +155,36 @@ class ChatSession:
             parts, _ = split_at_video(self._prompts.next_turn(self._messages, turn)[0])
             running = _Running(number, parts)
         elif running.ended:
-            raise UserError("The video has ended; ask a question before another one begins.")
+            raise UserError("The video has ended; ask a question before starting another one.")
         shown = self._videos[running.number] if self._running else []
         start, earlier = len(shown), list(self._videos)
-        # A decoder may fill its buffer again.
+        # Frames are copied because a video decoder may reuse its buffer.
         self._videos[running.number :] = [shown + [np.array(frame) for frame in frames]]
         try:
-            self._read((*parts, Video(running.number, start, start + len(frames), ends=last)))
+            self._prefill((*parts, Video(running.number, start, start + len(frames), ends=last)))
         except BaseException:
             self._videos = earlier
             raise
         self._running = dataclasses.replace(running, ended=last)
 
     def ask(self, question: str, *, images: Sequence[Picture] = (), videos: Sequence[Film] = ()) -> None:
-        """Read a question, and what it shows; only its own tokens are computed.
+        """Prefill a question and its media; only their own tokens are computed.
 
         Args:
-          question: with a tag ``<image>`` or ``<video>`` for each of the media, or without any. After
-            :meth:`append_frames` it is about the running video, which ends.
+          question: text, with one tag ``<image>`` or ``<video>`` per medium or with none (media come first).
+            After :meth:`append_frames` the question is about the live video and ends it.
           images, videos: as in ``Sampler.generate``.
 
         Raises:
-          UserError: media or the question cannot be read, tags and media differ in number, it is too much for
-            the cache, ``top_k`` is out of range, or the last question has no answer yet.
+          UserError: media or the question cannot be read, tags and media differ in number, the cache is too
+            small, ``top_k`` is out of range, or the last question has no answer yet.
         """
         self._refuse_waiting()
         if self._running is not None:
             if images or videos:
-                raise UserError("A question about a running video shows nothing else; show it afterwards.")
+                raise UserError(
+                    "A question about a running video takes no other media; show them afterwards."
+                )
             messages = self._close(question, self._running)
         else:
             pictures, films = self._sampler.read_images(images), self._sampler.read_videos(videos)
@@ -195,7 +196,7 @@ class ChatSession:
             self._images += pictures
             self._videos += films
             try:
-                self._read(parts)
+                self._prefill(parts)
             except BaseException:
                 del self._images[counts[0] :], self._videos[counts[1] :]
                 raise
@@ -203,18 +204,18 @@ class ChatSession:
         self._question, self._waiting = question, True
 
     def _close(self, question: str, running: "_Running") -> tuple[Message, ...]:
-        """Read what follows the running video; returns the turns so far."""
+        """Prefill the text after the live video; returns the turns so far."""
         turn = user_turn(question, (), (running.number,))
         parts, messages = self._prompts.next_turn(self._messages, turn)
         head, tail = split_at_video(parts)
         if head != running.head:
             raise UserError(
-                f"{self._sampler.template.name} begins a turn otherwise once it knows the question, so no "
+                f"{self._sampler.template.name} starts a turn differently once it knows the question, so no "
                 "frames can be read before it; ask with the whole video."
             )
         frames = len(self._videos[running.number])
         end = () if running.ended else (Video(running.number, frames, frames),)
-        self._read((*end, *tail))
+        self._prefill((*end, *tail))
         return messages
 
     def stream(
@@ -229,17 +230,20 @@ class ChatSession:
         return_trace: bool = False,
         chunked: bool = False,
     ) -> Iterator[StreamChunk]:
-        """Answer the last question, token by token.
+        """Answer the last question, one token at a time.
 
         Args:
           max_tokens, temperature, sample_top_k, top_p, seed, stop: see
             :class:`gaze_jax.infer.answer.DecodeOptions`.
-          return_trace: also say where each token looked.
-          chunked: compute several tokens at once; False yields each as soon as it is there. The tokens are
-            the same.
+          return_trace: also record where each token looked.
+          chunked: compute several tokens per call; False yields each token as soon as it is computed. The
+            tokens are the same.
+
+        Yields:
+          One :class:`StreamChunk` per token.
 
         Raises:
-          UserError: a number is out of range, the cache has no room, or the question was answered.
+          UserError: a number is out of range, the cache is too small, or there is no open question.
         """
         if not self._waiting or self._engine is None:
             raise UserError("The last question was answered; ask another.")
@@ -259,16 +263,16 @@ class ChatSession:
         """The last answer.
 
         Raises:
-          UserError: there is none, or it was not taken to its end.
+          UserError: there is none, or its stream was not consumed to the end.
         """
         if self._answer is None:
-            raise UserError("No question was answered yet; ask one and take its answer to the end.")
+            raise UserError("No question was answered yet; ask one and stream its answer.")
         return self._answer.result()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Running:
-    """A video that is still going on: its number, what was read before it, and whether its end was read."""
+    """A live video: its number, the parts before it in its turn, and whether its end was prefilled."""
 
     number: int
     head: Parts

@@ -1,4 +1,4 @@
-"""A checkpoint in memory: its parameters, how it reads media and questions, and what fits beside it."""
+"""A checkpoint in memory: parameters, tokenizer, template, media reading and memory checks."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.families import get_family
 from gaze_jax.families.family import Family
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.memory import cache_bytes, free_bytes, written
+from gaze_jax.infer.memory import cache_bytes, format_bytes, free_bytes
 from gaze_jax.infer.programs import Params
 from gaze_jax.infer.prompt import FAMILY, PromptBuilder, template_of
 from gaze_jax.media.images import read_image
@@ -37,19 +37,19 @@ Film = str | os.PathLike[str] | Frames
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A checkpoint in memory, with all that is needed to ask it.
+    """A checkpoint in memory, with everything needed to ask it questions.
 
     Attributes:
-      config, params: of the model; the parameters as the device wants to read them
-        (:mod:`gaze_jax.models.unstacked`).
-      tokenizer: of the model.
-      template: how it was trained to read a conversation.
-      end_ids: tokens that end an answer.
-      name: of the checkpoint, for headings.
-      system: prompt of conversations that name no other; None is none.
-      resize: squash images of another size to the tower's, where its views are of style "square".
-      mesh: devices that batches are dealt to.
-      cache_tokens: most tokens that the rows of a cache may hold together; None: what memory holds.
+      config: the model's configuration.
+      params: the model's parameters, on CPUs as one array per layer (:mod:`gaze_jax.models.unstacked`).
+      tokenizer: the model's tokenizer.
+      template: the chat template.
+      end_ids: ids of the tokens that end an answer.
+      name: the checkpoint's name, for headings.
+      system: default system prompt; None means no system prompt.
+      resize: resize images to the tower's size, for views of style "square".
+      mesh: devices that batches are split over; None means one device.
+      cache_tokens: maximum number of tokens in a cache, all rows together; None means as memory allows.
     """
 
     config: MLLMConfig
@@ -65,12 +65,12 @@ class LoadedModel:
 
     @property
     def layout(self) -> VisualLayout:
-        """How it makes tokens of images and frames."""
+        """How images and frames become visual tokens and regions."""
         return self.config.layout
 
     @property
     def family(self) -> Family:
-        """How its models are shown images and videos and asked questions."""
+        """The model family: views, frame sampling and prompt conventions."""
         return get_family(self.config.views.style)
 
     @property
@@ -80,7 +80,7 @@ class LoadedModel:
 
     @property
     def prompts(self) -> PromptBuilder:
-        """Makes its prompts."""
+        """Builds prompts for this model."""
         family = self.family
         processor = Processor(self.layout, self.tokenizer, (FAMILY,), family.views, resize=self.resize)
         return PromptBuilder(self.template, processor, family.arrange, self.system)
@@ -90,9 +90,9 @@ class LoadedModel:
         """Load a checkpoint: converted, a Hugging Face directory as it is, or a run of train.py.
 
         Args:
-          directory: of the checkpoint.
-          mesh: where parameters go and over which batches are split; None is one device.
-          check: compare a converted checkpoint with its checksums.
+          directory: the checkpoint's directory.
+          mesh: devices for the parameters and the batches; None means one device.
+          check: verify the checksums of a converted checkpoint.
 
         Raises:
           UserError: it is damaged, has no image tower, or lacks its tokenizer.
@@ -106,9 +106,9 @@ class LoadedModel:
 
     @classmethod
     def of(cls, found: Converted, directory: Path) -> Self:
-        """The model of a loaded checkpoint; ``directory`` is for messages.
+        """Build from a loaded checkpoint; ``directory`` gives the name and is quoted in messages.
 
-        :func:`gaze_jax.infer.prompt.template_of` says which template it is asked with.
+        :func:`gaze_jax.infer.prompt.template_of` chooses the chat template.
 
         Raises:
           UserError: it has no image tower, or lacks its tokenizer.
@@ -118,10 +118,8 @@ class LoadedModel:
             kind = "an image tower" if isinstance(config, VisionConfig) else "a language model"
             raise UserError(f"{directory} is {kind} alone; give a multimodal checkpoint.")
         if found.tokenizer is None:
-            raise UserError(
-                f"{directory} has no tokenizer.json, so no question can be read to it; add the file."
-            )
-        if found.files is None:  # a run of train.py, whose tokenizer lies in its checkpoints
+            raise UserError(f"{directory} has no tokenizer.json, so it cannot read questions; add the file.")
+        if found.files is None:  # a run of train.py, which stores its tokenizer in its checkpoints
             tokenizer = Tokenizer(found.tokenizer)
             ends = frozenset({tokenizer.end_id})
             return cls(config, found.params, tokenizer, template_of(None), ends, name, resize=False)
@@ -132,20 +130,22 @@ class LoadedModel:
         if tokenizer.vocab_size > config.decoder.vocab_size:
             raise UserError(
                 f"{found.files / 'tokenizer.json'} has {tokenizer.vocab_size} tokens but the model has rows "
-                f"for {config.decoder.vocab_size}; take the tokenizer that came with it."
+                f"for {config.decoder.vocab_size}; use the tokenizer that came with it."
             )
-        ends = frozenset({tokenizer.end_id, *_stated_ends(found.files)})
+        ends = frozenset({tokenizer.end_id, *_generation_ends(found.files)})
         system = get_family(config.views.style).system
         return cls(config, found.params, tokenizer, template_of(found.files), ends, name, system)
 
     def with_gaze(self, **fields: Any) -> Self:
-        """The same model with other fields of its ``GazeConfig``; parameters do not depend on most.
+        """The same model with some fields of its ``GazeConfig`` replaced; the parameters stay the same.
 
         Raises:
-          UserError: a value is out of range, or the field decides which parameters there are.
+          UserError: a value is out of range, or the field is ``context_tokens``, which are parameters.
         """
         if "context_tokens" in fields:
-            raise UserError("context_tokens are parameters of the checkpoint; convert it with others.")
+            raise UserError(
+                "context_tokens are parameters of the checkpoint; convert it again with another number."
+            )
         try:
             gaze = dataclasses.replace(self.config.gaze, **fields)
             config = dataclasses.replace(self.config, gaze=gaze)
@@ -155,13 +155,13 @@ class LoadedModel:
         return dataclasses.replace(self, config=config)
 
     def read_images(self, images: Sequence[Picture]) -> list[np.ndarray]:
-        """uint8 [height, width, 3] each, files decoded."""
+        """Decode image files; returns uint8 [height, width, 3] each."""
         if isinstance(images, str | os.PathLike):
             raise UserError(f"images={str(images)!r} must be a list of images; put brackets around it.")
         return [image if isinstance(image, np.ndarray) else read_image(image) for image in images]
 
     def read_videos(self, films: Sequence[Film]) -> list[Frames]:
-        """Frames of each video, files sampled as models of this family are shown them."""
+        """Open video files; returns each video's frames, sampled by this model family's convention."""
         if isinstance(films, str | os.PathLike):
             raise UserError(f"videos={str(films)!r} must be a list of videos; put brackets around it.")
         sampling = self.family.frames
@@ -170,15 +170,15 @@ class LoadedModel:
     def check_memory(
         self, rows: Sequence[Mapping[str, np.ndarray]], tokens: int, engine: Engine | None = None
     ) -> None:
-        """Refuse a cache that would not fit, before it is computed.
+        """Check that a cache fits, before anything is computed.
 
         Args:
-          rows: arrays to read, one for each row of the cache; with an ``engine`` there may be none.
-          tokens: text-stream tokens that follow in each row.
-          engine: that holds the cache already; None is a new cache.
+          rows: arrays to prefill, one per row of the cache; may be empty if ``engine`` is given.
+          tokens: text-stream tokens that will follow in each row.
+          engine: the engine whose cache is extended; None means a new cache.
 
         Raises:
-          UserError: it is more than :attr:`cache_tokens`, or than the memory of a device.
+          UserError: the cache exceeds :attr:`cache_tokens` or the free memory of a device.
         """
         shown = [row["visual_src"] for row in rows if len(row["visual_src"])]
         count, regions = len(rows), max(map(len, shown), default=0)
@@ -195,7 +195,7 @@ class LoadedModel:
         if self.cache_tokens is not None and wanted > self.cache_tokens:
             each = f"{count} rows of " if count > 1 else ""
             raise UserError(
-                f"{each}{visual} visual and {text} other tokens, those to come among them, are {wanted}, "
+                f"{each}{visual} visual and {text} other tokens, the answer included, are {wanted}, "
                 f"but the cache may hold cache_tokens={self.cache_tokens}; show less, or raise it."
             )
         if fits:
@@ -207,13 +207,13 @@ class LoadedModel:
         free = free_bytes(device)
         if free is not None and needed > free:
             raise UserError(
-                f"A cache of {count} x {visual} visual and {text} other tokens takes {written(needed)} on a "
-                f"device but {written(free)} are free; show less, or fewer at once."
+                f"A cache of {count} x {visual} visual and {text} other tokens takes {format_bytes(needed)} "
+                f"on a device but {format_bytes(free)} are free; show less, or use a smaller batch."
             )
 
 
-def _stated_ends(directory: Path) -> Collection[int]:
-    """The end tokens that generation_config.json names, if it is there."""
+def _generation_ends(directory: Path) -> Collection[int]:
+    """The end tokens in generation_config.json, if that file exists."""
     path = directory / "generation_config.json"
     if not path.is_file():
         return ()

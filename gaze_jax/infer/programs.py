@@ -1,6 +1,6 @@
-"""The compiled programs of the engine: prefill, extend, decode; and the sizes that decide about them.
+"""The engine's compiled programs: prefill, extend, grow and decode.
 
-Sizes are buckets (:func:`bucket`): prompts of similar sizes share programs.
+Their sizes are rounded up to buckets (:func:`bucket`), so prompts of similar sizes share programs.
 """
 
 import dataclasses
@@ -23,36 +23,36 @@ Array = jax.Array
 Params = dict[str, object]
 
 STEPS = 16
-"""Most steps of one call of the compiled loop."""
+"""Maximum number of steps in one call of the compiled loop."""
 
 Returns = Literal["tokens", "selection", "trace"]
-"""What decoding returns of each step: its tokens; also what each query selected and how many keys it read; or
-also the attention of every region, which costs as much as dense attention."""
+"""What decoding returns per step: tokens; with "selection" also the selected regions and the number of keys
+read; with "trace" also the attention to every region, which costs as much as dense attention."""
 
 
 def bucket(size: int) -> int:
-    """The least of 0 to 8, 10, 12, 14, 16, 20, 24, ... that is not smaller: four sizes an octave."""
+    """Round up to 0 to 8, 10, 12, 14, 16, 20, 24, ...: four sizes per octave."""
     step = 1 << max(size - 1, 0).bit_length() >> 3
     return size if step <= 1 else -(-size // step) * step
 
 
 def free_slots_for(tokens: int) -> int:
-    """Text-stream slots to keep free for so many tokens: few sizes, so that few programs compile."""
+    """Text-stream slots to keep free for ``tokens`` tokens: a bucket, at least 128."""
     return bucket(max(tokens, 128))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where every row stands.
+    """The state of the decode loop.
 
     Attributes:
-      token: int32 [B], read by the next step.
-      order, positions: int32 [B], of that token.
+      token: int32 [B], the token that the next step reads.
+      order, positions: int32 [B], order and position of that token.
       done: bool [B], rows whose answer has ended.
-      index: int32 [B], tokens that the answer has so far.
+      index: int32 [B], number of tokens in the answer so far.
       write_index: int32 scalar, the next free text-stream slot.
-      sample: int32 [B], names the sample for random routing.
+      sample: int32 [B], the sample's number, the key of random routing.
     """
 
     token: Array | np.ndarray
@@ -65,7 +65,7 @@ class DecodeState:
 
 
 def _apply(model: MLLM, params: Params, *arguments: object, **options: object) -> Any:
-    apply: Callable[..., Any] = model.apply  # linen's own type knows one method's result only
+    apply: Callable[..., Any] = model.apply  # linen's type describes only one method's result
     return apply({"params": params}, *arguments, **options)
 
 
@@ -81,7 +81,7 @@ def prefill_step(
     spec: SelectionSpec,
     free_slots: int,
 ) -> Cache:
-    """Read prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
+    """Prefill prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
     _, cache, _ = _apply(
         model,
         params,
@@ -110,7 +110,7 @@ def extend_step(
     *,
     spec: SelectionSpec,
 ) -> Cache:
-    """Read what comes next in every row, at ``region`` and ``write_index``; see ``MLLM.extend``."""
+    """Prefill the next tokens of every row at ``region`` and ``write_index``; see ``MLLM.extend``."""
     extended = _apply(
         model,
         params,
@@ -129,14 +129,14 @@ def extend_step(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("free_slots", "regions", "slots"))
 def grow_cache(config: MLLMConfig, cache: Cache, *, free_slots: int, regions: int, slots: int) -> Cache:
-    """The cache with ``free_slots`` and ``regions`` more, every region of at least ``slots`` token slots."""
+    """Add ``free_slots`` and ``regions`` to a cache, and widen its regions to at least ``slots`` slots."""
     if regions or slots > cache.visual_order.shape[2]:
         cache = with_regions(cache, config.gaze, config.decoder.head_dim, regions=regions, slots=slots)
     return with_free_slots(cache, config.gaze, free_slots) if free_slots else cache
 
 
 UPDATED = ("text_k", "text_v", "text_order")
-"""What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
+"""Fields of the cache that a decode step updates. The others stay out of the loop, which would copy them."""
 
 _Carry = tuple[dict[str, Array], DecodeState, dict[str, Array], Array]
 
@@ -157,16 +157,17 @@ def decode_loop(
     spec: SelectionSpec,
     returns: Returns,
 ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
-    """Up to ``steps`` decoding steps, fewer when every row is done.
+    """Run up to ``steps`` decode steps, fewer if every row is done.
 
     Args:
-      fixed: the cache; of it everything but ``updated`` is read.
-      updated: its fields :data:`UPDATED`.
-      The others are those of :meth:`Engine.decode`.
+      model, params, state, selection, sampling, spec, returns: as in :class:`Engine`.
+      fixed, updated: the cache without its fields :data:`UPDATED`, which are None, and these fields.
+      ends, steps: int32 [n], ids of the end tokens; int32 scalar, at most :data:`STEPS`.
+      kind: int32 [B, S], the kind of token in each text-stream slot.
 
     Returns:
-      ``updated`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
-      was done or no step ran; and what :meth:`Engine.decode` describes for ``returns``.
+      ``updated`` and ``state`` after the last step, and the output by step: "tokens" int32 [STEPS, B], -100
+      where a row was done or no step ran, and what :meth:`Engine.decode` describes for ``returns``.
     """
     spec = dataclasses.replace(spec, return_trace=returns == "trace")
 
@@ -174,7 +175,7 @@ def decode_loop(
         updated: dict[str, Array], state: DecodeState
     ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
         cache = dataclasses.replace(fixed, **updated)
-        # What a finished row writes is nobody's: order -1 is empty.
+        # Order -1 marks a slot as empty, so what a finished row writes is never attended to.
         order = jnp.where(state.done, EMPTY, state.order)
         logits, cache, out = _apply(
             model,
@@ -190,7 +191,7 @@ def decode_loop(
         token = next_token(logits, sampling, state.index)
         found = {"tokens": jnp.where(state.done, IGNORE, token)}
         if returns != "tokens":
-            found |= _counted(cache, order, kind, out, selection)
+            found |= _selection_stats(cache, order, kind, out, selection)
         if returns == "trace":
             found |= {name: out[name] for name in ("scores", "attention", "dense") if name in out}
         after = DecodeState(
@@ -223,10 +224,10 @@ def decode_loop(
     return {name: getattr(cache, name) for name in UPDATED}, state, rows
 
 
-def _counted(
+def _selection_stats(
     cache: Cache, order: Array, kind: Array, out: dict[str, Array], selection: Selection
 ) -> dict[str, Array]:
-    """The regions that the queries of one step selected, and the keys that they attended to."""
+    """The regions that the queries of one step selected, and the number of keys they attended to."""
     valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
     seen = (cache.text_order >= 0) & (cache.text_order <= order[:, None])
     selected = None
@@ -242,5 +243,5 @@ def _counted(
         "visual_tokens": jnp.sum(valid, axis=(1, 2), dtype=jnp.int32),
     }
     if found["entries"].ndim == 2:
-        found["entries"] = found["entries"][None]  # dense attention: every layer the same
+        found["entries"] = found["entries"][None]  # dense attention: the same in every layer
     return found if selected is None else found | {"selected": selected}

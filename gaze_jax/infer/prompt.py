@@ -1,12 +1,12 @@
-"""Prompts: the one place where a question becomes the parts and arrays that a model reads.
+"""Prompts: turn a question and its media into the arrays that a model reads.
 
-Chat, batches and comparison build their prompts here, so one question about one picture has the same tokens
-in all of them. Evaluation reads samples of the training corpus up to their answer
-(:func:`gaze_jax.data.processor.prompt`); they are written in the form of :data:`PLAIN`, and a test holds both
-to the same tokens.
+Chat, batches and comparison all build their prompts here, so the same question about the same image has the
+same tokens in all of them. Evaluation takes samples of the training corpus up to their answer
+(:func:`gaze_jax.data.processor.prompt`); these have the form of :data:`PLAIN`, and a test checks that their
+tokens are equal.
 
-One rule decides about the template (:func:`template_of`): a run of train.py is asked in the form that it was
-trained on, :data:`PLAIN`; a checkpoint with a chat template is asked with that; any other in :data:`CHATML`.
+:func:`template_of` chooses the template: :data:`PLAIN`, the training form, for a run of train.py; its chat
+template for a checkpoint that has one; :data:`CHATML` for any other.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from gaze_jax.data.sample import Frames, Image, Sample, Text, Video
 from gaze_jax.errors import UserError
 
 FAMILY = "prompt"
-"""The question family of every prompt; nothing depends on it."""
+"""The question family of every prompt; it has no effect."""
 
 PLAIN = ChatTemplate(
     "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -34,7 +34,7 @@ PLAIN = ChatTemplate(
     {},
     "the form that train.py teaches",
 )
-"""How a run of train.py reads a question: its image, its text, a line feed."""
+"""The prompt of a run of train.py: the image, the question, a line feed."""
 
 CHATML = ChatTemplate(
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -42,14 +42,14 @@ CHATML = ChatTemplate(
     {},
     "ChatML, since the checkpoint has no chat template",
 )
-"""How a checkpoint without a chat template is asked: in turns like Qwen's, which every family here has."""
+"""The prompt of a checkpoint without a chat template: Qwen's turns."""
 
 
 def template_of(files: Path | None) -> ChatTemplate:
-    """The template of a checkpoint.
+    """Choose the template of a checkpoint.
 
     Args:
-      files: the directory with its tokenizer; None is a run of train.py.
+      files: the directory with its tokenizer; None means a run of train.py.
 
     Raises:
       UserError: its chat template cannot be read.
@@ -64,12 +64,12 @@ def template_of(files: Path | None) -> ChatTemplate:
 
 
 def check_questions(questions: Sequence[str], images: int, videos: int) -> None:
-    """Refuse questions of one conversation that no prompt can be made of, before a checkpoint is loaded.
+    """Check the questions of a conversation before a checkpoint is loaded.
 
     Args:
-      questions: in order. The first may hold a tag ``<image>`` or ``<video>`` for each of the media; without
-        any, media come first.
-      images, videos: how many there are.
+      questions: in order. The first may contain one tag ``<image>`` or ``<video>`` per medium; without tags,
+        media come first.
+      images, videos: how many images and videos there are.
 
     Raises:
       UserError: there is no question or one is empty, tags and media differ in number, or a later question
@@ -83,7 +83,7 @@ def check_questions(questions: Sequence[str], images: int, videos: int) -> None:
 
 
 def user_turn(question: str, images: Sequence[int], videos: Sequence[int]) -> Message:
-    """The turn that asks ``question`` and shows these images and videos of the conversation.
+    """The user turn with ``question`` and the images and videos with these numbers.
 
     Raises:
       UserError: the question is empty, or its tags and the media differ in number.
@@ -106,18 +106,18 @@ def user_turn(question: str, images: Sequence[int], videos: Sequence[int]) -> Me
 
 
 def split_at_video(parts: Parts) -> tuple[Parts, Parts]:
-    """What a turn about a running video has before the video, and what after it."""
+    """The parts of a turn before its video, and those after it."""
     at = [isinstance(part, Video) for part in parts].index(True)
     return parts[:at], parts[at + 1 :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProcessedPrompt:
-    """What a model reads next.
+    """A prompt, or a part of one, as arrays.
 
     Attributes:
-      arrays: of :func:`gaze_jax.data.processor.process`, unpadded.
-      views: where each view and frame is in the regions of the arrays.
+      arrays: from :func:`gaze_jax.data.processor.process`, unpadded.
+      views: the regions of each view and frame.
     """
 
     arrays: Arrays
@@ -125,19 +125,19 @@ class ProcessedPrompt:
 
     @property
     def regions(self) -> int:
-        """R of the arrays."""
+        """R, the number of regions in the arrays."""
         return len(self.arrays["visual_src"])
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptBuilder:
-    """Makes the prompts of one checkpoint.
+    """Builds the prompts of one checkpoint.
 
     Attributes:
-      template: how the checkpoint reads a conversation.
-      processor: makes arrays of parts.
-      arrange: the order of media and text in a turn, ``Family.arrange``.
-      system: system prompt of conversations that name no other; None is none.
+      template: the chat template.
+      processor: turns parts into arrays.
+      arrange: orders media and text within a turn, ``Family.arrange``.
+      system: default system prompt; None means no system prompt.
     """
 
     template: ChatTemplate
@@ -146,19 +146,19 @@ class PromptBuilder:
     system: str | None = None
 
     def opening(self, system: str | None = None) -> tuple[Message, ...]:
-        """What a conversation begins with; ``system`` None takes that of the checkpoint."""
+        """The messages before the first turn; None takes the checkpoint's system prompt."""
         system = self.system if system is None else system
         return () if system is None else (Message("system", system),)
 
     def next_turn(self, messages: Sequence[Message], turn: Message) -> tuple[Parts, tuple[Message, ...]]:
-        """What is read after the last answer, up to the next one, and all turns up to there.
+        """The parts between the last answer and the next one, and all messages up to there.
 
-        The text of earlier answers is not needed: a mark stands for each, and what the template writes after
-        the last mark is what follows the answer. Answers stay in the cache as they were generated.
+        Earlier answers are in the cache as they were generated, so their text is not needed: the template is
+        rendered with a marker in place of each, and the parts after the last marker are returned.
 
         Args:
-          messages: :meth:`opening`, or what the last call returned, whose question has been answered.
-          turn: of the user, from :func:`user_turn`.
+          messages: :meth:`opening`, or the messages of the last call, whose question has been answered.
+          turn: the user's turn, from :func:`user_turn`.
 
         Raises:
           UserError: the template fails, or leaves the last answer out.
@@ -174,8 +174,8 @@ class PromptBuilder:
                 tail = part.text.rpartition(mark)[2]
                 return (*((Text(tail),) if tail else ()), *parts[number + 1 :]), turns
         raise UserError(
-            f"{self.template.name} leaves the last answer out of what follows it, so the conversation cannot "
-            "go on from where it is; begin anew."
+            f"{self.template.name} drops the last answer when it renders the next turn, so the conversation "
+            "cannot continue; start a new one."
         )
 
     def process(
@@ -188,14 +188,14 @@ class PromptBuilder:
         order: int = 0,
         sample_id: int = 0,
     ) -> ProcessedPrompt:
-        """Arrays of the parts of a conversation.
+        """Turn the parts of a conversation into arrays.
 
         Args:
-          parts: all of the conversation so far.
-          images, videos: that the parts show.
-          since: the first part to process; those before it are in the cache.
-          order: of the first token of these parts.
-          sample_id: names the conversation for random routing.
+          parts: all parts of the conversation so far.
+          images, videos: the media that the parts refer to.
+          since: index of the first part to process; earlier parts are in the cache.
+          order: order of the first new token.
+          sample_id: key of random routing.
 
         Raises:
           UserError: media do not fit the model, or a text has no tokens.
@@ -216,13 +216,13 @@ class PromptBuilder:
         system: str | None = None,
         sample_id: int = 0,
     ) -> ProcessedPrompt:
-        """The prompt of a single question.
+        """Build the prompt of a single question.
 
         Args:
-          question: with a tag for each of the media, or without any: media first.
-          images, videos: to show.
-          system: system prompt; None is the checkpoint's.
-          sample_id: names the question for random routing.
+          question: text, with one tag per medium or with none (media come first).
+          images, videos: the media.
+          system: system prompt; None takes the checkpoint's.
+          sample_id: key of random routing.
 
         Raises:
           UserError: as :func:`user_turn`, :meth:`next_turn` and :meth:`process`.
@@ -233,6 +233,6 @@ class PromptBuilder:
 
 
 def _unused(texts: Sequence[str]) -> str:
-    """A character that none of the texts has, from the range that Unicode leaves to private use."""
+    """A character of Unicode's private use area that occurs in none of the texts."""
     taken = set[str]().union(*texts)
     return next(character for character in map(chr, range(0xE000, 0xF900)) if character not in taken)

@@ -1,4 +1,4 @@
-"""Many questions at once: batches of unequal samples, and files of them in JSON Lines."""
+"""Many questions: batches of unequal samples, and JSON Lines files of requests."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
 
 GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
-"""Fields of ``GazeOptions`` -> those of :class:`Request`."""
+"""Field of ``GazeOptions`` -> field of :class:`Request`."""
 
 OLD_FIELDS = {
     "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
@@ -28,21 +28,21 @@ OLD_FIELDS = {
     "dense_layers": "gaze_full_layers",
     "full_layers": "gaze_full_layers",
 }
-"""What fields of a line were called before -> what they are called."""
+"""Former name of a request's field -> its name now."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question; a line of a file is an object of these fields, of which "question" must be there.
+    """One question. A line of a file is a JSON object with these fields; only "question" is required.
 
     Attributes:
-      question: with a tag for each of the media, or without any: media first.
-      id: names it in answers and files; the line's number, from 1, if there is none.
-      images, videos: files.
+      question: text, with one tag per medium or with none (media come first).
+      id: identifies the request in answers and file names; by default the line's number, from 1.
+      images, videos: paths of files.
       system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
       gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
         :class:`gaze_jax.infer.gaze_options.GazeOptions`.
-      look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
+      look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame", in pixels.
 
     Raises:
       UserError: a number is out of range.
@@ -72,24 +72,29 @@ class Request:
 
     @property
     def options(self) -> DecodeOptions:
-        """How its answer is decoded."""
+        """How the answer is decoded."""
         return DecodeOptions(
             self.max_tokens, self.temperature, self.sample_top_k, self.top_p, self.stop, self.seed
         )
 
     @property
     def gaze(self) -> GazeOptions:
-        """Which regions its queries may select."""
+        """Which regions queries may select."""
         boxes = tuple(LookAt.parse(text) for text in self.look_at)
         with renamed(GAZE_FIELDS):
             return GazeOptions(self.gaze_top_k, self.gaze_keep, self.gaze_dense, self.gaze_full_layers, boxes)
 
     @classmethod
     def parse(cls, line: str, name: str, **defaults: Any) -> Self:
-        """Of a line of JSON; ``name`` stands for it in messages, ``defaults`` for fields that it leaves out.
+        """Parse a line of JSON.
+
+        Args:
+          line: a JSON object.
+          name: names the line in messages.
+          **defaults: values of fields that the line omits.
 
         Raises:
-          UserError: it is no object of these fields and their types, or a number is out of range.
+          UserError: the line is not an object with these fields and types, or a number is out of range.
         """
         try:
             record = json.loads(line)
@@ -139,13 +144,17 @@ def _fits(value: object, kind: str) -> bool:
 
 
 def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
-    """The questions of a JSON Lines file; empty lines do not count.
+    """Read the requests of a JSON Lines file, without its empty lines.
+
+    Args:
+      path: the file.
+      **defaults: values of fields that a line omits.
 
     Raises:
       UserError: the file cannot be read, a line is wrong, or two have one id.
     """
     try:
-        # Not splitlines: a string of JSON may hold U+2028 and its like.
+        # Not splitlines(): JSON strings may contain U+2028, at which it would split.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable UTF-8 file ({error}); give a JSON Lines file.") from error
@@ -155,7 +164,7 @@ def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
             request = Request.parse(line, f"Line {number} of {path}", **defaults)
             found.append(request if request.id else dataclasses.replace(request, id=str(number)))
     if not found:
-        raise UserError(f"{path} has no questions; write one JSON object a line.")
+        raise UserError(f"{path} has no questions; write one JSON object per line.")
     ids = [request.id for request in found]
     if twice := {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"{path} has id {min(twice)!r} more than once; answers could not be told apart.")
@@ -163,7 +172,7 @@ def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
 
 
 def record(request: Request, answer: Answer) -> dict[str, object]:
-    """A line of the answers: what was asked and said, and how much was looked at."""
+    """A line of the answers' file."""
     return {
         "id": request.id,
         "question": request.question,
@@ -178,7 +187,7 @@ def record(request: Request, answer: Answer) -> dict[str, object]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-    """A request that was read from its files."""
+    """A request with its media and its prompt."""
 
     request: Request
     images: list[np.ndarray]
@@ -188,7 +197,7 @@ class _Row:
 
     @property
     def kind(self) -> tuple[type, tuple[int, ...]]:
-        """Rows of one batch have this in common."""
+        """Only rows with equal values can share a batch."""
         return type(self.budget), self.request.gaze_full_layers
 
 
@@ -204,16 +213,19 @@ def _row(sampler: Sampler, request: Request) -> _Row:
 def answer_all(
     sampler: Sampler, requests: Iterable[Request], *, batch_size: int = 8, return_trace: bool = False
 ) -> Iterator[tuple[Request, Answer]]:
-    """Answer questions, some at a time, in their order.
+    """Answer questions in batches, in order.
 
-    An answer does not depend on what else is in its batch. Neighbours that attend in different ways (a count,
-    a fraction, densely) are answered apart.
+    An answer does not depend on what else is in its batch. A new batch starts where the kind of budget (a
+    count, a fraction, dense) or the full layers change.
 
     Args:
-      sampler: who answers.
+      sampler: the model.
       requests: the questions.
-      batch_size: most rows of a batch.
-      return_trace: record where every token looked.
+      batch_size: maximum number of rows in a batch.
+      return_trace: record where each token looked.
+
+    Yields:
+      Each request with its answer.
 
     Raises:
       UserError: a request's media or question cannot be read, or a batch does not fit memory.

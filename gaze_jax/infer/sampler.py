@@ -1,4 +1,4 @@
-"""Answers of a checkpoint in memory: one call for an answer, or a conversation."""
+"""The sampler: load a checkpoint, generate an answer or start a chat."""
 
 import dataclasses
 import os
@@ -21,10 +21,13 @@ class _ChatOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sampler(LoadedModel):
-    """A checkpoint in memory that answers; :func:`gaze_jax.load` makes one. Attributes are its base's."""
+    """A checkpoint in memory that answers questions; create one with :func:`gaze_jax.load`.
+
+    Its attributes are those of :class:`gaze_jax.infer.loaded.LoadedModel`.
+    """
 
     def chat(self, **options: Unpack[_ChatOptions]) -> ChatSession:
-        """Begin a conversation; options of :class:`gaze_jax.infer.chat_session.ChatSession`."""
+        """Start a conversation; takes the options of :class:`gaze_jax.infer.chat_session.ChatSession`."""
         return ChatSession(self, **options)
 
     def generate(
@@ -48,29 +51,29 @@ class Sampler(LoadedModel):
         """Answer one question.
 
         Args:
-          prompt: with a tag ``<image>`` or ``<video>`` for each of the media, or without any: media first.
-          images: files, or uint8 [height, width, 3] each.
-          video: a file or a folder of frames, sampled as models of this family are shown them; or the
-            frames to show, uint8 [height, width, 3] each.
-          videos: several such.
-          system: system prompt; None is the family's.
-          gaze: which regions queries may select; None: as the model is configured.
-          max_tokens: most tokens of the answer.
-          temperature: 0 takes the likeliest token.
-          sample_top_k: draw from the so many likeliest tokens; None or 0 is all. The regions to select are
-            ``GazeOptions.top_k``.
-          top_p: draw from the likeliest of those tokens that reach this probability together.
+          prompt: the question, with one tag ``<image>`` or ``<video>`` per medium or with none (media come
+            first).
+          images: paths, or uint8 [height, width, 3] each.
+          video: path of a file or of a folder of frames, sampled by the model family's convention; or the
+            frames themselves, uint8 [height, width, 3] each.
+          videos: a list of videos; ``video`` comes before them.
+          system: system prompt; None takes the model family's default.
+          gaze: which regions queries may select; None takes the model's configuration.
+          max_tokens: maximum number of tokens in the answer.
+          temperature: sampling temperature; 0 is greedy.
+          sample_top_k: draw from the k most likely tokens; None or 0 means all. (``GazeOptions.top_k`` is the
+            number of regions.)
+          top_p: then draw from the most likely tokens whose probabilities add up to this.
           stop: strings that end the answer.
-          seed: of the drawing.
-          return_trace: record where every token looked; costs as much as dense attention.
-          on_text: called with every piece of text as soon as it is there. The answer is the same.
+          seed: seed of the sampling.
+          return_trace: record where each token looked; costs as much as dense attention.
+          on_text: called with each piece of text as soon as it is decoded; does not change the answer.
 
         Raises:
-          UserError: media or the prompt cannot be read, a number is out of range, or it does not fit memory.
+          UserError: media or the prompt cannot be read, a number is out of range, or memory is too small.
         """
-        DecodeOptions(
-            max_tokens, temperature, sample_top_k, top_p, stop, seed
-        )  # refuses before anything is computed
+        # Checks the numbers before anything is computed.
+        DecodeOptions(max_tokens, temperature, sample_top_k, top_p, stop, seed)
         chat = self.chat(system=system, gaze=gaze, free_slots=max_tokens)
         films = [*(() if video is None else (video,)), *self.read_videos(videos)]
         chat.ask(prompt, images=images, videos=films)
@@ -90,14 +93,13 @@ class Sampler(LoadedModel):
 def load(
     directory: str | os.PathLike[str], *, mesh: Mesh | None = None, check: bool = True, **gaze: Any
 ) -> Sampler:
-    """Load a checkpoint to ask: converted, a Hugging Face directory as it is, or a run of train.py.
+    """Load a checkpoint: converted, a Hugging Face directory as it is, or a run of train.py.
 
     Args:
-      directory: of the checkpoint.
-      mesh: where parameters go and over which batches are split (``parallel.mesh.make_mesh``); None is one
-        device.
-      check: compare a converted checkpoint with its checksums.
-      **gaze: fields of ``GazeConfig`` to change, such as ``select_per="kv_head"`` or ``visual_dtype="int8"``.
+      directory: the checkpoint's directory.
+      mesh: devices for the parameters and the batches (``parallel.mesh.make_mesh``); None means one device.
+      check: verify the checksums of a converted checkpoint.
+      **gaze: fields of ``GazeConfig`` to set, such as ``select_per="kv_head"`` or ``visual_dtype="int8"``.
 
     Raises:
       UserError: it is damaged, has no image tower, lacks its tokenizer, or a field is out of range.
@@ -108,7 +110,7 @@ def load(
 def collect_answer(
     chat: ChatSession, steps: Iterator[StreamChunk], on_text: Callable[[str], object] | None = None
 ) -> Answer:
-    """Take an answer to its end."""
+    """Consume an answer's stream, calling ``on_text`` with each piece of text; returns the answer."""
     for step in steps:
         if on_text is not None and step.text:
             on_text(step.text)

@@ -1,4 +1,4 @@
-"""Steering: which regions of a picture an answer may look at, or rather should."""
+"""Steering: restrict or bias the selection to boxes in images and frames."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ from gaze_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LookAt:
-    """Selection into a box.
+    """Steer the selection to a box.
 
     Attributes:
-      box: (x0, y0, x1, y1) in pixels of the image or frame as it was given.
-      frame: number of the one frame of a video that is meant, from 0; None: every frame, and every image.
-      layers: that are steered; None: all.
-      bias: in logits: how much likelier regions in the box are selected, negative for less; None: no others
-        are.
+      box: (x0, y0, x1, y1) in pixels of the original image or frame.
+      frame: a frame of a video, from 0; None means every frame and every image.
+      layers: the steered layers; None means all.
+      bias: added to the scores of regions in the box, in logits; None means that no other region may be
+        selected.
 
     Raises:
-      UserError: a box without area, or a number out of range.
+      UserError: the box has no area, or a number is out of range.
     """
 
     box: tuple[float, float, float, float]
@@ -39,16 +39,18 @@ class LookAt:
         if self.frame is not None and self.frame < 0:
             raise UserError(f"look_at frame {self.frame} must be 0 or more.")
         if self.bias is not None and not math.isfinite(self.bias):
-            raise UserError(f"look_at bias {self.bias} must be a finite number of logits; none restricts.")
+            raise UserError(
+                f"look_at bias {self.bias} must be a finite number of logits; leave it out to restrict."
+            )
 
     @classmethod
     def parse(
         cls, text: str, *, layers: tuple[int, ...] | None = None, bias: float | None = None
     ) -> "LookAt":
-        """Read "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
+        """Parse "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
 
         Raises:
-          UserError: it is neither.
+          UserError: the text has neither form.
         """
         try:
             numbers = [float(word) for word in text.split(",")]
@@ -56,12 +58,14 @@ class LookAt:
         except ValueError:
             numbers, frame = [], None
         if len(numbers) not in (4, 5):
-            raise UserError(f"look_at={text!r} must be x0,y0,x1,y1 in pixels, and perhaps a frame's number.")
+            raise UserError(
+                f"look_at={text!r} must be x0,y0,x1,y1 in pixels, optionally with a frame's number."
+            )
         return cls((numbers[0], numbers[1], numbers[2], numbers[3]), frame, layers, bias)
 
 
 def _inside(target: LookAt, view: PlacedView) -> np.ndarray:
-    """int32 [n], regions of a view with a token whose pixels the box overlaps."""
+    """int32 [n], regions of a view that have a token whose pixels overlap the box."""
     rows, columns = view.regions.shape
     left, top, right, bottom = view.corners
     xs, ys = np.linspace(left, right, columns + 1), np.linspace(top, bottom, rows + 1)
@@ -72,18 +76,18 @@ def _inside(target: LookAt, view: PlacedView) -> np.ndarray:
 
 
 def bias_of(targets: Sequence[LookAt], views: Sequence[PlacedView], layers: int, regions: int) -> np.ndarray:
-    """What steering adds to the scores: float32 [L, R] in logits, -inf for regions that are left out.
+    """What steering adds to the scores: float32 [L, R] in logits, -inf for regions that are excluded.
 
-    Boxes that restrict are joined: a region in any of them may be selected. Biases add up.
+    With several restricting boxes, a region in any of them may be selected. Biases add up.
 
     Args:
-      targets: what to look at.
-      views: where each view or frame is in the regions.
-      layers: L of the model.
-      regions: R of the sequence; those beyond the views are left alone.
+      targets: the boxes.
+      views: the regions of each view and frame.
+      layers: L, the model's number of layers.
+      regions: R, the sequence's number of regions.
 
     Raises:
-      UserError: a layer that the model has not, a frame that is not shown, or a box outside of everything.
+      UserError: a layer does not exist, a frame is not shown, or a box overlaps no view.
     """
     if targets and not views:
         raise UserError("Nothing is shown, so there is nowhere to look; drop look_at.")

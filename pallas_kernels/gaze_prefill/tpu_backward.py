@@ -141,7 +141,7 @@ def _step(
     q, d_out, facts = rows
     seen = common.visible(plan, n, facts, keys.places)
     if alive is not None:
-        # The last places of a batch hold an older unit, or in the beginning anything at all.
+        # Unused rows of a batch hold an older unit, or uninitialised memory.
         seen = seen & alive
         q, d_out = jnp.where(alive, q, jnp.zeros_like(q)), jnp.where(alive, d_out, jnp.zeros_like(d_out))
     logits = common.logits(plan, q, keys)

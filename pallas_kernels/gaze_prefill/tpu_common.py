@@ -1,4 +1,4 @@
-"""What the forward and the backward TPU kernel of gaze_prefill share.
+"""Shared by the forward and the backward TPU kernel of gaze_prefill.
 
 Each kernel takes one tile of queries against all blocks of keys. Both run over the grid (batch, kv head,
 key block), key blocks innermost. A tile's queries stay in VMEM with their accumulators, while the blocks
@@ -13,12 +13,12 @@ query with its heads padded to 8. For each block the table says one of three thi
 
     SKIP    no query of the tile sees a key of the block
     GATHER  few units do: their rows are copied side by side into a batch, the batch goes through the
-            matrix unit, and its rows are added back to where they came from
-    DIRECT  many do, or nobody selects (text stream, unrouted queries): all rows in order, under the mask
+            matrix unit, and its rows are added back to their original rows
+    DIRECT  many do, or there is no selection (text stream, unrouted queries): all rows, under the mask
 
-GATHER and DIRECT do the same arithmetic on the same facts; only d K and d V add their queries in another
-order. The choice is made per block and tile, so a block costs the cheaper of the two. One thing is never
-skipped: K and V of every block are fetched, once per tile.
+GATHER and DIRECT do the same arithmetic on the same facts; only d K and d V sum their queries in different
+orders. The choice is made per block and tile, so each block takes the cheaper path. The fetch of K and V is
+never skipped: every block is fetched once per tile.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ SKIP, GATHER, DIRECT = 0, 1, 2
 VISUAL_LO, VISUAL_HI, TEXT_LO, TEXT_HI, SEGMENT, LSE, DELTA, WORDS = range(8)
 WORD_LANES = LANES - WORDS
 ORDER, SEGMENT_OF, CELL, POISON = range(4)  # rows of a block's places
-PLACES = 8  # their number, padded to a register
+PLACES = 8  # number of such rows, padded to a register
 SUBLANES = 8
 NEVER = -1e30  # below any logit; finite, so that differences of two are numbers
 
-# What is left beside XLA's own use, of 128 MiB on v5e and v6e and of 64 MiB on v5p.
+# What XLA's own use leaves of 128 MiB on v5e and v6e, and of 64 MiB on v5p.
 _VMEM = 56 * 2**20
 
 
@@ -252,8 +252,8 @@ def call(
         name=name,
         interpret=interpreter() if plan.interpret else False,
         compiler_params=pltpu.CompilerParams(
-            # Cores may share batch and heads; a head's blocks come one after another. The interpreter has
-            # one core, and under vmap it trips over semantics that do not name the mapped axis.
+            # Batch and heads may be split over cores; the blocks of a head are sequential. The interpreter
+            # has one core, and under vmap it fails on semantics that do not name the mapped axis.
             dimension_semantics=None if plan.interpret else ("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM,
         ),

@@ -104,7 +104,7 @@ def test_settings_differ_and_the_oracle_is_nearer_to_dense_than_random(report):
 
 
 def test_the_compared_positions_are_those_that_emit_the_answer():
-    """Greedy teacher forcing at them says the generated answer again, end token or not."""
+    """Greedy teacher forcing at these positions gives the generated answer, with or without an end token."""
     for index, prompt in enumerate(PROMPTS):
         row, answer = answered(prompt, index)
         log_probs, entries = module._dense_pass(MODEL, peaky(), row)
@@ -143,13 +143,13 @@ def test_the_numbers_are_those_of_the_models_whole_logits(strategy, select_per, 
 
 
 def test_a_setting_compiles_once_for_every_top_k_and_prompt(measured):
-    """At most one dense program, and one for each share of two descriptors, the oracle and random."""
+    """At most one dense program, and one per select_per for two descriptors, the oracle and random."""
     dense, routed = measured[1]  # fewer if another test has compiled them already
     assert dense <= 1 and routed <= 8
 
 
 def test_tokens_beyond_the_answers_end_count_nowhere():
-    """A row that counts two tokens gives the same numbers whatever stands in its other places."""
+    """The numbers of a row with two counted tokens do not depend on its other tokens."""
     row, _ = answered(PROMPTS[0])
     short = dataclasses.replace(row, counted=jnp.arange(TOKENS) < 2)
     moved = dataclasses.replace(short, at=short.at.at[2:].set(0))
@@ -162,7 +162,7 @@ def test_tokens_beyond_the_answers_end_count_nowhere():
     assert found[1][1] in (0.0, 0.5, 1.0) and found[1][2] == 4.0
 
 
-def test_the_vocabulary_meets_the_answer_alone():
+def test_logits_are_computed_for_the_answer_alone():
     """No array of the program has the row's length and the vocabulary's, and one has the answer's."""
     row, _ = answered(PROMPTS[0])
     traced = str(jax.make_jaxpr(lambda p, r: module._dense_pass(MODEL, p, r))(peaky(), row))

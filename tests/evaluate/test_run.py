@@ -79,7 +79,7 @@ def test_answers_do_not_depend_on_the_size_of_the_batch(runs):
 
 
 def test_an_answer_that_ends_early_selects_nothing_more(runs):
-    """What comes after the end token is no token, and every array has the answers' length all the same."""
+    """There are no tokens after the end token, and every array still has the answers' length."""
     trained = evaluation.load(runs["gaze"])
     prompts = evaluation.evaluation_prompts(trained, 2)
     free = evaluation.answer(trained, prompts, top_k=1)

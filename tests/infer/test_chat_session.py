@@ -47,7 +47,7 @@ def sampler(family):
 
 
 def make_chat(family="cambrian_s", question=QUESTION, *, videos=(), gaze=TWO, **options):
-    """A conversation about the photograph whose first question was read."""
+    """A chat about the photograph, its first question prefilled."""
     session = sampler(family).chat(gaze=gaze, **options)
     session.ask(question, images=[PHOTO], videos=videos)
     return session
@@ -76,8 +76,8 @@ def prompt_of(family, monkeypatch, **options):
     return "".join(p.text if isinstance(p, Text) else tags[type(p)] for p in seen[0].parts)
 
 
-def test_later_questions_are_looked_at_too():
-    """A tag without a picture, or nothing; refused before anything is loaded."""
+def test_later_questions_are_checked_too():
+    """A tag without an image, or an empty question, is refused before anything is loaded."""
     for wrong, sentence in (("<image> and this?", "has 1 <image>"), (" ", "is empty")):
         with pytest.raises(UserError, match=sentence):
             check_questions([QUESTION, wrong], 0, 0)
@@ -128,14 +128,14 @@ def test_answers_stream_and_name_regions(family, monkeypatch):
     assert trace.tokens == tuple(step.token for step in generated) and trace.answer == session.answer().text
     np.testing.assert_array_equal(trace.mask(), np.stack([step.token_trace.selected for step in generated]))
     assert [picture.key for picture in trace.pictures] == [(False, 0, 0), *((True, 0, t) for t in range(4))]
-    # The same in one go, unwatched.
+    # The same answer in one call, without a trace.
     again = make_chat(family, videos=[FRAMES])
     list(again.stream(6, chunked=True))
     assert again.answer().tokens == session.answer().tokens
 
 
-def saying(monkeypatch, family, text):
-    """Sessions of this test say the tokens of ``text``; returns them."""
+def generating(monkeypatch, family, text):
+    """Make engines of this test generate the tokens of ``text``; returns them."""
     ids = sampler(family).tokenizer.encode(text)[0]
 
     def decode(engine, max_tokens, *, ends, **options):
@@ -161,7 +161,7 @@ def saying(monkeypatch, family, text):
 def test_a_further_question_equals_a_conversation_read_at_once(family, answer, gaze, shown, monkeypatch):
     """The cache holds what the template writes around the answer, which ended or was cut; then media."""
     one = sampler(family)
-    ids = saying(monkeypatch, family, answer)
+    ids = generating(monkeypatch, family, answer)
     session = make_chat(family, gaze=gaze)
     generated = "".join(step.text for step in session.stream(len(ids)))
     assert generated == answer.removesuffix("<|im_end|>")
@@ -234,7 +234,7 @@ def test_a_running_video_is_asked_about_alone():
     session.append_frames(FRAMES[:1], last=True)
     with pytest.raises(UserError, match="The video has ended"):
         session.append_frames(FRAMES[1:])
-    with pytest.raises(UserError, match="shows nothing else"):
+    with pytest.raises(UserError, match="takes no other media"):
         session.ask(QUESTION, images=[PHOTO])
     session.ask(QUESTION)
     with pytest.raises(UserError, match="has no answer yet"):
@@ -264,7 +264,7 @@ def test_an_empty_system_prompt_is_one(monkeypatch):
 
 
 def test_a_question_without_pictures_leaves_their_cache_as_it_is():
-    """Nobody reads empty slots of regions that the layout could have and no picture has."""
+    """The cache gets no slots for regions that the layout allows but no image has."""
     session = sampler("cambrian_s").chat(gaze=GazeOptions(keep=0.5))
     session.ask(QUESTION, videos=[FRAMES[:2]])
     before = session._engine.slots, session._engine._cache.visual_order.shape
@@ -275,7 +275,7 @@ def test_a_question_without_pictures_leaves_their_cache_as_it_is():
 
 
 def test_files_can_be_asked_about_in_turns(tmp_path):
-    """Named, as in generate; what is none is refused, and the conversation goes on."""
+    """Paths work as in generate; a file that is no image is refused, and the chat can go on."""
     skimage.io.imsave(tmp_path / "photo.png", PHOTO)
     session = sampler("cambrian_s").chat(gaze=TWO)
     with pytest.raises(UserError, match=r"absent\.png"):
@@ -326,7 +326,7 @@ def test_what_cannot_be_answered_is_said_before_anything_is_computed(options, se
 
 
 def test_a_refused_answer_leaves_the_question_open():
-    """Numbers are looked at first."""
+    """Numbers are checked first."""
     session = make_chat()
     with pytest.raises(UserError, match="max_tokens=0 must be at least 1"):
         next(session.stream(0))

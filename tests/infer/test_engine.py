@@ -1,4 +1,4 @@
-"""Sessions: read, say, read on; the same as one pass, as single rows, as other ways to take steps."""
+"""The engine: prefill, decode and extend equal one pass, single rows, and other step sizes."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_what_is_returned_changes_no_token_and_no_count(top_k, gaze):
 
 
 def test_one_step_at_a_time_has_the_same_bits():
-    """Streaming is the same program, asked more often."""
+    """Streaming calls the same program more often."""
     chunked = decode(make_engine(row(0, ASK)), STEPS + 3, returns="trace")
     steps = decode(make_engine(row(0, ASK)), STEPS + 3, returns="trace", chunked=False)
     assert chunked["tokens"].shape == (STEPS + 3, 1)
@@ -82,7 +82,7 @@ def test_a_trace_adds_up():
 
 @pytest.mark.parametrize("top_k", [2, None])
 def test_turns_with_the_cache_equal_one_pass(top_k):
-    """Answer, read on with text and another picture: the logits of the whole sequence at once."""
+    """Answer, then prefill text and another image: the logits of the whole sequence in one pass."""
     engine = make_engine(row(0, ASK), budgets=top_k, free_slots=4)
     begun = row(0, ASK)
     generated = generated_row(decode(engine, 5)["tokens"][:, 0], int(begun["text_order"][-1]) + 1)
@@ -108,7 +108,7 @@ def test_frames_appended_piece_by_piece_equal_all_at_once():
 
 
 def test_rows_do_not_know_each_other():
-    """Unequal prompts and budgets in one batch say what each says alone."""
+    """Unequal prompts and budgets in one batch give the answers that each gives alone."""
     rows = [row(0, ASK), row(1, MORE, 2, "Where is the only 7?\n"), row(3, MORE)]
     together = make_engine(*rows, budgets=[1, 3, 2])
     expected = [make_engine(one, budgets=[k]) for one, k in zip(rows, (1, 3, 2))]
@@ -120,7 +120,7 @@ def test_rows_do_not_know_each_other():
 
 
 def test_a_row_that_ended_is_silent_and_leaves_nothing():
-    """It says -100; reading on after its end equals a conversation in which only the end token is missing."""
+    """It yields -100; a later prefill equals a conversation in which only the end token is missing."""
     free = decode(make_engine(row(0, ASK), row(1, ASK)), 6)["tokens"]
     end = int(free[2, 0])
     engine = make_engine(row(0, ASK), row(1, ASK))
@@ -139,7 +139,7 @@ def test_a_row_that_ended_is_silent_and_leaves_nothing():
 
 
 def test_an_answer_that_was_cut_can_go_on():
-    """Saying more without reading anything continues with the last token."""
+    """Decoding again without a prefill continues with the last token."""
     chunked = decode(make_engine(row(0, ASK)), 6)["tokens"]
     engine = make_engine(row(0, ASK))
     parts = [decode(engine, 2)["tokens"], decode(engine, 4)["tokens"]]

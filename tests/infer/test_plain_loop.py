@@ -53,7 +53,7 @@ def continued(row, tokens):
 
 @functools.cache
 def plain_loop(way):
-    """Tokens [LENGTH, B] by running everything anew for each of them, and what each selected."""
+    """Tokens [LENGTH, B], each from a full forward pass, and what each selected."""
     top_k, routing = WAYS[way]
     budget = None if top_k is None else jnp.asarray(top_k, jnp.int32)
     run = models.forward(DUMMY, routing, collect=True)

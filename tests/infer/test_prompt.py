@@ -161,7 +161,7 @@ def test_the_prompt_as_text(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_of_the_corpus_is_the_plain_form(family):
-    """What evaluation reads of a sample is what anyone's question about its picture becomes."""
+    """Evaluation's prompt of a sample equals the prompt of the same question about its image."""
     experiment = tiny_experiment()
     builder = dataclasses.replace(sampler(RUN).prompts, processor=make_processor(experiment))
     builder = dataclasses.replace(
@@ -177,7 +177,7 @@ def test_a_sample_of_the_corpus_is_the_plain_form(family):
 
 
 def test_one_rule_decides_about_the_template(tmp_path, caplog):
-    """A run of train.py, a checkpoint's own file, and ChatML, which is said."""
+    """PLAIN for a run of train.py, a checkpoint's own template, or ChatML with a warning."""
     assert template_of(None) is PLAIN and sampler(RUN).template is PLAIN
     own = sampler("llava_onevision").template
     assert own.name.endswith("chat_template.jinja")
@@ -190,7 +190,7 @@ def test_one_rule_decides_about_the_template(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", [RUN, "cambrian_s", NO_TEMPLATE])
 def test_a_later_turn_begins_after_the_last_answer(name):
-    """Whatever stands in for the answers; the parts of all turns together are the whole conversation."""
+    """For any marker in place of the answers; the parts of all turns together are the whole conversation."""
     builder = sampler(name).prompts
     first, turns = builder.next_turn(builder.opening(), user_turn(QUESTION, (0,), ()))
     second, turns = builder.next_turn(turns, user_turn("And \ue000?", (), ()))

@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gaze_jax.infer.answer import Answer as Answer
     from gaze_jax.infer.gaze_options import GazeOptions as GazeOptions
-    from gaze_jax.infer.sampler import Answer as Answer
     from gaze_jax.infer.sampler import Sampler as Sampler
     from gaze_jax.infer.sampler import load as load
     from gaze_jax.infer.steer import LookAt as LookAt
 
 __version__ = "0.1.0"
 
-# Imported when they are asked for: whoever trains or converts needs none of this.
+# Imported on first use: training and conversion need none of these.
 _LAZY = {
-    "Answer": "gaze_jax.infer.sampler",
+    "Answer": "gaze_jax.infer.answer",
     "Sampler": "gaze_jax.infer.sampler",
     "LookAt": "gaze_jax.infer.steer",
     "GazeOptions": "gaze_jax.infer.gaze_options",

@@ -15,10 +15,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """A :class:`UserError` from inside calls options by the names that the user knows them by.
+    """Context in which the message of a :class:`UserError` uses the user's names of options.
 
     Args:
-      names: an option's name in the messages -> its name for the user.
+      names: name of an option in messages -> its name for the user.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""Conversations to the parts of a sample: a checkpoint's own chat template, media, and what is supervised.
+"""Conversations to the parts of a sample: chat template, media, and supervision.
 
-A conversation is rendered by its template into one string; the tags ``<image>`` and ``<video>`` in it
+A checkpoint's template renders a conversation into one string. The tags ``<image>`` and ``<video>`` in it
 become :class:`Image` and :class:`Video` parts, the text between them :class:`Text` parts::
 
     template = ChatTemplate.load(directory)
@@ -15,11 +15,11 @@ become :class:`Image` and :class:`Video` parts, the text between them :class:`Te
     Image(0)
     Text("\\nWhat is this?<|im_end|>\\n<|im_start|>assistant\\nA cat.<|im_end|>\\n", targets=((47, 63),))
 
-What is supervised is known by characters and never found by tokenising twice: the answers are rendered a
-second time between marks that occur nowhere else, and a rendering that differs in more than its marks is
+Supervision is located in characters, not by tokenising twice: the conversation is rendered a second time with
+the answers between marks that occur nowhere else, and a rendering that differs in more than the marks is
 refused. A text is not cut where supervision begins, so its tokens are those of the whole string.
 
-Turns must be written as ``<|im_start|>role ... <|im_end|>``, as those of Qwen and of all that is built on it.
+Turns must have the form ``<|im_start|>role ... <|im_end|>``, as in Qwen and models built on it.
 """
 
 import dataclasses
@@ -37,16 +37,16 @@ START = "<|im_start|>"
 
 Parts = tuple[Image | Video | Text, ...]
 Span = tuple[int, int]
-"""(first, end) of characters."""
+"""(start, end) of a range of characters."""
 Arrange = Callable[[tuple[Content, ...]], tuple[Content, ...]]
-"""Items of a turn -> the same in the order in which a family reads them, as ``messages.media_first``."""
+"""Items of a turn -> the same items in the order a family uses, such as ``messages.media_first``."""
 
 _THINK = re.compile(r"</?think>")
 _END = re.compile(rf"\s*{re.escape(END)}")
 
 
 def _as_text(items: Iterable[Content]) -> str:
-    """A turn with tags for its media; a line feed parts leading media from the text after them."""
+    """A turn as text with tags for media; a line feed separates leading media from the text after them."""
     pieces: list[str] = []
     for item in items:
         if not isinstance(item, str):
@@ -59,7 +59,7 @@ def _as_text(items: Iterable[Content]) -> str:
 
 
 def _as_list(items: Iterable[Content]) -> list[dict[str, str]]:
-    """A turn as templates of multimodal processors take it."""
+    """A turn in the form that templates of multimodal processors take."""
     return [
         {"type": "text", "text": item} if isinstance(item, str) else {"type": kind_of(item)} for item in items
     ]
@@ -67,7 +67,7 @@ def _as_list(items: Iterable[Content]) -> list[dict[str, str]]:
 
 @functools.lru_cache(maxsize=16)
 def _takes_lists(template: ChatTemplate) -> bool:
-    """Whether the template places media itself, given a turn as a list; found out by trying."""
+    """Whether the template places the media of a turn given as a list; found by trying."""
     turn = {"role": "user", "content": _as_list((Image(0), "probe"))}
     try:
         rendered = template.render([turn], add_generation_prompt=False)
@@ -77,7 +77,7 @@ def _takes_lists(template: ChatTemplate) -> bool:
 
 
 def _pieces(answer: str) -> list[Span]:
-    """Characters of what stands between the tags of reasoning in an answer, without white space around it."""
+    """Character ranges of an answer before, between and after reasoning tags, white space stripped."""
     cuts = [0, *(cut for tag in _THINK.finditer(answer) for cut in tag.span()), len(answer)]
     pieces = []
     for start, end in zip(cuts[::2], cuts[1::2], strict=True):
@@ -109,7 +109,7 @@ class _Marks:
         return answer
 
     def remove(self, text: str) -> tuple[str, dict[str, list[int]]]:
-        """``text`` without marks, and where in it each mark stood."""
+        """``text`` without marks, and the positions of each mark in it."""
         found: dict[str, list[int]] = {mark: [] for mark in (self.opening, self.closing, *self.generation)}
         pattern = re.compile(f"[{''.join(found)}]")
         for count, match in enumerate(pattern.finditer(text)):
@@ -119,13 +119,13 @@ class _Marks:
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """How one conversation is rendered: everything but who asks and with which marks.
+    """A conversation with the settings it is rendered with, except generation prompt and marks.
 
     Attributes:
-      template: of the checkpoint.
-      messages: in order.
-      arrange: the order of the items of a turn.
-      variables: of the template.
+      template: the checkpoint's template.
+      messages: the messages, in order.
+      arrange: orders the items of a turn.
+      variables: variables of the template.
     """
 
     template: ChatTemplate
@@ -149,7 +149,7 @@ class Rendering:
 
     @property
     def name(self) -> str:
-        """Of the template, for messages."""
+        """Name of the template, for error messages."""
         return self.template.name
 
     @property
@@ -158,7 +158,7 @@ class Rendering:
         return [message.text for message in self.messages if message.role == "assistant"]
 
     def answers(self, whole: str) -> tuple[list[list[Span]], list[Span]]:
-        """Where in ``whole`` the pieces of each answer lie, and the ``{% generation %}`` blocks."""
+        """Character ranges in ``whole`` of the pieces of each answer and of ``{% generation %}`` blocks."""
         pieces = [_pieces(answer) for answer in self.answer_texts]
         if [] in pieces:
             raise UserError(f"Answer {pieces.index([])} of the conversation is empty; leave its turn out.")
@@ -181,7 +181,7 @@ class Rendering:
 
 
 def _turn_start(render: Rendering, whole: str, at: int) -> int:
-    """Where the turn opens whose answer begins at character ``at``."""
+    """Where the turn starts whose answer starts at character ``at``."""
     start = whole.rfind(START, 0, at)
     if start < 0:
         raise UserError(
@@ -191,7 +191,7 @@ def _turn_start(render: Rendering, whole: str, at: int) -> int:
 
 
 def _turn_end(render: Rendering, whole: str, at: int) -> int:
-    """Where the end token ends that follows an answer, which ends at character ``at``."""
+    """Where the end token ends that follows the answer ending at character ``at``."""
     end = _END.match(whole, at)
     if end is None:
         raise UserError(f"{render.name} does not end an answer with {END}; give a template in ChatML's form.")
@@ -199,11 +199,11 @@ def _turn_end(render: Rendering, whole: str, at: int) -> int:
 
 
 def answer_spans(render: Rendering, whole: str) -> list[Span]:
-    """Characters that a model would say: from the end of the generation prompt to the end token."""
+    """Characters that a model would generate: from the end of the generation prompt to the end token."""
     answers, blocks = render.answers(whole)
     blocks = [(start, end) for start, end in blocks if start < end]
     if blocks:
-        # Some blocks leave the token out that ends the turn; a model that never learns it never stops.
+        # Some blocks omit the token that ends the turn; a model that never learns it never stops.
         return [(start, end + len(END) * whole.startswith(END, end)) for start, end in blocks]
     prompted = render(add_generation_prompt=True)
     header = prompted.removeprefix(whole) if prompted.startswith(whole) else ""
@@ -220,7 +220,7 @@ def answer_spans(render: Rendering, whole: str) -> list[Span]:
 
 
 def turn_spans(render: Rendering, whole: str) -> list[Span]:
-    """Whole turns of the assistant, with header, end token and the line feed after it."""
+    """Whole turns of the assistant, with header, end token and the line feed that follows."""
     spans = []
     for pieces in render.answers(whole)[0]:
         end = _turn_end(render, whole, pieces[-1][1])
@@ -230,11 +230,11 @@ def turn_spans(render: Rendering, whole: str) -> list[Span]:
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """What of a conversation a model learns.
+    """Which parts of a conversation are training targets.
 
     Attributes:
-      spans: (rendering, the rendered string) -> the characters that are targets, in order.
-      tokens: tokens, written out, that are targets wherever they occur: the value of ``Processor.supervise``.
+      spans: (rendering, the rendered string) -> the character ranges that are targets, in order.
+      tokens: text of tokens that are targets wherever they occur: the value of ``Processor.supervise``.
     """
 
     spans: Callable[[Rendering, str], list[Span]]
@@ -242,19 +242,19 @@ class Supervision:
 
 
 ANSWER = Supervision(answer_spans)
-"""What the model says after a generation prompt, with the end token, or the ``{% generation %}`` blocks of a
-template that has them, each with the end token that follows."""
+"""What the model generates after a generation prompt, with the end token. If the template has ``{% generation
+%}`` blocks: those blocks, each with the end token that follows."""
 
 
 def _split(render: Rendering, whole: str, spans: Sequence[Span]) -> Parts:
-    """Cut ``whole`` at its tags; a text takes what ``spans`` say about its characters."""
+    """Cut ``whole`` at its tags; the targets of each text are the ``spans`` inside it."""
     arranged = [item for message in render.messages for item in render.arrange(message.items)]
     media = {tag: [item for item in arranged if isinstance(item, kind)] for tag, kind in TAGS.items()}
     for tag, items in media.items():
         if whole.count(tag) != len(items):
             raise UserError(
                 f"{render.name} writes {whole.count(tag)} {tag} tags but the conversation has {len(items)}; "
-                "take a template for these media."
+                "use a template for these media."
             )
     parts: list[Image | Video | Text] = []
     start = 0
@@ -280,27 +280,27 @@ def conversation_parts(
 ) -> Parts:
     """Render a conversation into the parts of a sample.
 
-    In a template that knows no media, a line feed follows media that open a turn.
+    If a template does not support media, a line feed follows media at the start of a turn.
 
-    With Qwen3's template an answer is shown with (empty) reasoning only in the last turn, as it is shown to
-    the model later. What the model is taught to say first is then not the same in all turns; where that
-    matters, make a conversation of each answer with what came before it.
+    Qwen3's template adds (empty) reasoning to an answer only in the last turn, as the model sees it later.
+    So the first tokens that the model learns differ between turns. If that matters, make a separate
+    conversation of each answer and what precedes it.
 
     Args:
-      template: of the checkpoint.
-      messages: in order. ``Image`` and ``Video`` keep their indices.
+      template: the checkpoint's template.
+      messages: the messages, in order. ``Image`` and ``Video`` keep their indices.
       arrange: the order of media and text in a turn, ``Family.arrange``.
-      supervision: what is learnt; :data:`ANSWER`, or ``Family.supervision`` for what the family's authors
-        trained on.
-      add_generation_prompt: ask for an answer: nothing is supervised.
-      **variables: of the template, such as ``enable_thinking``.
+      supervision: what the targets are: :data:`ANSWER`, or ``Family.supervision`` for what the family's
+        authors trained on.
+      add_generation_prompt: ask for an answer; nothing is supervised.
+      **variables: variables of the template, such as ``enable_thinking``.
 
     Returns:
       Images, videos and texts with ``targets``.
 
     Raises:
-      UserError: the template fails, leaves a text out, rewrites an answer or has no place for the media; or
-        there is no answer to learn (or already one, where it is asked for).
+      UserError: the template fails, omits a text, rewrites an answer or does not place the media; there is no
+        answer to learn; or ``add_generation_prompt`` is set and the conversation ends in an answer.
     """
     render = Rendering(template, tuple(messages), arrange, variables)
     answered = [message.role == "assistant" for message in messages]
@@ -325,7 +325,7 @@ def conversation_parts(
 def count_tokens(
     tokenizer: Tokenizer, parts: Sequence[Image | Video | Text], media_tokens: Callable[[Image | Video], int]
 ) -> int:
-    """Tokens that ``parts`` need; ``media_tokens`` says how many an image or a video does."""
+    """Number of tokens of ``parts``; ``media_tokens`` counts those of an image or a video."""
     return sum(
         len(tokenizer.encode(part.text)[0]) if isinstance(part, Text) else media_tokens(part)
         for part in parts
@@ -335,18 +335,18 @@ def count_tokens(
 def truncate(
     messages: Sequence[Message], max_tokens: int, tokens: Callable[[tuple[Message, ...]], int]
 ) -> tuple[Message, ...]:
-    """The longest beginning of a conversation, in whole turns, that fits.
+    """The longest prefix of a conversation, in whole turns, that fits.
 
-    A question goes with its answer and with its media, so no image or video is ever cut. Rendering comes
-    after this, since a template may show a turn otherwise when it is the last.
+    A question is kept with its answer and its media, so no image or video is ever cut. Truncate before
+    rendering, because a template may render the last turn differently.
 
     Args:
       messages: a conversation.
-      max_tokens: how many there is room for.
-      tokens: counts those of a conversation: ``conversation_parts`` and :func:`count_tokens`.
+      max_tokens: the largest number of tokens allowed.
+      tokens: counts the tokens of a conversation, with ``conversation_parts`` and :func:`count_tokens`.
 
     Raises:
-      UserError: the first question with its answer alone does not fit.
+      UserError: the first question with its answer does not fit.
     """
     questions = [i for i, message in enumerate(messages) if message.role == "user"]
     needed = 0

@@ -1,4 +1,4 @@
-"""Messages: who says what in a conversation, and what is shown with it; records of data sets as messages."""
+"""Messages of a conversation with their media, and conversion of data set records to messages."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from gaze_jax.data.sample import Image, Video
 from gaze_jax.errors import UserError
 
 TAGS: Mapping[str, type[Image] | type[Video]] = {"<image>": Image, "<video>": Video}
-"""What stands for media in text."""
+"""Tags that represent media in text."""
 
 TAG = re.compile("(" + "|".join(TAGS) + ")")
 
@@ -20,17 +20,17 @@ _NO_FILE = ("", "None", "none", "nan")
 
 
 def kind_of(item: Image | Video) -> str:
-    """What ``item`` is, "image" or "video"; between angle brackets it is the tag."""
+    """Name of the item's kind, "image" or "video"; in angle brackets it is the tag."""
     return type(item).__name__.lower()
 
 
 def as_written(items: tuple[Content, ...]) -> tuple[Content, ...]:
-    """The items of a turn in their own order."""
+    """The items of a turn in the order given."""
     return items
 
 
 def media_first(items: Iterable[Content]) -> tuple[Content, ...]:
-    """The media of a turn in their order, then its text without white space around it."""
+    """The media of a turn in order, then its text with surrounding white space stripped."""
     items = tuple(items)
     media = [item for item in items if not isinstance(item, str)]
     if not media:
@@ -48,8 +48,7 @@ class Message:
       content: text, or text and media in reading order; stored as a tuple, adjacent texts joined.
 
     Raises:
-      UserError: text that holds a tag literally, since it stands for media wherever it occurs, or media
-        in an answer.
+      UserError: text contains a literal tag, which would be read as media, or an answer contains media.
     """
 
     role: str
@@ -67,8 +66,8 @@ class Message:
         for item in self.items:
             if isinstance(item, str) and (tag := TAG.search(item)):
                 raise UserError(
-                    f"Text of a turn of role {self.role!r} holds {tag[0]}, which stands for media and is no "
-                    f"text; give {TAGS[tag[0]].__name__}(index) in its place, or spell it otherwise."
+                    f"Text of a turn of role {self.role!r} contains {tag[0]}, which is a tag for media; "
+                    f"give {TAGS[tag[0]].__name__}(index) instead, or spell it differently."
                 )
             if not isinstance(item, str) and self.role == "assistant":
                 raise UserError(
@@ -78,7 +77,7 @@ class Message:
 
     @property
     def items(self) -> tuple[Content, ...]:
-        """``content``, as it is stored."""
+        """``content`` as stored."""
         assert isinstance(self.content, tuple)
         return self.content
 
@@ -98,7 +97,7 @@ class Conversation:
 
 
 def _files(record: Mapping[str, object], key: str, name: str) -> tuple[str, ...]:
-    """File names under ``key`` of a record; nothing, and what data sets write for it, is no file."""
+    """File names under ``key`` of a record; none if it is missing or has a value that means "no file"."""
     value = record.get(key)
     if value is None or value in _NO_FILE or value != value:  # a NaN is a missing cell of a table
         return ()
@@ -130,7 +129,7 @@ def _turns(record: Mapping[str, object], name: str) -> list[tuple[str, str]]:
 
 
 def _with_media(text: str, media: Iterator[Image | Video]) -> tuple[Content, ...]:
-    """``text`` with the next of ``media`` for each tag; white space around leading tags is dropped."""
+    """``text`` with the tags replaced by ``media``; white space around leading tags is dropped."""
     leading = _LEADING_TAGS.match(text)
     first = leading.end() if leading else 0
     items: list[Content] = [next(media) for _ in TAG.findall(text[:first])]
@@ -144,16 +143,16 @@ def from_llava(record: Mapping[str, object], *, name: str, system: str | None = 
 
     That is ``{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}`` with
     "image" and "video", each a file name or a list of them. Every tag in a turn counts as one image or
-    video, in order, however it came there. Cambrian-S writes ``<image>`` for a video too, so in a record
-    without images both tags mean a video. Without any tag, all media are put before the first question.
+    video, in order. Cambrian-S writes ``<image>`` for a video too, so in a record without images both tags
+    mean a video. Without tags, all media are put before the first question.
 
     Args:
-      record: parsed from JSON; other keys are not looked at.
-      name: of the record, for messages.
-      system: a system prompt, for a record that has none of its own.
+      record: parsed from JSON; other keys are ignored.
+      name: name of the record, for error messages.
+      system: a system prompt for records without one.
 
     Raises:
-      UserError: a field is malformed, tags and media differ in number, or an answer holds a tag.
+      UserError: a field is malformed, the numbers of tags and media differ, or an answer contains a tag.
     """
     turns, images, videos = _turns(record, name), _files(record, "image", name), _files(record, "video", name)
     tags = [tag for _, text in turns for tag in TAG.findall(text)]

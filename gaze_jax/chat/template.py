@@ -1,10 +1,9 @@
 """Chat templates: jinja2 programs that come with a checkpoint, run in a sandbox.
 
-A template is code from a stranger. It sees strings, numbers, lists and dictionaries only, in jinja2's
-immutable sandbox, which keeps it from Python's internals; it does not keep it from looping for long.
-What a template can use besides is what transformers gives it: ``raise_exception``, ``strftime_now``,
-``tojson`` that leaves HTML characters alone, ``{% break %}`` and ``{% continue %}``, and
-``{% generation %}`` around what a model is to learn.
+A template is untrusted code. It sees only strings, numbers, lists and dictionaries, in jinja2's immutable
+sandbox, which blocks access to Python's internals but does not stop long loops. It also has the additions of
+transformers: ``raise_exception``, ``strftime_now``, a ``tojson`` that does not escape HTML, ``{% break %}``
+and ``{% continue %}``, and ``{% generation %}`` around training targets.
 """
 
 import dataclasses
@@ -27,17 +26,17 @@ import jinja2.utils
 from gaze_jax.errors import UserError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens whose text a template can use by name."""
+"""Special tokens whose text is available to templates by name."""
 
 _MARKS = "_generation_marks"
 
 
 class _Refusal(jinja2.TemplateError):
-    """The template itself refuses a conversation."""
+    """The template refused the conversation."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``: puts the pair of marks around its body that the caller asks for, if any."""
+    """``{% generation %}``: puts the caller's pair of marks, if any, around its body."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it without ClassVar
 
@@ -53,7 +52,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """``namespace`` whose attributes cannot be named like Python's internals."""
+    """A ``namespace`` that refuses attributes named like Python's internals."""
 
     def __init__(self, /, *args: Mapping[str, object], **kwargs: object) -> None:
         super().__init__()
@@ -101,18 +100,18 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _plain(value: object) -> Any:
-    """A copy of ``value`` in JSON's types alone: what methods other objects have, no sandbox can know."""
+    """A copy of ``value`` in JSON types only; a sandbox cannot vet the methods of other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    raise ValueError(f"A chat template is given a {type(value).__name__}; give values that JSON has.")
+    raise ValueError(f"A chat template is given a {type(value).__name__}; give values of JSON types.")
 
 
 def _phrase(error: Exception) -> str:
-    """What an error says, to stand in a sentence."""
+    """An error as a phrase for use in a sentence."""
     return " ".join(str(error).split()).rstrip(".")
 
 
@@ -143,17 +142,17 @@ def _default(value: object, path: Path) -> str | None:
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         if "default" not in named:
-            raise UserError(f"{path} has chat templates, but none is named 'default'; name one so.")
+            raise UserError(f"{path} has chat templates, but none is named 'default'; name one 'default'.")
         value = named["default"]
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{path} has a chat_template that is no text, but {type(value).__name__}.")
+        raise UserError(f"{path} has a chat_template that is not text but {type(value).__name__}.")
     return value
 
 
 def _special(directory: Path) -> dict[str, str]:
-    """Text of the special tokens that a tokenizer's files name."""
+    """Text of the special tokens named in a tokenizer's files."""
     config = _read_object(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # an older tokenizer, whose tokens are in a file of their own
+    if "added_tokens_decoder" not in config:  # an older tokenizer, with its tokens in a separate file
         config |= _read_object(directory / "special_tokens_map.json")
     found = {}
     for name in SPECIAL:
@@ -166,12 +165,12 @@ def _special(directory: Path) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A jinja2 program that writes a conversation the way a checkpoint was trained to read it.
+    """A jinja2 program that renders a conversation in the form a checkpoint was trained on.
 
     Attributes:
       source: the program.
       special: text of special tokens, as the variables ``bos_token``, ``eos_token`` and so on.
-      name: where it comes from, for messages.
+      name: where the template comes from, for error messages.
     """
 
     source: str = dataclasses.field(repr=False)
@@ -182,9 +181,9 @@ class ChatTemplate:
     def find(cls, directory: str | os.PathLike[str]) -> "ChatTemplate | None":
         """The template of a checkpoint's directory, or None.
 
-        The first of these, as a processor of transformers 5.23 takes it, and then its tokenizer:
+        The first that exists, in the order of transformers 5.23 (processor, then tokenizer):
         processor_config.json's "chat_template", chat_template.json, chat_template.jinja,
-        tokenizer_config.json's "chat_template" (of a list, the one named "default").
+        tokenizer_config.json's "chat_template" (in a list, the one named "default").
 
         Raises:
           UserError: a file cannot be read.
@@ -208,7 +207,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "ChatTemplate":
-        """:meth:`find`, where there must be one.
+        """:meth:`find`, but a missing template is an error.
 
         Raises:
           UserError: there is none, or a file cannot be read.
@@ -216,8 +215,8 @@ class ChatTemplate:
         found = cls.find(directory)
         if found is None:
             raise UserError(
-                f"{directory} has no chat template: no chat_template.jinja, chat_template.json, nor one in "
-                "tokenizer_config.json; take the files of the instruction-tuned checkpoint."
+                f"{directory} has no chat template: no chat_template.jinja, no chat_template.json, none in "
+                "tokenizer_config.json; use the files of the instruction-tuned checkpoint."
             )
         return found
 
@@ -232,14 +231,14 @@ class ChatTemplate:
         """Write a conversation.
 
         Args:
-          messages: dictionaries with "role", "content" and what else the template reads; a key whose value
-            is None counts as missing.
+          messages: dictionaries with "role", "content" and any other keys that the template reads; a key
+            whose value is None counts as missing.
           add_generation_prompt: end with the header of the assistant's next turn.
-          generation_marks: what to put before and after each ``{% generation %}`` block.
-          **variables: of the template, such as ``enable_thinking`` or ``tools``.
+          generation_marks: text to put before and after each ``{% generation %}`` block.
+          **variables: variables of the template, such as ``enable_thinking`` or ``tools``.
 
         Raises:
-          UserError: the template is malformed, fails, refuses the conversation, or reaches for what the
+          UserError: the template is malformed, fails, refuses the conversation, or does something that the
             sandbox forbids.
         """
         turns = [{key: item for key, item in turn.items() if item is not None} for turn in messages]
@@ -253,6 +252,6 @@ class ChatTemplate:
             reason = f"does what the sandbox forbids ({_phrase(error)})"
         except _Refusal as error:
             reason = f"refuses the conversation ({_phrase(error)})"
-        except Exception as error:  # the program is not ours: it may fail in any way
+        except Exception as error:  # untrusted code may raise anything
             reason = f"fails on this conversation ({type(error).__name__}: {_phrase(error)})"
         raise UserError(f"{self.name} {reason}; use another template or other turns.")

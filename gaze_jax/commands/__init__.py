@@ -1,1 +1,1 @@
-"""The commands: flags in, one call, and one sentence for what the user can mend."""
+"""The commands: parse flags, make one call, report what the user can fix in one sentence."""

@@ -1,4 +1,4 @@
-"""What all commands share: flags in, exit status out, and one sentence for what the user can mend."""
+"""Shared by all commands: parse flags, set the exit status, report what the user can fix in one sentence."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from gaze_jax.errors import UserError
 
 
 def unloadable(path: str) -> str:
-    """The sentence about a config file that has no config."""
+    """The error message for a config file without a config."""
     return (
         f"--config={path} cannot be loaded; give a Python file with a get_config() function, such as "
         "configs/digits.py."
@@ -24,7 +24,7 @@ def unloadable(path: str) -> str:
 
 
 def _sentence(error: Exception, argv: Sequence[str]) -> str:
-    """What absl and ml_collections raise for a flag, on one line."""
+    """An error of absl or ml_collections about a flag, on one line."""
     if isinstance(error, OSError):  # an override needs the config that it changes
         return unloadable(next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), ""))
     message = " ".join(str(error.args[0] if error.args else error).split())
@@ -41,7 +41,7 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str:
 
 
 def program() -> str:
-    """How the program was started: a file's name, or ``python -m MODULE``."""
+    """How the program was started: a file name, or ``python -m MODULE``."""
     spec = sys.modules["__main__"].__spec__
     if spec is None:
         return os.path.basename(sys.argv[0])
@@ -49,17 +49,17 @@ def program() -> str:
 
 
 def command_line() -> str:
-    """The command that is running, to be given again in a shell."""
+    """The running command, quoted for a shell."""
     name = program()
     return f"{name if name.startswith('python ') else f'python {name}'} {shlex.join(sys.argv[1:])}"
 
 
 def parse(define: Callable[[Flags], None], doc: str, argv: Sequence[str]) -> tuple[Values, list[str]]:
-    """The values of a command's flags, and what is no flag; ends the program with status 2 and one sentence.
+    """Values of a command's flags, and the other arguments; an error exits with status 2 and a message.
 
     Args:
       define: defines the flags.
-      doc: of the command, for its help.
+      doc: what the command does, for its help.
       argv: the command line, the program first.
     """
     defined = Flags(doc, argv)
@@ -76,20 +76,20 @@ def run(
 ) -> None:
     """Parse the flags and call ``main`` with their values.
 
-    A :class:`UserError` ends the program with status 2 and its sentence alone; anything else is a defect
-    and keeps its traceback.
+    A :class:`UserError` ends the program with status 2 and its message. Any other exception is a bug and
+    keeps its traceback.
 
     Args:
-      main: takes the values and, with ``arguments``, a list of what is no flag.
+      main: takes the values and, with ``arguments``, the list of arguments that are not flags.
       define: defines the flags.
       doc: what the command does, for ``--help``.
-      arguments: whether words may be given that are no flags.
+      arguments: whether arguments that are not flags are allowed.
     """
 
     def guarded(parsed: tuple[Values, list[str]]) -> None:
         values, rest = parsed
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+            logging.set_verbosity(logging.WARNING)  # Orbax logs every step of every save
         if rest and not arguments:
             print(f"{program()}: unexpected argument {rest[0]!r}; every option is a --flag.", file=sys.stderr)
             sys.exit(2)
@@ -105,14 +105,14 @@ def run(
 
 
 def refuse_flags(values: Values, names: Iterable[str], why: str) -> None:
-    """Raise a UserError if the user gave one of these flags, which ``why`` have no effect."""
+    """Raise a UserError if the user gave one of these flags; ``why`` says why they have no effect."""
     for name in names:
         if values[name].present:
             raise UserError(f"--{name} {why}; drop it.")
 
 
 def check_file(flag: str, path: str) -> None:
-    """Raise a UserError if no file could be written at ``path``, which the user gave with a flag."""
+    """Raise a UserError if no file can be written at ``path``, the value of a flag."""
     if not Path(path).absolute().parent.is_dir():
         raise UserError(f"--{flag}={path} lies in a folder that does not exist; make it first.")
     if Path(path).is_dir():
@@ -120,10 +120,10 @@ def check_file(flag: str, path: str) -> None:
 
 
 def make_folder(flag: str, path: str) -> Path:
-    """The folder that the user gave with a flag, made if it does not exist.
+    """The folder at ``path``, the value of a flag; created if it does not exist.
 
     Raises:
-      UserError: it cannot be.
+      UserError: it cannot be created.
     """
     folder = Path(path)
     try:
@@ -135,7 +135,7 @@ def make_folder(flag: str, path: str) -> Path:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Where a file is written: what the system refuses is a UserError that names it."""
+    """Context for writing a file: an OSError becomes a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -146,7 +146,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, UTF-8 with line feeds.
 
     Raises:
-      UserError: the system refuses.
+      UserError: the file cannot be written.
     """
     with writing(path):
         Path(path).write_text(text, encoding="utf-8", newline="\n")

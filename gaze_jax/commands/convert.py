@@ -1,4 +1,4 @@
-"""Convert checkpoints between Hugging Face directories and this project, and prove them equal.
+"""Convert checkpoints between Hugging Face directories and this project, and verify the result.
 
 python convert.py --from=Qwen2.5-0.5B-Instruct --to=ckpt/qwen --verify
 python convert.py --from=llava-onevision-qwen2-7b-ov-hf --to=ckpt/llava
@@ -24,27 +24,27 @@ _OF_NEW_MODELS = ("gaze_region", "gaze_context_tokens", "gaze_top_k", "seed")
 
 
 def define_flags(flags: Flags) -> None:
-    """What is converted, into what, and what a new model is like."""
+    """Flags for the source, the output and a new model."""
     flags.group("What to convert")
     flags.string("from", None, "A directory, or a Hub id as NAME@COMMIT.", "FOLDER")
     flags.string("llm", None, "A language model to join with --vision into a new model.", "FOLDER")
     flags.string(
         "vision",
         None,
-        "An image tower: to join with --llm, or of a --from that came without its own.",
+        "An image tower: to join with --llm, or for a --from that lacks its own.",
         "FOLDER",
     )
     flags.integer("feature_layer", -2, "Hidden state of the tower that is read: -1 is after its last layer.")
     flags.group("What to write")
     flags.string("to", None, "A new directory to write.", "FOLDER")
-    flags.choice("format", "gaze", ["gaze", "hf"], "gaze: of this project; hf: for transformers.")
+    flags.choice("format", "gaze", ["gaze", "hf"], "gaze: for this project; hf: for transformers.")
     flags.choice("dtype", None, DTYPES, "Change the dtype; default: each tensor's own.")
     flags.boolean("verify", False, "Run both sides afterwards and compare them stage by stage.")
     flags.group("A new model made of --llm and --vision")
     flags.integers("gaze_region", (6, 6), "Target size of a region in tokens.", "6,6")
     flags.integer("gaze_context_tokens", 0, "Context tokens after each image.")
     flags.integer("gaze_top_k", None, "Regions that a query selects; default: attend to all.")
-    flags.integer("seed", 0, "Of the new parameters.")
+    flags.integer("seed", 0, "Seed of the new parameters.")
 
 
 def _gaze(values: Values) -> "GazeConfig":
@@ -62,7 +62,7 @@ def _gaze(values: Values) -> "GazeConfig":
 
 
 def _check(values: Values) -> None:
-    """Refuse what would have no effect."""
+    """Refuse flags that would have no effect."""
     if values.to is None:
         raise UserError("Give --to, a new directory to write.")
     one, joined = values["from"].value is not None, None not in (values.llm, values.vision)

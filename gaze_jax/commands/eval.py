@@ -4,12 +4,12 @@ python eval.py --workdir=runs/digits [--samples=1024]
     the newest checkpoint of a run: accuracy, visual entries and routing, against dense attention
 
 python eval.py --checkpoint=ckpt/model --compare=dense [--prompts=prompts.jsonl]
-    any checkpoint, without training: how far Gaze moves its dense answers, by top_k, select_per and
+    any checkpoint, without training: how far Gaze changes its dense answers, by top_k, select_per and
     descriptor
 """
 
+import dataclasses
 import json
-from pathlib import Path
 
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
@@ -32,7 +32,7 @@ _OF_COMPARISONS = (
 
 
 def define_flags(flags: Flags) -> None:
-    """Those of a run, and those of a comparison."""
+    """Flags for evaluating a run and for a comparison."""
     flags.group("A run of train.py")
     flags.string("workdir", None, "The workdir of the run.", "FOLDER")
     flags.integer("samples", None, "Questions of each family; default: the config's.")
@@ -42,47 +42,30 @@ def define_flags(flags: Flags) -> None:
     flags.boolean("check", True, "Compare the checkpoint's files with their checksums first.")
     flags.string("prompts", None, "JSONL of image and question; default: two bundled photos.", "FILE")
     flags.integers("gaze_top_ks", None, "Regions per query; default: powers of two, and all.", "1,2,4")
-    flags.choices("gaze_select_per", SELECT_PER, "Who selects: each query head, or each kv head's group.")
+    flags.choices("gaze_select_per", SELECT_PER, "Select per query head, or per kv head's group.")
     flags.choices("gaze_descriptors", DESCRIPTORS, "How a region is described.")
     flags.integer("max_tokens", 32, "Most tokens of a dense answer.")
     flags.string("out", "compare", "Folder for compare.json and compare.png.", "FOLDER")
 
 
 def _compare(values: Values) -> None:
-    """Compare, print the table, write JSON and plot."""
-    from gaze_jax.chat.template import ChatTemplate
-    from gaze_jax.convert.load import load, one_device
-    from gaze_jax.data.tokenizer import Tokenizer
+    """Compare, print the table, write JSON and a plot."""
     from gaze_jax.evaluate import compare
     from gaze_jax.evaluate.prompts import default_prompts, read_prompts
-    from gaze_jax.models.config import VisionConfig
+    from gaze_jax.infer.sampler import Sampler
 
     compare.require_matplotlib()
-    name = values.checkpoint
-    if name is None:
+    if values.checkpoint is None:
         raise UserError("--compare needs a model: name it with --checkpoint.")
     prompts = default_prompts() if values.prompts is None else read_prompts(values.prompts)
-    found = load(Path(name), one_device(), check=values.check)
-    if isinstance(found.config, VisionConfig):
-        raise UserError(f"{name} is an image tower alone, which answers nothing.")
-    if found.tokenizer is None:
-        raise UserError(f"{name} has no tokenizer.json; convert from a directory that has.")
-    try:
-        tokenizer = Tokenizer(found.tokenizer)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-    # A run of train.py and a language model without a template read plain ChatML.
-    template = None if found.files is None else ChatTemplate.find(found.files)
+    sampler = Sampler.load(values.checkpoint, check=values.check)
     report = compare.compare(
-        found.config,
-        found.params,
-        tokenizer,
+        dataclasses.replace(sampler, resize=True),
         prompts,
         top_ks=values.gaze_top_ks,
-        shares=values.gaze_select_per,
+        select_per=values.gaze_select_per,
         descriptors=values.gaze_descriptors,
         max_tokens=values.max_tokens,
-        template=template,
     )
     report["command"] = cli.command_line()
     print(compare.table(report), flush=True)

@@ -1,11 +1,10 @@
-"""The flags of a command: its own set, with headings for its help, and the names that flags had before."""
+"""The flags of a command: a separate set, headings for the help, and former names of flags."""
 
 import dataclasses
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import flags
 
@@ -30,7 +29,7 @@ RENAMED = {
     "context_tokens": ("gaze_context_tokens",),
     "units": ("views",),
 }
-"""Former name of a flag -> what may be meant, of which a command has some or none."""
+"""Former name of a flag -> current names, of which a command may have several, one or none."""
 
 _MEANING = {
     "gaze_top_k": "regions that a query selects",
@@ -40,7 +39,7 @@ _MEANING = {
 }
 
 RENAMED_FIELDS = {"share": "select_per"}
-"""Former name of a config's field -> its name."""
+"""Former name of a config field -> its current name."""
 
 
 class _Help(flags.BooleanFlag):
@@ -50,19 +49,19 @@ class _Help(flags.BooleanFlag):
         super().__init__("help", False, "Print this and exit.", short_name="h")
         self._text = text
 
-    def parse(self, argument: Any) -> None:
+    def parse(self, argument: str | bool) -> None:
         if self._parse(argument):
             print(self._text())
             sys.exit(0)
 
 
 class _Integers(flags.ArgumentParser):
-    """Whole numbers with commas between them, as a tuple."""
+    """Parses whole numbers separated by commas to a tuple."""
 
     def __init__(self, example: str) -> None:
         self._example = example
 
-    def parse(self, argument: Any) -> tuple[int, ...]:
+    def parse(self, argument: str | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(argument, tuple):
             return argument
         words = [word.strip() for word in argument.split(",")] if argument else []
@@ -72,12 +71,12 @@ class _Integers(flags.ArgumentParser):
 
 
 class _Choices(flags.ArgumentParser):
-    """Words out of a few, with commas between them, as a tuple."""
+    """Parses words from a fixed list, separated by commas, to a tuple."""
 
     def __init__(self, choices: Sequence[str]) -> None:
         self._choices = tuple(choices)
 
-    def parse(self, argument: Any) -> tuple[str, ...]:
+    def parse(self, argument: str | Sequence[str]) -> tuple[str, ...]:
         words = tuple(word.strip() for word in argument.split(",")) if isinstance(argument, str) else argument
         if not words or not set(words) <= set(self._choices):
             raise ValueError(f"must be some of {', '.join(self._choices)}, with commas between them.")
@@ -85,44 +84,44 @@ class _Choices(flags.ArgumentParser):
 
 
 class _Joined(flags.ArgumentSerializer):
-    """A tuple as it is written in a flag."""
+    """Writes a tuple in the form a flag takes."""
 
-    def serialize(self, value: Any) -> str:
+    def serialize(self, value: Sequence[object]) -> str:
         return ",".join(map(str, value))
 
 
 @dataclasses.dataclass
 class _Group:
-    """Flags under one heading: name, what a value looks like, what it means."""
+    """Flags under one heading: name, form of a value, meaning."""
 
     heading: str
     flags: list[tuple[str, str, str]]
 
 
 class Flags:
-    """The flags of one command. Nothing of it is global, so commands may share names and a process.
+    """The flags of one command. They are not global, so commands in one process may share names.
 
     Args:
-      doc: what the command does, and examples: the beginning of its help.
+      doc: what the command does, with examples; the start of its help.
       argv: the command line, the program first.
 
     Attributes:
-      values: what was defined and, once parsed, given.
+      values: the defined flags and, after parsing, their values.
       argv: the command line.
     """
 
     def __init__(self, doc: str, argv: Sequence[str]) -> None:
         self.values, self.argv, self._doc = flags.FlagValues(), list(argv), doc
-        self.values.set_gnu_getopt(True)  # what is no flag may stand anywhere
+        self.values.set_gnu_getopt(True)  # arguments that are not flags may be anywhere
         self._groups: list[_Group] = []
         flags.DEFINE_flag(_Help(self.help), self.values)
 
     def group(self, heading: str) -> None:
-        """Flags that follow are listed under this heading."""
+        """List the following flags under this heading."""
         self._groups.append(_Group(heading, []))
 
     def listed(self, name: str, meta: str, text: str) -> None:
-        """Show a flag of :attr:`values` in the help; ``meta`` is what a value looks like."""
+        """List a flag of :attr:`values` in the help; ``meta`` is the form of a value."""
         self._groups[-1].flags.append((name, meta, text))
 
     def string(self, name: str, default: str | None, text: str, meta: str = "TEXT") -> None:
@@ -131,7 +130,7 @@ class Flags:
         self.listed(name, meta, text)
 
     def strings(self, name: str, text: str, meta: str = "TEXT") -> None:
-        """A text that may be given again; the value is a list."""
+        """A text that may be repeated; the value is a list."""
         flags.DEFINE_multi_string(name, [], text, flag_values=self.values)
         self.listed(name, meta, f"{text} May be given again.")
 
@@ -151,30 +150,32 @@ class Flags:
         self.listed(name, "X", text)
 
     def integers(self, name: str, default: tuple[int, ...] | None, text: str, example: str) -> None:
-        """Whole numbers with commas between them; the value is a tuple."""
+        """Whole numbers separated by commas; the value is a tuple."""
         self._parsed(_Integers(example), name, default, text)
         self.listed(name, example, text)
 
     def choice(self, name: str, default: str | None, choices: Sequence[str], text: str) -> None:
-        """One of a few words."""
+        """One word from a fixed list."""
         flags.DEFINE_enum(name, default, list(choices), text, flag_values=self.values)
         self.listed(name, "|".join(choices), text)
 
     def choices(self, name: str, choices: Sequence[str], text: str) -> None:
-        """Some of a few words, all by default; the value is a tuple."""
+        """Words from a fixed list, all by default; the value is a tuple."""
         self._parsed(_Choices(choices), name, ",".join(choices), text)
         self.listed(name, ",".join(choices), text)
 
-    def _parsed(self, parser: flags.ArgumentParser, name: str, default: Any, text: str) -> None:
+    def _parsed(
+        self, parser: flags.ArgumentParser, name: str, default: str | tuple[int, ...] | None, text: str
+    ) -> None:
         flags.DEFINE(parser, name, default, text, flag_values=self.values, serializer=_Joined())
 
     def parse(self) -> tuple[Values, list[str]]:
-        """Parse the command line; returns the values and what is no flag.
+        """Parse the command line; returns the values and the arguments that are not flags.
 
-        absl's flags for logging and debugging are taken too, but belong to the whole process.
+        absl's flags for logging and debugging are accepted too, but are global to the process.
 
         Raises:
-          flags.Error: a flag is unknown, was renamed, or has a value that it cannot have.
+          flags.Error: a flag is unknown, was renamed, or has an invalid value.
         """
         known = flags.FLAGS.flags_by_module_dict()
         for flag in (*known.get("absl.app", ()), *known.get("absl.logging", ())):
@@ -190,7 +191,7 @@ class Flags:
         return self.values, rest
 
     def _renamed(self, name: str) -> str | None:
-        """The sentence about a flag that had this name before."""
+        """The error message for a former name of a flag; None if it is not one."""
         name = name if name in RENAMED else name.removeprefix("no")
         found = [new for new in RENAMED.get(name, ()) if new in self.values]
         if not found:

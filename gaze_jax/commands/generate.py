@@ -1,12 +1,12 @@
 """Ask a model about images and videos, and see where every token of the answer looked.
 
 python generate.py --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.html
-    any multimodal checkpoint: converted, a Hugging Face directory as it is, or a run of train.py. --image,
-    --video and --question may be repeated: further questions go on with the conversation. --out may be too:
-    .html is the viewer, .png a sheet, .mp4 a clip, .gaze the trace itself (python -m gaze_jax.viewer)
+    any multimodal checkpoint: converted, an unchanged Hugging Face directory, or a run of train.py. --image,
+    --video and --question may be repeated: further questions continue the conversation. So may --out: .html
+    is the viewer, .png a sheet, .mp4 a clip, .gaze the trace itself (python -m gaze_jax.viewer)
 
 python generate.py --checkpoint=ckpt/llava --questions=questions.jsonl --answers=answers.jsonl --traces=looked
-    many questions, a JSON object a line, answered in batches; see gaze_jax/infer/requests.py for its fields
+    many questions, one JSON object per line, answered in batches; gaze_jax/infer/requests.py lists the fields
 """
 
 import os
@@ -35,17 +35,17 @@ def define_flags(flags: Flags) -> None:
     flags.string("system", None, "System prompt; default: the one of the model's family.")
     flags.number("fps", None, "Frames of a video to show per second; default: the family's.")
     flags.integer("max_frames", None, "Most frames of a video to show; default: the family's.")
-    flags.number("folder_fps", None, _text("Frames per second that a folder of frames has", "folder_fps"))
-    flags.boolean("resize", False, "Squash an image of another size to that of a run's tower.")
+    flags.number("folder_fps", None, _text("Frames per second of a folder of frames", "folder_fps"))
+    flags.boolean("resize", False, "Resize images to the square that a run's tower takes.")
     _define_gaze(flags)
-    flags.group("How tokens are drawn")
+    flags.group("How tokens are sampled")
     flags.integer("max_tokens", 64, "Most tokens to generate for a question.")
-    flags.number("temperature", 0.0, "0 takes the likeliest token, more samples.")
-    flags.integer("sample_top_k", None, "Sample from the N likeliest tokens; default: from all.")
+    flags.number("temperature", 0.0, "0 takes the most likely token; above 0 tokens are sampled.")
+    flags.integer("sample_top_k", None, "Sample from the N most likely tokens; default: from all.")
     flags.number(
         "top_p",
         None,
-        _text("Sample from the likeliest of those tokens that reach this probability together", "top_p"),
+        _text("Sample from the most likely of those tokens that together reach this probability", "top_p"),
     )
     flags.strings("stop", "End the answer before this string.")
     flags.integer("seed", None, _text("Seed of the sampling", "seed"))
@@ -74,17 +74,15 @@ def define_flags(flags: Flags) -> None:
 
 
 def _define_gaze(flags: Flags) -> None:
-    """Which regions there are and which are selected."""
+    """Flags for regions and their selection."""
     flags.group("Where it may look (gaze)")
     flags.integer("gaze_top_k", None, "Regions per query; default: what the model is configured for.")
-    flags.number("gaze_keep", None, "The same as a fraction of the regions in sight.")
+    flags.number("gaze_keep", None, "The same as a fraction of the visible regions.")
     flags.boolean("gaze_dense", False, "Attend to everything, whatever the model is configured for.")
     flags.integers("gaze_full_layers", None, "Layers that attend to everything.", "0,1")
-    flags.choice(
-        "gaze_select_per", None, SELECT_PER, "Who selects: each query head, or each kv head's group."
-    )
+    flags.choice("gaze_select_per", None, SELECT_PER, "Select per query head, or per kv head's group.")
     flags.integers("gaze_region", None, "Target size of an image's regions in tokens.", "7,7")
-    flags.integers("gaze_video_region", None, "The same of a video, with frames first.", "2,4,8")
+    flags.integers("gaze_video_region", None, "The same for a video, with frames first.", "2,4,8")
     flags.choice("gaze_newlines", None, NEWLINES, "Read all newlines, or route them with their regions.")
     flags.choice("gaze_visual_dtype", None, ["int8"], "Keep visual keys and values as int8.")
     flags.boolean(
@@ -92,22 +90,22 @@ def _define_gaze(flags: Flags) -> None:
     )
     flags.strings(
         "look_at",
-        "Box in pixels, and perhaps a frame's number: look nowhere else.",
+        "Box in pixels, optionally of one frame: select only regions there.",
         "X0,Y0,X1,Y1[,FRAME]",
     )
-    flags.integers("look_at_layers", None, "Layers that --look_at is for; default: all.", "12,13")
+    flags.integers("look_at_layers", None, "Layers that --look_at applies to; default: all.", "12,13")
     flags.number(
-        "look_at_bias", None, "Make the boxes likelier by as many logits, in place of looking nowhere else."
+        "look_at_bias", None, "Add this many logits to the boxes' regions, instead of excluding all others."
     )
 
 
 def _text(text: str, name: str) -> str:
-    """The help of a flag that has no default of its own, to tell whether it was given."""
+    """Help of a flag whose real default is None, so that the command knows whether it was given."""
     return f"{text}; default: {DEFAULTS[name]}."
 
 
 def options_of(values: Values) -> GenerateOptions:
-    """What the flags say, checked."""
+    """The options given by the flags, checked."""
     given = {name: values[name].value for name in values}
     return GenerateOptions.of({n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
 

@@ -26,7 +26,7 @@ from gaze_jax.viewer.video import write_clip
 
 
 def _open_videos(options: GenerateOptions, style: str) -> list[Clip]:
-    """The videos, sampled as models of this style are shown them but for what the options say."""
+    """The videos, sampled as for models of this style unless the options differ."""
     shown = options.shown
     chosen = {name: getattr(shown, name) for name in ("fps", "max_frames")}
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -35,7 +35,7 @@ def _open_videos(options: GenerateOptions, style: str) -> list[Clip]:
 
 
 def _sampler(options: GenerateOptions) -> Sampler:
-    """The checkpoint, on the devices that the options say."""
+    """The checkpoint, loaded on the devices that the options name."""
     devices = options.devices
     mesh = make_mesh(MeshConfig(fsdp=options.value("fsdp"))) if devices.all_devices else None
     sampler = load(options.checkpoint or "", mesh=mesh, **options.selection.config)
@@ -47,14 +47,14 @@ def _sampler(options: GenerateOptions) -> Sampler:
 
 
 def ask(options: GenerateOptions) -> None:
-    """Print the answers as they come and, with --out, show where the last one looked.
+    """Print the answers as they are generated and, with --out, show where the last one looked.
 
     Raises:
       UserError: media, the checkpoint or a question cannot be read, or a file cannot be written.
     """
     shown, files = options.shown, options.output.out
     images = [read_image(name) for name in shown.image]
-    _open_videos(options, "square")  # what cannot be opened is said before the checkpoint is read
+    _open_videos(options, "square")  # report unreadable videos before loading the checkpoint
     sampler = _sampler(options)
     clips = _open_videos(options, sampler.layout.views.style)
     max_tokens = options.sampling.max_tokens
@@ -73,7 +73,7 @@ def ask(options: GenerateOptions) -> None:
 
 
 def _show(trace: Trace, path: Path, options: GenerateOptions) -> None:
-    """Write a trace in the form that the suffix names."""
+    """Write a trace in the format given by the suffix."""
     layer, views = options.output.layer, options.value("views")
     if layer is None:
         layer = best_layer_of(options.checkpoint or "")
@@ -90,7 +90,7 @@ def _show(trace: Trace, path: Path, options: GenerateOptions) -> None:
 
 
 def _read(options: GenerateOptions) -> list[Request]:
-    """The questions, with what the options say; refuses what could not be written once they are answered."""
+    """The questions with the options applied; refuses output paths that could not be written later."""
     defaults = options.sampling.drawn | {
         "max_tokens": options.sampling.max_tokens,
         "system": options.shown.system,
@@ -104,7 +104,7 @@ def _read(options: GenerateOptions) -> list[Request]:
                     f"With --traces an id is a file's name; {request.id[:200]!r} must be 1 to 200 of the "
                     "characters A-Z a-z 0-9 . _ -."
                 )
-            if request.id.lower() in taken:  # not every file system tells A from a
+            if request.id.lower() in taken:  # some file systems ignore case
                 raise UserError(f"With --traces an id is a file's name; {request.id!r} is taken, rename it.")
             taken.add(request.id.lower())
         cli.make_folder("traces", options.batch.traces)
@@ -112,7 +112,7 @@ def _read(options: GenerateOptions) -> list[Request]:
 
 
 def _with_gaze(requests: list[Request], options: GenerateOptions) -> Iterator[Request]:
-    """The questions with what the options say, where they say nothing themselves."""
+    """The questions, with the options as defaults of their gaze settings."""
     selection = options.selection
     for request in requests:
         if request.gaze_dense:
@@ -132,7 +132,7 @@ def _with_gaze(requests: list[Request], options: GenerateOptions) -> Iterator[Re
 
 
 def ask_many(options: GenerateOptions) -> None:
-    """Answer a file of questions; every answer is written when it is there.
+    """Answer a file of questions; each answer is written as soon as it is complete.
 
     Raises:
       UserError: a line, its media or the checkpoint cannot be read, or a file cannot be written.
@@ -158,5 +158,5 @@ def ask_many(options: GenerateOptions) -> None:
                     _show(answer.trace, page, options)
                     entries.append(Entry.of(answer.trace, page.name))
     finally:
-        if entries:  # of what was answered, whatever came after it
+        if entries:  # index the finished answers even after an error
             cli.write_text(Path(batch.traces or "", "index.html"), index_page(entries))

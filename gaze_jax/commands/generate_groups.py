@@ -1,6 +1,6 @@
-"""Groups of options of generate.py. Fields are called like their flags, and a group checks its own fields.
+"""Groups of options of generate.py. Fields are named like their flags, and a group checks its own fields.
 
-Libraries that take long to import are imported where they check something, so that ``--help`` needs none.
+Slow imports are inside the functions that need them, so that ``--help`` is fast.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 
 SUFFIXES = (".html", ".png", ".mp4", ".gaze")
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, float] = {
     "folder_fps": 1.0,
     "top_p": 1.0,
     "seed": 0,
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 8,
     "fsdp": 1,
 }
-"""What a field of None means, where it is kept to tell whether the option was given."""
+"""Defaults of fields that are None if the option was not given."""
 
 GAZE_FLAGS = {name: f"--gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")} | {
     "look_at": "--look_at"
@@ -32,23 +32,23 @@ GAZE_FLAGS = {name: f"--gaze_{name}" for name in ("top_k", "keep", "dense", "ful
 """Fields of ``GazeOptions`` -> the flags that set them."""
 
 
-def or_default(group: Any, name: str) -> Any:
-    """A field of a group, with what None means."""
+def or_default(group: object, name: str) -> Any:
+    """A field of a group, or its default if it is None."""
     value = getattr(group, name)
     return DEFAULTS.get(name) if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)
 class ShownOptions:
-    """What the model is asked about; of one conversation.
+    """Media and questions of one conversation.
 
     Attributes:
       image, video: files; a video may be a folder of frames.
       question: turns of one conversation.
       system: system prompt; None is the family's.
-      fps, max_frames: of the frames to show; None is the family's.
-      folder_fps: frames per second of a folder.
-      resize: squash an image of another size to that of a run's tower.
+      fps, max_frames: frames to show per second, and at most; None is the family's.
+      folder_fps: frames per second of a folder of frames.
+      resize: resize images to the square that a run's tower takes.
     """
 
     image: tuple[str, ...] = ()
@@ -69,15 +69,15 @@ class ShownOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionOptions:
-    """Which regions there are, which of them queries may select, and how the cache keeps them.
+    """Regions, their selection, and how the cache stores them.
 
     Attributes:
-      gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: of ``GazeOptions``.
-      gaze_select_per, gaze_region, gaze_video_region, gaze_newlines, gaze_visual_dtype: of ``GazeConfig``;
-        None is the checkpoint's.
-      offload: keep visual keys and values in the host's memory.
-      look_at: boxes, as :meth:`gaze_jax.infer.steer.LookAt.parse` reads them.
-      look_at_layers, look_at_bias: of all boxes.
+      gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: fields of ``GazeOptions``.
+      gaze_select_per, gaze_region, gaze_video_region, gaze_newlines, gaze_visual_dtype: fields of
+        ``GazeConfig``; None is the checkpoint's.
+      offload: keep visual keys and values in host memory.
+      look_at: boxes, in the format of :meth:`gaze_jax.infer.steer.LookAt.parse`.
+      look_at_layers, look_at_bias: apply to all boxes.
     """
 
     gaze_top_k: int | None = None
@@ -104,7 +104,7 @@ class SelectionOptions:
 
     @property
     def options(self) -> "GazeOptions":
-        """Which regions queries may select."""
+        """The gaze options given by these fields."""
         from gaze_jax.infer.gaze_options import GazeOptions
         from gaze_jax.infer.steer import LookAt
 
@@ -118,16 +118,24 @@ class SelectionOptions:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Fields of ``GazeConfig`` that are not to be the checkpoint's."""
+        """Fields of ``GazeConfig`` that replace the checkpoint's."""
         names = ("select_per", "region", "video_region", "newlines", "visual_dtype")
         values = {name: getattr(self, f"gaze_{name}") for name in names}
         chosen = {name: value for name, value in values.items() if value is not None}
         return chosen | ({"decode_implementation": "offload"} if self.offload else {})
 
 
+class _Drawn(typing.TypedDict):
+    temperature: float
+    sample_top_k: int | None
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn; see ``Sampler.generate``."""
+    """How tokens are sampled; see ``Sampler.generate``."""
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -145,8 +153,8 @@ class SamplingOptions:
             check_sampling(self.temperature, self.drawn["top_p"], self.drawn["seed"], self.sample_top_k)
 
     @property
-    def drawn(self) -> dict[str, Any]:
-        """The arguments of ``ChatSession.stream`` and the fields of ``Request`` about drawing."""
+    def drawn(self) -> _Drawn:
+        """Sampling arguments of ``ChatSession.stream``, which are also fields of ``Request``."""
         return {
             "temperature": self.temperature,
             "sample_top_k": self.sample_top_k,
@@ -161,9 +169,9 @@ class OutputOptions:
     """Pictures of one conversation.
 
     Attributes:
-      out: files that show where the last answer looked; the suffix is the form.
-      layer: that they show; None: all, or the best one of a run's eval.json.
-      views: most views and frames in a .png or .mp4.
+      out: files that show where the last answer looked; the suffix is the format.
+      layer: layer to show; None: all, or the best one of a run's eval.json.
+      views: maximum number of views and frames in a .png or .mp4.
     """
 
     out: tuple[str, ...] = ()
@@ -184,7 +192,7 @@ class OutputOptions:
 
     @property
     def suffixes(self) -> set[str]:
-        """The forms of the files."""
+        """The formats of the files."""
         return {Path(name).suffix for name in self.out}
 
 
@@ -195,8 +203,8 @@ class BatchOptions:
     Attributes:
       questions: JSON Lines file of :class:`gaze_jax.infer.requests.Request`; None: one conversation.
       answers: JSON Lines file to write.
-      traces: folder for a trace and a page of each, and an index.
-      batch_size: most questions to answer at once.
+      traces: folder for a trace and a page per question, and an index.
+      batch_size: maximum number of questions to answer at once.
     """
 
     questions: str | None = None
@@ -218,13 +226,13 @@ class BatchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
-    """Where it runs.
+    """Devices and memory.
 
     Attributes:
-      all_devices: split batches over all devices, not one.
+      all_devices: split batches over all devices instead of using one.
       fsdp: devices that share one copy of the parameters.
-      cache_tokens: most tokens in the cache; None: what fits.
-      compilation_cache: folder that keeps compiled programs; empty for none.
+      cache_tokens: maximum number of tokens in the cache; None: what fits.
+      compilation_cache: folder for compiled programs; empty for none.
     """
 
     all_devices: bool = False

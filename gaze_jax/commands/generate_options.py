@@ -1,7 +1,7 @@
-"""What generate.py was asked for: one value that has checked itself before anything is read.
+"""The options of generate.py as one value, checked before anything is read.
 
-What options mean together is in two tables, of options, a situation and a sentence: :data:`RULES` and, once a
-checkpoint is there, :data:`CHECKPOINT_RULES`.
+Two tables say which options are refused in which situation, and with what message: :data:`RULES` and, once
+the checkpoint is known, :data:`CHECKPOINT_RULES`.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from gaze_jax.commands.generate_groups import (
 from gaze_jax.errors import UserError
 
 DRAWN = (".png", ".mp4")
-"""Files of ``--out`` that show what was selected and nothing else."""
+"""Suffixes of ``--out`` files that show only what was selected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """Everything that generate.py was asked for.
+    """All options of generate.py.
 
     Raises:
-      UserError: an option is out of range, is missing, or has no effect beside the others (:data:`RULES`).
+      UserError: an option is out of range, is missing, or has no effect with the others (:data:`RULES`).
     """
 
     checkpoint: str | None = None
@@ -48,13 +48,13 @@ class GenerateOptions:
             )
         check(self, self, RULES)
         if self.batch.questions is None:
-            from gaze_jax.infer.chat_session import check_questions
+            from gaze_jax.infer.prompt import check_questions
 
             check_questions(self.shown.question, len(self.shown.image), len(self.shown.video))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Of options by their names; those that are left out have their defaults."""
+        """Make from a mapping of option names to values; missing options get their defaults."""
         groups = {field.name: field.type for field in dataclasses.fields(cls) if field.name != "checkpoint"}
         given: dict[str, Any] = {"checkpoint": values.get("checkpoint")}
         for name, kind in groups.items():
@@ -64,25 +64,25 @@ class GenerateOptions:
         return cls(**given)
 
     def value(self, name: str) -> Any:
-        """An option of a group by its name, with what None means."""
+        """An option of a group by its name, or its default if it is None."""
         return or_default(self._group(name), name)
 
     def given(self, name: str) -> bool:
-        """Whether an option was given; one that is off counts as left out."""
+        """Whether an option was given; a boolean that is off counts as not given."""
         value = getattr(self._group(name), name)
         return value is not None and value is not False and value != ()
 
-    def _group(self, name: str) -> Any:
+    def _group(self, name: str) -> object:
         groups = (getattr(self, field.name) for field in dataclasses.fields(self))
         return next(group for group in groups if hasattr(group, name))
 
     def check_checkpoint(self, *, top_k: int | None, depth: int, resizes: bool) -> None:
-        """Refuse what this checkpoint has no use for.
+        """Refuse options that have no effect with this checkpoint.
 
         Args:
-          top_k: regions per query that it is configured for; None is dense attention.
-          depth: layers of its decoder.
-          resizes: images of any size are its model's business.
+          top_k: the checkpoint's configured regions per query; None is dense attention.
+          depth: number of decoder layers.
+          resizes: the model handles images of any size itself.
 
         Raises:
           UserError: an option has no effect (:data:`CHECKPOINT_RULES`), or the layer does not exist.
@@ -101,10 +101,10 @@ class Rule(Generic[T]):
     """Options that are refused in a situation.
 
     Attributes:
-      options: by name.
+      options: names of the options.
       when: the situation.
-      why: the sentence after the option's name.
-      mend: the sentence's end.
+      why: the message after the option's name.
+      mend: the end of the message: how to fix it.
     """
 
     options: tuple[str, ...]
@@ -114,12 +114,12 @@ class Rule(Generic[T]):
 
 
 def check(options: GenerateOptions, situation: T, rules: Sequence[Rule[T]]) -> None:
-    """Raise the sentence of the first rule that an option breaks.
+    """Raise the message of the first rule that an option breaks.
 
     Args:
-      options: that may have been given.
-      situation: what the rules ask about.
-      rules: in the order in which they are told.
+      options: the options.
+      situation: the argument of the rules' ``when``.
+      rules: the rules, in order of precedence.
 
     Raises:
       UserError: a rule is broken.
@@ -136,12 +136,12 @@ def one_conversation(options: GenerateOptions) -> bool:
 
 
 def file_of_questions(options: GenerateOptions) -> bool:
-    """There is one."""
+    """There is a file of questions."""
     return not one_conversation(options)
 
 
 def no_video(options: GenerateOptions) -> bool:
-    """A conversation without one."""
+    """A conversation without a video."""
     return one_conversation(options) and not options.shown.video
 
 
@@ -156,7 +156,7 @@ def nothing_shown(options: GenerateOptions) -> bool:
 
 
 def no_layer_shown(options: GenerateOptions) -> bool:
-    """A conversation without a picture, or with a trace alone, which has all layers."""
+    """A conversation without output files, or only with traces, which contain all layers."""
     return one_conversation(options) and not options.output.suffixes - {".gaze"}
 
 
@@ -176,7 +176,7 @@ def dense(options: GenerateOptions) -> bool:
 
 
 def dense_drawn(options: GenerateOptions) -> bool:
-    """The same, with a sheet or clip."""
+    """A dense conversation with a sheet or clip."""
     return dense(options) and not nothing_drawn(options)
 
 
@@ -240,17 +240,17 @@ RULES = (
     ),
     Rule(("fsdp",), one_device, "has no effect without --all_devices"),
 )
-"""Options, the situation that refuses them, and the sentence; the first that applies is told."""
+"""Rules that need no checkpoint; the first that applies is reported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """Options and the checkpoint that they are for.
+    """Options and the properties of the checkpoint that rules depend on.
 
     Attributes:
-      options: of the command.
-      top_k: regions per query that the checkpoint is configured for; None is dense attention.
-      resizes: images of any size are its model's business.
+      options: the options of the command.
+      top_k: the checkpoint's configured regions per query; None is dense attention.
+      resizes: the model handles images of any size itself.
     """
 
     options: GenerateOptions
@@ -259,26 +259,26 @@ class Opened:
 
 
 def sizes_images(opened: Opened) -> bool:
-    """The checkpoint is none of train.py."""
+    """The checkpoint is not a run of train.py."""
     return opened.resizes
 
 
 def selects_nothing(opened: Opened) -> bool:
-    """A conversation that is dense because neither the checkpoint nor an option says otherwise."""
+    """A conversation that is dense because neither the checkpoint nor an option sets a budget."""
     selection = opened.options.selection
     budgets = (opened.top_k, selection.gaze_top_k, selection.gaze_keep)
     return one_conversation(opened.options) and all(budget is None for budget in budgets)
 
 
 def draws_nothing(opened: Opened) -> bool:
-    """The same, with a sheet or clip."""
+    """The same as :func:`selects_nothing`, with a sheet or clip."""
     return selects_nothing(opened) and not nothing_drawn(opened.options)
 
 
 _GIVE_BUDGET = "give --gaze_top_k or --gaze_keep"
 
 CHECKPOINT_RULES = (
-    Rule(("resize",), sizes_images, "is for runs of train.py; a checkpoint has its own way with images"),
+    Rule(("resize",), sizes_images, "is for runs of train.py; other checkpoints resize images themselves"),
     Rule(
         ("gaze_select_per", "gaze_full_layers", "look_at"),
         selects_nothing,
@@ -292,4 +292,4 @@ CHECKPOINT_RULES = (
         _GIVE_BUDGET,
     ),
 )
-"""The same of a checkpoint."""
+"""Rules that depend on the checkpoint; the first that applies is reported."""

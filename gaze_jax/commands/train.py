@@ -2,7 +2,7 @@
 
 python train.py --config=configs/digits.py --workdir=runs/digits [--config.FIELD=VALUE ...]
 
-The same command goes on with a run that was stopped or killed.
+The same command continues a run that was stopped or killed.
 """
 
 import typing
@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 
 
 def define_flags(flags: Flags) -> None:
-    """The flags, and whatever fields the config has."""
+    """The flags; every field of the config is a flag too."""
     from ml_collections import config_flags
 
     flags.group("The run")
@@ -29,7 +29,7 @@ def define_flags(flags: Flags) -> None:
 
 
 def config_of(values: Values) -> "ml_collections.ConfigDict":
-    """The config file's values, with those of flags.
+    """The config file's values, overridden by flags.
 
     Raises:
       UserError: the file does not exist or has no ``get_config``.
@@ -38,7 +38,7 @@ def config_of(values: Values) -> "ml_collections.ConfigDict":
 
     config = values.config
     try:
-        _ = config.items  # what stands for a file that could not be loaded raises at the first use
+        _ = config.items  # the placeholder for a file that could not be loaded raises at its first use
         return config
     except (OSError, AttributeError) as error:
         raise UserError(cli.unloadable(config_flags.get_config_filename(values["config"]))) from error

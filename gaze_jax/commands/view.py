@@ -1,4 +1,4 @@
-"""View gaze traces: an HTML page for each, and on request a PNG contact sheet and an MP4 clip.
+"""View gaze traces: write an HTML page for each and, on request, a PNG contact sheet and an MP4 clip.
 
 python -m gaze_jax.viewer street.gaze --out=looked
     writes looked/street.html, a single file that needs no network

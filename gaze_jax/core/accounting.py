@@ -1,9 +1,9 @@
-"""What a query attends to, what a decoding step reads, and what attention costs: counts by formula.
+"""What attention costs: keys attended, bytes read by a decoding step, and FLOPs, all by formula.
 
-*Entries* are valid keys attended, a mean over heads where their selections differ. *Reads* are bytes of
-the slots that must come from memory: the padding slots of a selected region are read too, and a region
-that several query heads of one kv head select is read once, so the union over the group is measured.
-Both speak of one query of one layer. Evaluation, benchmarks and documentation quote this module.
+*Entries* are the valid keys attended, a mean over heads if their selections differ. *Reads* are the bytes of
+the slots read from memory: the padding slots of a selected region are read too, and a region that several
+query heads of one kv head select is read once, so the union over the group counts. Both are for one query
+of one layer. Evaluation, benchmarks and documentation take their numbers from this module.
 
 Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H or K, as in :mod:`gaze_jax.core.routing`.
 """
@@ -34,7 +34,7 @@ class Entries:
 
     @property
     def total(self) -> Float32[AnyArray, "*#lead"]:
-        """All of them: the length of the softmax."""
+        """All kinds together: the length of the softmax."""
         return self.visual + self.newline + self.context + self.text
 
 
@@ -43,8 +43,8 @@ class Reads:
     """Bytes read by one decoding step in one layer, over all kv heads.
 
     Attributes:
-      descriptors: of every region; 0 under dense attention.
-      visual: keys and values of the selected regions, every slot of them.
+      descriptors: descriptors of every region; 0 under dense attention.
+      visual: keys and values of every slot of the selected regions.
       text_stream: keys and values of the text stream.
     """
 
@@ -54,7 +54,7 @@ class Reads:
 
     @property
     def total(self) -> Amount:
-        """All of them."""
+        """All bytes together."""
         return self.descriptors + self.visual + self.text_stream
 
 
@@ -72,7 +72,7 @@ class Flops:
 
 
 def mask_from_indices(indices: Int[AnyArray, "*lead J"], num_regions: int) -> Bool[Array, "*lead R"]:
-    """int32 [..., J] to bool [..., R]: -1 names no region and a region listed twice counts once."""
+    """int32 [..., J] to bool [..., R]: -1 is ignored and a region listed twice counts once."""
     return jnp.any(indices[..., None] == jnp.arange(num_regions, dtype=jnp.int32), axis=-2)
 
 
@@ -96,15 +96,19 @@ def entries(
 ) -> Entries:
     """Count the keys that routed queries attend to.
 
-    Leading axes broadcast: a decoded step has selections [L, B, Hs, J] and ``valid`` [B, R, P]; for all
-    tokens of a batch, [L, B, S, Hs, R], pass ``valid[:, None]``.
+    Leading axes broadcast: a decoding step has selections [L, B, Hs, J] and ``valid`` [B, R, P]. With
+    selections for all tokens of a batch, [L, B, S, Hs, R], pass ``valid[:, None]``.
 
     Args:
-      valid: bool [..., R, P] slots that hold a token the query may see.
-      text_seen: bool [..., S] text-stream keys that it sees.
-      kind: int32 [..., S] of :class:`gaze_jax.core.streams.Kind`.
-      selected: bool [..., Hs, R]; or
-      indices: int32 [..., Hs, J], -1 in unused slots. Without either, attention is dense.
+      valid: bool [..., R, P], slots that hold a token the query may see.
+      text_seen: bool [..., S], text-stream keys that the query sees.
+      kind: int32 [..., S], values of :class:`gaze_jax.core.streams.Kind`.
+      selected: bool [..., Hs, R], the selection as a mask.
+      indices: int32 [..., Hs, J], the selection as indices, -1 in unused slots. Give ``selected`` or
+        ``indices``, not both; neither means dense attention.
+
+    Raises:
+      ValueError: both ``selected`` and ``indices`` are given.
     """
     tokens = jnp.sum(valid, axis=-1, dtype=jnp.int32)
     chosen = _selection(selected, indices, tokens.shape[-1])
@@ -140,7 +144,7 @@ def reads(
     indices: Int[AnyArray, "*#lead Hs J"] | None = None,
     descriptor: str = "mean",
 ) -> Reads:
-    """Bytes that decoding steps must read, with the union over a group's query heads as measured.
+    """Bytes that decoding steps must read, given what they selected.
 
     Args:
       valid, text_seen, selected, indices: as in :func:`entries`.
@@ -176,7 +180,7 @@ def decode_floor(
     *,
     descriptor: str = "mean",
 ) -> Reads:
-    """The least bytes that one decoding step of one layer can read: K * (bER + 2bDPU + 2bDS).
+    """The fewest bytes that one decoding step of one layer can read: K * (bER + 2bDPU + 2bDS).
 
     Args:
       kv_heads: K.
@@ -185,8 +189,8 @@ def decode_floor(
       regions: R, whose descriptors are read; None for dense attention, which reads none.
       slots: P.
       union: U, regions read per kv head (a mean over kv heads); R under dense attention.
-      text_stream: S, text-stream keys, context tokens among them.
-      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`; decides the width E of a descriptor.
+      text_stream: S, text-stream keys, context tokens included.
+      descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`; sets the width E.
     """
     vector = kv_heads * itemsize * head_dim
     width = descriptor_width(descriptor, head_dim)
@@ -211,9 +215,9 @@ def attention_flops(
     Args:
       heads: H.
       head_dim: D.
-      attended: entries, all kinds.
-      regions: R that are scored; 0 for dense attention.
-      kv_heads: K for select_per "kv_head", which adds a group's queries and scores once; None for "head".
+      attended: entries of all kinds.
+      regions: R, the regions scored; 0 for dense attention.
+      kv_heads: K for select_per "kv_head", which sums a group's queries and scores once; None for "head".
       descriptor: one of :data:`gaze_jax.core.regions.DESCRIPTORS`.
     """
     width = descriptor_width(descriptor, head_dim)

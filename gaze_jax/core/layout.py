@@ -1,4 +1,4 @@
-"""How images and frames become tokens: the few numbers that the tower, the decoder and the data agree on."""
+"""How images and frames become tokens: the numbers shared by the tower, the decoder and the data."""
 
 import dataclasses
 import functools
@@ -15,17 +15,17 @@ NEWLINES = ("text", "region")
 class ViewConfig:
     """How images and video frames become views: the convention that a checkpoint was trained with.
 
-    A view is one token grid: a whole image, the joined tiles of one, or a video frame.
+    A view is one token grid: a whole image, the joined tiles of an image, or a video frame.
 
     Attributes:
-      style: name of the family whose models read them so, a key of ``gaze_jax.families.FAMILIES``; "square":
-        an image or a frame is one view of the tower's size, without newlines. The family decides which of the
-        other fields it uses; what it would ignore is refused where its views are made.
+      style: name of the model family, a key of ``gaze_jax.families.FAMILIES``. "square": an image or a frame
+        is one view of the tower's size, without newlines. The family decides which of the other fields it
+        uses, and refuses the ones it would ignore.
       canvases: (height, width) in pixels that the tiles of an image may fill, multiples of the tower's
         size; empty: an image is never cut into tiles.
-      max_tiles: a tile grid of more tokens than this many whole images is shrunk (LLaVA-OneVision's
-        "anyres_max_9"); None leaves it.
-      image_side: tokens per side that a whole image or a tile has after pooling; None: as many as the tower.
+      max_tiles: a tile grid with more tokens than this many whole images is shrunk (LLaVA-OneVision's
+        "anyres_max_9"); None: no limit.
+      image_side: tokens per side of a whole image or a tile after pooling; None: the tower's, no pooling.
       frame_side: the same for a video frame.
 
     Raises:
@@ -63,13 +63,13 @@ class VisualLayout:
     Attributes:
       image_size: side of the tower's input in pixels.
       patch_size: side of a patch in pixels; a remainder at the right and bottom is dropped.
-      region: (r_h, r_w) target size of a region of an image in tokens.
+      region: (r_h, r_w) target size in tokens of a region of an image.
       context_tokens: C, tokens appended after each view.
       views: how images and frames become views.
-      video_region: (r_t, r_h, r_w) target size of a region of a video in frames and tokens; None is one
-        frame and ``region``.
-      newlines: "text": newlines are tokens of the text stream; "region": a newline inside a view is routed
-        with the last region of its row.
+      video_region: (r_t, r_h, r_w) target size of a region of a video, in frames and tokens; None: (1,
+        *region).
+      newlines: "text": newlines are tokens of the text stream. "region": a newline inside a view belongs to
+        the last region of its row.
 
     Raises:
       ValueError: a size is not positive, or the region does not fit the token grid.

@@ -2,19 +2,19 @@
 
 Every mask also requires the same segment; "earlier" is by ``order`` and includes the token itself.
 
-| query                        | text-stream keys             | visual keys
-   |
+| query                        | text-stream keys       | visual keys                                     |
 |------------------------------|------------------------|-------------------------------------------------|
 | text, newline outside a view | all earlier            | Top-K of the regions that ended earlier         |
 | visual, newline in its view  | all earlier            | scope "all": all earlier; "view": own view's;   |
-|                              |                        | not causal: also the own view's later ones      |
+|                              |                        | not causal: also its own view's later tokens    |
 | context                      | its view's newlines,   | all of its view                                 |
 |                              | context up to itself   |                                                 |
 | padding                      | none: output 0         | none                                            |
 
 A view is contiguous in ``order`` and its context tokens follow it directly, so each cell of the table
-is one interval. A picture of one row, ``t`` text, ``v`` visual (two regions), ``c`` context; scope
-"all", causal, ``#`` seen, ``R`` seen if its region is selected::
+is one interval. The mask of one sequence, with scope "all" and causal visual tokens: rows are queries,
+columns are keys; ``t`` text, ``v`` visual (two regions), ``c`` context; ``#`` seen, ``R`` seen if its
+region is selected::
 
             t v v v v c c t
         t   #
@@ -37,7 +37,7 @@ from pallas_kernels.spec import KeyPlaces, Windows
 
 
 def key_places(streams: Streams) -> KeyPlaces:
-    """Where every key stands, with empty slots and padding at order -1."""
+    """Order and segment of every key; empty slots and padding get order -1."""
     return KeyPlaces(
         visual_order=jnp.where(streams.visual_valid, streams.visual_order, EMPTY),
         region_segment=streams.region_segment,
@@ -50,8 +50,8 @@ def view_spans(streams: Streams) -> tuple[Int32[Array, "B views"], Int32[Array, 
     """First and last order of each view's visual tokens.
 
     Returns:
-      Two int32 [B, R * P], indexed by view id (a row cannot have more views than visual slots); an
-      absent view spans nothing (first > last).
+      Two int32 [B, R * P], indexed by view id (a row cannot have more views than visual slots). An absent
+      view has an empty span (first > last).
     """
     batch = streams.visual_view.shape[0]
     view = streams.visual_view.reshape(batch, -1)
@@ -72,7 +72,7 @@ def _lookup(spans: Int32[Array, "B views"], view: Int[AnyArray, "B N"]) -> Int32
 
 
 def windows(streams: Streams, *, visual_scope: str, visual_causal: bool) -> tuple[Windows, Windows]:
-    """Turn the table above into intervals for both streams' queries.
+    """Turn the mask table into intervals for the queries of both streams.
 
     Args:
       streams: the batch.
@@ -115,8 +115,8 @@ def windows(streams: Streams, *, visual_scope: str, visual_causal: bool) -> tupl
         segment=jnp.where(streams.kind == Kind.PAD, EMPTY, streams.text_segment),
         visual_lo=jnp.where(is_context, start, jnp.where(in_view, lo, 0)),
         visual_hi=jnp.where(is_context, end, jnp.where(in_view, hi, order)),
-        # Between its view's first token and itself a context token finds only the view's newlines
-        # and the view's earlier context tokens: exactly the table's cell.
+        # The only text-stream keys between a view's first token and one of its context tokens are the
+        # view's newlines and its earlier context tokens, as the table demands.
         text_lo=jnp.where(is_context, start, 0),
         text_hi=order,
         routed=~(is_context | in_view | (streams.kind == Kind.PAD)),
@@ -128,8 +128,8 @@ def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Bool[Array, "B T 
     """The keys that queries see under dense attention: bool [B, T, R, P] and [B, T, S].
 
     Args:
-      queries: [B, T].
-      places: the keys.
+      queries: windows of the queries, [B, T].
+      places: order and segment of the keys.
     """
 
     def inside(order: Array, segment: Array, lo: Array, hi: Array) -> Array:
@@ -152,11 +152,11 @@ def visible_keys(queries: Windows, places: KeyPlaces) -> tuple[Bool[Array, "B T 
 def visible_regions(
     queries: Windows, places: KeyPlaces, first: Int[Array, "B R"], last: Int[Array, "B R"]
 ) -> Bool[Array, "B T R"]:
-    """Regions that a routed query may choose from.
+    """Regions that a routed query may select.
 
     Args:
-      queries: [B, T].
-      places: the keys.
+      queries: windows of the queries, [B, T].
+      places: order and segment of the keys.
       first, last: int32 [B, R] from :func:`gaze_jax.core.regions.region_span`.
 
     Returns:

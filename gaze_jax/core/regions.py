@@ -1,4 +1,4 @@
-"""Regions: cutting a token grid, moving tokens to region-major order and back, summarising keys.
+"""Regions: cut a token grid, move tokens to region-major order and back, summarise keys.
 
 Axis letters as in :mod:`gaze_jax.core.streams`.
 """
@@ -11,14 +11,14 @@ from gaze_jax.core.streams import EMPTY, NEWLINE
 from gaze_jax.core.types import AnyArray, Array
 
 DESCRIPTORS = ("mean", "minmax")
-"""What a region is summarised by; see :func:`describe`."""
+"""Ways to summarise a region; see :func:`describe`."""
 
 
 def balanced_sides(length: int, target: int) -> list[int]:
     """Cut ``length`` tokens into ceil(length / target) runs whose sizes differ by at most one.
 
-    A fixed-size cut of 27 tokens by 6 would leave a sliver of 3, whose mean key is noisier than its
-    neighbours' and so wins too often; 6, 6, 5, 5, 5 has no sliver.
+    Cutting 27 tokens into sixes would leave a run of 3, whose mean key is noisier than its neighbours' and
+    so is selected too often. Balanced runs are 6, 6, 5, 5, 5.
     """
     count = -(-length // target)
     small, larger = divmod(length, count)
@@ -33,8 +33,8 @@ def partition(height: int, width: int, region: tuple[int, int]) -> Int32[np.ndar
       region: (r_h, r_w), the target size; no side of a region is larger.
 
     Returns:
-      int32 [R, P]: raster index (``row * width + column``) of the token in each slot, in raster order
-      inside a region; regions in raster order; P is the largest region's size; -1 in empty slots.
+      int32 [R, P]: raster index (``row * width + column``) of the token in each slot, -1 in empty slots.
+      Regions, and tokens inside a region, are in raster order; P is the size of the largest region.
 
     Raises:
       ValueError: the grid is empty, or ``region`` is not positive or larger than the grid.
@@ -57,14 +57,14 @@ def partition_frames(
 
     Args:
       frames, height, width: size of the block of token grids, at least 1 each.
-      region: (r_t, r_h, r_w), the target size; sides are balanced, and a side longer than the block is cut
-        to it.
+      region: (r_t, r_h, r_w), the target size. Sides are balanced; a side longer than the block is reduced
+        to the block's.
       newlines: every row ends in one more token, which belongs to the row's last region.
 
     Returns:
-      int32 [R, P]: index ``(frame * height + row) * stride + column`` of the token in each slot, where
-      ``stride`` is ``width``, or one more with ``newlines``; in this order inside a region, and regions in
-      the order of their first token; -1 in empty slots.
+      int32 [R, P]: index ``(frame * height + row) * stride + column`` of the token in each slot, -1 in empty
+      slots; ``stride`` is ``width``, or ``width + 1`` with ``newlines``. Tokens of a region are in the order
+      of this index, regions in the order of their first token.
     """
     sides = [balanced_sides(length, target) for length, target in zip((frames, height, width), region)]
     if newlines:
@@ -84,7 +84,7 @@ def partition_frames(
 
 
 def slot_fill(slots: Int[np.ndarray, "R P"]) -> float:
-    """Share of the [R, P] slots that hold a token; the rest is padding that is stored and skipped."""
+    """Fraction of the [R, P] slots that hold a token; the rest is padding, stored but never attended."""
     return float((np.asarray(slots) >= 0).mean())
 
 
@@ -101,7 +101,7 @@ def to_regions(
       [B, R, P, M]; empty slots are 0.
     """
     batch = features.shape[0]
-    if features.shape[1] == 0:  # text only: there is nothing to index, and every slot is empty
+    if features.shape[1] == 0:  # text only: no tokens to index, every slot is empty
         return jnp.zeros((*visual_src.shape, features.shape[2]), features.dtype)
     flat = visual_src.reshape(batch, -1, 1)
     moved = jnp.take_along_axis(features, jnp.maximum(flat, 0), axis=1)
@@ -115,24 +115,24 @@ def pool_to_regions(
     pool_weights: Float[AnyArray, "B R P W"],
     newline: Float[Array, " M"],
 ) -> Float[Array, "B R P M"]:
-    """Pool tower output and move it into region-major order in one go.
+    """Pool tower output and move it into region-major order in one step.
 
     Unpadding, joining tiles and bilinear resizing all make a token a weighted sum of at most W tower tokens,
     so one gather with static shapes serves every layout of views.
 
     Args:
       features: [B, N, M] tower output, flattened over images and tokens.
-      pool_indices: int32 [B, R, P, W] index into N; :data:`gaze_jax.core.streams.NEWLINE` in the first tap
-        makes the token the newline.
-      pool_weights: float32 [B, R, P, W]; 0 in empty slots and unused pool indices, whose index is then 0.
-      newline: [M].
+      pool_indices: int32 [B, R, P, W] index into N; :data:`gaze_jax.core.streams.NEWLINE` as the first index
+        makes the token the newline. Unused indices are 0.
+      pool_weights: float32 [B, R, P, W]; 0 in empty slots and for unused indices.
+      newline: [M] embedding of the newline.
 
     Returns:
       [B, R, P, M] in the dtype of ``features``, summed in float32; empty slots are 0.
     """
     batch, width = features.shape[0], features.shape[-1]
     out = jnp.zeros((*pool_indices.shape[:3], width), jnp.float32)
-    if features.shape[1]:  # text only: there is nothing to index, and every slot is empty
+    if features.shape[1]:  # otherwise text only: no tokens to index, every slot is empty
         for w in range(pool_indices.shape[-1]):
             index = jnp.maximum(pool_indices[..., w], 0).reshape(batch, -1, 1)
             found = jnp.take_along_axis(features, index, axis=1).reshape(out.shape)
@@ -146,7 +146,7 @@ def from_regions(
 ) -> Float[Array, "B {length} M"]:
     """The inverse of :func:`to_regions`: [B, R, P, M] back to [B, length, M]; absent tokens are 0."""
     batch, width = values.shape[0], values.shape[-1]
-    # Empty slots are sent one past the end, where mode="drop" discards them.
+    # Empty slots are written one past the end, where mode="drop" discards them.
     target = jnp.where(visual_src >= 0, visual_src, length).reshape(batch, -1)
     out = jnp.zeros((batch, length, width), values.dtype)
     rows = jnp.arange(batch)[:, None]
@@ -164,7 +164,7 @@ def mean_keys(keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"]) -
       [B, K, R, D] in ``keys.dtype``, accumulated in float32; 0 for a region without tokens.
     """
     mask = valid[:, None, :, :, None]
-    # `where` and not a product: an invalid slot may hold NaN.
+    # `where`, not a product: an invalid slot may hold NaN.
     total = jnp.sum(jnp.where(mask, keys.astype(jnp.float32), 0.0), axis=3)
     count = jnp.maximum(jnp.sum(valid, axis=-1), 1).astype(jnp.float32)
     return (total / count[:, None, :, None]).astype(keys.dtype)
@@ -178,8 +178,8 @@ def minmax_keys(keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"])
       valid: bool [B, R, P].
 
     Returns:
-      [B, K, R, 2 * D] in ``keys.dtype``, the smallest value of every channel and then the largest; 0 for
-      a region without tokens.
+      [B, K, R, 2 * D] in ``keys.dtype``: the minimum of every channel, then the maximum; 0 for a region
+      without tokens.
     """
     mask = valid[:, None, :, :, None]
     far = jnp.asarray(jnp.inf, keys.dtype)
@@ -192,7 +192,7 @@ def minmax_keys(keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"])
 def describe(
     keys: Float[Array, "B K R P D"], valid: Bool[AnyArray, "B R P"], descriptor: str
 ) -> Float[Array, "B K R E"]:
-    """Summarise each region: [B, K, R, E], the width E from :func:`descriptor_width`.
+    """Summarise each region: [B, K, R, E], with E from :func:`descriptor_width`.
 
     Args:
       keys, valid: as in :func:`mean_keys`.
@@ -202,7 +202,7 @@ def describe(
 
 
 def descriptor_width(descriptor: str, head_dim: int) -> int:
-    """E, the channels of one descriptor: D, or 2 * D for "minmax"."""
+    """E, the width of a descriptor: D, or 2 * D for "minmax"."""
     return {"mean": 1, "minmax": 2}[descriptor] * head_dim
 
 

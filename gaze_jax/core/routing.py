@@ -1,9 +1,9 @@
-"""Routing: score the regions, select the Top-K, stably and without gradient.
+"""Routing: score the regions and select the Top-K, stably and without gradient.
 
-A strategy is a value (:class:`Routing`) that says where scores come from; selection itself is one
-piece of code. Training selects by *mask* (every region gets a verdict), decoding by *index* (J slots
-to fetch); both order regions in the same way: highest score first, ties to the region whose first
-token comes first, NaN below every number, -0.0 equal to 0.0.
+A strategy (:class:`Routing`) says where scores come from; selection is the same code for all. Training
+selects by *mask* (one boolean per region), decoding by *index* (J slots to fetch). Both order regions the
+same way: highest score first, ties to the region whose first token comes first, NaN below every number,
+-0.0 equal to 0.0.
 
 Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for select_per "head" and K for select_per
 "kv_head"; E is the width of a descriptor.
@@ -22,7 +22,7 @@ _UNSEEN = jnp.iinfo(jnp.int32).min
 _NAN = _UNSEEN + 1
 
 PerQuery = Int[Array, ""] | Int[Array, " #T"] | Int[Array, "#B #T"] | int
-"""An integer for each query: broadcastable to [B, T]."""
+"""One integer per query: broadcastable to [B, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Routing:
     """Where a query's region scores come from.
 
     Attributes:
-      strategy: "descriptor": q . descriptor (the paper); "oracle": the attention that dense attention
-        gives the region, at dense attention's cost, to measure the others by; "random": a hash of seed,
-        sample, order, layer, head and region; "forced": the regions listed by the caller, and no other.
-      seed: of "random".
+      strategy: "descriptor": q . descriptor (the paper). "oracle": the softmax mass that dense attention
+        gives the region, a reference for the others at the cost of dense attention. "random": a hash of
+        seed, sample, order, layer, head and region. "forced": only the regions listed by the caller.
+      seed: seed of strategy "random".
     """
 
     strategy: str = "descriptor"
@@ -47,20 +47,20 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """A budget as a fraction of the regions in sight of a query, in place of a count.
+    """A budget as a fraction of the regions visible to a query, instead of a count.
 
-    Images of 16 regions and videos of 555 share one setting, and what a query may select grows with what it
-    sees.
+    Images of 16 regions and videos of 555 can share one setting, and the budget grows with the number of
+    visible regions.
 
     Attributes:
-      fraction: float32; 1 keeps every region. Its shape broadcasts like that of the count it stands for.
+      fraction: float32; 1 keeps every region. It broadcasts as a count would.
     """
 
     fraction: Float[Array, "..."] | float
 
 
 def heads_per_kv_head(heads: int, kv_heads: int) -> int:
-    """G of H = K * G.
+    """G, the query heads per kv head: H / K.
 
     Raises:
       ValueError: H is not a multiple of K.
@@ -71,11 +71,11 @@ def heads_per_kv_head(heads: int, kv_heads: int) -> int:
 
 
 def query_features(q: Float[Array, "*lead D"], descriptor: str) -> Float[Array, "*lead E"]:
-    """What to multiply with a descriptor so that the product is the region's score.
+    """The vector whose dot product with a descriptor is the region's score.
 
     A "minmax" descriptor bounds every q . k of its region by sum_d max(q_d * min_d, q_d * max_d) (Quest,
-    arXiv 2406.10774). A negative q_d takes the first product and a positive one the second, so the bound
-    is a dot product too.
+    arXiv 2406.10774). The maximum is the first product if q_d is negative and the second if it is positive,
+    so the bound is a dot product too.
 
     Args:
       q: [..., D] post-RoPE queries.
@@ -110,7 +110,7 @@ def descriptor_scores(
     kv_heads = descriptors.shape[1]
     grouped = q.reshape(batch, queries, kv_heads, heads_per_kv_head(heads, kv_heads), width)
     if select_per == "kv_head":
-        # The sum of scores is the score of the sum; add in float32.
+        # The sum of the scores is the score of the summed queries; sum in float32.
         summed = jnp.sum(grouped.astype(jnp.float32), axis=3)
         return jnp.einsum(
             "BTKE,BKRE->BTKR",
@@ -136,20 +136,20 @@ def steer(
     heads: int,
     dim: int,
 ) -> tuple[Float32[Array, "B T Hs R"], Bool[Array, "#B #T #Hs R"]]:
-    """Make regions likelier to be selected, or leave them out, by hand.
+    """Steer the selection: make regions more likely to be selected, or exclude them.
 
-    A bias counts as if every logit of the region were so much higher, for the selection only: with it the
-    selection changes and the attention over what was selected does not.
+    A bias acts as if every logit of the region were higher by that amount, but only in the selection; the
+    attention over the selected regions is unchanged.
 
     Args:
       scores: float32 [B, T, Hs, R] from descriptors.
-      seen: bool, broadcastable to it.
-      bias: float32 [B, R] in logits; -inf leaves a region out.
-      heads: H, of which Hs add up their scores.
-      dim: D; a score is its mean logit times the root of it.
+      seen: bool, broadcastable to ``scores``; the regions that may be selected.
+      bias: float32 [B, R] in logits; -inf excludes a region.
+      heads: H; each of the Hs selectors sums the scores of H / Hs heads.
+      dim: D; a score is sqrt(D) times the region's mean logit.
 
     Returns:
-      The scores, and what may still be selected.
+      The biased scores, and ``seen`` without the excluded regions.
     """
     allowed = bias > -jnp.inf
     scale = dim**0.5 * heads_per_kv_head(heads, scores.shape[2])
@@ -166,18 +166,18 @@ def log_masses(
     *,
     scale: float,
 ) -> tuple[Float32[Array, "B K G R"], Float32[Array, "B K G"]]:
-    """How much of a softmax goes to each region and to the text-stream keys, before it is normalised.
+    """Log of the unnormalised softmax mass of each region and of the text-stream keys.
 
     Args:
-      q: [B, H, D] post-RoPE, one query of each row.
+      q: [B, H, D] post-RoPE, one query per row.
       visual_k: [B, K, R, P, D].
       text_k: [B, K, S, D].
-      visual_seen: bool [B, R, P] visual keys that count; others may be NaN.
+      visual_seen: bool [B, R, P], visual keys that count; the others may be NaN.
       text_seen: bool [B, S].
-      scale: of the logits.
+      scale: scale of the logits.
 
     Returns:
-      float32 [B, K, G, R] and [B, K, G], logarithms; -inf where nothing counts.
+      float32 [B, K, G, R] and [B, K, G]; -inf where no key counts.
     """
     batch, heads, dim = q.shape
     kv_heads = visual_k.shape[1]
@@ -193,7 +193,7 @@ def log_masses(
 def _normalised(
     regions: Float32[Array, "B K G R"], text: Float32[Array, "B K G"]
 ) -> Float32[Array, "B K G R"]:
-    """Logarithm of each region's share of the softmax over these regions and the text-stream keys."""
+    """Log of each region's share of the softmax over these regions and the text-stream keys."""
     total = jnp.logaddexp(jax.nn.logsumexp(regions, axis=-1), text)[..., None]
     return regions - jnp.where(jnp.isfinite(total), total, 0.0)
 
@@ -208,26 +208,26 @@ def attention_shares(
     *,
     scale: float,
 ) -> tuple[Float32[Array, "B H R"], Float32[Array, "B H R"]]:
-    """Where the attention of a query went, and where that of dense attention would have gone.
+    """Each region's share of a query's attention, and its share under dense attention.
 
-    For who watches: it reads every key.
+    It reads every key, so only traces use it.
 
     Args:
       q, visual_k, text_k, visual_seen, text_seen, scale: as in :func:`log_masses`.
       selected: bool [B, Hs, R], the regions that were attended to; None is dense attention.
 
     Returns:
-      Two float32 [B, H, R]: the share of each head's softmax that went to each region, and the share that
-      dense attention gives it.
+      Two float32 [B, H, R]: the share of each head's softmax given to each region, and the share that dense
+      attention gives it.
     """
     batch, heads, _ = q.shape
     regions, text = log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale)
-    everywhere = jnp.exp(_normalised(regions, text))
-    here = everywhere
+    dense = jnp.exp(_normalised(regions, text))
+    shares = dense
     if selected is not None:
         chosen = selected.reshape(batch, regions.shape[1], -1, regions.shape[-1])
-        here = jnp.exp(_normalised(jnp.where(chosen, regions, -jnp.inf), text))
-    return here.reshape(batch, heads, -1), everywhere.reshape(batch, heads, -1)
+        shares = jnp.exp(_normalised(jnp.where(chosen, regions, -jnp.inf), text))
+    return shares.reshape(batch, heads, -1), dense.reshape(batch, heads, -1)
 
 
 def oracle_scores(
@@ -247,15 +247,16 @@ def oracle_scores(
       q: [B, T, H, D] post-RoPE queries.
       visual_k: [B, K, R, P, D].
       text_k: [B, K, S, D].
-      visual_seen: bool [B, T, R, P] visual keys that dense attention sees; what it does not see may be NaN.
+      visual_seen: bool [B, T, R, P], visual keys that dense attention sees; the others may be NaN.
       text_seen: bool [B, T, S].
-      scale: of the logits.
+      scale: scale of the logits.
       select_per: "head" takes each query head's mass, "kv_head" the sum over a kv head's G query heads, each
-        normalised by itself.
-      query_block: queries whose logits are held at once.
+        normalised separately.
+      query_block: queries whose logits are in memory at once.
 
     Returns:
-      float32 [B, T, Hs, R], the logarithm of the mass: small ones stay apart. -inf where nothing is seen.
+      float32 [B, T, Hs, R], the log of the mass, so that small masses stay distinct; -inf where no key is
+      seen.
     """
     batch, _, heads, _ = q.shape
 
@@ -271,7 +272,7 @@ def oracle_scores(
 
 
 def avalanche(x: UInt32[Array, "*lead"]) -> UInt32[Array, "*lead"]:
-    """Avalanche a uint32 (the finaliser of MurmurHash3): every input bit reaches every output bit."""
+    """Hash a uint32 with the finaliser of MurmurHash3: every input bit affects every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -285,10 +286,9 @@ def random_scores(
     heads: int,
     region_first: Int[Array, "B R"],
 ) -> Float32[Array, "B T {heads} R"]:
-    """Scores that depend on nothing but the names of query and region.
+    """Scores that depend only on seed, sample, query, layer, head and region.
 
-    They are the same whatever else is in the batch, however it is stored, and whether the query is
-    prefilled or decoded.
+    They do not change with the rest of the batch, with storage order, or between prefill and decoding.
 
     Args:
       seed: any integer.
@@ -303,15 +303,15 @@ def random_scores(
     """
     batch, queries = order.shape
     state = avalanche(jnp.uint32(seed & 0xFFFFFFFF) + jnp.uint32(0x9E3779B9))
-    names = (
+    identity = (
         jnp.broadcast_to(sample, (batch, queries))[:, :, None, None],
         order[:, :, None, None],
         jnp.asarray(layer, jnp.int32).reshape(1, 1, 1, 1),
         jnp.arange(heads, dtype=jnp.int32)[None, None, :, None],
         region_first[:, None, None, :],
     )
-    for name in names:
-        state = avalanche(state ^ avalanche(name.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
+    for value in identity:
+        state = avalanche(state ^ avalanche(value.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     return (state >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
@@ -321,7 +321,7 @@ def forced_scores(
     """Scores that select exactly the listed regions, the first listed highest.
 
     Args:
-      forced: int32 [B, T, Hs, J] region indices, -1 in unused places; duplicates count once.
+      forced: int32 [B, T, Hs, J] region indices, -1 in unused slots; duplicates count once.
       num_regions: R.
 
     Returns:
@@ -337,7 +337,7 @@ def _sortable(
     scores: Float32[Array, "B T Hs R"], visible: Bool[Array, "#B #T #Hs R"]
 ) -> Int32[Array, "B T Hs R"]:
     """Map float32 scores to int32 keys of the same order: unseen < NaN < -inf < ... < inf."""
-    # -0.0 and 0.0 differ in their bits but must tie.
+    # -0.0 and 0.0 have different bits but must tie.
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
     # Flip the magnitude of negatives so that integer order is float order.
     keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
@@ -379,7 +379,7 @@ def select_mask(
     batch, queries, heads, regions = scores.shape
     keys = _permuted(scores, visible, permutation)
     budget = jnp.broadcast_to(top_k, (batch, queries))[:, :, None, None]
-    # Everything above the K-th key is in; of those equal to it, the first ones by tie order fill up.
+    # Select every key above the K-th, then fill up with keys equal to it, in tie order.
     at = jnp.broadcast_to(jnp.clip(regions - budget, 0, regions - 1), (batch, queries, heads, 1))
     cut = jnp.take_along_axis(jnp.sort(keys, axis=-1), at, axis=-1)
     above = keys > cut
@@ -414,7 +414,7 @@ def select_indices(
         raise ValueError(f"Selection capacity J={capacity} must be at least 1.")
     batch, queries, _, regions = scores.shape
     width = min(capacity, regions)
-    # lax.top_k puts the lower index first among equals, which the permutation made the earlier region.
+    # lax.top_k puts the lower index first among equals; after the permutation that is the earlier region.
     keys, places = jax.lax.top_k(_permuted(scores, visible, permutation), width)
     indices = jnp.take_along_axis(
         jnp.broadcast_to(permutation[:, None, None, :], scores.shape), places, axis=-1
@@ -426,7 +426,7 @@ def select_indices(
 
 
 def count(top_k: PerQuery | Keep, visible: Bool[Array, "B T R"]) -> PerQuery:
-    """A budget as a count, int32 broadcastable to [B, T], of regions in sight: ``visible`` bool [B, T, R]."""
+    """A budget as a count, int32 broadcastable to [B, T]; ``visible`` is bool [B, T, R]."""
     return budget_from_keep(top_k.fraction, visible) if isinstance(top_k, Keep) else top_k
 
 
@@ -434,7 +434,7 @@ def budget_from_keep(
     keep: Float[Array, ""] | Float[Array, " #T"] | Float[Array, "#B #T"] | float,
     visible: Bool[Array, "B T R"],
 ) -> Int32[Array, "B T"]:
-    """Turn a fraction of the regions in sight into a count, so that unequal samples share one setting.
+    """Turn a fraction of the visible regions into a count.
 
     Args:
       keep: float, broadcastable to [B, T]; 1 keeps everything.

@@ -1,7 +1,7 @@
 """The progressive schedule: start dense, end at the target fraction of regions.
 
-The paper reports that sparse routing from the first step lowers the result; a fraction rather than a
-count is annealed, so that a 16-region image and a 555-region video can share a batch.
+The paper reports worse results with sparse routing from the first step. A fraction is annealed rather than a
+count, so that a 16-region image and a 555-region video can share a batch.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ class Schedule:
     """Fraction of the regions to keep, as a function of training progress.
 
     Attributes:
-      dense_until: progress in [0, 1] up to which everything is kept.
-      sparse_from: progress from which the final fraction is kept; between the two the fraction
-        falls geometrically (equal steps halve the number of regions).
+      dense_until: progress in [0, 1] up to which every region is kept.
+      sparse_from: progress from which the final fraction is kept. Between the two the fraction falls
+        geometrically: equal steps halve the number of regions.
     """
 
     dense_until: float = 0.1
@@ -37,6 +37,6 @@ class Schedule:
         progress = jnp.asarray(progress, jnp.float32)
         span = max(self.sparse_from - self.dense_until, 1e-9)
         ramp = jnp.clip((progress - self.dense_until) / span, 0.0, 1.0)
-        # A schedule without a ramp jumps at once: at its edge it is already sparse.
+        # A schedule without a ramp is already sparse at `sparse_from`.
         ramp = jnp.where(progress >= self.sparse_from, 1.0, ramp)
         return jnp.exp(ramp * jnp.log(jnp.float32(final)))

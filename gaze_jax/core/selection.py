@@ -1,4 +1,4 @@
-"""What queries may select: the arrays that change from call to call, and the static choices around them.
+"""What queries select: arrays that may change from call to call, and static settings.
 
 Axis letters as in :mod:`gaze_jax.core.streams`; Hs is the number of selectors, see
 :mod:`gaze_jax.core.routing`.
@@ -14,18 +14,18 @@ from gaze_jax.core.routing import Keep, Routing
 from gaze_jax.core.types import AnyArray, Array
 
 ALL_REGIONS = jnp.iinfo(jnp.int32).max
-"""A budget that no sequence exceeds."""
+"""A budget larger than the number of regions of any sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectionSpec:
-    """The static half of a selection: another value is another compiled program.
+    """The static part of a selection: a new value compiles a new program.
 
     Attributes:
       routing: where region scores come from.
       capacity: J, the most regions that a decoding query reads; None allows all R. Prefill has no capacity.
-      return_trace: also return what each query selected. Prefill adds scores and selections; decoding also
-        adds the attention of every region, which reads every key.
+      return_trace: also return what each query selected. Prefill returns scores and selections; decoding also
+        returns the attention to every region, which reads every key.
     """
 
     routing: Routing = Routing()
@@ -36,7 +36,7 @@ class SelectionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The traced half of a selection. ``Selection()`` is dense attention.
+    """The traced part of a selection. ``Selection()`` is dense attention.
 
     Shapes have a leading axis L, or broadcast to it. T is 1 in decoding.
 
@@ -46,7 +46,7 @@ class Selection:
       bias: float32 broadcastable to [L, B, R], see :func:`gaze_jax.core.routing.steer`. Needs a budget and
         strategy "descriptor".
       forced: int32 broadcastable to [L, B, T, Hs, J], the regions of strategy "forced".
-      full_layers: bool [L], layers that read every region whatever the budget.
+      full_layers: bool [L], layers that read every region and ignore the budget.
     """
 
     budget: Int[AnyArray, "..."] | int | Keep | None = None
@@ -77,9 +77,9 @@ class Selection:
             )
 
     def over_layers(self, layers: int) -> "Selection":
-        """The same selection with an axis L of ``layers`` on every array, ready to be scanned.
+        """The same selection with an axis L of ``layers`` on every array, ready for a scan.
 
-        A full layer gets every region as its budget, so prefill needs no other rule for it.
+        A full layer gets a budget of every region, so prefill needs no special case for it.
 
         Raises:
           TypeError: a count or a forced region is not an integer.
@@ -110,7 +110,7 @@ def _integers(value: Num[AnyArray, "*shape"] | int) -> Int32[Array, "*shape"]:
 
 
 def _with_layers(value: Num[Array, "..."], layers: int, trailing: int) -> Num[Array, "{layers} ..."]:
-    """``value`` with a leading layer axis before its ``trailing`` axes; it may have fewer of them."""
+    """``value`` with a layer axis before its ``trailing`` axes; missing axes become 1."""
     if value.ndim <= trailing:
         value = value.reshape((1,) * (trailing + 1 - value.ndim) + value.shape)
     return jnp.broadcast_to(value, (layers, *value.shape[1:]))

@@ -1,8 +1,8 @@
 """The two token streams that enter the decoder.
 
-Visual tokens are permuted once, in the processor, into *region-major* order and carry their place in the
-sequence with them; everything else (text, newlines, context tokens) stays in a second, text stream.
-Every layer's keys are then contiguous per region and no layer permutes anything.
+The processor permutes visual tokens once into *region-major* order and stores the position of each in the
+sequence. Everything else (text, newlines, context tokens) is in the second stream, the text stream. The
+keys of every layer are then contiguous per region, and no layer permutes anything.
 
 Axis letters, used in every shape of this project::
 
@@ -26,17 +26,17 @@ from jaxtyping import Bool, Float32, Int, Int32, Shaped
 from gaze_jax.core.types import AnyArray, Array
 
 IGNORE = -100
-"""Target of a position that is not trained on."""
+"""Target of a token that is not trained on."""
 
 EMPTY = -1
-"""An unused slot: of ``visual_src``, of any segment or view id."""
+"""Marks an unused slot in ``visual_src`` and in segment and view ids."""
 
 NEWLINE = -1
-"""In ``pool_indices``: the token is the newline embedding and comes from no image."""
+"""In ``pool_indices``: the token is the newline embedding, not a tower token."""
 
 
 class Kind(enum.IntEnum):
-    """What a token of the text stream is."""
+    """Kind of a text-stream token."""
 
     PAD = 0
     TEXT = 1
@@ -45,16 +45,16 @@ class Kind(enum.IntEnum):
 
 
 POOL_FIELDS = ("pool_indices", "pool_weights")
-"""Fields of :class:`Streams` that only pooled tokens need."""
+"""Optional fields of :class:`Streams`, present when visual tokens are pooled."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """One batch of token streams; every field is int32 but ``pool_weights``.
+    """One batch of token streams; every field is int32 except ``pool_weights``.
 
     ``order`` is a token's index in the spliced sequence of its own sample (it restarts at 0 in every
-    segment) and makes masks; ``positions`` feeds RoPE and nothing else. The order in which regions, slots
+    segment); masks are made from it. ``positions`` are used for RoPE only. The order in which regions, slots
     and text-stream tokens are *stored* has no meaning.
 
     Attributes:
@@ -72,8 +72,8 @@ class Streams:
       text_view: [B, S] view of a context token or of a newline inside a view; -1 otherwise.
       targets: [B, S] the text token that follows *in order*, or -100. Already shifted: a trainer
         compares ``logits[:, s]`` with ``targets[:, s]``.
-      pool_indices, pool_weights: [B, R, P, W], where visual tokens are pooled: each is the sum of W tower
-        tokens with these float32 weights (``regions.pool_to_regions``); None if they are the tower's own.
+      pool_indices, pool_weights: [B, R, P, W]; each visual token is the sum of W tower tokens with these
+        float32 weights (``regions.pool_to_regions``). None if visual tokens are not pooled.
     """
 
     visual_src: Int32[AnyArray, "B R P"]
@@ -111,7 +111,7 @@ class Streams:
 
 
 def text_streams(tokens: Int[AnyArray, "B S"], valid: Bool[AnyArray, "B S"]) -> Streams:
-    """Streams of text alone, one sample per row.
+    """Text-only streams, one sample per row.
 
     Args:
       tokens: int32 [B, S].
@@ -120,7 +120,7 @@ def text_streams(tokens: Int[AnyArray, "B S"], valid: Bool[AnyArray, "B S"]) -> 
     tokens, valid = jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
     batch = tokens.shape[0]
     order = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-    nothing = jnp.full(tokens.shape, EMPTY, jnp.int32)
+    no_view = jnp.full(tokens.shape, EMPTY, jnp.int32)
     no_regions = jnp.zeros((batch, 0, 1), jnp.int32)
     return Streams(
         visual_src=no_regions,
@@ -133,6 +133,6 @@ def text_streams(tokens: Int[AnyArray, "B S"], valid: Bool[AnyArray, "B S"]) -> 
         text_order=jnp.where(valid, order, EMPTY),
         text_positions=jnp.where(valid, order, 0),
         text_segment=jnp.where(valid, 0, EMPTY),
-        text_view=nothing,
+        text_view=no_view,
         targets=jnp.full(tokens.shape, IGNORE, jnp.int32),
     )

@@ -14,14 +14,14 @@ from jaxtyping import PyTree, Shaped
 Array = jax.Array
 
 if TYPE_CHECKING:
-    # Whatever is done with such an array here, NumPy's and JAX's do alike.
+    # The code uses only what NumPy and JAX arrays have in common.
     AnyArray = jax.Array
 else:
     AnyArray = jax.Array | np.ndarray
-"""An array from the data pipeline, which is NumPy's, or the same one on a device."""
+"""A NumPy array from the data pipeline, or the same array on a device."""
 
 NamedArrays = dict[str, Shaped[Array, "..."]]
-"""Several arrays by name, of which a docstring tells the shapes."""
+"""Arrays by name; docstrings give the shapes."""
 
 ArrayTree = PyTree[Shaped[Array, "..."]]
-"""A pytree whose leaves are arrays; a type checker lets anything pass."""
+"""A pytree whose leaves are arrays; type checkers accept anything."""

@@ -1,4 +1,4 @@
-"""Several short samples in one row."""
+"""Pack several short samples into one row."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,20 @@ from gaze_jax.data.placement import Arrays, pad_slots
 from gaze_jax.data.processor import PADDING
 
 MIXED = -1
-"""``family`` of a row that packs samples of several families."""
+"""``family`` of a row whose samples are of several families."""
 
 
 def _shift(values: np.ndarray, by: int) -> np.ndarray:
-    """Add ``by`` to ids, leaving -1 alone."""
+    """Add ``by`` to ids; -1 is unchanged."""
     return np.where(values >= 0, values + by, values).astype(values.dtype)
 
 
 def _check(arrays: Arrays, position: int) -> tuple[int, int]:
-    """Visual tokens and views of an unpadded sample; raise if it is anything else."""
+    """Counts of visual tokens and views of an unpadded sample; refuse anything else."""
     used = int((arrays["visual_src"] >= 0).sum())
     unpadded = (arrays["region_segment"] == 0).all() and (arrays["text_segment"] == 0).all()
     views = int(arrays["visual_view"].max(initial=-1)) + 1
-    # A tower's own tokens are one image a view; pooled ones do not tell how many images there were.
+    # Without pooling there is one image per view; with pooling the number of images is only in `images`.
     images = views if "pool_indices" not in arrays else len(arrays["images"])
     if not unpadded or used != arrays["visual_src"].max(initial=-1) + 1 or images != len(arrays["images"]):
         raise ValueError(
@@ -34,18 +34,19 @@ def _check(arrays: Arrays, position: int) -> tuple[int, int]:
 def pack(samples: Sequence[Arrays], *, image_tokens: int | None = None) -> Arrays:
     """Concatenate processed samples into one row, one segment each.
 
-    Order and position restart in every segment; views and tower tokens are numbered through the row.
+    Order and position restart in every segment; views and tower tokens are numbered across the row.
 
     Args:
       samples: unpadded, from ``processor.process``.
-      image_tokens: what the tower makes of one image (``layout.tokens``); needed where tokens are pooled.
+      image_tokens: tower tokens per image (``layout.tokens``); required if tokens are pooled.
 
     Returns:
-      The same fields. ``sample_id`` is that of the first sample and names the row; ``family`` is the
-      common family or -1. A pack of one sample equals the sample.
+      The same fields. ``sample_id`` is the first sample's and identifies the row; ``family`` is the common
+      family or -1. A pack of one sample equals the sample.
 
     Raises:
-      ValueError: no samples, one that is padded or packed already, or pooled ones without ``image_tokens``.
+      ValueError: there are no samples, one is already padded or packed, or tokens are pooled but
+        ``image_tokens`` is missing.
     """
     if not samples:
         raise ValueError("Nothing to pack; give at least one sample.")
@@ -68,7 +69,7 @@ def pack(samples: Sequence[Arrays], *, image_tokens: int | None = None) -> Array
         row = {name: pad_slots(arrays[name], name, slots) for name in names}
         row |= {name: _shift(row[name], by) for name, by in shifts.items()}
         if pooled:
-            # An unused tap stays at token 0, which has no weight.
+            # Unused indices stay 0; their weight is 0.
             by = np.where(row["pool_weights"] != 0, images * (image_tokens or 0), 0)
             row["pool_indices"] = (row["pool_indices"] + by).astype(np.int32)
         rows.append(row)

@@ -1,4 +1,4 @@
-"""The grain pipeline: a random-access source of samples to an endless, resumable stream of batches."""
+"""The grain pipeline: from a random-access source of samples to an endless, resumable stream of batches."""
 
 import dataclasses
 import json
@@ -32,8 +32,8 @@ class Bucket:
 
     Attributes:
       regions, text: R and S of every row.
-      images: that the tower reads.
-      slots: P; None leaves what the layout gives, the same for every image of one size.
+      images: number of images that the tower reads.
+      slots: P; None keeps the layout's, which is the same for all images of one size.
     """
 
     regions: int
@@ -44,11 +44,11 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """What decides the order and grouping of samples.
+    """Order and grouping of samples.
 
     Attributes:
-      batch_size: rows of a batch over all processes.
-      seed: of the shuffle.
+      batch_size: rows of a batch, over all processes.
+      seed: seed of the shuffle.
       bucket: static sizes of a row.
     """
 
@@ -80,19 +80,19 @@ def training_iterator(
     """This process's share of an endless, shuffled stream of batches.
 
     Args:
-      source: of samples.
-      processor: makes arrays of them.
+      source: source of samples.
+      processor: turns samples into arrays.
       config: order and grouping.
       num_workers: worker processes that prepare batches; 0 uses threads of this process. The batches
         are the same.
-      process_index, process_count: of this process.
+      process_index, process_count: index of this process and number of processes.
 
     Returns:
       An iterator of dicts of numpy arrays with a leading axis of batch_size / process_count; its
       state is saved with ``grain.checkpoint.CheckpointSave``.
 
     Raises:
-      ValueError: the batch does not divide by the processes, or the source is smaller than a batch.
+      ValueError: the batch size is not a multiple of the processes, or the source is smaller than a batch.
     """
     if config.batch_size % process_count:
         raise ValueError(
@@ -104,10 +104,10 @@ def training_iterator(
     dataset = dataset[process_index::process_count]
     dataset = dataset.map(_ProcessAndPad(processor, config.bucket))
     dataset = dataset.batch(config.batch_size // process_count)
-    # Few threads: making a sample is Python, and the cores belong to the training step.
+    # One thread: making a sample is Python code, and the training step needs the cores.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if num_workers:
-        # grain reads an absl flag when it starts workers, which fails outside of absl.app.
+        # grain reads an absl flag when it starts workers, which fails outside absl.app.
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -117,10 +117,10 @@ def training_iterator(
 def fingerprint(
     source: Source, processor: Processor, config: PipelineConfig, *, process_count: int = 1
 ) -> dict[str, object]:
-    """Everything that decides which arrays come in which order; JSON-ready.
+    """Everything that determines the arrays and their order, as JSON-ready values.
 
-    A grain iterator's saved state is little more than a counter and is accepted by any pipeline; this
-    is what tells whether the counter still means the same.
+    A grain iterator's saved state is little more than a counter, and any pipeline accepts it. The fingerprint
+    tells whether the counter still means the same.
     """
     return {
         "source": source.fingerprint(),
@@ -135,10 +135,10 @@ def fingerprint(
 
 
 def compare_fingerprints(saved: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Refuse to continue on other data.
+    """Refuse to continue on different data.
 
     Raises:
-      UserError: one sentence that names what changed.
+      UserError: the fingerprints differ; the message names what changed.
     """
     changed = [
         f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
@@ -158,5 +158,5 @@ def stack(rows: list[Arrays]) -> Arrays:
 
 
 def prompt_length(tokens: int) -> int:
-    """The multiple of 16 that a text stream of so many tokens is padded to, so that few lengths compile."""
+    """``tokens`` rounded up to a multiple of 16, so that text streams have few lengths to compile."""
     return -(-tokens // 16) * 16

@@ -1,7 +1,7 @@
-"""Pixels of views: resized, padded and cut in uint8, so that what waits in a queue stays small.
+"""Pixels of views: resized, padded and cut into tiles as uint8, to keep queued data small.
 
-Sizes are (height, width). Resizing is Pillow's bicubic filter on 8 bits, which SigLIP's and both models'
-processors use; other libraries' bicubic filters differ by whole grey levels.
+Sizes are (height, width). Resizing is Pillow's bicubic filter on 8 bits, as in SigLIP's and both models'
+processors; other libraries' bicubic filters differ by whole grey levels.
 """
 
 import math
@@ -13,21 +13,21 @@ Size = tuple[int, int]
 
 BLACK = 0
 GREY = 127
-"""int(0.5 * 255): the mean of SigLIP's normalisation, cut to 8 bits."""
+"""int(0.5 * 255): the mean of SigLIP's normalisation, truncated to 8 bits."""
 
 STRIP_PIXELS = 4_000_000
 """Pixels that :func:`resize_on_square` pads at a time; a frame of 1920x1080 is one strip."""
 
-# One entry per grey level, with the roundings of the original: a float64 product, then float32.
+# One entry per grey level, rounded as in the original: a float64 product, then float32.
 _LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
 _LEVELS = (_LEVELS - np.float32(0.5)) / np.float32(0.5)
 
 
 def check_image(image: np.ndarray, name: str) -> Size:
-    """(height, width) of an image; ``name`` opens the sentence about one that cannot be read.
+    """(height, width) of an image; ``name`` is the subject of the error message.
 
     Raises:
-      ValueError: not uint8 [height, width, 3], or without a pixel.
+      ValueError: the image is not uint8 [height, width, 3] or has no pixels.
     """
     if not isinstance(image, np.ndarray):
         raise ValueError(f"{name} must be a uint8 array [height, width, 3], not a {type(image).__name__}.")
@@ -41,9 +41,9 @@ def check_image(image: np.ndarray, name: str) -> Size:
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
-    """uint8 of any shape to float32 in [-1, 1], as SigLIP takes it: x / 255, then mean and deviation 0.5.
+    """uint8 of any shape to float32 in [-1, 1] as for SigLIP: x / 255, then mean and deviation 0.5.
 
-    Bit-equal to transformers' processors without torchvision.
+    Bit-identical to transformers' processors without torchvision.
 
     Raises:
       ValueError: not uint8.
@@ -54,7 +54,7 @@ def normalise(images: np.ndarray) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: Size) -> np.ndarray:
-    """uint8 [h, w, 3] to uint8 [*size, 3], aspect ratio or not; the image itself if it has that size."""
+    """uint8 [h, w, 3] to uint8 [*size, 3], ignoring aspect ratio; the image itself if it has that size."""
     if image.shape[:2] == size:
         return image
     resized = PIL.Image.fromarray(image).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
@@ -62,7 +62,7 @@ def resize(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def pad(image: np.ndarray, size: Size, colour: int) -> np.ndarray:
-    """The image in the middle of uint8 [*size, 3] of one grey, an odd pixel below or to the right.
+    """Centre the image in uint8 [*size, 3] of one grey; an odd pixel of padding is below or to the right.
 
     The image itself if it has that size.
     """
@@ -76,10 +76,10 @@ def pad(image: np.ndarray, size: Size, colour: int) -> np.ndarray:
 
 
 def resize_on_square(image: np.ndarray, side: int, colour: int) -> np.ndarray:
-    """The image padded to a square, then resized to uint8 [side, side, 3]: the same bits for less work.
+    """Pad an image to a square and resize it to uint8 [side, side, 3], without building the square.
 
-    Pillow resizes rows first, then columns, with 8 bits between. So rows that are only padding need not be
-    resized, and the square, which for a long strip would fill the memory, never exists.
+    The result is bit-identical. Pillow resizes rows first, then columns, with 8 bits in between, so rows of
+    padding need no resizing. The square of a long strip would fill the memory.
     """
     longer = max(image.shape[:2])
     step = max(1, STRIP_PIXELS // longer)
@@ -89,9 +89,9 @@ def resize_on_square(image: np.ndarray, side: int, colour: int) -> np.ndarray:
 
 
 def best_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
-    """The canvas that shows most of an image's pixels, among those the one with least area to spare.
+    """The canvas that shows the most pixels of an image; among equals, the one with the least unused area.
 
-    The first one wins a tie. As LLaVA-NeXT's "anyres" chooses.
+    Remaining ties go to the first canvas. This is the rule of LLaVA-NeXT's "anyres".
     """
     height, width = size
 
@@ -105,7 +105,7 @@ def best_canvas(size: Size, canvases: tuple[Size, ...]) -> Size:
 
 
 def fitted(size: Size, canvas: Size) -> Size:
-    """Size of an image scaled into ``canvas`` with its aspect ratio, rounded up: at least one pixel."""
+    """Size of an image scaled to fit ``canvas``, aspect ratio kept; rounded up, so at least one pixel."""
     height, width = size
     scale_y, scale_x = canvas[0] / height, canvas[1] / width
     if scale_x < scale_y:
@@ -114,7 +114,7 @@ def fitted(size: Size, canvas: Size) -> Size:
 
 
 def cut_tiles(image: np.ndarray, canvas: Size, side: int, colour: int) -> np.ndarray:
-    """The image scaled into the middle of ``canvas``, in tiles: uint8 [n, side, side, 3], row by row."""
+    """Scale and centre the image on ``canvas``; cut it into tiles uint8 [n, side, side, 3], row by row."""
     padded = pad(resize(image, fitted(image.shape[:2], canvas)), canvas, colour)
     rows, columns = canvas[0] // side, canvas[1] // side
     tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2)

@@ -1,7 +1,7 @@
-"""Views to the visual stream: where each token of a view stands, and which region holds it.
+"""Place views in the sequence: the order of each visual token, and its region.
 
-A view of h rows and w columns takes h * w places of the sequence in raster order, or h * (w + 1) where a
-newline follows each row. Its regions are cut from its grid; those of a video from slabs of frames.
+A view of h rows and w columns takes h * w positions of the sequence in raster order, or h * (w + 1) if a
+newline follows each row. Regions are cut from a view's grid; a video's regions from slabs of frames.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ _POOL_WIDTH = 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlacedView:
-    """A view where it was placed, for who wants to draw it.
+    """A view of a sample and its regions, for drawing.
 
     Attributes:
       view: its number in the sample.
-      video: shown by a video part, else by an image.
-      index: of the image or the video in the sample.
-      frame: of the video; 0 for an image.
-      corners: the rectangle that its grid covers, in pixels of the image or frame.
+      video: True for a video frame, False for an image.
+      index: index of the image or video in the sample.
+      frame: index of the frame in the video; 0 for an image.
+      corners: rectangle that its grid covers, in pixels of the image or frame.
       regions: int32 [h, w], the region of each token.
     """
 
@@ -43,7 +43,7 @@ class PlacedView:
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-    """Where the next view goes: how many of each there are before it."""
+    """Where the next view goes: counts of what precedes it."""
 
     order: int = 0
     view: int = 0
@@ -57,11 +57,11 @@ class Placement:
     """Views of one image or video in the sequence.
 
     Attributes:
-      fields: visual fields, [R, P] and (pool indices and weights) [R, P, 4].
+      fields: visual fields [R, P]; pool indices and weights [R, P, 4].
       newlines: int32 [F, n], order of the text-stream newlines inside each view; n may be 0.
-      ends: int32 [F], order of what follows each view, its first context token if there are any.
+      ends: int32 [F], order of the token after each view, its first context token if C > 0.
       grids: int32 [F, h, w], the region of each token.
-      next: where what follows goes.
+      next: where the next view goes.
     """
 
     fields: Arrays
@@ -74,13 +74,13 @@ class Placement:
 def place_views(
     layout: VisualLayout, views: Sequence[View], region: tuple[int, int, int], at: Cursor
 ) -> Placement:
-    """Cursor consecutive views of one grid size, each followed by its context tokens.
+    """Place consecutive views of one grid size, each followed by its context tokens.
 
     Args:
-      layout: of the model.
+      layout: the model's layout.
       views: at least one; several are the frames of a video.
       region: (r_t, r_h, r_w) target size.
-      at: where they begin.
+      at: where the first view goes.
     """
     count, (height, width) = len(views), views[0].pool_indices.shape[:2]
     routed = views[0].newlines and layout.newlines == "region"
@@ -96,7 +96,7 @@ def place_views(
     valid = table >= 0
 
     def spread(values: np.ndarray, empty: int) -> np.ndarray:
-        """Per token [F, h, stride, ...] to per slot [R, P, ...]."""
+        """Move values per token [F, h, stride, ...] to slots [R, P, ...]."""
         flat = values.reshape(order.size, *values.shape[3:])
         found = flat[np.maximum(table, 0)]
         found[~valid] = empty
@@ -133,7 +133,7 @@ def place_views(
 def _pool_indices(
     views: Sequence[View], tokens: int, image: int, routed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 and float32 [F, h, stride, 4] into the tower's tokens, ``tokens`` of each image."""
+    """Pool indices int32 and weights float32 [F, h, stride, 4]; the tower makes ``tokens`` per image."""
     firsts = image + np.cumsum([0, *(len(view.images) for view in views)])
     pool_weights = np.stack([view.pool_weights for view in views])
     pool_indices = np.stack([view.pool_indices + first * tokens for view, first in zip(views, firsts)])
@@ -146,9 +146,9 @@ def _pool_indices(
 
 
 def join(layout: VisualLayout, placed: Sequence[Placement], *, pooled: bool) -> Arrays:
-    """The visual fields of a sample, [R, P]; P is the largest region of any of its views.
+    """The visual fields of a sample, [R, P]; P is the size of the largest region of all its views.
 
-    ``pooled``: with pool indices and weights, which the tower's own tokens do not need.
+    With ``pooled``, pool indices and weights are included; views without pooling do not need them.
     """
     slots = max((p.fields["visual_src"].shape[1] for p in placed), default=layout.slots)
     out = {}
@@ -170,14 +170,14 @@ FILL = {
     "pool_indices": 0,
     "pool_weights": 0,
 }
-"""Field with a slot axis -> what an empty slot holds."""
+"""Field with a slot axis -> its value in empty slots."""
 
 
 def pad_slots(values: np.ndarray, name: str, slots: int) -> np.ndarray:
-    """Pad axis 1 of a field of :data:`FILL`; other fields have no slots and stay.
+    """Pad axis 1 of a field of :data:`FILL`; other fields have no slots and are unchanged.
 
     Raises:
-      ValueError: its regions have more slots already.
+      ValueError: the field has more than ``slots`` slots.
     """
     if name not in FILL:
         return values

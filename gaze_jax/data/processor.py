@@ -1,17 +1,18 @@
 """Samples to arrays: tokenisation, region-major placement, targets, padding to fixed sizes.
 
-The sequence of a sample is its parts in order. A text contributes its tokens to the text stream; an
-image contributes the visual tokens of each of its views (``data.views``) in raster order with a newline
-after each row where the model wants one, then C context tokens in the text stream; a video those of its
-frames. ``order`` and ``positions`` count through both. With a 2x2 grid, regions of 1x2, C = 1 and a sample
+The sequence of a sample is its parts in order. A text adds its tokens to the text stream. An image adds the
+visual tokens of each of its views (``data.views``) in raster order, with a newline after each row if the
+model uses them, then C context tokens in the text stream; a video does the same for each frame. ``order``
+and ``positions`` count the tokens of both streams. With a 2x2 grid, regions of 1x2, C = 1 and a sample
 Image, Text("Q\\n"), supervised Text("7<|im_end|>")::
 
-    visual   region 0: order 0 1    region 1: order 2 3
-    dense    order     4        5     6     7     8
+    visual   region    0        0     1     1
+             order     0        1     2     3
+    text     order     4        5     6     7     8
              token     context  Q     \\n    7     end
              target    -100     -100  7     end   -100
 
-The field names are those of :class:`gaze_jax.core.streams.Streams`, without the batch axis.
+The fields are those of :class:`gaze_jax.core.streams.Streams`, without the batch axis.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.data.views import MediaViews, ViewStyle, check_style, image_views, video_views
 from gaze_jax.errors import UserError
 
-# Field -> (the axis that a bucket fixes, value of what is padded).
+# Field -> (the axis that a bucket fixes, the padding value).
 PADDING: dict[str, tuple[str, int]] = {
     "visual_src": ("regions", EMPTY),
     "visual_order": ("regions", EMPTY),
@@ -58,20 +59,20 @@ class Processor:
     """Turns a :class:`Sample` into arrays; ``processor(sample)`` is :func:`process`.
 
     Attributes:
-      layout: of the tower and its regions.
-      tokenizer: of the language model.
+      layout: the model's visual layout.
+      tokenizer: the language model's tokenizer.
       families: names of question families; a family's id is its index.
-      views: how the model's family sees images and frames; of the style that ``layout.views`` names.
-      resize: for views with ``tower_tokens``: squash images to the tower's size with bicubic filtering, as
-        SigLIP does, and scale boxes with them; otherwise an image of another size is an error.
-      supervise: tokens, written out, that are targets wherever a text has them, supervised or not
-        (``Supervision.tokens``), except where no text-stream token comes directly before: at the start,
-        and after an image without context tokens.
+      views: how the model's family makes views; its name must be ``layout.views.style``.
+      resize: for views with ``tower_tokens``: resize images to the tower's square with bicubic filtering, as
+        SigLIP does, and scale boxes with them. Otherwise an image of another size is an error.
+      supervise: text of tokens that are targets wherever they occur, supervised or not
+        (``Supervision.tokens``), except if no text-stream token directly precedes them: at the start, and
+        after an image without context tokens.
 
     Raises:
-      UserError: ``supervise`` names what is not one token, or ``layout.views`` has a field that its style
-        would ignore.
-      ValueError: ``views`` is of another style than ``layout.views``.
+      UserError: an entry of ``supervise`` is not a single token, or ``layout.views`` sets a field that its
+        style would ignore.
+      ValueError: ``views`` and ``layout.views`` differ in style.
     """
 
     layout: VisualLayout
@@ -91,7 +92,7 @@ class Processor:
 
 @functools.lru_cache(maxsize=8)
 def _token_ids(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> tuple[int, ...]:
-    """Ids of tokens that are written out."""
+    """Ids of tokens given as text."""
     encoded = {token: tokenizer.encode(token)[0] for token in tokens}
     for token, ids in encoded.items():
         if len(ids) != 1:
@@ -105,7 +106,8 @@ def _token_ids(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> tuple[int, ...]
 class _Tokens:
     """Tokens of one text: ids int32 [n], boxes float32 [n, 4] and their views int32 [n] (-1: none).
 
-    ``supervised`` bool [n], or one for all: must be targets. ``extra``: are targets where they can be.
+    ``supervised``, bool [n] or one for all, marks tokens that must be targets; ``extra`` marks tokens that
+    are targets if they have a predecessor in the text stream.
     """
 
     ids: np.ndarray
@@ -158,7 +160,7 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int,
         boxes[inside] = np.array(box.corners) * scale
         box_views[inside] = views[box.image]
     supervised = np.full(len(ids), text.supervised)
-    # Where offsets leave white space out, it belongs to the token after it.
+    # White space that the offsets leave out belongs to the next token.
     starts = np.minimum(spans[:, 0], np.concatenate([[0], spans[:, 1]])[:-1])
     for start, end in text.targets:
         supervised |= (starts < end) & (spans[:, 1] > start)
@@ -172,7 +174,7 @@ def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) 
 
 
 def _text_arrays(pieces: list[Arrays]) -> Arrays:
-    """Dense fields of pieces of the sequence, each with the fields of :func:`_piece`."""
+    """Text-stream fields of pieces of the sequence, each with the fields of :func:`_piece`."""
 
     def join(name: str, shape: tuple[int, ...] = (0,), dtype: type = np.int32) -> np.ndarray:
         return _concatenate([piece[name] for piece in pieces], shape, dtype)
@@ -184,8 +186,8 @@ def _text_arrays(pieces: list[Arrays]) -> Arrays:
     targets = np.full(size, IGNORE, np.int32)
     target_box = np.full((size, 4), -1, np.float32)
     target_view = np.full(size, EMPTY, np.int32)
-    # Pieces come in order, so the next text-stream token is the next of the sequence unless an image is
-    # between.
+    # Pieces are in order, so the next text-stream token is the next token of the sequence, unless an image
+    # comes between.
     follows = order[1:] == order[:-1] + 1
     (at,) = np.nonzero((supervised | extra)[1:] & follows)
     targets[at] = ids[at + 1]
@@ -224,13 +226,13 @@ def _piece(tokens: _Tokens, start: int, kind: Kind, *, view: int = EMPTY) -> Arr
 
 
 def _special(ids: np.ndarray) -> _Tokens:
-    """Tokens that speak of no box: newlines and context tokens."""
+    """Tokens without boxes: newlines and context tokens."""
     size = len(ids)
     return _Tokens(ids.astype(np.int32), np.full((size, 4), -1, np.float32), np.full(size, EMPTY, np.int32))
 
 
 def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Arrays]:
-    """Newlines and context tokens of views, numbered from ``first``."""
+    """Newlines and context tokens of views; views are numbered from ``first``."""
     pieces = []
     context = _special(np.arange(layout.context_tokens))
     for view, (newlines, end) in enumerate(zip(placed.newlines, placed.ends), start=first):
@@ -242,7 +244,7 @@ def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Ar
 def _process_parts(
     processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text], order: int = 0
 ) -> tuple[Arrays, dict[int, int], tuple[PlacedView, ...]]:
-    """Arrays of ``parts``, which view shows each image, and every view."""
+    """Arrays of ``parts``, the last view of each image, and all views."""
     layout = processor.layout
     at = Cursor(order=order)
     images: list[np.ndarray] = []
@@ -258,7 +260,7 @@ def _process_parts(
             continue
         shown = _views(processor, sample, part)
         video = isinstance(part, Video)
-        # A region never spans two views of an image, but may span frames.
+        # A region may span several frames, but never several views of an image.
         groups = [shown.views] * bool(shown.views) if video else [(view,) for view in shown.views]
         first = part.start if isinstance(part, Video) else 0
         for group in groups:
@@ -291,12 +293,12 @@ def _process_parts(
 def process_with_views(
     processor: Processor, sample: Sample, *, since: int = 0, order: int = 0
 ) -> tuple[Arrays, tuple[PlacedView, ...]]:
-    """:func:`process`, and where every view went.
+    """:func:`process`, and where every view was placed.
 
     Args:
-      processor, sample: as there.
-      since: the first part to process; what is before it was read earlier.
-      order: of the first token of these parts. Regions, views and images are numbered from 0 all the same.
+      processor, sample: as in :func:`process`.
+      since: index of the first part to process; earlier parts are in the cache already.
+      order: order of the first token of these parts. Regions, views and images are still numbered from 0.
     """
     arrays, _, views = _process_parts(processor, sample, sample.parts[since:], order)
     return arrays, views
@@ -306,11 +308,11 @@ def process(processor: Processor, sample: Sample) -> Arrays:
     """Arrays of one sample, unpadded.
 
     Returns:
-      The fields of ``Streams`` without their batch axis, and ``images`` float32
-      [images, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole images, tiles, frames;
-      ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) that the *target* token speaks of, in pixels of the
+      The fields of ``Streams`` without their batch axis; ``images`` float32
+      [images, image_size, image_size, 3] in [-1, 1], the tower's inputs: whole images, tiles, frames;
+      ``target_box`` float32 [S, 4], the (x0, y0, x1, y1) that the *target* token refers to, in pixels of the
       tower's input (views with ``tower_tokens``) or of the image (others), and ``target_view`` int32 [S], the
-      last view of that image, both -1 where there is none; ``sample_id`` and ``family``, int32 scalars.
+      last view of that image, both -1 without a box; ``sample_id`` and ``family``, int32 scalars.
 
     Raises:
       ValueError: an image does not fit the tower, text cannot be tokenised, a token overlaps two
@@ -323,13 +325,13 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     """Arrays for free-running evaluation: everything before the first answer, and that answer.
 
     Returns:
-      What :func:`process` returns for all before the first supervised token (so no targets, not those
-      of ``processor.supervise`` either), and ``answer`` int32 [A], the answer's tokens with the end
-      token; ``answer_box`` float32 [A, 4] and ``answer_view`` int32 [A], what they speak of, -1 where
-      nothing.
+      What :func:`process` returns for everything before the first supervised token, without targets (not
+      even those of ``processor.supervise``); ``answer`` int32 [A], the answer's tokens including the end
+      token; ``answer_box`` float32 [A, 4] and ``answer_view`` int32 [A], the boxes they refer to and their
+      views, -1 without a box.
 
     Raises:
-      ValueError: the sample has no answer, its answer does not end in the end token, or as
+      ValueError: the sample has no answer, its answer does not end in the end token, or an error of
         :func:`process`.
     """
     processor = dataclasses.replace(processor, supervise=())
@@ -348,7 +350,7 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     supervised = np.concatenate([of_text.supervised for of_text in tokens])
     start = int(np.argmax(supervised))
     end = start + int(np.argmin([*supervised[start:], False]))
-    # An answer may begin within its text: what comes before it there is read, the rest of that text is not.
+    # An answer may begin inside a text: the prompt includes only the part of the text before it.
     read = len(arrays["tokens"]) - len(tokens[0].ids) + start
     arrays |= {name: arrays[name][:read] for name, (axis, _) in PADDING.items() if axis == "text"}
     arrays["answer"] = np.concatenate([of_text.ids for of_text in tokens])[start:end]
@@ -372,17 +374,17 @@ def pad_to(arrays: Arrays, *, regions: int, text: int, images: int, slots: int |
     """Pad the arrays of one row to a bucket, so that rows stack and nothing recompiles.
 
     Args:
-      arrays: from :func:`process`, :func:`prompt` or ``packing.pack``; other fields pass through.
+      arrays: from :func:`process`, :func:`prompt` or ``packing.pack``; other fields are unchanged.
       regions, text, images: sizes of the R and S axes and number of images that the tower reads.
       slots: size of the P axis; None keeps it.
 
     Raises:
-      ValueError: something does not fit. Nothing is ever cut off.
+      ValueError: an array does not fit. Nothing is ever truncated.
     """
     sizes = {"regions": regions, "text": text, "images": images}
     out = dict(arrays)
     for name, (axis, fill) in PADDING.items():
-        if name not in arrays:  # pool indices, which the tower's own tokens do without
+        if name not in arrays:  # pool indices and weights, absent without pooling
             continue
         label = f"Field {name} of sample {int(arrays['sample_id'])}"
         values = arrays[name] if slots is None else pad_slots(arrays[name], name, slots)

@@ -1,6 +1,6 @@
-"""The sample contract: what a source of data hands to the processor.
+"""The sample contract between a data source and the processor.
 
-A sample is a list of images, or videos, and a sequence of parts that shows them between pieces of text::
+A sample is a list of images or videos and a sequence of parts that shows them between pieces of text::
 
     Sample(
         id=0,
@@ -27,10 +27,10 @@ Corners = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """Characters ``start`` to ``end`` (exclusive) of a text speak of a rectangle of an image.
+    """Characters ``start`` to ``end`` (exclusive) of a text refer to a rectangle of an image.
 
-    Characters and not tokens: the sample is made without knowing the tokenizer, and every token that
-    overlaps the characters gets the box.
+    The range is in characters because a sample is made without the tokenizer. Every token that overlaps the
+    characters gets the box.
 
     Attributes:
       start, end: character range in the text.
@@ -46,20 +46,20 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """Show image number ``index`` of the sample; showing it makes a view."""
+    """Show image number ``index`` of the sample; it becomes one or more views."""
 
     index: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Show video number ``index`` of the sample, or a piece of it; each frame makes a view.
+    """Show video number ``index`` of the sample, or part of it; each frame becomes a view.
 
     Attributes:
-      index: of the video.
-      start, stop: frames to show, ``stop`` exclusive; None is to the end. There may be none: then only what
-        follows a video is shown.
-      ends: the video ends here; False where more of its frames will come.
+      index: index of the video.
+      start, stop: frames to show, ``stop`` exclusive; None shows all to the end. The range may be empty: then
+        only what follows a video is added.
+      ends: the video ends here; False if more of its frames will follow.
     """
 
     index: int
@@ -70,18 +70,18 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of text, tokenised by itself, so that no token crosses its ends.
+    """A piece of text, tokenised separately, so that no token crosses its ends.
 
     Attributes:
       text: not empty.
       supervised: all its tokens are training targets.
       boxes: what its characters refer to; ranges must not overlap.
-      targets: (start, end) character ranges, end exclusive, in order and apart: every token that overlaps
-        one is a training target. Cutting the text there instead could change its tokens.
+      targets: (start, end) character ranges, end exclusive, sorted and disjoint. Every token that overlaps
+        one is a training target. (Cutting the text at the ranges instead could change its tokens.)
 
     Raises:
-      ValueError: the text is empty, a box or a range of targets lies outside it, ranges are not in order,
-        or there are targets in a text that is supervised as a whole.
+      ValueError: the text is empty, a box or a target range lies outside it, ranges are not sorted or not
+        disjoint, or a supervised text has targets.
     """
 
     text: str
@@ -104,14 +104,14 @@ class Text:
         for start, end in self.targets:
             if not last <= start < end <= len(self.text):
                 raise ValueError(
-                    f"Targets {self.targets} are no ranges of the {len(self.text)} characters of the text; "
-                    "give 0 <= start < end <= length, in order and apart."
+                    f"Targets {self.targets} are not ranges of the {len(self.text)} characters of the text; "
+                    "give 0 <= start < end <= length, sorted and disjoint."
                 )
             last = end
 
 
 class Frames(Protocol):
-    """Frames of a video: an array [T, height, width, 3], or a decoder that makes one after the other."""
+    """Frames of a video: an array [T, height, width, 3], or a decoder that yields them one by one."""
 
     def __len__(self) -> int: ...
 
@@ -123,15 +123,15 @@ class Sample:
     """One training or evaluation example.
 
     Attributes:
-      id: names the sample within its source, a non-negative int32.
+      id: identifies the sample within its source, a non-negative int32.
       images: uint8 [height, width, 3] each.
       parts: images, videos and texts in reading order.
-      family: the kind of question, for per-family metrics.
+      family: kind of question, for per-family metrics.
       videos: each has a length and iterates over its frames, uint8 [height, width, 3] of one size.
 
     Raises:
-      ValueError: an image has another shape or dtype, an index points to no image or video, a video has no
-        frames, a box refers to an image that no part shows, or the id does not fit int32.
+      ValueError: an image has the wrong shape or dtype, an index is out of range, a video has no frames, a
+        box refers to an image that no part shows, or the id does not fit int32.
     """
 
     id: int

@@ -71,7 +71,7 @@ class Tokenizer:
             raise ValueError(f"Text {text!r} cannot be tokenised: a character has no token.") from error
         covered = 0
         for start, end in encoding.offsets:
-            # Trimmed offsets leave whitespace out, which is no loss.
+            # A gap of whitespace alone is fine: some tokenizers trim it from the offsets.
             if text[covered:start].strip():
                 break
             covered = max(covered, end)

@@ -1,16 +1,15 @@
-"""Images and video frames to views: the pixels that the tower reads, and the token grid made of its output.
+"""Images and video frames to views: the pixels that the tower reads, and the token grids of its output.
 
-A view is one token grid: a whole image, the joined tiles of one, or a video frame. Pooling, unpadding and
-shrinking a grid are linear and act on few tokens each, so every token of a view is a weighted sum of at
-most four tokens of the tower (after the projector, where the published models pool). ``pool_indices`` and
-``pool_weights`` say which, and no model needs to know a convention. For tower tokens ``x`` [n * grid *
-grid, M]::
+A view is one token grid: a whole image, the joined tiles of an image, or a video frame. Pooling, unpadding
+and shrinking a grid are linear and local, so every token of a view is a weighted sum of at most four tower
+tokens (after the projector, where the published models pool). ``pool_indices`` and ``pool_weights`` describe
+the sum, so models need no family's conventions. For tower tokens ``x`` [n * grid * grid, M]::
 
     tokens = (x[view.pool_indices] * view.pool_weights[..., None]).sum(axis=2)  # [h, w, M]
 
-What differs between families is a :class:`ViewStyle`: which grids an image and a frame become. A family
-makes its grids of :func:`whole_grid` and :func:`unpadded_grid`; everything after the grid is the same for
-all. The styles are in ``gaze_jax.families``.
+Families differ only in their :class:`ViewStyle`, which says what grids an image and a frame become. A family
+makes its grids with :func:`whole_grid` and :func:`unpadded_grid`; the code after that is shared. The styles
+are in ``gaze_jax.families``.
 """
 
 import dataclasses
@@ -38,16 +37,16 @@ GridShape = tuple[int, int, bool]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """One token grid and the pixels it is made of.
+    """One token grid and the pixels it is made from.
 
     Attributes:
-      images: uint8 [n, size, size, 3], what the tower reads: one image, or the tiles of one by row.
+      images: uint8 [n, size, size, 3], the tower's input: one image, or the tiles of one, row by row.
       pool_indices: int32 [h, w, 4], read-only: the tower tokens that make up each token, as indices into the
-        n * grid * grid of ``images`` in order; 0 where the weight is 0.
+        n * grid * grid tokens of ``images``; 0 where the weight is 0.
       pool_weights: float32 [h, w, 4], read-only: their weights, which sum to 1.
       newlines: a newline embedding follows every row of the grid.
-      corners: (x0, y0, x1, y1), the rectangle in pixels of the original that the grid shows. Padding that was
-        kept lies outside of the original; where it was cut off, the grid shows the original up to rounding.
+      corners: (x0, y0, x1, y1), the rectangle that the grid shows, in pixels of the original. Padding that
+        was kept lies outside the original; if it was cut off, the grid shows the original up to rounding.
     """
 
     images: np.ndarray
@@ -59,11 +58,11 @@ class View:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MediaViews:
-    """What one image or video becomes: ``views`` in the order of the sequence, and what closes them.
+    """The views of one image or video.
 
     Attributes:
-      views: the views; a video has one per frame.
-      end_newline: one newline follows the last view and belongs to none.
+      views: the views in the order of the sequence; a video has one per frame.
+      end_newline: a newline that belongs to no view follows the last view.
     """
 
     views: tuple[View, ...]
@@ -75,13 +74,14 @@ class Grid:
     """A view without its pixels.
 
     Attributes:
-      fit: how the image comes onto the canvas. "squash": resized to it; "pad": padded to a square, then
+      fit: how the image is put on the canvas. "squash": resized to it; "pad": padded to a square, then
         resized to it; "inside": resized with its aspect ratio, then padded.
-      canvas: (height, width) in pixels that the tower reads, in tiles of its size.
-      colour: of the padding.
+      canvas: (height, width) in pixels, read by the tower in tiles of its size.
+      colour: grey level of the padding.
       side: tokens per side of a tile, after pooling.
-      margin: (rows, columns) of the joined grid that are cut off at either end.
-      shape: (h, w) that remain. A smaller one than the margin leaves shrinks a grid that is not pooled.
+      margin: (rows, columns) of the joined grid that are cut off at each end.
+      shape: (h, w) of the resulting grid. If it is smaller than what the margin leaves, the grid is shrunk;
+        a pooled grid cannot be.
       newlines, corners: as in :class:`View`.
     """
 
@@ -97,18 +97,19 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class ViewStyle:
-    """How the models of a family see images and frames. Functions are of a module, so that workers pickle it.
+    """How a model family makes views. Its functions must be module-level, so that workers can pickle it.
 
     Attributes:
-      name: the value of ``ViewConfig.style`` that means it.
+      name: its value of ``ViewConfig.style``.
       image_grids: (layout, (height, width), alone) -> the grids of an image in the order of the sequence,
         and whether one newline follows them. ``alone``: no other image is in the prompt.
       frame_grid: (layout, (height, width)) -> the grid of a video frame.
       video_end_newline: one newline follows the last frame of a video.
-      tower_tokens: each view is the tower's own tokens of an image that was resized to its square. Then
-        arrays have no pool indices, boxes are in pixels of that square, and an image of another size is
-        refused unless ``Processor.resize``.
-      unused: field of ``ViewConfig`` that the style has no use for -> why, as the predicate of a sentence.
+      tower_tokens: each view is the tower's output for an image of the tower's size, without pooling. Then
+        arrays have no pool indices, boxes are in pixels of the tower's input, and an image of another size
+        is refused unless ``Processor.resize`` is set.
+      unused: field of ``ViewConfig`` that the style does not use -> the reason, as the predicate of a
+        sentence.
     """
 
     name: str
@@ -120,11 +121,11 @@ class ViewStyle:
 
 
 def check_style(style: ViewStyle, views: ViewConfig) -> None:
-    """Check that ``views`` is of this style and has no field that the style would ignore.
+    """Check that ``views`` is of this style and sets no field that the style would ignore.
 
     Raises:
-      UserError: a field is set that the style has no use for.
-      ValueError: it is of another style.
+      UserError: a field that the style does not use is set.
+      ValueError: ``views`` is of another style.
     """
     if views.style != style.name:
         raise ValueError(f"views.style={views.style!r} was given the views of style {style.name!r}.")
@@ -134,10 +135,10 @@ def check_style(style: ViewStyle, views: ViewConfig) -> None:
 
 
 def _margin(grid: tuple[int, int], size: Size, digits: int | None) -> tuple[int, int]:
-    """(rows, columns) of ``grid`` at either end that show nothing of a centred image of (height, width).
+    """(rows, columns) at each end of ``grid`` that show only padding around a centred (height, width) image.
 
-    The order of the floating-point operations is that of the originals: another one may cut a row more.
-    ``digits``: as in :func:`unpadded_grid`.
+    Floating-point operations are in the order of the original code; another order may cut off one more row.
+    ``digits`` is as in :func:`unpadded_grid`.
     """
 
     def filled(extent: int, scale: float) -> int:
@@ -151,7 +152,7 @@ def _margin(grid: tuple[int, int], size: Size, digits: int | None) -> tuple[int,
 
 
 def tile_canvas(layout: VisualLayout, size: Size, alone: bool) -> Size | None:
-    """(height, width) in pixels of the tiles of an image of ``size``; None if it is not cut into tiles."""
+    """(height, width) in pixels of the tile canvas for an image of ``size``; None: it is not cut."""
     return best_canvas(size, layout.views.canvases) if alone and layout.views.canvases else None
 
 
@@ -165,15 +166,15 @@ def unpadded_grid(
     fit: Literal["pad", "inside"] = "inside",
     digits: int | None = None,
 ) -> Grid:
-    """The tokens of a canvas without the rows or columns of padding, and a newline after each row.
+    """The tokens of a canvas without its rows or columns of padding, with a newline after each row.
 
     Args:
-      layout: of the model.
+      layout: the model's layout.
       size: (height, width) of the image in pixels.
       side: tokens per side of a tile.
       canvas, colour, fit: as in :class:`Grid`.
-      digits: decimal digits to which the filled rows are rounded before the fraction is cut off; None:
-        not rounded.
+      digits: decimal digits to which the number of filled rows is rounded before it is truncated; None: no
+        rounding.
     """
     joined = canvas[0] // layout.image_size * side, canvas[1] // layout.image_size * side
     margin = _margin(joined, size, digits)
@@ -182,10 +183,10 @@ def unpadded_grid(
 
 
 def whole_grid(layout: VisualLayout, size: Size, side: int, fit: Literal["squash", "pad"]) -> Grid:
-    """All tokens of one tile, padding or not: ``side`` x ``side``, without newlines.
+    """All ``side`` x ``side`` tokens of one tile, padding included, without newlines.
 
     Args:
-      layout: of the model.
+      layout: the model's layout.
       size: (height, width) of the image in pixels.
       side: tokens per side.
       fit: "squash", or "pad" with grey.
@@ -198,26 +199,26 @@ def whole_grid(layout: VisualLayout, size: Size, side: int, fit: Literal["squash
 
 
 def shown_grids(grids: Sequence[Grid], size: Size, name: str) -> list[Grid]:
-    """The grids that have a token; ``name`` opens the sentence about an image of ``size`` without any.
+    """The grids that have tokens; ``name`` is the subject of the error message.
 
     Raises:
-      UserError: none has.
+      UserError: no grid of the image of ``size`` has a token.
     """
     shown = [grid for grid in grids if 0 not in grid.shape]
     if not shown:
         side = grids[0].side
         raise UserError(
             f"{name} of {size[0]}x{size[1]} pixels is so narrow that without its padding none of the "
-            f"{side}x{side} tokens is left; crop it."
+            f"{side}x{side} tokens are left; crop it."
         )
     return shown
 
 
 def _bilinear(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """``size`` points over ``source`` tokens: their neighbours int32 [size, 2] and float32 weights [size, 2].
+    """Resize ``source`` tokens to ``size``: neighbours int32 [size, 2] and their float32 weights [size, 2].
 
-    Half-pixel centres and no smoothing: the very weights of torch's interpolate without align_corners,
-    whose float32 centres are one fused multiply-add. More exact ones would differ by 1e-5 across a tile grid.
+    Half-pixel centres, no smoothing: exactly the weights of torch's interpolate without align_corners, whose
+    float32 centres are one fused multiply-add. More exact weights would differ by 1e-5 across a tile grid.
     """
     scale = np.float64(np.float32(source) / np.float32(size))
     centre = (scale * (np.arange(size) + 0.5) - 0.5).astype(np.float32)  # rounded once
@@ -229,16 +230,14 @@ def _bilinear(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _axis(grid: int, tiles: int, side: int, margin: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two rows of joined tower tokens, int32 [size, 2], of each row of a view, and their weights."""
+    """For each row of a view: two rows of the joined tower tokens, int32 [size, 2], and their weights."""
     index, weight = _bilinear(grid, side)
     index = (np.arange(tiles, dtype=np.int32)[:, None, None] * grid + index).reshape(-1, 2)
     kept = slice(margin, tiles * side - margin)
     index, weight = index[kept], np.tile(weight, (tiles, 1))[kept]
     if size != len(index):
         if side != grid:
-            raise ValueError(
-                "A grid that is pooled cannot be shrunk too; a row of it is no row of the tower."
-            )
+            raise ValueError("A pooled grid cannot be shrunk: its rows are not rows of the tower's output.")
         again, weight = _bilinear(len(index), size)
         index = index[:, 0][again]
     return index, weight
@@ -268,7 +267,7 @@ def _view(layout: VisualLayout, image: np.ndarray, grid: Grid) -> View:
     elif grid.fit == "pad":
         images = resize_on_square(image, side, grid.colour)[None]
     else:
-        images = np.array(resize(image, (side, side)))[None]  # a copy: a decoder may fill its buffer again
+        images = np.array(resize(image, (side, side)))[None]  # a copy: a decoder may reuse its buffer
     tiles = grid.canvas[0] // side, grid.canvas[1] // side
     pool_indices, pool_weights = _pool_indices(layout.grid, tiles, grid.side, grid.margin, grid.shape)
     return View(images, pool_indices, pool_weights, grid.newlines, grid.corners)
@@ -277,17 +276,17 @@ def _view(layout: VisualLayout, image: np.ndarray, grid: Grid) -> View:
 def image_views(style: ViewStyle, layout: VisualLayout, image: np.ndarray, *, alone: bool) -> MediaViews:
     """The views of one image.
 
-    Of a strip narrower than a token, unpadding may leave a view no token; it is left out, and its newlines,
-    which the published models keep where a strip stands upright.
+    If the image is a strip narrower than a token, unpadding may leave a view without tokens. Such a view is
+    omitted with its newlines; the published models keep the newlines of an upright strip.
 
     Args:
-      style: of the family.
-      layout: of the model; ``layout.views`` has the numbers of its style.
+      style: the family's style.
+      layout: the model's layout; ``layout.views`` has the settings of the style.
       image: uint8 [height, width, 3].
-      alone: the only image of its prompt; only then it is cut into tiles.
+      alone: it is the only image of its prompt; only then is it cut into tiles.
 
     Raises:
-      ValueError: not such an image, or ``layout`` is of another style.
+      ValueError: ``image`` has the wrong shape or dtype, or ``layout`` is of another style.
       UserError: the image is so narrow that no token shows it.
     """
     check_style(style, layout.views)
@@ -299,12 +298,12 @@ def video_views(style: ViewStyle, layout: VisualLayout, frames: Iterable[np.ndar
     """The views of a video: one per frame.
 
     Args:
-      style: of the family.
-      layout: of the model; ``layout.views`` has the numbers of its style.
-      frames: uint8 [height, width, 3] each; one is reduced to the tower's size before the next is taken.
+      style: the family's style.
+      layout: the model's layout; ``layout.views`` has the settings of the style.
+      frames: uint8 [height, width, 3] each; each is reduced to the tower's size before the next is read.
 
     Raises:
-      ValueError: no frames, one that is not such an image, or ``layout`` is of another style.
+      ValueError: there are no frames, one has the wrong shape or dtype, or ``layout`` is of another style.
       UserError: a frame is so narrow that no token shows it.
     """
     check_style(style, layout.views)
@@ -320,10 +319,10 @@ def video_views(style: ViewStyle, layout: VisualLayout, frames: Iterable[np.ndar
 def image_shapes(
     style: ViewStyle, layout: VisualLayout, height: int, width: int, *, alone: bool
 ) -> tuple[list[GridShape], bool]:
-    """The grids that :func:`image_views` makes of an image of this size, and its ``end_newline``.
+    """The grids that :func:`image_views` makes for an image of this size, and its ``end_newline``.
 
     Raises:
-      ValueError: a size below 1, or ``layout`` is of another style.
+      ValueError: a side is less than 1, or ``layout`` is of another style.
       UserError: as :func:`image_views`.
     """
     _check_size(height, width)
@@ -333,10 +332,10 @@ def image_shapes(
 
 
 def frame_shape(style: ViewStyle, layout: VisualLayout, height: int, width: int) -> GridShape:
-    """The grid that :func:`video_views` makes of a frame of this size.
+    """The grid that :func:`video_views` makes for a frame of this size.
 
     Raises:
-      ValueError: a size below 1, or ``layout`` is of another style.
+      ValueError: a side is less than 1, or ``layout`` is of another style.
       UserError: as :func:`video_views`.
     """
     _check_size(height, width)

@@ -1,1 +1,1 @@
-"""Tasks, metrics and routing accuracy."""
+"""Evaluation: accuracy, routing accuracy, and comparison with dense attention."""

@@ -1,4 +1,4 @@
-"""Accuracy of free-running answers, with intervals, and where the answers looked."""
+"""Metrics: accuracy of free-running answers with confidence intervals, and routing accuracy."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ class Accuracy:
 
     Attributes:
       acc: the mean.
-      ci: 95 % interval.
+      ci: 95 % confidence interval.
       samples: number of samples.
     """
 
@@ -27,12 +27,15 @@ class Accuracy:
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; it does not collapse at 0 and 1.
+    """Wilson's score interval of a proportion; unlike the normal interval it has a width at 0 and 1.
 
     Args:
-      mean: in [0, 1].
-      count: independent samples.
+      mean: the proportion, in [0, 1].
+      count: number of independent samples.
       z: standard normal quantile; 1.96 gives 95 %.
+
+    Raises:
+      ValueError: ``count`` is less than 1.
     """
     if count < 1:
         raise ValueError("An interval needs at least one sample.")
@@ -43,12 +46,12 @@ def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def token_scores(tokens: np.ndarray, answers: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Share of each sample's counted answer tokens that were generated in their place.
+    """The fraction of each sample's counted answer tokens that were generated at the right position.
 
     Args:
-      tokens: int [N, A] generated.
-      answers: int [N, A] expected, -100 beyond the end.
-      counted: bool [N, A] tokens that carry the answer (digits, not separators).
+      tokens: int [N, A], generated tokens.
+      answers: int [N, A], expected tokens, -100 beyond the end.
+      counted: bool [N, A], tokens that carry the answer (digits, not separators).
 
     Returns:
       float [N].
@@ -59,10 +62,10 @@ def token_scores(tokens: np.ndarray, answers: np.ndarray, counted: np.ndarray) -
 
 
 def accuracy(scores: np.ndarray) -> Accuracy:
-    """Summarise per-sample scores [N].
+    """Mean and interval of per-sample scores [N].
 
-    The interval takes N, not the number of tokens, as the count: tokens of one image are not
-    independent. For scores that are not 0 or 1 it is therefore wider than it need be.
+    The interval counts samples, not tokens, because tokens of one image are not independent. For scores
+    between 0 and 1 it is therefore wider than necessary.
     """
     mean = float(np.mean(scores))
     return Accuracy(mean, wilson(mean, len(scores)), len(scores))
@@ -71,14 +74,14 @@ def accuracy(scores: np.ndarray) -> Accuracy:
 def student_interval(
     values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
 ) -> tuple[float, float] | None:
-    """95 % interval of a mean over independent samples by Student's t, cut to the possible values.
+    """95 % interval of a mean over independent samples by Student's t, clipped to the possible values.
 
     Args:
-      values: of the samples.
-      lowest, highest: what the mean can be.
+      values: one per sample.
+      lowest, highest: limits of the mean.
 
     Returns:
-      The interval; None for a single sample, which does not say how much samples differ.
+      The interval; None for a single sample, which has no variance.
     """
     count = len(values)
     if count < 2:
@@ -93,7 +96,7 @@ def target_regions(boxes: np.ndarray, layout: VisualLayout) -> np.ndarray:
 
     Args:
       boxes: float [..., 4], (x0, y0, x1, y1) in pixels of the tower's input; -1 for no box.
-      layout: of the tower and its regions.
+      layout: the tower's grid and its regions.
 
     Returns:
       int [...]: index of the region in the view's partition; -1 where there is no box.
@@ -114,15 +117,15 @@ def target_regions(boxes: np.ndarray, layout: VisualLayout) -> np.ndarray:
 
 
 def routing_hits(selected: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the query that emits a token had the token's region in its selection, per layer.
+    """Count how often the query that emits a token had selected the token's region, per layer.
 
     Args:
       selected: bool [A, L, N, Hs, R].
       targets: int [N, A] from :func:`target_regions`; -1 is not counted.
 
     Returns:
-      float [L, N], hits of each sample (a mean over heads, summed over its counted tokens), and int [N],
-      the counted tokens.
+      float [L, N], each sample's hits (a mean over heads, summed over its counted tokens), and int [N], its
+      number of counted tokens.
     """
     at = np.maximum(targets, 0).T[:, None, :, None, None]
     hit = np.take_along_axis(selected, at, axis=-1)[..., 0].mean(axis=-1)  # [A, L, N]
@@ -131,19 +134,19 @@ def routing_hits(selected: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray,
 
 
 def best_layer(hits: np.ndarray, counts: np.ndarray) -> dict[str, float | int | list[float]]:
-    """Choose the layer on the even samples, report it on the odd ones.
+    """Choose the best layer on the even samples and report its hit rate on the odd ones.
 
     Args:
       hits, counts: [L, N] and [N] from :func:`routing_hits`; N is at least 2.
 
     Returns:
-      "best": the chosen layer's share of hits among the counted tokens of the held-out half; "layer": its
-      index; "per_layer": the share of every layer on that half.
+      "best": the chosen layer's hits per counted token on the odd samples; "layer": its index; "per_layer":
+      the same rate for every layer.
     """
 
-    def share(half: slice) -> np.ndarray:
+    def hit_rate(half: slice) -> np.ndarray:
         return hits[:, half].sum(axis=1) / counts[half].sum()
 
-    chosen = int(np.argmax(share(slice(0, None, 2))))
-    held_out = share(slice(1, None, 2))
+    chosen = int(np.argmax(hit_rate(slice(0, None, 2))))
+    held_out = hit_rate(slice(1, None, 2))
     return {"best": float(held_out[chosen]), "layer": chosen, "per_layer": [float(h) for h in held_out]}

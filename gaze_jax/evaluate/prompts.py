@@ -1,11 +1,10 @@
-"""Questions about images to try a model on: two bundled photographs, or a file of the user's own."""
+"""Questions about images for comparisons: two bundled photographs, or a file of the user's."""
 
 import dataclasses
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +30,9 @@ class Prompt:
     """One question about one image.
 
     Attributes:
-      name: of the image, for reports.
+      name: the image's name, for reports.
       image: uint8 [height, width, 3].
-      question: free text.
+      question: the question.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Prompt:
 
 
 def default_prompts() -> tuple[Prompt, ...]:
-    """A few questions about each of scikit-learn's two photographs (credited in NOTICE)."""
+    """Three questions about each of scikit-learn's two photographs (credited in NOTICE)."""
     from sklearn.datasets import load_sample_image
 
     return tuple(
@@ -53,13 +52,13 @@ def default_prompts() -> tuple[Prompt, ...]:
 
 
 def read_prompts(path: str | os.PathLike[str]) -> tuple[Prompt, ...]:
-    """Read a JSONL file, each line ``{"image": "photo.jpg", "question": "What is this?"}``.
+    """Read a JSON Lines file with lines such as ``{"image": "photo.jpg", "question": "What is this?"}``.
 
     Image paths are relative to the file.
 
     Raises:
-      UserError: the file is missing or empty, a line has not exactly these two texts, or its image cannot
-        be read. One sentence that names file and line.
+      UserError: the file is missing or empty, a line does not have exactly these two strings, or its image
+        cannot be read. The message is one sentence that names the file and the line.
     """
     path = Path(path)
     try:
@@ -81,15 +80,15 @@ def read_prompts(path: str | os.PathLike[str]) -> tuple[Prompt, ...]:
 
 def _read_line(folder: Path, line: str) -> Prompt:
     try:
-        fields: Any = json.loads(line)
+        fields: object = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error.msg} at character {error.pos + 1}).") from error
     if not isinstance(fields, dict) or set(fields) != {"image", "question"}:
-        raise UserError('each line must be an object with the keys "image" and "question" and no other.')
+        raise UserError('each line must be an object with exactly the keys "image" and "question".')
     for name, value in fields.items():
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{name}={value!r} must be a text that is not empty.")
+            raise UserError(f"{name}={value!r} must be a text and not empty.")
     name = fields["image"]
-    # Joined to a folder it would no longer look like a URL.
+    # A URL is not joined to the folder, so that read_image recognises and refuses it.
     image = read_image(name if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", name) else folder / name)
     return Prompt(name, image, fields["question"])

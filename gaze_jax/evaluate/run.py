@@ -1,8 +1,8 @@
-"""Evaluation of a trained model: answers by free-running cached decoding, and where each answer looked."""
+"""Evaluation of a training run: accuracy of free-running answers, routing accuracy, and a picture."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.core.routing import Routing
-from gaze_jax.core.streams import Streams
+from gaze_jax.core.selection import Selection
+from gaze_jax.core.streams import IGNORE
 from gaze_jax.corpora.digits import credit, evaluation_samples, sequence_lengths
 from gaze_jax.corpora.phrases import FAMILIES
-from gaze_jax.data.pipeline import stack
-from gaze_jax.data.processor import Arrays, pad_answers, pad_to, prompt
+from gaze_jax.data.processor import ANSWER_PADDING, Arrays, pad_answers, prompt
 from gaze_jax.evaluate.metrics import (
     accuracy,
     best_layer,
@@ -24,7 +24,10 @@ from gaze_jax.evaluate.metrics import (
     target_regions,
     token_scores,
 )
-from gaze_jax.infer.generate import Generator
+from gaze_jax.infer.engine import Engine
+from gaze_jax.infer.gaze_options import selection_capacity
+from gaze_jax.infer.programs import free_slots_for
+from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.checkpoint import Trained, load_for_inference
@@ -36,12 +39,12 @@ FILE = "eval.json"
 SCENE = "scene.png"
 PICTURE = "gaze.png"
 
-# Any seed but those of training runs: test scenes of one seed are the same for every run and arm.
+# Not the seed of any training run. Every run and arm is tested on the same scenes.
 _TEST_SEED = 20_260_102
 
 
 def load(workdir: str | Path) -> Trained:
-    """The newest checkpoint of a run, on one device.
+    """Load the newest checkpoint of a run onto one device.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -49,42 +52,35 @@ def load(workdir: str | Path) -> Trained:
     return load_for_inference(workdir, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
 
 
-def evaluation_batches(trained: Trained, samples: int) -> list[Arrays]:
-    """Prompts of every family with a training weight, in batches of one shape.
+def evaluation_prompts(trained: Trained, samples: int) -> list[Arrays]:
+    """Test prompts of every question family with a training weight.
 
-    The last batch is filled up with its own first row; ``counted`` bool [B] marks the rows that count.
+    Args:
+      trained: the model.
+      samples: number of prompts per family.
+
+    Returns:
+      Arrays of one row each; prompts are unpadded, answers are padded to one length.
     """
     experiment = trained.experiment
     processor = make_processor(experiment)
-    layout = experiment.model.layout
-    lengths = sequence_lengths(experiment.data, trained.tokenizer)
-    rows = []
-    for family, weight in zip(FAMILIES, experiment.data.families, strict=True):
-        if weight:
-            for sample in evaluation_samples(experiment.data, _TEST_SEED, family, samples):
-                row = pad_to(
-                    prompt(processor, sample),
-                    regions=layout.regions,
-                    text=lengths.question + layout.context_tokens,
-                    images=1,
-                )
-                rows.append(pad_answers(row, length=lengths.answer))
-    size = experiment.eval.batch_size
-    batches = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        batch = stack(part + [part[0]] * (size - len(part)))
-        batches.append(batch | {"counted": np.arange(size) < len(part)})
-    return batches
+    length = sequence_lengths(experiment.data, trained.tokenizer).answer
+    return [
+        pad_answers(prompt(processor, sample), length=length)
+        for family, weight in zip(FAMILIES, experiment.data.families, strict=True)
+        if weight
+        for sample in evaluation_samples(experiment.data, _TEST_SEED, family, samples)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model answered, N samples together.
+    """A model's answers to N prompts.
 
     Attributes:
-      tokens: int32 [N, A].
-      selected: bool [A, L, N, Hs, R]; None under dense attention.
+      tokens: int32 [N, A], -100 after an answer's end.
+      selected: bool [A, L, N, Hs, R], the regions selected by the query that emitted each token, all False
+        after an answer's end; None under dense attention.
       visual_entries: float32 [N, A], visual keys per query, a mean over layers and heads.
     """
 
@@ -93,36 +89,64 @@ class Answers:
     visual_entries: np.ndarray
 
 
-def answer(trained: Trained, batches: list[Arrays], *, top_k: int | None, route: Routing) -> Answers:
+def answer(
+    trained: Trained, prompts: Sequence[Arrays], *, top_k: int | None, routing: Routing = Routing()
+) -> Answers:
     """Answer every prompt greedily.
 
     Args:
       trained: the model.
-      batches: from :func:`evaluation_batches`.
-      top_k: regions per query; None attends densely.
-      route: where region scores come from.
+      prompts: from :func:`evaluation_prompts`.
+      top_k: regions per query; None means dense attention.
+      routing: where region scores come from.
     """
-    length = batches[0]["answer"].shape[1]
-    generator = Generator(MLLM(trained.experiment.model), length, trained.tokenizer.end_id, route)
-    tokens, selected, entries = [], [], []
-    for batch in batches:
-        arrays = {name: jnp.asarray(value) for name, value in batch.items()}
-        found = jax.device_get(
-            generator(
-                trained.params,
-                arrays["images"],
-                Streams.from_batch(arrays),
-                top_k=top_k,
-                sample_id=arrays["sample_id"],
-            )
+    size = trained.experiment.eval.batch_size
+    found: dict[str, list[np.ndarray]] = {"tokens": [], "entries": [], "selected": []}
+    for start in range(0, len(prompts), size):
+        part = list(prompts[start : start + size])
+        # Fill up the last batch with copies of its first row, so that it compiles no other program.
+        rows = part + [part[0]] * (min(size, len(prompts)) - len(part))
+        for name, values in _decode(trained, rows, top_k, routing).items():
+            found[name].append(values[: len(part)] if name == "tokens" else values[:, :, : len(part)])
+    entries = np.concatenate(found["entries"], axis=2)
+    return Answers(
+        tokens=np.concatenate(found["tokens"]),
+        selected=np.concatenate(found["selected"], axis=2) if found["selected"] else None,
+        visual_entries=entries[..., 0].mean(axis=1).T,
+    )
+
+
+def _decode(
+    trained: Trained, rows: Sequence[Arrays], top_k: int | None, routing: Routing
+) -> dict[str, np.ndarray]:
+    """One batch: "tokens" [B, A], "entries" [A, L, B, 4], and, if routed, "selected" [A, L, B, Hs, R]."""
+    length = len(rows[0]["answer"])
+    engine = Engine(
+        MLLM(trained.experiment.model),
+        trained.params,
+        [{name: a for name, a in row.items() if name not in ANSWER_PADDING} for row in rows],
+        free_slots=free_slots_for(length),
+        selection=lambda _: Selection(None if top_k is None else jnp.asarray(top_k, jnp.int32)),
+        routing=routing,
+    )
+    steps = list(
+        engine.decode(
+            length,
+            ends=[trained.tokenizer.end_id],
+            sampling=SamplingParams.of([0.0] * len(rows)),
+            returns="selection",
+            capacity=selection_capacity(None if top_k is None else [top_k], engine.capacity),
         )
-        keep = batch["counted"]
-        tokens.append(found.tokens.T[keep])
-        entries.append(found.entries.visual.mean(axis=1).T[keep])
-        if found.selected is not None:
-            selected.append(found.selected[:, :, keep])
-    chosen = np.concatenate(selected, axis=2) if selected else None
-    return Answers(np.concatenate(tokens), chosen, np.concatenate(entries))
+    )
+    found = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+    missing = length - len(found["tokens"])  # the engine stops when every row has ended
+    tokens = np.pad(found.pop("tokens"), ((0, missing), (0, 0)), constant_values=IGNORE).T
+    del found["visual_tokens"]
+    if "selected" in found:
+        found["selected"] = found["selected"][..., : engine.regions]  # without the bucket's padding
+    return {"tokens": tokens} | {
+        name: np.pad(a, ((0, missing), *[(0, 0)] * (a.ndim - 1))) for name, a in found.items()
+    }
 
 
 def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -139,8 +163,8 @@ def _report(experiment: Experiment, answers: Answers, rows: Mapping[str, np.ndar
     report["entries"] = float(answers.visual_entries[emitted].mean())
     if answers.selected is not None:
         targets = np.where(rows["answer_view"] >= 0, target_regions(rows["answer_box"], layout), -1)
-        share = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
-        report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": share}
+        chance = min((experiment.model.gaze.top_k or 0) / layout.regions, 1.0)
+        report["routing"] = best_layer(*routing_hits(answers.selected, targets)) | {"random": chance}
     return report
 
 
@@ -150,32 +174,32 @@ class Evaluation:
 
     Attributes:
       report: the content of eval.json.
-      rows: fields of the prompts, [N, ...] each.
-      answers: by way of attending.
+      prompts: the N prompts, from :func:`evaluation_prompts`.
+      answers: the answers to all prompts, one entry per section of the report.
     """
 
     report: dict[str, Any]
-    rows: Mapping[str, np.ndarray]
+    prompts: Sequence[Arrays]
     answers: Mapping[str, Answers]
 
 
 def evaluate(trained: Trained, samples: int) -> Evaluation:
-    """Answer unseen questions as the model was trained; if with gaze, also densely and routed at random.
+    """Answer unseen questions as trained; a gaze model also answers densely and with random routing.
 
     Args:
       trained: the model.
-      samples: of each family.
+      samples: number of questions per family.
 
     Returns:
-      The answers, and a report of sections "gaze", "dense" and "random_routing", all of the same weights
-      (of a dense arm "dense" alone). Each has a part per family ("acc", "ci", "samples"), "entries" (visual
-      keys per query, layer and head), and if routed "routing": see
-      :func:`gaze_jax.evaluate.metrics.best_layer`.
+      The answers, and a report with sections "gaze", "dense" and "random_routing", all with the same weights
+      (only "dense" for a dense arm). A section has an entry per family ("acc", "ci", "samples"), "entries"
+      (visual keys per query, layer and head) and, if routed, "routing"
+      (:func:`gaze_jax.evaluate.metrics.best_layer`).
     """
     experiment = trained.experiment
-    batches = evaluation_batches(trained, samples)
-    names = ("answer", "answer_box", "answer_view", "family", "images", "tokens")
-    rows = {n: np.concatenate([batch[n][batch["counted"]] for batch in batches]) for n in names}
+    prompts = evaluation_prompts(trained, samples)
+    names = ("answer", "answer_box", "answer_view", "family")
+    rows = {name: np.stack([row[name] for row in prompts]) for name in names}
     top_k = experiment.model.gaze.top_k
     ways: dict[str, tuple[int | None, Routing]] = {"dense": (None, Routing())}
     if top_k is not None:
@@ -185,7 +209,8 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
             "random_routing": (top_k, Routing(strategy="random")),
         }
     answers = {
-        name: answer(trained, batches, top_k=budget, route=route) for name, (budget, route) in ways.items()
+        name: answer(trained, prompts, top_k=budget, routing=routing)
+        for name, (budget, routing) in ways.items()
     }
     report: dict[str, Any] = {
         "arm": experiment.arm,
@@ -195,11 +220,11 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
         "regions": experiment.model.layout.regions,
     }
     report |= {name: _report(experiment, found, rows) for name, found in answers.items()}
-    return Evaluation(report, rows, answers)
+    return Evaluation(report, prompts, answers)
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for a person: one line per way of attending."""
+    """The report as a table, one line per section."""
     families = [name for name in FAMILIES if name in report["dense"]]
     lines = ["".join([f"{'':16}", *(f"{name:>26}" for name in families), f"{'entries':>10}{'routing':>18}"])]
     for way in ("gaze", "dense", "random_routing"):
@@ -218,16 +243,16 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
-    """Write the first test scene as ``scene.png`` and where its answer looked as ``gaze.png``."""
-    experiment, rows, found = trained.experiment, evaluation.rows, evaluation.answers["gaze"]
+    """Write the first test scene to ``scene.png`` and where its answer looked to ``gaze.png``."""
+    experiment, asked, found = trained.experiment, evaluation.prompts[0], evaluation.answers["gaze"]
     assert found.selected is not None, "the gaze arm selects"
-    image = np.round((rows["images"][0, 0] + 1) * 127.5).astype(np.uint8)
+    image = np.round((asked["images"][0] + 1) * 127.5).astype(np.uint8)
     PIL.Image.fromarray(image).save(workdir / SCENE)
     ids = [int(token) for token in found.tokens[0] if token >= 0]
-    boxes = [tuple(box) if box[0] >= 0 else None for box in rows["answer_box"][0].tolist()]
+    boxes = [tuple(box) if box[0] >= 0 else None for box in asked["answer_box"].tolist()]
     layer = evaluation.report["gaze"]["routing"]["layer"]
     layout = experiment.model.layout
-    question = trained.tokenizer.decode(rows["tokens"][0][rows["tokens"][0] >= 0].tolist(), skip_special=True)
+    question = trained.tokenizer.decode(asked["tokens"].tolist(), skip_special=True)
     sheet = answer_sheet(
         image,
         [trained.tokenizer.decode([token]) for token in ids],
@@ -245,8 +270,8 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run: print a table, write ``eval.json``, draw the picture.
 
     Args:
-      workdir: of the run.
-      samples: of each family; None is what the config says.
+      workdir: the run's directory.
+      samples: number of questions per family; None takes the config's.
 
     Returns:
       The report.
@@ -267,7 +292,7 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
 
 
 def best_layer_of(workdir: str | Path) -> int | None:
-    """The layer that routed best in the run's ``eval.json``; None if it names none."""
+    """The layer with the best routing accuracy in the run's ``eval.json``; None if there is none."""
     path = Path(workdir, FILE)
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return int(report["gaze"]["routing"]["layer"]) if "gaze" in report else None

@@ -1,8 +1,8 @@
-"""Model families, a file each: all that is particular to one, and here the tables of all of them.
+"""Model families, one file each, and the tables of all families.
 
-A family of multimodal models is a :class:`gaze_jax.families.family.Family`, known by ``views.style`` of a
-model's config. What is converted is known by ``model_type`` of ``config.json``, never by a name or a path;
-where the original code calls two kinds of model alike, by the class in ``architectures`` too.
+A family of multimodal models is a :class:`gaze_jax.families.family.Family`, identified by ``views.style`` of
+a model's config. A checkpoint to convert is identified by ``model_type`` of ``config.json``, never by a name
+or a path, and also by the class in ``architectures`` if the original code uses one ``model_type`` twice.
 """
 
 from collections.abc import Mapping
@@ -44,13 +44,13 @@ DECODERS: Mapping[str, DecoderConfig] = {**qwen.DECODERS}
 """Published name -> language model."""
 
 TOWERS: Mapping[str, VisionConfig] = {**siglip.TOWERS}
-"""Published name -> image tower up to the features that multimodal LLMs read."""
+"""Published name -> image tower, up to the layer whose features multimodal LLMs use."""
 
 MODELS: Mapping[str, MLLMConfig] = {
     **cambrian.MODELS,
     **{name: config for family in FAMILIES.values() for name, config in family.models.items()},
 }
-"""Name -> whole model."""
+"""Name -> multimodal model."""
 
 CONVERSIONS: Mapping[str, Conversion] = {
     **qwen.CONVERSIONS,
@@ -66,7 +66,7 @@ _ALIASES = {alias: name for name, conversion in CONVERSIONS.items() for alias in
 
 
 def get_family(style: str) -> Family:
-    """The family that ``views.style`` of a model's config names.
+    """The family named by ``views.style`` of a model's config.
 
     Raises:
       UserError: there is no such family.
@@ -77,23 +77,23 @@ def get_family(style: str) -> Family:
 
 
 def check_views(views: ViewConfig) -> None:
-    """Check the views of a model's config that comes from a file.
+    """Check the views of a model's config read from a file.
 
     Raises:
-      UserError: they are of no family, or have a field that their family would ignore.
+      UserError: no family has their style, or a field is set that their family would ignore.
     """
     check_style(get_family(views.style).views, views)
 
 
 def model_type_of(config: Json, where: str) -> str:
-    """The key in :data:`CONVERSIONS` of a ``config.json``: its ``model_type``, unless that says too little.
+    """The key of a ``config.json`` in :data:`CONVERSIONS`: its ``model_type``, unless that is ambiguous.
 
     Args:
       config: the file's content.
-      where: what to call it in messages.
+      where: the file's name in error messages.
 
     Raises:
-      UserError: there is no conversion of such a model.
+      UserError: there is no conversion for the model.
     """
     kind, classes = config.get("model_type"), config.get("architectures")
     for alias in _ALIASES:
@@ -114,10 +114,10 @@ def conversion_of(config: Json, where: str) -> Conversion:
 
 
 def written_as(config: DecoderConfig | VisionConfig) -> str:
-    """The ``model_type`` under which a part without a source is written.
+    """The ``model_type`` under which a decoder or tower without a source checkpoint is written.
 
     Raises:
-      UserError: no family is like it.
+      UserError: no family matches the config.
     """
     part = "vision" if isinstance(config, VisionConfig) else "decoder"
     known = {name: conversion for name, conversion in CONVERSIONS.items() if conversion.part == part}

@@ -1,6 +1,6 @@
 """The models of the paper, Gaze Attention (arXiv 2605.13080): a language model and a SigLIP2.
 
-They read images as ``square`` does. None was published, so there are sizes and no conversion.
+They read images as ``square`` does. No weights were published, so there are configs but no conversion.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ MODELS: Mapping[str, MLLMConfig] = {
     "cambrian-7b-384": _model("qwen2.5-7b", 384),
     "cambrian-7b-512": _model("qwen2.5-7b", 512),
 }
-"""They select 4 of 16 regions per query: the paper's best average at 144 of 576 entries."""
+"""The paper's models, selecting 4 of 16 regions per query: its best average at 144 of 576 entries."""
 
 
 def dense(config: MLLMConfig) -> MLLMConfig:
-    """The paper's baseline of a model: every visual token, no context tokens."""
+    """The paper's baseline for a model: every visual token, no context tokens."""
     return dataclasses.replace(config, gaze=dataclasses.replace(config.gaze, top_k=None, context_tokens=0))

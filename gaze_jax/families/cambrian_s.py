@@ -1,8 +1,8 @@
-"""Cambrian-S, as its own code saves it and shows it images and frames.
+"""Cambrian-S: checkpoints as its own code saves them, and its views of images and frames.
 
-Always a newline after each row. An image alone: padded with grey to a square, pooled and unpadded, then its
-tiles on grey, pooled, unpadded. One of several (or alone without canvases): without the tiles. A frame:
-padded, pooled to ``frame_side`` and unpadded.
+A newline always follows each row. A single image is padded with grey to a square, pooled and unpadded; its
+tiles on grey follow, pooled and unpadded. One of several images (or a single one without canvases) has no
+tiles. A frame is padded, pooled to ``frame_side`` and unpadded.
 
 Paper: "Cambrian-S: Towards Spatial Supersensing in Video" (arXiv 2511.04670).
 """
@@ -62,14 +62,14 @@ def _frame_grid(layout: VisualLayout, size: Size) -> Grid:
 def cambrian_canvases(size: int, max_subimages: int) -> tuple[tuple[int, int], ...]:
     """Canvases (height, width) of up to ``max_subimages`` tiles of ``size`` pixels.
 
-    In the order in which the original code tries them: by width first.
+    They are in the order in which the original code tries them: by width first.
     """
     sides = range(1, max_subimages + 1)
     return tuple((y * size, x * size) for x in sides for y in sides if x * y <= max_subimages)
 
 
 def _side(fields: Fields, name: str) -> int:
-    """Tokens per side of a square of ``name`` tokens."""
+    """Side of a square grid whose number of tokens is the field ``name``."""
     tokens = fields.get(name, int)
     side = math.isqrt(max(tokens, 0))
     if side < 1 or side * side != tokens:
@@ -78,7 +78,7 @@ def _side(fields: Fields, name: str) -> int:
 
 
 def _canvases(fields: Fields, size: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the tiles; none where images are only padded."""
+    """(height, width) of the canvases for tiles; none if images are only padded."""
     fields.only("image_aspect_ratio", "anyres", "pad", required=True)
     if fields.get("image_aspect_ratio", str) == "pad":
         return ()
@@ -117,7 +117,7 @@ _NAMES = Names(
 
 
 def _name(name: str) -> str:
-    """Without what torch-xla's FSDP wraps modules in."""
+    """The name without the wrapper prefixes of torch-xla's FSDP."""
     return name.replace("_orig_module.", "")
 
 
@@ -136,7 +136,7 @@ _CONVERSION = Conversion(
 )
 
 _VIEWS = ViewConfig(STYLE, canvases=cambrian_canvases(384, 9), image_side=27, frame_side=8)
-"""With a tower of 384 pixels and 27x27 tokens, as it is evaluated: a frame has up to 64 tokens."""
+"""As evaluated by its authors, for a tower of 384 pixels and 27x27 tokens: a frame has up to 64 tokens."""
 
 
 def _published(decoder: str) -> MLLMConfig:
@@ -149,15 +149,15 @@ MODELS: Mapping[str, MLLMConfig] = {
     "cambrian-s-3b": _published("qwen2.5-3b"),
     "cambrian-s-7b": _published("qwen2.5-7b"),
 }
-"""Published sizes: dense, as conversion writes them."""
+"""Published sizes, with dense attention as written by conversion."""
 
 CAMBRIAN_S = Family(
     views=ViewStyle(STYLE, _image_grids, _frame_grid, unused={"max_tiles": "shrinks no tile grid"}),
     frames=FrameSampling(fps=1.0, max_frames=128),
     arrange=media_first,
     system="You are a helpful assistant.",
-    # Like LLaVA-NeXT for Qwen before it, it also trains on every line feed and on the tokens that open and
-    # end a turn, in the turns of system and user too.
+    # As in LLaVA-NeXT for Qwen, every line feed and every token that starts or ends a turn is a target too,
+    # even in turns of system and user.
     supervision=Supervision(turn_spans, ("\n", START, END)),
     conversions={"cambrian_qwen": _CONVERSION},
     models=MODELS,

@@ -1,14 +1,13 @@
-"""What the language models have in common: transformers' names, the fields of config.json, the rules."""
+"""Shared by the language models: transformers' tensor names, fields of config.json, conversion rules."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from gaze_jax.families.table import Conversion, Fields, Json, Rule, linear
 from gaze_jax.models.config import DecoderConfig
 
 
 def _rope_theta(fields: Fields, config: Json) -> float:
-    """transformers 5 nests what older versions keep at the top; 10000 is its default."""
+    """The RoPE base: transformers 5 nests it, older versions have it at the top level; 10000 by default."""
     nested = config.get("rope_parameters")
     if nested is None:
         fields.only("rope_scaling", None)
@@ -25,12 +24,12 @@ def read_decoder(
 
     Args:
       config: as transformers writes it.
-      where: what to call it in messages.
-      qk_norm, qkv_bias: of its family.
-      head_dim: default of its family; None: the width over the number of heads.
+      where: the file's name in error messages.
+      qk_norm, qkv_bias: whether the family has them.
+      head_dim: the family's default; None: the width divided by the number of heads.
 
     Raises:
-      UserError: a field is missing, of another type, or would compute something else.
+      UserError: a field is missing, has the wrong type, or asks for an unsupported computation.
     """
     fields = Fields(config, where)
     width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
@@ -58,7 +57,7 @@ def read_decoder(
     )
 
 
-def write_decoder(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, Any]:
+def write_decoder(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, object]:
     """The inverse of :func:`read_decoder`, for a class of transformers."""
     return {
         "architectures": [architecture],
@@ -79,7 +78,7 @@ def write_decoder(config: DecoderConfig, model_type: str, architecture: str) -> 
 
 
 def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """The table of a language model; it has rules only for the parameters that ``config`` has."""
+    """The conversion rules of a language model, for the parameters that ``config`` has."""
     block, layer = "decoder/layers", "model.layers.{}"
     attention, depth = f"{block}/self_attn", config.depth
     rules = [Rule("decoder/embedding", "model.embed_tokens.weight")]
@@ -105,18 +104,18 @@ def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
 
 
 def implied_head(config: DecoderConfig) -> Mapping[str, str]:
-    """The head of a tied model, which a file may repeat, and the table that it must equal."""
+    """The tensor of a tied head, which a file may repeat, and the embedding table that it must equal."""
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
 
 
 def decoder_conversion(
     read: Callable[[Json], DecoderConfig],
-    write: Callable[[DecoderConfig], dict[str, Any]],
+    write: Callable[[DecoderConfig], dict[str, object]],
     *,
     qk_norm: bool,
     qkv_bias: bool,
 ) -> Conversion:
-    """The conversion of language models with these norms and biases."""
+    """The conversion of language models with the given norms and biases."""
     return Conversion(
         part="decoder",
         read_config=read,

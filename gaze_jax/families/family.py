@@ -1,4 +1,4 @@
-"""What a family of multimodal models is: all in which it differs from the others."""
+"""A family of multimodal models: everything in which families differ."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from gaze_jax.models.config import MLLMConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Multimodal models that read images, videos and conversations alike.
+    """Multimodal models that treat images, videos and conversations in the same way.
 
     Attributes:
       views: how images and frames become token grids. Its name is the value of ``views.style`` in a model's
         config, and the key of the family.
-      frames: which frames of a video its models are shown, as their authors evaluate them.
+      frames: how frames of a video are sampled in the authors' evaluation.
       arrange: the order of media and text in a turn.
-      system: the system prompt that its models were trained with; None: none.
-      supervision: what of a conversation its authors trained on.
+      system: the system prompt that its models were trained with; None: no system prompt.
+      supervision: which parts of a conversation the authors trained on.
       conversions: ``model_type`` of ``config.json`` -> how such a checkpoint is read and written.
       models: published name -> config.
     """

@@ -1,9 +1,8 @@
-"""What whole multimodal models have in common: tower, projector, newline embedding, language model."""
+"""Shared by multimodal models: tower, projector, newline embedding, language model."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.errors import UserError
@@ -23,7 +22,7 @@ def joint_rules(
     projector: tuple[str, str] = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     newline: str = "image_newline",
 ) -> tuple[Rule, ...]:
-    """Projector, newline and context tokens; by default under transformers' names where it has them."""
+    """Rules of projector, newline and context tokens; default names are those of transformers, if any."""
     rules = [
         *linear("projector/linear_1", projector[0], 0, bias=True),
         *linear("projector/linear_2", projector[1], 0, bias=True),
@@ -35,29 +34,29 @@ def joint_rules(
 
 
 def whole_rules(config: MLLMConfig, names: Names) -> tuple[Rule, ...]:
-    """The tables of all parts, under the names that they have in a whole model."""
+    """The rules of all parts, under their names in a multimodal model."""
     tower = (dataclasses.replace(r, tensor=names.vision + r.tensor) for r in siglip_rules(config.tower))
     decoder = (dataclasses.replace(r, tensor=names.decoder + r.tensor) for r in decoder_rules(config.decoder))
     return (*tower, *joint_rules(0, names.projector, names.newline), *decoder)
 
 
 def whole_unused(config: MLLMConfig, name: str, names: Names) -> bool:
-    """Whether ``name`` belongs to the tower and lies behind the features that are read."""
+    """Whether ``name`` is a tensor of the tower after the layer whose features are used."""
     bare = name.removeprefix(names.vision)
     return name.startswith(names.vision) and siglip_unused(config.tower, bare)
 
 
 def whole_implied(config: MLLMConfig, names: Names) -> Mapping[str, str]:
-    """A tied head under its name in a whole model."""
+    """:func:`implied_head` under the names of a multimodal model."""
     pairs = implied_head(config.decoder).items()
     return {names.decoder + copy: names.decoder + original for copy, original in pairs}
 
 
 def whole_config(decoder: DecoderConfig, tower: VisionConfig, views: ViewConfig) -> MLLMConfig:
-    """A model that computes what the original does: dense, causal over all visual tokens, no context tokens.
+    """The config equivalent to the original: dense, causal over all visual tokens, no context tokens.
 
     Raises:
-      ValueError: tiles that are no multiples of the tower's image size.
+      ValueError: tiles are not multiples of the tower's image size.
     """
     side = min(_REGION, tower.grid)
     gaze = GazeConfig((side, side), context_tokens=0, visual_scope="all", visual_causal=True)
@@ -67,16 +66,16 @@ def whole_config(decoder: DecoderConfig, tower: VisionConfig, views: ViewConfig)
 
 
 def published(decoder: DecoderConfig, tower: VisionConfig, views: ViewConfig) -> MLLMConfig:
-    """:func:`whole_config` in bfloat16, as whole models are published."""
+    """:func:`whole_config` in bfloat16, the dtype of published multimodal models."""
     config = whole_config(decoder, tower, views)
     return dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
 
 
-def pairs(value: Any, name: str) -> tuple[tuple[int, int], ...]:
-    """A list of pairs of numbers, from field ``name``.
+def pairs(value: Sequence[object], name: str) -> tuple[tuple[int, int], ...]:
+    """The value of field ``name``, checked to be a list of pairs of numbers.
 
     Raises:
-      UserError: it is something else.
+      UserError: it is not.
     """
     found = tuple(tuple(pair) for pair in value if isinstance(pair, list))
     right = all(len(pair) == 2 and all(type(side) is int and side > 0 for side in pair) for pair in found)
@@ -89,7 +88,7 @@ def max_tiles(value: str, name: str) -> int:
     """N of "anyres_max_N", the value of field ``name``.
 
     Raises:
-      UserError: it says something else.
+      UserError: the value has another form.
     """
     found = re.fullmatch(r"anyres_max_([1-9]\d*)", value)
     if found is None:
@@ -102,11 +101,11 @@ def named_tower(name: str, given: VisionConfig | None, fields: Fields) -> Vision
 
     Args:
       name: a path or a Hub id.
-      given: the tower that another directory describes, up to the features; None without one.
-      fields: of config.json; its ``mm_hidden_size`` must be the tower's width.
+      given: the tower described by another directory, up to the features; None without one.
+      fields: the fields of config.json; ``mm_hidden_size`` must be the tower's width.
 
     Raises:
-      UserError: the tower is not known, or is not the one that was given.
+      UserError: the tower is unknown, or differs from ``given``.
     """
     published = TOWERS.get(name.rstrip("/").rpartition("/")[2])
     tower = published if given is None else given
@@ -131,7 +130,7 @@ def named_tower(name: str, given: VisionConfig | None, fields: Fields) -> Vision
 
 
 def unscaled_decoder(config: Json) -> DecoderConfig:
-    """A Qwen2 whose fields lie at the top of ``config.json`` and whose code sets ``rope_scaling`` to None."""
+    """A Qwen2 with its fields at the top of ``config.json``, whose code sets ``rope_scaling`` to None."""
     plain = {name: value for name, value in config.items() if name not in ("rope_scaling", "rope_parameters")}
     nested = config.get("rope_parameters")
     if isinstance(nested, dict) and "rope_theta" in nested:
@@ -140,7 +139,7 @@ def unscaled_decoder(config: Json) -> DecoderConfig:
 
 
 def scaling_remarks(config: Json) -> tuple[str, ...]:
-    """Says so if :func:`unscaled_decoder` ignored something."""
+    """A remark if :func:`unscaled_decoder` ignored a ``rope_scaling``; otherwise empty."""
     nested = config.get("rope_parameters")
     scaling = config.get("rope_scaling")
     if isinstance(nested, dict) and nested.get("rope_type", "default") != "default":

@@ -1,7 +1,6 @@
 """Llama, whose projections have neither biases nor norms. Names and defaults are those of transformers."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from gaze_jax.families.decoder import decoder_conversion, read_decoder, write_decoder
 from gaze_jax.families.table import Conversion, Json
@@ -12,7 +11,7 @@ def _read(config: Json) -> DecoderConfig:
     return read_decoder(config, qk_norm=False, qkv_bias=False)
 
 
-def _write(config: DecoderConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, object]:
     return write_decoder(config, "llama", "LlamaForCausalLM")
 
 

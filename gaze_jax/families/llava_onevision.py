@@ -1,8 +1,9 @@
-"""LLaVA-OneVision: as transformers has it, and as LLaVA-NeXT's own code saves it.
+"""LLaVA-OneVision: checkpoints of transformers and of LLaVA-NeXT's own code.
 
-An image alone, as transformers reads it: squashed, then its tiles on black, unpadded, shrunk if they are
-many, a newline after each row of tiles. One of several (or alone without canvases): padded with grey to a
-square and kept whole, and one newline. A frame: squashed and pooled; one newline after the last.
+A single image is treated as in transformers: resized to a square, followed by its tiles on black, unpadded,
+shrunk if there are many, with a newline after each row of tiles. One of several images (or a single one
+without canvases) is padded with grey to a square, kept whole, and followed by one newline. A frame is resized
+to a square and pooled; one newline follows the last frame.
 
 Papers and code: "LLaVA-OneVision: Easy Visual Task Transfer" (Li et al., arXiv 2408.03326);
 transformers' ``LlavaOnevisionForConditionalGeneration``; LLaVA-NeXT's ``LlavaQwenForCausalLM``.
@@ -13,8 +14,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from gaze_jax.chat.messages import Content, media_first
 from gaze_jax.core.layout import ViewConfig, VisualLayout
@@ -45,7 +45,7 @@ from gaze_jax.models.config import MLLMConfig, VisionConfig
 STYLE = "llava_onevision"
 
 SHRINK_ABOVE = 1.1
-"""A tile grid is left alone whose side is up to this many times what ``max_tiles`` allows."""
+"""A tile grid is shrunk only if its side is more than this many times what ``max_tiles`` allows."""
 
 
 def _shrunk(shape: tuple[int, int], layout: VisualLayout, size: Size) -> tuple[int, int]:
@@ -67,7 +67,7 @@ def _image_grids(layout: VisualLayout, size: Size, alone: bool) -> tuple[list[Gr
     side, canvas = layout.grid, tile_canvas(layout, size, alone)
     if canvas is None:
         return [whole_grid(layout, size, side, "pad")], True
-    # transformers rounds to 7 digits before it cuts the fraction of a row off.
+    # transformers rounds to 7 digits before it truncates to whole rows.
     tiles = unpadded_grid(layout, size, side, canvas=canvas, colour=BLACK, digits=7)
     tiles = dataclasses.replace(tiles, shape=_shrunk(tiles.shape, layout, size))
     return shown_grids([whole_grid(layout, size, side, "squash"), tiles], size, "An image"), False
@@ -90,10 +90,10 @@ _TEXT_DEFAULTS = {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
-"""Of transformers' Qwen2Config: a nested config omits what is default."""
+"""Defaults of transformers' Qwen2Config; a nested config omits them."""
 
 _CANVASES = tuple(itertools.product(range(384, 2305, 384), range(384, 2305, 384)))
-"""Of transformers' LlavaOnevisionConfig."""
+"""Default canvases of transformers' LlavaOnevisionConfig."""
 
 
 def _views(tower: VisionConfig, canvases: tuple[tuple[int, int], ...], tiles: int | None) -> ViewConfig:
@@ -101,7 +101,7 @@ def _views(tower: VisionConfig, canvases: tuple[tuple[int, int], ...], tiles: in
     return ViewConfig(STYLE, canvases, max_tiles=tiles, frame_side=half)
 
 
-def _nested(fields: Fields, name: str, kind: str) -> dict[str, Any]:
+def _nested(fields: Fields, name: str, kind: str) -> dict[str, object]:
     values = fields.get(name, dict)
     Fields(values, f"{fields.where}: {name}").only("model_type", kind)
     return {key: value for key, value in values.items() if value is not None}
@@ -115,7 +115,7 @@ def _read_llava_onevision(config: Json) -> MLLMConfig:
     fields.only("projector_hidden_act", "gelu")
     fields.only("multimodal_projector_bias", True)
     fields.only("quantization_config", None)
-    # transformers ties where either level says so.
+    # transformers ties the embeddings if either level says so.
     tied = fields.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", False)
     decoder = read_qwen2(text | {"tie_word_embeddings": tied}, f"{fields.where}: text_config")
     layer = fields.get("vision_feature_layer", int, -1)
@@ -133,11 +133,11 @@ _HF = Names(
     projector=("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     newline="image_newline",
 )
-"""What transformers 5 saves."""
+"""Names that transformers 5 saves."""
 
 
 def _hf_name(name: str) -> str:
-    """Names of the Hub's files (transformers 4) and names in memory (transformers 5) as 5 saves them."""
+    """Map names of the Hub's files (transformers 4) and in memory (5) to those that transformers 5 saves."""
     if name == "lm_head.weight":
         return f"{_HF.decoder}{name}"
     name = name.removeprefix("model.")
@@ -165,8 +165,8 @@ _TRANSFORMERS = Conversion(
 )
 
 
-def _next_canvases(value: Any, size: int) -> tuple[tuple[int, int], ...]:
-    """LLaVA-NeXT's (width, height), as a list or as the first and last pair of counts of tiles."""
+def _next_canvases(value: str | Sequence[object], size: int) -> tuple[tuple[int, int], ...]:
+    """LLaVA-NeXT's canvases (width, height): a list, or the first and last pair of tile counts."""
     name = "image_grid_pinpoints"
     if isinstance(value, str):
         ends = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", value)]
@@ -213,7 +213,7 @@ _LLAVA_NEXT = Conversion(
     read_config=_read_llava_next,
     rules=functools.partial(whole_rules, names=_NEXT),
     names=_NEXT,
-    # LLaVA-NeXT's code writes "llava", which is another model in transformers, or the language model's type.
+    # LLaVA-NeXT's code writes "llava", a different model in transformers, or the language model's type.
     aliases=(("llava", "LlavaQwenForCausalLM"), ("qwen2", "LlavaQwenForCausalLM")),
     tower_elsewhere=True,
     remarks=scaling_remarks,
@@ -224,7 +224,7 @@ _LLAVA_NEXT = Conversion(
 
 
 def _published(decoder: str, rows: int) -> MLLMConfig:
-    # Two tokens were added to the vocabulary, and rows up to a multiple of 64.
+    # Two tokens were added to the vocabulary, which was then padded to a multiple of 64 rows.
     widened = dataclasses.replace(DECODERS[decoder], vocab_size=rows)
     tower = TOWERS["siglip-so400m-patch14-384"]
     return published(widened, tower, _views(tower, _CANVASES, 9))
@@ -234,7 +234,7 @@ MODELS: Mapping[str, MLLMConfig] = {
     "llava-onevision-qwen2-0.5b": _published("qwen2.5-0.5b", 152000),
     "llava-onevision-qwen2-7b": _published("qwen2.5-7b", 152128),
 }
-"""Published sizes: dense, as conversion writes them."""
+"""Published sizes, with dense attention as written by conversion."""
 
 LLAVA_ONEVISION = Family(
     views=ViewStyle(

@@ -1,7 +1,6 @@
 """Qwen2, Qwen2.5 and Qwen3 (dense). Names and defaults are those of transformers."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from gaze_jax.errors import UserError
 from gaze_jax.families.decoder import decoder_conversion, read_decoder, write_decoder
@@ -20,11 +19,11 @@ DECODERS: Mapping[str, DecoderConfig] = {
     "qwen3-4b": DecoderConfig(151936, 2560, 36, 32, 8, 128, 9728, **_QWEN3),
     "qwen3-4b-instruct-2507": DecoderConfig(151936, 2560, 36, 32, 8, 128, 9728, rope_theta=5e6, **_QWEN3),
 }
-"""Published sizes; Qwen2 has those of Qwen2.5."""
+"""Published sizes; Qwen2's are those of Qwen2.5."""
 
 
 def read_qwen2(config: Json, where: str = "config.json") -> DecoderConfig:
-    """The Qwen2 or Qwen2.5 that ``config`` describes; ``where`` is what to call it in messages."""
+    """The Qwen2 or Qwen2.5 that ``config`` describes; ``where`` is the file's name in error messages."""
     return read_decoder(config, where, qk_norm=False, qkv_bias=True)
 
 
@@ -32,7 +31,7 @@ def _read_qwen3(config: Json) -> DecoderConfig:
     return read_decoder(config, qk_norm=True, qkv_bias=False, head_dim=128)
 
 
-def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+def _write_qwen2(config: DecoderConfig) -> dict[str, object]:
     if config.head_dim * config.num_heads != config.width:
         raise UserError(
             f"decoder.head_dim={config.head_dim} times decoder.num_heads={config.num_heads} is not "
@@ -41,7 +40,7 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
     return write_decoder(config, "qwen2", "Qwen2ForCausalLM")
 
 
-def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
+def _write_qwen3(config: DecoderConfig) -> dict[str, object]:
     return write_decoder(config, "qwen3", "Qwen3ForCausalLM")
 
 
@@ -49,4 +48,4 @@ CONVERSIONS: Mapping[str, Conversion] = {
     "qwen2": decoder_conversion(read_qwen2, _write_qwen2, qk_norm=False, qkv_bias=True),
     "qwen3": decoder_conversion(_read_qwen3, _write_qwen3, qk_norm=True, qkv_bias=False),
 }
-"""``model_type`` -> conversion. Qwen2 has biases of q, k and v; Qwen3 has norms of q and k instead."""
+"""``model_type`` -> conversion. Qwen2 has biases on q, k and v; Qwen3 has norms on q and k instead."""

@@ -1,8 +1,7 @@
-"""Image towers: SigLIP and fixed-resolution SigLIP2, alone or inside a whole SigLIP."""
+"""Image towers: SigLIP and fixed-resolution SigLIP2, alone or as part of a complete SigLIP."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from gaze_jax.models.config import VisionConfig
 
 
 def _so400m(image_size: int, patch_size: int) -> VisionConfig:
-    # The features after layer 26 of 27, which multimodal LLMs read.
+    # Up to layer 26 of 27, whose features multimodal LLMs use.
     return VisionConfig(image_size, patch_size, 1152, depth=26, num_heads=16, mlp_dim=4304)
 
 
@@ -26,13 +25,13 @@ TOWERS: Mapping[str, VisionConfig] = {
 
 
 def _tower_fields(config: Json) -> Json:
-    """The vision part: a whole SigLIP nests it and, like the tower alone, omits what is default."""
+    """The vision part, which a complete SigLIP nests; both forms omit default values."""
     nested = config.get("vision_config")
     return config if nested is None else nested
 
 
 def read_siglip(config: Json) -> VisionConfig:
-    """The tower of a ``config.json``, at its top or in ``vision_config``, with all of its layers."""
+    """The tower described by a ``config.json``, at its top or in ``vision_config``, with all its layers."""
     fields = Fields(_tower_fields(config), "config.json")
     fields.only("hidden_act", "gelu_pytorch_tanh")
     fields.only("num_channels", 3)
@@ -49,7 +48,7 @@ def read_siglip(config: Json) -> VisionConfig:
     )
 
 
-def _write_siglip(config: VisionConfig) -> dict[str, Any]:
+def _write_siglip(config: VisionConfig) -> dict[str, object]:
     return {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",
@@ -67,7 +66,7 @@ def _write_siglip(config: VisionConfig) -> dict[str, Any]:
 
 
 def siglip_rules(config: VisionConfig) -> tuple[Rule, ...]:
-    """SigLIP and fixed-resolution SigLIP2, as many encoder layers as the features need."""
+    """Rules of SigLIP and fixed-resolution SigLIP2, for the encoder layers that the features need."""
     block, layer, depth = "vision/layers", "encoder.layers.{}", config.depth
     rules = [
         Rule("vision/patch_embedding/kernel", "embeddings.patch_embedding.weight", "conv"),
@@ -108,7 +107,7 @@ def _siglip_name(name: str) -> str:
 
 
 def siglip_unused(config: VisionConfig, name: str) -> bool:
-    """Whether a tower has this tensor and does not need it for the features up to ``config.depth``."""
+    """Whether this is a tensor of the tower that the features up to ``config.depth`` do not need."""
     if name.startswith("head."):
         return True
     if name.startswith("post_layernorm."):
@@ -136,7 +135,7 @@ CONVERSIONS: Mapping[str, Conversion] = {
     "siglip": _SIGLIP,
     "siglip_vision_model": dataclasses.replace(_SIGLIP, writes=lambda config: True),
 }
-"""``model_type`` -> conversion: a whole SigLIP, of which the tower is read, and a tower alone."""
+"""``model_type`` -> conversion: a complete SigLIP, of which only the tower is used, or a tower alone."""
 
 _NAFLEX = (
     "is a NaFlex SigLIP2, which takes images of any shape and is not supported; use a fixed-resolution "
@@ -147,16 +146,16 @@ REFUSED: Mapping[str, str] = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLE
 
 
 def feature_tower(config: VisionConfig, feature_layer: int, setting: str = "--feature_layer") -> VisionConfig:
-    """The tower up to the features that a language model reads.
+    """The tower up to the layer whose features a language model uses.
 
     Args:
-      config: of all layers.
+      config: the tower with all its layers.
       feature_layer: index into the hidden states, as in ``vision_feature_layer``: -1 is after the last
-        layer, -2 the one before. The final LayerNorm is left out.
-      setting: what to call ``feature_layer`` where it is wrong.
+        layer, -2 the one before. The final LayerNorm is omitted.
+      setting: name of ``feature_layer`` in error messages.
 
     Raises:
-      UserError: there is no such layer.
+      UserError: the layer does not exist.
     """
     depth = config.depth + 1 + feature_layer
     if not (feature_layer < 0 < depth):

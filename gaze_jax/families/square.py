@@ -1,6 +1,6 @@
-"""Square: an image or a frame, squashed to the tower's size, is one view of its tokens without newlines.
+"""Square: an image or a frame is resized to the tower's square and becomes one view without newlines.
 
-The digit scenes, models composed of a language model and a tower, and the paper's models read images so.
+Used by the digit scenes, by models composed of a language model and a tower, and by the paper's models.
 """
 
 from gaze_jax.chat.messages import as_written

@@ -1,31 +1,33 @@
 """The vocabulary of a conversion table: one row per parameter, read in both directions.
 
-A row says which leaf of this project's parameters holds which tensor of a checkpoint, and how the axes
-differ. Layers are stacked here and apart there, so ``{}`` in a tensor's name stands for the layer.
+A row says which leaf of this project's parameters corresponds to which tensor of a checkpoint, and how their
+axes differ. Leaves stack the layers and checkpoints do not, so ``{}`` in a tensor's name is the layer.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
 from gaze_jax.errors import UserError
 
 Json = Mapping[str, Any]
+_Config = Any  # a DecoderConfig, VisionConfig or MLLMConfig; a conversion takes that of its part
+_T = TypeVar("_T")
 Layout = Literal["same", "linear", "conv"]
 
 _TO_LEAF: Mapping[str, tuple[int, ...] | None] = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
 _TO_TENSOR: Mapping[str, tuple[int, ...] | None] = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
 
 
-# A strip at a time keeps both sides of a transposition in the cache: several times the speed of one .T copy.
+# Transposing in strips keeps source and target in the CPU cache: several times as fast as one .T copy.
 _STRIP = 256
 
 
 def copy(out: np.ndarray, values: np.ndarray) -> None:
-    """``out[...] = values`` of one dtype, quick where ``values`` is a transposed view."""
-    # numpy copies bfloat16, which is not its own, element by element.
+    """``out[...] = values`` for equal dtypes, fast if ``values`` is a transposed view."""
+    # numpy copies bfloat16, which is not a built-in dtype, element by element.
     words = np.dtype(f"u{out.dtype.itemsize}")
     out, values = out.view(words), values.view(words)
     if values.ndim == 2 and not values.flags.c_contiguous:
@@ -37,13 +39,13 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One leaf and the tensor or tensors that fill it.
+    """One leaf and the tensors that fill it.
 
     Attributes:
       leaf: path in the parameters, such as "decoder/layers/mlp/up_proj/kernel".
-      tensor: name in the checkpoint; with ``{}`` for the layer if ``layers``.
+      tensor: name in the checkpoint; contains ``{}`` for the layer if ``layers`` is not 0.
       layout: "same"; "linear", torch's [out, in] for Flax's [in, out]; "conv", OIHW for HWIO.
-      layers: the leaf stacks this many tensors on its first axis; 0 if it is one tensor.
+      layers: number of tensors stacked on the leaf's first axis; 0 if the leaf is one tensor.
     """
 
     leaf: str
@@ -72,20 +74,20 @@ class Rule:
         return out
 
     def tensor_shape(self, leaf_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of each tensor of a leaf of ``leaf_shape``."""
+        """Shape of each tensor, for a leaf of ``leaf_shape``."""
         shape = leaf_shape[1:] if self.layers else leaf_shape
         axes = _TO_TENSOR[self.layout]
         return shape if axes is None else tuple(shape[axis] for axis in axes)
 
 
 def linear(leaf: str, tensor: str, layers: int, *, bias: bool) -> tuple[Rule, ...]:
-    """The rules of a linear layer, or of one in each of ``layers``."""
+    """The rules of a linear layer, or of one per layer if ``layers`` is not 0."""
     kernel = Rule(f"{leaf}/kernel", f"{tensor}.weight", "linear", layers)
     return (kernel, Rule(f"{leaf}/bias", f"{tensor}.bias", "same", layers)) if bias else (kernel,)
 
 
 def layer_norm(leaf: str, tensor: str, layers: int = 0) -> tuple[Rule, ...]:
-    """The rules of a LayerNorm, or of one in each of ``layers``."""
+    """The rules of a LayerNorm, or of one per layer if ``layers`` is not 0."""
     return (
         Rule(f"{leaf}/scale", f"{tensor}.weight", "same", layers),
         Rule(f"{leaf}/bias", f"{tensor}.bias", "same", layers),
@@ -93,18 +95,18 @@ def layer_norm(leaf: str, tensor: str, layers: int = 0) -> tuple[Rule, ...]:
 
 
 Part = Literal["decoder", "vision", "model"]
-"""What a directory holds: a language model, an image tower, or both with what joins them."""
+"""What a directory contains: a language model, an image tower, or a multimodal model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How a whole model calls its parts.
+    """Tensor names of the parts of a multimodal model.
 
     Attributes:
-      decoder: before the names of transformers' language model, such as "language_model.".
-      vision: before the names of transformers' SiglipVisionModel, such as "vision_tower.".
-      projector: of its two linear layers.
-      newline: of the newline embedding.
+      decoder: prefix of the names of transformers' language model, such as "language_model.".
+      vision: prefix of the names of transformers' SiglipVisionModel, such as "vision_tower.".
+      projector: names of the projector's two linear layers.
+      newline: name of the newline embedding.
     """
 
     decoder: str
@@ -115,15 +117,15 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """A class of transformers that reads a whole model, and where its parts are: attribute paths with dots.
+    """A class of transformers that loads a multimodal model, and dotted attribute paths of its parts.
 
     Attributes:
-      name: of the class.
-      layers: of the language model.
-      tower: of the image tower, a SiglipVisionModel.
-      feature_layer: of the index into the tower's hidden states that the projector reads.
-      projector: of the projector.
-      newline: of the newline embedding.
+      name: name of the class.
+      layers: path of the language model's layers.
+      tower: path of the image tower, a SiglipVisionModel.
+      feature_layer: path of the index into the tower's hidden states that the projector reads.
+      projector: path of the projector.
+      newline: path of the newline embedding.
     """
 
     name: str
@@ -140,57 +142,63 @@ class Conversion:
 
     Attributes:
       part: the subtree of the parameters that it fills, "decoder" or "vision"; "model" for all of them.
-      read_config: from the checkpoint's ``config.json``; raises a UserError for what is not supported.
-      rules: the table, of every parameter of the part.
+      read_config: reads the checkpoint's ``config.json``; raises a UserError for unsupported values.
+      rules: rules for every parameter of the part.
       write_config: the inverse of ``read_config``, for a part that was not converted from a checkpoint. A
-        whole model without a source is written as two parts, so it has none.
-      aliases: (``model_type``, class in ``architectures``) that mean it too.
+        multimodal model without a source is written as two parts, so it has none.
+      aliases: other (``model_type``, class in ``architectures``) pairs that this conversion handles.
       writes: whether a config of the part without a source is written as this ``model_type``.
-      names: of a whole model.
-      tower_elsewhere: of a whole model whose ``config.json`` only names its tower. ``read_config`` takes the
-        tower's VisionConfig (None: not known) as a second argument, and the file may lack the tower.
+      names: tensor names of a multimodal model.
+      tower_elsewhere: True for a multimodal model whose ``config.json`` only names its tower. ``read_config``
+        then takes the tower's VisionConfig (None: not known) as a second argument, and the file may lack the
+        tower.
       remarks: sentences about values of ``config.json`` that the original code ignores.
-      canonical: a tensor's name without the prefixes that differ between versions of transformers.
-      unused: whether the tensor of that canonical name belongs to the model but takes no part in what is
-        computed here; such tensors are kept beside the parameters and written back.
-      left_out: pattern of canonical names -> why tensors of such names are not converted at all.
-      own_config: config.json of the part alone, where the checkpoint's describes more than the part.
-      implied: tensor that tied models may repeat -> the one that it must equal.
-      defaults: tensors that transformers wants though nothing here computes with them, for a model without
-        a source.
-      original: the class of transformers that reads a whole model; None: it has none, and the original is
-        put together of parts for comparison.
+      canonical: removes the prefixes that differ between versions of transformers from a tensor's name.
+      unused: whether the tensor of a canonical name belongs to the model but is not used here; such tensors
+        are kept beside the parameters and written back.
+      left_out: pattern of canonical names -> why such tensors are not converted at all.
+      own_config: config.json of the part alone, if the checkpoint's describes more than the part.
+      implied: tensor that tied models may repeat -> the tensor that it must equal.
+      defaults: tensors that transformers requires but that are not used here, for a model without a source.
+      original: the class of transformers that loads a multimodal model; None: there is none, and the original
+        is assembled from its parts for comparison.
     """
 
     part: Part
-    read_config: Callable[..., Any]
-    rules: Callable[[Any], tuple[Rule, ...]]
-    write_config: Callable[[Any], dict[str, Any]] | None = None
+    read_config: Callable[..., _Config]
+    rules: Callable[[_Config], tuple[Rule, ...]]
+    write_config: Callable[[_Config], dict[str, object]] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
-    writes: Callable[[Any], bool] = lambda config: False
+    writes: Callable[[_Config], bool] = lambda config: False
     names: Names | None = None
     tower_elsewhere: bool = False
     remarks: Callable[[Json], tuple[str, ...]] = lambda config: ()
     canonical: Callable[[str], str] = str
-    unused: Callable[[Any, str], bool] = lambda config, name: False
+    unused: Callable[[_Config, str], bool] = lambda config, name: False
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_config: Callable[[Json], Json] = lambda config: config
-    implied: Callable[[Any], Mapping[str, str]] = lambda config: {}
-    defaults: Callable[[Any], Mapping[str, np.ndarray]] = lambda config: {}
+    implied: Callable[[_Config], Mapping[str, str]] = lambda config: {}
+    defaults: Callable[[_Config], Mapping[str, np.ndarray]] = lambda config: {}
     original: Original | None = None
 
 
 class Fields:
-    """Reads a ``config.json`` field by field, strictly; ``where`` is what messages call it."""
+    """Reads a ``config.json`` field by field, strictly; ``where`` is its name in error messages."""
 
     def __init__(self, config: Json, where: str) -> None:
         self._config, self.where = config, where
 
-    def get(self, name: str, kind: type, default: Any = dataclasses.MISSING) -> Any:
+    @overload
+    def get(self, name: str, kind: type[_T]) -> _T: ...
+
+    @overload
+    def get(self, name: str, kind: type[_T], default: _T) -> _T: ...
+
+    def get(self, name: str, kind: type, default: object = dataclasses.MISSING) -> object:
         """The value of ``name``, or ``default``; None counts as absent.
 
         Raises:
-          UserError: it is absent and has no default, or is not of type ``kind``.
+          UserError: the field is absent and has no default, or is not of type ``kind``.
         """
         value = self._config.get(name)
         if value is None:
@@ -203,13 +211,13 @@ class Fields:
             raise UserError(f"{self.where} has {name}={value!r}, which should be of type {kind.__name__}.")
         return value
 
-    def only(self, name: str, *allowed: Any, required: bool = False) -> None:
+    def only(self, name: str, *allowed: object, required: bool = False) -> None:
         """Refuse a value that would change the computation in a way that is not implemented.
 
         Args:
-          name: of the field.
-          *allowed: values; the first is the default of an absent field.
-          required: an absent field is refused too, because its default is another.
+          name: name of the field.
+          *allowed: supported values; the first is the default of an absent field.
+          required: refuse an absent field too, because its default is a different value.
         """
         value = self._config.get(name, None if required else allowed[0])
         if value not in allowed:

@@ -1,1 +1,1 @@
-"""Answers of a checkpoint: one, many, or a conversation; on one cache, in programs that compile once."""
+"""Inference: single answers, batches and conversations, on one kv cache and programs that compile once."""

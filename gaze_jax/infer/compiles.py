@@ -1,4 +1,4 @@
-"""How many programs were compiled, so that a hot loop can be shown to compile none."""
+"""A counter of compiled programs, to check that a hot loop compiles nothing."""
 
 import jax.monitoring
 
@@ -16,9 +16,9 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def compiles() -> int:
-    """Programs that this process compiled, or took from a compilation cache, since this module was imported.
+    """Programs that this process compiled or loaded from a compilation cache since this module was imported.
 
-    The difference of two calls says whether what ran between them was new to XLA::
+    Compare two calls to see whether the code between them compiled anything::
 
         before = compiles()
         model.generate("What is this?", images=["street.jpg"])

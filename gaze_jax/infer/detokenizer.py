@@ -1,18 +1,18 @@
-"""Tokens to text as they come: whole characters only, and not beyond a stop string."""
+"""Streaming detokenizer: tokens to text, in complete characters, cut before a stop string."""
 
 from collections.abc import Sequence
 
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 
-_BROKEN = "\ufffd"  # how a tokenizer writes bytes that are no character yet
+_BROKEN = "\ufffd"  # how a tokenizer decodes the bytes of an incomplete character
 
 
 def check_limits(max_tokens: int, stop: Sequence[str]) -> None:
-    """Refuse limits that no answer can have.
+    """Check an answer's limits.
 
     Raises:
-      UserError: ``max_tokens`` is less than 1, a stop string is empty, or ``stop`` is no list.
+      UserError: ``max_tokens`` is less than 1, a stop string is empty, or ``stop`` is not a list.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be at least 1.")
@@ -26,17 +26,17 @@ class Detokenizer:
     """The text of one answer.
 
     Args:
-      tokenizer: of the model.
-      ends: tokens that end the answer.
-      stop: strings that end it; the text ends before the first of them.
-      limit: most tokens.
+      tokenizer: the model's tokenizer.
+      ends: ids of the tokens that end the answer.
+      stop: strings that end the answer; its text is cut before the first of them.
+      limit: maximum number of tokens.
 
     Attributes:
-      ids: tokens so far, without the end token.
-      pieces: every token as text, the end token too.
-      text: what was shown so far.
-      finish_reason: why the answer ended: "stop" or "length"; None while it goes on.
-      stop_reason: the end token or the stop string that ended it, as text; None if neither did.
+      ids: token ids so far, without the end token.
+      pieces: every token as text, including the end token.
+      text: the text returned so far.
+      finish_reason: "stop" or "length"; None until the answer ends.
+      stop_reason: the end token or stop string, as text; None if neither ended the answer.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Detokenizer:
         self.stop_reason: str | None = None
 
     def add(self, token: int) -> str:
-        """Take the next token; returns what can be shown now: often a word, nothing while it is open."""
+        """Add the next token; returns the text that can be shown now, possibly empty."""
         self.pieces.append(self._tokenizer.decode([token]))
         if token in self._ends:
             self.finish_reason, self.stop_reason = "stop", self.pieces[-1]
@@ -59,24 +59,24 @@ class Detokenizer:
             self.ids.append(token)
             if len(self.ids) == self._limit:
                 self.finish_reason = "length"
-        whole = self._tokenizer.decode(self.ids)
-        # The first to appear ends the answer; of two at one place, the one named first.
-        cuts = [(at, number) for number, at in enumerate(map(whole.find, self._stop)) if at >= 0]
+        decoded = self._tokenizer.decode(self.ids)
+        # The earliest match ends the answer; of two at the same place, the one listed first.
+        cuts = [(at, number) for number, at in enumerate(map(decoded.find, self._stop)) if at >= 0]
         if cuts:
             at, number = min(cuts)
-            whole, self.finish_reason, self.stop_reason = whole[:at], "stop", self._stop[number]
+            decoded, self.finish_reason, self.stop_reason = decoded[:at], "stop", self._stop[number]
         elif self.finish_reason is None:
-            if whole.endswith(_BROKEN):
+            if decoded.endswith(_BROKEN):
                 return ""
-            whole = whole[: len(whole) - self._open(whole)]
-        new = whole[len(self.text) :]
+            decoded = decoded[: len(decoded) - self._partial_stop(decoded)]
+        new = decoded[len(self.text) :]
         self.text += new
         return new
 
-    def _open(self, whole: str) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+    def _partial_stop(self, decoded: str) -> int:
+        """Length of the longest end of ``decoded`` that may be the start of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1)
-        for size in range(min(longest - 1, len(whole)), 0, -1):
-            if any(stop.startswith(whole[-size:]) for stop in self._stop):
+        for size in range(min(longest - 1, len(decoded)), 0, -1):
+            if any(stop.startswith(decoded[-size:]) for stop in self._stop):
                 return size
         return 0

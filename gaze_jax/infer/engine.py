@@ -1,22 +1,23 @@
-"""Sequences that are read, answered and read on, on one cache that nothing is evicted from.
+"""The engine: prefill and decode on one cache, from which nothing is evicted.
 
-A session is a batch of rows, one sequence each. Reading runs the model over what is new, text and frames
-alike, against the cache; answering runs one compiled loop of decoding steps. The last token that was read is
-held back and fed to the first step of the loop, so every token of an answer is emitted by the same program,
-and an answer that is taken token by token has the same bits as one that is taken whole.
+Chat, batches, evaluation and comparison all decode here. A batch has rows, one sequence each. ``prefill``
+runs the model over new text and frames against the cache; ``decode`` runs one compiled loop of steps. The
+last token of a prompt is held back and fed to the first step of the loop. So every token of an answer comes
+from the same program, and a streamed answer is bit-identical to one that is computed in one call.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
+from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
 from gaze_jax.data.pipeline import prompt_length, stack
@@ -26,6 +27,7 @@ from gaze_jax.infer.programs import (
     UPDATED,
     DecodeState,
     Params,
+    Returns,
     bucket,
     decode_loop,
     extend_step,
@@ -41,16 +43,18 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Engine:
-    """Rows of a batch, read and answered in turns.
+    """A batch of rows, prefilled and decoded in turns.
 
     Args:
       model: the network.
-      params: of the model.
-      rows: what each row begins with, from ``processor.process``, unpadded.
-      free_slots: text-stream slots to keep free for what follows.
-      selection: called whenever something is read or said: what queries may select, with arrays of
+      params: the model's parameters.
+      rows: the first arrays of each row, from ``processor.process``, unpadded. Their ``sample_id`` keys
+        random routing.
+      free_slots: text-stream slots to keep free for later tokens.
+      selection: called before every prefill and decode; returns what queries may select, with arrays of
         ``batch`` rows.
-      mesh: devices that the rows are dealt to; None is one device.
+      routing: where region scores come from.
+      mesh: devices that the rows are split over; None means one device.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Engine:
         *,
         free_slots: int,
         selection: Callable[["Engine"], Selection] = lambda _: Selection(),
+        routing: Routing = Routing(),
         mesh: Mesh | None = None,
     ) -> None:
         self._model, self._params = model, params
@@ -69,7 +74,9 @@ class Engine:
         devices = 1 if self._mesh is None else self._mesh.size
         self.batch = bucket(-(-len(rows) // devices)) * devices
         blank = np.zeros(self.batch, np.int32)
-        self._state = DecodeState(blank, blank - 1, blank - 1, blank > 0, blank, np.int32(0))
+        names = [int(row["sample_id"]) for row in rows]
+        sample = np.asarray(names + names[:1] * (self.batch - len(rows)), np.int32)
+        self._state = DecodeState(blank, blank - 1, blank - 1, blank > 0, blank, np.int32(0), sample)
         self._held = np.zeros(len(rows), bool)
         self._ends: frozenset[int] = frozenset()
         read = self._hold(rows)
@@ -78,31 +85,31 @@ class Engine:
         self.capacity = sizes["regions"]
         self.regions = max(len(row["visual_src"]) for row in read)
         self.visual_tokens = max(int((row["visual_src"] >= 0).sum()) for row in read)
-        self._selection = selection
+        self._selection, self._spec = selection, SelectionSpec(routing)
         self._kind = np.zeros((self.batch, 0), np.int32)
         batch = self._batch(read, sizes)
         with self._devices():
-            chosen = _spread(selection(self), self.regions, self.capacity)
+            chosen = _pad_bias(selection(self), self.regions, self.capacity)
             self._cache = prefill_step(
-                model, params, *self._inputs(batch), chosen, spec=SelectionSpec(), free_slots=free_slots
+                model, params, *self._inputs(batch), chosen, spec=self._spec, free_slots=free_slots
             )
-        self._written(read, 0)
+        self._record_kinds(read, 0)
 
-    def _devices(self) -> contextlib.AbstractContextManager[Any]:
-        """Where programs run: on the mesh, if there is one."""
+    def _devices(self) -> contextlib.ExitStack:
+        """A context in which programs run on the mesh, if there is one."""
         stack = contextlib.ExitStack()
         if self._mesh is not None:
             stack.enter_context(jax.set_mesh(self._mesh))
             stack.enter_context(nn.logical_axis_rules(flax_rules()))
         return stack
 
-    def _put(self, tree: Any) -> Any:
+    def _put(self, tree: PyTree) -> PyTree:
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return jax.device_put(tree, batch_sharding(self._mesh))
 
     def _hold(self, rows: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
-        """Set each row's last token aside, if it is text; a row that ends in a picture holds none."""
+        """Hold back each row's last token if it is text; if the row ends in an image, hold back nothing."""
         held, token = [], np.array(self._state.token)
         order, positions = np.array(self._state.order), np.array(self._state.positions)
         for b, row in enumerate(rows):
@@ -125,21 +132,21 @@ class Engine:
 
     @property
     def _ended(self) -> np.ndarray:
-        """bool [rows]: said an end token, which nobody has read and nobody will."""
+        """bool [rows]: the row's last token is an end token, which is never fed to the model."""
         token, done = np.asarray(self._state.token), np.asarray(self._state.done)
         return (done & np.isin(token, list(self._ends)))[: self.rows]
 
     def _batch(self, rows: Sequence[Arrays], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Padded and stacked; rows beyond the last are copies of the first, which nobody listens to."""
-        padded = [pad_to(_narrow(row, sizes["slots"]), **sizes) for row in rows]
+        """The rows padded and stacked; copies of the first fill the batch, and their output is dropped."""
+        padded = [pad_to(_trim_slots(row, sizes["slots"]), **sizes) for row in rows]
         return stack(padded + [padded[0]] * (self.batch - len(padded)))
 
-    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams]:
+    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams, Array]:
         images = batch["images"] if batch["images"].shape[1] else None
-        return self._put(images), self._put(Streams.from_batch(batch))
+        return self._put(images), self._put(Streams.from_batch(batch)), self._put(self._state.sample)
 
-    def _written(self, rows: Sequence[Arrays], write_index: int) -> None:
-        """Note what kind of token is where, and which slot is free next."""
+    def _record_kinds(self, rows: Sequence[Arrays], write_index: int) -> None:
+        """Record the kind of each text-stream slot that was written, and advance the write index."""
         longest = max(len(row["kind"]) for row in rows)
         new = np.full((self.batch, longest), Kind.PAD, np.int32)
         for b, row in enumerate(rows):
@@ -148,27 +155,31 @@ class Engine:
         self._state = dataclasses.replace(self._state, write_index=np.int32(write_index + longest))
 
     def _kinds(self, slots: int) -> np.ndarray:
-        """int32 [B, slots], what kind of token is where; whatever was or will be decoded is text."""
+        """int32 [B, slots], the kind of token in each slot; decoded tokens and free slots are TEXT."""
         return np.pad(self._kind, ((0, 0), (0, slots - self._kind.shape[1])), constant_values=Kind.TEXT)
 
     @property
     def order(self) -> np.ndarray:
-        """int32 [rows], of the last token that was read or said; an end token does not count."""
+        """int32 [rows], order of the last prefilled or decoded token; an end token does not count."""
         return np.asarray(self._state.order)[: self.rows] - self._ended
 
     @property
     def text_length(self) -> int:
-        """Dense slots that are taken."""
+        """Text-stream slots in use."""
         return int(self._state.write_index)
 
     @property
     def free_slots(self) -> int:
-        """Dense tokens that fit before the cache has to grow."""
+        """Text-stream tokens that fit before the cache has to grow."""
         return self._cache.text_order.shape[1] - int(self._state.write_index)
 
+    def fits(self, *, text: int, regions: int, slots: int) -> bool:
+        """Whether ``text`` tokens and ``regions`` regions of ``slots`` fit without growing the cache."""
+        return slots <= self.slots and text <= self.free_slots and self.regions + regions <= self.capacity
+
     def reserve(self, *, text: int = 0, regions: int = 0, slots: int = 0) -> None:
-        """Make room for as many more text-stream tokens and regions; a larger cache is compiled for once."""
-        # By half at least, so that a long conversation does not compile for every turn.
+        """Grow the cache for more text-stream tokens and regions; each new size compiles once."""
+        # Grow by at least half, so that a long conversation does not compile at every turn.
         slots_now = self._cache.text_order.shape[1]
         missing = text - self.free_slots
         free_slots = bucket(slots_now + max(missing, slots_now // 2)) - slots_now if missing > 0 else 0
@@ -183,10 +194,10 @@ class Engine:
             self.capacity, self.slots = self.capacity + more, wider
 
     def prefill(self, rows: Sequence[Arrays]) -> None:
-        """Read what comes next in each row; only its own tokens are computed.
+        """Prefill the next tokens of each row; only these are computed.
 
         Args:
-          rows: from ``processor.process_with_views``, with ``order`` one more than :attr:`order`.
+          rows: from ``processor.process_with_views``; their ``order`` starts at :attr:`order` + 1.
         """
         state, unread = self._state, self._held & ~self._ended
         rows = [
@@ -206,14 +217,14 @@ class Engine:
                 self._params,
                 *self._inputs(self._batch(read, sizes)),
                 self._cache,
-                _spread(self._selection(self), self.regions, self.capacity, sizes["regions"]),
+                _pad_bias(self._selection(self), self.regions, self.capacity, sizes["regions"]),
                 np.int32(self.regions),
                 np.int32(write_index),
-                spec=SelectionSpec(),
+                spec=self._spec,
             )
         self.regions += max(len(row["visual_src"]) for row in read)
         self.visual_tokens += max(int((row["visual_src"] >= 0).sum()) for row in read)
-        self._written(read, write_index)
+        self._record_kinds(read, write_index)
 
     def decode(
         self,
@@ -221,37 +232,44 @@ class Engine:
         *,
         ends: Collection[int],
         sampling: SamplingParams,
-        return_trace: bool = False,
+        returns: Returns = "tokens",
         chunked: bool = True,
         capacity: int | None = None,
         stopped: Callable[[], Sequence[bool]] | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Answer in all rows.
+        """Decode one answer in every row.
 
         Args:
-          max_tokens: of each row.
-          ends: tokens that end a row's answer, which are said too.
-          sampling: of the rows.
-          return_trace: also yield where each step looked, which reads every key.
-          chunked: yield some steps at once; False yields every step when it is there.
-          capacity: J, the most regions that a query selects; None is all.
-          stopped: asked after every yield: which rows are done though they said no end token.
+          max_tokens: maximum number of tokens per row.
+          ends: ids of tokens that end a row's answer; the end token is part of the output.
+          sampling: how the rows' tokens are drawn.
+          returns: what to yield besides tokens.
+          chunked: yield several steps at once; False yields every step as soon as it is computed.
+          capacity: J, the maximum number of regions that a query selects; None means all.
+          stopped: called after every yield; returns one bool per row, True if the row is done without an end
+            token.
 
         Yields:
-          "tokens" int32 [n, rows], -100 after a row's end; with ``return_trace`` also "visual_tokens" int32
-          [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline, context, text keys, a mean over
-          heads), "attention" and "dense" float32 [n, L, rows, H, R], and under routing "selected" bool and
-          "scores" float32 [n, L, rows, Hs, R]. The last token of a row is not read until the next
-          :meth:`prefill`.
+          "tokens" int32 [n, rows], -100 after a row's end. With "selection", also, for the query that emitted
+          each token: "visual_tokens" int32 [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline,
+          context, text keys, a mean over heads), and under routing "selected" bool [n, L, rows, Hs, R].
+          With "trace", also "attention" and "dense" float32 [n, L, rows, H, R], and under routing "scores"
+          float32 [n, L, rows, Hs, R]. A row's last token is fed to the model by the next call; an end token
+          never is.
+
+        Raises:
+          ValueError: nothing was prefilled since a row's answer ended, or a prompt ends in an image.
         """
         if not self._held.all() or self._ended.any():
-            raise ValueError("Nothing was read since the last answer, or it ends in a picture.")
+            raise ValueError(
+                "Nothing was prefilled since a row's answer ended, or its prompt ends in an image."
+            )
         self.reserve(text=max_tokens)
         self._ends = frozenset(ends)
         state = dataclasses.replace(
             self._state, done=np.arange(self.batch) >= self.rows, index=np.zeros(self.batch, np.int32)
         )
-        selection = _spread(self._selection(self), self.regions, self.capacity)
+        selection = _pad_bias(self._selection(self), self.regions, self.capacity)
         depth = self._model.config.decoder.depth
         last = np.asarray(sorted(ends) or [-1], np.int32)
         generated = 0
@@ -270,7 +288,8 @@ class Engine:
                     last,
                     np.int32(steps),
                     self._put(self._kinds(self._cache.text_order.shape[1])),
-                    spec=SelectionSpec(capacity=capacity, return_trace=return_trace),
+                    spec=dataclasses.replace(self._spec, capacity=capacity),
+                    returns=returns,
                 )
             self._cache = dataclasses.replace(cache, **updated)
             found, after = jax.device_get((found, after))
@@ -280,7 +299,7 @@ class Engine:
             rows = slice(0, self.rows)
             flat = ("tokens", "visual_tokens")
             out = {name: a[:ran, rows] if name in flat else a[:ran, :, rows] for name, a in found.items()}
-            if return_trace and out["entries"].shape[1] == 1:
+            if returns != "tokens" and out["entries"].shape[1] == 1:
                 out["entries"] = np.repeat(out["entries"], depth, axis=1)
             yield out
             if stopped is not None:
@@ -307,20 +326,20 @@ _TEXT_FIELDS = (
 
 
 def _last(arrays: Arrays, name: str) -> int:
-    """The largest order or position of a row, of either stream."""
+    """The largest order or position of a row, over both streams."""
     values = (arrays[f"visual_{name}"], arrays[f"text_{name}"])
     return max(int(a.max(initial=-1)) for a in values)
 
 
-def _narrow(row: Arrays, slots: int) -> dict[str, np.ndarray]:
-    """The row with no more than ``slots`` token slots where it has no regions that could use them."""
+def _trim_slots(row: Arrays, slots: int) -> dict[str, np.ndarray]:
+    """Cut a row without regions to ``slots`` token slots per region."""
     if len(row["visual_src"]):
         return dict(row)
     return {name: a[:, :slots] if name.startswith(("visual_", "pool_")) else a for name, a in row.items()}
 
 
 def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
-    """The bucket that all rows fit."""
+    """The smallest bucket that holds all rows."""
 
     def most(name: str, axis: int = 0) -> int:
         return max(row[name].shape[axis] for row in rows)
@@ -329,14 +348,17 @@ def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
         "regions": bucket(most("visual_src")),
         "text": prompt_length(max(most("kind"), 1)),
         "images": bucket(most("images")),
-        # Of rows that show something: the others' is only what the layout says.
+        # Rows without media do not count: their number of slots is only the layout's maximum.
         "slots": max((row["visual_src"].shape[1] for row in rows if len(row["visual_src"])), default=1),
     }
 
 
-def _with_token(row: Arrays, token: int, order: int, positions: int) -> dict[str, np.ndarray]:
-    """The row with a token of text before it."""
-    first: dict[str, Any] = {
+_Scalar = int | Array | np.integer
+
+
+def _with_token(row: Arrays, token: _Scalar, order: _Scalar, positions: _Scalar) -> dict[str, np.ndarray]:
+    """The row with a text token prepended."""
+    first: dict[str, object] = {
         "tokens": [token],
         "kind": [Kind.TEXT],
         "text_order": [order],
@@ -352,8 +374,8 @@ def _with_token(row: Arrays, token: int, order: int, positions: int) -> dict[str
     }
 
 
-def _spread(selection: Selection, regions: int, capacity: int, more: int = 0) -> Selection:
-    """The look with a bias for a cache of ``capacity``, ``regions`` of them used, and ``more`` after it."""
+def _pad_bias(selection: Selection, regions: int, capacity: int, more: int = 0) -> Selection:
+    """Pad the bias: its first ``regions`` columns to ``capacity``, the others to ``more``."""
     if selection.bias is None:
         return selection
 

@@ -1,4 +1,4 @@
-"""How an answer looks at what it is shown, chosen when it runs."""
+"""Run-time gaze options: budgets, full layers and steering."""
 
 import dataclasses
 import math
@@ -21,17 +21,17 @@ from gaze_jax.infer.steer import LookAt, bias_of
 class GazeOptions:
     """Which regions a query may select.
 
-    Values are traced: only a budget of another bucket, or a field that was empty before, is another program.
+    Values are traced: only a budget in another bucket, or setting a field that was empty, compiles again.
 
     Attributes:
-      top_k: regions per query; None: what the model is configured for, or all regions if they are fewer.
-      keep: the budget as a fraction of the regions in sight, in place of ``top_k``.
-      dense: attend to everything, whatever the model is configured for.
+      top_k: regions per query; None means the configured number, or all regions if there are fewer.
+      keep: the budget as a fraction of the visible regions, instead of ``top_k``.
+      dense: attend to everything, regardless of the model's configuration.
       full_layers: layers that attend to everything.
-      look_at: boxes to look into.
+      look_at: boxes that steer the selection.
 
     Raises:
-      UserError: a number is out of range, or fields that exclude each other.
+      UserError: a number is out of range, or two fields exclude each other.
     """
 
     top_k: int | None = None
@@ -41,7 +41,7 @@ class GazeOptions:
     look_at: tuple[LookAt, ...] = ()
 
     def __post_init__(self) -> None:
-        # Their types tell a count from a fraction, further on.
+        # Later code tells a count from a fraction by its type, so convert NumPy's numbers here.
         try:
             object.__setattr__(self, "top_k", None if self.top_k is None else operator.index(self.top_k))
         except TypeError as error:
@@ -61,10 +61,13 @@ class GazeOptions:
             raise UserError(f"{chosen[0]} has no effect with dense, which selects nothing; drop one of them.")
 
     def budget(self, configured: int | None) -> int | float | None:
-        """A count, a fraction, or None for dense attention.
+        """The budget: a count, a fraction, or None for dense attention.
+
+        Args:
+          configured: the model's own ``top_k``.
 
         Raises:
-          UserError: something is to be selected by a model that attends densely.
+          UserError: steering or full layers are set but attention is dense.
         """
         if self.dense:
             return None
@@ -83,21 +86,21 @@ def join(
     views: Sequence[tuple[PlacedView, ...]],
     layers: int,
 ) -> Selection:
-    """What a session's rows may select.
+    """The :class:`Selection` of an engine's rows.
 
     Args:
-      engine: of the rows.
-      gaze_options: of each row, with the same dense layers.
-      budgets: of each row, all counts or all fractions; None is dense attention.
-      views: of each row.
-      layers: L of the model.
+      engine: the engine.
+      gaze_options: one per row, all with the same ``full_layers``.
+      budgets: one per row, all counts or all fractions; None means dense attention.
+      views: the views of each row.
+      layers: L, the model's number of layers.
 
     Raises:
-      UserError: a layer that the model has not, or a box outside of everything.
+      UserError: a layer does not exist, or a box overlaps no view.
     """
     if budgets is None:
         return Selection()
-    more = engine.batch - len(gaze_options)  # rows that nobody listens to
+    more = engine.batch - len(gaze_options)  # rows that fill up the batch
     full_layers, bias = _full_layers(gaze_options[0], layers), None
     if any(gaze.look_at for gaze in gaze_options):
         regions = 1 + max((int(view.regions.max()) for of_row in views for view in of_row), default=-1)
@@ -114,19 +117,27 @@ def join(
     )
 
 
-def check(gaze: GazeOptions, views: Sequence[PlacedView], layers: int) -> None:
-    """Refuse what :func:`join` would refuse of one row, before anything is computed.
+def check(gaze: GazeOptions, views: Sequence[PlacedView], layers: int, *, regions: int | None = None) -> None:
+    """Check the options of one row before anything is computed.
+
+    Args:
+      gaze: the options.
+      views: the row's views.
+      layers: L, the model's number of layers.
+      regions: R, the row's number of regions; None if more media will follow.
 
     Raises:
-      UserError: a layer that the model has not, or a box outside of everything.
+      UserError: ``top_k`` is larger than R, a layer does not exist, or a box overlaps no view.
     """
+    if gaze.top_k is not None and regions and gaze.top_k > regions:
+        raise UserError(f"top_k={gaze.top_k} must be between 1 and {regions}, the regions of what is shown.")
     _full_layers(gaze, layers)
     if gaze.look_at:
         bias_of(gaze.look_at, views, layers, 1 + max((int(u.regions.max()) for u in views), default=-1))
 
 
 def _full_layers(gaze: GazeOptions, layers: int) -> np.ndarray | None:
-    """bool [L], layers that read every region."""
+    """bool [L], the layers that read every region; None if there are none."""
     chosen = gaze.full_layers
     if not chosen:
         return None
@@ -135,17 +146,17 @@ def _full_layers(gaze: GazeOptions, layers: int) -> np.ndarray | None:
     return np.isin(np.arange(layers), chosen)
 
 
-def most(budgets: Sequence[int | float] | None, capacity: int) -> int | None:
-    """J: the bucket of the largest budget of a session with so many regions; None is all of them."""
+def selection_capacity(budgets: Sequence[int | float] | None, capacity: int) -> int | None:
+    """J: the bucket of the largest budget in a cache of ``capacity`` regions; None means all of them."""
     if budgets is None or capacity == 0:
         return None
-    # Fractions rounded up: what is rounded is the number of regions in sight, of which no query has more.
+    # Rounded up: the device rounds a fraction of the visible regions, which are at most ``capacity``.
     counts = (math.ceil(budget * capacity) if isinstance(budget, float) else budget for budget in budgets)
     return min(bucket(max(counts)), capacity)
 
 
-def counted(budget: int | float, regions: int) -> int:
-    """Regions that a query selects of so many in sight, where ``budget`` is a count or a fraction."""
-    if isinstance(budget, float):  # in float32, as the device rounds
+def budget_count(budget: int | float, regions: int) -> int:
+    """The number of regions that a query selects from ``regions`` visible ones, at least 1."""
+    if isinstance(budget, float):  # in float32, to round as the device does
         budget = round(float(np.float32(budget) * np.float32(regions)))
     return max(1, min(budget, regions))

@@ -1,4 +1,4 @@
-"""What a cache takes and what there is, so that too much is refused before anything is computed."""
+"""Memory of a cache, and free memory of a device: checked before anything is computed."""
 
 from pathlib import Path
 
@@ -11,13 +11,16 @@ from gaze_jax.models.config import DTYPES, MLLMConfig
 def cache_bytes(
     config: MLLMConfig, rows: int, regions: int, slots: int, text: int, *, on_host: bool = False
 ) -> int:
-    """Bytes of a cache on the device: L * B * K * (2bDPR + bER + 2bDS), its padding not counted.
+    """Bytes of a cache on the device: L * B * K * (2bDPR + bER + 2bDS), without padding.
+
+    b is the bytes per number and E the width of a descriptor. An int8 visual cache has b = 1 and 4 more bytes
+    per token for the scale of its key and of its value. An offloaded cache has only descriptors and the text
+    stream on the device.
 
     Args:
-      config: of the model. An int8 cache has a byte for b, and 4 per token and side for scales; one that
-        is kept by the host has nothing but descriptors and the text stream here.
+      config: the model's configuration.
       rows, regions, slots, text: B, R, P, S.
-      on_host: the device is the host, so what it keeps for a device counts too.
+      on_host: the device is the host's CPU, so an offloaded visual cache counts too.
     """
     c, gaze = config.decoder, config.gaze
     size = DTYPES[config.dtype](0).dtype.itemsize
@@ -29,7 +32,7 @@ def cache_bytes(
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """Memory that is left on a device; of the machine, where the device is a CPU; None if nobody says."""
+    """Free bytes on a device, for a CPU of the machine; None if unknown."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -40,6 +43,6 @@ def free_bytes(device: jax.Device) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def written(count: int) -> str:
-    """A number of bytes for a person: "1.4 GB"."""
+def format_bytes(count: int) -> str:
+    """A number of bytes as text, such as "1.4 GB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

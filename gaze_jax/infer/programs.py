@@ -1,17 +1,18 @@
-"""The programs that a session runs: read a prompt, read on, decode; and the sizes that decide about them.
+"""The engine's compiled programs: prefill, extend, grow and decode.
 
-Sizes are buckets (:func:`bucket`): prompts of similar sizes share programs.
+Their sizes are rounded up to buckets (:func:`bucket`), so prompts of similar sizes share programs.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gaze_jax.core.accounting import entries
+from gaze_jax.core.accounting import entries, mask_from_indices
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Streams
 from gaze_jax.infer.sampling import SamplingParams, next_token
@@ -22,43 +23,49 @@ Array = jax.Array
 Params = dict[str, object]
 
 STEPS = 16
-"""Most steps of one call of the compiled loop."""
+"""Maximum number of steps in one call of the compiled loop."""
+
+Returns = Literal["tokens", "selection", "trace"]
+"""What decoding returns per step: tokens; with "selection" also the selected regions and the number of keys
+read; with "trace" also the attention to every region, which costs as much as dense attention."""
 
 
 def bucket(size: int) -> int:
-    """The least of 0 to 8, 10, 12, 14, 16, 20, 24, ... that is not smaller: four sizes an octave."""
+    """Round up to 0 to 8, 10, 12, 14, 16, 20, 24, ...: four sizes per octave."""
     step = 1 << max(size - 1, 0).bit_length() >> 3
     return size if step <= 1 else -(-size // step) * step
 
 
 def free_slots_for(tokens: int) -> int:
-    """Text-stream slots to keep free for so many tokens: few sizes, so that few programs compile."""
+    """Text-stream slots to keep free for ``tokens`` tokens: a bucket, at least 128."""
     return bucket(max(tokens, 128))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where every row stands.
+    """The state of the decode loop.
 
     Attributes:
-      token: int32 [B], read by the next step.
-      order, positions: int32 [B], of that token.
-      done: bool [B], rows that say nothing more.
-      index: int32 [B], tokens that the answer has so far.
+      token: int32 [B], the token that the next step reads.
+      order, positions: int32 [B], order and position of that token.
+      done: bool [B], rows whose answer has ended.
+      index: int32 [B], number of tokens in the answer so far.
       write_index: int32 scalar, the next free text-stream slot.
+      sample: int32 [B], the sample's number, the key of random routing.
     """
 
-    token: Any
-    order: Any
-    positions: Any
-    done: Any
-    index: Any
+    token: Array | np.ndarray
+    order: Array | np.ndarray
+    positions: Array | np.ndarray
+    done: Array | np.ndarray
+    index: Array | np.ndarray
     write_index: Any
+    sample: Any
 
 
-def _apply(model: MLLM, params: Params, *arguments: Any, **options: Any) -> Any:
-    apply: Callable[..., Any] = model.apply  # linen's own type knows one method's result only
+def _apply(model: MLLM, params: Params, *arguments: object, **options: object) -> Any:
+    apply: Callable[..., Any] = model.apply  # linen's type describes only one method's result
     return apply({"params": params}, *arguments, **options)
 
 
@@ -68,12 +75,13 @@ def prefill_step(
     params: Params,
     images: Array | None,
     streams: Streams,
+    sample: Array,
     selection: Selection,
     *,
     spec: SelectionSpec,
     free_slots: int,
 ) -> Cache:
-    """Read prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
+    """Prefill prompts into a new cache with ``free_slots`` free text-stream slots; see ``MLLM.prefill``."""
     _, cache, _ = _apply(
         model,
         params,
@@ -82,6 +90,7 @@ def prefill_step(
         selection,
         spec,
         free_slots=free_slots,
+        sample_id=sample,
         method="prefill",
     )
     return constrained(cache)
@@ -93,6 +102,7 @@ def extend_step(
     params: Params,
     images: Array | None,
     streams: Streams,
+    sample: Array,
     cache: Cache,
     selection: Selection,
     region: Array,
@@ -100,7 +110,7 @@ def extend_step(
     *,
     spec: SelectionSpec,
 ) -> Cache:
-    """Read what comes next in every row, at ``region`` and ``write_index``; see ``MLLM.extend``."""
+    """Prefill the next tokens of every row at ``region`` and ``write_index``; see ``MLLM.extend``."""
     extended = _apply(
         model,
         params,
@@ -111,6 +121,7 @@ def extend_step(
         spec,
         region=region,
         write_index=write_index,
+        sample_id=sample,
         method="extend",
     )
     return constrained(extended)
@@ -118,17 +129,19 @@ def extend_step(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("free_slots", "regions", "slots"))
 def grow_cache(config: MLLMConfig, cache: Cache, *, free_slots: int, regions: int, slots: int) -> Cache:
-    """The cache with ``free_slots`` and ``regions`` more, every region of at least ``slots`` token slots."""
+    """Add ``free_slots`` and ``regions`` to a cache, and widen its regions to at least ``slots`` slots."""
     if regions or slots > cache.visual_order.shape[2]:
         cache = with_regions(cache, config.gaze, config.decoder.head_dim, regions=regions, slots=slots)
     return with_free_slots(cache, config.gaze, free_slots) if free_slots else cache
 
 
 UPDATED = ("text_k", "text_v", "text_order")
-"""What a decoding step changes of a cache. The rest stays out of the loop, which would copy it."""
+"""Fields of the cache that a decode step updates. The others stay out of the loop, which would copy them."""
+
+_Carry = tuple[dict[str, Array], DecodeState, dict[str, Array], Array]
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="spec", donate_argnames="updated")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("spec", "returns"), donate_argnames="updated")
 def decode_loop(
     model: MLLM,
     params: Params,
@@ -142,24 +155,27 @@ def decode_loop(
     kind: Array,
     *,
     spec: SelectionSpec,
+    returns: Returns,
 ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
-    """Up to ``steps`` decoding steps, fewer when every row is done.
+    """Run up to ``steps`` decode steps, fewer if every row is done.
 
     Args:
-      fixed: the cache; of it everything but ``updated`` is read.
-      updated: its fields :data:`UPDATED`.
-      The others are those of :meth:`Engine.decode`.
+      model, params, state, selection, sampling, spec, returns: as in :class:`Engine`.
+      fixed, updated: the cache without its fields :data:`UPDATED`, which are None, and these fields.
+      ends, steps: int32 [n], ids of the end tokens; int32 scalar, at most :data:`STEPS`.
+      kind: int32 [B, S], the kind of token in each text-stream slot.
 
     Returns:
-      ``updated`` and where the rows stand after it, and by step: "tokens" int32 [STEPS, B], -100 where a row
-      was done or no step ran; with ``spec.return_trace`` also what :meth:`Engine.decode` describes.
+      ``updated`` and ``state`` after the last step, and the output by step: "tokens" int32 [STEPS, B], -100
+      where a row was done or no step ran, and what :meth:`Engine.decode` describes for ``returns``.
     """
+    spec = dataclasses.replace(spec, return_trace=returns == "trace")
 
     def step(
         updated: dict[str, Array], state: DecodeState
     ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
         cache = dataclasses.replace(fixed, **updated)
-        # What a finished row writes is nobody's: order -1 is empty.
+        # Order -1 marks a slot as empty, so what a finished row writes is never attended to.
         order = jnp.where(state.done, EMPTY, state.order)
         logits, cache, out = _apply(
             model,
@@ -167,15 +183,17 @@ def decode_loop(
             state.token,
             state.positions,
             cache,
-            DecodePosition(order=order, write_index=state.write_index, sample=jnp.zeros_like(order)),
+            DecodePosition(order=order, write_index=state.write_index, sample=state.sample),
             selection,
             spec,
             method="decode",
         )
         token = next_token(logits, sampling, state.index)
         found = {"tokens": jnp.where(state.done, IGNORE, token)}
-        if spec.return_trace:
-            found |= _traced(cache, order, kind, out)
+        if returns != "tokens":
+            found |= _selection_stats(cache, order, kind, out, selection)
+        if returns == "trace":
+            found |= {name: out[name] for name in ("scores", "attention", "dense") if name in out}
         after = DecodeState(
             token=jnp.where(state.done, state.token, token),
             order=jnp.where(state.done, state.order, state.order + 1),
@@ -183,6 +201,7 @@ def decode_loop(
             done=state.done | jnp.any(token[:, None] == ends[None], axis=1),
             index=jnp.where(state.done, state.index, state.index + 1),
             write_index=state.write_index + 1,
+            sample=state.sample,
         )
         return {name: getattr(cache, name) for name in UPDATED}, after, found
 
@@ -190,11 +209,11 @@ def decode_loop(
     rows = {name: jnp.zeros((STEPS, *a.shape), a.dtype) for name, a in shapes.items()}
     rows["tokens"] -= 100  # IGNORE
 
-    def more(carry: Any) -> Array:
+    def more(carry: _Carry) -> Array:
         _, state, _, t = carry
         return (t < steps) & ~jnp.all(state.done)
 
-    def body(carry: Any) -> Any:
+    def body(carry: _Carry) -> _Carry:
         updated, state, rows, t = carry
         updated, state, found = step(updated, state)
         rows = {name: jax.lax.dynamic_update_index_in_dim(a, found[name], t, 0) for name, a in rows.items()}
@@ -205,11 +224,18 @@ def decode_loop(
     return {name: getattr(cache, name) for name in UPDATED}, state, rows
 
 
-def _traced(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> dict[str, Array]:
-    """Of one step: where it looked and what that counts."""
+def _selection_stats(
+    cache: Cache, order: Array, kind: Array, out: dict[str, Array], selection: Selection
+) -> dict[str, Array]:
+    """The regions that the queries of one step selected, and the number of keys they attended to."""
     valid = (cache.visual_order >= 0) & (cache.visual_order <= order[:, None, None])
     seen = (cache.text_order >= 0) & (cache.text_order <= order[:, None])
-    selected = out.get("selected")
+    selected = None
+    if "indices" in out:
+        selected = mask_from_indices(out["indices"], cache.visual_order.shape[1])
+        if selection.full_layers is not None:
+            earlier = (cache.last >= 0) & (cache.last <= order[:, None])
+            selected |= selection.full_layers[:, None, None, None] & earlier[None, :, None, :]
     counts = entries(valid, seen, kind, selected=selected)
     parts = jnp.broadcast_arrays(counts.visual, counts.newline, counts.context, counts.text)
     found = {
@@ -217,6 +243,5 @@ def _traced(cache: Cache, order: Array, kind: Array, out: dict[str, Array]) -> d
         "visual_tokens": jnp.sum(valid, axis=(1, 2), dtype=jnp.int32),
     }
     if found["entries"].ndim == 2:
-        found["entries"] = found["entries"][None]  # dense attention: every layer the same
-    names = [name for name in ("selected", "scores", "attention", "dense") if name in out]
-    return found | {name: out[name] for name in names}
+        found["entries"] = found["entries"][None]  # dense attention: the same in every layer
+    return found if selected is None else found | {"selected": selected}

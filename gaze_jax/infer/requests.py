@@ -1,31 +1,25 @@
-"""Many questions at once: batches of unequal samples, and files of them in JSON Lines."""
+"""Many questions: batches of unequal samples, and JSON Lines files of requests."""
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from gaze_jax.chat.conversation import conversation_parts
-from gaze_jax.chat.messages import Message
-from gaze_jax.data.placement import PlacedView
-from gaze_jax.data.processor import Processor, process_with_views
-from gaze_jax.data.sample import Frames, Sample
+from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError, renamed
-from gaze_jax.infer.chat_session import FAMILY, user_turn
-from gaze_jax.infer.detokenizer import Detokenizer, check_limits
+from gaze_jax.infer.answer import Answer, DecodeOptions, PendingAnswer, Question, decode_answers
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import GazeOptions, check, counted, join, most
+from gaze_jax.infer.gaze_options import GazeOptions, check, join
 from gaze_jax.infer.programs import free_slots_for
-from gaze_jax.infer.sampler import Answer, Sampler
-from gaze_jax.infer.sampling import SamplingParams, check_sampling
+from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
+from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
-from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
 
 GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
-"""Fields of ``GazeOptions`` -> those of :class:`Request`."""
+"""Field of ``GazeOptions`` -> field of :class:`Request`."""
 
 OLD_FIELDS = {
     "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
@@ -34,21 +28,21 @@ OLD_FIELDS = {
     "dense_layers": "gaze_full_layers",
     "full_layers": "gaze_full_layers",
 }
-"""What fields of a line were called before -> what they are called."""
+"""Former name of a request's field -> its name now."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question; a line of a file is an object of these fields, of which "question" must be there.
+    """One question. A line of a file is a JSON object with these fields; only "question" is required.
 
     Attributes:
-      question: with a tag for each of the media, or without any: media first.
-      id: names it in answers and files; the line's number, from 1, if there is none.
-      images, videos: files.
+      question: text, with one tag per medium or with none (media come first).
+      id: identifies the request in answers and file names; by default the line's number, from 1.
+      images, videos: paths of files.
       system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
       gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
         :class:`gaze_jax.infer.gaze_options.GazeOptions`.
-      look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
+      look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame", in pixels.
 
     Raises:
       UserError: a number is out of range.
@@ -72,24 +66,35 @@ class Request:
     look_at: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_limits(self.max_tokens, self.stop)
-        check_sampling(self.temperature, self.top_p, self.seed, self.sample_top_k)
+        _ = self.options
         user_turn(self.question, range(len(self.images)), range(len(self.videos)))
         _ = self.gaze
 
     @property
+    def options(self) -> DecodeOptions:
+        """How the answer is decoded."""
+        return DecodeOptions(
+            self.max_tokens, self.temperature, self.sample_top_k, self.top_p, self.stop, self.seed
+        )
+
+    @property
     def gaze(self) -> GazeOptions:
-        """Which regions its queries may select."""
+        """Which regions queries may select."""
         boxes = tuple(LookAt.parse(text) for text in self.look_at)
         with renamed(GAZE_FIELDS):
             return GazeOptions(self.gaze_top_k, self.gaze_keep, self.gaze_dense, self.gaze_full_layers, boxes)
 
     @classmethod
     def parse(cls, line: str, name: str, **defaults: Any) -> Self:
-        """Of a line of JSON; ``name`` stands for it in messages, ``defaults`` for fields that it leaves out.
+        """Parse a line of JSON.
+
+        Args:
+          line: a JSON object.
+          name: names the line in messages.
+          **defaults: values of fields that the line omits.
 
         Raises:
-          UserError: it is no object of these fields and their types, or a number is out of range.
+          UserError: the line is not an object with these fields and types, or a number is out of range.
         """
         try:
             record = json.loads(line)
@@ -128,7 +133,7 @@ _KINDS = {
 }
 
 
-def _fits(value: Any, kind: str) -> bool:
+def _fits(value: object, kind: str) -> bool:
     if value is None:
         return kind.endswith("| None")
     if kind.startswith("tuple"):
@@ -139,13 +144,17 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
-    """The questions of a JSON Lines file; empty lines do not count.
+    """Read the requests of a JSON Lines file, without its empty lines.
+
+    Args:
+      path: the file.
+      **defaults: values of fields that a line omits.
 
     Raises:
       UserError: the file cannot be read, a line is wrong, or two have one id.
     """
     try:
-        # Not splitlines: a string of JSON may hold U+2028 and its like.
+        # Not splitlines(): JSON strings may contain U+2028, at which it would split.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable UTF-8 file ({error}); give a JSON Lines file.") from error
@@ -155,15 +164,15 @@ def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
             request = Request.parse(line, f"Line {number} of {path}", **defaults)
             found.append(request if request.id else dataclasses.replace(request, id=str(number)))
     if not found:
-        raise UserError(f"{path} has no questions; write one JSON object a line.")
+        raise UserError(f"{path} has no questions; write one JSON object per line.")
     ids = [request.id for request in found]
     if twice := {name for name in ids if ids.count(name) > 1}:
         raise UserError(f"{path} has id {min(twice)!r} more than once; answers could not be told apart.")
     return found
 
 
-def record(request: Request, answer: Answer) -> dict[str, Any]:
-    """A line of the answers: what was asked and said, and how much was looked at."""
+def record(request: Request, answer: Answer) -> dict[str, object]:
+    """A line of the answers' file."""
     return {
         "id": request.id,
         "question": request.question,
@@ -178,58 +187,45 @@ def record(request: Request, answer: Answer) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Row:
-    """A request that was read from its files."""
+    """A request with its media and its prompt."""
 
     request: Request
     images: list[np.ndarray]
     videos: list[Frames]
-    arrays: Mapping[str, np.ndarray]
-    views: tuple[PlacedView, ...]
+    prompt: ProcessedPrompt
     budget: int | float | None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """Rows of one batch have this in common."""
+    def kind(self) -> tuple[type, tuple[int, ...]]:
+        """Only rows with equal values can share a batch."""
         return type(self.budget), self.request.gaze_full_layers
 
 
 def _row(sampler: Sampler, request: Request) -> _Row:
     images, videos = sampler.read_images(request.images), sampler.read_videos(request.videos)
-    system = sampler.system if request.system is None else request.system
-    turn = user_turn(request.question, range(len(images)), range(len(videos)))
-    messages = (*(() if system is None else (Message("system", system),)), turn)
-    parts = conversation_parts(
-        sampler.template, messages, arrange=sampler.family.arrange, add_generation_prompt=True
-    )
-    processor = Processor(
-        sampler.layout, sampler.tokenizer, (FAMILY,), sampler.family.views, resize=sampler.resize
-    )
-    sample = Sample(0, tuple(images), parts, FAMILY, tuple(videos))
-    arrays, views = process_with_views(processor, sample)
-    regions = len(arrays["visual_src"])
-    if request.gaze_top_k is not None and 0 < regions < request.gaze_top_k:
-        raise UserError(
-            f"gaze_top_k={request.gaze_top_k} must be between 1 and {regions}, the regions of what is shown."
-        )
+    prompt = sampler.prompts.question(request.question, images, videos, system=request.system)
     with renamed(GAZE_FIELDS):
         budget = request.gaze.budget(sampler.config.gaze.top_k)
-        check(request.gaze, views, sampler.config.decoder.depth)
-    return _Row(request, images, videos, arrays, views, budget)
+        check(request.gaze, prompt.views, sampler.config.decoder.depth, regions=prompt.regions)
+    return _Row(request, images, videos, prompt, budget)
 
 
 def answer_all(
     sampler: Sampler, requests: Iterable[Request], *, batch_size: int = 8, return_trace: bool = False
 ) -> Iterator[tuple[Request, Answer]]:
-    """Answer questions, some at a time, in their order.
+    """Answer questions in batches, in order.
 
-    An answer does not depend on what else is in its batch. Neighbours that attend in different ways (a count,
-    a fraction, densely) are answered apart.
+    An answer does not depend on what else is in its batch. A new batch starts where the kind of budget (a
+    count, a fraction, dense) or the full layers change.
 
     Args:
-      sampler: who answers.
+      sampler: the model.
       requests: the questions.
-      batch_size: most rows of a batch.
-      return_trace: record where every token looked.
+      batch_size: maximum number of rows in a batch.
+      return_trace: record where each token looked.
+
+    Yields:
+      Each request with its answer.
 
     Raises:
       UserError: a request's media or question cannot be read, or a batch does not fit memory.
@@ -252,84 +248,36 @@ def answer_all(
 
 def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Iterator[tuple[Request, Answer]]:
     """Answer one batch."""
-    requests = [row.request for row in rows]
-    length = max(request.max_tokens for request in requests)
-    _check_memory(sampler, rows, length)
-    gaze_options = [request.gaze for request in requests]
+    length = max(row.request.max_tokens for row in rows)
+    arrays = [row.prompt.arrays for row in rows]
+    sampler.check_memory(arrays, length)
+    gaze_options = [row.request.gaze for row in rows]
     budgets = None if rows[0].budget is None else [row.budget for row in rows if row.budget is not None]
-    views, layers = [row.views for row in rows], sampler.config.decoder.depth
+    views, layers = [row.prompt.views for row in rows], sampler.config.decoder.depth
     engine = Engine(
         sampler.model,
         sampler.params,
-        [row.arrays for row in rows],
+        arrays,
         free_slots=free_slots_for(length),
         selection=lambda engine: join(engine, gaze_options, budgets, views, layers),
         mesh=sampler.mesh,
     )
-    detokenizers = [Detokenizer(sampler.tokenizer, sampler.end_ids, r.stop, r.max_tokens) for r in requests]
-    token_traces: list[list[TokenTrace]] = [[] for _ in rows]
-    found = engine.decode(
-        length,
-        ends=sampler.end_ids,
-        sampling=SamplingParams.of(
-            [r.temperature for r in requests],
-            [r.top_p for r in requests],
-            [r.seed for r in requests],
-            [r.sample_top_k for r in requests],
-        ),
-        return_trace=return_trace and engine.regions > 0,
-        chunked=not any(request.stop for request in requests),
-        capacity=most(budgets, engine.capacity),
-        stopped=lambda: [detokenizer.finish_reason is not None for detokenizer in detokenizers],
-    )
-    for out in found:
-        for b, detokenizer in enumerate(detokenizers):
-            for step, token in enumerate(out["tokens"][:, b]):
-                if detokenizer.finish_reason is None:
-                    detokenizer.add(int(token))
-                    if "attention" in out and rows[b].views:
-                        token_traces[b].append(TokenTrace.of(out, step, b, len(rows[b].arrays["visual_src"])))
-    for row, detokenizer, seen in zip(rows, detokenizers, token_traces, strict=True):
-        yield row.request, _finished(sampler, row, detokenizer, seen)
-
-
-def _finished(
-    sampler: Sampler, row: _Row, detokenizer: Detokenizer, token_traces: Sequence[TokenTrace]
-) -> Answer:
-    regions, budget = len(row.arrays["visual_src"]), row.budget
-    if isinstance(budget, int) and regions:
-        budget = min(budget, regions)
-    trace = None
-    if token_traces:
-        trace = trace_of(
-            token_traces,
-            question=row.request.question,
-            answer=detokenizer.text,
-            tokens=detokenizer.pieces,
-            model=sampler.name,
-            top_k=None if budget is None else counted(budget, regions),
-            select_per=sampler.config.gaze.select_per,
-            views=row.views,
-            pictures=pictures_of(row.views, row.images, row.videos),
+    answers = [
+        PendingAnswer(
+            sampler,
+            Question(
+                row.request.question,
+                row.images,
+                row.videos,
+                row.prompt.views,
+                row.prompt.regions,
+                row.budget,
+            ),
+            row.request.options,
         )
-    assert detokenizer.finish_reason is not None, "an answer was taken to its end"
-    return Answer(
-        detokenizer.text,
-        tuple(detokenizer.pieces),
-        detokenizer.finish_reason,
-        detokenizer.stop_reason,
-        regions,
-        budget,
-        trace,
-    )
-
-
-def _check_memory(sampler: Sampler, rows: Sequence[_Row], tokens: int) -> None:
-    sources = [row.arrays["visual_src"] for row in rows]
-    sampler.check_memory(
-        rows=len(rows),
-        regions=max(len(source) for source in sources),
-        slots=max((source.shape[1] for source in sources if len(source)), default=1),
-        text=max(len(row.arrays["tokens"]) for row in rows) + tokens,
-        visual=max(int((source >= 0).sum()) for source in sources),
-    )
+        for row in rows
+    ]
+    for _ in decode_answers(sampler, engine, answers, return_trace=return_trace, chunked=True):
+        pass
+    for row, answer in zip(rows, answers, strict=True):
+        yield row.request, answer.result()

@@ -1,10 +1,9 @@
-"""Which token comes next: greedy, at a temperature, out of the likeliest ones."""
+"""Sampling: greedy, by temperature, top-k and top-p."""
 
 import dataclasses
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,21 @@ _MOST = 2**31 - 1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How each row's tokens are drawn; a row depends on nothing but its own numbers.
+    """How each row's tokens are drawn; rows do not affect each other.
 
     Attributes:
-      temperature: float32 [B], 0 is greedy.
-      top_k: int32 [B]: the so many likeliest tokens are drawn from (arXiv 1805.04833). 0 leaves all. It goes
-        before ``top_p``, which is then of the probability that they share.
-      top_p: float32 [B], of the probability: the likeliest tokens that reach it together are drawn from
-        (nucleus sampling, arXiv 1904.09751). 1 leaves all.
+      temperature: float32 [B]; 0 is greedy.
+      top_k: int32 [B]; draw from the k most likely tokens (arXiv 1805.04833). 0 means all. It is applied
+        before ``top_p``.
+      top_p: float32 [B]; draw from the most likely tokens whose probabilities, renormalised after ``top_k``,
+        add up to this (nucleus sampling, arXiv 1904.09751). 1 means all.
       seed: uint32 [B].
     """
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    seed: Any
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    seed: Array | np.ndarray
 
     @classmethod
     def of(
@@ -44,10 +43,10 @@ class SamplingParams:
         seed: Sequence[int] = (),
         top_k: Sequence[int | None] | None = None,
     ) -> "SamplingParams":
-        """Of numbers for each row; a ``top_k`` of None is 0.
+        """Build from one number per row; a ``top_k`` of None means 0.
 
         Raises:
-          UserError: one is out of range.
+          UserError: a number is out of range.
         """
         rows = len(temperature)
         top_p = [1.0] * rows if top_p is None else top_p
@@ -57,7 +56,7 @@ class SamplingParams:
             check_sampling(*row)
         return cls(
             np.asarray(temperature, np.float32),
-            # More than any vocabulary has is all of it.
+            # Larger than any vocabulary, so it still means all tokens.
             np.asarray([min(k or 0, _MOST) for k in top_k], np.int32),
             np.asarray(top_p, np.float32),
             np.asarray(seed, np.uint32),
@@ -65,10 +64,10 @@ class SamplingParams:
 
 
 def check_sampling(temperature: float, top_p: float, seed: int, sample_top_k: int | None = None) -> None:
-    """Refuse numbers that no token can be drawn with.
+    """Check the numbers of one row.
 
     Raises:
-      UserError: one is out of range.
+      UserError: a number is out of range.
     """
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature={temperature} must be a finite number, 0 or more.")
@@ -84,16 +83,19 @@ def check_sampling(temperature: float, top_p: float, seed: int, sample_top_k: in
         raise UserError(f"sample_top_k={sample_top_k} must be at least 1; 0 draws from all tokens.")
 
 
-def likeliest(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Logits with -inf for what is not drawn from: first by ``top_k``, then by ``top_p`` of what is left.
+def likeliest(logits: Array, top_k: Array | np.ndarray, top_p: Array | np.ndarray) -> Array:
+    """Mask logits with -inf, first by ``top_k``, then by ``top_p`` of the remaining probability.
 
-    The likeliest token always stays, and of equal ones all that a cut falls on, as in vLLM and transformers:
-    with ties, more than ``top_k`` tokens may stay.
+    The most likely token always stays. Tokens tied with the last one that stays also stay, as in vLLM and
+    transformers, so more than ``top_k`` tokens may stay.
 
     Args:
       logits: float32 [B, V].
-      top_k: int32 [B], 0 for all tokens.
+      top_k: int32 [B]; 0 means all tokens.
       top_p: float32 [B].
+
+    Returns:
+      float32 [B, V].
     """
     tokens = logits.shape[-1]
     ranked = jnp.sort(logits, axis=-1, descending=True)
@@ -101,34 +103,34 @@ def likeliest(logits: Array, top_k: Array, top_p: Array) -> Array:
     least = jnp.take_along_axis(ranked, count - 1, axis=-1)
     ranked = jnp.where(ranked >= least, ranked, -jnp.inf)
     chances = jax.nn.softmax(ranked, axis=-1)
-    # A token stays if what is likelier than it does not reach top_p.
+    # A token stays if the more likely tokens do not add up to top_p.
     before = jnp.cumsum(chances, axis=-1) - chances
-    # Rounded sums may reach 1 too early; all of the probability is all tokens.
+    # Rounded sums may reach 1 too early, but top_p = 1 must keep all tokens.
     inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
     cut = jnp.maximum(least, jnp.take_along_axis(ranked, jnp.maximum(kept - 1, 0), axis=-1))
     return jnp.where(logits >= cut, logits, -jnp.inf)
 
 
-def next_token(logits: Array, sampling: SamplingParams, index: Array) -> Array:
+def next_token(logits: Array, sampling: SamplingParams, index: Array | np.ndarray) -> Array:
     """Draw a token for each row.
 
     Args:
       logits: float32 [B, V].
-      sampling: of the rows.
-      index: int32 [B], number of the token in its answer.
+      sampling: how the rows' tokens are drawn.
+      index: int32 [B], index of the token in its answer.
 
     Returns:
       int32 [B].
     """
-    # Smaller numbers are 0 to a device.
+    # Devices flush smaller numbers to 0.
     hot = sampling.temperature >= jnp.finfo(jnp.float32).tiny
 
     def draw() -> Array:
-        # Of differences, the likeliest being 0: a temperature near 0 makes the others -inf, and nothing NaN.
+        # Subtract the maximum first: then a temperature near 0 makes the other tokens -inf, and none NaN.
         differences = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled = differences / jnp.where(hot, sampling.temperature, 1.0)[:, None]
-        # Sorting a vocabulary is worth avoiding where nobody asked for it.
+        # Sorting the vocabulary is slow, so do it only if a row limits its tokens.
         limited = (sampling.top_p < 1) | ((sampling.top_k > 0) & (sampling.top_k < logits.shape[-1]))
         scaled = jax.lax.cond(
             jnp.any(hot & limited),
@@ -136,7 +138,7 @@ def next_token(logits: Array, sampling: SamplingParams, index: Array) -> Array:
             lambda: scaled,
         )
 
-        def one(logits: Array, seed: Array, index: Array) -> Array:
+        def one(logits: Array, seed: Array | np.ndarray, index: Array | np.ndarray) -> Array:
             return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), index), logits)
 
         drawn = jax.vmap(one)(scaled, sampling.seed, index)

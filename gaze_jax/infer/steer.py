@@ -1,4 +1,4 @@
-"""Steering: which regions of a picture an answer may look at, or rather should."""
+"""Steering: restrict or bias the selection to boxes in images and frames."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ from gaze_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LookAt:
-    """Selection into a box.
+    """Steer the selection to a box.
 
     Attributes:
-      box: (x0, y0, x1, y1) in pixels of the image or frame as it was given.
-      frame: number of the one frame of a video that is meant, from 0; None: every frame, and every image.
-      layers: that are steered; None: all.
-      bias: in logits: how much likelier regions in the box are selected, negative for less; None: no others
-        are.
+      box: (x0, y0, x1, y1) in pixels of the original image or frame.
+      frame: a frame of a video, from 0; None means every frame and every image.
+      layers: the steered layers; None means all.
+      bias: added to the scores of regions in the box, in logits; None means that no other region may be
+        selected.
 
     Raises:
-      UserError: a box without area, or a number out of range.
+      UserError: the box has no area, or a number is out of range.
     """
 
     box: tuple[float, float, float, float]
@@ -39,16 +39,18 @@ class LookAt:
         if self.frame is not None and self.frame < 0:
             raise UserError(f"look_at frame {self.frame} must be 0 or more.")
         if self.bias is not None and not math.isfinite(self.bias):
-            raise UserError(f"look_at bias {self.bias} must be a finite number of logits; none restricts.")
+            raise UserError(
+                f"look_at bias {self.bias} must be a finite number of logits; leave it out to restrict."
+            )
 
     @classmethod
     def parse(
         cls, text: str, *, layers: tuple[int, ...] | None = None, bias: float | None = None
     ) -> "LookAt":
-        """Read "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
+        """Parse "x0,y0,x1,y1" or "x0,y0,x1,y1,frame".
 
         Raises:
-          UserError: it is neither.
+          UserError: the text has neither form.
         """
         try:
             numbers = [float(word) for word in text.split(",")]
@@ -56,57 +58,61 @@ class LookAt:
         except ValueError:
             numbers, frame = [], None
         if len(numbers) not in (4, 5):
-            raise UserError(f"look_at={text!r} must be x0,y0,x1,y1 in pixels, and perhaps a frame's number.")
+            raise UserError(
+                f"look_at={text!r} must be x0,y0,x1,y1 in pixels, optionally with a frame's number."
+            )
         return cls((numbers[0], numbers[1], numbers[2], numbers[3]), frame, layers, bias)
 
 
-def _inside(look: LookAt, view: PlacedView) -> np.ndarray:
-    """int32 [n], regions of a view with a token whose pixels the box overlaps."""
+def _inside(target: LookAt, view: PlacedView) -> np.ndarray:
+    """int32 [n], regions of a view that have a token whose pixels overlap the box."""
     rows, columns = view.regions.shape
     left, top, right, bottom = view.corners
     xs, ys = np.linspace(left, right, columns + 1), np.linspace(top, bottom, rows + 1)
-    x0, y0, x1, y1 = look.box
+    x0, y0, x1, y1 = target.box
     across = (xs[:-1] < x1) & (xs[1:] > x0)
     down = (ys[:-1] < y1) & (ys[1:] > y0)
     return np.unique(view.regions[down][:, across])
 
 
-def bias_of(looks: Sequence[LookAt], views: Sequence[PlacedView], layers: int, regions: int) -> np.ndarray:
-    """What steering adds to the scores: float32 [L, R] in logits, -inf for regions that are left out.
+def bias_of(targets: Sequence[LookAt], views: Sequence[PlacedView], layers: int, regions: int) -> np.ndarray:
+    """What steering adds to the scores: float32 [L, R] in logits, -inf for regions that are excluded.
 
-    Boxes that restrict are joined: a region in any of them may be selected. Biases add up.
+    With several restricting boxes, a region in any of them may be selected. Biases add up.
 
     Args:
-      looks: what to look at.
-      views: where each view or frame is in the regions.
-      layers: L of the model.
-      regions: R of the sequence; those beyond the views are left alone.
+      targets: the boxes.
+      views: the regions of each view and frame.
+      layers: L, the model's number of layers.
+      regions: R, the sequence's number of regions.
 
     Raises:
-      UserError: a layer that the model has not, a frame that is not shown, or a box outside of everything.
+      UserError: a layer does not exist, a frame is not shown, or a box overlaps no view.
     """
-    if looks and not views:
+    if targets and not views:
         raise UserError("Nothing is shown, so there is nowhere to look; drop look_at.")
     bias = np.zeros((layers, regions), np.float32)
     restricted = np.zeros(layers, bool)
     allowed = np.zeros((layers, regions), bool)
-    for look in looks:
-        chosen = np.arange(layers) if look.layers is None else np.asarray(look.layers, int)
+    for target in targets:
+        chosen = np.arange(layers) if target.layers is None else np.asarray(target.layers, int)
         if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= layers:
             raise UserError(
-                f"look_at layers {look.layers} must be between 0 and {layers - 1}, the model's last."
+                f"look_at layers {target.layers} must be between 0 and {layers - 1}, the model's last."
             )
-        meant = [view for view in views if look.frame is None or (view.video and view.frame == look.frame)]
+        meant = [
+            view for view in views if target.frame is None or (view.video and view.frame == target.frame)
+        ]
         if not meant:
             shown = sum(view.video for view in views)
-            raise UserError(f"look_at frame {look.frame} is not shown; there are {shown} frames of video.")
-        found = np.concatenate([_inside(look, view) for view in meant])
+            raise UserError(f"look_at frame {target.frame} is not shown; there are {shown} frames of video.")
+        found = np.concatenate([_inside(target, view) for view in meant])
         if not found.size:
-            raise UserError(f"look_at={look.box} lies outside of everything that is shown.")
-        if look.bias is None:
+            raise UserError(f"look_at={target.box} lies outside of everything that is shown.")
+        if target.bias is None:
             restricted[chosen] = True
             allowed[np.ix_(chosen, found)] = True
         else:
-            bias[np.ix_(chosen, np.unique(found))] += look.bias
+            bias[np.ix_(chosen, np.unique(found))] += target.bias
     bias[restricted[:, None] & ~allowed] = -np.inf
     return bias

@@ -1,4 +1,4 @@
-"""What a traced answer leaves: a gaze trace."""
+"""From the engine's output to a gaze trace."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from gaze_jax.media.video import Clip
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenTrace:
-    """Where the query looked that emitted one token.
+    """Where the query that emitted one token looked.
 
     Attributes:
       selected: bool [L, Hs, R]; None under dense attention.
       scores: float32 [L, Hs, R]; None under dense attention.
-      attention: float32 [L, H, R], the share of each head's softmax that went to each region.
-      dense: float32 [L, H, R], the share that dense attention gives it.
-      entries: float32 [L, 4]: visual, newline, context and text keys, a mean over heads.
-      visual_tokens: visual keys that there were.
+      attention: float32 [L, H, R], the share of each head's softmax on each region.
+      dense: float32 [L, H, R], the same share under dense attention.
+      entries: float32 [L, 4], attended visual, newline, context and text keys, a mean over heads.
+      visual_tokens: visual keys visible to the query.
     """
 
     selected: np.ndarray | None
@@ -33,13 +33,13 @@ class TokenTrace:
 
     @classmethod
     def of(cls, found: dict[str, np.ndarray], step: int, row: int, regions: int) -> "TokenTrace":
-        """Of what :meth:`gaze_jax.infer.engine.Engine.say` yields, cut to the row's own regions."""
+        """One step of one row from :meth:`gaze_jax.infer.engine.Engine.decode`, cut to the row's regions."""
 
         def part(name: str) -> np.ndarray | None:
             return found[name][step, :, row, :, :regions] if name in found else None
 
         attention, dense = part("attention"), part("dense")
-        assert attention is not None and dense is not None, "the session was traced"
+        assert attention is not None and dense is not None, "the answer is traced"
         entries, tokens = found["entries"][step, :, row], int(found["visual_tokens"][step, row])
         return cls(part("selected"), part("scores"), attention, dense, entries, tokens)
 
@@ -47,7 +47,7 @@ class TokenTrace:
 def pictures_of(
     views: Sequence[PlacedView], images: Sequence[np.ndarray], videos: Sequence[Frames]
 ) -> tuple[Picture, ...]:
-    """A copy of every image and frame that the views show; videos are read through once."""
+    """Copies of the images and frames that the views were made from; each video is read once."""
     found = [picture(images[index], index=index) for index in sorted({u.index for u in views if not u.video})]
     for index in sorted({view.index for view in views if view.video}):
         shown = {view.frame for view in views if view.video and view.index == index}
@@ -72,10 +72,10 @@ def trace_of(
     views: Sequence[PlacedView],
     pictures: Sequence[Picture],
 ) -> Trace:
-    """Join what every token looked at.
+    """Join the traces of an answer's tokens into a :class:`gaze_jax.infer.trace.Trace`.
 
     Args:
-      token_traces: T of them.
+      token_traces: one per generated token, T in all.
       question, answer, tokens, model, top_k, select_per, views, pictures: as in
         :class:`gaze_jax.infer.trace.Trace`.
     """

@@ -1,8 +1,8 @@
-"""The gaze trace: where a model looked for each word of one answer.
+"""The gaze trace: where a model looked for each token of one answer.
 
-Axes: T generated tokens, L layers, H query heads, Hs selectors (the H heads with ``select_per="head"``, the
-K kv
-heads with ``select_per="kv_head"``), J capacity of a selection, R regions. ``trace_file`` saves and loads it.
+Axes: T generated tokens, L layers, H query heads, Hs selectors (the H query heads with ``select_per="head"``,
+the K kv heads with ``select_per="kv_head"``), J capacity of a selection, R regions. ``trace_file`` saves and
+loads it.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ LONGEST = 640
 """Longest side of a picture's copy in pixels."""
 
 _QUALITY = 85
-_PADDED = 8  # times a picture's longest side: no view or frame shows more
+_PADDED = 8  # times a picture's longest side: limit for a view's size, padding included
 _SLACK = 1e-3  # softmax shares are sums of many float32 numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """An image, or a sampled frame of a video, as it is shown; :func:`picture` makes one.
+    """A copy of an image or of a sampled video frame; :func:`picture` makes one.
 
     Attributes:
       video, index, frame: as in :class:`gaze_jax.data.placement.PlacedView`.
-      seconds: when the frame is shown; None for an image.
-      size: (height, width) in pixels of the original, which ``PlacedView.corners`` speak of.
-      jpeg: a copy, its longest side at most :data:`LONGEST`.
+      seconds: time of the frame in its video; None for an image.
+      size: (height, width) of the original in pixels, the pixels of ``PlacedView.corners``.
+      jpeg: the copy as a JPEG file, its longest side at most :data:`LONGEST` pixels.
 
     Raises:
       ValueError: a field is not as described.
@@ -64,11 +64,11 @@ class Picture:
 
     @property
     def key(self) -> tuple[bool, int, int]:
-        """What a view of this picture has in common with it."""
+        """The fields that identify this picture in its views."""
         return self.video, self.index, self.frame
 
     def pixels(self) -> np.ndarray:
-        """The copy decoded: uint8 [height, width, 3]."""
+        """The decoded copy: uint8 [height, width, 3]."""
         with PIL.Image.open(io.BytesIO(self.jpeg), formats=("JPEG",)) as image:
             return np.asarray(image.convert("RGB"))
 
@@ -82,7 +82,7 @@ def picture(
     seconds: float | None = None,
     longest: int = LONGEST,
 ) -> Picture:
-    """The :class:`Picture` of uint8 [height, width, 3], its copy at most ``longest`` pixels a side."""
+    """Make a :class:`Picture` of uint8 [height, width, 3], its copy at most ``longest`` pixels per side."""
     height, width = pixels.shape[:2]
     image = PIL.Image.fromarray(pixels)
     image.thumbnail((longest, longest), PIL.Image.Resampling.LANCZOS)
@@ -96,22 +96,21 @@ class Trace:
     """Where a model looked for each token of an answer.
 
     Attributes:
-      question, answer: as text.
-      tokens: T generated tokens as text.
-      model: what answered, for headings.
-      top_k: regions per query, for headings; None is a dense run.
-      select_per: "head", or "kv_head": query head h selects with selector h // (H // Hs).
-      views: which region each token of each view or frame is in.
+      question, answer: the question and the answer.
+      tokens: the T generated tokens as text.
+      model: the model's name, for headings.
+      top_k: regions per query, for headings; None for a dense run.
+      select_per: "head" or "kv_head"; query head h uses selector h // (H // Hs).
+      views: the regions of each view and frame.
       pictures: one for each (video, index, frame) of the views.
-      selected: int32 [T, L, Hs, J], regions, best first; -1 in unused slots, which come last. J is 0 in a
-        dense run and only there.
-      scores: float32 [T, L, Hs, J] of the selected regions; 0 in unused slots.
-      attention: float32 [T, L, H, J], share of the head's softmax that went to ``selected[..., j]``; 0 in
-        unused slots. What is missing to 1 went to newlines, context and text.
-      dense: float32 [T, L, H, R], share that dense attention of the same query would give each region; in a
-        dense run, that it gave.
+      selected: int32 [T, L, Hs, J], selected regions, highest score first; -1 in unused slots, which come
+        last. J is 0 if and only if the run is dense.
+      scores: float32 [T, L, Hs, J], scores of the selected regions; 0 in unused slots.
+      attention: float32 [T, L, H, J], the share of the head's softmax on ``selected[..., j]``; 0 in unused
+        slots. The rest of the softmax is on newlines, context tokens and text.
+      dense: float32 [T, L, H, R], the share of each region under dense attention of the same query.
       entries: float32 [T, L, 4], keys attended per query, mean over heads: visual, newline, context, text.
-      visual_tokens: int32 [T], visual keys that the query could have attended to.
+      visual_tokens: int32 [T], visual keys visible to the query.
 
     Raises:
       ValueError: shapes, types or values are not as described.
@@ -140,17 +139,17 @@ class Trace:
 
     @property
     def layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return self.dense.shape[1]
 
     @property
     def heads(self) -> int:
-        """H, query heads."""
+        """H, the number of query heads."""
         return self.dense.shape[2]
 
     @property
     def regions(self) -> int:
-        """R."""
+        """R, the number of regions."""
         return self.dense.shape[3]
 
     def picture_of(self, view: PlacedView) -> Picture:
@@ -160,15 +159,15 @@ class Trace:
     def mask(self) -> np.ndarray:
         """bool [T, L, Hs, R]: whether a selector chose a region."""
         chosen = np.zeros((*self.selected.shape[:3], self.regions + 1), bool)
-        np.put_along_axis(chosen, self.selected, True, axis=-1)  # -1 falls on the last, which is cut off
+        np.put_along_axis(chosen, self.selected, True, axis=-1)  # -1 is the extra last column, cut off below
         return chosen[..., :-1]
 
 
 def check_layer(trace: Trace, layer: int | None) -> None:
-    """Refuse a layer that the trace has not.
+    """Check that a trace has a layer.
 
     Raises:
-      UserError: ``layer`` is neither None nor one of its layers.
+      UserError: ``layer`` is neither None nor a layer of the trace.
     """
     if layer is not None and not 0 <= layer < trace.layers:
         raise UserError(f"layer={layer} must be between 0 and {trace.layers - 1}, the layers of the trace.")
@@ -179,7 +178,7 @@ def _check_shapes(trace: Trace) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{text!r} holds half a character, which no file can.") from error
+            raise ValueError(f"{text!r} has half a surrogate pair, which UTF-8 cannot store.") from error
     if trace.select_per not in SELECT_PER:
         raise ValueError(f"select_per={trace.select_per!r} must be one of {', '.join(SELECT_PER)}.")
     if trace.top_k is not None and trace.top_k < 1:
@@ -192,13 +191,13 @@ def _check_shapes(trace: Trace) -> None:
     tokens, layers, heads, _ = trace.dense.shape
     selectors, slots = trace.selected.shape[2:]
     if len(trace.tokens) != tokens:
-        raise ValueError(f"dense is of {tokens} tokens but there are {len(trace.tokens)}.")
+        raise ValueError(f"dense has {tokens} tokens but tokens has {len(trace.tokens)}.")
     if selectors < 1 or heads % selectors or (trace.select_per == "head" and selectors != heads):
         raise ValueError(
             f"select_per={trace.select_per!r} does not fit {selectors} selectors of {heads} heads."
         )
     if (trace.top_k is None) != (slots == 0):
-        raise ValueError(f"top_k={trace.top_k} but J={slots}; a dense run, and no other, selects nothing.")
+        raise ValueError(f"top_k={trace.top_k} but J={slots}; top_k must be None if J is 0, and only then.")
     wanted = {
         "selected": ((tokens, layers, selectors, slots), np.int32),
         "scores": ((tokens, layers, selectors, slots), np.float32),
@@ -231,7 +230,7 @@ def _check_pictures(trace: Trace) -> None:
         left, top, right, bottom = view.corners
         if not (np.isfinite(view.corners).all() and left < right and top < bottom):
             raise ValueError(f"view {view.view} has corners={view.corners}, which are no rectangle.")
-        # With a margin for padding; whoever draws it takes memory for that.
+        # Drawing a view takes memory for its size, so limit that, with a margin for padding.
         longest, sides = max(sizes[view.video, view.index, view.frame]), (right - left, bottom - top)
         if max(sides) > _PADDED * longest or max(map(abs, view.corners)) > 2 * _PADDED * longest:
             raise ValueError(f"view {view.view} has corners={view.corners}, far outside of its picture.")
@@ -259,7 +258,7 @@ def _check_shares(trace: Trace) -> None:
         shares = getattr(trace, name)
         # A NaN fails both comparisons.
         if not (shares >= 0).all() or not (shares.sum(axis=-1) <= 1 + _SLACK).all():
-            raise ValueError(f"{name} must hold shares of a softmax: at least 0, at most 1 in all.")
+            raise ValueError(f"{name} must hold shares of a softmax: at least 0, with a sum of at most 1.")
     if not (np.isfinite(trace.entries) & (trace.entries >= 0)).all() or (trace.visual_tokens < 0).any():
         raise ValueError("entries and visual_tokens must be numbers of keys, at least 0.")
     if (trace.entries[..., 0] > trace.visual_tokens[:, None] * (1 + _SLACK)).any():

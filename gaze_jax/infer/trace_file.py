@@ -1,6 +1,6 @@
-"""The file of a gaze trace: a zip of arrays as NumPy makes it, checked before memory is taken for it.
+"""The gaze trace's file: a NumPy .npz, checked before memory is allocated for its contents.
 
-docs/viewer.md describes it for readers in other languages. Axes as in ``gaze_jax.infer.trace``.
+docs/viewer.md describes the format. Axes as in ``gaze_jax.infer.trace``.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, get_args
 
 import numpy as np
@@ -20,12 +21,12 @@ from gaze_jax.stored import NEWEST, check_version, upgrade
 
 FORMAT = "gaze_jax.trace"
 MAX_BYTES = 2 << 30
-"""Largest trace that is read, in bytes after decompression."""
+"""Maximum size of a trace, in bytes after decompression."""
 
 _MAX_META = 64 << 20
-_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # their readers take no more than they are asked for
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # these decompress no more than asked for
 
-# The arrays of the file: their types there, as .npy writes them, and their axes.
+# The arrays of the file: allowed dtypes, as .npy writes them, and axes.
 _STORED = {
     "selected": (("<i2", "<i4"), ("T", "L", "Hs", "J")),
     "scores": (("<f4",), ("T", "L", "Hs", "J")),
@@ -64,9 +65,9 @@ _META = {
 
 
 def rounded_down(shares: np.ndarray) -> np.ndarray:
-    """Float32 in [0, 1] as float16, rounded towards 0 so that shares never sum to more than they did.
+    """Round float32 in [0, 1] to float16 towards 0, so that the sum of shares never grows.
 
-    The error is below 2**-10 of the value, and for values below 2**-14 below 2**-24.
+    The relative error is below 2**-10; for values below 2**-14 the absolute error is below 2**-24.
     """
     near = shares.astype(np.float16)
     over = near.astype(np.float32) > shares
@@ -74,13 +75,13 @@ def rounded_down(shares: np.ndarray) -> np.ndarray:
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Write a trace: what ``numpy.savez_compressed`` makes; equal traces write equal bytes.
+    """Write a trace with ``numpy.savez_compressed``; equal traces write equal bytes.
 
-    ``attention`` and ``dense`` are :func:`rounded_down`, everything else is kept exactly. What is loaded and
-    saved again stays the same.
+    ``attention`` and ``dense`` are :func:`rounded_down` to float16; everything else is stored exactly.
+    Loading and saving again changes nothing.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written, or the trace is larger than :data:`MAX_BYTES`.
     """
     ids = np.int16 if trace.regions <= np.iinfo(np.int16).max else np.int32
     sizes = (*trace.selected.shape, trace.heads, trace.regions)
@@ -116,27 +117,27 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
             "trace fewer tokens."
         )
     try:
-        with open(path, "wb") as file:  # savez would add .npz to a name
+        with open(path, "wb") as file:  # given a path, savez would add .npz to it
             np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
     except OSError as error:
         raise UserError(f"Trace {os.fspath(path)!r} cannot be written ({error.strerror}).") from error
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's scalars, which may stand in a view, as Python's."""
+def _plain(value: object) -> object:
+    """Convert NumPy scalars, which a view may hold, to Python's."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} is not JSON.")
+    raise TypeError(f"{value!r} cannot be written as JSON.")
 
 
 def load(path: str | os.PathLike[str]) -> Trace:
     """Read a trace that :func:`save` wrote.
 
-    Everything that the file declares is checked before memory is taken for it.
+    Every size that the file declares is checked before memory is allocated for it.
 
     Raises:
-      UserError: the file is missing, no trace, damaged, of another version, or larger than
-        :data:`MAX_BYTES`. One sentence that names it.
+      UserError: the file is missing, not a trace, damaged, of an unknown version, or larger than
+        :data:`MAX_BYTES`. The message is one sentence that names the file.
     """
     name = os.fspath(path)
     try:
@@ -145,7 +146,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     except UserError:
         raise
     except zipfile.BadZipFile as error:
-        raise UserError(f"Trace {name!r} is damaged, cut short or no trace; write it again.") from error
+        raise UserError(f"Trace {name!r} is damaged, cut short or not a trace; write it again.") from error
     except OSError as error:
         raise UserError(f"Trace {name!r} cannot be read ({error.strerror}).") from error
     # RuntimeError: encrypted.
@@ -159,7 +160,7 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
     if any(info.compress_type not in _PACKED for info in entries.values()):
         raise ValueError("it is compressed in a way that NumPy does not use")
     if "meta.npy" not in entries:
-        raise UserError(f"Trace {name!r} is no trace: it has no entry 'meta'; give a file that holds one.")
+        raise UserError(f"File {name!r} is not a trace: it has no entry 'meta'; give a trace file.")
     meta = _read_meta(file, entries["meta.npy"], name)
     wanted = {"meta.npy", *(f"{array}.npy" for array in _STORED)}
     if set(entries) != wanted or len(entries) < len(file.infolist()):
@@ -199,16 +200,19 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
 def _read_array(
     entry: IO[bytes], name: str, size: int, types: tuple[str, ...], shape: tuple[int, ...] | None
 ) -> np.ndarray:
-    """One array of the file, after its header was compared with what it must be.
+    """Read one array after checking its header.
 
     Args:
       entry: the opened .npy.
-      name: of the array.
+      name: the array's name.
       size: bytes of the entry, header included, as the zip declares them.
-      types: it is of one of these.
-      shape: None is one axis of any length.
+      types: the allowed dtypes.
+      shape: the required shape; None means one axis of any length.
+
+    Raises:
+      ValueError: the header or the length is not as required.
     """
-    # NumPy's own reader evaluates the header as Python, and takes memory before it knows what comes.
+    # NumPy's reader evaluates the header as Python and allocates memory before it has read the data.
     start = entry.read(10)
     header = entry.read(int.from_bytes(start[8:], "little"))
     match = _HEADER.fullmatch(header)
@@ -217,18 +221,18 @@ def _read_array(
     dtype = match[1].decode()
     found = tuple(int(side) for side in match[2].replace(b",", b" ").split())
     if dtype not in types or (len(found) != 1 if shape is None else found != shape):
-        raise ValueError(f"{name} is {dtype} {list(found)}, which is not what its meta says")
+        raise ValueError(f"{name} is {dtype} {list(found)}, which does not match its meta")
     length = math.prod(found) * np.dtype(dtype).itemsize
     if length + len(start) + len(header) != size:
-        raise ValueError(f"{name} has not the length that it declares")
+        raise ValueError(f"{name} does not have the length that it declares")
     values = entry.read(length)
-    if len(values) < length or entry.read(1):  # at the end the checksum is compared
-        raise ValueError(f"{name} has not the length that it declares")
+    if len(values) < length or entry.read(1):  # reading to the end also checks the checksum
+        raise ValueError(f"{name} does not have the length that it declares")
     return np.frombuffer(values, dtype).reshape(found)
 
 
 def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[str, Any]:
-    """The JSON of the file, every field of the type that :data:`_META` says."""
+    """The file's JSON, with every field checked against :data:`_META`."""
     if info.file_size > _MAX_META:
         raise ValueError(f"its meta has {info.file_size} bytes, more than {_MAX_META}")
     with file.open(info) as entry:
@@ -238,7 +242,7 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
     except RecursionError as error:
         raise ValueError("its meta is nested too deeply") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"Trace {name!r} is no trace: its meta does not say format {FORMAT!r}.")
+        raise UserError(f"File {name!r} is not a trace: its meta does not say format {FORMAT!r}.")
     meta = upgrade("trace", meta, check_version("trace", meta, f"Trace {name!r}"))
     _check_fields("meta", {k: v for k, v in meta.items() if k not in ("format", "version")}, _META)
     if not all(isinstance(token, str) for token in meta["tokens"]):
@@ -258,8 +262,8 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
     return meta
 
 
-def _check_fields(what: str, fields: Any, types: dict[str, Any]) -> None:
-    """Raises a ValueError unless ``fields`` are these and of these types."""
+def _check_fields(what: str, fields: object, types: Mapping[str, object]) -> None:
+    """Raise a ValueError unless ``fields`` has exactly these names and types."""
     if not isinstance(fields, dict) or set(fields) != set(types):
         raise ValueError(f"{what} must have the fields {', '.join(types)}")
     for name, wanted in types.items():
@@ -270,7 +274,7 @@ def _check_fields(what: str, fields: Any, types: dict[str, Any]) -> None:
             raise ValueError(f"{name} of {what} is {type(fields[name]).__name__}")
 
 
-def _check_numbers(what: str, numbers: Any, count: int) -> None:
+def _check_numbers(what: str, numbers: Sequence[object], count: int) -> None:
     if len(numbers) != count or not all(type(n) is int and 0 <= n < 1 << 31 for n in numbers):
         raise ValueError(f"{what} must be {count} whole numbers, 0 or more")
 

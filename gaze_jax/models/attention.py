@@ -1,7 +1,7 @@
 """Gaze attention of one layer over all tokens of a batch: pool, score, select, attend.
 
-Pure functions without parameters. Queries, keys and values of both streams travel as one array
-[B, N, heads, D] with N = R * P + S, the visual tokens first. ``decode.py`` is the counterpart for one token.
+Pure functions without parameters. Queries, keys and values of both streams are in one array [B, N, heads, D]
+with N = R * P + S, visual tokens first. ``decode.py`` is the counterpart for one token.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from pallas_kernels import GazeSpec, KeyPlaces, Windows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutedQueries:
-    """The queries that select regions, and the regions they may choose from; the same in every layer.
+    """The queries that select regions, and the regions they may select; the same in every layer.
 
     Attributes:
-      visible: bool [B, T, R] regions that a query may choose from, those of a cache first; False for
-        queries that are not routed.
-      order: int32 [B, T] of the queries.
-      sample: int32 [B, T] or [B, 1], names the sample for random routing.
+      visible: bool [B, T, R] regions that a query may select, cached regions first; False for queries that
+        are not routed.
+      order: int32 [B, T] order of the queries.
+      sample: int32 [B, T] or [B, 1] sample id, for random routing.
       first: int32 [B, R] order of each region's first token.
-      permutation: int32 [B, R] regions by first token, which breaks ties.
+      permutation: int32 [B, R] regions sorted by first token, to break ties.
     """
 
     visible: Bool[Array, "B T R"]
@@ -45,11 +45,11 @@ class RoutedQueries:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """What all layers share about a batch; computed once per forward pass.
+    """Masks and orders of a batch that all layers share; computed once per forward pass.
 
     Attributes:
       visual, text: windows of the visual [B, R * P] and the text-stream [B, S] queries.
-      places: order and segment of the keys, those of a cache first.
+      places: order and segment of the keys, cached keys first.
       valid: bool [B, R, P] slots of the batch that hold a token.
       routed: the text-stream queries [B, S] that select regions.
     """
@@ -64,7 +64,7 @@ class AttentionMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """The cache of earlier tokens, as one layer sees it.
+    """One layer of the cache of earlier tokens.
 
     Attributes:
       visual_k, visual_v: [B, K, R, P, D].
@@ -90,9 +90,9 @@ def make_metadata(
     Args:
       streams: the batch.
       gaze: the model's gaze settings.
-      sample: int32 [B] or [B, S] (default 0), for random routing.
-      past: order of the cached tokens, int32 [B, R, P] and [B, S], -1 in empty slots; the batch continues
-        them, one sample per row.
+      sample: int32 [B] or [B, S] sample ids for random routing; 0 by default.
+      past: order of the cached tokens, int32 [B, R, P] and [B, S], -1 in empty slots. The batch then has one
+        sample per row, which continues the row of the cache.
     """
     visual, text = masks.windows(streams, visual_scope=gaze.visual_scope, visual_causal=gaze.visual_causal)
     places = masks.key_places(streams)
@@ -139,14 +139,14 @@ def region_scores(
     layer: Int[Array, ""],
     oracle: Callable[[], Float32[Array, "B T Hs R"]],
 ) -> tuple[Float32[Array, "B T Hs R"], Bool[Array, "#B #T #Hs R"]]:
-    """Scores of every region and whether it may be chosen, for any strategy.
+    """Scores of every region and whether it may be selected, for any strategy.
 
     Args:
       q: [B, T, H, D].
       descriptors: [B, K, R, E].
-      routed: the queries, T of them.
-      selection: of this layer, without the axis L: ``forced`` int32 [B, T, Hs, J], broadcastable in T and
-        Hs; ``bias`` float32 [B, R].
+      routed: the T queries.
+      selection: this layer's selection, without the axis L: ``forced`` int32 [B, T, Hs, J], broadcastable in
+        T and Hs; ``bias`` float32 [B, R].
       gaze: the model's gaze settings.
       strategy: where scores come from.
       layer: int32 scalar.
@@ -188,7 +188,7 @@ def _after_past(past: Past | None, new: Past) -> Past:
     """Keys, values and descriptors of a cache followed by those of the batch."""
     if past is None:
         return new
-    # A cache may store another dtype than the model computes with (int8).
+    # A cache may store another dtype (int8) than the model computes in.
     dtype = new.visual_k.dtype
     return Past(
         visual_k=jnp.concatenate([past.visual_k.astype(dtype), new.visual_k], axis=2),
@@ -216,17 +216,17 @@ def gaze_attention(
     Args:
       q: [B, N, H, D] post-RoPE.
       k, v: [B, N, K, D], keys post-RoPE.
-      metadata: of the batch.
-      selection: of this layer, without the axis L; ``budget`` is broadcastable to [B, S].
-      spec: static choices; ``capacity`` has no meaning here.
+      metadata: attention metadata of the batch.
+      selection: this layer's selection, without the axis L; ``budget`` is broadcastable to [B, S].
+      spec: static settings; ``capacity`` is not used here.
       gaze: the model's gaze settings.
-      layer: int32 scalar.
-      past: keys and values of earlier tokens; ``metadata`` was made with their order.
+      layer: int32 scalar, index of the layer.
+      past: keys and values of earlier tokens; ``metadata`` includes their order.
 
     Returns:
       [B, N, H, D], and a dict with "visual_k", "visual_v" [B, K, R, P, D], "text_k", "text_v" [B, K, S, D]
       and "descriptors" [B, K, R, E] of these tokens; with ``spec.return_trace`` and a budget also "scores"
-      float32 and "selected" bool [B, S, Hs, R], where R has the regions of the past first.
+      float32 and "selected" bool [B, S, Hs, R], where R has the cached regions first.
     """
     num_regions, slots = metadata.valid.shape[1:]
     tokens = num_regions * slots
@@ -254,8 +254,8 @@ def gaze_attention(
         )
 
     if selection.budget is None or keys.descriptors.shape[2] == 0:
-        everyone = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
-        return attend(q, everyone, None), out
+        queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
+        return attend(q, queries, None), out
     scores, selected = _select(
         q[:, tokens:], keys, metadata, selection, spec.routing, op, gaze=gaze, layer=layer
     )
@@ -279,7 +279,7 @@ def _select(
     gaze: GazeConfig,
     layer: Int[Array, ""],
 ) -> tuple[Float32[Array, "B S Hs R"], Bool[Array, "B S Hs R"]]:
-    """Scores float32 and the selection bool [B, S, Hs, R] of text-stream queries [B, S, H, D]."""
+    """Float32 scores and bool selection, [B, S, Hs, R] each, of text-stream queries [B, S, H, D]."""
 
     def oracle() -> Float32[Array, "B S Hs R"]:
         return routing.oracle_scores(

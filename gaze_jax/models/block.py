@@ -71,7 +71,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; one method per way to run it."""
+    """Pre-norm attention and MLP, with a method each for forward, initialisation and decoding."""
 
     config: MLLMConfig
 
@@ -114,7 +114,7 @@ class Block(nn.Module):
         return self._around(x, angles, attend)
 
     def init_forward(self, x: Float[Array, "B N M"], angles: Angles) -> Float[Array, "B N M"]:
-        """[B, N, M] through every parameter; attention has none and is left out."""
+        """[B, N, M] -> [B, N, M] without attention, which has no parameters."""
         return self._around(x, angles, lambda q, k, v: (q, None))[0]
 
     def decode(

@@ -1,6 +1,6 @@
-"""The KV cache of a decoder: visual regions stay, text-stream tokens are appended.
+"""The KV cache of a decoder, to which regions and text-stream tokens are appended.
 
-Nothing is evicted. The cache is stacked over layers and handed whole to every layer with its index.
+Nothing is evicted. The cache is stacked over layers; every layer gets all of it and its own index.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Cache:
     Attributes:
       visual: packed by the decode implementation from [L, B, K, R, P, D] keys and values.
       descriptors: [L, B, K, R, E], E as in :func:`gaze_jax.core.regions.descriptor_width`.
-      text_k, text_v: [L, B, K, S, D]; S leaves room for the tokens to come.
+      text_k, text_v: [L, B, K, S, D]; S includes free slots for later tokens.
       visual_order: int32 [B, R, P], -1 in empty slots.
-      text_order: int32 [B, S], -1 where no token is yet.
+      text_order: int32 [B, S], -1 in free slots.
     """
 
     visual: ArrayTree
@@ -51,7 +51,7 @@ class Cache:
 
 
 def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
-    """The static choices of a model's decode op."""
+    """The static settings of a model's decode op."""
     return GazeSpec(
         scale=head_dim**-0.5,
         select_per=gaze.select_per,
@@ -61,9 +61,9 @@ def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
 
 
 def packed_layer(layer: NamedArrays, gaze: GazeConfig) -> dict[str, ArrayTree]:
-    """What a layer keeps of its prefill, its visual part packed already where it leaves for the host.
+    """The part of a layer's prefill output that the cache keeps, packed now if it is offloaded to the host.
 
-    Packing all layers at once would first hold all of them on the device.
+    Packing all layers at once would need all of them in device memory.
     """
     if gaze.decode_implementation != "offload":
         return layer
@@ -76,19 +76,19 @@ def packed_layer(layer: NamedArrays, gaze: GazeConfig) -> dict[str, ArrayTree]:
 def build_cache(
     layers: dict[str, ArrayTree], streams: Streams, gaze: GazeConfig, *, free_slots: int
 ) -> Cache:
-    """Make a cache of what prefill computed.
+    """Make a cache from the output of prefill.
 
     Args:
-      layers: "visual_k", "visual_v" [L, B, K, R, P, D] or, stacked, what :func:`packed_layer` made of them;
+      layers: "visual_k", "visual_v" [L, B, K, R, P, D], or the stacked result of :func:`packed_layer`;
         "text_k", "text_v" [L, B, K, S, D] and "descriptors" [L, B, K, R, E].
-      streams: the prefilled batch; not packed (one sample per row).
-      gaze: of the model.
-      free_slots: text-stream slots to add for tokens that will be decoded; a few more come with them where
-        the implementation wants S in whole tiles.
+      streams: the prefilled batch, one sample per row (not packed).
+      gaze: the model's gaze settings.
+      free_slots: text-stream slots to add for tokens that will be decoded, rounded up to the
+        implementation's tiles of S.
     """
     spec = decode_spec(gaze, layers["text_k"].shape[-1])
     if "visual" in layers:
-        # A scan stacked caches of one layer each.
+        # The scan stacked one-layer caches: merge the two layer axes.
         visual = jax.tree.map(lambda a: a.reshape(a.shape[0], *a.shape[2:]), layers["visual"])
     else:
         visual = api.pack(
@@ -118,7 +118,7 @@ def with_free_slots(cache: Cache, gaze: GazeConfig, free_slots: int) -> Cache:
 
 
 def with_regions(cache: Cache, gaze: GazeConfig, head_dim: int, *, regions: int, slots: int) -> Cache:
-    """The cache with room for as many more regions, each of at least ``slots`` token slots."""
+    """The cache with ``regions`` more free regions, each of at least ``slots`` token slots."""
     spec = decode_spec(gaze, head_dim)
     wider = max(slots - cache.visual_order.shape[2], 0)
     pad = ((0, 0), (0, regions), (0, wider))
@@ -145,14 +145,13 @@ def append(
     region: Int[Array, ""],
     write_index: Int[Array, ""],
 ) -> Cache:
-    """Write what was read later into a cache that has room for it.
+    """Write later tokens into the free regions and slots of a cache.
 
     Args:
-      cache: with free regions and slots; what does not fit would be written over what is there, so the
-        caller counts.
+      cache: the cache. The caller must make sure that the tokens fit; otherwise they overwrite others.
       layers, streams: as in :func:`build_cache`.
-      gaze: of the model.
-      region, write_index: int32 scalars, the first free ones, the same in every row.
+      gaze: the model's gaze settings.
+      region, write_index: int32 scalars, the first free region and text-stream slot, the same in every row.
     """
     spec = decode_spec(gaze, cache.text_k.shape[-1])
     zero = jnp.zeros((), jnp.int32)
@@ -160,7 +159,7 @@ def append(
     def write(
         stack: Float[Array, "L B K space D"], new: Float[Array, "L B K N D"], start: Int[Array, ""]
     ) -> Float[Array, "L B K space D"]:
-        """Along the axis before the last of [L, B, K, N, D]."""
+        """Write along the second-last axis of [L, B, K, N, D]."""
         at = (zero, zero, zero, start, zero)
         return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), at)
 
@@ -209,7 +208,7 @@ def layer_keys(
 
 
 def past_of(cache: Cache, layer: Int[Array, ""], gaze: GazeConfig, head_dim: int) -> Past:
-    """What a layer holds, for tokens that come after it."""
+    """One layer of the cache, unpacked, for the tokens that follow it."""
 
     def take(a: Float[Array, " L *rest"]) -> Float[Array, "*rest"]:
         return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
@@ -223,7 +222,7 @@ def past_of(cache: Cache, layer: Int[Array, ""], gaze: GazeConfig, head_dim: int
 
 
 def constrained(cache: Cache) -> Cache:
-    """The cache, split over a mesh as its logical axes say; without one it stays as it is."""
+    """The cache, sharded by its logical axes; unchanged without a mesh."""
 
     def split(tree: ArrayTree, names: tuple[str, ...]) -> ArrayTree:
         return jax.tree.map(

@@ -15,12 +15,12 @@ from pallas_kernels.spec import SELECT_PER, VISUAL_DTYPES
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAM_DTYPES = DTYPES | {"float16": jnp.float16}
-"""Parameters may also rest in float16, in which some checkpoints are published; nothing computes in it."""
+"""Parameters may also be stored in float16, as in some published checkpoints; nothing computes in it."""
 SCOPES = ("all", "view")
 
 
 class Kinds(TypedDict):
-    """Dtypes of a module, as its keywords."""
+    """Dtype keyword arguments of a module."""
 
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -117,27 +117,27 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GazeConfig:
-    """How the decoder looks at visual tokens.
+    """How the decoder attends to visual tokens.
 
     Attributes:
       region: (r_h, r_w) target size of a region in tokens; sides are balanced (``core.regions``).
       context_tokens: C learnable tokens after each view; 0 for parity with a dense checkpoint.
-      top_k: regions a query selects when the caller does not say; None is dense attention.
+      top_k: default number of regions that a query selects; None is dense attention.
       select_per: "head" selects per query head, "kv_head" once per kv head.
-      descriptor: what summarises a region for the selection: "mean", the mean key (the paper), or "minmax",
-        the per-channel extremes, whose score bounds the region's largest logit.
-      visual_scope: "all" lets a visual token see everything earlier, "view" only its own view's
-        visual tokens (prefill linear in frames).
+      descriptor: summary of a region used for selection: "mean", the mean key (the paper), or "minmax",
+        the minimum and maximum of each channel, whose score bounds the region's largest logit.
+      visual_scope: which visual tokens a visual token sees: "all" earlier ones, or only its own view's with
+        "view" (prefill linear in frames).
       visual_causal: False lets a visual token also see later tokens of its own view.
-      prefill_implementation, decode_implementation: of the attention ops ``gaze_prefill`` (training,
-        prefill) and ``gaze_decode``; see ``pallas_kernels``.
+      prefill_implementation, decode_implementation: implementations of the attention ops ``gaze_prefill``
+        (training, prefill) and ``gaze_decode``; see ``pallas_kernels``.
       query_block: queries that the XLA prefill handles at once; bounds its memory.
       video_region: (r_t, r_h, r_w) target size of a region of a video, a slab of r_t frames; None is
         one frame and ``region``.
-      newlines: "text" keeps the newlines of a view in the text stream, which every query reads whole;
-        "region" routes each with the last region of its row.
-      visual_dtype: how the cache keeps visual keys and values: None as they are computed, or "int8", with
-        a scale for each token and head; descriptors and the text stream stay as they are.
+      newlines: "text" keeps the newlines of a view in the text stream, which every query reads in full;
+        "region" adds each to the last region of its row.
+      visual_dtype: dtype of the visual keys and values in the cache: None for the computed dtype, or "int8"
+        with one scale per token and head. Descriptors and the text stream are not quantised.
     """
 
     region: tuple[int, int] = (6, 6)
@@ -191,11 +191,11 @@ class GazeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """How modules compute, whatever they compute.
+    """Numerical settings of all modules.
 
     Attributes:
-      dtype: of activations and the KV cache; "float32" or "bfloat16".
-      param_dtype: of new parameters; "float32", "bfloat16" or "float16".
+      dtype: dtype of activations and the KV cache; "float32" or "bfloat16".
+      param_dtype: dtype of new parameters; "float32", "bfloat16" or "float16".
       remat: recompute a block's activations in the backward pass.
     """
 
@@ -210,7 +210,7 @@ class Numerics:
 
     @property
     def kinds(self) -> Kinds:
-        """Keywords ``dtype`` and ``param_dtype`` of a module."""
+        """Keyword arguments ``dtype`` and ``param_dtype`` of a module."""
         return {"dtype": DTYPES[self.dtype], "param_dtype": PARAM_DTYPES[self.param_dtype]}
 
 
@@ -220,8 +220,8 @@ class MLLMConfig:
 
     Attributes:
       decoder: the language model.
-      vision: the image tower; None for a language model alone, which has neither projector, newline nor
-        context tokens.
+      vision: the image tower; None for a language model alone, which has no projector, newline or context
+        tokens.
       gaze: attention over visual tokens.
       dtype, param_dtype, remat: see :class:`Numerics`.
       views: how images and frames become token grids.
@@ -250,12 +250,12 @@ class MLLMConfig:
 
     @property
     def numerics(self) -> Numerics:
-        """What the tower and the decoder have in common."""
+        """Numerical settings of the tower and the decoder."""
         return Numerics(self.dtype, self.param_dtype, self.remat)
 
     @property
     def tower(self) -> VisionConfig:
-        """The image tower, for who cannot do without.
+        """The image tower, for callers that need one.
 
         Raises:
           ValueError: this is a language model alone.
@@ -266,7 +266,7 @@ class MLLMConfig:
 
     @property
     def layout(self) -> VisualLayout:
-        """What the data must know to make this model's tokens.
+        """What the data pipeline needs to make this model's tokens.
 
         Raises:
           ValueError: this is a language model alone, or a size does not fit the tower.

@@ -1,4 +1,4 @@
-"""Gaze attention of one layer for the one token per row that is being decoded.
+"""Gaze attention of one layer while decoding, one token per row.
 
 Pure functions without parameters; ``attention.py`` is the counterpart for all tokens of a batch.
 """
@@ -22,12 +22,12 @@ from gaze_jax.models.ops import gaze_decode
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodePosition:
-    """Where the token that is being decoded goes.
+    """Order and cache slot of the token being decoded.
 
     Attributes:
       order: int32 [B] index in the spliced sequence.
-      write_index: int32 scalar, the text-stream slot that it takes in every row.
-      sample: int32 [B], names the sample for random routing.
+      write_index: int32 scalar, the text-stream slot to write to, the same in every row.
+      sample: int32 [B] sample ids, for random routing.
     """
 
     order: Int32[Array, " B"]
@@ -38,12 +38,12 @@ class DecodePosition:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeMasks:
-    """What the tokens of a step may see; the same in every layer.
+    """What the tokens of a decoding step may see; the same in every layer.
 
     Attributes:
       visual: bool [B, R, P] visual keys; a routed query attends to those of its selected regions.
       text: bool [B, S] text-stream keys.
-      routed: the queries, T = 1. A region may be selected once all of it is earlier.
+      routed: the queries, T = 1. A region may be selected if all its tokens are earlier.
     """
 
     visual: Bool[Array, "B R P"]
@@ -52,7 +52,7 @@ class DecodeMasks:
 
 
 def decode_masks(cache: Cache, position: DecodePosition) -> DecodeMasks:
-    """The masks of a step whose tokens ``cache.text_order`` holds already."""
+    """The masks of a decoding step; ``cache.text_order`` must already include its tokens."""
     order = position.order[:, None]
     first, last = cache.first, cache.last
     return DecodeMasks(
@@ -99,12 +99,12 @@ def decode_attention(
 
     Args:
       q: [B, 1, H, D] post-RoPE.
-      cache: of all layers, with this token in it.
-      masks: of the step.
-      selection: of this layer, without the axis L; ``budget`` is broadcastable to [B, 1].
-      spec: static choices.
+      cache: the cache of all layers, which already contains this token.
+      masks: masks of the step.
+      selection: this layer's selection, without the axis L; ``budget`` is broadcastable to [B, 1].
+      spec: static settings.
       gaze: the model's gaze settings.
-      layer: int32 scalar.
+      layer: int32 scalar, index of the layer.
 
     Returns:
       [B, 1, H, D], and a dict: with a budget "indices" int32 [B, Hs, J] and "scores" float32 [B, Hs, R];

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         remat: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> tuple[Carry, Out]:
-        """Scan ``body``, of (block, carry, inputs), over the blocks; their parameters may be apart."""
+        """Scan ``body(block, carry, inputs)`` over the blocks, whose parameters may be unstacked."""
         blocks: ArrayTree = self.get_variable("params", "layers")
         if unstacked.is_split(blocks):
             return unstacked.scan(Block(self.config, parent=None), blocks, body, carry, inputs)
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         return scan(self.layers, carry, inputs)
 
     def init_forward(self, x: Float[Array, "B N M"], positions: Int[Array, "B N"]) -> Float32[Array, "B N V"]:
-        """:meth:`forward` without attention, for making parameters: it traces in a third of the time."""
+        """:meth:`forward` without attention, to create parameters; it traces in a third of the time."""
         angles = rope_angles(positions, self.config.decoder.head_dim, self.config.decoder.rope_theta)
 
         def body(block: Block, x: Float[Array, "B N M"], _: None) -> tuple[Float[Array, "B N M"], None]:
@@ -115,12 +115,12 @@ class Decoder(nn.Module):
         Args:
           x: [B, N, M] embedded tokens.
           positions: int32 [B, N] RoPE positions.
-          metadata: of the batch.
+          metadata: attention metadata of the batch.
           selection: what text-stream queries select; T is S.
-          spec: static choices; with ``return_trace`` scores and selections are returned.
+          spec: static settings; with ``return_trace`` scores and selections are returned.
           keep_kv: return keys, values and descriptors.
           keep_hidden: return "hidden" [L, B, N, M], the residual stream after each block.
-          past: the cache of earlier tokens, whose order ``metadata`` knows; the new tokens continue them.
+          past: the cache of earlier tokens, which the new tokens continue; ``metadata`` includes their order.
 
         Returns:
           [B, N, M] after the final norm, and a dict of arrays stacked over layers.
@@ -163,10 +163,10 @@ class Decoder(nn.Module):
         Args:
           x: [B, M] embedded tokens.
           positions: int32 [B] RoPE positions.
-          cache: of the rows.
-          position: order of the tokens and where they are written; ``position.write_index`` must be free.
+          cache: cache of the same rows.
+          position: order of the tokens and where they are written; the slot ``write_index`` must be free.
           selection: what the tokens select; T is 1.
-          spec: static choices.
+          spec: static settings.
 
         Returns:
           [B, M] after the final norm, the cache with the token in it, and what
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         text_order = jax.lax.dynamic_update_slice(cache.text_order, position.order[:, None], at)
         cache = dataclasses.replace(cache, text_order=text_order)
         layers = jnp.arange(c.depth, dtype=jnp.int32)
-        # Only what changes is carried; the visual cache is closed over and never copied.
+        # Carry only what changes. The visual cache is closed over, so it is never copied.
         fixed, masks = cache, decode_masks(cache, position)
 
         def body(

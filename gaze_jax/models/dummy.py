@@ -22,7 +22,7 @@ DUMMY = MLLMConfig(
     vision=VisionConfig(image_size=20, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40),
     gaze=GazeConfig(region=(2, 2), context_tokens=2, top_k=2, select_per="head"),
 )
-"""Grid 5x5 in regions of 2x2: nine balanced regions, five of them partial."""
+"""A 5x5 token grid in regions of 2x2: nine balanced regions, five of them partial."""
 
 
 def dummy(**gaze: Any) -> MLLMConfig:

@@ -1,4 +1,4 @@
-"""Small modules that the decoder, the tower and the projector share.
+"""Small modules shared by the decoder, the tower and the projector.
 
 Every parameter names its logical axes; ``gaze_jax.parallel.rules`` maps them to mesh axes.
 """
@@ -16,11 +16,11 @@ from gaze_jax.core.types import AnyArray, Array
 Names = tuple[str | None, ...]
 
 PER_LAYER_SCAN: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-"""Options of ``nn.scan`` over blocks whose parameters are stacked on a leading axis."""
+"""Arguments of ``nn.scan`` over blocks whose parameters are stacked on a leading axis."""
 
 
 def logical(init: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
-    """Attach logical axis names to the parameter that ``init`` makes."""
+    """Attach logical axis names to the parameter that ``init`` creates."""
     return nn.with_logical_partitioning(init, names)
 
 
@@ -33,8 +33,8 @@ def _matmul(
 ) -> Float[Array, "*lead out"]:
     """``lax.dot_general`` of [..., in] and [in, out] as one matrix product over all tokens.
 
-    XLA on CPU transposes operands of more than two axes slowly in the backward pass: 1.8 times the time
-    of a gated MLP's gradient.
+    In the backward pass XLA on CPU is slow to transpose operands with more than two axes: a gated MLP's
+    gradient took 1.8 times as long.
     """
     out = jax.lax.dot_general(
         x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision=precision
@@ -54,8 +54,9 @@ def dense(
 ) -> nn.Dense:
     """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias.
 
-    One that ends a residual branch starts at zero, so that an untrained block is the identity and its
-    gradient is not drowned by noise (Zhang et al., "Fixup Initialization", arXiv 1901.09321).
+    With ``ends_branch``, the last layer of a residual branch starts at zero, so that an untrained block is
+    the identity and noise does not swamp its gradient (Zhang et al., "Fixup Initialization", arXiv
+    1901.09321).
     """
     init = nn.initializers.zeros_init() if ends_branch else nn.initializers.lecun_normal()
     return nn.Dense(
@@ -92,8 +93,8 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """(x - mean) / std * scale + bias over the last axis, in float32.
 
-    Flax's own does not run on bfloat16 under strict dtype promotion, and its variance E[x^2] - E[x]^2
-    cancels where the mean is large.
+    Flax's LayerNorm does not run on bfloat16 under strict dtype promotion, and its variance E[x^2] - E[x]^2
+    loses precision when the mean is large.
     """
 
     eps: float
@@ -126,7 +127,7 @@ def rope_angles(
       Two float32 [..., D / 2].
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    # Float32 throughout: bfloat16 cannot tell position 257 from 256.
+    # Float32 throughout: bfloat16 rounds position 257 to 256.
     angles = positions[..., None].astype(jnp.float32) * (theta**-exponent)
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -138,5 +139,5 @@ def apply_rope(
     """Rotate channel i with channel i + D/2: [..., heads, D] by angles [..., D / 2]."""
     cos, sin = (a[..., None, :] for a in angles)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)

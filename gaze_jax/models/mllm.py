@@ -51,7 +51,7 @@ class MLLM(nn.Module):
         return features.reshape(batch, views * features.shape[1], features.shape[2])
 
     def _embed_text(self, streams: Streams) -> Float[Array, "B S M"]:
-        """Text from the table; newlines and context tokens from their own parameters; padding is 0."""
+        """Embed text from the table, newlines and context tokens from their parameters; padding is 0."""
         dtype = DTYPES[self.config.dtype]
         is_text = (streams.kind == Kind.TEXT)[..., None]
         x = jnp.where(is_text, self.decoder.embed(jnp.where(is_text[..., 0], streams.tokens, 0)), 0)
@@ -81,7 +81,7 @@ class MLLM(nn.Module):
         return visual.reshape(batch, regions * slots, width)
 
     def init_forward(self, images: Images | None) -> Float32[Array, "1 1 V"]:
-        """Use every parameter once, for making them.
+        """Use every parameter once, to create them.
 
         Args:
           images: float32 [1, 1, image_size, image_size, 3]; None for a model without a tower.
@@ -103,7 +103,7 @@ class MLLM(nn.Module):
         keep_kv: bool = False,
         keep_hidden: bool = False,
     ) -> tuple[Float[Array, "B S M"], dict[str, ArrayTree]]:
-        """The text stream before the head, for callers that need logits at a few places only.
+        """The text stream before the head, for callers that need only some of the logits.
 
         Args:
           images, streams, selection, spec, sample_id: see :meth:`__call__`.
@@ -111,7 +111,7 @@ class MLLM(nn.Module):
           keep_kv, keep_hidden: see :meth:`gaze_jax.models.decoder.Decoder.forward`.
 
         Returns:
-          [B, S, M] for :meth:`Decoder.logits`, and what was asked to be kept, stacked over layers.
+          [B, S, M] for :meth:`Decoder.logits`, and a dict of the requested arrays, stacked over layers.
         """
         visual = self._embed_visual(images, streams)
         batch, size = visual.shape[:2]
@@ -145,13 +145,12 @@ class MLLM(nn.Module):
         """Teacher-forced pass.
 
         Args:
-          images: float32 [B, N, image_size, image_size, 3] in [-1, 1], all that the tower reads: whole
-            images, tiles, frames; None for text alone.
+          images: float32 [B, N, image_size, image_size, 3] in [-1, 1], the tower's inputs: whole images,
+            tiles, frames; None for text alone.
           streams: the batch.
           selection: what text-stream queries select; T is S.
-          spec: static choices; ``capacity`` has no meaning here.
-          sample_id: int32 [B], or [B, S] to name each token's sample in packed rows; only random routing
-            uses it.
+          spec: static settings; ``capacity`` is not used here.
+          sample_id: int32 [B], or [B, S] for each token of packed rows; only random routing uses it.
 
         Returns:
           float32 logits [B, S, V] of the text stream, and a dict: with ``spec.return_trace`` and a budget,
@@ -163,7 +162,7 @@ class MLLM(nn.Module):
     def stages(
         self, images: Images | None, streams: Streams
     ) -> tuple[Float[Array, "L B S M"], Float32[Array, "B S V"]]:
-        """Dense attention with every intermediate, which conversion compares with the original's.
+        """Dense attention with all intermediates, which conversion compares with the original model's.
 
         Returns:
           [L, B, S, M], the text stream after each block, and float32 logits [B, S, V].
@@ -181,7 +180,7 @@ class MLLM(nn.Module):
         free_slots: int,
         sample_id: SampleId | None = None,
     ) -> tuple[Float32[Array, "B V"], Cache, NamedArrays]:
-        """Read prompts, one sample per row, into a new cache.
+        """Prefill a new cache with prompts, one sample per row.
 
         Args:
           images, streams, selection, spec, sample_id: see :meth:`__call__`.
@@ -213,19 +212,19 @@ class MLLM(nn.Module):
         write_index: Int[Array, ""],
         sample_id: SampleId | None = None,
     ) -> Cache:
-        """Read what follows a cache, one sample per row: text, images, frames.
+        """Prefill what follows a cache, one sample per row: text, images, frames.
 
         Args:
           images, streams, sample_id: as in :meth:`__call__`; orders and positions continue those of the
-            cache, and regions have as many slots as its own.
-          cache: with free slots for all of it.
-          selection: T is S; ``bias`` [L, B, R] has the regions of the cache first, then the new ones.
-          spec: static choices; ``return_trace`` has no meaning here.
+            cache, and regions have as many slots as the cache's.
+          cache: the cache, with enough free regions and slots.
+          selection: T is S; ``bias`` [L, B, R] has the cached regions first, then the new ones.
+          spec: static settings; ``return_trace`` is not used here.
           region, write_index: int32 scalars, the first free region and text-stream slot, the same in every
             row.
 
         Returns:
-          The cache with everything in it.
+          The cache with the new tokens.
         """
         spec = dataclasses.replace(spec, return_trace=False)
         _, layers = self.hidden(

@@ -1,9 +1,9 @@
 """The attention ops on a mesh.
 
-XLA splits its own operations over the devices of a mesh, but not a Pallas kernel, which is a program of
-one device, nor a loop over heads, which is how a CPU decodes. So these run under ``jax.shard_map``, each
-device on its share of the batch and of the heads, which is all that the ops need: no value crosses from
-one row or kv head to another.
+XLA partitions its own operations over the devices of a mesh, but not a Pallas kernel, which is a program for
+one device, nor a loop over heads, which is how a CPU decodes. So the ops run under ``jax.shard_map``, each
+device on its part of the batch and of the kv heads. They need no communication: rows and kv heads are
+independent.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ def _split(
     names: tuple[Names, ...],
     out: Names,
 ) -> Float[Array, "..."]:
-    """Call ``function`` on every device's part.
+    """Call ``function`` on each device's part of the arguments.
 
     Args:
-      function: of ``arguments``, each an array or a tree of arrays.
-      arguments: what it is called with; None stays None.
+      function: takes ``arguments``, each an array or a tree of arrays.
+      arguments: arguments of ``function``; None stays None.
       names: logical axes of each argument's leading dimensions.
       out: logical axes of the result.
     """
@@ -65,7 +65,7 @@ def gaze_decode(
     spec: GazeSpec,
     implementation: str,
 ) -> Float[Array, "B H D"]:
-    """:func:`pallas_kernels.gaze_decode`, split as the logical axes "batch" and "kv_heads" say."""
+    """:func:`pallas_kernels.gaze_decode`, sharded by the logical axes "batch" and "kv_heads"."""
 
     def call(*arguments: ArrayTree) -> Array:
         return decode_api.gaze_decode(*arguments, spec=spec, implementation=implementation)
@@ -92,7 +92,7 @@ def gaze_prefill(
     spec: GazeSpec,
     implementation: str,
 ) -> Float[Array, "B T H D"]:
-    """:func:`pallas_kernels.gaze_prefill`, split as the logical axes "batch" and "kv_heads" say."""
+    """:func:`pallas_kernels.gaze_prefill`, sharded by the logical axes "batch" and "kv_heads"."""
 
     def call(*arguments: ArrayTree) -> Array:
         return prefill_api.gaze_prefill(*arguments, spec=spec, implementation=implementation)

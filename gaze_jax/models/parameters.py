@@ -1,4 +1,4 @@
-"""The parameters of a model before they have values: names, shapes, dtypes, where they belong."""
+"""Names, shapes, dtypes and shardings of a model's parameters, and their initial values."""
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from gaze_jax.parallel import rules
 
 
 def init_variables(config: MLLMConfig, key: PRNGKeyArray) -> PyTree:
-    """Boxed parameters of the model, with their initial values."""
+    """Initial parameters of the model, boxed with their logical axis names."""
     images = None
     if config.vision is not None:
         images = jnp.zeros((1, 1, config.vision.image_size, config.vision.image_size, 3))
@@ -29,7 +29,7 @@ def boxed_params(config: MLLMConfig | VisionConfig) -> PyTree:
     """Shapes and dtypes of the parameters, each boxed with its logical axis names; nothing is computed.
 
     Args:
-      config: of a whole model, or of an image tower alone, whose tree is ``{"vision": ...}``.
+      config: configuration of a model, or of an image tower alone, whose tree is ``{"vision": ...}``.
     """
     if isinstance(config, VisionConfig):
         return jax.eval_shape(lambda: _init_tower(config, jax.random.key(0)))
@@ -41,7 +41,7 @@ def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> PyTree:
 
     Args:
       config: see :func:`boxed_params`.
-      mesh: where they will be.
+      mesh: the mesh they will be placed on.
 
     Raises:
       UserError: the mesh does not divide a parameter.
@@ -51,7 +51,7 @@ def abstract_params(config: MLLMConfig | VisionConfig, mesh: Mesh) -> PyTree:
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """``jax.ShapeDtypeStruct`` of every leaf of ``shapes`` with its sharding."""
+    """A ``jax.ShapeDtypeStruct`` with a sharding for every leaf of ``shapes``."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

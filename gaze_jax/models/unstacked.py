@@ -1,12 +1,12 @@
-"""The decoder's kernels as an array per layer, as a CPU wants to read them.
+"""The decoder's kernels as one array per layer, for fast decoding on CPUs.
 
-A token that is decoded reads every parameter once, so what counts is how often they are moved. On CPUs XLA
-copies a layer out of a stacked kernel before it multiplies: three times the traffic. And it packs a kernel
-that is a product's right side, even for a handful of rows, but not a left side that is [out, in]. So the
-layer index picks a branch, each with an array of its own, which stands on the left. Values are those of the
-stacked form up to rounding. Prefill reads the same arrays, from the right side where it has many rows.
+A decoding step reads every parameter once, so memory traffic decides its speed. On CPUs XLA copies a layer
+out of a stacked kernel before it multiplies, which is three times the traffic. It also packs a kernel that
+is the right operand of a product, even for a few rows, but not a left operand [out, in]. So the layer index
+selects a branch, each branch has its own array, and that array is the left operand. Values equal those of
+the stacked form up to rounding. Prefill reads the same arrays, as the right operand if it has many rows.
 
-Accelerators want the stacked form: there a branch costs a synchronisation and a slice nothing.
+Accelerators use the stacked form: there a branch costs a synchronisation and a slice costs nothing.
 """
 
 import dataclasses
@@ -28,36 +28,36 @@ Carry = TypeVar("Carry")
 Inputs = TypeVar("Inputs")
 Out = TypeVar("Out")
 
-# From so many rows on packing a kernel costs little, and turning the product around more.
+# With at least this many rows, packing a kernel costs less than transposing the product.
 _MANY = 128
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UnstackedKernel:
-    """Kernels of one linear layer: an array [out, in] for each block, or one that is no block's."""
+    """Kernels of one linear layer: an array [out, in] per block, or a single one outside the blocks."""
 
     layers: tuple[Float[Array, "out in"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _At:
-    """The kernel of one block, in the place of an array among its parameters."""
+    """The kernel of one block; replaces the array in the block's parameters."""
 
     kernels: UnstackedKernel
     layer: Int[Array, ""]
 
 
 def split_layers(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Take the kernels of a model's decoder apart.
+    """Unstack the kernels of a model's decoder.
 
     Args:
-      params: of an :class:`gaze_jax.models.MLLM`, its blocks stacked.
+      params: parameters of an :class:`gaze_jax.models.MLLM`, its blocks stacked.
 
     Returns:
-      Parameters for the same model and methods, each kernel of the blocks and of an untied head an
-      :class:`UnstackedKernel`; all else is shared with ``params``. Both are in memory until the caller
-      drops one.
+      Parameters for the same model and methods. Each kernel of the blocks and of an untied head is an
+      :class:`UnstackedKernel`; everything else is shared with ``params``. Both forms are in memory until the
+      caller drops one.
     """
     decoder = dict(params["decoder"])
     decoder["layers"] = jax.tree_util.tree_map_with_path(_split, decoder["layers"])
@@ -75,12 +75,12 @@ def _split(
 
 
 def is_unstacked(leaf: object) -> TypeGuard[UnstackedKernel]:
-    """Whether this is what :func:`split_layers` makes of a kernel."""
+    """Whether ``leaf`` is a kernel made by :func:`split_layers`."""
     return isinstance(leaf, UnstackedKernel)
 
 
 def is_split(blocks: PyTree) -> bool:
-    """Whether the parameters of the blocks come from :func:`split_layers`; None is an untold yet tree."""
+    """Whether the blocks' parameters come from :func:`split_layers`; False for None, before they exist."""
     return any(map(is_unstacked, jax.tree.leaves(blocks, is_leaf=is_unstacked)))
 
 
@@ -90,12 +90,12 @@ def product(
     *,
     preferred_element_type: DTypeLike | None = None,
 ) -> Float[Array, "*lead out"]:
-    """``x @ kernel.T`` of [out, in] and [..., in], where the kernel is multiplied as it lies in memory."""
+    """``x @ kernel.T`` of [out, in] and [..., in], without copying or packing the kernel."""
     multiply = functools.partial(jax.lax.dot_general, preferred_element_type=preferred_element_type)
     if math.prod(x.shape[:-1]) >= _MANY:
         return multiply(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     out = multiply(kernel, x.reshape(-1, x.shape[-1]), (((1,), (1,)), ((), ())))
-    # Without the barrier XLA turns the product around, and the kernel is its right side again.
+    # Without the barrier XLA transposes the product, which makes the kernel its right operand again.
     return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], kernel.shape[0])
 
 
@@ -109,14 +109,14 @@ def scan(
     """``nn.scan`` of ``body`` over split parameters.
 
     Args:
-      block: one without parameters.
-      blocks: the parameters of all, from :func:`split_layers`.
-      body: (block, carry, inputs of this layer) to (carry, out).
-      carry: what the first is given.
+      block: a block without parameters.
+      blocks: parameters of all blocks, from :func:`split_layers`.
+      body: maps (block, carry, inputs of this layer) to (carry, out).
+      carry: initial carry.
       inputs: arrays with a leading layer axis.
 
     Returns:
-      The last carry, and the outs, stacked.
+      The final carry, and the stacked outputs.
     """
     stacked = jax.tree.map(lambda leaf: None if is_unstacked(leaf) else leaf, blocks, is_leaf=is_unstacked)
 
@@ -136,7 +136,7 @@ def scan(
 
 
 def _read(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """A linear layer whose kernel is an :class:`_At`; any other method as it is."""
+    """Method interceptor: run linear layers on their :class:`_At` kernel, call anything else unchanged."""
     module = context.module
     if not isinstance(module, nn.Dense) or context.method_name != "__call__":
         return call(*args, **kwargs)

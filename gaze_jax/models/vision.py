@@ -102,7 +102,7 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """Two linear layers with the exact GELU between them (``mlp2x_gelu``), into ``width`` channels."""
+    """Two linear layers to ``width`` channels with the exact GELU between them (``mlp2x_gelu``)."""
 
     width: int
     numerics: Numerics

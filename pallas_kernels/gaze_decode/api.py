@@ -8,8 +8,7 @@ A slot of ``indices`` that is -1 is not read; a region listed twice counts once.
 are not listed, and of invalid token slots, may hold anything, including NaN.
 """
 
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,9 @@ from pallas_kernels.spec import GazeSpec
 IMPLEMENTATIONS = MappingProxyType(
     {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "offload": offload}
 )
+
+Packed = reference.Packed | xla.Packed | tpu.Packed | gpu.Packed | offload.Packed
+"""A packed cache: a pytree of arrays, each implementation its own."""
 
 
 def supports(implementation: str, spec: GazeSpec) -> str | None:
@@ -39,12 +41,12 @@ def compiler_splits(implementation: str) -> bool:
     return implementation not in unsplit and not (implementation == "xla" and target() == "cpu")
 
 
-def cache_axes(visual: Any) -> tuple[str, ...]:
+def cache_axes(visual: Packed) -> tuple[str, ...]:
     """Names of the leading axes of every array in a packed cache."""
     return ("batch", "kv_heads") if isinstance(visual, cpu.Layered) else ("layers", "batch", "kv_heads")
 
 
-def one_layer(visual: Any, layer: jax.Array) -> Any:
+def one_layer(visual: Packed, layer: jax.Array) -> Packed:
     """A packed cache of one layer, for :func:`unpack`; ``layer`` is an int32 scalar."""
     if isinstance(visual, cpu.Layered):
         # A traced layer cannot index a tuple.
@@ -53,7 +55,7 @@ def one_layer(visual: Any, layer: jax.Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=True), visual)
 
 
-def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Any:
+def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> Packed:
     """Lay out the visual cache for ``implementation``.
 
     Args:
@@ -67,19 +69,19 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> 
     return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).pack(k, v, spec=spec)
 
 
-def unpack(packed: Any, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
+def unpack(packed: Packed, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
     """Invert :func:`pack`: k and v, [L, B, K, R, P, D] each; float32 if they were quantised."""
     return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).unpack(packed)
 
 
-def _sizes(module: Any, packed: Any) -> tuple[int, ...]:
+def _sizes(module: ModuleType, packed: Packed) -> tuple[int, ...]:
     """(L, B, K, R, P, D) of a packed cache."""
     return jax.eval_shape(module.unpack, packed)[0].shape
 
 
 def reserve(
-    packed: Any, regions: int, *, spec: GazeSpec, implementation: str, slots: int | None = None
-) -> Any:
+    packed: Packed, regions: int, *, spec: GazeSpec, implementation: str, slots: int | None = None
+) -> Packed:
     """Return a larger cache with space for more regions, which :func:`append` fills.
 
     The existing regions keep their contents. The new cache has new shapes, so programs that take it are
@@ -108,8 +110,8 @@ def reserve(
 
 
 def append(
-    packed: Any, k: jax.Array, v: jax.Array, start: jax.Array | int, *, spec: GazeSpec, implementation: str
-) -> Any:
+    packed: Packed, k: jax.Array, v: jax.Array, start: jax.Array | int, *, spec: GazeSpec, implementation: str
+) -> Packed:
     """Write regions into a packed cache, in place if the caller donated it.
 
     Args:
@@ -148,7 +150,7 @@ def append(
 
 def gaze_decode(
     q: jax.Array,
-    visual: Any,
+    visual: Packed,
     text_k: jax.Array,
     text_v: jax.Array,
     layer: jax.Array,

@@ -12,7 +12,7 @@ XLA does not partition loops over selections; on a mesh this runs under ``jax.sh
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.gaze_decode.plan import first_mention, mentioned
 
 Array = jax.Array
+Arguments = tuple[Array, Array, Array, Array, Array | None, Array, Array]
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -63,15 +64,15 @@ def gaze_decode(
     scale: float,
 ) -> Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
-    rest: Any = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
+    rest = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
     branches = [functools.partial(_resident, both, scale=scale) for both in visual.layers]
     return jax.lax.switch(layer, branches, *rest)
 
 
-def _resident(both: tuple[Side, Side], *arguments: Any, scale: float) -> Array:
+def _resident(both: tuple[Side, Side], *arguments: *Arguments, scale: float) -> Array:
     """Attention in one layer; its visual keys and values are [B, K, R, P, D]."""
 
-    def listed(at: Array) -> Any:
+    def listed(at: Array) -> Callable[[Array, Array, Array], tuple[Side, Side]]:
         def one(b: Array, h: Array, n: Array) -> tuple[Side, Side]:
             k, v = (jax.tree.map(lambda a: _gather(a, b, h, at[b, h, n]), side) for side in both)
             return tokens(k), tokens(v)
@@ -169,7 +170,7 @@ def _merge(a: Part, b: Part) -> Array:
     return out / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _whole(part: Any, rows: Array, keys: Side, values: Side, seen: Array) -> Part:
+def _whole(part: Callable[..., Part], rows: Array, keys: Side, values: Side, seen: Array) -> Part:
     """:func:`_part` for all rows [B, K, G, D] over all keys and values [B, K, A, D], without a copy."""
 
     def run(clean: bool) -> Part:

@@ -22,15 +22,15 @@ import json
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import needs
 from pallas_kernels.gaze_decode import grow
-from pallas_kernels.gaze_decode.gpu_kernel import DIMS, ROWS, Shape, Tiles, launch
+from pallas_kernels.gaze_decode.gpu_kernel import DIMS, ROWS, Operands, Shape, Tiles, launch
 from pallas_kernels.gaze_decode.plan import Union, everything, union
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
@@ -116,7 +116,7 @@ def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
     return grow.write(packed, piece, start, 3)
 
 
-def _parts(dtype: Any) -> int:
+def _parts(dtype: DTypeLike) -> int:
     """Number of bfloat16 arrays that represent the dtype exactly."""
     if dtype in (jnp.bfloat16, jnp.int8):
         return 1
@@ -156,7 +156,7 @@ def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
 
 def _visual_operands(
     visual: Packed, plan: Union, layer: jax.Array, visual_seen: jax.Array, tiles: Tiles, rows: int
-) -> dict[str, Any]:
+) -> dict[str, jax.Array]:
     """Which blocks to fetch, in chunks, and which heads see each key."""
     _, batch, kv_heads, regions, slots, dim = visual.k.shape
     count, piece = _pieces(visual.slots, dim, visual.k.dtype.itemsize)
@@ -195,7 +195,7 @@ def _visual_operands(
 
 def _text_operands(
     text_k: jax.Array, text_v: jax.Array, layer: jax.Array, text_seen: jax.Array, dim: int, rows: int
-) -> dict[str, Any]:
+) -> dict[str, jax.Array]:
     """The text stream of all layers (of one layer if it has to be padded), and which keys are seen."""
     keys = text_k.shape[3]
     if keys < rows or text_k.shape[-1] != dim:
@@ -249,12 +249,12 @@ def _splits(tiles: Tiles, rows: int, chunks: int) -> int:
 
 
 @functools.cache
-def tuned() -> dict[str, Any]:
+def tuned() -> dict[str, dict[str, dict[str, int]]]:
     """Device kind or "default" -> dtype of the cache -> tiles; written by benchmarks/tune_decode.py."""
     return json.loads(_TILES.read_text())
 
 
-def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
+def _tiles(spec: GazeSpec, piece: int, dtype: DTypeLike) -> Tiles:
     """Tiles tuned for this device; small when interpreted, so that tests have several chunks and splits."""
     if spec.interpret:
         return Tiles(pieces=2, stages=2, blocks=12)
@@ -265,7 +265,7 @@ def _tiles(spec: GazeSpec, piece: int, dtype: Any) -> Tiles:
     return Tiles(pieces, entry["stages"], entry["blocks"])
 
 
-def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[Any]) -> tuple[Tiles, int]:
+def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[DTypeLike]) -> tuple[Tiles, int]:
     """Shrink ``tiles`` until they fit a block's shared memory; also return the rows of a chunk's tile.
 
     Args:
@@ -323,7 +323,7 @@ def gaze_decode(
     dtypes = (q.dtype, visual.k.dtype, text_k.dtype)
     query_parts, visual_parts, text_parts = map(_parts, dtypes)
     tiles, rows = _fit(_tiles(spec, piece, visual.k.dtype), piece, wide, dtypes)
-    operands: dict[str, Any] = {"q": _queries(q, kv_heads, wide, query_parts)}
+    operands: Operands = {"q": _queries(q, kv_heads, wide, query_parts)}
     if listed:
         operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)
     if keys:

@@ -23,6 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+Ref = Any  # Pallas refs have no public type
+Refs = dict[str, Ref]
+Layout = Any  # the types of parameterised and reduced layouts are not public
+Operands = dict[str, jax.Array | dict[str, jax.Array]]
 
 ROWS = 64  # rows of a tensor core tile: the query heads of a kv head, padded
 DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
@@ -54,15 +60,15 @@ class _Math:
         self.logits = plgpu.Layout.WGMMA
         self.copies = plgpu.Layout.SMEM_GMEM_COPY((rows, dim), jnp.bfloat16, 128)
 
-    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
+    def cast(self, x: jax.Array, layout: Layout) -> jax.Array:
         """Cast ``x`` to a layout; the interpreter has no layouts."""
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
-    def spread(self, x: jax.Array, shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+    def spread(self, x: jax.Array, shape: tuple[int, ...], axis: int, layout: Layout) -> jax.Array:
         """Broadcast a vector along ``axis`` of a matrix."""
         return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
 
-    def load(self, ref: Any, layout: Any) -> jax.Array:
+    def load(self, ref: Ref, layout: Layout) -> jax.Array:
         if self.interpret:
             return ref[...]
         return plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=False)
@@ -84,7 +90,7 @@ class _Math:
 
     def dot(
         self,
-        pairs: Sequence[tuple[Any, Any]],
+        pairs: Sequence[tuple[Ref, Ref]],
         start: jax.Array | None,
         shape: tuple[int, int],
         *,
@@ -98,11 +104,11 @@ class _Math:
                 total += lax.dot_general(a[...], b[...], dims, preferred_element_type=jnp.float32)
             return total
 
-        def products(acc: Any) -> None:
+        def products(acc: Ref) -> None:
             for a, b in pairs:
                 plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
 
-        def fresh(acc: Any) -> jax.Array:
+        def fresh(acc: Ref) -> jax.Array:
             products(acc)
             return acc[...]
 
@@ -155,15 +161,15 @@ class _Stream(NamedTuple):
     steps: jax.Array
     plan: Callable[[jax.Array], Any]
     fetch: Callable[[jax.Array, Any, jax.Array, str], None]
-    k: Any
-    v: Any
-    seen: Any
-    scales: tuple[Any, Any] | None
-    barriers: tuple[Any, Any]
-    tile: Any
+    k: Ref
+    v: Ref
+    seen: Ref
+    scales: tuple[Ref, Ref] | None
+    barriers: tuple[Ref, Ref]
+    tile: Ref
 
 
-def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
+def _pairs(a: Sequence[Ref], b: Ref, count: int) -> list[tuple[Ref, Ref]]:
     """Pairs of parts whose products matter in float32, smallest first."""
     most = max(len(a), count)
     orders = sorted((i + j, i, j) for i in range(len(a)) for j in range(count) if i + j < most)
@@ -171,7 +177,7 @@ def _pairs(a: Sequence[Any], b: Any, count: int) -> list[tuple[Any, Any]]:
 
 
 def _attend(
-    stream: _Stream, q: Any, carry: tuple[jax.Array, ...], shape: Shape, parts: int, math: _Math
+    stream: _Stream, q: Ref, carry: tuple[jax.Array, ...], shape: Shape, parts: int, math: _Math
 ) -> tuple[jax.Array, ...]:
     """Continue an online softmax (values [64, D], maximum [64], sum [64]) over a block's chunks."""
     stages = shape.tiles.stages
@@ -180,7 +186,7 @@ def _attend(
     values_shape = (ROWS, shape.dim)
     queries = [q.at[i] for i in range(shape.query_parts)]
 
-    def stage(ring: Any, slot: jax.Array, seen: jax.Array) -> None:
+    def stage(ring: Ref, slot: jax.Array, seen: jax.Array) -> None:
         """Copy a ring slot into the tile as bfloat16, with zeros for unseen keys."""
         x = math.load(ring.at[slot], math.copies)
         visible = math.spread(seen, x.shape, 0, math.copies) != 0
@@ -249,7 +255,7 @@ def _attend(
     return lax.fori_loop(0, stream.steps, step, carry)
 
 
-def _ring(shape: Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
+def _ring(shape: Shape, dtype: DTypeLike, parts: int, scaled: bool) -> dict[str, pl.MemoryRef]:
     """Shared memory for one stream."""
     stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
     swizzled = (plgpu.TilingTransform((8, DIMS)), plgpu.SwizzleTransform(128))
@@ -264,7 +270,7 @@ def _ring(shape: Shape, dtype: Any, parts: int, scaled: bool) -> dict[str, Any]:
     return ring
 
 
-def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
+def _visual(refs: Refs, ring: Refs, barriers: tuple[Ref, Ref], shape: Shape) -> _Stream:
     """This block's chunks of the region list."""
     b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
     splits, pieces = shape.splits, shape.tiles.pieces
@@ -275,7 +281,7 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
         chunk = jnp.minimum(split + i * splits, last)
         return chunk, [refs["blocks"][b, h, chunk * pieces + n] for n in range(pieces)]
 
-    def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
+    def fetch(i: jax.Array, plan: tuple[jax.Array, list[jax.Array]], slot: jax.Array, side: str) -> None:
         chunk, blocks = plan
         barrier = barriers["kv".index(side)].at[slot]
         for n, block in enumerate(blocks):
@@ -298,7 +304,7 @@ def _visual(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Sh
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
 
 
-def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shape) -> _Stream:
+def _text(refs: Refs, ring: Refs, barriers: tuple[Ref, Ref], shape: Shape) -> _Stream:
     """This block's chunks of the text stream."""
     b, h = lax.axis_index("batch"), lax.axis_index("kv")
     splits = shape.splits
@@ -312,7 +318,7 @@ def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shap
         # The last chunk is moved back to end at the stream's end; the mask excludes the keys it repeats.
         return chunk, jnp.minimum(chunk * shape.rows, keys - shape.rows)
 
-    def fetch(i: jax.Array, plan: Any, slot: jax.Array, side: str) -> None:
+    def fetch(i: jax.Array, plan: tuple[jax.Array, jax.Array], slot: jax.Array, side: str) -> None:
         chunk, start = plan
         barrier = barriers["kv".index(side)].at[slot]
         plgpu.copy_gmem_to_smem(refs[side].at[at, pl.ds(start, shape.rows)], ring[side].at[slot], barrier)
@@ -323,9 +329,7 @@ def _text(refs: dict[str, Any], ring: dict[str, Any], barriers: Any, shape: Shap
     return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], None, barriers, ring["tile"])
 
 
-def _block(
-    shape: Shape, interpret: bool, refs: dict[str, Any], outs: Sequence[Any], scratch: dict[str, Any]
-) -> None:
+def _block(shape: Shape, interpret: bool, refs: dict[str, Ref], outs: Sequence[Ref], scratch: Refs) -> None:
     """One thread block: the partial softmax of its split of the regions and of the text stream."""
     b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
     math = _Math(interpret, shape.rows, shape.dim)
@@ -350,7 +354,9 @@ def _block(
         source = refs[kind]
         barriers = (scratch[f"{kind}_k"], scratch[f"{kind}_v"])
 
-        def attend(ring: dict[str, Any], make: Any = make, source: Any = source, **given: Any) -> Any:
+        def attend(
+            ring: Refs, make: Callable[..., _Stream] = make, source: Refs = source, **given: Any
+        ) -> tuple[jax.Array, ...]:
             stream = make(source, ring, given["barriers"], shape)
             return _attend(stream, q, given["carry"], shape, given["parts"], math)
 
@@ -360,7 +366,7 @@ def _block(
             _ring(shape, source["k"].dtype, parts, "k_scale" in source),
         )
 
-    def write(*smem: Any) -> None:
+    def write(*smem: Ref) -> None:
         for ref, value in zip(smem, carry, strict=True):
             ref[...] = value
         plgpu.commit_smem()
@@ -392,17 +398,17 @@ def _interpreter() -> Any:
 
 
 def launch(
-    shape: Shape, batch: int, kv_heads: int, operands: dict[str, Any], *, interpret: bool
+    shape: Shape, batch: int, kv_heads: int, operands: Operands, *, interpret: bool
 ) -> Sequence[jax.Array]:
     """Run the kernel: values [B, K, splits, heads, D], maxima and sums [B, K, splits, 64], all float32."""
     leaves, tree = jax.tree.flatten(operands)
     splits, stages = shape.splits, shape.tiles.stages
     scaled = "k_scale" in operands.get("visual", {})
 
-    def body(*refs: Any, **scratch: Any) -> None:
+    def body(*refs: Ref, **scratch: Ref) -> None:
         _block(shape, interpret, jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :], scratch)
 
-    def barriers(arrivals: int) -> Any:
+    def barriers(arrivals: int) -> plgpu.Barrier:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 
     partial = (batch, kv_heads, splits)

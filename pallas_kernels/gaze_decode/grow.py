@@ -1,11 +1,12 @@
 """Growing caches: helpers shared by the layouts of several implementations."""
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+_Tree = TypeVar("_Tree")
 
 
 def fill(array: Array, sizes: dict[int, int]) -> Array:
@@ -16,7 +17,7 @@ def fill(array: Array, sizes: dict[int, int]) -> Array:
     return jnp.pad(array, widths) if any(after for _, after in widths) else array
 
 
-def write(packed: Any, piece: Any, start: Array, axis: int) -> Any:
+def write(packed: _Tree, piece: _Tree, start: Array, axis: int) -> _Tree:
     """Write every array of ``piece`` into its counterpart of ``packed`` at ``start`` of ``axis``.
 
     Nothing else of ``packed`` is read or written, so this happens in place if the caller donated it.

@@ -16,7 +16,7 @@ is copied to the device, used and dropped, layer by layer. This is correct but s
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax.experimental.compute_on import compute_on
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
 from pallas_kernels.gaze_decode import cpu, grow, xla
-from pallas_kernels.gaze_decode.cpu import Side
+from pallas_kernels.gaze_decode.cpu import Arguments, Side
 from pallas_kernels.spec import GazeSpec
 
 Array = jax.Array
@@ -169,7 +169,7 @@ def gaze_decode(
     spec: GazeSpec,
 ) -> Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
-    rest: Any = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
+    rest = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
     fetch = functools.partial(_fetch, visual, layer)
     everything = functools.partial(_everything, visual, layer)
     if target() != "cpu":
@@ -177,8 +177,8 @@ def gaze_decode(
 
     # The resident form is a branch of a conditional, so this is one too: otherwise the compiler could fuse it
     # with the surrounding code and round differently.
-    def attend(*rest: Any) -> Array:
-        def listed(at: Array) -> Any:
+    def attend(*rest: *Arguments) -> Array:
+        def listed(at: Array) -> Callable[[Array, Array, Array], tuple[Side, Side]]:
             both = fetch(at)
             return lambda b, h, n: jax.tree.map(lambda a: a[b, h, n], both)
 

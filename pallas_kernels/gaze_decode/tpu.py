@@ -7,7 +7,6 @@ This file lists the regions that each kv head reads, builds the other arguments 
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import plan, tpu_kernel, tpu_layout
-from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalars, Static
+from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalar, Scalars, Static
 from pallas_kernels.gaze_decode.tpu_layout import LANES, Packed
 from pallas_kernels.spec import GazeSpec
 
@@ -34,12 +33,12 @@ write = tpu_layout.write
 
 
 def supports(spec: GazeSpec) -> str | None:
-    """Every spec, on a TPU or interpreted."""
+    """None on a TPU or in the interpreter, for every spec; otherwise the reason why not."""
     return dispatch.needs("tpu", spec)
 
 
 def regions_per_chunk(region_bytes: int, union: int) -> int:
-    """C: a multiple of 8, so that word rows of a chunk fill whole registers, and no more than useful.
+    """C: a multiple of 8, so that the word rows of a chunk fill whole registers, and no larger than useful.
 
     Args:
       region_bytes: bytes of one region's keys and values.
@@ -50,7 +49,7 @@ def regions_per_chunk(region_bytes: int, union: int) -> int:
 
 
 def _side(visual: Packed, listed: plan.Union, seen: jax.Array, layer: jax.Array, chunk: int) -> jax.Array:
-    """What the kernel must know about the keys of every chunk.
+    """Head bits and scales of the keys of every chunk; the ``side`` input of the kernel.
 
     Args:
       visual: packed cache of all layers.
@@ -64,7 +63,7 @@ def _side(visual: Packed, listed: plan.Union, seen: jax.Array, layer: jax.Array,
       the scales of K and V.
     """
     batch, kv_heads, _ = listed.regions.shape
-    # An empty array cannot be indexed, so no region becomes one region that nobody sees.
+    # An empty array cannot be indexed, so a cache without regions gets one that no query sees.
     seen = jnp.pad(seen, ((0, 0), (0, max(0, 1 - seen.shape[1])), (0, 0)))
     b = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
     at = jnp.maximum(listed.regions, 0)
@@ -82,7 +81,7 @@ def _side(visual: Packed, listed: plan.Union, seen: jax.Array, layer: jax.Array,
 
 
 def _listed(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regions: int) -> plan.Union:
-    """The regions of every kv head, at least one place wide.
+    """The regions of every kv head, at least one entry wide.
 
     Raises:
       NotImplementedError: there are more than :data:`MAX_UNION`.
@@ -92,7 +91,7 @@ def _listed(indices: jax.Array | None, batch: int, kv_heads: int, group: int, re
     else:
         listed = plan.union(indices, kv_heads, group, regions)
     if listed.regions.shape[-1] == 0:
-        # An array without elements cannot be copied from; of this one nothing is, by its count of 0.
+        # An empty array cannot be copied from. Nothing is copied from this one: its count is 0.
         none = jnp.full((batch, kv_heads, 1), -1, jnp.int32)
         listed = plan.Union(none, jnp.zeros_like(none), listed.count)
     if listed.regions.shape[-1] > MAX_UNION:
@@ -117,28 +116,34 @@ class _Grid:
     Attributes:
       kv_heads: K.
       per_core: rows of a core.
-      lanes_are_tokens: of :class:`tpu_kernel.Static`.
+      lanes_are_tokens: as in :class:`tpu_kernel.Static`.
     """
 
     kv_heads: int
     per_core: int
     lanes_are_tokens: bool
 
-    def row(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def row(self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars) -> tuple[Scalar, ...]:
         """Block of the current row, for [B * K, ...]."""
         return core * self.per_core + inner, 0, 0
 
-    def next_row(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
-        """Block of the core's next row, for [B * K, ...]. The last row stands for its own next one."""
+    def next_row(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
+        """Block of the core's next row, for [B * K, ...]. For the last row it is the last row itself."""
         return core * self.per_core + jnp.minimum(inner + 1, self.per_core - 1), 0, 0
 
-    def text_seen(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def text_seen(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
         """Block of the current tile, for [B, 1, S]."""
         b = (core * self.per_core + inner) // self.kv_heads
         # After the last tile in use the index repeats, and the pipeline does not fetch the same block again.
         return b, 0, jnp.minimum(tile, jnp.maximum(scalars.tiles[b] - 1, 0))
 
-    def text_keys(self, core: Any, inner: Any, tile: Any, scalars: Scalars) -> tuple[Any, ...]:
+    def text_keys(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
         """Block of the current tile, for [L, B, K, S, D], or [L, B, K, D, S] if lanes are tokens."""
         b, _, at = self.text_seen(core, inner, tile, scalars)
         place = (0, at) if self.lanes_are_tokens else (at, 0)

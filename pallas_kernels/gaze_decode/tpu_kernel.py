@@ -24,10 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.gaze_decode.tpu_layout import LANES
 
-Ref = Any  # in the kernel; the caller fills the same bundles with arrays, BlockSpecs and scratch shapes
+# Pallas refs have no public type; the caller fills the bundles with arrays, BlockSpecs and scratch shapes.
+Ref = Any
+Scalar = jax.Array | int
 
 _LOWEST = -0.5 * float(jnp.finfo(jnp.float32).max)
 
@@ -101,7 +104,7 @@ class Static:
     chunk: int
     word_rows: int
     joint: bool
-    compute: Any
+    compute: DTypeLike
     scale: float
     interpret: bool
 
@@ -131,10 +134,10 @@ class _Row(NamedTuple):
       chunks: int32, chunks that its regions fill.
     """
 
-    number: Any
-    inner: Any
-    per_core: Any
-    chunks: Any
+    number: jax.Array
+    inner: jax.Array
+    per_core: Scalar
+    chunks: jax.Array
 
     def has_next(self) -> jax.Array:
         """Whether this is not the core's last row."""
@@ -183,10 +186,10 @@ class _Chunk(NamedTuple):
       buffer: int32, 0 or 1.
     """
 
-    row: Any
+    row: jax.Array
     ids: Ref
     index: Any
-    buffer: Any
+    buffer: Scalar
 
 
 def _for_each_copy(static: Static, refs: _Refs, chunk: _Chunk, act: Callable[[Any], None]) -> None:
@@ -197,7 +200,7 @@ def _for_each_copy(static: Static, refs: _Refs, chunk: _Chunk, act: Callable[[An
     scalars, inputs, buffers = refs.scalars, refs.inputs, refs.buffers
     count = jnp.clip(scalars.count[chunk.row] - chunk.index * static.chunk, 0, static.chunk)
 
-    def region(place: Any, carry: Any) -> Any:
+    def region(place: jax.Array, carry: Scalar) -> Scalar:
         number = chunk.ids[0, 0, chunk.index * static.chunk + place]
         # The word rows after the tokens hold scales. Those come with the side array.
         rows = pl.ds(0, static.word_rows)
@@ -242,8 +245,8 @@ class _Keys(NamedTuple):
     k: jax.Array
     v: jax.Array
     seen: jax.Array
-    k_scale: Any = 1.0
-    v_scale: Any = 1.0
+    k_scale: jax.Array | float = 1.0
+    v_scale: jax.Array | float = 1.0
     lanes_are_tokens: bool = False
 
 
@@ -270,7 +273,7 @@ def split_values(words: jax.Array) -> list[jax.Array]:
     return _split_bits(jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.int32), words.dtype)
 
 
-def _split_bits(words: jax.Array, dtype: Any) -> list[jax.Array]:
+def _split_bits(words: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     """Split int32 [rows, 128] into values of ``dtype``, lowest bits first."""
     if dtype == jnp.bfloat16:
         # A bfloat16 is the upper half of its float32.
@@ -284,7 +287,7 @@ def _column(row: jax.Array) -> jax.Array:
     return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
 
 
-def _region_keys(static: Static, refs: _Refs, buffer: Any) -> _Keys:
+def _region_keys(static: Static, refs: _Refs, buffer: Scalar) -> _Keys:
     """Keys of the chunk in ``buffer``, in the order of ``tpu_layout.by_row``."""
     words = refs.buffers.words
     side = refs.buffers.side[buffer]
@@ -336,7 +339,7 @@ def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
         first[0] = 0
         _start(static, refs, _Chunk(row.number, ids, index=0, buffer=0))
 
-    def step(index: Any, carry: Any) -> Any:
+    def step(index: jax.Array, carry: Scalar) -> Scalar:
         buffer = (first[0] + index) % 2
 
         @pl.when(index + 1 < row.chunks)

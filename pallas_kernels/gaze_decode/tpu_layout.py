@@ -1,11 +1,11 @@
-"""How the TPU kernel of gaze_decode keeps the visual cache, so that a region is one copy.
+"""How the TPU kernel of gaze_decode stores the visual cache, so that a region is one copy.
 
-A *word row* is 128 lanes of 32 bits, the unit that a TPU register holds whole. bfloat16 packs two
-values into a word and int8 four, so the last two axes of the cache are ``[n, 128]`` with n = 4 / itemsize
-(2 for float32 as well, to share the code): XLA lays such an array out without padding, and the axis
-before it, word rows of one region, is untiled, so a region starts and ends anywhere.
+A *word row* is 128 lanes of 32 bits, one row of a TPU register. A word holds two bfloat16 values or four
+int8 values, so the last two axes of the cache are ``[n, 128]`` with n = 4 / itemsize (2 for float32 as well,
+to share the code). XLA stores such an array without padding. The axis before, word rows of one region, is
+untiled, so a region may start and end anywhere.
 
-What stands in the n places of a word row:
+The n entries of a word row hold:
 
     D in (64, 128]    bfloat16  K V          one token: its key and its value
                       int8      K K V V      two tokens
@@ -13,8 +13,8 @@ What stands in the n places of a word row:
                       int8      KV KV KV KV  four tokens
 
 Smaller D is padded with zeros to 64 or 128 lanes. The scales of an int8 region are float32 values in the
-bytes of one more word row (of more, for more than 64 tokens), lane i for the key of token i, followed by
-those of the values: a table of their own would be laid out, copied or cached as a whole by the compiler.
+bytes of one more word row (several, for more than 64 tokens): lane i for the key of token i, then the scales
+of the values. A separate table of scales would be laid out, copied or cached as a whole by the compiler.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Packed:
 
     @property
     def scaled(self) -> bool:
-        """Values are int8 steps of a scale."""
+        """Whether values are int8 with scales."""
         return self.words.dtype == jnp.int8
 
 
@@ -71,7 +71,7 @@ def _rows(slots: int, per_row: int) -> int:
 
 
 def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
-    """Lay [L, B, K, R, P, D] keys and values out as the module says.
+    """Pack [L, B, K, R, P, D] keys and values into word rows; see the module's docstring.
 
     Raises:
       NotImplementedError: D is more than 128, or the dtype is neither float32 nor bfloat16.
@@ -135,12 +135,12 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
 
 
 def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Word rows of zeros behind R and P up to the new sizes."""
+    """Grow R and P to the new sizes with word rows of zeros."""
     rows = _rows(slots, packed.per_row)
     tokens = grow.fill(packed.words[..., : packed.rows, :, :], {3: max(1, regions), 4: rows})
     if not packed.scaled:
         return Packed(tokens, regions, slots, packed.dim)
-    # The scales of the values follow those of the keys at once, so a larger P moves them.
+    # The scales of the values directly follow those of the keys, so a larger P moves them.
     scales = scales_of(packed.words[..., packed.rows :, :, :], packed.slots)
     k_scale, v_scale = (grow.fill(a, {-1: slots}) for a in scales)
     words = jnp.concatenate([tokens, _scale_rows(k_scale, v_scale, max(1, regions))], axis=-3)
@@ -148,14 +148,14 @@ def reserve(packed: Packed, regions: int, slots: int) -> Packed:
 
 
 def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
-    """Regions of ``piece`` in place of those from ``start`` on."""
+    """Overwrite the regions from ``start`` on with those of ``piece``."""
     return grow.write(packed, piece, start, 3)
 
 
 def by_row(packed: Packed, slots: jax.Array) -> jax.Array:
-    """Order token slots [..., C, P] as the kernel meets them in C regions: [..., N].
+    """Put token slots [..., C, P] in the order in which the kernel reads C regions: [..., N].
 
-    Word rows are split into their places, so the kernel sees the first token of all rows, then the second.
+    The kernel splits word rows into n entries, so it reads the first token of all rows, then the second.
     """
     slots = grow.fill(slots, {-1: packed.rows * packed.per_row})
     lead, chunk = slots.shape[:-2], slots.shape[-2]

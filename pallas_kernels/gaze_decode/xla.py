@@ -7,7 +7,7 @@ mask is less work than gathering. CPUs have their own program, in ``cpu.py``.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def gaze_decode(
     spec: GazeSpec,
 ) -> jax.Array:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
-    rest: Any = (text_k, text_v, layer, indices, visual_seen, text_seen)
+    rest = (text_k, text_v, layer, indices, visual_seen, text_seen)
     if isinstance(visual, Layered):
         return cpu.gaze_decode(q, visual, *rest, scale=spec.scale)
 

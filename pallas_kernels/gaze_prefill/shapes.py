@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.gaze_prefill.api import gaze_prefill
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
-Build = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+Build = Callable[[], tuple[Callable[..., object], tuple[object, ...]]]
+
+Arrays = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Shape:
     def abstract(self) -> tuple[Any, ...]:
         """(q, K and V of both streams), windows, places and selection, for a batch of one."""
 
-        def array(dtype: Any, *shape: int) -> Any:
+        def array(dtype: DTypeLike, *shape: int) -> Any:
             return jax.ShapeDtypeStruct((1, *shape), dtype)
 
         shared = self.heads if self.select_per == "head" else self.kv_heads
@@ -65,7 +68,9 @@ class Shape:
         q = array(self.dtype, self.queries, self.heads, self.dim)
         return (q, visual, visual, text, text), windows, places, selected
 
-    def forward(self, arrays: Any, windows: Windows, places: KeyPlaces, selected: Any) -> jax.Array:
+    def forward(
+        self, arrays: Arrays, windows: Windows, places: KeyPlaces, selected: jax.Array | None
+    ) -> jax.Array:
         """The op's output, [1, T, H, D]."""
         q, visual_k, visual_v, text_k, text_v = arrays
         return gaze_prefill(
@@ -82,8 +87,13 @@ class Shape:
         )
 
     def gradients(
-        self, d_out: jax.Array, arrays: Any, windows: Windows, places: KeyPlaces, selected: Any
-    ) -> Any:
+        self,
+        d_out: jax.Array,
+        arrays: Arrays,
+        windows: Windows,
+        places: KeyPlaces,
+        selected: jax.Array | None,
+    ) -> tuple[jax.Array, Arrays]:
         """Output, and gradients with respect to the five arrays."""
         out, pull = jax.vjp(lambda arrays: self.forward(arrays, windows, places, selected), arrays)
         return out, pull(d_out)[0]
@@ -104,7 +114,7 @@ SHAPES = (
 
 
 def _build(shape: Shape, gradients: bool) -> Build:
-    def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def build() -> tuple[Callable[..., object], tuple[object, ...]]:
         arguments = shape.abstract()
         return (shape.gradients, (arguments[0][0], *arguments)) if gradients else (shape.forward, arguments)
 

@@ -1,24 +1,23 @@
-"""gaze_prefill on TPU: queries gathered by region where few visit it, dense under a mask where many do.
+"""gaze_prefill on TPU: a block's queries are gathered if few select it, else all attend under a mask.
 
 Keys of both streams become one row of *blocks* of W tokens, visual ones first, so that one kernel and one
-softmax serve both. With a selection a visual block is as many whole regions (*cells*) as fit into 128
-tokens; without one it is plain tokens. This file lays the arrays out, says for every block which queries
-visit it, and walks over tiles of queries; ``tpu_forward.py`` and ``tpu_backward.py`` attend.
+softmax serve both. With a selection a visual block holds as many whole regions (*cells*) as fit into 128
+tokens; without one it holds plain tokens. This file lays out the arrays, lists for every block the queries
+that visit it, and loops over tiles of queries; ``tpu_forward.py`` and ``tpu_backward.py`` attend.
 
-Everything per (query, head) stands in rows, heads of a kv head side by side. Sizes of what is made here,
-per batch entry, beside copies of q, K and V:
+Everything per (query, head) is in rows, with the heads of a kv head side by side. Sizes of the arrays made
+here, per batch entry, besides copies of q, K and V:
 
     facts      512 B per row and 2,900 regions    T=1,024, H=32: 17 MB; at most one tile exists at a time
     table      1 bit per (kv head, block, unit)   T=1,024, R=1,024, K=8: 0.2 MB
     d K, d V   float32, summed in place           147,456 tokens, K=8, D=128: 1.4 GB, in the backward pass
 
-D is padded to 128 lanes: D=64 costs twice its keys' and queries' bytes here, and as much of the matrix unit
-as 128 would.
+D is padded to 128 lanes: D=64 costs twice the bytes of its keys and queries, and as much time of the matrix
+unit as D=128.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +32,14 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes that change speed and rounding, never meaning. Reasoned, not tuned: see docs/kernels.md.
+    """Sizes that change only speed and rounding. Reasoned, not tuned: see docs/kernels.md.
 
     Attributes:
-      queries, rows: most queries of a tile, and most rows (queries times heads of a group).
+      queries, rows: maximum number of queries of a tile, and of rows (queries times heads of a group).
       chunk: rows that the direct path multiplies together.
-      visits: units (of 8 rows) that the gathered path does.
-      keys: tokens of a block when somebody selects; a block is whole regions, at least one.
-      open_keys: tokens of a block when nobody does.
+      visits: units (of 8 rows) that the gathered path multiplies together.
+      keys: tokens of a block with a selection; a block is whole regions, at least one.
+      open_keys: tokens of a block without a selection.
       gather_below: a block is gathered if less than this share of the tile's units visit it: copying a
         unit there and back is estimated at three times the cost of attending with it.
     """
@@ -58,7 +57,7 @@ TILES = Tiles()
 
 
 def supports(spec: GazeSpec) -> str | None:
-    """Needs a TPU, or the interpreter."""
+    """None on a TPU or in the interpreter, for every spec; otherwise the reason why not."""
     return needs("tpu", spec)
 
 
@@ -80,7 +79,7 @@ def _plan(
     regions, slots, text = sizes
     if routed:
         cells = max(1, min(tiles.keys // slots, regions, 32))
-        # Whole registers per region where as many regions fit: 36 tokens take 40, and XLA moves no row.
+        # Round regions up to whole registers if as many still fit: 36 tokens take 40, and XLA moves no row.
         whole = _up(slots, tpu_common.SUBLANES)
         cell = whole if cells * whole <= max(tiles.keys, whole) else slots
         width = max(cells * cell, min(text, tiles.keys))
@@ -140,9 +139,9 @@ def _key_blocks(plan: Plan, visual: Array, text: Array) -> tuple[Array, Array]:
     """K or V of both streams, [B, K, R, P, D] and [B, K, S, D], as blocks.
 
     Returns:
-      [B, K, N * W, D to whole lanes], 0 for tokens that are not finite, and which are: bool [B, K, N, W].
-      0 * NaN is NaN, so what nobody sees must not reach a matmul. A query that does see such a token gets
-      its NaN through the logits.
+      [B, K, N * W, D to whole lanes], 0 for tokens that are not finite; and bool [B, K, N, W], which tokens
+      are finite. 0 * NaN is NaN, so unseen tokens must not reach a matmul. A query that does see such a token
+      gets its NaN through the logits.
     """
     batch, kv_heads, _, _, dim = visual.shape
     blocks = _blocks(plan, visual, text, 2, 0)
@@ -164,7 +163,7 @@ def _key_places(plan: Plan, places: KeyPlaces, finite: Array) -> Array:
 
 
 def _near(windows: dict[str, Array], stream: str, order: Array, segment: Array) -> Array:
-    """bool [B, X, T]: may query t see a token of [B, X, tokens]? Never False where it does see one."""
+    """bool [B, X, T]: whether query t may see a token of [B, X, tokens]; False only if it sees none."""
     big = jnp.int32(2**30)
     real = order >= 0
     lo, hi = jnp.where(real, order, big).min(-1), order.max(-1)
@@ -178,7 +177,7 @@ def _near(windows: dict[str, Array], stream: str, order: Array, segment: Array) 
 
 
 def _pack_bits(a: Array, axis: int) -> Array:
-    """int32 with a 32nd of bool ``a``'s size along ``axis``, the first of 32 in the lowest bit."""
+    """Pack 32 bools of ``a`` along ``axis`` into each int32, the first in the lowest bit."""
     lead, tail = a.shape[:axis], a.shape[axis + 1 :]
     one = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32)).reshape(32, *[1] * len(tail))
     words = jnp.where(a.reshape(*lead, -1, 32, *tail), one, jnp.uint32(0))
@@ -186,13 +185,13 @@ def _pack_bits(a: Array, axis: int) -> Array:
 
 
 def _table(plan: Plan, tiles: Tiles, places: Array, windows: dict[str, Array], opened: Array | None) -> Array:
-    """int32 [B, K, N, 1, 1 + words]: what the tile does with a block, and the units that visit it.
+    """int32 [B, K, N, 1, 1 + words]: how the tile treats a block, and the units that visit it.
 
     Args:
       plan, tiles: static sizes.
       places: int32 [B, K, N, 8, W].
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None without a selection.
     """
     batch, kv_heads = places.shape[:2]
     order, segment = places[:, 0, :, tpu_common.ORDER], places[:, 0, :, tpu_common.SEGMENT_OF]
@@ -229,11 +228,11 @@ def _facts(
     Args:
       plan: static sizes.
       windows: int32 [B, tile] each.
-      opened: bool [B, K, Gs, NV, C, tile], or None if nobody chooses.
+      opened: bool [B, K, Gs, NV, C, tile], or None without a selection.
       numbers: float32 [B, K, rows] log-sum-exp and delta, for the backward pass.
     """
     lanes = [windows[name] for name in ("visual_lo", "visual_hi", "text_lo", "text_hi", "segment")]
-    # Without a selection and the backward pass's numbers, all kv heads share one.
+    # Without a selection and without the backward pass's numbers, all kv heads share the facts.
     heads = next((a.shape[1] for a in (opened, *numbers) if a is not None), 1)
     by_row = (lanes[0].shape[0], heads, plan.tile, plan.group)
     columns = [jnp.broadcast_to(a[:, None, :, None], by_row) for a in lanes]
@@ -272,6 +271,7 @@ def _tile_arrays(
 
 
 Queries = tuple[dict[str, Array], Array | None]
+_Residuals = tuple[Array, Array, Array, Array, Queries, Array, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -283,7 +283,8 @@ def _attend(plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Arra
       q: [tiles, B, K, rows, D].
       k, v: [B, K, N * W, D].
       places: int32 [B, K, N, 8, W].
-      queries: windows int32 [tiles, B, tile] each, and what is open: bool [tiles, B, tile, K, Gs, R] or None.
+      queries: windows int32 [tiles, B, tile] each, and the open regions: bool [tiles, B, tile, K, Gs, R] or
+        None.
 
     Returns:
       [tiles, B, K, rows, D] in ``q.dtype``.
@@ -292,13 +293,13 @@ def _attend(plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Arra
 
 
 def _movable(plan: Plan, a: Array) -> Array:
-    """Rows that are gathered travel in float32: narrower ones share their registers with the next unit's."""
+    """Convert rows that are gathered to float32: narrower rows share registers with the next unit's."""
     return a.astype(jnp.float32) if plan.routed else a
 
 
 def _forward(
     plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
-) -> tuple[Array, tuple[Any, ...]]:
+) -> tuple[Array, _Residuals]:
     def one(xs: tuple[Array, Queries]) -> tuple[Array, Array]:
         table, facts = _tile_arrays(plan, tiles, places, xs[1])
         inputs = tpu_forward.Inputs(table, places, _movable(plan, xs[0]), facts, k, v)
@@ -309,10 +310,14 @@ def _forward(
     return out, (q, k, v, places, queries, out, lse)
 
 
-def _backward(plan: Plan, tiles: Tiles, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+def _backward(
+    plan: Plan, tiles: Tiles, residuals: _Residuals, d_out: Array
+) -> tuple[Array, Array, Array, None, None]:
     q, k, v, places, queries, out, lse = residuals
 
-    def one(sums: tuple[Array, Array], xs: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
+    def one(
+        sums: tuple[Array, Array], xs: tuple[Array, Queries, Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
         q, queries, out, lse, d_out = xs
         delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
         table, facts = _tile_arrays(plan, tiles, places, queries, lse, delta)
@@ -363,7 +368,7 @@ def gaze_prefill(
     windows = {"segment": _tiled(queries.segment, count, plan.tile, -1)}
     for name in ("visual", "text"):
         lo, hi = getattr(queries, f"{name}_lo"), getattr(queries, f"{name}_hi")
-        # Order -1 is no token, whatever the window says; a query of no segment has an empty window.
+        # Order -1 is never a token, so windows start at 0; a query without a segment has an empty window.
         lo, hi = jnp.where(sees, jnp.maximum(lo, 0), 2**30), jnp.where(sees, hi, -1)
         windows[f"{name}_lo"] = _tiled(lo, count, plan.tile, 2**30)
         windows[f"{name}_hi"] = _tiled(hi, count, plan.tile, -1)

@@ -1,7 +1,7 @@
 """The backward TPU kernel of gaze_prefill: gradients of one tile of queries. See ``tpu_common.py``."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gaze_prefill import tpu_common as common
-from pallas_kernels.gaze_prefill.tpu_common import LANES, Array, Keys, Plan, Ref
+from pallas_kernels.gaze_prefill.tpu_common import LANES, Array, Keys, Plan, Ref, Slice
 
 
 class Inputs(NamedTuple):
@@ -87,7 +87,7 @@ def _add_all(plan: Plan, n: Array, refs: _Refs) -> None:
     """Add the gradients between a block and all rows, a chunk of rows at a time."""
     inputs, (d_q, d_k, d_v) = refs.inputs, refs.outputs
 
-    def chunk(rows: Any) -> None:
+    def chunk(rows: Slice) -> None:
         queries = _Rows(inputs.q[rows, :], inputs.d_out[rows, :], inputs.facts[rows, :])
         part, part_k, part_v = _step(plan, n, queries, refs.keys())
         d_q[rows, :] += part
@@ -141,7 +141,7 @@ def _step(
     q, d_out, facts = rows
     seen = common.visible(plan, n, facts, keys.places)
     if alive is not None:
-        # The last places of a batch hold an older unit, or in the beginning anything at all.
+        # Unused rows of a batch hold an older unit, or uninitialised memory.
         seen = seen & alive
         q, d_out = jnp.where(alive, q, jnp.zeros_like(q)), jnp.where(alive, d_out, jnp.zeros_like(d_out))
     logits = common.logits(plan, q, keys)

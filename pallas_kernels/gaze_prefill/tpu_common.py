@@ -1,4 +1,4 @@
-"""What the forward and the backward TPU kernel of gaze_prefill share.
+"""Shared by the forward and the backward TPU kernel of gaze_prefill.
 
 Each kernel takes one tile of queries against all blocks of keys. Both run over the grid (batch, kv head,
 key block), key blocks innermost. A tile's queries stay in VMEM with their accumulators, while the blocks
@@ -13,12 +13,12 @@ query with its heads padded to 8. For each block the table says one of three thi
 
     SKIP    no query of the tile sees a key of the block
     GATHER  few units do: their rows are copied side by side into a batch, the batch goes through the
-            matrix unit, and its rows are added back to where they came from
-    DIRECT  many do, or nobody selects (text stream, unrouted queries): all rows in order, under the mask
+            matrix unit, and its rows are added back to their original rows
+    DIRECT  many do, or there is no selection (text stream, unrouted queries): all rows, under the mask
 
-GATHER and DIRECT do the same arithmetic on the same facts; only d K and d V add their queries in another
-order. The choice is made per block and tile, so a block costs the cheaper of the two. One thing is never
-skipped: K and V of every block are fetched, once per tile.
+GATHER and DIRECT do the same arithmetic on the same facts; only d K and d V sum their queries in different
+orders. The choice is made per block and tile, so each block takes the cheaper path. The fetch of K and V is
+never skipped: every block is fetched once per tile.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import interpreter
 
 Array = jax.Array
-Ref = Any  # in a kernel; the callers fill the same bundles with arrays and BlockSpecs
+Ref = Any  # Pallas refs have no public type; the callers fill the same bundles with arrays and BlockSpecs
+
+Slice = slice | pl.Slice
 
 LANES = 128
 SKIP, GATHER, DIRECT = 0, 1, 2
@@ -43,11 +45,11 @@ SKIP, GATHER, DIRECT = 0, 1, 2
 VISUAL_LO, VISUAL_HI, TEXT_LO, TEXT_HI, SEGMENT, LSE, DELTA, WORDS = range(8)
 WORD_LANES = LANES - WORDS
 ORDER, SEGMENT_OF, CELL, POISON = range(4)  # rows of a block's places
-PLACES = 8  # their number, padded to a register
+PLACES = 8  # number of such rows, padded to a register
 SUBLANES = 8
 NEVER = -1e30  # below any logit; finite, so that differences of two are numbers
 
-# What is left beside XLA's own use, of 128 MiB on v5e and v6e and of 64 MiB on v5p.
+# What XLA's own use leaves of 128 MiB on v5e and v6e, and of 64 MiB on v5p.
 _VMEM = 56 * 2**20
 
 
@@ -167,7 +169,7 @@ def logits(plan: Plan, q: Array, keys: Keys) -> Array:
     return dot(q, keys.k, (1, 1)) * plan.scale + poison
 
 
-def unit_rows(plan: Plan, unit: Array) -> Any:
+def unit_rows(plan: Plan, unit: Array) -> Slice:
     """The slice of a unit's rows."""
     return pl.ds(pl.multiple_of(unit * plan.unit, plan.unit), plan.unit)
 
@@ -211,7 +213,7 @@ def visit(
     pl.when(left > 0)(lambda: flush(left))
 
 
-def in_chunks(plan: Plan, body: Callable[[Any], None]) -> None:
+def in_chunks(plan: Plan, body: Callable[[Slice], None]) -> None:
     """Call ``body`` with the slice of rows of every chunk of the tile."""
 
     def step(i: Array, carry: None) -> None:
@@ -225,7 +227,7 @@ def block_specs(plan: Plan, dim: int, facts_per_head: bool) -> dict[str, pl.Bloc
     # Blocks after the last visual one read only the windows, which every register carries.
     last = plan.registers - 1
 
-    def facts(b: Array, k: Array, n: Array) -> tuple[Any, ...]:
+    def facts(b: Array, k: Array, n: Array) -> tuple[Array | int, ...]:
         return b, k if facts_per_head else 0, 0, jnp.minimum(jax.lax.div(n, plan.blocks_per_facts), last)
 
     return {
@@ -250,8 +252,8 @@ def call(
         name=name,
         interpret=interpreter() if plan.interpret else False,
         compiler_params=pltpu.CompilerParams(
-            # Cores may share batch and heads; a head's blocks come one after another. The interpreter has
-            # one core, and under vmap it trips over semantics that do not name the mapped axis.
+            # Batch and heads may be split over cores; the blocks of a head are sequential. The interpreter
+            # has one core, and under vmap it fails on semantics that do not name the mapped axis.
             dimension_semantics=None if plan.interpret else ("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_VMEM,
         ),

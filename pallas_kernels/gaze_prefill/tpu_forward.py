@@ -1,7 +1,7 @@
 """The forward TPU kernel of gaze_prefill: attention of one tile of queries. See ``tpu_common.py``."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gaze_prefill import tpu_common as common
-from pallas_kernels.gaze_prefill.tpu_common import LANES, Array, Keys, Plan, Ref
+from pallas_kernels.gaze_prefill.tpu_common import LANES, Array, Keys, Plan, Ref, Slice
 
 
 class Inputs(NamedTuple):
@@ -89,7 +89,7 @@ def _attend_all(plan: Plan, n: Array, refs: _Refs) -> None:
     """Add a block's part to all rows, a chunk of rows at a time."""
     out, state = refs.outputs.out, refs.state
 
-    def chunk(rows: Any) -> None:
+    def chunk(rows: Slice) -> None:
         queries = _Rows(refs.inputs.q[rows, :], refs.inputs.facts[rows, :], state[rows, :])
         part, factor, state[rows, :] = _softmax_step(plan, n, queries, refs.keys())
         out[rows, :] = out[rows, :] * factor + part
@@ -148,7 +148,7 @@ def _finish(plan: Plan, refs: _Refs) -> None:
     """Divide by the softmax's sum; a row that saw nothing gets 0."""
     out, lse = refs.outputs
 
-    def chunk(rows: Any) -> None:
+    def chunk(rows: Slice) -> None:
         top, total = refs.state[rows, :1], refs.state[rows, LANES // 2 : LANES // 2 + 1]
         total = jnp.where(total > 0, total, 1.0)
         out[rows, :] = out[rows, :] / total
@@ -173,7 +173,7 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
     """
     batch, kv_heads, rows, dim = inputs.q.shape
     spec = common.block_specs(plan, dim, inputs.facts.shape[1] > 1)
-    scratch: list[Any] = [pltpu.VMEM((rows, LANES), jnp.float32)]
+    scratch: list[object] = [pltpu.VMEM((rows, LANES), jnp.float32)]
     if plan.routed:
         gathered = plan.visits * plan.unit
         scratch.append(

@@ -6,7 +6,7 @@ selected would gain little: even at 10 % kept regions, the block's queries toget
 """
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import target
 from pallas_kernels.gaze_prefill import cpu
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
+
+_Tree = TypeVar("_Tree")
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 stays float32 on TPU; bfloat16 inputs are not affected
 
@@ -99,7 +101,7 @@ def _attend(
     return cpu.queries_of(weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], text_v), q)
 
 
-def _blocked(tree: Any, count: int, block: int) -> Any:
+def _blocked(tree: _Tree, count: int, block: int) -> _Tree:
     """Pad axis 1 of every leaf to count * block and move the blocks to the front."""
 
     def leaf(a: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ def test_a_message_joins_its_texts_and_keeps_the_order_of_its_media():
 def test_a_tag_in_text_is_refused(role, tag, kind):
     """Since it could not be told from what shows an image, also when it comes in two pieces."""
     for content in (f"What does {tag} mean?", (tag[:3], tag[3:])):
-        with pytest.raises(UserError, match=rf"role '{role}' holds {tag}, .* give {kind}\(index\)"):
+        with pytest.raises(UserError, match=rf"role '{role}' contains {tag}, .* give {kind}\(index\)"):
             Message(role, content)
 
 

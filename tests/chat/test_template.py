@@ -124,7 +124,7 @@ def test_a_template_that_fails_is_refused_in_a_sentence(source, reason):
 def test_a_template_sees_json_values_only():
     """An object's methods are out of reach because the object is."""
     for value in (pathlib.Path("x"), np.float32(1), {1, 2}, [object()]):
-        with pytest.raises(ValueError, match="give values that JSON has"):
+        with pytest.raises(ValueError, match="give values of JSON types"):
             template("qwen3").render([], add_generation_prompt=False, thing=value)
 
 
@@ -201,7 +201,7 @@ def test_special_tokens_are_those_of_transformers(tmp_path, older):
         ({"chat_template__json": "[]"}, "chat_template.json must hold a JSON object, not list"),
         (
             {"chat_template__json": {"chat_template": 3}},
-            "chat_template.json has a chat_template that is no text",
+            "chat_template.json has a chat_template that is not text",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def test_mistakes_are_one_sentence_and_status_2(joined, tmp_path):
         ("eval.py", f"--checkpoint={where / 'gaze'}"): "--checkpoint has no effect without --compare",
         ("eval.py", "--compare=dense"): "name it with --checkpoint",
         ("eval.py", "--compare=dense", f"--checkpoint={where / 'tower'}"): "is an image tower alone",
-        ("eval.py", "--compare=dense", f"--checkpoint={where / 'llm'}"): "no image tower",
+        ("eval.py", "--compare=dense", f"--checkpoint={where / 'llm'}"): "is a language model alone",
     }
     for message, line in zip(cases.values(), refusals(cases), strict=True):
         assert message in line

@@ -50,8 +50,8 @@ def test_help_shows_the_own_flags_and_no_others(command, capsys):
 def test_help_has_headings_texts_and_defaults(capsys):
     _, out, _ = ended(generate, capsys, "--help")
     for lines in (
-        "\nHow tokens are drawn:\n  --max_tokens=N\n      Most tokens to generate for a question; default:",
-        "\n  --gaze_select_per=head|kv_head\n      Who selects: each query head, or each kv head's group.\n",
+        "\nHow tokens are sampled:\n  --max_tokens=N\n      Most tokens to generate for a question; default:",
+        "\n  --gaze_select_per=head|kv_head\n      Select per query head, or per kv head's group.\n",
         "\n  --seed=N\n      Seed of the sampling; default: 0.\n",
         "\n  --[no]offload\n      Keep",
     ):

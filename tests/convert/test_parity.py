@@ -18,10 +18,12 @@ from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import text_streams
 from gaze_jax.errors import UserError
 from gaze_jax.families import feature_tower
-from gaze_jax.infer.generate import Generator
+from gaze_jax.infer.engine import Engine
+from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
 from gaze_jax.models.vision import VisionTower
 from tests.helpers import hf
+from tests.helpers.engines import generated_row
 
 pytestmark = pytest.mark.xdist_group("parity")
 
@@ -86,9 +88,10 @@ def test_greedy_answers_with_the_cache(name):
     theirs = out.sequences[:, LENGTH:].numpy()
     top2 = torch.stack(out.scores, dim=1).topk(2, dim=-1).values.numpy()
     decided = (top2[..., 0] - top2[..., 1]) > 1e-3
-    generator = Generator(MLLM(found.config), steps, end_id=-1)
-    streams = text_streams(jnp.asarray(tokens), jnp.asarray(valid))
-    ours = np.asarray(generator(found.params, None, streams, top_k=None).tokens).T
+    rows = [generated_row(tokens[row, valid[row]], 0) for row in range(ROWS)]
+    engine = Engine(MLLM(found.config), found.params, rows, free_slots=steps)
+    greedy = SamplingParams.of([0.0] * ROWS)
+    ours = np.concatenate([out["tokens"] for out in engine.decode(steps, ends=(), sampling=greedy)]).T
     assert theirs.shape == ours.shape == (ROWS, steps)
     agree = ours == theirs
     # An answer may part from the original where two tokens tie, and only there.

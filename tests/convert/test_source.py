@@ -65,9 +65,9 @@ def test_code_that_config_json_points_to_is_ignored(tmp_path):
 def test_parts_are_not_taken_for_each_other(tmp_path):
     llm, tower = checkpoint(tmp_path / "llm"), checkpoint(tmp_path / "tower", SIGLIP)
     gaze = GazeConfig((2, 2), context_tokens=0)
-    with pytest.raises(UserError, match="is an image tower but a language model is wanted"):
+    with pytest.raises(UserError, match="is an image tower but a language model is needed"):
         run.compose(tower, tower, gaze=gaze)
-    with pytest.raises(UserError, match="is a language model but an image tower is wanted"):
+    with pytest.raises(UserError, match="is a language model but an image tower is needed"):
         run.compose(llm, llm, gaze=gaze)
     with pytest.raises(UserError, match="larger than the tower's 3x3 token grid"):
         run.compose(llm, tower, gaze=GazeConfig((6, 6)))

@@ -112,7 +112,7 @@ def test_pool_indices_point_into_the_images_of_their_view():
     arrays = join(made, [first, second], pooled=True)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(1, 6 * TOKENS, 8)).astype(np.float32)
-    newline = rng.normal(size=8).astype(np.float32)
+    newline = jnp.asarray(rng.normal(size=8), jnp.float32)
     pool_indices, pool_weights = arrays["pool_indices"][None], arrays["pool_weights"][None]
     got = np.asarray(
         pool_to_regions(jnp.asarray(features), jnp.asarray(pool_indices), jnp.asarray(pool_weights), newline)

@@ -164,6 +164,8 @@ def cases(draw):
     return made, Sample(draw(st.integers(0, 9)), images, tuple(parts), draw(st.sampled_from(FAMILIES)))
 
 
+# The check of shapes samples the items of a tuple, also while a case is drawn.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(cases())
 def test_arrays_are_those_of_the_sequence_spliced_token_by_token(case):

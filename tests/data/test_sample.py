@@ -72,7 +72,7 @@ def test_a_video_without_frames_is_refused_by_its_number():
 )
 def test_targets_must_be_ranges_of_the_text_in_order(targets):
     """Ranges may touch."""
-    with pytest.raises(ValueError, match="are no ranges of the 3 characters"):
+    with pytest.raises(ValueError, match="are not ranges of the 3 characters"):
         Text("abc", targets=targets)
     assert Text("abc", targets=((0, 1), (1, 3))).targets == ((0, 1), (1, 3))
 

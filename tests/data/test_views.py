@@ -162,5 +162,5 @@ def test_a_grid_that_is_pooled_cannot_be_shrunk_too():
     grid = module.whole_grid(layout(ViewConfig(), 24, 4), (24, 24), 3, "squash")
     small = dataclasses.replace(grid, shape=(2, 2))
     style = dataclasses.replace(SQUARE.views, image_grids=lambda *_: ([small], False))
-    with pytest.raises(ValueError, match="pooled cannot be shrunk"):
+    with pytest.raises(ValueError, match="pooled grid cannot be shrunk"):
         module.image_views(style, layout(ViewConfig(), 24, 4), noise(24, 24), alone=True)

@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaze_jax.chat.template import ChatTemplate
-from gaze_jax.convert.load import load, one_device
 from gaze_jax.core.routing import Routing
 from gaze_jax.corpora.phrases import build_tokenizer
-from gaze_jax.data.processor import Processor
-from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate import compare as module
 from gaze_jax.evaluate.compare import compare, default_top_ks, plot, require_matplotlib, table
 from gaze_jax.evaluate.prompts import Prompt
-from gaze_jax.families.square import SQUARE
+from gaze_jax.infer.prompt import PLAIN
+from gaze_jax.infer.sampler import Sampler
 from tests.helpers import models, multimodal
 from tests.helpers.experiments import tiny_experiment
 
@@ -41,8 +38,13 @@ def peaky():
     return jax.tree_util.tree_map_with_path(longer, models.parameters(MODEL)["params"])
 
 
-def measure(prompts=PROMPTS, **options):
-    return compare(MODEL, peaky(), TOKENIZER, prompts, **{"max_tokens": TOKENS} | options)
+def sampler(resize=True):
+    """A run of train.py with these parameters."""
+    return Sampler(MODEL, peaky(), TOKENIZER, PLAIN, frozenset({TOKENIZER.end_id}), resize=resize)
+
+
+def measure(prompts=PROMPTS, resize=True, **options):
+    return compare(sampler(resize), prompts, **{"max_tokens": TOKENS} | options)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,9 @@ def report(measured):
 
 def answered(prompt, index=0):
     """The row that is measured, and the answer in it."""
-    layout = MODEL.layout
-    arrays = module._prompt_arrays(Processor(layout, TOKENIZER, ("compare",), SQUARE.views), index, prompt)
+    arrays = module._prompt_arrays(sampler(), [*PROMPTS[:index], prompt])[index]
     bucket = dataclasses.replace(module._bucket([arrays]), text=160)
-    generator = module.Generator(module.MLLM(MODEL), TOKENS, TOKENIZER.end_id)
-    answer = module._dense_answer(generator, peaky(), arrays, bucket)
+    answer = module._dense_answer(sampler(), arrays, TOKENS)
     return module._with_answer(arrays, answer, bucket, TOKENS), answer
 
 
@@ -86,11 +86,11 @@ def test_all_regions_are_dense_attention(report):
     """Invariant 1 for every setting; fewer regions are not dense attention, so the measure is not blind."""
     for row in report["rows"]:
         if row["top_k"] == 4:
-            assert (row["entries"], row["entries_share"], row["top1"]) == (16.0, 1.0, 1.0)
+            assert (row["entries"], row["entries_fraction"], row["top1"]) == (16.0, 1.0, 1.0)
             assert row["kl"] < 1e-5
         else:
             assert row["entries"] == 4.0 * row["top_k"] and row["kl"] > 1e-4
-            assert row["entries_share"] == row["top_k"] / 4
+            assert row["entries_fraction"] == row["top_k"] / 4
 
 
 def test_settings_differ_and_the_oracle_is_nearer_to_dense_than_random(report):
@@ -104,7 +104,7 @@ def test_settings_differ_and_the_oracle_is_nearer_to_dense_than_random(report):
 
 
 def test_the_compared_positions_are_those_that_emit_the_answer():
-    """Greedy teacher forcing at them says the generated answer again, end token or not."""
+    """Greedy teacher forcing at these positions gives the generated answer, with or without an end token."""
     for index, prompt in enumerate(PROMPTS):
         row, answer = answered(prompt, index)
         log_probs, entries = module._dense_pass(MODEL, peaky(), row)
@@ -143,13 +143,13 @@ def test_the_numbers_are_those_of_the_models_whole_logits(strategy, select_per, 
 
 
 def test_a_setting_compiles_once_for_every_top_k_and_prompt(measured):
-    """At most one dense program, and one for each share of two descriptors, the oracle and random."""
+    """At most one dense program, and one per select_per for two descriptors, the oracle and random."""
     dense, routed = measured[1]  # fewer if another test has compiled them already
     assert dense <= 1 and routed <= 8
 
 
 def test_tokens_beyond_the_answers_end_count_nowhere():
-    """A row that counts two tokens gives the same numbers whatever stands in its other places."""
+    """The numbers of a row with two counted tokens do not depend on its other tokens."""
     row, _ = answered(PROMPTS[0])
     short = dataclasses.replace(row, counted=jnp.arange(TOKENS) < 2)
     moved = dataclasses.replace(short, at=short.at.at[2:].set(0))
@@ -162,7 +162,7 @@ def test_tokens_beyond_the_answers_end_count_nowhere():
     assert found[1][1] in (0.0, 0.5, 1.0) and found[1][2] == 4.0
 
 
-def test_the_vocabulary_meets_the_answer_alone():
+def test_logits_are_computed_for_the_answer_alone():
     """No array of the program has the row's length and the vocabulary's, and one has the answer's."""
     row, _ = answered(PROMPTS[0])
     traced = str(jax.make_jaxpr(lambda p, r: module._dense_pass(MODEL, p, r))(peaky(), row))
@@ -171,20 +171,9 @@ def test_the_vocabulary_meets_the_answer_alone():
     assert f"{row.streams.tokens.shape[1]},{vocabulary}]" not in traced
 
 
-def test_a_prompt_is_a_chat_with_the_image_first():
-    processor = Processor(MODEL.layout, TOKENIZER, ("compare",), SQUARE.views)
-    arrays = module._prompt_arrays(processor, 0, Prompt("x", IMAGES[0], " What is {this}? "))
-    text, first = arrays["tokens"][arrays["kind"] == 1], arrays["visual_order"][0, 0]
-    generated = TOKENIZER.decode(text)
-    before, after = generated[: generated.index("user\n") + 5], generated[generated.index("user\n") + 5 :]
-    assert before == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    assert after == "\nWhat is {this}?<|im_end|>\n<|im_start|>assistant\n"
-    assert first == len(TOKENIZER.encode(before)[0])
-
-
 def test_one_prompt_has_no_interval_and_larger_images_are_squashed():
     larger = Prompt("one", np.kron(IMAGES[0], np.ones((2, 1, 1), np.uint8)), PROMPTS[0].question)
-    options = {"top_ks": [2, 2], "shares": ["head"], "descriptors": ["mean"]}
+    options = {"top_ks": [2, 2], "select_per": ["head"], "descriptors": ["mean"]}
     report = measure([larger], **options)
     assert [row["top_k"] for row in report["rows"]] == [2, 2, 2]
     assert {(row["kl_ci"], row["top1_ci"]) for row in report["rows"]} == {(None, None)}
@@ -195,14 +184,20 @@ def test_one_prompt_has_no_interval_and_larger_images_are_squashed():
 
 WRONG = {
     "no prompts": ({"prompts": ()}, "There are no prompts"),
-    "empty question": ({"prompts": [Prompt("a", IMAGES[0], " ")]}, "The question about 'a' is empty"),
+    "empty question": (
+        {"prompts": [Prompt("a", IMAGES[0], " ")]},
+        "Prompt 1 about 'a': The question is empty",
+    ),
     "no token": ({"prompts": [Prompt("a", IMAGES[0], "é")]}, "cannot be tokenised"),
     "grey image": ({"prompts": [Prompt("a", IMAGES[0][..., 0], "b")]}, "must be uint8"),
     "top_k 0": ({"top_ks": [0, 1]}, r"top_ks=\[0, 1\] must lie between 1 and 4"),
     "top_k 5": ({"top_ks": [5]}, r"top_ks=\[5\] must lie between 1 and 4"),
     "no top_k": ({"top_ks": []}, r"top_ks=\[\] must"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-    "select_per": ({"shares": ["head", "all"]}, r"shares=\('head', 'all'\) must name at least one of"),
+    "select_per": (
+        {"select_per": ["head", "all"]},
+        r"select_per=\('head', 'all'\) must name at least one of",
+    ),
     "descriptor": ({"descriptors": []}, r"descriptors=\(\) must name at least one of"),
 }
 
@@ -213,21 +208,6 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(name):
     with pytest.raises(UserError, match=sentence) as error:
         measure(**options)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"vision": None}, "The model has no image tower"),
-        (
-            {"decoder": {"vocab_size": 100}},
-            r"tokenizer has \d+ tokens but .* only 100 rows",
-        ),
-    ],
-)
-def test_a_model_that_cannot_read_the_prompts_is_refused(change, sentence):
-    with pytest.raises(UserError, match=sentence):
-        compare(models.changed(MODEL, **change), {}, TOKENIZER, PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -271,21 +251,19 @@ def test_without_matplotlib_the_plot_says_what_to_install(monkeypatch, tmp_path)
 
 def test_a_published_layout_is_compared_with_its_own_template(tmp_path):
     """Tiles and newlines: images of two sizes, and all regions equal dense attention."""
-    found = load(multimodal.write("cambrian_s", tmp_path), one_device())
+    model = Sampler.load(multimodal.write("cambrian_s", tmp_path))
     # The regions of a strip are smaller than those of a square.
     photos = [RNG.integers(256, size=(height, 90, 3), dtype=np.uint8) for height in (16, 80)]
     prompts = [Prompt(str(i), photo, "What is this?") for i, photo in enumerate(photos)]
     report = compare(
-        found.config,
-        found.params,
-        Tokenizer(found.tokenizer),
+        model,
         prompts,
-        shares=("head",),
+        select_per=("head",),
         descriptors=("mean",),
         max_tokens=3,
-        template=ChatTemplate.load(found.files),
     )
     whole = [row for row in report["rows"] if row["top_k"] == report["regions"]]
-    assert report["template"] == str(found.files / "chat_template.jinja")
+    assert report["template"] == model.template.name
+    assert report["template"].endswith("chat_template.jinja")
     assert whole and all(row["kl"] < 1e-6 and row["top1"] == 1 for row in whole)
     assert report["visual_tokens"] > 72, "tiles beside the whole image"

@@ -46,7 +46,7 @@ def test_only_counted_tokens_score_and_each_in_its_place():
     np.testing.assert_allclose(token_scores(tokens, answers, counted), [1 / 3, 1.0])
 
 
-def test_an_answer_that_ended_early_scores_what_it_said():
+def test_an_answer_that_ended_early_scores_what_it_generated():
     assert token_scores(np.array([[5, -100]]), np.array([[5, 6]]), np.full((1, 2), True))[0] == 0.5
 
 

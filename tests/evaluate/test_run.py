@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from gaze_jax.core.routing import Routing
+from gaze_jax.core.streams import IGNORE
 from gaze_jax.evaluate import run as evaluation
 from gaze_jax.media.images import read_image
 from tests.helpers.experiments import save_untrained, tiny_experiment
@@ -58,47 +59,57 @@ def test_the_picture_has_a_panel_per_token_and_the_scene_is_what_the_model_saw(r
     evaluation.run(runs["gaze"])
     scene = read_image(runs["gaze"] / "scene.png")
     trained = evaluation.load(runs["gaze"])
-    batch = evaluation.evaluation_batches(trained, 6)[0]
-    np.testing.assert_array_equal(scene, np.round((batch["images"][0, 0] + 1) * 127.5))
+    first = evaluation.evaluation_prompts(trained, 6)[0]
+    np.testing.assert_array_equal(scene, np.round((first["images"][0] + 1) * 127.5))
     assert read_image(runs["gaze"] / "gaze.png").shape[1] > 4 * 100
 
 
 def test_answers_do_not_depend_on_the_size_of_the_batch(runs):
+    """Nor on the rows that fill up the last batch: 6 prompts are one batch of 4 and 2 of the next."""
     trained = evaluation.load(runs["gaze"])
-    batches = evaluation.evaluation_batches(trained, 6)
-    assert [int(batch["counted"].sum()) for batch in batches] == [4, 4, 4]
-    alone = [{name: value[i : i + 1] for name, value in batches[0].items()} for i in range(2)]
-    whole = evaluation.answer(trained, batches[:1], top_k=1, route=Routing())
-    single = evaluation.answer(trained, alone, top_k=1, route=Routing())
-    np.testing.assert_array_equal(single.tokens, whole.tokens[:2])
-    np.testing.assert_array_equal(single.selected, whole.selected[:, :, :2])
-    np.testing.assert_allclose(single.visual_entries, whole.visual_entries[:2])
+    prompts = evaluation.evaluation_prompts(trained, 3)
+    assert len(prompts) == 6 and trained.experiment.eval.batch_size == 4
+    whole = evaluation.answer(trained, prompts, top_k=1)
+    assert len(whole.tokens) == len(whole.visual_entries) == whole.selected.shape[2] == 6
+    for number in (0, 5):
+        single = evaluation.answer(trained, prompts[number : number + 1], top_k=1)
+        np.testing.assert_array_equal(single.tokens[0], whole.tokens[number])
+        np.testing.assert_array_equal(single.selected[:, :, 0], whole.selected[:, :, number])
+        np.testing.assert_allclose(single.visual_entries[0], whole.visual_entries[number])
 
 
-def test_a_last_batch_that_is_not_full_counts_its_own_rows_only(runs):
+def test_an_answer_that_ends_early_selects_nothing_more(runs):
+    """There are no tokens after the end token, and every array still has the answers' length."""
     trained = evaluation.load(runs["gaze"])
-    batches = evaluation.evaluation_batches(trained, 3)
-    assert [int(batch["counted"].sum()) for batch in batches] == [4, 2]
-    assert {batch["tokens"].shape for batch in batches} == {batches[0]["tokens"].shape}
-    answers = evaluation.answer(trained, batches, top_k=1, route=Routing())
-    assert len(answers.tokens) == 6
+    prompts = evaluation.evaluation_prompts(trained, 2)
+    free = evaluation.answer(trained, prompts, top_k=1)
+    end = int(free.tokens[0, 1])
+    tokenizer = types.SimpleNamespace(end_id=end)
+    stopped = evaluation.answer(dataclasses.replace(trained, tokenizer=tokenizer), prompts, top_k=1)
+    assert stopped.tokens.shape == free.tokens.shape and stopped.selected.shape == free.selected.shape
+    for row, (tokens, expected) in enumerate(zip(stopped.tokens, free.tokens, strict=True)):
+        length = int(np.argmax([*(expected == end), True])) + 1
+        np.testing.assert_array_equal(tokens[:length], expected[:length])
+        assert (tokens[length:] == IGNORE).all()
+        assert not stopped.selected[length:, :, row].any()
+        np.testing.assert_array_equal(stopped.selected[:length, :, row], free.selected[:length, :, row])
+    assert (stopped.tokens == IGNORE).any()
 
 
 def test_questions_come_without_their_answers(runs):
     trained = evaluation.load(runs["gaze"])
-    for batch in evaluation.evaluation_batches(trained, 6):
-        for tokens, answer, kind in zip(batch["tokens"], batch["answer"], batch["kind"], strict=True):
-            asked = trained.tokenizer.decode(tokens[kind == 1].tolist())
-            generated = trained.tokenizer.decode(answer[answer >= 0].tolist())
-            assert asked.endswith("\n") and generated.endswith("<|im_end|>")
-            assert generated not in asked
+    for row in evaluation.evaluation_prompts(trained, 6):
+        asked = trained.tokenizer.decode(row["tokens"][row["kind"] == 1].tolist())
+        generated = trained.tokenizer.decode(row["answer"][row["answer"] >= 0].tolist())
+        assert asked.endswith("\n") and generated.endswith("<|im_end|>")
+        assert generated not in asked
 
 
 def test_test_scenes_are_the_same_for_every_arm_and_seed(runs):
     loaded = [evaluation.load(runs[arm]) for arm in ("gaze", "dense")]
     experiment = dataclasses.replace(loaded[1].experiment, seed=9)
     loaded[1] = dataclasses.replace(loaded[1], experiment=experiment)
-    first, second = (evaluation.evaluation_batches(trained, 4) for trained in loaded)
+    first, second = (evaluation.evaluation_prompts(trained, 4) for trained in loaded)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one["images"], other["images"])
         np.testing.assert_array_equal(one["answer"], other["answer"])

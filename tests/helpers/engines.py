@@ -1,4 +1,4 @@
-"""Sessions of small models, the rows they read, and the logits of what comes next."""
+"""Engines of small models, the rows they prefill, and the logits of the next token."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from gaze_jax.data.processor import Processor, process_with_views
 from gaze_jax.data.sample import Image, Sample, Text
 from gaze_jax.families import get_family
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import GazeOptions, join, most
+from gaze_jax.infer.gaze_options import GazeOptions, join, selection_capacity
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM, DecodePosition
 from tests.helpers.experiments import tiny_experiment
@@ -38,7 +38,7 @@ def row(*parts, config=MODEL, order=0, videos=()):
 
 
 def make_engine(*rows, config=MODEL, params=None, budgets=2, gaze=None, free_slots=12, views=(), mesh=None):
-    """A session of rows that select ``budgets`` regions each: a number, a fraction, a list; None is dense."""
+    """An engine whose rows select ``budgets`` regions each: a number, a fraction, a list; None is dense."""
     budgets = [budgets] * len(rows) if isinstance(budgets, int | float) else budgets
     gaze_options = [GazeOptions() if gaze is None else gaze] * len(rows)
     depth = config.decoder.depth
@@ -58,7 +58,7 @@ def decode(engine, length, *, ends=(), temperature=0.0, seeds=None, **options):
     """What :meth:`Engine.decode` yields, joined over steps."""
     seeds = list(range(engine.rows)) if seeds is None else seeds
     sampling = SamplingParams.of([temperature] * engine.rows, seed=seeds)
-    capacity = most(engine.budgets, engine.capacity)
+    capacity = selection_capacity(engine.budgets, engine.capacity)
     found = list(engine.decode(length, ends=ends, sampling=sampling, capacity=capacity, **options))
     return {name: np.concatenate([out[name] for out in found]) for name in found[0]}
 

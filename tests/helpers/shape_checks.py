@@ -8,7 +8,7 @@ import functools
 import typing
 
 import beartype
-import beartype.door
+import beartype.roar
 import jaxtyping
 
 PACKAGES = ("gaze_jax.core", "gaze_jax.models")
@@ -20,11 +20,11 @@ _CONF = beartype.BeartypeConf(is_pep484_tower=True)
 def checked(function):
     """Check the arguments and the result of a function, and the fields of dataclasses among them.
 
-    The arguments of ``__init__`` stay unchecked: JAX makes pytrees anew with whatever takes the place of
-    their arrays, be it shardings, None or arrays without the layer axis. Fields are checked where a function
+    The arguments of ``__init__`` are not checked: JAX rebuilds pytrees with other leaves than arrays, such as
+    shardings or None. ``__post_init__`` refuses wrong values itself. Fields are checked where a function
     takes or returns the dataclass.
     """
-    if function.__name__ == "__init__":
+    if function.__name__ in ("__init__", "__post_init__"):
         return function
     arrays = beartype.beartype(function, conf=_CONF)
 
@@ -40,27 +40,38 @@ def checked(function):
 def check_fields(value):
     """Refuse a dataclass of the checked packages, or one inside it, whose arrays do not fit one another."""
     for inner in value if type(value) is tuple else (value,):
-        hints = _hints(type(inner))
+        fields = _fields(type(inner))
         with jaxtyping.jaxtyped("context"):
-            for name, hint in hints.items():
+            for name, take in fields.items():
                 field = getattr(inner, name)
-                if not beartype.door.is_bearable(field, hint, conf=_CONF):
+                try:
+                    take(field)
+                except beartype.roar.BeartypeCallHintParamViolation as error:
+                    wanted = take.__annotations__["value"]
                     raise jaxtyping.TypeCheckError(
-                        f"{type(inner).__name__}.{name} is {jaxtyping_name(field)}, not {hint}."
-                    )
-        for name in hints:
+                        f"{type(inner).__name__}.{name} is {_kind(field)}, not {wanted}."
+                    ) from error
+        for name in fields:
             check_fields(getattr(inner, name))
 
 
-def jaxtyping_name(value):
-    """Shape and dtype of an array, or the type of anything else."""
+def _kind(value):
+    """Dtype and shape of an array, or the type of anything else."""
     return f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
 
 
 @functools.cache
-def _hints(cls):
-    """The annotations of a dataclass of the checked packages; none for any other class."""
+def _fields(cls):
+    """A function for each field of a dataclass of the checked packages, which takes what the field may be."""
     if not (dataclasses.is_dataclass(cls) and cls.__module__.startswith(PACKAGES)):
         return {}
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: _taker(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _taker(hint):
+    def take(value):
+        pass
+
+    take.__annotations__["value"] = hint
+    return beartype.beartype(take, conf=_CONF)

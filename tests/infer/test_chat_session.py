@@ -16,10 +16,10 @@ from gaze_jax.convert.load import load, one_device
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.errors import UserError
-from gaze_jax.infer import chat_session
-from gaze_jax.infer.chat_session import check_questions
+from gaze_jax.infer import chat_session, prompt
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
+from gaze_jax.infer.prompt import CHATML, check_questions
 from gaze_jax.infer.sampler import Sampler
 from tests.helpers import multimodal
 from tests.helpers.chat import tokenizer_json
@@ -47,7 +47,7 @@ def sampler(family):
 
 
 def make_chat(family="cambrian_s", question=QUESTION, *, videos=(), gaze=TWO, **options):
-    """A conversation about the photograph whose first question was read."""
+    """A chat about the photograph, its first question prefilled."""
     session = sampler(family).chat(gaze=gaze, **options)
     session.ask(question, images=[PHOTO], videos=videos)
     return session
@@ -64,20 +64,20 @@ EXPECTED = {
 def prompt_of(family, monkeypatch, **options):
     """The parts of the first prompt, as text with tags."""
     seen = []
-    original = chat_session.process_with_views
+    original = prompt.process_with_views
 
-    def return_trace(processor, sample, **options):
+    def record(processor, sample, **options):
         seen.append(sample)
         return original(processor, sample, **options)
 
-    monkeypatch.setattr(chat_session, "process_with_views", return_trace)
+    monkeypatch.setattr(prompt, "process_with_views", record)
     make_chat(family, **options)
     tags = {Image: "<image>", Video: "<video>"}
     return "".join(p.text if isinstance(p, Text) else tags[type(p)] for p in seen[0].parts)
 
 
-def test_later_questions_are_looked_at_too():
-    """A tag without a picture, or nothing; refused before anything is loaded."""
+def test_later_questions_are_checked_too():
+    """A tag without an image, or an empty question, is refused before anything is loaded."""
     for wrong, sentence in (("<image> and this?", "has 1 <image>"), (" ", "is empty")):
         with pytest.raises(UserError, match=sentence):
             check_questions([QUESTION, wrong], 0, 0)
@@ -108,36 +108,34 @@ def test_answers_stream_and_name_regions(family, monkeypatch):
     emitted = []
     original = Engine.decode
 
-    def return_trace(engine, *args, **options):
+    def record(engine, *args, **options):
         for out in original(engine, *args, **options):
             emitted.extend(out["tokens"][:, 0].tolist())
             yield out
 
-    monkeypatch.setattr(Engine, "decode", return_trace)
+    monkeypatch.setattr(Engine, "decode", record)
     session = make_chat(family, videos=[FRAMES])
     generated = list(session.stream(6, return_trace=True))
     assert 1 <= len(generated) == len(emitted) <= 6
     ids = [token for token in emitted if token not in ends]
-    assert "".join(step.text for step in generated) == session.detokenizer.text == tokenizer.decode(ids) != ""
+    assert "".join(step.text for step in generated) == session.answer().text == tokenizer.decode(ids) != ""
     assert [step.token for step in generated] == [tokenizer.decode([token]) for token in emitted]
     for step in generated:
         selected = step.token_trace.selected
         assert selected.dtype == bool and selected.shape == (3, 4, session.regions)
         assert (selected.sum(axis=-1) == 2).all()
-    trace = session.trace()
-    assert (
-        trace.tokens == tuple(step.token for step in generated) and trace.answer == session.detokenizer.text
-    )
+    trace = session.answer().trace
+    assert trace.tokens == tuple(step.token for step in generated) and trace.answer == session.answer().text
     np.testing.assert_array_equal(trace.mask(), np.stack([step.token_trace.selected for step in generated]))
     assert [picture.key for picture in trace.pictures] == [(False, 0, 0), *((True, 0, t) for t in range(4))]
-    # The same in one go, unwatched.
+    # The same answer in one call, without a trace.
     again = make_chat(family, videos=[FRAMES])
     list(again.stream(6, chunked=True))
-    assert again.detokenizer.pieces == session.detokenizer.pieces
+    assert again.answer().tokens == session.answer().tokens
 
 
-def saying(monkeypatch, family, text):
-    """Sessions of this test say the tokens of ``text``; returns them."""
+def generating(monkeypatch, family, text):
+    """Make engines of this test generate the tokens of ``text``; returns them."""
     ids = sampler(family).tokenizer.encode(text)[0]
 
     def decode(engine, max_tokens, *, ends, **options):
@@ -145,7 +143,7 @@ def saying(monkeypatch, family, text):
         for token in ids[:max_tokens]:
             engine.prefill([generated_row([token], int(engine.order[0]) + 1)])
             done = np.full(engine.batch, token in ends)
-            engine._turn = dataclasses.replace(engine._turn, done=done)
+            engine._state = dataclasses.replace(engine._state, done=done)
             yield {"tokens": np.full((1, 1), token, np.int32)}
 
     monkeypatch.setattr(Engine, "decode", decode)
@@ -163,7 +161,7 @@ def saying(monkeypatch, family, text):
 def test_a_further_question_equals_a_conversation_read_at_once(family, answer, gaze, shown, monkeypatch):
     """The cache holds what the template writes around the answer, which ended or was cut; then media."""
     one = sampler(family)
-    ids = saying(monkeypatch, family, answer)
+    ids = generating(monkeypatch, family, answer)
     session = make_chat(family, gaze=gaze)
     generated = "".join(step.text for step in session.stream(len(ids)))
     assert generated == answer.removesuffix("<|im_end|>")
@@ -236,7 +234,7 @@ def test_a_running_video_is_asked_about_alone():
     session.append_frames(FRAMES[:1], last=True)
     with pytest.raises(UserError, match="The video has ended"):
         session.append_frames(FRAMES[1:])
-    with pytest.raises(UserError, match="shows nothing else"):
+    with pytest.raises(UserError, match="takes no other media"):
         session.ask(QUESTION, images=[PHOTO])
     session.ask(QUESTION)
     with pytest.raises(UserError, match="has no answer yet"):
@@ -254,8 +252,7 @@ def test_the_configured_budget_is_at_most_all_regions():
     text = configured.chat()
     text.ask(QUESTION)
     assert text.regions == 0 and len(list(text.stream(2, return_trace=True))) == 2
-    with pytest.raises(UserError, match="no traced answer about anything shown"):
-        text.trace()
+    assert text.answer().trace is None
     with pytest.raises(UserError, match=f"top_k=50 must be between 1 and {shown.regions}"):
         one.chat(gaze=GazeOptions(top_k=50)).ask(QUESTION, images=[PHOTO])
 
@@ -267,7 +264,7 @@ def test_an_empty_system_prompt_is_one(monkeypatch):
 
 
 def test_a_question_without_pictures_leaves_their_cache_as_it_is():
-    """Nobody reads empty slots of regions that the layout could have and no picture has."""
+    """The cache gets no slots for regions that the layout allows but no image has."""
     session = sampler("cambrian_s").chat(gaze=GazeOptions(keep=0.5))
     session.ask(QUESTION, videos=[FRAMES[:2]])
     before = session._engine.slots, session._engine._cache.visual_order.shape
@@ -278,7 +275,7 @@ def test_a_question_without_pictures_leaves_their_cache_as_it_is():
 
 
 def test_files_can_be_asked_about_in_turns(tmp_path):
-    """Named, as in generate; what is none is refused, and the conversation goes on."""
+    """Paths work as in generate; a file that is no image is refused, and the chat can go on."""
     skimage.io.imsave(tmp_path / "photo.png", PHOTO)
     session = sampler("cambrian_s").chat(gaze=TWO)
     with pytest.raises(UserError, match=r"absent\.png"):
@@ -303,13 +300,13 @@ def test_a_trace_is_of_the_question_that_was_answered():
     """Also when another one, about another picture, has been read."""
     session = make_chat(gaze=GazeOptions(top_k=1))
     list(session.stream(2, return_trace=True))
-    before = session.trace()
+    before = session.answer().trace
     session.ask(FURTHER, images=[PHOTO[:, ::-1]])
-    after = session.trace()
+    after = session.answer().trace
     assert after.question == QUESTION and len(after.views) == len(before.views)
     np.testing.assert_array_equal(after.selected, before.selected)
     list(session.stream(2, return_trace=True))
-    assert session.trace().question == FURTHER and len(session.trace().pictures) == 2
+    assert session.answer().trace.question == FURTHER and len(session.answer().trace.pictures) == 2
 
 
 @pytest.mark.parametrize(
@@ -329,11 +326,18 @@ def test_what_cannot_be_answered_is_said_before_anything_is_computed(options, se
 
 
 def test_a_refused_answer_leaves_the_question_open():
-    """Numbers are looked at first."""
+    """Numbers are checked first."""
     session = make_chat()
     with pytest.raises(UserError, match="max_tokens=0 must be at least 1"):
         next(session.stream(0))
-    assert len(list(session.stream(1))) == 1
+    with pytest.raises(UserError, match="No question was answered yet"):
+        session.answer()
+    steps = session.stream(2)
+    next(steps)
+    with pytest.raises(UserError, match="has not ended"):
+        session.answer()
+    list(steps)
+    assert len(session.answer().tokens) == 2
 
 
 def test_turns_take_turns():
@@ -377,7 +381,7 @@ def changed(family, tmp_path, **files):
 
 
 def test_checkpoints_that_cannot_be_talked_to(tmp_path):
-    """One sentence each: no tower, no tokenizer, another tokenizer, no template, broken settings."""
+    """One sentence each; only a chat template may be missing."""
     found = load(directory("llava_onevision"), one_device())
     tower = dataclasses.replace(found, config=found.config.vision)
     text = dataclasses.replace(found, config=dataclasses.replace(found.config, vision=None))
@@ -395,8 +399,8 @@ def test_checkpoints_that_cannot_be_talked_to(tmp_path):
         assert "\n" not in str(error.value)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "generation_config.json").unlink()
-    with pytest.raises(UserError, match="has no chat template"):
-        Sampler.of(dataclasses.replace(found, files=tmp_path), Path("DIR"))
+    without = Sampler.of(dataclasses.replace(found, files=tmp_path), Path("DIR"))
+    assert without.template is CHATML
 
 
 def test_how_it_looks_can_be_chosen_when_it_runs():

@@ -9,7 +9,7 @@ from tests.helpers.chat import TOKENIZER
 END = frozenset({TOKENIZER.end_id})
 
 
-def spoken(text, stop=(), limit=100):
+def detokenized(text, stop=(), limit=100):
     detokenizer = Detokenizer(TOKENIZER, END, stop, limit)
     shown = []
     for token in TOKENIZER.encode(text)[0]:
@@ -21,15 +21,15 @@ def spoken(text, stop=(), limit=100):
 
 def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
     """Bytes that are no character yet are held back; at the limit they are shown as broken."""
-    detokenizer, shown = spoken("öaö", limit=4)
+    detokenizer, shown = detokenized("öaö", limit=4)
     assert shown == ["", "ö", "a", "\ufffd"] and detokenizer.finish_reason == "length"
-    detokenizer, shown = spoken("öaö")
+    detokenizer, shown = detokenized("öaö")
     assert "".join(shown) == detokenizer.text == "öaö" and detokenizer.finish_reason is None
 
 
 def test_the_end_token_is_a_piece_and_no_text():
     """It is the last piece."""
-    detokenizer, shown = spoken("A cat.<|im_end|>")
+    detokenizer, shown = detokenized("A cat.<|im_end|>")
     assert detokenizer.text == "".join(shown) == "A cat." and (
         detokenizer.finish_reason,
         detokenizer.stop_reason,
@@ -40,7 +40,7 @@ def test_the_end_token_is_a_piece_and_no_text():
 @pytest.mark.parametrize("text", ["one, two END three", "one, two EN", "one, two E", "END"])
 def test_nothing_of_a_stop_string_is_ever_shown(text):
     """What may be its beginning is held back until it is not."""
-    detokenizer, shown = spoken(text, stop=("END", "!"))
+    detokenizer, shown = detokenized(text, stop=("END", "!"))
     if "END" in text:
         assert (
             detokenizer.finish_reason == "stop"
@@ -53,7 +53,7 @@ def test_nothing_of_a_stop_string_is_ever_shown(text):
 
 def test_the_first_stop_string_counts():
     """Also when a longer one begins before it in the text."""
-    assert spoken("a b c d", stop=("d", "b"))[0].text == "a "
+    assert detokenized("a b c d", stop=("d", "b"))[0].text == "a "
 
 
 @pytest.mark.parametrize(
@@ -72,5 +72,5 @@ def test_limits_that_no_answer_can_have_are_refused(sentence, stop, limit):
 
 def test_held_back_text_comes_at_the_end():
     """An answer that is cut contains all that was generated."""
-    detokenizer, shown = spoken("two E", stop=("END",), limit=len(TOKENIZER.encode("two E")[0]))
+    detokenizer, shown = detokenized("two E", stop=("END",), limit=len(TOKENIZER.encode("two E")[0]))
     assert detokenizer.finish_reason == "length" and "".join(shown) == "two E"

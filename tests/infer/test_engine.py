@@ -1,4 +1,4 @@
-"""Sessions: read, say, read on; the same as one pass, as single rows, as other ways to take steps."""
+"""The engine: prefill, decode and extend equal one pass, single rows, and other step sizes."""
 
 import dataclasses
 
@@ -6,14 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from gaze_jax.core.streams import IGNORE, Streams
-from gaze_jax.data.pipeline import stack
+from gaze_jax.core.streams import IGNORE
 from gaze_jax.data.sample import Video
 from gaze_jax.infer.compiles import compiles
 from gaze_jax.infer.gaze_options import GazeOptions
-from gaze_jax.infer.generate import Generator
 from gaze_jax.infer.programs import STEPS, bucket
-from gaze_jax.models import MLLM
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers.engines import (
     IMAGES,
@@ -41,47 +38,51 @@ def test_buckets_are_few_and_near():
     assert [bucket(size) for size in sizes] == sizes
 
 
-@pytest.mark.parametrize("top_k", [2, None])
-def test_tokens_and_selections_are_those_that_evaluation_counts(top_k):
-    """Greedy: the same tokens and the same regions as of the program that prefills the whole prompt."""
-    arrays = row(0, ASK)
-    batch = {name: jax.numpy.asarray(value) for name, value in stack([arrays]).items()}
-    expected = Generator(MLLM(MODEL), 6, -7)(PARAMS, batch["images"], Streams.from_batch(batch), top_k=top_k)
-    found = decode(make_engine(arrays, budgets=top_k), 6, return_trace=True)
-    np.testing.assert_array_equal(found["tokens"], expected.tokens)
-    counts = np.stack([getattr(expected.entries, n) for n in ("visual", "newline", "context", "text")], -1)
-    np.testing.assert_array_equal(found["entries"], counts)
-    if top_k is None:
-        assert "selected" not in found
-    else:
-        np.testing.assert_array_equal(found["selected"], expected.selected)
+@pytest.mark.parametrize(
+    ("top_k", "gaze"), [(2, GazeOptions(top_k=2, full_layers=(1,))), (None, GazeOptions(dense=True))]
+)
+def test_what_is_returned_changes_no_token_and_no_count(top_k, gaze):
+    """A selection is the trace without attention, also in a layer that reads everything."""
+    found = {
+        returns: decode(make_engine(row(0, ASK), budgets=top_k, gaze=gaze), 6, returns=returns)
+        for returns in ("tokens", "selection", "trace")
+    }
+    assert set(found["tokens"]) == {"tokens"}
+    routed = {"selected"} if top_k else set()
+    assert set(found["selection"]) == {"tokens", "entries", "visual_tokens"} | routed
+    assert set(found["trace"]) - set(found["selection"]) == {"attention", "dense"} | (
+        {"scores"} if top_k else set()
+    )
+    for less, more in (("tokens", "selection"), ("selection", "trace")):
+        for name, values in found[less].items():
+            np.testing.assert_array_equal(values, found[more][name], err_msg=name)
 
 
 def test_one_step_at_a_time_has_the_same_bits():
-    """Streaming is the same program, asked more often."""
-    chunked = decode(make_engine(row(0, ASK)), STEPS + 3, return_trace=True)
-    steps = decode(make_engine(row(0, ASK)), STEPS + 3, return_trace=True, chunked=False)
+    """Streaming calls the same program more often."""
+    chunked = decode(make_engine(row(0, ASK)), STEPS + 3, returns="trace")
+    steps = decode(make_engine(row(0, ASK)), STEPS + 3, returns="trace", chunked=False)
     assert chunked["tokens"].shape == (STEPS + 3, 1)
     for name, values in chunked.items():
         np.testing.assert_array_equal(steps[name], values, strict=True, err_msg=name)
 
 
-def test_what_was_watched_adds_up():
+def test_a_trace_adds_up():
     """Shares of attention are a softmax: the selection's are larger than dense attention gives it."""
-    found = decode(make_engine(row(0, ASK)), 2, return_trace=True)
+    found = decode(make_engine(row(0, ASK)), 2, returns="trace")
     attention, dense, selected = found["attention"], found["dense"], found["selected"]
     assert selected.sum(axis=-1).tolist() == np.full(selected.shape[:-1], 2).tolist()
     assert (attention[~selected] == 0).all() and (attention[selected] > dense[selected]).all()
     for shares in (attention, dense):
         assert (shares >= 0).all() and (shares.sum(axis=-1) < 1).all()
     assert found["visual_tokens"].tolist() == [[16], [16]]
-    everything = decode(make_engine(row(0, ASK), budgets=None), 2, return_trace=True)
+    everything = decode(make_engine(row(0, ASK), budgets=None), 2, returns="trace")
     np.testing.assert_array_equal(everything["attention"], everything["dense"])
 
 
 @pytest.mark.parametrize("top_k", [2, None])
 def test_turns_with_the_cache_equal_one_pass(top_k):
-    """Answer, read on with text and another picture: the logits of the whole sequence at once."""
+    """Answer, then prefill text and another image: the logits of the whole sequence in one pass."""
     engine = make_engine(row(0, ASK), budgets=top_k, free_slots=4)
     begun = row(0, ASK)
     generated = generated_row(decode(engine, 5)["tokens"][:, 0], int(begun["text_order"][-1]) + 1)
@@ -107,7 +108,7 @@ def test_frames_appended_piece_by_piece_equal_all_at_once():
 
 
 def test_rows_do_not_know_each_other():
-    """Unequal prompts and budgets in one batch say what each says alone."""
+    """Unequal prompts and budgets in one batch give the answers that each gives alone."""
     rows = [row(0, ASK), row(1, MORE, 2, "Where is the only 7?\n"), row(3, MORE)]
     together = make_engine(*rows, budgets=[1, 3, 2])
     expected = [make_engine(one, budgets=[k]) for one, k in zip(rows, (1, 3, 2))]
@@ -119,7 +120,7 @@ def test_rows_do_not_know_each_other():
 
 
 def test_a_row_that_ended_is_silent_and_leaves_nothing():
-    """It says -100; reading on after its end equals a conversation in which only the end token is missing."""
+    """It yields -100; a later prefill equals a conversation in which only the end token is missing."""
     free = decode(make_engine(row(0, ASK), row(1, ASK)), 6)["tokens"]
     end = int(free[2, 0])
     engine = make_engine(row(0, ASK), row(1, ASK))
@@ -138,7 +139,7 @@ def test_a_row_that_ended_is_silent_and_leaves_nothing():
 
 
 def test_an_answer_that_was_cut_can_go_on():
-    """Saying more without reading anything continues with the last token."""
+    """Decoding again without a prefill continues with the last token."""
     chunked = decode(make_engine(row(0, ASK)), 6)["tokens"]
     engine = make_engine(row(0, ASK))
     parts = [decode(engine, 2)["tokens"], decode(engine, 4)["tokens"]]
@@ -211,13 +212,13 @@ def test_an_int8_cache_is_near_and_not_equal():
 def test_a_layer_that_reads_everything_does():
     """All layers so is dense attention; one of them is neither that nor the budget."""
     arrays = row(0, ASK)
-    dense = decode(make_engine(arrays, budgets=None), 4, return_trace=True)
-    every = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(0, 1))), 4, return_trace=True)
+    dense = decode(make_engine(arrays, budgets=None), 4, returns="trace")
+    every = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(0, 1))), 4, returns="trace")
     np.testing.assert_array_equal(every["tokens"], dense["tokens"])
     assert every["selected"].all()
-    one = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(1,))), 4, return_trace=True)
+    one = decode(make_engine(arrays, gaze=GazeOptions(top_k=2, full_layers=(1,))), 4, returns="trace")
     assert one["selected"][:, 1].all() and (one["selected"][:, 0].sum(axis=-1) == 2).all()
     # The first layer selects by the same keys in both; what it is given differs after the first token only.
-    some = decode(make_engine(arrays), 4, return_trace=True)
+    some = decode(make_engine(arrays), 4, returns="trace")
     np.testing.assert_array_equal(one["selected"][0, 0], some["selected"][0, 0])
     assert not np.allclose(one["attention"][0, 1], some["attention"][0, 1])

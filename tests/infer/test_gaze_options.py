@@ -6,7 +6,7 @@ import pytest
 
 from gaze_jax.core.routing import budget_from_keep
 from gaze_jax.errors import UserError
-from gaze_jax.infer.gaze_options import GazeOptions, counted, most
+from gaze_jax.infer.gaze_options import GazeOptions, budget_count, selection_capacity
 
 
 def test_numbers_of_any_type_stay_counts_and_fractions():
@@ -38,12 +38,12 @@ def test_a_fraction_is_headed_as_the_device_counts_it(regions):
     """And the capacity is enough for every number of regions in sight."""
     for keep in np.linspace(0.01, 1, 67).tolist():
         found = budget_from_keep(keep, jnp.ones((1, 1, regions), bool)).item()
-        assert counted(keep, regions) == found
-        assert most([keep], regions) >= found
+        assert budget_count(keep, regions) == found
+        assert selection_capacity([keep], regions) >= found
 
 
 def test_the_capacity_is_a_bucket_and_the_heading_the_budget():
     """Capacities are few, so that programs are."""
-    assert (most([9], 40), counted(9, 40)) == (10, 9)
-    assert (most([3, 9], 8), counted(9, 8)) == (8, 8)
-    assert most(None, 8) is most([1], 0) is None
+    assert (selection_capacity([9], 40), budget_count(9, 40)) == (10, 9)
+    assert (selection_capacity([3, 9], 8), budget_count(9, 8)) == (8, 8)
+    assert selection_capacity(None, 8) is selection_capacity([1], 0) is None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.models import DUMMY, MLLM, DecodePosition
 from tests.helpers import models
 from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
@@ -34,20 +35,18 @@ def _prompts():
 def _logits(select_per, dtype, implementation, top_k, fed):
     """float32 [STEPS, B, V] after a prompt and ``fed`` tokens; at most 2 regions of 12 come per query."""
     model = MLLM(_config(select_per, dtype, implementation))
-    variables = models.parameters(DUMMY)
+    variables, spec = models.parameters(DUMMY), SelectionSpec(capacity=2)
 
     def run(variables, images, streams, tokens):
-        budget = None if top_k is None else jnp.int32(top_k)
-        _, cache, _ = model.apply(
-            variables, images, streams, free_slots=STEPS, top_k=budget, method="prefill"
-        )
+        selection = Selection(None if top_k is None else jnp.int32(top_k))
+        _, cache, _ = model.apply(variables, images, streams, selection, free_slots=STEPS, method="prefill")
         last = jnp.max(streams.text_order, axis=1)
 
         def step(cache, inputs):
             t, token = inputs
             where = DecodePosition(order=last + 1 + t, write_index=14 + t, sample=jnp.zeros_like(last))
             logits, cache, out = model.apply(
-                variables, token, last + 1 + t, cache, where, top_k=budget, capacity=2, method="decode"
+                variables, token, last + 1 + t, cache, where, selection, spec, method="decode"
             )
             return cache, (logits, out.get("indices"))
 

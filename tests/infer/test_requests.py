@@ -142,7 +142,7 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
     ],
 )
 def test_a_wrong_line_is_named(line, sentence, tmp_path):
-    """One sentence, before anything is loaded."""
+    """In one sentence, before anything is loaded."""
     path = tmp_path / "questions.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match=sentence) as error:
@@ -174,14 +174,14 @@ def test_a_question_that_cannot_be_read_is_named(sampler, photos):
 
 def test_too_much_for_the_cache_is_said_before_it_is_computed(sampler, monkeypatch):
     """With the numbers: of a limit, and of memory."""
-    monkeypatch.setattr("gaze_jax.infer.chat_session.Engine", None)  # whoever computes fails otherwise
+    monkeypatch.setattr("gaze_jax.infer.chat_session.Engine", None)  # computing anything would fail
     small = dataclasses.replace(sampler, cache_tokens=60)
     with pytest.raises(UserError) as error:
         small.generate("What is this?", images=[PHOTO], max_tokens=200)
     tokens = [int(word) for word in re.findall(r"\b\d+\b", str(error.value))]
     visual, other, wanted = tokens[:3]
     assert visual + other == wanted > 60 and other > 200 and "cache_tokens=60" in str(error.value)
-    monkeypatch.setattr("gaze_jax.infer.sampler.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("gaze_jax.infer.loaded.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match=r"takes 0\.\d MB on a device but 0\.0 MB are free; show less"):
         sampler.generate("What is this?", images=[PHOTO])
 
@@ -211,7 +211,7 @@ def test_bytes_of_a_cache_are_those_of_its_arrays(sampler):
 
 
 def test_the_package_loads_and_answers(sampler, tmp_path):
-    """gaze_jax.load and generate are the whole of it; a field of GazeConfig may be chosen on the way."""
+    """gaze_jax.load and generate are enough; load may set a field of GazeConfig."""
     where = multimodal.write("llava_onevision", tmp_path)
     model = gaze_jax.load(where, select_per="kv_head")
     assert model.config.gaze.select_per == "kv_head" and model.name == "source"

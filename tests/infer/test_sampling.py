@@ -1,4 +1,4 @@
-"""Drawing tokens: greedy, by temperature, out of the likeliest ones, each row by its own numbers."""
+"""Sampling: greedy, by temperature, top-k and top-p, with numbers per row."""
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def test_nothing_is_sorted_where_nobody_asks():
 
 
 def test_a_draw_depends_on_its_row_and_place_alone():
-    """The same seed in other company says the same; another place of the answer, something else."""
+    """The same seed in another batch draws the same token; at another index of the answer, another."""
     alone = draw(1.0, seeds=[17])
     assert draw(1.0, seeds=[3, 17, 5])[1] == alone[0]
     places = [int(draw(1.0, seeds=[17], index=i)[0]) for i in range(20)]

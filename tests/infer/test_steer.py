@@ -34,7 +34,7 @@ def test_a_box_allows_the_regions_that_it_overlaps():
 
 
 def test_a_frame_is_one_of_the_video():
-    """Without a number every frame and image is meant; regions that nobody knows of stay out."""
+    """Without a number every frame and image is meant; regions beyond the views are excluded."""
     assert allowed(LookAt((0, 0, 1, 1))) == [0, 4, 8]
     assert allowed(LookAt((0, 0, 1, 1), frame=1)) == [8]
 
@@ -57,7 +57,7 @@ def test_biases_add_up_in_their_layers():
         (lambda: LookAt((0, 0, 1, 1), frame=-1), "frame -1 must be 0 or more"),
         (lambda: LookAt((0, 0, 1, 1), bias=float("inf")), "must be a finite number of logits"),
         (lambda: LookAt.parse("1,2,3"), "look_at='1,2,3' must be x0,y0,x1,y1"),
-        (lambda: LookAt.parse("1,2,3,4,a"), "and perhaps a frame's number"),
+        (lambda: LookAt.parse("1,2,3,4,a"), "optionally with a frame's number"),
         (lambda: allowed(LookAt((0, 0, 1, 1), frame=2)), "frame 2 is not shown; there are 2 frames"),
         (lambda: allowed(LookAt((0, 0, 1, 1)), views=()), "Nothing is shown, so there is nowhere to look"),
         (lambda: allowed(LookAt((30, 0, 31, 1))), "lies outside of everything that is shown"),
@@ -96,7 +96,7 @@ def test_the_model_selects_in_the_box(select_per):
     def selected(*looks, length=3):
         gaze = GazeOptions(top_k=2, look_at=looks)
         engine = make_engine(prompt, config=config, gaze=gaze, views=(IMAGE,))
-        return decode(engine, length, return_trace=True)["selected"][:, :, 0]
+        return decode(engine, length, returns="selection")["selected"][:, :, 0]
 
     corner = (19, 19, 20, 20)
     free, held = selected(), selected(LookAt(corner, layers=(1,)))

@@ -134,12 +134,12 @@ def changed(name, at, value):
 
 
 WRONG = {
-    "select_per": ({"select_per": "layer"}, "select_per='layer' must be one of head, group"),
+    "select_per": ({"select_per": "layer"}, "select_per='layer' must be one of head, kv_head"),
     "selectors": ({"select_per": "head", "selectors": 2}, "does not fit 2 selectors of 4 heads"),
     "top_k": ({"top_k": 0}, "top_k=0 must be at least 1"),
     "dense": ({"top_k": None}, "top_k=None but J=2"),
-    "tokens": ({"tokens": ("a",)}, "dense is of 5 tokens but there are 1"),
-    "text": ({"answer": "\ud800"}, "half a character"),
+    "tokens": ({"tokens": ("a",)}, "dense has 5 tokens but tokens has 1"),
+    "text": ({"answer": "\ud800"}, "half a surrogate pair"),
     "shape": ({"scores": np.zeros((5, 3, 4, 3), np.float32)}, r"scores must be float32 \[5, 3, 4, 2\]"),
     "dtype": ({"visual_tokens": np.full(5, 60)}, r"visual_tokens must be int32 \[5\], got int64"),
     "axes": ({"dense": np.zeros((5, 3, 4), np.float32)}, r"dense must be \[T, L, H, R\]"),
@@ -232,7 +232,7 @@ def test_a_picture_that_is_none_is_refused(change, message):
 
 
 def rewritten(path, change, compression=zipfile.ZIP_DEFLATED):
-    """Writes the file anew with entries {name: bytes} that ``change`` alters."""
+    """Rewrite the file after ``change`` has altered its entries {name: bytes}."""
     with zipfile.ZipFile(path) as file:
         entries = {info.filename: file.read(info) for info in file.infolist()}
     change(entries)
@@ -298,16 +298,16 @@ DAMAGE = {
     "unknown": (edit(colour=1), "must have the fields"),
     "type": (edit(question=1), "question of meta is int"),
     "token": (edit(tokens=lambda t: [1, *t[1:]]), "tokens must be strings"),
-    "count": (edit(tokens=lambda t: t[1:]), "dense is of 5 tokens but there are 4"),
+    "count": (edit(tokens=lambda t: t[1:]), "dense has 5 tokens but tokens has 4"),
     "bool": (edit(top_k=True), "top_k of meta is bool"),
-    "T": (edit(shape=lambda s: s | {"T": 6}), "not what its meta says"),
+    "T": (edit(shape=lambda s: s | {"T": 6}), "does not match its meta"),
     "negative": (edit(shape=lambda s: s | {"T": -1}), "whole numbers, 0 or more"),
     "axis": (edit(shape=lambda s: s | {"X": 1}), "shape must have the fields"),
     "view": (edit(views=lambda u: first(u, grid=[2])), "grid must be 2"),
-    "grid": (edit(views=lambda u: first(u, grid=[5, 4])), "not what its meta says"),
+    "grid": (edit(views=lambda u: first(u, grid=[5, 4])), "does not match its meta"),
     "corners": (edit(views=lambda u: first(u, corners=["0", 0, 1, 1])), "four numbers"),
     "far": (edit(views=lambda u: first(u, corners=[0, 0, 10**400, 1])), "is damaged"),
-    "bytes": (edit(pictures=lambda p: first(p, bytes=1)), "not what its meta says"),
+    "bytes": (edit(pictures=lambda p: first(p, bytes=1)), "does not match its meta"),
     "moved": (
         edit(
             pictures=lambda p: [
@@ -326,9 +326,9 @@ DAMAGE = {
         "scores is no array",
     ),
     "text": (lambda e: e.update({"scores.npy": b"hello"}), "scores is no array"),
-    "lying": (lying, "dense has not the length that it declares"),
-    "short": (lambda e: e.update({"dense.npy": e["dense.npy"][:-2]}), "not the length"),
-    "long": (lambda e: e.update({"dense.npy": e["dense.npy"] + b"\0"}), "not the length"),
+    "lying": (lying, "dense does not have the length that it declares"),
+    "short": (lambda e: e.update({"dense.npy": e["dense.npy"][:-2]}), "not have the length"),
+    "long": (lambda e: e.update({"dense.npy": e["dense.npy"] + b"\0"}), "not have the length"),
     "index": (edit(pictures=lambda p: first(p, index=-1)), "whole numbers, 0 or more"),
     "frame": (edit(pictures=lambda p: first(p, frame=1 << 40)), "whole numbers, 0 or more"),
     "outside": (edit(views=lambda u: first(u, corners=[0, 0, 1e6, 1e6])), "far outside of its picture"),
@@ -363,7 +363,7 @@ def test_a_file_that_is_cut_or_changed_is_refused(tmp_path):
     whole, rng, same = path.read_bytes(), np.random.default_rng(0), 0
     for cut in range(0, len(whole), 997):
         path.write_bytes(whole[:cut])
-        refused(path, "no trace|damaged|no entry")
+        refused(path, "not a trace|damaged|no entry")
     for at in rng.integers(len(whole), size=300):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.integers(8))]) + whole[at + 1 :])
         try:
@@ -413,7 +413,7 @@ def test_a_bomb_that_declares_little_is_read_no_further(tmp_path):
 
 @pytest.mark.parametrize("way", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compressions_are_refused(way, tmp_path):
-    """Their readers take what memory they like."""
+    """Their readers do not limit the memory that they use."""
     path = tmp_path / "a.gaze"
     save(make_trace(), path)
     rewritten(path, lambda entries: None, way)
@@ -438,7 +438,7 @@ def recorded(names, function):
 
 def test_other_files_are_refused(tmp_path):
     """Missing, a folder, empty, another format, a zip of something else, not writable."""
-    for name, message in {"absent": "No such file", ".": "directory", "empty": "no trace"}.items():
+    for name, message in {"absent": "No such file", ".": "directory", "empty": "not a trace"}.items():
         if name == "empty":
             (tmp_path / name).write_bytes(b"")
         refused(tmp_path / name, message)

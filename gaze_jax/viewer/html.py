@@ -49,7 +49,8 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
     arrays, per_head = _arrays(trace)
     blob, layout = _packed(arrays)
     data = {
-        **{name: getattr(trace, name) for name in ("question", "answer", "tokens", "model", "select_per")},
+        **{name: getattr(trace, name) for name in ("question", "answer", "tokens", "model")},
+        "selectPer": trace.select_per,
         "topK": trace.top_k,
         "layer": -1 if layer is None else layer,
         "layers": trace.layers,

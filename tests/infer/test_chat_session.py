@@ -334,7 +334,7 @@ def test_a_refused_answer_leaves_the_question_open():
         session.answer()
     steps = session.stream(2)
     next(steps)
-    with pytest.raises(UserError, match="has not ended"):
+    with pytest.raises(UserError, match="The answer is not complete"):
         session.answer()
     list(steps)
     assert len(session.answer().tokens) == 2

@@ -137,7 +137,7 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
         ('{"question": "a", "look_at": ["1,2"]}', "look_at='1,2' must be x0,y0,x1,y1"),
         ("[1]", "must be a JSON object, not list"),
         ("{", "is not valid JSON"),
-        ("", "has no questions; write one JSON object a line"),
+        ("", "has no questions; write one JSON object per line"),
         ('{"question": "a", "id": "2"}\n{"question": "b"}', "has id '2' more than once"),
     ],
 )

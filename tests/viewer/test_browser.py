@@ -217,7 +217,7 @@ def test_choosers_choose_layers_and_heads(show):
     trace = make_trace(selectors=2, top_k=3)
     page = show(trace)
     assert [o.text for o in page.all("#layer option")] == ["all layers", "0", "1", "2"]
-    assert page.all("#head option")[3].text == "2 (group 1)"
+    assert page.all("#head option")[3].text == "2 (kv head 1)"
     for layer, head in ((ALL, ALL), (2, 1), (2, 2), (0, ALL), (ALL, 3)):
         page.choose("#layer", layer)
         page.choose("#head", head)

@@ -15,11 +15,15 @@ Version 2 renamed these keys and values; version 1 had the left side. :data:`CHA
 * Trace, in ``meta`` ("trace"): ``share`` -> ``select_per`` with the values above, ``units`` -> ``views``, and
   ``unit`` of each -> ``view``.
 
+Old names in files that people write are refused in a sentence with the new ones: config files (names and
+values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).
+
 Files that this project writes and never reads back. They have no version; old ones keep their names:
 
 * Lines of answers: ``finish`` "end", "stop", "length" -> ``finish_reason`` "stop", "stop", "length", and
   ``stop_reason`` names the end token or the stop string; ``top_k`` -> ``gaze_top_k``.
-* ``compare.json``: ``model.gaze`` as above; ``rows[].share`` -> ``rows[].select_per``.
+* ``compare.json``: ``model.gaze`` as above; in ``rows``, ``share`` -> ``select_per`` and ``entries_share`` ->
+  ``entries_fraction``.
 * Results of benchmarks: ``share`` -> ``select_per`` and "group" -> "kv_head", also as a key, in
   "dense / group" and in names of kernels; ``dense``, a number of keys -> ``text_stream``; ``dense_bytes`` ->
   ``text_stream_bytes``; ``newlines_in`` "dense" -> "text". The committed ones were rewritten.
@@ -36,7 +40,6 @@ from gaze_jax.errors import UserError
 
 NEWEST = {"manifest": 2, "export": 2, "run": 2, "trace": 2}
 """Kind of file -> the version that is written. All earlier ones are read."""
-
 
 _VERSION_KEYS = {"trace": ("version",), "run": ("format_version", "format")}
 """Kind -> names that its version has had, where that is not ``format_version`` alone."""
@@ -181,6 +184,16 @@ def upgrade(kind: str, content: dict[str, Any], version: int) -> dict[str, Any]:
         for change in CHANGES[kind][later]:
             content = _apply(change, content, change.old.split("."))
     return content
+
+
+QUESTION_FIELDS = {
+    "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
+    "keep": "gaze_keep",
+    "dense": "gaze_dense",
+    "dense_layers": "gaze_full_layers",
+    "full_layers": "gaze_full_layers",
+}
+"""Former name of a field of a question -> what to write now."""
 
 
 def renamed_setting(path: str, value: Any) -> str | None:

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -222,9 +223,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "setting", [pytest.param(name, marks=pytest.mark.long) if "top_k" in name else name for name in OTHERS]
-)
+@pytest.mark.parametrize("setting", OTHERS)
 def test_a_converted_checkpoint_answers_as_before_with_other_settings(setting):
     """Every setting that was renamed has its meaning; ``load(path, **gaze)`` sets the same fields."""
     want = EXPECTED["converted"]
@@ -232,7 +231,6 @@ def test_a_converted_checkpoint_answers_as_before_with_other_settings(setting):
     assert answer.text == want["with_other_settings"][setting]["text"] != want["text"]
 
 
-@pytest.mark.long
 def test_dense_attention_of_a_converted_checkpoint_is_as_before():
     want = EXPECTED["converted"]
     answer = _answer(sampler("converted"), want, gaze=gaze_jax.GazeOptions(dense=True))
@@ -356,24 +354,33 @@ def experiment():
     return parse(upgrade("run", copy.deepcopy(old), 1)["config"])
 
 
-@pytest.mark.standard_promotion
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The finished and the unfinished run, each trained to its end."""
+    where = tmp_path_factory.mktemp("runs")
+    shutil.copytree(V1 / "run", where / "run")
+    with tarfile.open(V1 / "run_unfinished.tar.xz") as archive:
+        archive.extractall(where, filter="data")
+    with jax.numpy_dtype_promotion("standard"):
+        assert train(experiment(), where / "run") and train(experiment(), where / "run_unfinished")
+    return where
+
+
 @pytest.mark.parametrize("name", ["run", "run_unfinished"])
-def test_a_run_goes_on_and_ends_as_before(tmp_path, name):
+def test_a_run_goes_on_and_ends_as_before(runs, name):
     """A finished run has nothing left to do; an unfinished one makes the step that the finished one made."""
-    if name == "run":
-        shutil.copytree(V1 / name, tmp_path / name)
-    else:
-        with tarfile.open(V1 / f"{name}.tar.xz") as archive:
-            archive.extractall(tmp_path, filter="data")
-    assert train(experiment(), tmp_path / name)
-    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     near(EXPECTED[name]["metrics.jsonl"], rows)
     if name == "run_unfinished":
-        near(EXPECTED["run"]["eval.json"], evaluate(tmp_path / name))
-        meta = json.loads((tmp_path / name / META).read_text())
+        meta = json.loads((runs / name / META).read_text())
         assert meta["format_version"] == 2 and "format" not in meta
         assert meta["config"]["model"]["gaze"]["select_per"] == "kv_head"
         assert meta["data"] == upgrade("run", CONTENT["run"], 1)["data"]
+
+
+@pytest.mark.parametrize("name", ["run", "run_unfinished"])
+def test_a_run_is_evaluated_as_before(runs, name):
+    near(EXPECTED["run"]["eval.json"], evaluate(runs / name))
 
 
 def test_other_data_is_refused_of_a_run_of_version_1():

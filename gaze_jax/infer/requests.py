@@ -17,18 +17,10 @@ from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
 from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
+from gaze_jax.stored import QUESTION_FIELDS
 
 GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
 """Field of ``GazeOptions`` -> field of :class:`Request`."""
-
-OLD_FIELDS = {
-    "top_k": "gaze_top_k (regions per query) or sample_top_k (tokens to draw from)",
-    "keep": "gaze_keep",
-    "dense": "gaze_dense",
-    "dense_layers": "gaze_full_layers",
-    "full_layers": "gaze_full_layers",
-}
-"""Former name of a request's field -> its name now."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +96,8 @@ class Request:
             raise UserError(f"{name} must be a JSON object, not {type(record).__name__}.")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in record.items():
-            if key in OLD_FIELDS:
-                raise UserError(f"{name} has the field {key!r}, which is now {OLD_FIELDS[key]}.")
+            if key in QUESTION_FIELDS:
+                raise UserError(f"{name} has the field {key!r}, which is now {QUESTION_FIELDS[key]}.")
             if key not in known:
                 raise UserError(f"{name} has an unknown field {key!r}; known are {', '.join(known)}.")
             kind = str(known[key].type)

@@ -38,9 +38,9 @@ GOOD = '{"image": "images/a.png", "question": "What?"}'
 BAD = {
     "not JSON": ("{image", "not JSON"),
     "blank": ("", "not JSON"),
-    "a list": ("[1]", "must be an object with the keys"),
-    "missing": ('{"image": "images/a.png"}', "must be an object with the keys"),
-    "unknown": ('{"image": "a", "question": "b", "answer": "c"}', "must be an object with the keys"),
+    "a list": ("[1]", "must be an object with exactly the keys"),
+    "missing": ('{"image": "images/a.png"}', "must be an object with exactly the keys"),
+    "unknown": ('{"image": "a", "question": "b", "answer": "c"}', "must be an object with exactly the keys"),
     "number": ('{"image": "images/a.png", "question": 3}', "question=3 must be a text"),
     "empty": ('{"image": "images/a.png", "question": " "}', "question=' ' must be a text"),
     "no file": ('{"image": "b.png", "question": "What?"}', r"b\.png' is not a file"),

@@ -1,6 +1,7 @@
 """The scripts of examples/ run from end to end on a tiny checkpoint of random weights."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,80 +9,72 @@ import skimage.data
 from PIL import Image
 
 from gaze_jax.infer.trace_file import load
-from tests.helpers.commands import outcomes
 from tests.helpers.videos import write_video
 
+# One process: the scripts share compiled programs.
+pytestmark = pytest.mark.xdist_group("examples")
+
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 CHECKPOINT = ROOT / "tests" / "fixtures" / "v1" / "converted"
 QUESTION = "What is this?"
 PHOTO = skimage.data.astronaut()[:120, :200]
-ARGUMENTS = {
-    "ask_image.py": ("photo.jpg", QUESTION, "--out=answer"),
-    "steer.py": ("photo.jpg", QUESTION, "0,0,40,30"),
-    "compare_dense.py": ("photo.jpg", QUESTION),
-    "stream_video.py": ("film.mp4", QUESTION, "--every=2", "--fps=1"),
-}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("examples")
-    Image.fromarray(PHOTO).save(made / "photo.jpg")
-    write_video(made / "film.mp4", [PHOTO[:80, 2 * t : 2 * t + 96].copy() for t in range(8)], fps=2)
-    return made
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a script of examples/ as the main program, in an empty folder; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(PHOTO).save("photo.jpg")
+
+    def call(name, *arguments):
+        shared = ("--max_tokens=4", "--gaze_keep=0.25")
+        monkeypatch.setattr("sys.argv", [name, str(CHECKPOINT), *arguments, *shared])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
-@pytest.fixture(scope="module")
-def printed(folder):
-    """What each example prints; one process imports for all of them."""
-
-    def placed(argument):
-        """File names as paths in the folder."""
-        return re.sub(r"^(--out=)?(photo\.jpg|film\.mp4|answer)$", rf"\g<1>{folder}/\g<2>", argument)
-
-    calls = [
-        (ROOT / "examples" / name, CHECKPOINT, *map(placed, arguments), "--max_tokens=4", "--gaze_keep=0.25")
-        for name, arguments in ARGUMENTS.items()
-    ]
-    found = {}
-    for name, (status, out, err) in zip(ARGUMENTS, outcomes(calls), strict=True):
-        assert status == 0 and not err, (name, status, out, err)
-        found[name] = out
-    return found
-
-
-def test_every_example_is_run():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(ARGUMENTS)
-
-
-def test_ask_image_says_where_each_token_looked(printed, folder):
-    trace = load(folder / "answer.gaze")
-    assert trace.question == QUESTION and printed["ask_image.py"].startswith(trace.answer)
-    boxes = re.findall(r"(\d+)% of the heads selected the region at \[(.*)\]", printed["ask_image.py"])
-    assert len(boxes) == len(trace.tokens) == 4
+def test_ask_image_says_where_each_token_looked(run):
+    out = run("ask_image.py", "photo.jpg", QUESTION, "--out=looked")
+    trace = load("looked.gaze")
+    assert trace.question == QUESTION and out.startswith(trace.answer)
+    found = re.findall(r"(\d+)% of the heads selected the region at \[(.*)\]", out)
+    assert len(found) == len(trace.tokens) == 4
     votes = trace.mask().mean(axis=(1, 2)).max(axis=-1)
-    for (share, box), most in zip(boxes, votes, strict=True):
+    height, width = PHOTO.shape[:2]
+    for (share, box), most in zip(found, votes, strict=True):
         assert int(share) == pytest.approx(100 * most, abs=0.51)
         x0, y0, x1, y1 = map(int, box.split(","))
-        assert x0 < x1 and y0 < y1
-    assert (folder / "answer.html").read_text().startswith("<!doctype html>")
+        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+    assert Path("looked.html").read_text().startswith("<!doctype html>")
 
 
-def test_steer_selects_in_the_box_only(printed):
-    shares = dict(re.findall(r"(\w+): (\d+)% of the selected regions touch the box", printed["steer.py"]))
+def test_steer_selects_in_the_box_only(run):
+    out = run("steer.py", "photo.jpg", QUESTION, "0,0,40,30")
+    shares = dict(re.findall(r"(\w+): (\d+)% of the selected regions touch the box", out))
     assert shares.keys() == {"free", "steered"}
     assert int(shares["free"]) < 100 and int(shares["steered"]) == 100
 
 
-def test_compare_dense_reads_less_with_gaze(printed):
-    rows = re.findall(r"(gaze|dense) +([\d.]+) of (\d+) +([\d.]+)   '", printed["compare_dense.py"])
+def test_compare_dense_reads_less_with_gaze(run):
+    out = run("compare_dense.py", "photo.jpg", QUESTION)
+    rows = re.findall(r"(gaze|dense) +([\d.]+) of (\d+) +([\d.]+)   '", out)
     entries = {name: float(read) for name, read, _, _ in rows}
     assert 0 < entries["gaze"] < entries["dense"] == int(rows[0][2])
     assert all(float(spent) > 0 for *_, spent in rows)
 
 
-def test_stream_video_answers_while_the_video_grows(printed):
-    seen = re.findall(r"After (\d+) frames, (\d+) regions: (.+)", printed["stream_video.py"])
+def test_stream_video_answers_while_the_video_grows(run, tmp_path):
+    write_video(tmp_path / "film.mp4", [PHOTO[:80, 2 * t : 2 * t + 96].copy() for t in range(8)], fps=2)
+    out = run("stream_video.py", "film.mp4", QUESTION, "--every=2", "--fps=1")
+    seen = re.findall(r"After (\d+) frames, (\d+) regions: (.+)", out)
     assert [int(frames) for frames, _, _ in seen] == [2, 4], "four seconds of video, a frame of each"
     regions = [int(number) for _, number, _ in seen]
-    assert regions == sorted(set(regions)), "each question sees more of the video"
+    assert regions[0] < regions[1], "each question sees more of the video"
+
+
+def test_every_example_is_run():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'run("{path.name}"' in text for path in EXAMPLES.glob("*.py"))

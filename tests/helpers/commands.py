@@ -29,21 +29,16 @@ def finish(process, status=0):
     return out, err
 
 
-def outcomes(calls):
-    """Exit status, stdout and stderr of several calls of scripts, one after the other.
+def refusals(calls):
+    """What several calls of commands print that all end with status 2 and one line; returns the lines.
 
-    Each call, a script and its arguments, is a process, but all are forks of one that has imported what takes
+    Each call, a command and its flags, is a process, but all are forks of one that has imported what takes
     seconds to import.
     """
     calls = [[str(word) for word in call] for call in calls]
     found, _ = finish(start("-W", "ignore", "-c", _FORKS, json.dumps(calls)))
-    return [tuple(outcome) for outcome in json.loads(found)]
-
-
-def refusals(calls):
-    """What several calls of commands print that all end with status 2 and one line; returns the lines."""
     lines = []
-    for call, (status, out, err) in zip(calls, outcomes(calls), strict=True):
+    for call, (status, out, err) in zip(calls, json.loads(found), strict=True):
         assert status == 2, (call, status, err)
         assert not out and len(err.strip().splitlines()) == 1, (call, out, err)
         lines.append(err.strip())

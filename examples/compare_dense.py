@@ -47,8 +47,9 @@ def main() -> None:
             args.question, images=[args.image], gaze=gaze, max_tokens=args.max_tokens, return_trace=True
         )
         entries = answer.trace.entries[..., 0].mean()  # [tokens, layers, kinds]; the first kind is visual
+        read = f"{entries:.1f} of {answer.trace.visual_tokens[0]}"
         spent = milliseconds_per_token(model, args.question, args.image, gaze, args.max_tokens)
-        print(f"{name:5}  {entries:10.1f} of {answer.trace.visual_tokens[0]:<8} {spent:12.2f}   {answer.text!r}")
+        print(f"{name:5}  {read:>21} {spent:14.2f}   {answer.text!r}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from gaze_jax.viewer.html import viewer_page
 
 
 def where(trace: Trace, token: int) -> tuple[list[int], float]:
-    """The region that most heads of all layers selected: its box in pixels, and the share of those heads."""
+    """The region that most heads of all layers selected: its box in pixels, and the fraction of those heads."""
     votes = trace.mask()[token].mean(axis=(0, 1))  # mask is bool [tokens, layers, heads, regions]
     region = int(votes.argmax())
     view = next(view for view in trace.views if (view.regions == region).any())
@@ -47,8 +47,8 @@ def main() -> None:
     )
     print(f"{answer.text}\n")
     for number, token in enumerate(answer.tokens):
-        box, share = where(answer.trace, number)
-        print(f"{token!r:>12}  {share:4.0%} of the heads selected the region at {box}")
+        box, fraction = where(answer.trace, number)
+        print(f"{token!r:>12}  {fraction:4.0%} of the heads selected the region at {box}")
 
     save(answer.trace, args.out.with_suffix(".gaze"))
     args.out.with_suffix(".html").write_text(viewer_page(answer.trace), encoding="utf-8")

@@ -35,8 +35,8 @@ def main() -> None:
         # Regions outside the box have a bias of minus infinity, the same in every layer.
         inside = np.isfinite(bias_of([box], trace.views, trace.layers, trace.regions)[0])
         selected = trace.mask()  # bool [tokens, layers, heads, regions]
-        share = selected[..., inside].sum() / selected.sum()
-        print(f"{name}: {share:.0%} of the selected regions touch the box")
+        fraction = selected[..., inside].sum() / selected.sum()
+        print(f"{name}: {fraction:.0%} of the selected regions touch the box")
         print(f"  {answer.text!r}")
 
 

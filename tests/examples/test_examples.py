@@ -11,7 +11,7 @@ from PIL import Image
 from gaze_jax.infer.trace_file import load
 from tests.helpers.videos import write_video
 
-# One process: the scripts share compiled programs.
+# One process: the scripts fraction compiled programs.
 pytestmark = pytest.mark.xdist_group("examples")
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +44,8 @@ def test_ask_image_says_where_each_token_looked(run):
     assert len(found) == len(trace.tokens) == 4
     votes = trace.mask().mean(axis=(1, 2)).max(axis=-1)
     height, width = PHOTO.shape[:2]
-    for (share, box), most in zip(found, votes, strict=True):
-        assert int(share) == pytest.approx(100 * most, abs=0.51)
+    for (fraction, box), most in zip(found, votes, strict=True):
+        assert int(fraction) == pytest.approx(100 * most, abs=0.51)
         x0, y0, x1, y1 = map(int, box.split(","))
         assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
     assert Path("looked.html").read_text().startswith("<!doctype html>")
@@ -53,9 +53,9 @@ def test_ask_image_says_where_each_token_looked(run):
 
 def test_steer_selects_in_the_box_only(run):
     out = run("steer.py", "photo.jpg", QUESTION, "0,0,40,30")
-    shares = dict(re.findall(r"(\w+): (\d+)% of the selected regions touch the box", out))
-    assert shares.keys() == {"free", "steered"}
-    assert int(shares["free"]) < 100 and int(shares["steered"]) == 100
+    fractions = dict(re.findall(r"(\w+): (\d+)% of the selected regions touch the box", out))
+    assert fractions.keys() == {"free", "steered"}
+    assert int(fractions["free"]) < 100 and int(fractions["steered"]) == 100
 
 
 def test_compare_dense_reads_less_with_gaze(run):

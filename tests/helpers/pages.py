@@ -102,7 +102,7 @@ def link_complaints(page: Page) -> Iterator[str]:
             continue
         name, _, anchor = target.partition("#")
         path = (page.path.parent / name).resolve() if name else page.path
-        if not path.exists():
+        if name and not path.exists():
             yield f"line {line}: {target} does not exist"
         elif not path.is_relative_to(ROOT):
             yield f"line {line}: {target} is outside the checkout"
@@ -169,14 +169,33 @@ def python_complaints(block: Code) -> Iterator[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from (f"line {block.line + node.lineno}: {wrong}" for wrong in _import(node, known))
     for node in ast.walk(tree):
-        try:
-            if isinstance(node, ast.Attribute):
-                _value(node, known)
-            elif isinstance(node, ast.Call) and callable(called := _value(node.func, known)):
-                names = [keyword.arg for keyword in node.keywords if keyword.arg]
-                inspect.signature(called).bind_partial(**dict.fromkeys(names))
-        except (AttributeError, TypeError) as error:
-            yield f"line {block.line + node.lineno}: {ast.unparse(node)[:60]}: {error}"
+        wrong = None
+        if isinstance(node, ast.Attribute):
+            wrong = _missing(node, known)
+        elif isinstance(node, ast.Call) and not _missing(node.func, known):
+            wrong = _refused(_value(node.func, known), [k.arg for k in node.keywords if k.arg])
+        if wrong:
+            yield f"line {block.line + node.lineno}: {ast.unparse(node)[:60]}: {wrong}"
+
+
+def _missing(node: ast.expr, known: dict[str, object]) -> str | None:
+    """What a dotted name of this project lacks."""
+    try:
+        _value(node, known)
+    except AttributeError as error:
+        return str(error)
+    return None
+
+
+def _refused(called: object, keywords: list[str]) -> str | None:
+    """Why a function or class of this project does not take these keywords."""
+    if not callable(called):
+        return None
+    try:
+        inspect.signature(called).bind_partial(**dict.fromkeys(keywords))
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _import(node: ast.Import | ast.ImportFrom, known: dict[str, object]) -> Iterator[str]:

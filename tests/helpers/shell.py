@@ -179,7 +179,7 @@ class _Found(BaseException):
 
 
 def _absl_flags(script: str) -> set[str]:
-    """Names of the flags that a script defines with absl, from its source: it would run if it was imported."""
+    """Names of the flags that a script defines with absl, read from its source, as running it would work."""
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     defined = [call for call in calls if ast.unparse(call.func).startswith("flags.DEFINE_")]
@@ -215,9 +215,9 @@ def _other(script: str, arguments: list[str], complete: bool) -> str | None:
 
 def _argparse(script: str, arguments: list[str], complete: bool) -> str | None:
     parser = parser_of(script)
-    said = io.StringIO()
+    output = io.StringIO()
     required = [action for action in parser._actions if action.required]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(output):
         if not complete:
             for action in required:
                 patch.setattr(action, "required", False)
@@ -225,7 +225,7 @@ def _argparse(script: str, arguments: list[str], complete: bool) -> str | None:
                     patch.setattr(action, "nargs", "?")
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
             parser.parse_args(arguments)
-    return " ".join(said.getvalue().split()).split("error: ")[-1] if said.getvalue() else None
+    return " ".join(output.getvalue().split()).split("error: ")[-1] if output.getvalue() else None
 
 
 def _script(script: str, arguments: list[str], complete: bool) -> str | None:
@@ -233,6 +233,8 @@ def _script(script: str, arguments: list[str], complete: bool) -> str | None:
     if not path.is_file() or not path.stat().st_mode & 0o100:
         return f"{script} is no program"
     text = path.read_text(encoding="utf-8")
+    for called in re.findall(r"\bscripts/\w+\.sh", text):
+        text += (ROOT / called).read_text(encoding="utf-8")
     arguments = [word for word in arguments if not (word.startswith("--") and _named(word, text))]
     if script in FORWARDS:
         if script == "scripts/digits.sh" and arguments and not arguments[0].startswith("-"):

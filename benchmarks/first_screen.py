@@ -1,4 +1,4 @@
-"""Draws the figure of README's first screen: tokens and where they looked, and time per token by visual tokens.
+"""Draws the figure of README's first screen: where tokens looked, and time per token by visual tokens.
 
 python -m benchmarks.first_screen
 
@@ -21,18 +21,40 @@ _PANELS = ((0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4))
 """(row, column) of the panels to show: digits of an answer, in their order."""
 
 LINES = {
-    "transformers": ("transformers, dense", "#8a6d3b"),
-    "dense": ("gaze_jax, dense", "#555f6b"),
-    "kv_head": ("gaze_jax, Gaze", "#00796b"),
+    "transformers": ("transformers", "#8a5a00"),
+    "dense": ("dense", "#4a5560"),
+    "kv_head": ("Gaze", "#00796b"),
 }
 """Key of the JSON -> label and colour."""
 
 
-def series(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """(visual tokens, median milliseconds per token) of each of :data:`LINES`, for a batch of one."""
+Point = tuple[int, float, list[float]]
+"""Visual tokens, the median of milliseconds per token, and its quartiles."""
+
+
+def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that the plot shows: decoding with a batch of one, by visual tokens."""
     rows = [row for row in report["rows"] if row["part"] == "decode" and row["batch"] == 1]
-    rows.sort(key=lambda row: row["tokens"])
-    return {name: [(row["tokens"], row["ms"][name]["median"]) for row in rows] for name in LINES}
+    return sorted(rows, key=lambda row: row["tokens"])
+
+
+def series(report: dict[str, Any]) -> dict[str, list[Point]]:
+    """The points of each of :data:`LINES`."""
+    return {
+        name: [(row["tokens"], row["ms"][name]["median"], row["ms"][name]["iqr"]) for row in rows_of(report)]
+        for name in LINES
+    }
+
+
+def footnote(report: dict[str, Any]) -> str:
+    """What was measured, where and when, in three lines."""
+    kept = {round(row["top_k"] / row["regions"], 1) for row in rows_of(report)}
+    device = report["device"].replace("(R)", "").replace(" Processor", "")
+    return (
+        f"{report['model']}'s size, random weights, {report['dtype']}, batch 1; medians and quartiles\n"
+        f"Gaze: about {' or '.join(f'{k:.0%}' for k in sorted(kept))} of the regions, selected per kv head\n"
+        f"{report['date']}, {device}"
+    )
 
 
 def panels(sheet: Image.Image) -> list[np.ndarray]:
@@ -65,12 +87,11 @@ def draw(report: dict[str, Any], sheet: Image.Image, path: Path) -> None:
         if number == 0:
             axes.set_title("Every token selects the regions it reads", **heading)
 
-    axes = figure.add_axes((0.585, 0.215, 0.4, 0.685))
-    axes.set_title("Milliseconds per generated token", **heading)
+    axes = figure.add_axes((0.585, 0.31, 0.245, 0.59))
+    axes.set_title("Milliseconds per generated token, on a CPU", **heading, x=-0.16)
     _plot(axes, series(report))
-    figure.text(0.012, 0.03, "Digits: E. Alpaydin and C. Kaynak, UCI, CC BY 4.0", fontsize=6, color="#666666")
-    what = f"{report['model']}'s size, {report['dtype']}, batch 1. {report['date']}, {report['device']}"
-    figure.text(0.985, 0.03, what.replace("(R)", ""), fontsize=6, color="#666666", ha="right")
+    figure.text(0.012, 0.02, "Digits: E. Alpaydin and C. Kaynak, UCI, CC BY 4.0", fontsize=6, color="#666666")
+    figure.text(0.545, 0.02, footnote(report), fontsize=6, color="#666666", linespacing=1.4)
     figure.savefig(path, facecolor="white")
     pyplot.close(figure)
     # Few colours: half the bytes, and no difference to see.
@@ -78,20 +99,30 @@ def draw(report: dict[str, Any], sheet: Image.Image, path: Path) -> None:
         image.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def _plot(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
+def _plot(axes: Any, lines: dict[str, list[Point]]) -> None:
     for name, points in lines.items():
         label, colour = LINES[name]
-        tokens, spent = zip(*points, strict=True)
-        axes.plot(tokens, spent, color=colour, marker="o", markersize=4, linewidth=2)
-        axes.annotate(f"{spent[-1]:.0f}", (tokens[-1], spent[-1]), (6, -3), textcoords="offset points", color=colour)
-        axes.annotate(label, (tokens[-1], spent[-1]), (-4, 7), textcoords="offset points", color=colour, ha="right")
-    counts = [tokens for tokens, _ in next(iter(lines.values()))]
+        tokens, spent, quartiles = zip(*points, strict=True)
+        axes.plot(tokens, spent, color=colour, marker="o", markersize=4.5, linewidth=2)
+        axes.vlines(tokens, *zip(*quartiles, strict=True), color=colour, linewidth=5, alpha=0.3)
+        axes.annotate(
+            f"{spent[-1]:.0f}  {label}",
+            (tokens[-1], spent[-1]),
+            (8, 0),
+            textcoords="offset points",
+            color=colour,
+            fontweight="bold",
+            fontsize=8.5,
+            va="center",
+        )
+    counts = [point[0] for point in next(iter(lines.values()))]
     axes.set_xscale("log")
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
-    axes.set_xlim(counts[0] * 0.8, counts[-1] * 1.35)
+    axes.set_xlim(counts[0] * 0.8, counts[-1] * 1.1)
     axes.set_ylim(0)
-    axes.set_xlabel("visual tokens in the cache")
+    axes.set_xlabel("visual tokens in the cache", fontsize=9)
+    axes.tick_params(labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)

@@ -17,7 +17,7 @@ from gaze_jax.viewer.html import viewer_page
 
 
 def where(trace: Trace, token: int) -> tuple[list[int], float]:
-    """The region that most heads of all layers selected: its box in pixels, and the fraction of those heads."""
+    """The region that most heads of all layers selected: its box in pixels, and their fraction."""
     votes = trace.mask()[token].mean(axis=(0, 1))  # mask is bool [tokens, layers, heads, regions]
     region = int(votes.argmax())
     view = next(view for view in trace.views if (view.regions == region).any())

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 # In gaze.png, pixels: where the first panel starts, the steps to the next column and row, a panel's size.
-_LEFT, _TOP, _ACROSS, _DOWN, _SIDE = 28, 94, 178, 212, 160
+_LEFT, _TOP, _ACROSS, _DOWN, SIDE = 28, 94, 178, 212, 160
 _LABEL = 28  # below a panel: the token
 _PANELS = ((0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4))
 """(row, column) of the panels to show: digits of an answer, in their order."""
@@ -48,11 +48,11 @@ def series(report: dict[str, Any]) -> dict[str, list[Point]]:
 
 def footnote(report: dict[str, Any]) -> str:
     """What was measured, where and when, in three lines."""
-    kept = {round(row["top_k"] / row["regions"], 1) for row in rows_of(report)}
+    kept = [f"{row['top_k'] / row['regions']:.0%}" for row in rows_of(report)]
     device = report["device"].replace("(R)", "").replace(" Processor", "")
     return (
         f"{report['model']}'s size, random weights, {report['dtype']}, batch 1; medians and quartiles\n"
-        f"Gaze: about {' or '.join(f'{k:.0%}' for k in sorted(kept))} of the regions, selected per kv head\n"
+        f"Gaze: {', '.join(kept)} of the regions, selected per kv head\n"
         f"{report['date']}, {device}"
     )
 
@@ -63,9 +63,9 @@ def panels(sheet: Image.Image) -> list[np.ndarray]:
     for row, column in _PANELS:
         x, y = _LEFT + column * _ACROSS, _TOP + row * _DOWN
         # The margin holds the outline; the count at the right of the token is left out.
-        panel = sheet.crop((x - 2, y - 2, x + _SIDE + 2, y + _SIDE + _LABEL)).convert("RGB")
+        panel = sheet.crop((x - 2, y - 2, x + SIDE + 2, y + SIDE + _LABEL)).convert("RGB")
         pixels = np.array(panel)
-        pixels[_SIDE + 5 :, _SIDE // 2 :] = pixels[-1, -1]
+        pixels[SIDE + 5 :, SIDE // 2 :] = pixels[-1, -1]
         found.append(pixels)
     return found
 

@@ -104,13 +104,13 @@ def test_what_is_right_is_not_complained_about():
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="needs the docs extra")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={tmp_path / 'site'}"],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path / 'site'}"],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
-    assert built.returncode == 0 and not built.stderr, built.stdout + built.stderr
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stdout + built.stderr
     page = (tmp_path / "site" / "architecture.html").read_text(encoding="utf-8")
     assert '<pre class="mermaid">' in page
     page = (tmp_path / "site" / "api" / "inference.html").read_text(encoding="utf-8")

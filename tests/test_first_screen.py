@@ -46,7 +46,11 @@ def test_panels_are_whole():
     for pixels in panels:
         picture, token = pixels[: first_screen.SIDE + 4], pixels[first_screen.SIDE + 6 :]
         assert (np.abs(picture.astype(int) - outline).sum(axis=-1) < 30).any()
-        assert picture[2:-2, 2:-2].mean() < 120, "dark: a picture, no paper"
+        inner = picture[2:-2, 2:-2]
+        assert max(edge.mean() for edge in (inner[0], inner[-1], inner[:, 0], inner[:, -1])) < 160, "no paper"
+        assert all(edge.min(axis=-1).max() > 240 for edge in (picture[0], picture[-1], picture[:, 0])), (
+            "paper"
+        )
         assert token[:, :40].min() < 120 and token[:, first_screen.SIDE // 2 :].min() > 240
 
 

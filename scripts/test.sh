@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-gaze_environment dev,parity,video
+gaze_environment dev,docs,parity,video
 cd "$root"
 
 failed=()

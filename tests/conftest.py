@@ -66,7 +66,12 @@ def _promotion(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests for hardware, a compiler or a browser that is not here, saying what would run them."""
+    """Keeps what shares programs together, and skips tests for what is not here, saying what would run them."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            # One worker for a class, or for the functions of a file: the other would compile the same again.
+            scope = item.nodeid.rpartition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(scope))
     skips = {}
     if jax.config.jax_platforms.split(",")[0] not in ("cuda", "gpu"):
         skips["gpu"] = pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda")

@@ -106,7 +106,7 @@ class _Math:
 
         def products(acc: Ref) -> None:
             for a, b in pairs:
-                plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+                plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
 
         def fresh(acc: Ref) -> jax.Array:
             products(acc)

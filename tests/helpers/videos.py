@@ -39,7 +39,7 @@ def numbers(frames):
     return [number(frame) for frame in frames]
 
 
-def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, container=None, **options):
+def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, container=None, title="", **options):
     """Encode uint8 [h, w, 3] frames, or the bars of this many; the suffix of the path says the container.
 
     Args:
@@ -50,6 +50,7 @@ def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, c
       stamps: for each frame, when it is shown, in views of 1 / fps; default: one after the other.
       gop: a keyframe at least every so many frames.
       container: options of the container.
+      title: in the file's metadata.
       options: options of the encoder.
     """
     frames = [bars(i) for i in range(frames)] if isinstance(frames, int) else frames
@@ -59,6 +60,8 @@ def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, c
         first.save(path, save_all=True, append_images=rest, duration=delay, lossless=True, optimize=False)
         return path
     with av.open(str(path), "w", container_options=container or {}) as file:
+        if title:
+            file.metadata["title"] = title
         stream = file.add_stream(codec, rate=fps, options={"g": str(gop), **options})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"

@@ -341,6 +341,15 @@ def test_a_video_at_a_slant_is_refused(tmp_path):
         )
 
 
+def test_a_title_that_is_not_utf8_is_no_obstacle(tmp_path):
+    """Old cameras write their own alphabets, and only the frames are wanted."""
+    file = write_video(tmp_path / "video.mkv", 3, title="*title*")
+    data = file.read_bytes()
+    assert b"*title*" in data
+    file.write_bytes(data.replace(b"*title*", b"\xff\xfetitle"))
+    assert numbers(open_video(file, FrameSampling())) == [0, 1, 2]
+
+
 def test_frames_without_time_stamps_are_counted(folder, monkeypatch):
     """Then the rate says when they are shown."""
 

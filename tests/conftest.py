@@ -49,6 +49,8 @@ jax.config.update("jax_enable_compilation_cache", False)
 hypothesis.settings.register_profile("gaze", derandomize=True, max_examples=15, deadline=None)
 hypothesis.settings.load_profile("gaze")
 
+pytest_plugins = ["tests.helpers.skips"]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs():

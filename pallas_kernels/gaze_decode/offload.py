@@ -35,9 +35,9 @@ LANES = 128
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 # The same function under the two names it has had: jax 0.10 has an older ``compute_on``, a context manager,
-# and calls this one ``compute_on2``. With ``out_memory_spaces=_HOST`` the TPU compiler copies results from the
-# device to the host and back. Where a scan is traced in parts, this one's results still count as the host's,
-# so each is put on the device once more, which compiles to nothing.
+# and calls this one ``compute_on2``. With ``out_memory_spaces=_HOST`` the TPU compiler copies results from
+# the device to the host and back. Where a scan is traced in parts, this one's results still count as the
+# host's, so each is put on the device once more, which compiles to nothing.
 _on_host = getattr(compute_on, "compute_on2", compute_on.compute_on)(
     compute_type="device_host", out_memory_spaces=_DEVICE
 )

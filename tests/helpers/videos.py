@@ -2,13 +2,15 @@
 
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.video import FrameSampling, open_video
+
+# A module that imports this one is skipped where PyAV is missing.
+av = pytest.importorskip("av")
 
 EVERY = FrameSampling()
 
@@ -39,7 +41,9 @@ def numbers(frames):
     return [number(frame) for frame in frames]
 
 
-def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, container=None, title="", **options):
+def write_video(
+    path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, container=None, title="", **options
+):
     """Encode uint8 [h, w, 3] frames, or the bars of this many; the suffix of the path says the container.
 
     Args:

@@ -4,7 +4,6 @@ import gc
 import itertools
 import pickle
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +24,8 @@ from tests.helpers.videos import (
     write_kinds,
     write_video,
 )
+
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")

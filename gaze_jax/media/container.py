@@ -69,7 +69,7 @@ class Container:
             frames = _decoded(container, stream)
             position = 0  # index of the next frame from the decoder
             for target in map(int, wanted):
-                key = int(self.keys[np.searchsorted(self.keys, target, "right") - 1])
+                key = int(self.keys[int(np.searchsorted(self.keys, target, "right")) - 1])
                 if self.stamps is not None and key - position >= SKIP:
                     frames.close()
                     container.seek(int(self.stamps[key]), stream=stream)

@@ -38,9 +38,8 @@ _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 # and calls this one ``compute_on2``. With ``out_memory_spaces=_HOST`` the TPU compiler copies results from
 # the device to the host and back. Where a scan is traced in parts, this one's results still count as the
 # host's, so each is put on the device once more, which compiles to nothing.
-_on_host = getattr(compute_on, "compute_on2", compute_on.compute_on)(
-    compute_type="device_host", out_memory_spaces=_DEVICE
-)
+_NAME = "compute_on2" if hasattr(compute_on, "compute_on2") else "compute_on"
+_on_host = getattr(compute_on, _NAME)(compute_type="device_host", out_memory_spaces=_DEVICE)
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,6 @@
 """Read a 4x4 grid of handwritten digits, attending to 2 of 16 regions.
 
-python train.py --config=configs/digits.py --workdir=runs/digits
+gaze-jax train --config=digits --workdir=runs/digits
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """Read an 8x8 grid of handwritten digits in the paper's shape: 24x24 tokens, 6x6 regions, 4 context tokens.
 
-python train.py --config=configs/digits_24.py --workdir=runs/digits_24
+gaze-jax train --config=digits_24 --workdir=runs/digits_24
 
 Meant for a GPU or TPU; benchmarks/gpu.sh --digits runs it with its dense arms. Not yet trained to the end.
 """

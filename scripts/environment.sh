@@ -10,9 +10,13 @@
 #   python   the environment's interpreter, absolute
 #
 # gaze_python VERSION: chooses the interpreter for the next gaze_environment, such as 3.13.
+# gaze_python_of ARGUMENT ...: the same for the last --python=VERSION among the arguments, if there is one.
 # Sets:
 #   GAZE_PYTHON   pythonVERSION on PATH, or else the newest of that version that pyenv has
 #   GAZE_VENV     .venv-VERSION in the checkout, unless it is set already
+#   arguments     gaze_python_of: the other arguments
+#
+# gaze_constraints PYTHON: prints which file of tested versions is for that interpreter.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -58,10 +62,23 @@ gaze_python() {
   return 1
 }
 
-# The tested versions for the environment: those of Python 3.11 and jax 0.10 for 3.11 and 3.12, those of
-# Python 3.13 and jax 0.12 for 3.13 and newer.
-constraints() {
-  if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
+gaze_python_of() {
+  local argument version=""
+  arguments=()
+  for argument in "$@"; do
+    if [[ $argument == --python=* ]]; then
+      version="${argument#*=}"
+    else
+      arguments+=("$argument")
+    fi
+  done
+  [[ -z $version ]] || gaze_python "$version"
+}
+
+# For 3.11 and 3.12 the versions that were tested with Python 3.11 and jax 0.10, for 3.13 and newer those with
+# Python 3.13 and jax 0.12.
+gaze_constraints() {
+  if "$1" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
     echo constraints-py313.txt
   else
     echo constraints.txt
@@ -93,7 +110,7 @@ gaze_environment() {
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]]; then
     echo "Installing gaze_jax${extra:+[$extra]} into $venv (a few minutes the first time)" >&2
     "$python" -m pip install --quiet --disable-pip-version-check \
-      -c "$root/$(constraints)" -e "$root${extra:+[$extra]}" || return 1
+      -c "$root/$(gaze_constraints "$python")" -e "$root${extra:+[$extra]}" || return 1
     # Whatever extra was asked for, the core is there now.
     echo "$digest" | tee "$stamp" >"$venv/.gaze-installed"
   fi

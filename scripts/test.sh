@@ -8,14 +8,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-arguments=()
-for argument in "$@"; do
-  case "$argument" in
-    --python=*) gaze_python "${argument#*=}" ;;
-    *) arguments+=("$argument") ;;
-  esac
-done
-
+gaze_python_of "$@"
 gaze_environment dev,parity,video
 cd "$root"
 

@@ -1,6 +1,7 @@
 """Shared by all commands: parse flags, set the exit status, report what the user can fix in one sentence."""
 
 import contextlib
+import importlib.resources
 import os
 import re
 import shlex
@@ -15,11 +16,36 @@ from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
 from gaze_jax.errors import UserError
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every config in the installed package ``gaze_jax.configs``."""
+    try:
+        folder = importlib.resources.files("gaze_jax.configs")
+    except ModuleNotFoundError:  # the sources alone: the checkout's configs/ is that package once installed
+        return {}
+    files = (Path(str(file)) for file in folder.iterdir())
+    return {file.stem: file for file in sorted(files) if file.suffix == ".py" and file.stem != "__init__"}
+
+
+def with_config_path(argv: Sequence[str]) -> list[str]:
+    """A command line in which ``--config=NAME``, the name of a shipped config, is the config's file."""
+    found = list(argv)
+    for number, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        if not equals:
+            number, value = number + 1, argv[number + 1] if number + 1 < len(argv) else ""
+        if re.fullmatch(r"\w+", value) and (file := shipped_configs().get(value)):
+            found[number] = f"{flag}={file}" if equals else str(file)
+    return found
+
+
 def unloadable(path: str) -> str:
     """The error message for a config file without a config."""
+    names = ", ".join(shipped_configs()) or "none is installed"
     return (
-        f"--config={path} cannot be loaded; give a Python file with a get_config() function, such as "
-        "configs/digits.py."
+        f"--config={path} cannot be loaded; give a Python file with a get_config() function, or the name of "
+        f"a shipped config ({names})."
     )
 
 
@@ -41,17 +67,31 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str:
 
 
 def program() -> str:
-    """How the program was started: a file name, or ``python -m MODULE``."""
+    """How the program was started: a file name, ``gaze-jax COMMAND``, or ``python -m MODULE``."""
+    name = os.path.basename(sys.argv[0])
     spec = sys.modules["__main__"].__spec__
     if spec is None:
-        return os.path.basename(sys.argv[0])
-    return f"python -m {spec.name.removesuffix('.__main__')}"
+        return name
+    # Of a package with several commands the command is behind the file's name: see main.run.
+    _, space, command = name.partition(" ")
+    return f"python -m {spec.name.removesuffix('.__main__')}{space}{command}"
 
 
 def command_line() -> str:
     """The running command, quoted for a shell."""
     name = program()
-    return f"{name if name.startswith('python ') else f'python {name}'} {shlex.join(sys.argv[1:])}"
+    return f"{f'python {name}' if name.endswith('.py') else name} {shlex.join(sys.argv[1:])}"
+
+
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Context for writing to stdout; if its reader is gone (``| head``), the program ends with status 1."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush would fail again
+        sys.exit(1)
 
 
 def parse(define: Callable[[Flags], None], doc: str, argv: Sequence[str]) -> tuple[Values, list[str]]:
@@ -65,7 +105,8 @@ def parse(define: Callable[[Flags], None], doc: str, argv: Sequence[str]) -> tup
     defined = Flags(doc, argv)
     define(defined)
     try:
-        return defined.parse()
+        with quiet_pipe():  # for --help
+            return defined.parse()
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"{program()}: {_sentence(error, argv)}", file=sys.stderr)
         sys.exit(2)
@@ -94,7 +135,8 @@ def run(
             print(f"{program()}: unexpected argument {rest[0]!r}; every option is a --flag.", file=sys.stderr)
             sys.exit(2)
         try:
-            main(values, *([rest] if arguments else []))
+            with quiet_pipe():
+                main(values, *([rest] if arguments else []))
         except UserError as error:
             print(f"{program()}: {error}", file=sys.stderr)
             sys.exit(2)

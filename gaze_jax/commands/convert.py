@@ -1,10 +1,10 @@
 """Convert checkpoints between Hugging Face directories and this project, and verify the result.
 
-python convert.py --from=Qwen2.5-0.5B-Instruct --to=ckpt/qwen --verify
-python convert.py --from=llava-onevision-qwen2-7b-ov-hf --to=ckpt/llava
-python convert.py --from=Cambrian-S-7B --vision=siglip2-so400m-patch14-384 --to=ckpt/cambrian-s
-python convert.py --llm=Qwen3-4B --vision=siglip2-so400m-patch16-384 --to=ckpt/cambrian-4b
-python convert.py --from=ckpt/cambrian-4b --to=back --format=hf
+gaze-jax convert --from=Qwen2.5-0.5B-Instruct --to=ckpt/qwen --verify
+gaze-jax convert --from=llava-onevision-qwen2-7b-ov-hf --to=ckpt/llava
+gaze-jax convert --from=Cambrian-S-7B --vision=siglip2-so400m-patch14-384 --to=ckpt/cambrian-s
+gaze-jax convert --llm=Qwen3-4B --vision=siglip2-so400m-patch16-384 --to=ckpt/cambrian-4b
+gaze-jax convert --from=ckpt/cambrian-4b --to=back --format=hf
 """
 
 import typing

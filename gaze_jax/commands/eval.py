@@ -1,9 +1,9 @@
 """Evaluate a model.
 
-python eval.py --workdir=runs/digits [--samples=1024]
+gaze-jax eval --workdir=runs/digits [--samples=1024]
     the newest checkpoint of a run: accuracy, visual entries and routing, against dense attention
 
-python eval.py --checkpoint=ckpt/model --compare=dense [--prompts=prompts.jsonl]
+gaze-jax eval --checkpoint=ckpt/model --compare=dense [--prompts=prompts.jsonl]
     any checkpoint, without training: how far Gaze changes its dense answers, by top_k, select_per and
     descriptor
 """

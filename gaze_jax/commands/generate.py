@@ -1,11 +1,11 @@
 """Ask a model about images and videos, and see where every token of the answer looked.
 
-python generate.py --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.html
+gaze-jax generate --checkpoint=ckpt/llava --image=street.jpg --question="What is this?" --out=answer.html
     any multimodal checkpoint: converted, an unchanged Hugging Face directory, or a run of train.py. --image,
     --video and --question may be repeated: further questions continue the conversation. So may --out: .html
-    is the viewer, .png a sheet, .mp4 a clip, .gaze the trace itself (python -m gaze_jax.viewer)
+    is the viewer, .png a sheet, .mp4 a clip, .gaze the trace itself (gaze-jax view)
 
-python generate.py --checkpoint=ckpt/llava --questions=questions.jsonl --answers=answers.jsonl --traces=looked
+gaze-jax generate --checkpoint=ckpt/llava --questions=questions.jsonl --answers=answers.jsonl --traces=looked
     many questions, one JSON object per line, answered in batches; gaze_jax/infer/requests.py lists the fields
 """
 

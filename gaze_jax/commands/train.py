@@ -1,6 +1,6 @@
 """Train one experiment, then evaluate it and draw where it looked.
 
-python train.py --config=configs/digits.py --workdir=runs/digits [--config.FIELD=VALUE ...]
+gaze-jax train --config=digits --workdir=runs/digits [--config.FIELD=VALUE ...]
 
 The same command continues a run that was stopped or killed.
 """
@@ -20,7 +20,11 @@ def define_flags(flags: Flags) -> None:
     from ml_collections import config_flags
 
     flags.group("The run")
-    text = "A file of configs/. --config.FIELD=VALUE changes a field of it, such as --config.steps=1000."
+    text = (
+        "A Python file with get_config(), or the name of a shipped config, such as digits. "
+        "--config.FIELD=VALUE changes a field of it, such as --config.steps=1000."
+    )
+    flags.argv = cli.with_config_path(flags.argv)
     config_flags.DEFINE_config_file(
         "config", None, text, flag_values=flags.values, lock_config=True, sys_argv=flags.argv
     )
@@ -47,7 +51,7 @@ def config_of(values: Values) -> "ml_collections.ConfigDict":
 def main(values: Values) -> None:
     """Train and, on one process, evaluate."""
     if not values["config"].present:
-        raise UserError("Give --config, a file such as configs/digits.py.")
+        raise UserError("Give --config, a file or the name of a shipped config, such as digits.")
     if values.workdir is None:
         raise UserError("Give --workdir, the folder for checkpoints, metrics and results.")
     import jax

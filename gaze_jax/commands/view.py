@@ -1,9 +1,9 @@
 """View gaze traces: write an HTML page for each and, on request, a PNG contact sheet and an MP4 clip.
 
-python -m gaze_jax.viewer street.gaze --out=looked
+gaze-jax view street.gaze --out=looked
     writes looked/street.html, a single file that needs no network
 
-python -m gaze_jax.viewer answers/*.gaze --out=looked --png --mp4 --layer=12
+gaze-jax view answers/*.gaze --out=looked --png --mp4 --layer=12
     writes a page, a sheet and a clip of each, and looked/index.html, which lists them
 """
 

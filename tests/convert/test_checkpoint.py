@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -87,7 +88,7 @@ def by_orbax(directory):
 
 def test_orbax_reads_what_we_write(written):
     ours = load(written, one_device()).params
-    jax.tree.map(np.testing.assert_array_equal, by_orbax(written), ours)
+    chex.assert_trees_all_equal(by_orbax(written), ours, strict=True)
 
 
 def test_orbax_alone_does_not_notice_a_flipped_bit(victim):

@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,8 +229,8 @@ def test_the_three_namings_of_transformers_are_one_model(tmp_path):
     for index, new in enumerate((str, hf.hub_name, hf.memory_name)):
         source = hf.rename(hf.save("llava_onevision", tmp_path / str(index)), new)
         params.append(load(source, one_device()).params)
-    jax.tree.map(np.testing.assert_array_equal, *params[:2])
-    jax.tree.map(np.testing.assert_array_equal, *params[1:])
+    chex.assert_trees_all_equal(*params[:2], strict=True)
+    chex.assert_trees_all_equal(*params[1:], strict=True)
 
 
 @pytest.mark.parametrize("top", [None, False, True])

@@ -4,6 +4,7 @@ same."""
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def test_a_joined_model_comes_back_from_its_export(joined, tmp_path):
     run.write_plan(again, tmp_path / "again")
     first, second = load(where / "gaze", one_device()), load(tmp_path / "again", one_device())
     assert isinstance(first.config, MLLMConfig) and first.config.gaze.select_per == "kv_head"
-    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    chex.assert_trees_all_equal(first.params, second.params, strict=True)
 
 
 @pytest.mark.parametrize(

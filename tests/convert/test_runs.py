@@ -1,7 +1,6 @@
 """What was trained here goes to transformers too, and comes back."""
 
-import jax
-import numpy as np
+import chex
 import pytest
 import tokenizers
 
@@ -47,7 +46,7 @@ def test_it_comes_back(exported, tmp_path):
     run.write_plan(run.plan_directory(exported / "back"), tmp_path / "gaze")
     before, after = load(exported / "run", one_device()), load(tmp_path / "gaze", one_device())
     assert before.config.decoder == after.config.decoder and before.config.gaze == after.config.gaze
-    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    chex.assert_trees_all_equal(before.params, after.params, strict=True)
 
 
 def test_a_decoder_of_no_family_is_refused(tmp_path):

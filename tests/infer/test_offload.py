@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,5 +67,5 @@ def test_fetched_regions_give_the_resident_logits(select_per, dtype):
     here, expected = _logits(select_per, dtype, "xla", 2, fed)
     there, found = _logits(select_per, dtype, "offload", 2, fed)
     assert there == {"pinned_host"} and here == {"device"}
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected, strict=True)
     assert np.isfinite(found[0]).all() and (found[1] >= 0).any()

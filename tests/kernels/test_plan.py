@@ -1,5 +1,6 @@
 """The union of a kv head's selections, against Python sets."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,7 @@ def test_everything_is_the_union_of_full_lists():
     """Dense attention's plan equals listing all regions, in any order."""
     indices = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[::-1], (2, 8, 6))
     got, expected = plan.union(indices, 2, 4, 6), plan.everything(2, 2, 4, 6)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    chex.assert_trees_all_equal(got, expected, strict=True)
 
 
 def test_too_many_heads_are_refused():

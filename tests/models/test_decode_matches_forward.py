@@ -1,5 +1,6 @@
 """Invariant 2: decoding token by token with the cache equals the teacher-forced forward."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,7 +236,7 @@ def test_a_decoded_token_changes_only_its_own_slot():
     assert np.asarray(after.text_order)[:, 21].tolist() == [70, 71]
     for name in ("descriptors", "visual_order"):
         np.testing.assert_array_equal(getattr(after, name), getattr(cache, name))
-    jax.tree.map(np.testing.assert_array_equal, after.visual, cache.visual)
+    chex.assert_trees_all_equal(after.visual, cache.visual, strict=True)
 
 
 def test_cached_descriptors_are_means_of_the_cached_keys():

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +185,7 @@ def test_the_data_goes_on_where_it_was(run):
     with checkpoint.open_manager(run) as manager:
         checkpoint.restore(manager, experiment, make_mesh(experiment.mesh), iterator, fingerprint)
     for expected in fresh[6:]:
-        jax.tree.map(np.testing.assert_array_equal, next(iterator), expected)
+        chex.assert_trees_all_equal(next(iterator), expected, strict=True)
     iterator.close()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +123,7 @@ def test_another_mesh_restores_the_same_values(whole):
     iterator.close()
     kernel = found.state.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 8, 48)}
-    jax.tree.map(np.testing.assert_array_equal, found.state.params, one.params)
+    chex.assert_trees_all_equal(found.state.params, one.params, strict=True)
     assert one.step == 6
     assert one.tokenizer.decode(one.tokenizer.encode("Where is the only 7?")[0]) == "Where is the only 7?"
 

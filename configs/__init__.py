@@ -1,0 +1,1 @@
+"""Experiments, one file each; installed as the package gaze_jax.configs."""

@@ -5,10 +5,11 @@ Unless ``JAX_PLATFORMS`` says otherwise the tests use the CPU, whatever the mach
 """
 
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
+
+from tests.helpers import compiler
 
 # Before the first import of jax, which reads the environment once. A value that is set already stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,11 +21,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Tests compile much and run little: 6 s instead of 31 s for a training step, on one core.
-    quick = "--xla_backend_optimization_level=0"
-    # jaxlib 0.12 no longer has this one, and XLA ends a process that sets a flag it does not know.
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
-        quick += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+    quick = {"xla_backend_optimization_level": 0} | compiler.fusion_emitters(False)
+    flags = [f"--{name}={str(value).lower()}" for name, value in quick.items()]
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {' '.join(flags)}".strip()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already; a thread pool per worker and library on top only makes them wait.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()

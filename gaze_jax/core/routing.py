@@ -183,9 +183,7 @@ def log_masses(
     batch, heads, dim = q.shape
     kv_heads = visual_k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads_per_kv_head(heads, kv_heads), dim)
-    product = functools.partial(
-        jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
     visual = scale * product("BKGD,BKRPD->BKGRP", grouped, visual_k)
     text = scale * product("BKGD,BKSD->BKGS", grouped, text_k)
     visual = jnp.where(visual_seen[:, None, None], visual, -jnp.inf)

@@ -110,18 +110,18 @@ def count_copies(monkeypatch, shape):
     copied = []
     # The interpreter has no public way to watch copies, and jax 0.12 has another class for them than 0.10.
     if hasattr(gpu_callbacks, "DeviceLocalMemoryTransfer"):
-        watched, method = gpu_callbacks.DeviceLocalMemoryTransfer, "execute"
+        transfer, method = gpu_callbacks.DeviceLocalMemoryTransfer, "execute"
 
         def source(copy):
             at = copy.src_transforms[-1]
             return tuple(at.get_indexer_shape()), at.indices[0]
     else:
-        watched, method = gpu_callbacks.AsyncCopyGmemToSmemTask, "__call__"
+        transfer, method = gpu_callbacks.AsyncCopyGmemToSmemTask, "__call__"
 
         def source(copy):
             return copy.src_access.shape, copy.src_access.range[0]
 
-    original = getattr(watched, method)
+    original = getattr(transfer, method)
 
     def count(copy, argument):
         copied_shape, index = source(copy)
@@ -129,7 +129,7 @@ def count_copies(monkeypatch, shape):
             copied.append(int(index))
         return original(copy, argument)
 
-    monkeypatch.setattr(watched, method, count)
+    monkeypatch.setattr(transfer, method, count)
     return copied
 
 

@@ -8,6 +8,15 @@
 # Sets:
 #   root     the checkout, absolute
 #   python   the environment's interpreter, absolute
+#
+# gaze_python VERSION: chooses the interpreter for the next gaze_environment, such as 3.13.
+# gaze_python_of ARGUMENT ...: the same for the last --python=VERSION among the arguments, if there is one.
+# Sets:
+#   GAZE_PYTHON   pythonVERSION on PATH, or else the newest of that version that pyenv has
+#   GAZE_VENV     .venv-VERSION in the checkout, unless it is set already
+#   arguments     gaze_python_of: the other arguments
+#
+# gaze_constraints PYTHON: prints which file of tested versions is for that interpreter.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -26,6 +35,54 @@ find_python() {
   done
   echo "gaze_jax needs Python 3.11 or newer; found: $found. Install one, or name it in GAZE_PYTHON." >&2
   return 1
+}
+
+gaze_python() {
+  local version="$1" candidate
+  if [[ ! $version =~ ^3\.[0-9]+$ ]]; then
+    echo "--python=$version is no version of Python such as 3.11 or 3.13." >&2
+    return 1
+  fi
+  while read -r candidate; do
+    # A name on PATH need not run, see find_python.
+    if "$candidate" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null; then
+      GAZE_PYTHON="$candidate"
+      GAZE_VENV="${GAZE_VENV:-$root/.venv-$version}"
+      if [[ -e $GAZE_VENV/pyvenv.cfg && ! -e $GAZE_VENV/bin/python$version ]]; then
+        echo "GAZE_VENV=$GAZE_VENV has another Python than $version: remove it, or name an empty folder." >&2
+        return 1
+      fi
+      return
+    fi
+  done < <(
+    echo "python$version"
+    printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version"*/bin/python | sort --version-sort --reverse
+  )
+  echo "--python=$version: no python$version on PATH or among pyenv's versions; install one, or set GAZE_PYTHON instead." >&2
+  return 1
+}
+
+gaze_python_of() {
+  local argument version=""
+  arguments=()
+  for argument in "$@"; do
+    if [[ $argument == --python=* ]]; then
+      version="${argument#*=}"
+    else
+      arguments+=("$argument")
+    fi
+  done
+  [[ -z $version ]] || gaze_python "$version"
+}
+
+# For 3.11 and 3.12 the versions that were tested with Python 3.11 and jax 0.10, for 3.13 and newer those with
+# Python 3.13 and jax 0.12.
+gaze_constraints() {
+  if "$1" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
+    echo constraints-py313.txt
+  else
+    echo constraints.txt
+  fi
 }
 
 gaze_environment() {
@@ -48,12 +105,12 @@ gaze_environment() {
   fi
 
   # The checkout's place counts too: an editable install points to it.
-  digest="$(cd "$root" && { pwd && cat requirements.txt pyproject.toml constraints.txt; } | sha256sum | cut -d' ' -f1)"
+  digest="$(cd "$root" && { pwd && cat requirements.txt pyproject.toml constraints*.txt; } | sha256sum | cut -d' ' -f1)"
   stamp="$venv/.gaze-installed${extra:+-$extra}"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]]; then
     echo "Installing gaze_jax${extra:+[$extra]} into $venv (a few minutes the first time)" >&2
     "$python" -m pip install --quiet --disable-pip-version-check \
-      -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" || return 1
+      -c "$root/$(gaze_constraints "$python")" -e "$root${extra:+[$extra]}" || return 1
     # Whatever extra was asked for, the core is there now.
     echo "$digest" | tee "$stamp" >"$venv/.gaze-installed"
   fi

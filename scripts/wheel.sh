@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Builds the wheel, installs it into an empty environment, and uses it from another folder: what a user of pip gets.
-#   scripts/wheel.sh
+#   scripts/wheel.sh [--python=VERSION]
 # GAZE_PYTHON: see scripts/environment.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+gaze_python_of "$@"
 
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
@@ -15,7 +16,7 @@ base="$(find_python)"
 "$base" -m venv "$scratch/venv"
 bin="$scratch/venv/bin"
 "$bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$scratch" "$scratch/source"
-"$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$scratch"/gaze_jax-*.whl
+"$bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/$(gaze_constraints "$bin/python")" "$scratch"/gaze_jax-*.whl
 
 cd "$scratch/elsewhere"
 export JAX_PLATFORMS=cpu

@@ -9,6 +9,8 @@ import importlib.util
 import os
 import pathlib
 
+from tests.helpers import compiler
+
 # Before the first import of jax, which reads the environment once. A value that is set already stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -19,8 +21,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Tests compile much and run little: 6 s instead of 31 s for a training step, on one core.
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+    quick = {"xla_backend_optimization_level": 0} | compiler.fusion_emitters(False)
+    flags = [f"--{name}={str(value).lower()}" for name, value in quick.items()]
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {' '.join(flags)}".strip()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already; a thread pool per worker and library on top only makes them wait.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
@@ -44,6 +47,8 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 hypothesis.settings.register_profile("gaze", derandomize=True, max_examples=15, deadline=None)
 hypothesis.settings.load_profile("gaze")
+
+pytest_plugins = ["tests.helpers.skips"]
 
 
 @pytest.fixture(autouse=True, scope="module")

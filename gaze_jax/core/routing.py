@@ -10,6 +10,7 @@ Axis letters as in :mod:`gaze_jax.core.streams`; Hs is H for select_per "head" a
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -182,9 +183,9 @@ def log_masses(
     batch, heads, dim = q.shape
     kv_heads = visual_k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads_per_kv_head(heads, kv_heads), dim)
-    options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-    visual = scale * jnp.einsum("BKGD,BKRPD->BKGRP", grouped, visual_k, **options)
-    text = scale * jnp.einsum("BKGD,BKSD->BKGS", grouped, text_k, **options)
+    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    visual = scale * product("BKGD,BKRPD->BKGRP", grouped, visual_k)
+    text = scale * product("BKGD,BKSD->BKGS", grouped, text_k)
     visual = jnp.where(visual_seen[:, None, None], visual, -jnp.inf)
     text = jnp.where(text_seen[:, None, None], text, -jnp.inf)
     return jax.nn.logsumexp(visual, axis=-1), jax.nn.logsumexp(text, axis=-1)

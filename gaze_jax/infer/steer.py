@@ -96,7 +96,7 @@ def bias_of(targets: Sequence[LookAt], views: Sequence[PlacedView], layers: int,
     allowed = np.zeros((layers, regions), bool)
     for target in targets:
         chosen = np.arange(layers) if target.layers is None else np.asarray(target.layers, int)
-        if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= layers:
+        if len(chosen) == 0 or np.min(chosen) < 0 or np.max(chosen) >= layers:
             raise UserError(
                 f"look_at layers {target.layers} must be between 0 and {layers - 1}, the model's last."
             )

@@ -69,7 +69,7 @@ class Container:
             frames = _decoded(container, stream)
             position = 0  # index of the next frame from the decoder
             for target in map(int, wanted):
-                key = int(self.keys[np.searchsorted(self.keys, target, "right") - 1])
+                key = int(self.keys[int(np.searchsorted(self.keys, target, "right")) - 1])
                 if self.stamps is not None and key - position >= SKIP:
                     frames.close()
                     container.seek(int(self.stamps[key]), stream=stream)
@@ -234,8 +234,10 @@ def _opened(name: str, kind: str) -> Iterator[tuple[AvContainer, AvStream]]:
     av = _av()
     options = {"format_whitelist": kind, "protocol_whitelist": "file"}
     path = f"file:{os.path.abspath(name)}"
+    # A title need not be UTF-8. PyAV has to be told to read on; from 19 on it does, and has no such argument.
+    more = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        with av.open(path, container_options=options, metadata_errors="replace") as container:
+        with av.open(path, container_options=options, **more) as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition.value & _ATTACHED_PICTURE:
                 raise UserError(f"Video {name!r} has no video stream; give a file with moving pictures.")

@@ -106,7 +106,7 @@ class _Math:
 
         def products(acc: Ref) -> None:
             for a, b in pairs:
-                plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+                plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
 
         def fresh(acc: Ref) -> jax.Array:
             products(acc)
@@ -255,10 +255,17 @@ def _attend(
     return lax.fori_loop(0, stream.steps, step, carry)
 
 
+def _swizzled(columns: int) -> tuple[Any, Any]:
+    """Shared memory in tiles of 8 rows by 128 bytes, which are ``columns``."""
+    # With jax 0.12 mypy takes both classes for abstract, because their protocol has a method without a body.
+    tiles = plgpu.TilingTransform((8, columns))  # type: ignore[abstract, unused-ignore]
+    return tiles, plgpu.SwizzleTransform(128)  # type: ignore[abstract, unused-ignore]
+
+
 def _ring(shape: Shape, dtype: DTypeLike, parts: int, scaled: bool) -> dict[str, pl.MemoryRef]:
     """Shared memory for one stream."""
     stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
-    swizzled = (plgpu.TilingTransform((8, DIMS)), plgpu.SwizzleTransform(128))
+    swizzled = _swizzled(DIMS)
     ring = {
         "k": plgpu.SMEM((stages, rows, dim), dtype),
         "v": plgpu.SMEM((stages, rows, dim), dtype),
@@ -374,7 +381,7 @@ def _block(shape: Shape, interpret: bool, refs: dict[str, Ref], outs: Sequence[R
             plgpu.copy_smem_to_gmem(ref, out.at[b, h, split])
         plgpu.wait_smem_to_gmem(0)
 
-    swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    swizzled = _swizzled(32)
     pl.run_scoped(
         write,
         plgpu.SMEM((ROWS, shape.dim), jnp.float32, transforms=swizzled),
@@ -422,11 +429,7 @@ def launch(
         grid=partial,
         grid_names=("batch", "kv", "split"),
         scratch_types={
-            "q": plgpu.SMEM(
-                (shape.query_parts, ROWS, shape.dim),
-                jnp.bfloat16,
-                transforms=(plgpu.TilingTransform((8, DIMS)), plgpu.SwizzleTransform(128)),
-            ),
+            "q": plgpu.SMEM((shape.query_parts, ROWS, shape.dim), jnp.bfloat16, transforms=_swizzled(DIMS)),
             "arrived": plgpu.Barrier(num_arrivals=shape.query_parts),
             "visual_k": barriers(shape.tiles.pieces + 1 + 2 * scaled),
             "visual_v": barriers(shape.tiles.pieces),

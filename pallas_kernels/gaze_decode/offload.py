@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on
 
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
@@ -33,6 +33,13 @@ Array = jax.Array
 TEXT_MULTIPLE = 1
 LANES = 128
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+# The same function under the two names it has had: jax 0.10 has an older ``compute_on``, a context manager,
+# and calls this one ``compute_on2``. With ``out_memory_spaces=_HOST`` the TPU compiler copies results from
+# the device to the host and back. Where a scan is traced in parts, this one's results still count as the
+# host's, so each is put on the device once more, which compiles to nothing.
+_NAME = "compute_on2" if hasattr(compute_on, "compute_on2") else "compute_on"
+_on_host = getattr(compute_on, _NAME)(compute_type="device_host", out_memory_spaces=_DEVICE)
 
 
 @jax.tree_util.register_dataclass
@@ -139,21 +146,24 @@ def _fetch(visual: Packed, layer: Array, at: Array) -> tuple[Side, Side]:
         offset_dims=(4, 5, 6), collapsed_slice_dims=(0, 1, 2, 3), start_index_map=(0, 1, 2, 3)
     )
     sizes = (1, 1, 1, 1, *visual.rows.shape[4:])
-    with compute_on("device_host"):
-        rows = jax.lax.gather(visual.rows, where, dims, sizes, mode="promise_in_bounds")
-        both = _tokens(rows, visual)
-    return jax.device_put(both, _DEVICE)
+
+    @_on_host
+    def gather(stored: Array, where: Array) -> tuple[Side, Side]:
+        return _tokens(jax.lax.gather(stored, where, dims, sizes, mode="promise_in_bounds"), visual)
+
+    return jax.device_put(gather(visual.rows, where), _DEVICE)
 
 
 def _everything(visual: Packed, layer: Array) -> tuple[Side, Side]:
     """Copy all regions of a layer to the device: keys and values [B, K, R * P, D]."""
     if visual.rows.shape[3] == 0:  # host computations on empty arrays fail
         return _tokens(jnp.zeros(visual.rows.shape[1:], visual.rows.dtype), visual)
-    layer = jax.device_put(layer, _HOST)
-    with compute_on("device_host"):
-        rows = jax.lax.dynamic_index_in_dim(visual.rows, layer, keepdims=False)
-        both = _tokens(rows, visual)
-    return jax.device_put(both, _DEVICE)
+
+    @_on_host
+    def read(stored: Array, layer: Array) -> tuple[Side, Side]:
+        return _tokens(jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False), visual)
+
+    return jax.device_put(read(visual.rows, jax.device_put(layer, _HOST)), _DEVICE)
 
 
 def gaze_decode(

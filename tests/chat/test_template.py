@@ -6,7 +6,6 @@ import pathlib
 
 import numpy as np
 import pytest
-import transformers
 
 from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.data.tokenizer import END
@@ -24,6 +23,8 @@ from tests.helpers.chat import (
     tokenizer_json,
     variables_of,
 )
+
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("prompted", [False, True])

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import skimage.data
 from PIL import Image
 
 from gaze_jax.infer.steer import LookAt, bias_of
@@ -13,8 +12,10 @@ from tests.helpers import multimodal
 from tests.helpers.commands import finish, refusals, start
 from tests.helpers.videos import write_video
 
+skimage_data = pytest.importorskip("skimage.data")
+
 ASK = "--question=What is this?"
-PHOTO = skimage.data.astronaut()[:120, :200]
+PHOTO = skimage_data.astronaut()[:120, :200]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 from gaze_jax.convert import manifest, run, verify
@@ -27,6 +25,9 @@ from gaze_jax.families import conversion_of, siglip
 from gaze_jax.models import MLLM
 from gaze_jax.models.config import VisionConfig
 from tests.helpers import hf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.xdist_group("parity")
 

@@ -9,11 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import skimage.data
-import torch
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
 
 from gaze_jax.convert.load import load, one_device, place
 from gaze_jax.convert.run import plan_directory
@@ -29,9 +24,13 @@ from tests.helpers import hf
 from tests.helpers.engines import logits, make_engine, row
 from tests.helpers.views import cambrian_canvas, cambrian_grid, image_views, video_views
 
+skimage_data = pytest.importorskip("skimage.data")
+torch = pytest.importorskip("torch")
+onevision = pytest.importorskip("transformers.models.llava_onevision.image_processing_pil_llava_onevision")
+
 pytestmark = pytest.mark.xdist_group("parity")
 
-PHOTO = skimage.data.astronaut()
+PHOTO = skimage_data.astronaut()
 SQUARE, WIDE, TALL, LARGE = PHOTO[:48, :48], PHOTO[100:150, 50:190], PHOTO[30:190, 60:115], PHOTO[:300, :280]
 FRAMES = np.stack([PHOTO[20 * t : 20 * t + 60, 90:170] for t in range(5)])
 ASK, MORE = Text("Which digit is in row 1, column 2?\n"), Text("And in row 2?\n")
@@ -125,10 +124,10 @@ def splice(arrays, sample: Sample) -> list[int]:
     return ids.tolist()
 
 
-def pixels(size: int, canvases: list[list[int]]) -> LlavaOnevisionImageProcessorPil:
+def pixels(size: int, canvases: list[list[int]]) -> onevision.LlavaOnevisionImageProcessorPil:
     """transformers' processor with the settings of the published checkpoints."""
     half = [0.5, 0.5, 0.5]
-    return LlavaOnevisionImageProcessorPil(
+    return onevision.LlavaOnevisionImageProcessorPil(
         size={"height": size, "width": size}, image_grid_pinpoints=canvases, image_mean=half, image_std=half
     )
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from gaze_jax.convert import verify
 from gaze_jax.convert.load import load, one_device, place
@@ -24,6 +23,9 @@ from gaze_jax.models import MLLM
 from gaze_jax.models.vision import VisionTower
 from tests.helpers import hf
 from tests.helpers.engines import generated_row
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.xdist_group("parity")
 

@@ -4,11 +4,12 @@ import dataclasses
 import math
 
 import pytest
-import torch
-import transformers
 
 from gaze_jax.convert.source import expected_tensors, leaf_shapes
 from gaze_jax.families import CONVERSIONS, DECODERS, MODELS, TOWERS, written_as
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.xdist_group("parity")
 

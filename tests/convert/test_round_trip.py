@@ -8,8 +8,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 from gaze_jax.convert import run
@@ -19,6 +17,9 @@ from gaze_jax.convert.shards import INDEX
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import GazeConfig, MLLMConfig
 from tests.helpers import hf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.xdist_group("parity")
 

@@ -3,7 +3,6 @@
 import chex
 import pytest
 import tokenizers
-import transformers
 
 from gaze_jax.convert import run, verify
 from gaze_jax.convert.export import part_directories
@@ -11,6 +10,8 @@ from gaze_jax.convert.load import load, one_device
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from tests.helpers.experiments import save_untrained, tiny_experiment
+
+transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("parity")]
 

@@ -8,13 +8,7 @@ import tracemalloc
 import numpy as np
 import PIL.Image
 import pytest
-import skimage.data
 import sklearn.datasets
-from transformers.image_transforms import normalize, rescale
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.data import pixels as module
@@ -31,6 +25,11 @@ from tests.helpers.views import (
     video_views,
 )
 
+skimage_data = pytest.importorskip("skimage.data")
+transforms = pytest.importorskip("transformers.image_transforms")
+onevision = pytest.importorskip("transformers.models.llava_onevision.image_processing_pil_llava_onevision")
+siglip_pil = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
+
 # Cuts of the photographs, (height, width): square, odd, small, tiny, very wide, very tall, and beyond a tile.
 CUTS = [(300, 300), (299, 451), (37, 53), (5, 3), (23, 600), (500, 17), (384, 384), (427, 640), (999, 1000)]
 
@@ -39,7 +38,7 @@ CUTS = [(300, 300), (299, 451), (37, 53), (5, 3), (23, 600), (500, 17), (384, 38
 def photographs() -> list[np.ndarray]:
     """Photographs that come with scikit-image and scikit-learn; nothing is downloaded."""
     names = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina")
-    scikit_image = [getattr(skimage.data, name)() for name in names]
+    scikit_image = [getattr(skimage_data, name)() for name in names]
     return scikit_image + list(sklearn.datasets.load_sample_images().images)
 
 
@@ -60,7 +59,7 @@ def same_bits(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def siglip(images: list[PIL.Image.Image]) -> np.ndarray:
-    processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    processor = siglip_pil.SiglipImageProcessorPil(size={"height": 384, "width": 384})
     return np.stack(processor(images=images)["pixel_values"])
 
 
@@ -76,7 +75,9 @@ def square_on_grey(image: np.ndarray) -> PIL.Image.Image:
 def test_every_level_is_normalised_as_transformers_does():
     """All 256 levels, bit for bit, in the shape they came in."""
     levels = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    expected = normalize(rescale(levels[None], 1 / 255), 0.5, 0.5, input_data_format="channels_first")[0]
+    expected = transforms.normalize(
+        transforms.rescale(levels[None], 1 / 255), 0.5, 0.5, input_data_format="channels_first"
+    )[0]
     same_bits(normalise(levels), expected)
 
 
@@ -97,7 +98,7 @@ def test_onevision_pixels_are_those_of_transformers(cut):
     """Base and tiles of an image alone, padded squares of several, squashed frames."""
     at = layout(LLAVA_ONEVISION)
     images = cuts(2, *cut)
-    processor = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = onevision.LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     assert processor.image_grid_pinpoints == pinpoints(at)
     pictures = [PIL.Image.fromarray(image) for image in images]
     alone = processor(images=pictures[:1])["pixel_values"][0]

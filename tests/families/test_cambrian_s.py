@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from gaze_jax.chat import conversation
 from gaze_jax.chat.messages import Message
@@ -55,6 +54,7 @@ from tests.helpers.views import (
 
 
 def pooled(tokens: np.ndarray, side: int, tiles: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    torch = pytest.importorskip("torch")
     return cambrian_grid(torch.from_numpy(tokens), side, tiles, size, torch.from_numpy(NEWLINE)).numpy()
 
 

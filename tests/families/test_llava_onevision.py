@@ -5,12 +5,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
-from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.sample import Image, Video
@@ -38,12 +32,18 @@ from tests.helpers.views import (
     video_views,
 )
 
+torch = pytest.importorskip("torch")
+ONEVISION = "transformers.models.llava_onevision"
+images = pytest.importorskip(f"{ONEVISION}.image_processing_pil_llava_onevision")
+modeling = pytest.importorskip(f"{ONEVISION}.modeling_llava_onevision")
+processing = pytest.importorskip(f"{ONEVISION}.processing_llava_onevision")
+
 # Views
 
 
 def transformers_count(at: VisualLayout, height: int, width: int) -> int:
     """Placeholders that transformers' processor writes for an image that is alone."""
-    processor = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
+    processor = processing.LlavaOnevisionProcessor.__new__(processing.LlavaOnevisionProcessor)
     processor.image_processor = types.SimpleNamespace(image_grid_pinpoints=pinpoints(at))
     processor.num_image_tokens = at.tokens
     processor.vision_aspect_ratio = f"anyres_max_{at.views.max_tiles}"
@@ -83,7 +83,7 @@ def check_onevision(at: VisualLayout, size: tuple[int, int], alone: bool) -> int
     """Returns the images that the tower reads."""
     views = image_views(at, noise(*size), alone=alone)
     tokens = features(sum(len(view.images) for view in views.views), at.tokens)
-    (expected,), _ = LlavaOnevisionModel.pack_image_features(
+    (expected,), _ = modeling.LlavaOnevisionModel.pack_image_features(
         transformers_model(at),
         [torch.from_numpy(tokens)],
         torch.tensor([size]),
@@ -126,7 +126,7 @@ def test_onevision_frames_are_pooled_as_transformers_does(side, patch):
     at = layout(LLAVA_ONEVISION) if side == 384 else tiny_onevision(9, side, patch)
     views = video_views(at, [noise(30, 40), noise(30, 40)])
     tokens = features(2, at.tokens)
-    pooled = LlavaOnevisionModel.apply_pooling(transformers_model(at), torch.from_numpy(tokens))
+    pooled = modeling.LlavaOnevisionModel.apply_pooling(transformers_model(at), torch.from_numpy(tokens))
     expected = np.concatenate([pooled.numpy().reshape(-1, 3), NEWLINE[None]])
     np.testing.assert_allclose(sequence(views, tokens), expected, rtol=0, atol=1e-6)
     pooled_side = math.ceil((side // patch) / 2)
@@ -137,7 +137,7 @@ def test_onevision_frames_are_pooled_as_transformers_does(side, patch):
 def test_published_numbers_of_tokens():
     """What is known of it: 729 + 1 for one of several images, 196 a frame and one newline."""
     at = layout(LLAVA_ONEVISION)
-    assert pinpoints(at) == LlavaOnevisionImageProcessorPil.image_grid_pinpoints
+    assert pinpoints(at) == images.LlavaOnevisionImageProcessorPil.image_grid_pinpoints
     assert count(*image_shapes(at, 480, 640, alone=False)) == 730
     assert count([frame_shape(at, 480, 640)] * 32, FAMILY.views.video_end_newline) == 196 * 32 + 1
 

@@ -8,8 +8,8 @@ import functools
 import pathlib
 
 import numpy as np
+import pytest
 import tokenizers
-import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gaze_jax.chat.conversation import conversation_parts
@@ -65,6 +65,7 @@ TOKENIZER = Tokenizer(tokenizer_json())
 @functools.cache
 def hf(name):
     """transformers' tokenizer of the same JSON, with one of the templates."""
+    transformers = pytest.importorskip("transformers")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer_json()),
         chat_template=TEMPLATES[name],

@@ -2,13 +2,15 @@
 
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.video import FrameSampling, open_video
+
+# A module that imports this one is skipped where PyAV is missing.
+av = pytest.importorskip("av")
 
 EVERY = FrameSampling()
 
@@ -39,7 +41,9 @@ def numbers(frames):
     return [number(frame) for frame in frames]
 
 
-def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, container=None, **options):
+def write_video(
+    path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, container=None, title="", **options
+):
     """Encode uint8 [h, w, 3] frames, or the bars of this many; the suffix of the path says the container.
 
     Args:
@@ -50,6 +54,7 @@ def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, c
       stamps: for each frame, when it is shown, in views of 1 / fps; default: one after the other.
       gop: a keyframe at least every so many frames.
       container: options of the container.
+      title: in the file's metadata.
       options: options of the encoder.
     """
     frames = [bars(i) for i in range(frames)] if isinstance(frames, int) else frames
@@ -59,6 +64,8 @@ def write_video(path, frames, fps=10, *, codec="libx264", stamps=None, gop=12, c
         first.save(path, save_all=True, append_images=rest, duration=delay, lossless=True, optimize=False)
         return path
     with av.open(str(path), "w", container_options=container or {}) as file:
+        if title:
+            file.metadata["title"] = title
         stream = file.add_stream(codec, rate=fps, options={"g": str(gop), **options})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"

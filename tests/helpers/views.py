@@ -1,9 +1,10 @@
 """Layouts of every style of views, real and tiny, and what the tests of views share."""
 
 import math
+from typing import Any
 
 import numpy as np
-import torch
+import pytest
 
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data import views as data_views
@@ -81,9 +82,7 @@ def cambrian_canvas(size: tuple[int, int], tile: int, limit: int) -> tuple[int, 
     return best
 
 
-def cambrian_grid(
-    tokens: torch.Tensor, side: int, tiles: tuple[int, int], size: tuple[int, int], newline: torch.Tensor
-) -> torch.Tensor:
+def cambrian_grid(tokens: Any, side: int, tiles: tuple[int, int], size: tuple[int, int], newline: Any) -> Any:
     """Cambrian-S in torch: pool each tile, join, cut the padding's rows or columns off, newline per row.
 
     Args:
@@ -97,6 +96,7 @@ def cambrian_grid(
       [N, M], the sequence of the view.
     """
     grid, width_of = math.isqrt(tokens.shape[1]), tokens.shape[2]
+    torch = pytest.importorskip("torch")
     stack = tokens.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
     if side != grid:
         stack = torch.nn.functional.interpolate(stack, size=(side, side), mode="bilinear")

@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
-import skimage.data
-import skimage.io
 
 from gaze_jax.chat.conversation import conversation_parts
 from gaze_jax.chat.messages import Message
@@ -25,9 +24,11 @@ from tests.helpers import multimodal
 from tests.helpers.chat import tokenizer_json
 from tests.helpers.engines import at_once, generated_row, logits
 
+skimage_data = pytest.importorskip("skimage.data")
+
 pytestmark = pytest.mark.xdist_group("parity")
 
-PHOTO = skimage.data.astronaut()[:60, :90]
+PHOTO = skimage_data.astronaut()[:60, :90]
 FRAMES = np.stack([PHOTO[t : t + 40, :50] for t in range(4)])
 TWO, DENSE = GazeOptions(top_k=2), GazeOptions(dense=True)
 QUESTION, FURTHER = "What is this?", "And what is the colour?"
@@ -276,7 +277,7 @@ def test_a_question_without_pictures_leaves_their_cache_as_it_is():
 
 def test_files_can_be_asked_about_in_turns(tmp_path):
     """Paths work as in generate; a file that is no image is refused, and the chat can go on."""
-    skimage.io.imsave(tmp_path / "photo.png", PHOTO)
+    PIL.Image.fromarray(PHOTO).save(tmp_path / "photo.png")
     session = sampler("cambrian_s").chat(gaze=TWO)
     with pytest.raises(UserError, match=r"absent\.png"):
         session.ask(QUESTION, images=[str(tmp_path / "absent.png")])

@@ -10,7 +10,7 @@ import pytest
 
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.models import DUMMY, MLLM, DecodePosition
-from tests.helpers import models
+from tests.helpers import compiler, models
 from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 
 STEPS = 3
@@ -55,7 +55,7 @@ def _logits(select_per, dtype, implementation, top_k, fed):
         return cache.visual, found
 
     # As users compile it: the tests' quick code rounds by what it happens to join into one loop.
-    run = jax.jit(run, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    run = jax.jit(run, compiler_options=compiler.fusion_emitters(True))
     visual, found = run(variables, models.images(2, 1), _prompts(), jnp.asarray(fed, jnp.int32))
     return {a.sharding.memory_kind for a in jax.tree.leaves(visual)}, jax.device_get(found)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage.data
 from PIL import Image
 
 from gaze_jax.core.streams import Kind
@@ -26,10 +25,12 @@ from gaze_jax.train.pipeline import make_processor
 from tests.helpers import multimodal
 from tests.helpers.experiments import save_untrained, tiny_experiment
 
+skimage_data = pytest.importorskip("skimage.data")
+
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("prompt")]
 
 QUESTION = "What is this?"
-PHOTO = skimage.data.astronaut()[:60, :90]
+PHOTO = skimage_data.astronaut()[:60, :90]
 TOKENS = 4
 DENSE = GazeOptions(dense=True)
 RUN, NO_TEMPLATE = "a run of train.py", "no template"

@@ -7,7 +7,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import skimage.data
 from PIL import Image
 
 import gaze_jax
@@ -18,9 +17,11 @@ from gaze_jax.infer.requests import Request, answer_all, read_requests, record
 from gaze_jax.infer.sampler import Sampler
 from tests.helpers import multimodal
 
+skimage_data = pytest.importorskip("skimage.data")
+
 pytestmark = pytest.mark.xdist_group("parity")
 
-PHOTO = skimage.data.astronaut()[:60, :90]
+PHOTO = skimage_data.astronaut()[:60, :90]
 
 
 @pytest.fixture(scope="module")

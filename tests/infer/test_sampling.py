@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from gaze_jax.errors import UserError
 from gaze_jax.infer.sampling import SamplingParams, check_sampling, likeliest, next_token
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 LOGITS = np.log(np.float32([0.5, 0.25, 0.15, 0.06, 0.04]))
 

@@ -4,7 +4,6 @@ import gc
 import itertools
 import pickle
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +24,8 @@ from tests.helpers.videos import (
     write_kinds,
     write_video,
 )
+
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +340,15 @@ def test_a_video_at_a_slant_is_refused(tmp_path):
         refuse(
             turn(write_video(tmp_path / "video.mp4", 3), matrix), "is not rotated by a multiple of 90 degrees"
         )
+
+
+def test_a_title_that_is_not_utf8_is_no_obstacle(tmp_path):
+    """Old cameras write their own alphabets, and only the frames are wanted."""
+    file = write_video(tmp_path / "video.mkv", 3, title="*title*")
+    data = file.read_bytes()
+    assert b"*title*" in data
+    file.write_bytes(data.replace(b"*title*", b"\xff\xfetitle"))
+    assert numbers(open_video(file, FrameSampling())) == [0, 1, 2]
 
 
 def test_frames_without_time_stamps_are_counted(folder, monkeypatch):

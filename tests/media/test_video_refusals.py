@@ -2,7 +2,6 @@
 
 import sys
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +24,8 @@ from tests.helpers.videos import (
     write_sound,
     write_video,
 )
+
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")

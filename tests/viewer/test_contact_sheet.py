@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
@@ -209,6 +208,7 @@ def test_wrong_input_is_refused_in_one_sentence(change, message):
 
 
 def test_a_font_file_draws_what_the_built_in_font_lacks(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     args = {**VALID, "tokens": ["é", "\\xe9"]}
 

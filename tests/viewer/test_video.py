@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 
-import av
 import numpy as np
 import pytest
 
@@ -12,6 +11,8 @@ from gaze_jax.viewer.answer_sheet import most_looked_at
 from gaze_jax.viewer.contact_sheet import SELECTED, _veiled
 from gaze_jax.viewer.video import FPS, WIDTH, _arranged, clip_pages, write_clip
 from tests.helpers.traces import make_media, make_trace
+
+av = pytest.importorskip("av")
 
 
 def decoded(path):

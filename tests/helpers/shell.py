@@ -239,6 +239,8 @@ def _script(script: str, arguments: list[str], complete: bool) -> str | None:
     if script in FORWARDS:
         if script == "scripts/digits.sh" and arguments and not arguments[0].startswith("-"):
             arguments = arguments[1:]  # the workdir
+        if FORWARDS[script] == "pytest":  # scripts/environment.sh takes this one
+            arguments = [word for word in arguments if not re.fullmatch(r"--python=3\.\d+", word)]
         return complaint_of([*shlex.split(FORWARDS[script]), *arguments], complete=complete)
     return f"{script} has no {arguments[0]}" if arguments else None
 

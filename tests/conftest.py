@@ -71,7 +71,7 @@ def _promotion(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Keeps together what shares programs, and skips what needs more than is here, saying what would run it."""
+    """Keeps together what shares programs, and skips what cannot run here, saying what would run it."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             # One worker for a class, or for the functions of a file: the other would compile the same again.

@@ -50,6 +50,9 @@ hypothesis.settings.load_profile("gaze")
 
 pytest_plugins = ["tests.helpers.skips"]
 
+SHARING = ("tests/models/",)
+"""Folders in which files share compiled programs: those of tests/helpers/models.py."""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs():
@@ -74,8 +77,10 @@ def pytest_collection_modifyitems(items):
     """Keeps together what shares programs, and skips what cannot run here, saying what would run it."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            # One worker for a class, or for the functions of a file: the other would compile the same again.
+            # One worker for a class, for the functions of a file, or for a folder whose files share programs:
+            # the other would compile the same again.
             scope = item.nodeid.rpartition("::")[0]
+            scope = next((folder for folder in SHARING if scope.startswith(folder)), scope)
             item.add_marker(pytest.mark.xdist_group(scope))
     skips = {}
     if jax.config.jax_platforms.split(",")[0] not in ("cuda", "gpu"):

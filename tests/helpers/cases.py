@@ -102,7 +102,7 @@ def prefill(
         queries=queries,
         places=masks.key_places(streams),
         selected=jnp.asarray(rng.random((size, length, shared, regions)) < 0.5),
-        spec=GazeSpec(scale=dim**-0.5, select_per=select_per, query_block=query_block),
+        spec=GazeSpec(scale=0.8 * dim**-0.5, select_per=select_per, query_block=query_block),
     )
 
 
@@ -163,5 +163,5 @@ def decode(
         indices=indices,
         visual_seen=jnp.asarray(seen),
         text_seen=jnp.asarray(rng.random((size, text)) < 0.6),
-        spec=GazeSpec(scale=dim**-0.5, select_per=select_per),
+        spec=GazeSpec(scale=0.8 * dim**-0.5, select_per=select_per),
     )

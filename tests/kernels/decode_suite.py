@@ -57,6 +57,11 @@ def _unread(case):
     return ~(listed[..., None] & np.asarray(case.visual_seen)[:, None])
 
 
+def long(*values):
+    """Parameters of a case that is left to ``-m long``: a neighbour takes the same paths."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 class DecodeSuite:
     """Subclass, name the implementation, and switch off what it cannot do."""
 
@@ -78,7 +83,7 @@ class DecodeSuite:
     # Values
 
     @pytest.mark.parametrize("select_per", ["head", "kv_head"])
-    @pytest.mark.parametrize("seed", [0, 1, 2])
+    @pytest.mark.parametrize("seed", [0, long(1), long(2)])
     def test_values(self, select_per, seed):
         """Partial regions, -1 inside the list, half of the text stream."""
         case = cases.decode(select_per=select_per, seed=seed)
@@ -99,8 +104,20 @@ class DecodeSuite:
             _close(outs[-1], self.expected(at), self.tolerance)
         assert np.abs(outs[0] - outs[1]).max() > 0.01 and np.abs(outs[1] - outs[2]).max() > 0.01
 
-    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
-    @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
+    @pytest.mark.parametrize(
+        ("group", "select_per"),
+        [
+            (1, "head"),
+            (4, "kv_head"),
+            (5, "head"),
+            (7, "kv_head"),
+            (8, "head"),
+            *(
+                long(*pair)
+                for pair in [(1, "kv_head"), (4, "head"), (5, "kv_head"), (7, "head"), (8, "kv_head")]
+            ),
+        ],
+    )
     def test_edge_12_group_sizes(self, group, select_per):
         """G = 1, 4, 5, 7, 8: query head h reads kv head h // G, and K = 3 is no power of two either."""
         case = cases.decode(kv_heads=3, group=group, select_per=select_per, dim=4)
@@ -331,3 +348,62 @@ class DecodeSuite:
         got = self.run(jax.tree.map(mixed, case, other))
         np.testing.assert_array_equal(got[0], self.run(case)[0])
         np.testing.assert_array_equal(got[1], self.run(dataclasses.replace(other, layer=case.layer))[1])
+
+
+class InterpretedDecodeSuite(DecodeSuite):
+    """The suite for kernels that are interpreted, which takes seconds per case.
+
+    Pairs of values stand for the products, which ``-m long`` runs.
+    """
+
+    @pytest.mark.parametrize(
+        ("group", "select_per"),
+        [
+            (1, "head"),
+            (5, "kv_head"),
+            (8, "head"),
+            *(long(group, per) for group in (4, 7) for per in ("head", "kv_head")),
+            *(long(*pair) for pair in [(1, "kv_head"), (5, "head"), (8, "kv_head")]),
+        ],
+    )
+    def test_edge_12_group_sizes(self, group, select_per):
+        super().test_edge_12_group_sizes(group, select_per)
+
+    @pytest.mark.parametrize("capacity", [1, long(3), long(7), 9])
+    def test_edge_13_odd_capacities(self, capacity):
+        super().test_edge_13_odd_capacities(capacity)
+
+    @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
+    def test_bf16(self, select_per):
+        super().test_bf16(select_per)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_edge_02_listing_every_region_equals_dense(
+        self, select_per
+    ):  # both are compared with the reference
+        super().test_edge_02_listing_every_region_equals_dense(select_per)
+
+    @pytest.mark.long
+    def test_every_layer_is_reached_by_its_index(self):  # every case is of the second layer of three
+        super().test_every_layer_is_reached_by_its_index()
+
+    @pytest.mark.long
+    def test_edge_01_the_order_of_the_list_does_not_matter(self):  # the lists of test_values are in no order
+        super().test_edge_01_the_order_of_the_list_does_not_matter()
+
+    @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
+    def test_edge_07_minus_one_and_duplicates(self, select_per):
+        super().test_edge_07_minus_one_and_duplicates(select_per)
+
+    @pytest.mark.parametrize(("regions", "capacity"), [(0, 2), (1, None), long(0, None), long(1, 2)])
+    def test_edge_03_no_region_or_one(self, regions, capacity):
+        super().test_edge_03_no_region_or_one(regions, capacity)
+
+    @pytest.mark.long
+    def test_edge_16_the_scale_changes_the_output(self):  # no case has the scale that follows from D
+        super().test_edge_16_the_scale_changes_the_output()
+
+    @pytest.mark.long
+    def test_edge_17_twice_is_bitwise_equal(self):  # test_rows_are_independent compares bits of two runs
+        super().test_edge_17_twice_is_bitwise_equal()

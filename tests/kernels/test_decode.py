@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api
 from tests.helpers import cases, oracle
-from tests.kernels.decode_suite import DecodeSuite, call
+from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite, call, long
 
 
 class TestReference(DecodeSuite):
@@ -31,7 +31,7 @@ class TestXla(DecodeSuite):
     shards_heads = jax.default_backend() != "cpu"  # a CPU's loop is not split
 
 
-class TestTpu(DecodeSuite):
+class TestTpu(InterpretedDecodeSuite):
     """The TPU kernel, interpreted with race detection, NaN scratch and bounds checks (or on a TPU)."""
 
     implementation = "tpu"
@@ -153,8 +153,17 @@ def test_xla_holds_only_selected_regions(select_per):
     assert compiled.memory_analysis().temp_size_in_bytes < layer_keys / 10
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("select_per", "capacity"), [("head", 3), ("kv_head", 3), ("kv_head", None)])
+@pytest.mark.parametrize(
+    ("select_per", "capacity", "kind"),
+    [
+        ("head", 3, "float32"),
+        ("head", 3, "int8"),
+        ("kv_head", 3, "bfloat16"),
+        ("kv_head", None, "int8"),
+        *(long("head", 3, "bfloat16"), long("kv_head", 3, "float32"), long("kv_head", 3, "int8")),
+        *(long("kv_head", None, "float32"), long("kv_head", None, "bfloat16")),
+    ],
+)
 def test_offloaded_has_the_bits_of_resident(select_per, capacity, kind):
     """3 of 20 regions per list, or all, in every layer; the cache is in host memory, the result is not."""
     dtype = jnp.bfloat16 if kind == "bfloat16" else jnp.float32

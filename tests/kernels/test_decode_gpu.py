@@ -18,7 +18,7 @@ from pallas_kernels import GazeSpec, gaze_decode
 from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_decode import api, gpu
 from tests.helpers import cases
-from tests.kernels.decode_suite import DecodeSuite, _close, _program
+from tests.kernels.decode_suite import InterpretedDecodeSuite, _close, _program, long
 
 
 @pytest.fixture
@@ -31,14 +31,15 @@ def no_races():
 
 
 @pytest.mark.usefixtures("no_races")
-class TestCopiesAndIndicesInterpreted(DecodeSuite):
+class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
     """The shared suite, with race detection, NaN in fresh shared memory and bounds checks."""
 
     implementation = "gpu"
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
 
-    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
-    @pytest.mark.parametrize("slots", [5, 36])
+    @pytest.mark.parametrize(
+        ("slots", "select_per"), [(5, "head"), (36, "kv_head"), long(5, "kv_head"), long(36, "head")]
+    )
     def test_int8(self, slots, select_per):
         """int8 regions beside a float32 text stream: the reference's values of the same rounding."""
         case = cases.decode(slots=slots, select_per=select_per)
@@ -57,16 +58,17 @@ class TestCopiesAndIndicesInterpreted(DecodeSuite):
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
-    # The interpreter takes ten seconds for each; `-m gpu` and `-m long` run both.
-    @pytest.mark.parametrize("select_per", [pytest.param("head", marks=pytest.mark.long), "kv_head"])
-    def test_edge_02_listing_every_region_equals_dense(self, select_per):
-        super().test_edge_02_listing_every_region_equals_dense(select_per)
+    @pytest.mark.parametrize(
+        "sizes", [{"slots": 1}, {"dim": 20, "size": 3}, long({"text": 1}), long({"slots": 36, "layers": 1})]
+    )
+    def test_odd_sizes(self, sizes):
+        super().test_odd_sizes(sizes)
 
-    @pytest.mark.parametrize("select_per", ["head", pytest.param("kv_head", marks=pytest.mark.long)])
-    def test_edge_07_minus_one_and_duplicates(self, select_per):
-        super().test_edge_07_minus_one_and_duplicates(select_per)
+    @pytest.mark.long
+    def test_vmap(self):  # test_lowers_for_cuda_under_vmap has the batched kernel
+        super().test_vmap()
 
-    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    @pytest.mark.parametrize("select_per", [long("head"), "kv_head"])
     def test_a_ring_slot_is_filled_again(self, select_per):
         """More chunks for a block than there are stages; and float32 is float32, not a sum of two parts."""
         case = cases.decode(regions=24, capacity=15, select_per=select_per)
@@ -133,10 +135,10 @@ def count_copies(monkeypatch, shape):
     return copied
 
 
-@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+@pytest.mark.parametrize("select_per", ["head", long("kv_head")])
 def test_every_region_of_the_union_is_copied_once(select_per, monkeypatch):
     """G = 4 query heads: K and V of a region cross the bus once for all that want it, and no other does."""
-    case = cases.decode(group=4, select_per=select_per)
+    case = cases.decode(size=1, group=4, select_per=select_per)
     copied = count_copies(monkeypatch, (5, 64))
     # A program of its own: another test's would have been traced without the count.
     spec = cases.runnable(case.spec)
@@ -144,7 +146,7 @@ def test_every_region_of_the_union_is_copied_once(select_per, monkeypatch):
     arrays = (case.text_k, case.text_v, case.layer, case.indices, case.visual_seen, case.text_seen)
     jax.block_until_ready(gaze_decode(case.q, packed, *arrays, spec=spec, implementation="gpu"))
 
-    batch, kv_heads, regions = 2, 2, 7
+    batch, kv_heads, regions = 1, 2, 7
     picks = np.asarray(case.indices).reshape(batch, kv_heads, -1)
     expected = [
         ((int(case.layer) * batch + b) * kv_heads + h) * regions + r
@@ -185,32 +187,37 @@ def _lower(*, group, slots, dim, dtype, select_per, int8=False, text=300, batch=
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-# Every value of every axis beside every dtype; the kernel itself sees G only as 8 rows.
+# Every size beside both dtypes and both kinds of visual cache; the kernel itself sees G only as 8 rows.
 LOWERED = [
-    {
-        "group": group,
-        "slots": slots,
-        "dim": dim,
-        "dtype": dtype,
-        "select_per": select_per,
-        "int8": int8,
-        "text": text,
-    }
+    pytest.param(
+        {
+            "group": group,
+            "slots": slots,
+            "dim": dim,
+            "dtype": dtype,
+            "select_per": select_per,
+            "int8": int8,
+            "text": text,
+        },
+        id=f"{group}-{slots}-{dim}-{dtype.__name__}-{select_per}-{int8}-{text}",
+        # By turns: of each size, bfloat16 without int8 and float32 with it, or the other two.
+        marks=[] if (dtype == jnp.float32) ^ int8 ^ number % 2 == 0 else [pytest.mark.long],
+    )
+    for number, (group, slots, dim, select_per, text) in enumerate(
+        [
+            (4, 36, 128, "kv_head", 300),
+            (7, 36, 64, "head", 1),
+            (1, 5, 128, "head", 0),
+            (8, 40, 128, "head", 128),
+            (5, 1, 64, "kv_head", 1000),
+        ]
+    )
     for dtype in (jnp.bfloat16, jnp.float32)
     for int8 in (False, True)
-    for group, slots, dim, select_per, text in (
-        (4, 36, 128, "kv_head", 300),
-        (7, 36, 64, "head", 1),
-        (1, 5, 128, "head", 0),
-        (8, 40, 128, "head", 128),
-        (5, 1, 64, "kv_head", 1000),
-    )
 ]
 
 
-@pytest.mark.parametrize(
-    "sizes", LOWERED, ids=lambda s: "-".join(getattr(v, "__name__", str(v)) for v in s.values())
-)
+@pytest.mark.parametrize("sizes", LOWERED)
 def test_lowers_for_cuda(sizes):
     """Layouts, copies, tensor core shapes and shared memory are legal on sm_90."""
     assert "mosaic_gpu" in _lower(**sizes)

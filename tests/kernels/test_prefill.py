@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_prefill import cpu, tpu, tpu_common
 from tests.helpers import cases, oracle
 from tests.helpers.streams import PlacedView, Text, sample
+from tests.kernels.decode_suite import long
 from tests.kernels.prefill_suite import PrefillSuite, _rows
 
 
@@ -124,11 +125,48 @@ class TestTpu(PrefillSuite):
     def test_edge_13_query_blocks_with_remainders(self, query_block):
         super().test_edge_13_query_blocks_with_remainders(query_block)
 
+    # The interpreter takes seconds for each case: -m long runs those whose paths a neighbour takes.
     @pytest.mark.parametrize(
-        ("group", "select_per"), [(1, "head"), (4, "kv_head"), (5, "head"), (7, "kv_head"), (8, "head")]
+        ("group", "select_per"),
+        [(1, "head"), (7, "kv_head"), long(4, "kv_head"), long(5, "head"), long(8, "head")],
     )
     def test_edge_12_group_sizes(self, group, select_per):
         super().test_edge_12_group_sizes(group, select_per)
+
+    @pytest.mark.parametrize(
+        ("scope", "select_per"),
+        [("all", "head"), ("view", "kv_head"), long("all", "kv_head"), long("view", "head")],
+    )
+    def test_forward(self, select_per, scope):
+        super().test_forward(select_per, scope)
+
+    @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
+    def test_bf16(self, select_per):
+        super().test_bf16(select_per)
+
+    @pytest.mark.parametrize("dim", [long(1), 20])
+    def test_odd_head_dims(self, dim):
+        super().test_odd_head_dims(dim)
+
+    @pytest.mark.long
+    def test_gradients_equal_finite_differences(self):  # the reference does, and test_gradients equals it
+        super().test_gradients_equal_finite_differences()
+
+    @pytest.mark.long
+    def test_query_blocks_ignore_unseen_nan_and_equal_dense(self):  # edge 05, and edge 13 in blocks of 7
+        super().test_query_blocks_ignore_unseen_nan_and_equal_dense()
+
+    @pytest.mark.long
+    def test_edge_02_selecting_every_region_equals_dense(self):  # both are compared with the reference
+        super().test_edge_02_selecting_every_region_equals_dense()
+
+    @pytest.mark.long
+    def test_edge_16_the_scale_changes_the_output(self):  # no case has the scale that follows from D
+        super().test_edge_16_the_scale_changes_the_output()
+
+    @pytest.mark.long
+    def test_edge_17_twice_is_bitwise_equal(self):  # edges 05, 08 and 09 compare bits of two runs
+        super().test_edge_17_twice_is_bitwise_equal()
 
     def test_gathered_and_direct_blocks_agree(self, monkeypatch):
         """Nothing gathered, and every block that somebody chooses: equal values and gradients to rounding."""

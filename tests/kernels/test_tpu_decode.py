@@ -93,9 +93,19 @@ def _dense_bytes(case, tile):
     return int(kv_heads * tiles * tile * (2 * dim * case.text_k.dtype.itemsize + 4))
 
 
-@pytest.mark.parametrize("visual_dtype", [None, "int8"])
-@pytest.mark.parametrize("select_per", ["head", "kv_head"])
-@pytest.mark.parametrize("capacity", [13, 16])
+@pytest.mark.parametrize(
+    ("capacity", "select_per", "visual_dtype"),
+    [
+        (13, "head", None),
+        (13, "kv_head", "int8"),
+        (16, "kv_head", None),
+        *(
+            decode_suite.long(*rest)
+            for rest in [(13, "head", "int8"), (13, "kv_head", None), (16, "head", None)]
+        ),
+        *(decode_suite.long(16, per, "int8") for per in ("head", "kv_head")),
+    ],
+)
 def test_bytes_moved_are_near_the_floor(select_per, capacity, visual_dtype, copies):
     """Copies of regions, side tables and dense tiles stay within 1.15 of the bytes that must be read.
 

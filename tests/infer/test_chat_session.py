@@ -102,7 +102,10 @@ def test_the_system_prompt_is_the_users_if_there_is_one(monkeypatch):
     assert got.startswith("<|im_start|>system\nYou are a cat.<|im_end|>\n")
 
 
-@pytest.mark.parametrize("family", multimodal.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.long if f == "llava_next" else ()) for f in multimodal.FAMILIES],
+)
 def test_answers_stream_and_name_regions(family, monkeypatch):
     """The texts of the steps are the answer; each step selects two regions in every layer and head."""
     tokenizer, ends = sampler(family).tokenizer, sampler(family).end_ids
@@ -189,6 +192,7 @@ def test_a_further_question_equals_a_conversation_read_at_once(family, answer, g
     np.testing.assert_allclose(logits(session._engine)[0], expected, atol=1e-4)
 
 
+@pytest.mark.long  # test_engine.py has a cache that grows between turns
 def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
     """The cache grows as needed and keeps what was read before."""
     monkeypatch.setattr(chat_session, "free_slots_for", lambda tokens: tokens)
@@ -202,7 +206,7 @@ def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
     assert [a.text for a in narrow.stream(3)] == [b.text for b in wide.stream(3)]
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "cambrian_s"])
+@pytest.mark.parametrize("family", ["llava_onevision", pytest.param("cambrian_s", marks=pytest.mark.long)])
 def test_a_running_video_equals_the_whole_one(family):
     """Frames as they come, in pieces, with a question in between: the logits of the conversation at once."""
     one = sampler(family)

@@ -39,7 +39,11 @@ def test_buckets_are_few_and_near():
 
 
 @pytest.mark.parametrize(
-    ("top_k", "gaze"), [(2, GazeOptions(top_k=2, full_layers=(1,))), (None, GazeOptions(dense=True))]
+    ("top_k", "gaze"),
+    [
+        (2, GazeOptions(top_k=2, full_layers=(1,))),
+        pytest.param(None, GazeOptions(dense=True), marks=pytest.mark.long),
+    ],
 )
 def test_what_is_returned_changes_no_token_and_no_count(top_k, gaze):
     """A selection is the trace without attention, also in a layer that reads everything."""

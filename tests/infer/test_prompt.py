@@ -128,7 +128,14 @@ def record(monkeypatch):
     return rows, tokens
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+# test_the_prompt_as_text has the prompt of every checkpoint.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("llava_next", "cambrian_s") else ())
+        for name in CHECKPOINTS
+    ],
+)
 def test_every_command_gives_the_engine_the_same_arrays(name, record, tmp_path):
     """And gets the same greedy answer."""
     picture, question = asked(name)

@@ -87,7 +87,7 @@ def test_boxes_are_read_from_text():
     assert LookAt.parse("1,2,3,4,7", bias=2.0).frame == 7
 
 
-@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+@pytest.mark.parametrize("select_per", [pytest.param("head", marks=pytest.mark.long), "kv_head"])
 def test_the_model_selects_in_the_box(select_per):
     """Restricted: nowhere else, even if that is less than the budget, in the steered layer only."""
     config = dataclasses.replace(MODEL, gaze=dataclasses.replace(MODEL.gaze, select_per=select_per))

@@ -379,9 +379,7 @@ class InterpretedDecodeSuite(DecodeSuite):
 
     @pytest.mark.long
     @pytest.mark.parametrize("select_per", ["head", "kv_head"])
-    def test_edge_02_listing_every_region_equals_dense(
-        self, select_per
-    ):  # both are compared with the reference
+    def test_edge_02_listing_every_region_equals_dense(self, select_per):  # both equal the reference
         super().test_edge_02_listing_every_region_equals_dense(select_per)
 
     @pytest.mark.long

@@ -157,7 +157,7 @@ class TestTpu(PrefillSuite):
         super().test_query_blocks_ignore_unseen_nan_and_equal_dense()
 
     @pytest.mark.long
-    def test_edge_02_selecting_every_region_equals_dense(self):  # both are compared with the reference
+    def test_edge_02_selecting_every_region_equals_dense(self):  # both equal the reference
         super().test_edge_02_selecting_every_region_equals_dense()
 
     @pytest.mark.long

@@ -73,13 +73,13 @@ def _selected_tokens(selected, row, b):
     ("select_per", "strategy", "top_k", "descriptor"),
     [
         ("head", "descriptor", 3, "mean"),
-        ("kv_head", "descriptor", 3, "mean"),
-        ("head", "descriptor", 3, "minmax"),
         ("kv_head", "descriptor", 3, "minmax"),
         ("head", "random", 3, "mean"),
-        ("head", "oracle", 3, "mean"),
         ("kv_head", "oracle", 3, "mean"),
         ("head", "descriptor", None, "mean"),
+        pytest.param("kv_head", "descriptor", 3, "mean", marks=pytest.mark.long),
+        pytest.param("head", "descriptor", 3, "minmax", marks=pytest.mark.long),
+        pytest.param("head", "oracle", 3, "mean", marks=pytest.mark.long),
     ],
 )
 def test_cached_decode_equals_teacher_forcing(select_per, strategy, top_k, descriptor):
@@ -109,7 +109,7 @@ def _as_mask(indices, regions):
     return (np.asarray(indices)[..., None] == np.arange(regions)).any(-2)
 
 
-@pytest.mark.parametrize("top_k", [3, None])
+@pytest.mark.parametrize("top_k", [3, pytest.param(None, marks=pytest.mark.long)])
 def test_a_token_between_images_does_not_see_the_later_one(top_k):
     """A token with a later image in the cache, decoded again in its own slot: the logits of its place."""
     config = models.changed(DUMMY, gaze={"select_per": "head"})

@@ -115,7 +115,11 @@ def test_packing_padding_composition_and_storage(name):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"regions": 33, "slots": 6, "text": 47}, {"regions": 18, "slots": 4, "text": 23}]
+    "sizes",
+    [
+        {"regions": 33, "slots": 6, "text": 47},
+        pytest.param({"regions": 18, "slots": 4, "text": 23}, marks=pytest.mark.long),
+    ],
 )
 def test_bucket_size(sizes):
     """A larger or exact bucket, slots per region included, gives the same logits and choices."""

@@ -20,7 +20,7 @@ from tests.helpers.streams import batch
 BF16 = models.changed(DUMMY, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+@pytest.mark.parametrize("select_per", ["head", pytest.param("kv_head", marks=pytest.mark.long)])
 def test_bf16_runs_near_float32(select_per):
     """bfloat16 activations over float32 parameters: float32 logits, near, and most selections the same."""
     images, streams = models.toy()

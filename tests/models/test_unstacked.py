@@ -27,7 +27,11 @@ def _split(variables):
 
 @pytest.mark.parametrize(
     "name, top_k",
-    [("tied, as in Qwen3", None), ("tied, as in Qwen3", 3), ("untied with biases, as in Qwen2.5", 3)],
+    [
+        pytest.param("tied, as in Qwen3", None, marks=pytest.mark.long),
+        ("tied, as in Qwen3", 3),
+        ("untied with biases, as in Qwen2.5", 3),
+    ],
 )
 def test_prefill_and_decode_are_those_of_stacked_parameters(name, top_k):
     """Logits of a prompt and of two decoded tokens, the cache and every selection."""

@@ -23,7 +23,8 @@ _PANELS = ((0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4))
 LINES = {
     "transformers": ("transformers", "#8a5a00"),
     "dense": ("dense", "#4a5560"),
-    "kv_head": ("Gaze", "#00796b"),
+    "head": ("Gaze, per head", "#3b8fb8"),
+    "kv_head": ("Gaze, per kv head", "#00796b"),
 }
 """Key of the JSON -> label and colour."""
 
@@ -52,7 +53,7 @@ def footnote(report: dict[str, Any]) -> str:
     device = report["device"].replace("(R)", "").replace(" Processor", "")
     return (
         f"{report['model']}'s size, random weights, {report['dtype']}, batch 1; medians and quartiles\n"
-        f"Gaze: {', '.join(kept)} of the regions, selected per kv head\n"
+        f"Gaze: {', '.join(kept)} of the regions, one selection per query head or per kv head\n"
         f"{report['date']}, {device}"
     )
 
@@ -87,7 +88,7 @@ def draw(report: dict[str, Any], sheet: Image.Image, path: Path) -> None:
         if number == 0:
             axes.set_title("Every token selects the regions it reads", **heading)
 
-    axes = figure.add_axes((0.585, 0.31, 0.245, 0.59))
+    axes = figure.add_axes((0.585, 0.31, 0.225, 0.59))
     axes.set_title("Milliseconds per generated token, on a CPU", **heading, x=-0.16)
     _plot(axes, series(report))
     figure.text(0.012, 0.02, "Digits: E. Alpaydin and C. Kaynak, UCI, CC BY 4.0", fontsize=6, color="#666666")
@@ -112,7 +113,7 @@ def _plot(axes: Any, lines: dict[str, list[Point]]) -> None:
             textcoords="offset points",
             color=colour,
             fontweight="bold",
-            fontsize=8.5,
+            fontsize=7.5,
             va="center",
         )
     counts = [point[0] for point in next(iter(lines.values()))]

@@ -22,7 +22,7 @@ def report():
 
 def test_times_are_those_of_decoding_a_batch_of_one(report):
     found = first_screen.series(report)
-    assert found.keys() == {"transformers", "dense", "kv_head"}
+    assert found.keys() == {"transformers", "dense", "head", "kv_head"}
     for name, points in found.items():
         assert [tokens for tokens, *_ in points] == [576, 4608, 18432]
         for tokens, median, quartiles in points:

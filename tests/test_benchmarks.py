@@ -231,6 +231,7 @@ def answered(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.long  # compiles three models for one row each
 def test_generate_writes_a_row_per_part_and_case(answered):
     """Every variant in every row, what the caches hold, and what it was measured with."""
     rows = answered["rows"]
@@ -248,6 +249,7 @@ def test_generate_writes_a_row_per_part_and_case(answered):
     assert answered["versions"].keys() >= {"jax", "torch", "transformers"}
 
 
+@pytest.mark.long
 def test_generate_figures_agree_with_each_other(answered):
     """Tokens per second and the distance from the byte model follow from the times, the bytes from sizes."""
     parameters = 320 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 64 + 2 * 32 + 3 * 64 * 96 + 2 * 64)

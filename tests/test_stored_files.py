@@ -378,7 +378,7 @@ def test_a_run_goes_on_and_ends_as_before(runs, name):
         assert meta["data"] == upgrade("run", CONTENT["run"], 1)["data"]
 
 
-@pytest.mark.parametrize("name", ["run", "run_unfinished"])
+@pytest.mark.parametrize("name", [pytest.param("run", marks=pytest.mark.long), "run_unfinished"])
 def test_a_run_is_evaluated_as_before(runs, name):
     near(EXPECTED["run"]["eval.json"], evaluate(runs / name))
 

@@ -47,7 +47,8 @@ def content(workdir):
     return step, leaves, [file.read_bytes() for file in files]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long  # test_loop.py stops runs by SIGTERM; this one takes a minute for each kill
+@pytest.mark.parametrize("kills", [1, 3])
 def test_a_run_that_was_killed_ends_in_the_same_bits(kills, start, tmp_path):
     # Rows and checkpoints fall on different steps, so that a kill leaves rows behind its checkpoint.
     flags = [CONFIG, ONE_DEVICE, "--config.steps=60", "--config.checkpoint_every=6", "--config.log_every=4"]
@@ -91,6 +92,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long  # scripts/wheel.sh asks a run, test_generate_command.py checkpoints
 def test_generate_answers_and_draws(start, run, tmp_path):
     image = np.random.default_rng(0).integers(256, size=(20, 20, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
@@ -116,7 +118,7 @@ def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(run, tmp_path):
         "--config.steps=many": [*train, "--config.steps=many"],
         "--config=nowhere.py cannot be loaded": ["train.py", "--config=nowhere.py", *train[2:]],
         "--config=absent.py cannot be loaded": ["train.py", "--config=absent.py", train[-1]],
-        "Give --config, a file such as": ["train.py", train[-1]],
+        "Give --config, a file or the name of a shipped config": ["train.py", train[-1]],
         "Give --workdir, the folder": train[:2],
         "is of another config: seed was 3 and is 4": [
             *["train.py", CONFIG, ONE_DEVICE, f"--workdir={run}", "--config.seed=4"]

@@ -226,7 +226,10 @@ def test_cambrian_s(model, name):
     close(found, arrays, theirs)
 
 
-@pytest.mark.parametrize(("model", "name"), [("llava_onevision", "wide"), ("cambrian", "video")])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("llava_onevision", "wide"), pytest.param("cambrian", "video", marks=pytest.mark.long)],
+)
 def test_several_turns_with_the_cache_equal_one_pass(model, name):
     """An answer and a second question after it, read with the cache: the logits of the whole in one pass."""
     found, sample = loaded(model), scene(name)
@@ -244,9 +247,9 @@ def test_several_turns_with_the_cache_equal_one_pass(model, name):
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
-        ("llava_onevision", {}),
+        pytest.param("llava_onevision", {}, marks=pytest.mark.long),
         ("llava_onevision", {"video_region": (3, 2, 2)}),
-        ("cambrian", {"newlines": "region"}),
+        pytest.param("cambrian", {"newlines": "region"}, marks=pytest.mark.long),
         ("cambrian", {"newlines": "region", "video_region": (3, 2, 2)}),
     ],
     ids=str,

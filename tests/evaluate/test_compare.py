@@ -249,6 +249,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(monkeypatch, tmp_path)
         plot({"rows": []}, tmp_path / "plot.png")
 
 
+@pytest.mark.long  # tests/infer/test_prompt.py has the prompts, and the other tests here the comparison
 def test_a_published_layout_is_compared_with_its_own_template(tmp_path):
     """Tiles and newlines: images of two sizes, and all regions equal dense attention."""
     model = Sampler.load(multimodal.write("cambrian_s", tmp_path))

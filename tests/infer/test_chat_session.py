@@ -104,7 +104,7 @@ def test_the_system_prompt_is_the_users_if_there_is_one(monkeypatch):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=pytest.mark.long if f == "llava_next" else ()) for f in multimodal.FAMILIES],
+    [pytest.param(f, marks=() if f == "llava_onevision" else pytest.mark.long) for f in multimodal.FAMILIES],
 )
 def test_answers_stream_and_name_regions(family, monkeypatch):
     """The texts of the steps are the answer; each step selects two regions in every layer and head."""

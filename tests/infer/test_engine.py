@@ -84,7 +84,7 @@ def test_a_trace_adds_up():
     np.testing.assert_array_equal(everything["attention"], everything["dense"])
 
 
-@pytest.mark.parametrize("top_k", [2, None])
+@pytest.mark.parametrize("top_k", [2, pytest.param(None, marks=pytest.mark.long)])
 def test_turns_with_the_cache_equal_one_pass(top_k):
     """Answer, then prefill text and another image: the logits of the whole sequence in one pass."""
     engine = make_engine(row(0, ASK), budgets=top_k, free_slots=4)
@@ -97,6 +97,7 @@ def test_turns_with_the_cache_equal_one_pass(top_k):
     assert engine.regions == 8 and engine.capacity == 8
 
 
+@pytest.mark.long  # test_chat_session.py has a running video
 def test_frames_appended_piece_by_piece_equal_all_at_once():
     """Cuts of a running video leave no trace in the logits."""
     config = dataclasses.replace(MODEL, gaze=dataclasses.replace(MODEL.gaze, select_per="kv_head"))

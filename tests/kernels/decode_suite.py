@@ -176,8 +176,15 @@ class DecodeSuite:
         np.testing.assert_array_equal(k, case.k)
         np.testing.assert_array_equal(v, case.v)
 
-    @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-    @pytest.mark.parametrize(("dim", "slots"), [(7, 5), (70, 67)])
+    @pytest.mark.parametrize(
+        ("dim", "slots", "kind"),
+        [
+            (7, 5, "float32"),
+            (70, 67, "bfloat16"),
+            (7, 5, "int8"),
+            *(long(7, 5, "bfloat16"), long(70, 67, "float32"), long(70, 67, "int8")),
+        ],
+    )
     def test_appended_equals_packed_at_once(self, dim, slots, kind):
         """Reserve, widen, append at traced places: every array of the cache as if all had been there.
 
@@ -359,17 +366,16 @@ class InterpretedDecodeSuite(DecodeSuite):
     @pytest.mark.parametrize(
         ("group", "select_per"),
         [
-            (1, "head"),
             (5, "kv_head"),
             (8, "head"),
-            *(long(group, per) for group in (4, 7) for per in ("head", "kv_head")),
-            *(long(*pair) for pair in [(1, "kv_head"), (5, "head"), (8, "kv_head")]),
+            *(long(group, per) for group in (1, 4, 7) for per in ("head", "kv_head")),
+            *(long(5, "head"), long(8, "kv_head")),
         ],
     )
     def test_edge_12_group_sizes(self, group, select_per):
         super().test_edge_12_group_sizes(group, select_per)
 
-    @pytest.mark.parametrize("capacity", [1, long(3), long(7), 9])
+    @pytest.mark.parametrize("capacity", [long(1), long(3), long(7), 9])
     def test_edge_13_odd_capacities(self, capacity):
         super().test_edge_13_odd_capacities(capacity)
 

@@ -159,9 +159,8 @@ def test_xla_holds_only_selected_regions(select_per):
         ("head", 3, "float32"),
         ("head", 3, "int8"),
         ("kv_head", 3, "bfloat16"),
-        ("kv_head", None, "int8"),
         *(long("head", 3, "bfloat16"), long("kv_head", 3, "float32"), long("kv_head", 3, "int8")),
-        *(long("kv_head", None, "float32"), long("kv_head", None, "bfloat16")),
+        *(long("kv_head", None, kind) for kind in ("float32", "bfloat16", "int8")),
     ],
 )
 def test_offloaded_has_the_bits_of_resident(select_per, capacity, kind):

@@ -39,8 +39,17 @@ def _decode(case, implementation="tpu"):
     )
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "xla"])
-@pytest.mark.parametrize(("select_per", "listed"), [("head", True), ("kv_head", True), ("head", False)])
+@pytest.mark.parametrize(
+    ("select_per", "listed", "implementation"),
+    [
+        ("head", True, "tpu"),
+        ("kv_head", True, "xla"),
+        ("head", False, "xla"),
+        pytest.param("head", True, "xla", marks=pytest.mark.long),
+        pytest.param("kv_head", True, "tpu", marks=pytest.mark.long),
+        pytest.param("head", False, "tpu", marks=pytest.mark.long),
+    ],
+)
 def test_edge_15_decode_on_a_mesh_equals_one_device(select_per, listed, implementation, mesh):
     """Rows over "data", heads over "tensor": the values of one device, sharded over both."""
     case = cases.decode(select_per=select_per, capacity=4 if listed else None)

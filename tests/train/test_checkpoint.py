@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -121,10 +122,15 @@ def test_a_cut_off_file_is_one_sentence_with_the_path(run, tmp_path):
         resume(tmp_path, tiny_experiment())
 
 
+@functools.cache
+def _fresh():
+    experiment = tiny_experiment()
+    return init_state(experiment, make_mesh(experiment.mesh))
+
+
 def _rewrite(to, change):
     """A checkpoint of the same config with other arrays."""
-    experiment = tiny_experiment()
-    state = init_state(experiment, make_mesh(experiment.mesh))
+    experiment, state = tiny_experiment(), _fresh()
     iterator, fingerprint = make_iterator(experiment)
     with checkpoint.open_manager(to, 2) as manager:
         state = dataclasses.replace(state, step=jnp.asarray(6, jnp.int32), params=change(state.params))

@@ -75,7 +75,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("stops", [(3,), (2, 1)], ids=str)
+@pytest.mark.parametrize("stops", [pytest.param((3,), marks=pytest.mark.long), (2, 1)], ids=str)
 def test_a_run_stopped_by_sigterm_ends_in_the_same_bits(whole, stops, tmp_path, monkeypatch, capsys):
     # Stops at steps 3, and 2 and 3: in the middle of a row of metrics.jsonl and at the end of one.
     experiment = tiny_experiment()
@@ -98,6 +98,7 @@ def test_a_finished_run_is_left_alone(whole, capsys):
     assert content(whole) == before
 
 
+@pytest.mark.long  # tests/data/test_pipeline.py compares the batches
 def test_workers_of_the_pipeline_change_nothing(whole, tmp_path):
     assert loop.train(tiny_experiment(num_workers=1), tmp_path)
     assert content(tmp_path)[1] == content(whole)[1]

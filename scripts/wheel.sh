@@ -36,4 +36,4 @@ say "$bin/gaze-jax" generate --checkpoint=run --image=run/scene.png --question="
   --max_tokens=2 --out=answer.gaze
 say "$bin/gaze-jax" view answer.gaze --out=page
 say "$bin/gaze-jax" convert --from=run --to=back --format=hf
-test -s page/answer.html -a -s back/config.json
+test -s page/answer.html -a -s back/gaze.json

@@ -6,6 +6,7 @@ the conversion table.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -314,6 +315,9 @@ class Theirs:
             None, config=config, state_dict=found, attn_implementation="sdpa", dtype=torch.float32
         ).eval()
         self.decoder, self._new = decoder, transformers.DynamicCache
+        # From 5.24 on transformers calls the argument "cache".
+        parameters = inspect.signature(self.model.forward).parameters
+        self._keyword = "cache" if "cache" in parameters else "past_key_values"
 
     def prefill(self, visual: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, Any]:
         """See :func:`prefill`."""
@@ -322,8 +326,9 @@ class Theirs:
         with torch.inference_mode():
             text = self.model.get_input_embeddings()(torch.from_numpy(tokens).long())
             x = torch.cat([torch.from_numpy(visual), text], dim=1)
-            out = self.model(inputs_embeds=x, past_key_values=self._new(), use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1].numpy(), out.past_key_values
+            cache = self._new()  # filled in place
+            out = self.model(inputs_embeds=x, use_cache=True, logits_to_keep=1, **{self._keyword: cache})
+            return out.logits[:, -1].numpy(), cache
 
     def follow(self, tokens: np.ndarray, steps: int, cache: Any) -> tuple[np.ndarray, np.ndarray]:
         """See :func:`follow`; the given tokens are read at once, and the cache is restored."""
@@ -333,7 +338,7 @@ class Theirs:
         with torch.inference_mode():
             ids = torch.from_numpy(tokens).long()
             for _ in range(steps - tokens.shape[1] + 1):
-                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self._keyword: cache})
                 ids = out.logits[:, -1:].argmax(-1)
         cache.crop(before - cache.get_seq_length())
         return ids[:, 0].numpy(), out.logits[:, -1].numpy()

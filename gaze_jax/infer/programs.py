@@ -171,6 +171,7 @@ def decode_loop(
     """
     spec = dataclasses.replace(spec, return_trace=returns == "trace")
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for the shapes and for the loop
     def step(
         updated: dict[str, Array], state: DecodeState
     ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:

@@ -15,7 +15,12 @@ from gaze_jax.core.types import AnyArray, Array
 
 Names = tuple[str | None, ...]
 
-PER_LAYER_SCAN: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+PER_LAYER_SCAN: dict[str, Any] = {
+    "variable_axes": {"params": 0},
+    "split_rngs": {"params": True},
+    # True traces every block a second time, to look for outputs that are the same in all layers.
+    "check_constancy_invariants": False,
+}
 """Arguments of ``nn.scan`` over blocks whose parameters are stacked on a leading axis."""
 
 

@@ -69,6 +69,7 @@ def gaze_decode(
     return jax.lax.switch(layer, branches, *rest)
 
 
+@functools.partial(jax.jit, static_argnames="scale")  # traced for one layer, whatever their number
 def _resident(both: tuple[Side, Side], *arguments: *Arguments, scale: float) -> Array:
     """Attention in one layer; its visual keys and values are [B, K, R, P, D]."""
 

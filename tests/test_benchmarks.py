@@ -38,6 +38,7 @@ def prefilled(tmp_path_factory):
     return _run(prefill, tmp_path_factory.mktemp("prefill"))
 
 
+@pytest.mark.long  # test_decode_without_a_list_has_no_routing
 def test_decode_writes_a_row_per_shape_and_select_per(decoded):
     """Shapes x select_per of the one implementation, over eight layers, with what they were measured on."""
     rows = decoded["rows"]
@@ -54,6 +55,7 @@ def test_decode_writes_a_row_per_shape_and_select_per(decoded):
     assert decoded["command"].startswith("python -m benchmarks.decode --quick")
 
 
+@pytest.mark.long  # test_decode_without_a_list_has_no_routing, test_dense_forms_compute_the_same_attention
 def test_decode_figures_agree_with_each_other(decoded):
     """The union lies between top_k and G * top_k, the floor follows from it, the ratio from the floor."""
     for row in decoded["rows"]:
@@ -121,7 +123,7 @@ def test_dense_forms_compute_the_same_attention():
         np.testing.assert_allclose(out, outs["kv_head op"], atol=1e-5, err_msg=label)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.long)])
 def test_decode_programs_of_the_gpu_kernel_lower_for_cuda(dtype):
     """What benchmarks/gpu.sh measures compiles as far as a machine without a GPU can tell."""
     problem = decode.Problem(timing.Shape(71, 2, 2), timing.HEADS["qwen3-4b"], 1, dtype, 2)
@@ -133,6 +135,7 @@ def test_decode_programs_of_the_gpu_kernel_lower_for_cuda(dtype):
             assert "mosaic_gpu" in text, label
 
 
+@pytest.mark.long  # a tool for the developers of the GPU kernel
 def test_tiles_are_tried_and_the_best_is_kept(tmp_path, monkeypatch):
     """A dry run: every candidate in one file, the best with its measurement in the table of tiles."""
     tiles, log = tmp_path / "tiles.json", tmp_path / "log.json"

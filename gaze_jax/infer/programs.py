@@ -138,6 +138,7 @@ def grow_cache(config: MLLMConfig, cache: Cache, *, free_slots: int, regions: in
 UPDATED = ("text_k", "text_v", "text_order")
 """Fields of the cache that a decode step updates. The others stay out of the loop, which would copy them."""
 
+_After = tuple[dict[str, Array], DecodeState, dict[str, Array]]
 _Carry = tuple[dict[str, Array], DecodeState, dict[str, Array], Array]
 
 
@@ -156,7 +157,7 @@ def decode_loop(
     *,
     spec: SelectionSpec,
     returns: Returns,
-) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
+) -> _After:
     """Run up to ``steps`` decode steps, fewer if every row is done.
 
     Args:
@@ -172,9 +173,7 @@ def decode_loop(
     spec = dataclasses.replace(spec, return_trace=returns == "trace")
 
     @functools.partial(jax.jit, inline=True)  # traced once, for the shapes and for the loop
-    def step(
-        updated: dict[str, Array], state: DecodeState
-    ) -> tuple[dict[str, Array], DecodeState, dict[str, Array]]:
+    def step(updated: dict[str, Array], state: DecodeState) -> _After:
         cache = dataclasses.replace(fixed, **updated)
         # Order -1 marks a slot as empty, so what a finished row writes is never attended to.
         order = jnp.where(state.done, EMPTY, state.order)

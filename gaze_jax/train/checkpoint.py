@@ -51,6 +51,7 @@ def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> oc
     return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
 
 
+@jax.jit  # traced once for all leaves of a shape: the optimizer's state repeats those of the parameters
 def _digest(leaf: Array) -> Array:
     """uint32 sum of the leaf's bits, each mixed with its index: the same on every mesh."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]

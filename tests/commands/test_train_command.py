@@ -71,6 +71,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(kills, start, tmp_path):
     assert content(killed) == content(whole), f"killed after steps {moments}"
 
 
+@pytest.mark.long  # tests/train/test_loop.py has the signal and the bits
 def test_sigterm_saves_and_ends_well(start, tmp_path):
     process = start("train.py", CONFIG, ONE_DEVICE, "--config.steps=100000", f"--workdir={tmp_path}")
     while last_row(tmp_path) < 4:

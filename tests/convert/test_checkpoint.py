@@ -59,7 +59,7 @@ def victim(written, tmp_path_factory):
     return shutil.copytree(written, tmp_path_factory.mktemp("victim") / "gaze")
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_refused_with_the_name_of_the_leaf(victim, position, bit):
     files, ends = weight_files(victim)

@@ -226,6 +226,7 @@ def test_cambrian_s(model, name):
     close(found, arrays, theirs)
 
 
+@pytest.mark.long  # tests/infer/test_engine.py, test_chat_session.py
 @pytest.mark.parametrize(
     ("model", "name"),
     [("llava_onevision", "wide"), pytest.param("cambrian", "video", marks=pytest.mark.long)],
@@ -250,7 +251,7 @@ def test_several_turns_with_the_cache_equal_one_pass(model, name):
         pytest.param("llava_onevision", {}, marks=pytest.mark.long),
         ("llava_onevision", {"video_region": (3, 2, 2)}),
         pytest.param("cambrian", {"newlines": "region"}, marks=pytest.mark.long),
-        ("cambrian", {"newlines": "region", "video_region": (3, 2, 2)}),
+        pytest.param("cambrian", {"newlines": "region", "video_region": (3, 2, 2)}, marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -27,6 +27,7 @@ def runs(tmp_path_factory):
     return found
 
 
+@pytest.mark.long  # tests/test_stored_files.py evaluates a run
 def test_the_report_has_every_way_of_attending_and_every_family(runs, capsys):
     report = evaluation.run(runs["gaze"])
     assert json.loads((runs["gaze"] / "eval.json").read_text()) == report

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 from jax.sharding import Mesh
 
@@ -17,7 +18,7 @@ from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.config import Experiment, complete, parse
 from gaze_jax.train.pipeline import make_iterator
-from gaze_jax.train.step import compile_step, init_state, put_batch
+from gaze_jax.train.step import TrainState, abstract_state, compile_step, put_batch
 
 
 def tiny(**overrides: Any) -> ml_collections.ConfigDict:
@@ -86,9 +87,25 @@ def reused_programs() -> Iterator[None]:
         yield
 
 
+def _random_state(experiment: Experiment) -> TrainState:
+    """A state of step 0 with random parameters, without the seconds of compiling their initialisers."""
+    rng = np.random.default_rng(experiment.seed)
+
+    def values(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        new = np.zeros(leaf.shape)
+        if names.startswith("params"):
+            norm = names.endswith(("scale", "norm/weight"))
+            new = np.ones(leaf.shape) if norm else rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5
+        return jax.device_put(new.astype(leaf.dtype), leaf.sharding)
+
+    abstract = abstract_state(experiment, make_mesh(experiment.mesh))
+    return jax.tree_util.tree_map_with_path(values, abstract)
+
+
 def save_untrained(experiment: Experiment, workdir: Path) -> None:
     """A checkpoint of step 0: what reads checkpoints needs no training."""
     iterator, fingerprint = make_iterator(experiment)
     with contextlib.closing(iterator), checkpoint.open_manager(workdir, 1) as manager:
-        state = init_state(experiment, make_mesh(experiment.mesh))
+        state = _random_state(experiment)
         checkpoint.save(manager, state, iterator, experiment, fingerprint, build_tokenizer(), [])

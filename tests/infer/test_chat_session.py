@@ -158,8 +158,8 @@ def generating(monkeypatch, family, text):
     ("family", "answer", "gaze", "shown"),
     [
         ("llava_onevision", "A cat.<|im_end|>", DENSE, ()),
-        ("cambrian_s", "A cat.<|im_end|>", TWO, (FRAMES,)),
-        ("cambrian_s", "A cat", DENSE, ()),
+        pytest.param("cambrian_s", "A cat.<|im_end|>", TWO, (FRAMES,), marks=pytest.mark.long),
+        pytest.param("cambrian_s", "A cat", DENSE, (), marks=pytest.mark.long),
     ],
 )
 def test_a_further_question_equals_a_conversation_read_at_once(family, answer, gaze, shown, monkeypatch):

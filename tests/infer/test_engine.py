@@ -112,6 +112,7 @@ def test_frames_appended_piece_by_piece_equal_all_at_once():
     np.testing.assert_allclose(logits(engine)[0], at_once(config, params, chunked, 2), atol=1e-4)
 
 
+@pytest.mark.long  # test_requests.py compares a batch with single questions
 def test_rows_do_not_know_each_other():
     """Unequal prompts and budgets in one batch give the answers that each gives alone."""
     rows = [row(0, ASK), row(1, MORE, 2, "Where is the only 7?\n"), row(3, MORE)]
@@ -170,6 +171,7 @@ def test_nothing_compiles_twice():
     assert compiles() > before, "the counter counts"
 
 
+@pytest.mark.long  # test_nothing_compiles_twice, test_buckets_are_few_and_near
 def test_a_long_conversation_compiles_seldom():
     """The cache grows by half at least, so of many equal turns few make it grow."""
     engine = make_engine(row(0, ASK), free_slots=128)
@@ -201,6 +203,7 @@ def test_a_mesh_changes_where_rows_are_and_not_what_they_say():
     np.testing.assert_allclose(got, logits(alone), atol=1e-4)
 
 
+@pytest.mark.long  # tests/models/test_options.py and the kernels' suites have int8
 def test_an_int8_cache_is_near_and_not_equal():
     """Half the bytes and less; the logits move by less than a hundredth of their spread."""
     small = dataclasses.replace(MODEL, gaze=dataclasses.replace(MODEL.gaze, visual_dtype="int8"))

@@ -99,9 +99,9 @@ def decode(way, ends=()):
     return {name: np.concatenate([step[name] for step in found]) for name in found[0]}
 
 
-# With an oracle, test_decode_matches_forward.py compares each selection.
+# With descriptors and with an oracle, test_decode_matches_forward.py compares each selection.
 @pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=pytest.mark.long if w == "oracle" else ()) for w in WAYS]
+    "way", [pytest.param(w, marks=pytest.mark.long if w in ("oracle", "gaze") else ()) for w in WAYS]
 )
 def test_greedy_answers_and_selections_are_those_of_the_plain_loop(way):
     """Under every strategy, random routing by the samples' own names."""

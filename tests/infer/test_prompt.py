@@ -132,7 +132,7 @@ def record(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name in ("llava_next", "cambrian_s") else ())
+        pytest.param(name, marks=pytest.mark.long if name in ("llava_next", "cambrian_s", RUN) else ())
         for name in CHECKPOINTS
     ],
 )

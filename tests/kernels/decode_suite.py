@@ -367,9 +367,8 @@ class InterpretedDecodeSuite(DecodeSuite):
         ("group", "select_per"),
         [
             (5, "kv_head"),
-            (8, "head"),
-            *(long(group, per) for group in (1, 4, 7) for per in ("head", "kv_head")),
-            *(long(5, "head"), long(8, "kv_head")),
+            *(long(group, per) for group in (1, 4, 7, 8) for per in ("head", "kv_head")),
+            long(5, "head"),
         ],
     )
     def test_edge_12_group_sizes(self, group, select_per):
@@ -378,6 +377,20 @@ class InterpretedDecodeSuite(DecodeSuite):
     @pytest.mark.parametrize("capacity", [long(1), long(3), long(7), 9])
     def test_edge_13_odd_capacities(self, capacity):
         super().test_edge_13_odd_capacities(capacity)
+
+    @pytest.mark.parametrize(
+        "sizes", [{"dim": 20, "size": 3}, *map(long, ({"slots": 1}, {"text": 1}, {"slots": 36, "layers": 1}))]
+    )
+    def test_odd_sizes(self, sizes):
+        super().test_odd_sizes(sizes)
+
+    @pytest.mark.parametrize("select_per", ["kv_head", long("head")])
+    def test_int8(self, select_per):
+        super().test_int8(select_per)
+
+    @pytest.mark.long
+    def test_vmap(self):  # the kernels on a mesh, and what lowers for cuda, are batched too
+        super().test_vmap()
 
     @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
     def test_bf16(self, select_per):

@@ -38,7 +38,8 @@ class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
 
     @pytest.mark.parametrize(
-        ("slots", "select_per"), [(5, "head"), (36, "kv_head"), long(5, "kv_head"), long(36, "head")]
+        ("slots", "select_per"),
+        [(36, "kv_head"), *(long(*rest) for rest in ((5, "head"), (5, "kv_head"), (36, "head")))],
     )
     def test_int8(self, slots, select_per):
         """int8 regions beside a float32 text stream: the reference's values of the same rounding."""
@@ -58,15 +59,13 @@ class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
-    @pytest.mark.parametrize(
-        "sizes", [{"slots": 1}, {"dim": 20, "size": 3}, long({"text": 1}), long({"slots": 36, "layers": 1})]
-    )
-    def test_odd_sizes(self, sizes):
-        super().test_odd_sizes(sizes)
+    @pytest.mark.parametrize("select_per", [long("head"), long("kv_head")])
+    def test_edge_07_minus_one_and_duplicates(self, select_per):  # the clamped slot of edge 07 has both
+        super().test_edge_07_minus_one_and_duplicates(select_per)
 
-    @pytest.mark.long
-    def test_vmap(self):  # test_lowers_for_cuda_under_vmap has the batched kernel
-        super().test_vmap()
+    @pytest.mark.parametrize("capacity", map(long, (1, 3, 7, 9)))
+    def test_edge_13_odd_capacities(self, capacity):  # of the TPU kernel by default, which shares the plan
+        super().test_edge_13_odd_capacities(capacity)
 
     @pytest.mark.parametrize("select_per", [long("head"), "kv_head"])
     def test_a_ring_slot_is_filled_again(self, select_per):
@@ -74,7 +73,7 @@ class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
         case = cases.decode(regions=24, capacity=15, select_per=select_per)
         _close(self.run(case), self.expected(case), 1e-6)
 
-    @pytest.mark.parametrize("sizes", [{"slots": 70, "regions": 3}, {"text": 150}, {"dim": 64}])
+    @pytest.mark.parametrize("sizes", [{"slots": 70, "regions": 3}, {"text": 150}, long({"dim": 64})])
     def test_sizes_that_the_layout_cuts(self, sizes):
         """Regions in two pieces, a text stream whose last chunk moves back, D that is stored as it is."""
         case = cases.decode(**sizes)

@@ -121,9 +121,22 @@ class TestTpu(PrefillSuite):
         pltpu.reset_tpu_interpret_mode_state()
         assert not any(detector.races_found for detector in detectors)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("query_block", [7])  # 1 and 49 make the same tiles
-    def test_edge_13_query_blocks_with_remainders(self, query_block):
+    def test_edge_13_query_blocks_with_remainders(self, query_block):  # 50 queries are a tile and a half
         super().test_edge_13_query_blocks_with_remainders(query_block)
+
+    @pytest.mark.long
+    def test_edge_06_a_query_that_sees_nothing_outputs_zero(self):  # test_forward has padding queries
+        super().test_edge_06_a_query_that_sees_nothing_outputs_zero()
+
+    @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
+    def test_gradients(self, select_per):
+        super().test_gradients(select_per)
+
+    @pytest.mark.long
+    def test_vmap(self):  # tests/models/test_ops.py has the kernel on a mesh
+        super().test_vmap()
 
     # The interpreter takes seconds for each case: -m long runs those whose paths a neighbour takes.
     @pytest.mark.parametrize(
@@ -168,6 +181,7 @@ class TestTpu(PrefillSuite):
     def test_edge_17_twice_is_bitwise_equal(self):  # edges 05, 08 and 09 compare bits of two runs
         super().test_edge_17_twice_is_bitwise_equal()
 
+    @pytest.mark.long  # the other tests' tiles gather some blocks and not others
     def test_gathered_and_direct_blocks_agree(self, monkeypatch):
         """Nothing gathered, and every block that somebody chooses: equal values and gradients to rounding."""
         case = cases.prefill(_rows())
@@ -195,6 +209,7 @@ class TestTpu(PrefillSuite):
         for mine, theirs in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=2e-6, atol=2e-6)
 
+    @pytest.mark.long  # tests/kernels/test_tpu_aot.py compiles the real tiles
     def test_regions_of_36_at_the_real_tiles(self, monkeypatch):
         """Three regions of 36 in a block of 128, two with missing tokens, D = 64 in bfloat16, G = 7."""
         monkeypatch.setattr(tpu, "TILES", tpu.Tiles())

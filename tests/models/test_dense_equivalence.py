@@ -34,6 +34,7 @@ def test_top_k_of_all_regions_equals_dense(select_per, implementation):
     assert np.abs(np.asarray(sparse) - np.asarray(dense)).max() > 0.1
 
 
+@pytest.mark.long  # edge 02 of the kernels' suites has the gradients
 @pytest.mark.parametrize("select_per", [pytest.param("head", marks=pytest.mark.long), "kv_head"])
 def test_gradients_with_all_regions_equal_dense(select_per):
     """Gradients of every decoder, projector, newline and context parameter."""

@@ -18,8 +18,10 @@ def _rows():
     return [sample([Text(6)], seed=0), sample([Text(9)], seed=1)]
 
 
-@pytest.mark.parametrize("views", [0, 1])
-@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(
+    ("views", "top_k"),
+    [(0, 2), (1, None), *(pytest.param(*rest, marks=pytest.mark.long) for rest in ((0, None), (1, 2)))],
+)
 def test_edge_03_forward_without_regions(views, top_k):
     """R = 0, with an unused image and without one: the logits of the same rows with empty regions."""
     variables, rows = models.parameters(DUMMY), _rows()

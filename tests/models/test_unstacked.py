@@ -29,7 +29,7 @@ def _split(variables):
     "name, top_k",
     [
         pytest.param("tied, as in Qwen3", None, marks=pytest.mark.long),
-        ("tied, as in Qwen3", 3),
+        pytest.param("tied, as in Qwen3", 3, marks=pytest.mark.long),  # tests/convert/test_parity.py has both
         ("untied with biases, as in Qwen2.5", 3),
     ],
 )

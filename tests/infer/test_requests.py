@@ -58,7 +58,7 @@ def test_a_batch_says_what_each_would_say_alone(sampler, photos):
     found = dict(
         zip("abcd", [answer for _, answer in answer_all(sampler, requests, return_trace=True)], strict=True)
     )
-    for request in requests:
+    for request in (requests[0], requests[2]):  # one is drawn, the other is steered and stops
         alone = sampler.generate(
             request.question,
             images=request.images,

@@ -63,7 +63,7 @@ class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
     def test_edge_07_minus_one_and_duplicates(self, select_per):  # the clamped slot of edge 07 has both
         super().test_edge_07_minus_one_and_duplicates(select_per)
 
-    @pytest.mark.parametrize("capacity", map(long, (1, 3, 7, 9)))
+    @pytest.mark.parametrize("capacity", [long(1), long(3), long(7), long(9)])
     def test_edge_13_odd_capacities(self, capacity):  # of the TPU kernel by default, which shares the plan
         super().test_edge_13_odd_capacities(capacity)
 

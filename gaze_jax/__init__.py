@@ -29,5 +29,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        importlib.import_module("gaze_jax.viewer.files")  # lets answers save and show themselves
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'gaze_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_LAZY, "__version__"])

@@ -76,13 +76,19 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Invert :func:`from_dict`: plain JSON-ready dictionaries (tuples become lists)."""
+    """Invert :func:`from_dict`: plain JSON-ready dictionaries (tuples become lists).
+
+    Fields with the metadata ``stored=False``, which only say how to run here, are left out.
+    """
 
     def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            stored = (f.name for f in dataclasses.fields(value) if f.metadata.get("stored", True))
+            return {name: plain(getattr(value, name)) for name in stored}
         if isinstance(value, tuple):
             return [plain(v) for v in value]
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return value
 
-    return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))
+    return typing.cast(dict[str, Any], plain(config))

@@ -1,11 +1,18 @@
-"""Shared by all commands: parse flags, set the exit status, report what the user can fix in one sentence."""
+"""Shared by all commands: parse flags, set the exit status, report what the user can fix in one sentence.
+
+The exit status is 0 for success, 2 for what the user can fix, 3 if some of many questions have no answer, 130
+after Ctrl-C, and 1 otherwise: the reader of a pipe left, or the program has a bug.
+"""
 
 import contextlib
+import errno
 import importlib.resources
 import os
 import re
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +21,9 @@ from absl import app, flags, logging
 
 from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
 from gaze_jax.errors import UserError
+
+PARTLY, STOPPED = 3, 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -50,7 +60,14 @@ def unloadable(path: str) -> str:
 
 
 def _sentence(error: Exception, argv: Sequence[str]) -> str:
-    """An error of absl or ml_collections about a flag, on one line."""
+    """An error of absl or ml_collections about a flag, or of a user's config file, on one line."""
+    configs = [os.path.abspath(arg.split("=", 1)[1]) for arg in argv if arg.startswith("--config=")]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if os.path.abspath(frame.filename) in configs:
+            reason = " ".join(str(error).split())
+            return f"{frame.filename}, line {frame.lineno}: {type(error).__name__}: {reason}"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}."
     if isinstance(error, OSError):  # an override needs the config that it changes
         return unloadable(next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), ""))
     message = " ".join(str(error.args[0] if error.args else error).split())
@@ -107,7 +124,7 @@ def parse(define: Callable[[Flags], None], doc: str, argv: Sequence[str]) -> tup
     try:
         with quiet_pipe():  # for --help
             return defined.parse()
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # a user's config file can raise anything
         print(f"{program()}: {_sentence(error, argv)}", file=sys.stderr)
         sys.exit(2)
 
@@ -117,8 +134,8 @@ def run(
 ) -> None:
     """Parse the flags and call ``main`` with their values.
 
-    A :class:`UserError` ends the program with status 2 and its message. Any other exception is a bug and
-    keeps its traceback.
+    A :class:`UserError` ends the program with status 2 and its message. The traceback of any other exception
+    goes to a file, which the message names.
 
     Args:
       main: takes the values and, with ``arguments``, the list of arguments that are not flags.
@@ -126,6 +143,9 @@ def run(
       doc: what the command does, for ``--help``.
       arguments: whether arguments that are not flags are allowed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows its escape
+            stream.reconfigure(errors="backslashreplace")
 
     def guarded(parsed: tuple[Values, list[str]]) -> None:
         values, rest = parsed
@@ -140,10 +160,47 @@ def run(
         except UserError as error:
             print(f"{program()}: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"\n{program()}: stopped.", file=sys.stderr)
+            sys.exit(STOPPED)
+        except Exception as error:
+            status, message = _unexpected(error)
+            print(f"{program()}: {message}", file=sys.stderr)
+            sys.exit(status)
 
     # absl passes on what its parser returns.
     parser: Any = lambda argv: parse(define, doc or "", argv)  # noqa: E731
     app.run(guarded, flags_parser=parser)
+
+
+def _unexpected(error: Exception) -> tuple[int, str]:
+    """Exit status and message for an exception that nobody expected; its traceback goes to a file."""
+    chain: list[BaseException] = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            where = f" {cause.filename!r}" if cause.filename else ""
+            return 2, f"a file{where} cannot be written ({cause.strerror})."
+        if "No space left on device" in str(cause):  # as tensorstore says it, in many lines
+            return 2, "a file cannot be written (No space left on device)."
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="gaze-jax-", suffix=".log", delete=False) as file:
+            file.write(f"{command_line()}\n{text}")
+    except OSError:
+        return 1, f"unexpected error; please report it.\n{text}"
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return 1, (
+        f"unexpected error ({type(error).__name__}{': ' * bool(reason)}{reason}); please report it with "
+        f"{file.name}, which has the traceback."
+    )
+
+
+def exit_partly(failures: int) -> None:
+    """End with status 3 if some of many questions have no answer."""
+    if failures:
+        sys.exit(PARTLY)
 
 
 def refuse_flags(values: Values, names: Iterable[str], why: str) -> None:
@@ -159,6 +216,14 @@ def check_file(flag: str, path: str) -> None:
         raise UserError(f"--{flag}={path} lies in a folder that does not exist; make it first.")
     if Path(path).is_dir():
         raise UserError(f"--{flag}={path} is a folder; give the name of a file.")
+
+
+def check_writable(flag: str, path: str) -> None:
+    """Raise a UserError if the file at ``path``, the value of a flag, could not be replaced or written."""
+    check_file(flag, path)
+    for where in (path, os.path.dirname(os.path.abspath(path))):
+        if os.path.exists(where) and not os.access(where, os.W_OK):
+            raise UserError(f"--{flag}={path} cannot be written: {where!r} is read-only.")
 
 
 def make_folder(flag: str, path: str) -> Path:

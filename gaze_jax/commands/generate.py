@@ -59,6 +59,7 @@ def define_flags(flags: Flags) -> None:
     flags.string("questions", None, "JSON Lines file of many questions.", "FILE")
     flags.string("answers", None, "JSON Lines file to write their answers to.", "FILE")
     flags.string("traces", None, "Folder for a trace and a viewer page of each, and an index.", "FOLDER")
+    flags.boolean("resume", False, "Keep the answers that the file has; answer the other questions.")
     flags.integer("batch_size", None, _text("Most questions of the file to answer at once", "batch_size"))
     flags.group("Devices and memory")
     flags.boolean("all_devices", False, "Split batches over all devices, not one.")
@@ -115,14 +116,17 @@ def main(values: Values) -> None:
     options = options_of(values)
     import jax
 
-    from gaze_jax.commands import generate_answers
+    from gaze_jax.commands import generate_answers, generate_batch
+    from gaze_jax.infer.compile_cache import keep_programs
 
     if options.devices.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", options.devices.compilation_cache)
+        keep_programs(options.devices.compilation_cache)
+    else:  # not even where gaze_jax.load would keep them
+        jax.config.update("jax_enable_compilation_cache", False)
     if options.batch.questions is None:
         generate_answers.ask(options)
     else:
-        generate_answers.ask_many(options)
+        cli.exit_partly(generate_batch.ask_many(options))
 
 
 def run() -> None:

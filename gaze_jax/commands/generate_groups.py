@@ -204,12 +204,14 @@ class BatchOptions:
       questions: JSON Lines file of :class:`gaze_jax.infer.requests.Request`; None: one conversation.
       answers: JSON Lines file to write.
       traces: folder for a trace and a page per question, and an index.
+      resume: keep the answers that the file has, and answer the other questions.
       batch_size: maximum number of questions to answer at once.
     """
 
     questions: str | None = None
     answers: str | None = None
     traces: str | None = None
+    resume: bool = False
     batch_size: int | None = None
 
     def __post_init__(self) -> None:

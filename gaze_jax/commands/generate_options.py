@@ -212,7 +212,7 @@ _OF_REGIONS = (
 )
 
 RULES = (
-    Rule(("answers", "traces", "batch_size"), one_conversation, "is for --questions"),
+    Rule(("answers", "traces", "resume", "batch_size"), one_conversation, "is for --questions"),
     Rule(
         (*_OF_ONE, "look_at_layers", "look_at_bias"),
         file_of_questions,

@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 from gaze_jax.convert import manifest as manifests
 from gaze_jax.convert import shards
 from gaze_jax.convert.manifest import PARAMS, Leaf, Manifest, Source, chunk_path, crc_hex
+from gaze_jax.convert.tokenizer_files import read_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import abstract_params
@@ -291,12 +292,6 @@ def text_part(parts: Collection[str]) -> str | None:
     return next((part for part in ("model", "decoder") if part in parts), None)
 
 
-def read_tokenizer(directory: Path) -> str | None:
-    """Return the content of a directory's tokenizer.json, or None if there is none."""
-    path = directory / "tokenizer.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
 def _check_names(directory: Path, manifest: Manifest, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     problems = []
     for name in sorted({*manifest.leaves, *abstract}):
@@ -338,4 +333,6 @@ def load(directory: Path, mesh: Mesh, *, check: bool = True) -> Converted:
     params = flax.traverse_util.unflatten_dict(placed, sep="/")
     part = text_part(manifest.sources)
     files = None if part is None else directory / part
-    return Converted(manifest.model, params, None if files is None else read_tokenizer(files), files)
+    return Converted(
+        manifest.model, params, None if files is None else read_tokenizer(files, manifest.model), files
+    )

@@ -7,8 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from gaze_jax.convert import checkpoint, manifest
-from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, read_tokenizer, text_part
+from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, text_part
 from gaze_jax.convert.run import Plan, plan_directory
+from gaze_jax.convert.tokenizer_files import read_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families import check_views
 from gaze_jax.models.config import MLLMConfig
@@ -34,7 +35,9 @@ def place(plan: Plan, mesh: Mesh) -> Converted:
     params = flax.traverse_util.unflatten_dict(placed, sep="/")
     part = text_part(plan.opened)
     files = None if part is None else plan.opened[part].directory
-    return Converted(plan.config, params, None if files is None else read_tokenizer(files), files)
+    return Converted(
+        plan.config, params, None if files is None else read_tokenizer(files, plan.config), files
+    )
 
 
 def one_device() -> Mesh:

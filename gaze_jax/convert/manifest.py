@@ -55,11 +55,13 @@ class Source:
       model_type: model_type in its config.json.
       files: for each safetensors file, its "metadata" and its "tensors" (name -> dtype name).
       left_out: sentences about tensors that were not converted.
+      commit: the commit at which it was downloaded from the Hugging Face Hub; None if it was not.
     """
 
     model_type: str
     files: Mapping[str, Mapping[str, Mapping[str, str]]]
     left_out: Sequence[str] = ()
+    commit: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +117,16 @@ def _body(manifest: Manifest) -> dict[str, object]:
         "kind": kind,
         "model": to_dict(manifest.model),
         "new": list(manifest.new),
-        "sources": {part: dataclasses.asdict(source) for part, source in manifest.sources.items()},
+        "sources": {part: _stated(source) for part, source in manifest.sources.items()},
         "leaves": {name: dataclasses.asdict(leaf) for name, leaf in manifest.leaves.items()},
         "files": dict(sorted(manifest.files.items())),
     }
+
+
+def _stated(source: Source) -> dict[str, object]:
+    """The fields of a source, without a commit that it does not have."""
+    fields = dataclasses.asdict(source)
+    return fields if source.commit else {name: value for name, value in fields.items() if name != "commit"}
 
 
 def _seal(body: Mapping[str, object]) -> str:

@@ -34,6 +34,7 @@ DTYPES: Mapping[str, np.dtype] = {
 NAMES: Mapping[str, str] = {dtype.name: name for name, dtype in DTYPES.items()}
 """NumPy's name of a dtype -> safetensors' name."""
 _LENGTH = struct.Struct("<Q")
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,27 @@ def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     return out
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise a UserError if a file is what Git leaves in the place of a large one that was not downloaded."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return  # the caller says what is wrong
+    if pointer:
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}, or "
+            "download the file."
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object without duplicate keys.
 
     Raises:
-      UserError: the file is missing, is not a JSON object, or has a duplicate key.
+      UserError: the file is missing, a Git LFS pointer or no JSON object, or has a duplicate key.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError as error:
@@ -100,8 +116,9 @@ def open_file(path: Path) -> File:
     """Check a safetensors file and read its header.
 
     Raises:
-      UserError: the file is missing, truncated or malformed, or has a duplicate key.
+      UserError: the file is missing, a Git LFS pointer, truncated or malformed, or has a duplicate key.
     """
+    refuse_pointer(path)
     try:
         with safetensors.safe_open(path, framework="numpy"):  # checks offsets and sizes
             pass

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from gaze_jax.families.table import Conversion, Json, Part, Rule, copy
 from gaze_jax.models.config import DecoderConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = "config.json"
 UNUSED = "unused.safetensors"
 TOWER = "vision/"
@@ -114,7 +116,7 @@ class Opened:
                 if self.conversion.canonical(name) in kept
             }
             files[file.path.name] = {"metadata": dict(file.metadata), "tensors": names}
-        return Source(self.model_type, files, self.left_out)
+        return Source(self.model_type, files, self.left_out, commit_of(self.directory))
 
 
 def _sort(
@@ -184,6 +186,12 @@ def _check_tensors(opened: Opened) -> None:
             f"{opened.directory} does not fit its config.json ({opened.model_type}): {'; '.join(problems)}. "
             "Nothing was converted."
         )
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit at which the Hub's client downloaded a directory: the folder's name in its cache."""
+    where = directory.resolve()
+    return where.name if COMMIT.fullmatch(where.name) and where.parent.name == "snapshots" else None
 
 
 def read_config(directory: Path) -> Json:

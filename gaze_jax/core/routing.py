@@ -126,7 +126,7 @@ def descriptor_scores(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return scores.reshape(batch, queries, heads, -1)
+    return scores.reshape(batch, queries, heads, scores.shape[-1])
 
 
 def steer(
@@ -266,10 +266,10 @@ def oracle_scores(
         mass = _normalised(*log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale))
         if select_per == "kv_head":
             return jax.nn.logsumexp(mass, axis=2)
-        return mass.reshape(batch, heads, -1)
+        return mass.reshape(batch, heads, mass.shape[-1])
 
     by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, visual_seen, text_seen))
-    return jnp.moveaxis(jax.lax.map(one, by_query, batch_size=min(query_block, q.shape[1])), 0, 1)
+    return jnp.moveaxis(jax.lax.map(one, by_query, batch_size=max(1, min(query_block, q.shape[1]))), 0, 1)
 
 
 def avalanche(x: UInt32[Array, "*lead"]) -> UInt32[Array, "*lead"]:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import tokenizers
 
@@ -18,9 +18,23 @@ def _backend(json: str) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"Tokenizer JSON cannot be read ({error}); give a whole tokenizer.json.") from error
+    # Saved by whoever used the tokenizer last; transformers ignores them too unless asked.
+    backend.no_padding()
+    backend.no_truncation()
     if backend.token_to_id(END) is None:
         raise ValueError(f"Tokenizer has no special token {END}, which ends an answer; add it to the file.")
     return backend
+
+
+def _covered(text: str, offsets: Sequence[tuple[int, int]]) -> int:
+    """Characters of ``text`` before the first that no token covers; all if there is none."""
+    covered = 0
+    for start, end in (*offsets, (len(text), len(text))):
+        # A gap of whitespace alone is fine: some tokenizers trim it from the offsets.
+        if text[covered:start].strip():
+            return covered
+        covered = max(covered, end)
+    return covered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +83,15 @@ class Tokenizer:
             encoding = _backend(self.json).encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"Text {text!r} cannot be tokenised: a character has no token.") from error
-        covered = 0
-        for start, end in encoding.offsets:
-            # A gap of whitespace alone is fine: some tokenizers trim it from the offsets.
-            if text[covered:start].strip():
-                break
-            covered = max(covered, end)
-        if text[covered:].strip():
+        covered = _covered(text, encoding.offsets)
+        normalizer = _backend(self.json).normalizer
+        if covered < len(text) and normalizer is not None:
+            # Characters that a normaliser joins or drops have no token of their own: a letter and its accent.
+            plain = normalizer.normalize_str(text)
+            again = _backend(self.json).encode(plain, add_special_tokens=False)
+            if _covered(plain, again.offsets) == len(plain):
+                covered = len(text)
+        if covered < len(text):
             raise ValueError(
                 f"Text {text!r} cannot be tokenised: no token for what follows character {covered}."
             )

@@ -1,15 +1,13 @@
 """Questions about images for comparisons: two bundled photographs, or a file of the user's."""
 
 import dataclasses
-import json
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.images import read_image
+from gaze_jax.media.jsonl import media_path, parse_object, read_lines
 
 _QUESTIONS = {
     "china.jpg": (
@@ -60,35 +58,18 @@ def read_prompts(path: str | os.PathLike[str]) -> tuple[Prompt, ...]:
       UserError: the file is missing or empty, a line does not have exactly these two strings, or its image
         cannot be read. The message is one sentence that names the file and the line.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"Prompts file {str(path)!r} cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"Prompts file {str(path)!r} is not UTF-8 text.") from error
-    if not lines:
-        raise UserError(f"Prompts file {str(path)!r} is empty; write one JSON object per line.")
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path):
+        name = f"Line {number} of {os.fspath(path)}"
+        fields = parse_object(line, name)
+        if set(fields) != {"image", "question"}:
+            raise UserError(f'{name} must have exactly the keys "image" and "question".')
+        for key, value in fields.items():
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{name} has {key}={value!r}, which must be a text and not empty.")
         try:
-            prompts.append(_read_line(path.parent, line))
+            image = read_image(media_path(path, fields["image"]))
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
+            raise UserError(f"{name}: {error}") from error
+        prompts.append(Prompt(fields["image"], image, fields["question"]))
     return tuple(prompts)
-
-
-def _read_line(folder: Path, line: str) -> Prompt:
-    try:
-        fields: object = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error.msg} at character {error.pos + 1}).") from error
-    if not isinstance(fields, dict) or set(fields) != {"image", "question"}:
-        raise UserError('each line must be an object with exactly the keys "image" and "question".')
-    for name, value in fields.items():
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{name}={value!r} must be a text and not empty.")
-    name = fields["image"]
-    # A URL is not joined to the folder, so that read_image recognises and refuses it.
-    image = read_image(name if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", name) else folder / name)
-    return Prompt(name, image, fields["question"])

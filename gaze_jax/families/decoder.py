@@ -2,23 +2,39 @@
 
 from collections.abc import Callable, Mapping
 
+from gaze_jax.errors import UserError
 from gaze_jax.families.table import Conversion, Fields, Json, Rule, linear
 from gaze_jax.models.config import DecoderConfig
 
 
 def _rope_theta(fields: Fields, config: Json) -> float:
-    """The RoPE base: transformers 5 nests it, older versions have it at the top level; 10000 by default."""
-    nested = config.get("rope_parameters")
-    if nested is None:
-        fields.only("rope_scaling", None)
-        return float(fields.get("rope_theta", float, 10_000.0))
-    inner = Fields(nested, f"{fields.where}: rope_parameters")
-    inner.only("rope_type", "default")
-    return float(inner.get("rope_theta", float, 10_000.0))
+    """The RoPE base: transformers 5 nests it, older versions have it at the top level; 10000 by default.
+
+    Scaling is judged by what it does: its type "default", or a linear factor of 1, changes nothing.
+    """
+    nested, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    theta = float(fields.get("rope_theta", float, 10_000.0))
+    for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{fields.where} has {name}={value!r}, which should be a JSON object.")
+        inner = Fields(value, f"{fields.where}: {name}")
+        kind = value.get("rope_type", value.get("type"))
+        if not (kind == "linear" and value.get("factor") in (1, 1.0)):
+            inner.only("rope_type" if "rope_type" in value else "type", "default")
+        theta = float(inner.get("rope_theta", float, theta))
+    return theta
 
 
 def read_decoder(
-    config: Json, where: str = "config.json", *, qk_norm: bool, qkv_bias: bool, head_dim: int | None = None
+    config: Json,
+    where: str = "config.json",
+    *,
+    qk_norm: bool,
+    qkv_bias: bool,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
 ) -> DecoderConfig:
     """The language model that ``config`` describes.
 
@@ -26,6 +42,8 @@ def read_decoder(
       config: as transformers writes it.
       where: the file's name in error messages.
       qk_norm, qkv_bias: whether the family has them.
+      kv_heads: the family's default where the field is absent; None, and a field that is null: as many as
+        query heads.
       head_dim: the family's default; None: the width divided by the number of heads.
 
     Raises:
@@ -40,13 +58,18 @@ def read_decoder(
         fields.only("attention_bias", None, False)
     fields.only("mlp_bias", None, False)
     fields.only("quantization_config", None)
-    fields.only("layer_types", None, ["full_attention"] * depth)
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * depth:
+        other = [kind for kind in kinds if kind != "full_attention"] if isinstance(kinds, list) else [kinds]
+        what = f"{other[0]!r} in {len(other)} of {depth}" if other else f"{len(kinds)} of {depth}"
+        raise UserError(f"{where}: layer_types has {what} layers; only 'full_attention' in all is supported.")
+    default = heads if kv_heads is None or "num_key_value_heads" in config else kv_heads
     return DecoderConfig(
         vocab_size=fields.get("vocab_size", int),
         width=width,
         depth=depth,
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads", int),
+        num_kv_heads=fields.get("num_key_value_heads", int, default),
         head_dim=fields.get("head_dim", int, width // heads if head_dim is None else head_dim),
         mlp_dim=fields.get("intermediate_size", int),
         rope_theta=_rope_theta(fields, config),

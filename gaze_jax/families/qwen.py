@@ -24,11 +24,11 @@ DECODERS: Mapping[str, DecoderConfig] = {
 
 def read_qwen2(config: Json, where: str = "config.json") -> DecoderConfig:
     """The Qwen2 or Qwen2.5 that ``config`` describes; ``where`` is the file's name in error messages."""
-    return read_decoder(config, where, qk_norm=False, qkv_bias=True)
+    return read_decoder(config, where, qk_norm=False, qkv_bias=True, kv_heads=32)
 
 
 def _read_qwen3(config: Json) -> DecoderConfig:
-    return read_decoder(config, qk_norm=True, qkv_bias=False, head_dim=128)
+    return read_decoder(config, qk_norm=True, qkv_bias=False, kv_heads=32, head_dim=128)
 
 
 def _write_qwen2(config: DecoderConfig) -> dict[str, object]:

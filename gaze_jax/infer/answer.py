@@ -1,7 +1,10 @@
 """From decoded tokens to text, finish reason and trace; chats and batches share this path."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import html
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,9 @@ from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.sampling import SamplingParams, check_sampling
 from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
 from gaze_jax.infer.trace import Trace
+
+WRITERS: dict[str, Callable[..., Any]] = {}
+"""How answers save and show themselves; filled by :mod:`gaze_jax.viewer.files`, a package above this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +89,9 @@ class Answer:
       finish_reason: "stop" (an end token or a stop string) or "length" (``max_tokens`` was reached).
       stop_reason: the end token or stop string, as text; None if neither ended the answer.
       regions: R, the number of regions shown.
-      top_k: regions that each query selected, or their fraction; None means dense attention.
+      top_k: regions that each query selected; None if the budget was a fraction or attention was dense.
       trace: where each token looked, if the answer was traced.
+      keep: the fraction of the visible regions that each query selected; None if the budget was a number.
     """
 
     text: str
@@ -92,8 +99,33 @@ class Answer:
     finish_reason: str
     stop_reason: str | None
     regions: int
-    top_k: int | float | None
+    top_k: int | None
     trace: Trace | None = None
+    keep: float | None = None
+
+    def __repr__(self) -> str:
+        shown = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        traced = "" if self.trace is None else ", traced"
+        return f"Answer({shown!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r}{traced})"
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write where the answer looked: a .html page, a .png sheet, an .mp4 clip, or a .gaze trace.
+
+        Args:
+          path: the file.
+          **options: ``layer`` and ``views`` of :func:`gaze_jax.viewer.files.write_trace`.
+
+        Raises:
+          UserError: the answer was not traced, or the file cannot be written.
+        """
+        if self.trace is None:
+            raise UserError("The answer has no trace to save; generate it with return_trace=True.")
+        WRITERS["file"](self.trace, path, **options)
+
+    def _repr_html_(self) -> str:
+        """The text and, if the answer was traced, the viewer, in a notebook."""
+        text = f"<p>{html.escape(self.text)}</p>"
+        return text if self.trace is None else text + WRITERS["notebook"](self.trace)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,14 +182,16 @@ class PendingAnswer:
         detokenizer, question = self._detokenizer, self.question
         if detokenizer.finish_reason is None:
             raise UserError("The answer is not complete; consume its whole stream first.")
+        budget = question.top_k
         return Answer(
             detokenizer.text,
             tuple(detokenizer.pieces),
             detokenizer.finish_reason,
             detokenizer.stop_reason,
             question.regions,
-            question.top_k,
+            budget if isinstance(budget, int) else None,
             self._trace() if self._token_traces else None,
+            budget if isinstance(budget, float) else None,
         )
 
     def _trace(self) -> Trace:

@@ -23,7 +23,8 @@ from gaze_jax.infer.answer import (
 )
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions, check, join
-from gaze_jax.infer.loaded import Film, LoadedModel, Picture
+from gaze_jax.infer.inputs import Film, Picture
+from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.prompt import split_at_video, user_turn
 
@@ -167,7 +168,13 @@ class ChatSession:
             raise
         self._running = dataclasses.replace(running, ended=last)
 
-    def ask(self, question: str, *, images: Sequence[Picture] = (), videos: Sequence[Film] = ()) -> None:
+    def ask(
+        self,
+        question: str,
+        *,
+        images: Sequence[Picture] | None = None,
+        videos: Sequence[Film] | None = None,
+    ) -> None:
         """Prefill a question and its media; only their own tokens are computed.
 
         Args:
@@ -180,17 +187,17 @@ class ChatSession:
             small, ``top_k`` is out of range, or the last question has no answer yet.
         """
         self._refuse_waiting()
+        pictures, films = self._sampler.read_images(images), self._sampler.read_videos(videos)
         if self._running is not None:
-            if images or videos:
+            if pictures or films:
                 raise UserError(
                     "A question about a running video takes no other media; show them afterwards."
                 )
             messages = self._close(question, self._running)
         else:
-            pictures, films = self._sampler.read_images(images), self._sampler.read_videos(videos)
             counts = len(self._images), len(self._videos)
-            images_at = range(counts[0], counts[0] + len(images))
-            videos_at = range(counts[1], counts[1] + len(videos))
+            images_at = range(counts[0], counts[0] + len(pictures))
+            videos_at = range(counts[1], counts[1] + len(films))
             turn = user_turn(question, images_at, videos_at)
             parts, messages = self._prompts.next_turn(self._messages, turn)
             self._images += pictures

@@ -1,6 +1,8 @@
 """A checkpoint in memory: parameters, tokenizer, template, media reading and memory checks."""
 
 import dataclasses
+import difflib
+import functools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -9,11 +11,14 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.convert import load as checkpoints
 from gaze_jax.convert.checkpoint import Converted
+from gaze_jax.convert.hub import resolve
+from gaze_jax.convert.source import CONFIG, commit_of, read_config
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.processor import Processor
 from gaze_jax.data.sample import Frames
@@ -22,17 +27,13 @@ from gaze_jax.errors import UserError
 from gaze_jax.families import get_family
 from gaze_jax.families.family import Family
 from gaze_jax.infer.engine import Engine
+from gaze_jax.infer.inputs import Film, Picture, as_image, as_video
 from gaze_jax.infer.memory import cache_bytes, format_bytes, free_bytes
 from gaze_jax.infer.programs import Params
 from gaze_jax.infer.prompt import FAMILY, PromptBuilder, template_of
-from gaze_jax.media.images import read_image
-from gaze_jax.media.video import open_video
 from gaze_jax.models import MLLM, MLLMConfig
-from gaze_jax.models.config import VisionConfig
+from gaze_jax.models.config import GazeConfig, VisionConfig
 from gaze_jax.models.unstacked import split_layers
-
-Picture = str | os.PathLike[str] | np.ndarray
-Film = str | os.PathLike[str] | Frames
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class LoadedModel:
       resize: resize images to the tower's size, for views of style "square".
       mesh: devices that batches are split over; None means one device.
       cache_tokens: maximum number of tokens in a cache, all rows together; None means as memory allows.
+      max_positions: tokens of a sequence that the language model was trained with; None if that is unknown.
     """
 
     config: MLLMConfig
@@ -62,6 +64,7 @@ class LoadedModel:
     resize: bool = True
     mesh: Mesh | None = None
     cache_tokens: int | None = None
+    max_positions: int | None = None
 
     @property
     def layout(self) -> VisualLayout:
@@ -90,14 +93,14 @@ class LoadedModel:
         """Load a checkpoint: converted, a Hugging Face directory as it is, or a run of train.py.
 
         Args:
-          directory: the checkpoint's directory.
+          directory: the checkpoint's directory, or an id on the Hugging Face Hub (``convert.hub``).
           mesh: devices for the parameters and the batches; None means one device.
           check: verify the checksums of a converted checkpoint.
 
         Raises:
           UserError: it is damaged, has no image tower, or lacks its tokenizer.
         """
-        path = Path(directory)
+        path = resolve(os.fspath(directory))
         found = checkpoints.load(path, checkpoints.one_device() if mesh is None else mesh, check=check)
         sampler = dataclasses.replace(cls.of(found, path), mesh=mesh)
         if mesh is None and jax.local_devices()[0].platform == "cpu":
@@ -113,7 +116,7 @@ class LoadedModel:
         Raises:
           UserError: it has no image tower, or lacks its tokenizer.
         """
-        config, name = found.config, directory.resolve().name
+        config, name = found.config, _name(directory)
         if isinstance(config, VisionConfig) or config.vision is None:
             kind = "an image tower" if isinstance(config, VisionConfig) else "a language model"
             raise UserError(f"{directory} is {kind} alone; give a multimodal checkpoint.")
@@ -134,7 +137,8 @@ class LoadedModel:
             )
         ends = frozenset({tokenizer.end_id, *_generation_ends(found.files)})
         system = get_family(config.views.style).system
-        return cls(config, found.params, tokenizer, template_of(found.files), ends, name, system)
+        template, longest = template_of(found.files), _max_positions(found.files)
+        return cls(config, found.params, tokenizer, template, ends, name, system, max_positions=longest)
 
     def with_gaze(self, **fields: Any) -> Self:
         """The same model with some fields of its ``GazeConfig`` replaced; the parameters stay the same.
@@ -142,10 +146,7 @@ class LoadedModel:
         Raises:
           UserError: a value is out of range, or the field is ``context_tokens``, which are parameters.
         """
-        if "context_tokens" in fields:
-            raise UserError(
-                "context_tokens are parameters of the checkpoint; convert it again with another number."
-            )
+        check_gaze_fields(fields)
         try:
             gaze = dataclasses.replace(self.config.gaze, **fields)
             config = dataclasses.replace(self.config, gaze=gaze)
@@ -154,18 +155,14 @@ class LoadedModel:
             raise UserError(str(error)) from error
         return dataclasses.replace(self, config=config)
 
-    def read_images(self, images: Sequence[Picture]) -> list[np.ndarray]:
-        """Decode image files; returns uint8 [height, width, 3] each."""
-        if isinstance(images, str | os.PathLike):
-            raise UserError(f"images={str(images)!r} must be a list of images; put brackets around it.")
-        return [image if isinstance(image, np.ndarray) else read_image(image) for image in images]
+    def read_images(self, images: Sequence[Picture] | None) -> list[np.ndarray]:
+        """Decode images; returns uint8 [height, width, 3] each."""
+        return [as_image(image, f"images[{i}]") for i, image in enumerate(_listed(images, "images"))]
 
-    def read_videos(self, films: Sequence[Film]) -> list[Frames]:
-        """Open video files; returns each video's frames, sampled by this model family's convention."""
-        if isinstance(films, str | os.PathLike):
-            raise UserError(f"videos={str(films)!r} must be a list of videos; put brackets around it.")
+    def read_videos(self, videos: Sequence[Film] | None) -> list[Frames]:
+        """Open videos; returns each video's frames, sampled by this model family's convention."""
         sampling = self.family.frames
-        return [open_video(f, sampling) if isinstance(f, str | os.PathLike) else f for f in films]
+        return [as_video(film, sampling, f"videos[{i}]") for i, film in enumerate(_listed(videos, "videos"))]
 
     def check_memory(
         self, rows: Sequence[Mapping[str, np.ndarray]], tokens: int, engine: Engine | None = None
@@ -191,6 +188,8 @@ class LoadedModel:
             fits = engine.fits(text=text, regions=regions, slots=slots)
             regions, text = regions + engine.regions, text + engine.text_length
             visual += engine.visual_tokens
+        if self.max_positions is not None and visual + text > self.max_positions:
+            _warn_of_length(self.name, visual + text, self.max_positions)
         wanted = count * (visual + text)
         if self.cache_tokens is not None and wanted > self.cache_tokens:
             each = f"{count} rows of " if count > 1 else ""
@@ -210,6 +209,72 @@ class LoadedModel:
                 f"A cache of {count} x {visual} visual and {text} other tokens takes {format_bytes(needed)} "
                 f"on a device but {format_bytes(free)} are free; show less, or use a smaller batch."
             )
+
+
+def check_gaze_fields(fields: Mapping[str, Any]) -> None:
+    """Check fields of ``GazeConfig`` that a checkpoint's are to be replaced with.
+
+    Raises:
+      UserError: a field does not exist or is ``context_tokens``, which are parameters, or a value is out of
+        range.
+    """
+    known = [field.name for field in dataclasses.fields(GazeConfig)]
+    for name in fields:
+        if name == "context_tokens":
+            raise UserError(
+                "context_tokens are parameters of the checkpoint; convert it again with another number."
+            )
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}."
+            raise UserError(f"{name!r} is no field of GazeConfig; {hint}")
+    try:
+        GazeConfig(**fields)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except TypeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        raise UserError(f"A value of {given} is of the wrong type ({error}).") from error
+
+
+def _listed(media: Any, name: str) -> list[Any]:
+    """Media as a list; None is none, and a batch of images is a list of them."""
+    if media is None:
+        return []
+    if isinstance(media, list | tuple) or (isinstance(media, np.ndarray) and media.ndim == 4):
+        return list(media)
+    shown = repr(media) if isinstance(media, str | os.PathLike) else f"a {type(media).__name__}"
+    raise UserError(f"{name}={shown} must be a list of {name}; put brackets around it.")
+
+
+def _name(directory: Path) -> str:
+    """A checkpoint's name for headings: its folder's, or its id and commit on the Hub."""
+    where = directory.resolve()
+    commit = commit_of(where)
+    if commit is None:
+        return where.name
+    return f"{where.parents[1].name.removeprefix('models--').replace('--', '/')}@{commit[:7]}"
+
+
+def _max_positions(directory: Path) -> int | None:
+    """``max_position_embeddings`` of the language model, if its config.json states it."""
+    if not (directory / CONFIG).is_file():
+        return None
+    values = read_config(directory)
+    text = values.get("text_config")
+    stated = (text if isinstance(text, dict) else values).get("max_position_embeddings")
+    return stated if type(stated) is int and stated > 0 else None
+
+
+@functools.cache  # said once
+def _warn_of_length(name: str, tokens: int, most: int) -> None:
+    logging.warning(
+        "A sequence of %d tokens, the answer included, exceeds the %d that %s was trained with "
+        "(max_position_embeddings); answers may be poor.",
+        tokens,
+        most,
+        name,
+    )
 
 
 def _generation_ends(directory: Path) -> Collection[int]:

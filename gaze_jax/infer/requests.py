@@ -1,9 +1,9 @@
 """Many questions: batches of unequal samples, and JSON Lines files of requests."""
 
+import collections
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +17,7 @@ from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
 from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
+from gaze_jax.media.jsonl import media_path, parse_object, read_lines
 from gaze_jax.stored import QUESTION_FIELDS
 
 GAZE_FIELDS = {name: f"gaze_{name}" for name in ("top_k", "keep", "dense", "full_layers")}
@@ -88,12 +89,7 @@ class Request:
         Raises:
           UserError: the line is not an object with these fields and types, or a number is out of range.
         """
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name} is not valid JSON ({error}).") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{name} must be a JSON object, not {type(record).__name__}.")
+        record = parse_object(line, name)
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in record.items():
             if key in QUESTION_FIELDS:
@@ -135,31 +131,39 @@ def _fits(value: object, kind: str) -> bool:
     return type(value) is (bool if "bool" in kind else int if "int" in kind else str)
 
 
-def read_requests(path: str | Path, **defaults: Any) -> list[Request]:
-    """Read the requests of a JSON Lines file, without its empty lines.
+def read_requests(
+    path: str | os.PathLike[str], failures: dict[str, str] | None = None, **defaults: Any
+) -> list[Request]:
+    """Read the requests of a JSON Lines file; paths of media in it are relative to it.
 
     Args:
       path: the file.
+      failures: takes an id, or a line's number, and the message for each line that is wrong; None raises it.
       **defaults: values of fields that a line omits.
 
     Raises:
-      UserError: the file cannot be read, a line is wrong, or two have one id.
+      UserError: the file cannot be read, a line is wrong and ``failures`` is None, or two have one id.
     """
-    try:
-        # Not splitlines(): JSON strings may contain U+2028, at which it would split.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable UTF-8 file ({error}); give a JSON Lines file.") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            request = Request.parse(line, f"Line {number} of {path}", **defaults)
-            found.append(request if request.id else dataclasses.replace(request, id=str(number)))
-    if not found:
-        raise UserError(f"{path} has no questions; write one JSON object per line.")
-    ids = [request.id for request in found]
-    if twice := {name for name in ids if ids.count(name) > 1}:
-        raise UserError(f"{path} has id {min(twice)!r} more than once; answers could not be told apart.")
+    found: list[Request] = []
+    for number, line in read_lines(path):
+        name = f"Line {number} of {os.fspath(path)}"
+        try:
+            request = Request.parse(line, name, **defaults)
+        except UserError as error:
+            if failures is None:
+                raise
+            failures[str(number)] = str(error)
+            continue
+        images, videos = (
+            tuple(media_path(path, file) for file in files) for files in (request.images, request.videos)
+        )
+        name = request.id or str(number)
+        found.append(dataclasses.replace(request, id=name, images=images, videos=videos))
+    ids = collections.Counter([*(request.id for request in found), *(failures or ())])
+    if twice := [name for name, count in ids.items() if count > 1]:
+        raise UserError(
+            f"{os.fspath(path)} has id {min(twice)!r} more than once; answers could not be told apart."
+        )
     return found
 
 
@@ -174,6 +178,7 @@ def record(request: Request, answer: Answer) -> dict[str, object]:
         "tokens": len(answer.tokens),
         "regions": answer.regions,
         "gaze_top_k": answer.top_k,
+        **({} if answer.keep is None else {"gaze_keep": answer.keep}),
     }
 
 
@@ -203,7 +208,12 @@ def _row(sampler: Sampler, request: Request) -> _Row:
 
 
 def answer_all(
-    sampler: Sampler, requests: Iterable[Request], *, batch_size: int = 8, return_trace: bool = False
+    sampler: Sampler,
+    requests: Iterable[Request],
+    *,
+    batch_size: int = 8,
+    return_trace: bool = False,
+    failed: Callable[[Request, str], None] | None = None,
 ) -> Iterator[tuple[Request, Answer]]:
     """Answer questions in batches, in order.
 
@@ -215,12 +225,14 @@ def answer_all(
       requests: the questions.
       batch_size: maximum number of rows in a batch.
       return_trace: record where each token looked.
+      failed: called with each request whose media or prompt are refused, and why; the others are answered.
+        None raises it.
 
     Yields:
       Each request with its answer.
 
     Raises:
-      UserError: a request's media or question cannot be read, or a batch does not fit memory.
+      UserError: a request is refused and ``failed`` is None, or a batch does not fit memory.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
@@ -229,7 +241,10 @@ def answer_all(
         try:
             row = _row(sampler, request)
         except (UserError, ValueError) as error:
-            raise UserError(f"Question {request.id or request.question!r}: {error}") from error
+            if failed is None:
+                raise UserError(f"Question {request.id or request.question!r}: {error}") from error
+            failed(request, str(error))
+            continue
         if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
             yield from _answer(sampler, waiting, return_trace)
             waiting = []

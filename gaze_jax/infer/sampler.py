@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 
 from gaze_jax.infer.answer import Answer, DecodeOptions, StreamChunk
 from gaze_jax.infer.chat_session import ChatSession
+from gaze_jax.infer.compile_cache import keep_programs, report_compiles
 from gaze_jax.infer.gaze_options import GazeOptions
-from gaze_jax.infer.loaded import Film, LoadedModel, Picture
+from gaze_jax.infer.inputs import Film, Picture, as_video
+from gaze_jax.infer.loaded import LoadedModel, check_gaze_fields
 
 
 class _ChatOptions(TypedDict, total=False):
@@ -34,16 +36,16 @@ class Sampler(LoadedModel):
         self,
         prompt: str,
         *,
-        images: Sequence[Picture] = (),
+        images: Sequence[Picture] | None = None,
         video: Film | None = None,
-        videos: Sequence[Film] = (),
+        videos: Sequence[Film] | None = None,
         system: str | None = None,
         gaze: GazeOptions | None = None,
         max_tokens: int = 64,
         temperature: float = 0.0,
         sample_top_k: int | None = None,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         seed: int = 0,
         return_trace: bool = False,
         on_text: Callable[[str], object] | None = None,
@@ -53,9 +55,10 @@ class Sampler(LoadedModel):
         Args:
           prompt: the question, with one tag ``<image>`` or ``<video>`` per medium or with none (media come
             first).
-          images: paths, or uint8 [height, width, 3] each.
-          video: path of a file or of a folder of frames, sampled by the model family's convention; or the
-            frames themselves, uint8 [height, width, 3] each.
+          images: a list; each a path, the bytes of a file, a file opened for reading bytes, an image of
+            Pillow, or uint8 [height, width, 3].
+          video: a file in one of these forms or the path of a folder of frames, sampled by the model family's
+            convention; or the frames themselves, uint8 [height, width, 3] each or images of Pillow.
           videos: a list of videos; ``video`` comes before them.
           system: system prompt; None takes the model family's default.
           gaze: which regions queries may select; None takes the model's configuration.
@@ -73,9 +76,11 @@ class Sampler(LoadedModel):
           UserError: media or the prompt cannot be read, a number is out of range, or memory is too small.
         """
         # Checks the numbers before anything is computed.
+        stop = () if stop is None else stop
         DecodeOptions(max_tokens, temperature, sample_top_k, top_p, stop, seed)
         chat = self.chat(system=system, gaze=gaze, free_slots=max_tokens)
-        films = [*(() if video is None else (video,)), *self.read_videos(videos)]
+        first = [] if video is None else [as_video(video, self.family.frames, "video")]
+        films = [*first, *self.read_videos(videos)]
         chat.ask(prompt, images=images, videos=films)
         steps = chat.stream(
             max_tokens,
@@ -95,8 +100,10 @@ def load(
 ) -> Sampler:
     """Load a checkpoint: converted, a Hugging Face directory as it is, or a run of train.py.
 
+    Compiled programs are kept in ``~/.cache/gaze_jax``, unless JAX is configured with another folder.
+
     Args:
-      directory: the checkpoint's directory.
+      directory: the checkpoint's directory, or an id on the Hugging Face Hub: "organisation/name@revision".
       mesh: devices for the parameters and the batches (``parallel.mesh.make_mesh``); None means one device.
       check: verify the checksums of a converted checkpoint.
       **gaze: fields of ``GazeConfig`` to set, such as ``select_per="kv_head"`` or ``visual_dtype="int8"``.
@@ -104,6 +111,9 @@ def load(
     Raises:
       UserError: it is damaged, has no image tower, lacks its tokenizer, or a field is out of range.
     """
+    check_gaze_fields(gaze)  # before minutes of loading
+    keep_programs()
+    report_compiles()
     return Sampler.load(directory, mesh=mesh, check=check).with_gaze(**gaze)
 
 

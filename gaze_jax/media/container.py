@@ -2,7 +2,8 @@
 
 FFmpeg stops early on a damaged file without an error, and a container's information about its frames may be
 missing or wrong. So the packets of the whole file are listed first, without decoding, and every decoded frame
-must be the next one in that list.
+must be the next one in that list. Where a list cannot be made, or decoding contradicts it, the whole file is
+decoded once: only what decoding cannot read is damaged.
 """
 
 import contextlib
@@ -11,24 +12,24 @@ import os
 import struct
 from collections.abc import Generator, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from absl import logging
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.images import check_pixels
+from gaze_jax.media.packets import Packet, average_rate, listed
 
 # PyAV is an optional extra, and nothing here needs its types.
 AvContainer = Any
 AvStream = Any
 AvFrame = Any
-AvPacket = Any
 
 SKIP = 16
 """Seek if the next keyframe is at least this many frames ahead; decoding fewer is faster than a seek."""
 
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover art of a music file
-_EMPTY = 8  # a packet of up to this many bytes may hold no picture: so MPEG-4 marks a repeated frame
 _HALF = 1 << 15  # one half in the 16.16 fixed point of a display matrix
 
 
@@ -62,8 +63,17 @@ class Container:
         """Decode the ``wanted`` frames, ascending and distinct: upright uint8 [height, width, 3] each.
 
         Raises:
-          UserError: the decoder fails, or its frames are not those that the container lists.
+          UserError: the decoder fails, or gives another number of frames than the container lists.
         """
+        done = 0
+        try:
+            for frame in self._read(wanted):
+                yield frame
+                done += 1
+        except _UnlistedFrame as error:
+            yield from self._without_stamps(error).read(wanted[done:])
+
+    def _read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         with _opened(self.name, self.kind) as (container, stream):
             stream.thread_type = "AUTO"
             frames = _decoded(container, stream)
@@ -82,7 +92,6 @@ class Container:
 
     def _next(self, frames: Iterator[AvFrame], position: int) -> AvFrame:
         """Return the next frame, which must be the one at ``position``."""
-        reason = ""
         try:
             for frame in frames:
                 # After a seek: an incomplete frame that refers to one before the keyframe.
@@ -92,11 +101,37 @@ class Container:
                     break
                 return frame
         except _av().FFmpegError as error:
-            reason = f" ({error.strerror})"
-        raise UserError(
-            f"Video {self.name!r} is damaged or encrypted: decoding ends after {position} of "
-            f"{len(self.times)} frames{reason}; copy or download it again."
-        )
+            raise _UnlistedFrame(position, f" ({error.strerror})") from error
+        raise _UnlistedFrame(position, "")
+
+    def _first(self) -> AvFrame:
+        with _opened(self.name, self.kind) as (container, stream):
+            return self._next(_decoded(container, stream), 0)
+
+    def _without_stamps(self, error: "_UnlistedFrame") -> "Container":
+        """The same frames identified by counting, if all of them can be decoded.
+
+        Time stamps are wrong in a stream that was copied between containers, and its frames are in order.
+
+        Raises:
+          UserError: they were counted before, cannot be decoded, or their number is another.
+        """
+        try:
+            count = 0 if self.stamps is None else len(_decode_all(self.name, self.kind))
+        except _UnlistedFrame:
+            count = 0
+        if count < len(self.times):
+            raise UserError(
+                f"Video {self.name!r} is damaged or encrypted: decoding ends after {error.position} of "
+                f"{len(self.times)} frames{error.reason}; copy or download it again."
+            ) from error
+        if count > len(self.times):
+            raise UserError(
+                f"Video {self.name!r} has {count} frames where its container lists {len(self.times)}, so "
+                "their times are unknown; encode it anew."
+            ) from error
+        logging.warning("Video %r has wrong time stamps; its %d frames were counted.", self.name, count)
+        return dataclasses.replace(self, stamps=None, keys=np.zeros(1, np.int64))
 
     def _upright(self, frame: AvFrame) -> np.ndarray:
         check_pixels(self.name, "Video", frame.width, frame.height)
@@ -118,46 +153,49 @@ def open_container(name: str, kind: str) -> Container:
         missing decoder, or is damaged. One sentence that names the file.
     """
     with _opened(name, kind) as (container, stream):
+        codec = stream.codec_context.name
         # Do not keep the packets themselves: together they are as large as the file.
-        packets = [_Packet.of(packet) for packet in container.demux(stream) if packet.size]
+        packets = [Packet.of(packet, codec) for packet in container.demux(stream) if packet.size]
         _check_complete(name, kind, stream, packets)
-        # Both rates are missing only if there is a single frame.
-        rate, base = float(stream.average_rate or stream.guessed_rate or 1), float(stream.time_base)
-    listed = None if kind == "avi" else _listed(packets)
-    if listed is not None:
-        stamps, keys = listed
+        rate = stream.average_rate or stream.guessed_rate
+        stated, base = (float(rate) if rate else None), float(stream.time_base)
+    last = packets[-1].duration * base if packets else 0.0
+    found = None if kind == "avi" else listed(packets, codec)
+    if found is not None:
+        stamps, keys = found
         times = (stamps - stamps[:1]) * base
     else:
         stamps, keys = None, np.zeros(1, np.int64)
-        least = sum(packet.size > _EMPTY and not packet.hidden for packet in packets)
-        times = _counted(name, kind, rate, least)
+        times = _counted(name, kind, stated, sum(packet.shows for packet in packets))
     if not len(times):
         raise UserError(f"Video {name!r} has no frame that can be shown; download or create it again.")
-    clip = Container(name, kind, (0, 0), rate, times, stamps, keys, (False, 1, 1))
-    with _opened(name, kind) as (container, stream):
-        first = clip._next(_decoded(container, stream), 0)
-        turn = _turn(name, first)
-        size = (first.width, first.height) if turn[0] else (first.height, first.width)
+    clip = Container(
+        name, kind, (0, 0), average_rate(times, last, stated), times, stamps, keys, (False, 1, 1)
+    )
+    try:
+        first = clip._first()
+    except _UnlistedFrame as error:
+        clip = clip._without_stamps(error)
+        first = clip._first()
+    turn = _turn(name, first)
+    size = (first.width, first.height) if turn[0] else (first.height, first.width)
     return dataclasses.replace(clip, size=size, turn=turn)
 
 
-class _Packet(NamedTuple):
-    """Data of a packet: size, time and duration of its frame (pts may be None), and flags."""
+class _UnlistedFrame(Exception):
+    """The decoder does not give the frame that is next in the list.
 
-    size: int
-    pts: Any
-    duration: int
-    key: bool
-    hidden: bool
-    corrupt: bool
+    Args:
+      position: index of that frame.
+      reason: the decoder's error in brackets, or nothing.
+    """
 
-    @classmethod
-    def of(cls, packet: AvPacket) -> "_Packet":
-        flags = packet.is_keyframe, packet.is_discard, packet.is_corrupt
-        return cls(packet.size, packet.pts, packet.duration or 0, *flags)
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(position, reason)
+        self.position, self.reason = position, reason
 
 
-def _check_complete(name: str, kind: str, stream: AvStream, packets: list[_Packet]) -> None:
+def _check_complete(name: str, kind: str, stream: AvStream, packets: list[Packet]) -> None:
     """Refuse a file without a first keyframe or with a cut packet, or an MP4 with fewer frames than stated.
 
     Fewer frames may also result from an edit list, which shows a part of the stream. Then the duration agrees
@@ -179,35 +217,44 @@ def _check_complete(name: str, kind: str, stream: AvStream, packets: list[_Packe
             )
 
 
-def _listed(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Time stamps of the shown frames, and which of them are keyframes; None if time stamps are missing.
+def _decode_all(name: str, kind: str) -> list[float | None]:
+    """When each frame is shown in seconds, found by decoding all of them; None for an unknown time.
 
-    Frames before the first keyframe cannot be shown, and an edit list may hide more.
+    Raises:
+      _UnlistedFrame: the decoder fails, or gives a damaged frame.
     """
-    if any(packet.pts is None for packet in packets):
-        return None
-    shown = [packet for packet in packets if packet.pts >= packets[0].pts and not packet.hidden]
-    stamps = np.sort(np.array([packet.pts for packet in shown], np.int64))
-    if len(np.unique(stamps)) < len(stamps):
-        return None
-    keys = np.searchsorted(stamps, np.array([packet.pts for packet in shown if packet.key], np.int64))
-    return stamps, np.union1d(np.zeros(1, np.int64), keys)
-
-
-def _counted(name: str, kind: str, rate: float, least: int) -> np.ndarray:
-    """float64 [N]: when each frame is shown, found by decoding all frames once; at least ``least`` frames."""
+    found: list[float | None] = []
     with _opened(name, kind) as (container, stream):
         stream.thread_type = "AUTO"
-        stamps = [frame.pts for frame in _decoded(container, stream)]
         base = float(stream.time_base)
-    if len(stamps) < least:
+        try:
+            for frame in _decoded(container, stream):
+                if frame.is_corrupt:
+                    raise _UnlistedFrame(len(found), "")
+                found.append(None if frame.pts is None else frame.pts * base)
+        except _av().FFmpegError as error:
+            raise _UnlistedFrame(len(found), f" ({error.strerror})") from error
+    return found
+
+
+def _counted(name: str, kind: str, rate: float | None, least: int) -> np.ndarray:
+    """float64 [N]: when each frame is shown, found by decoding all frames once; at least ``least`` frames."""
+    try:
+        found = _decode_all(name, kind)
+    except _UnlistedFrame as error:
         raise UserError(
-            f"Video {name!r} is damaged: only {len(stamps)} of {least} frames can be decoded; "
+            f"Video {name!r} is damaged: decoding ends after {error.position} frames{error.reason}; "
+            "copy or download it again."
+        ) from error
+    if len(found) < least:
+        raise UserError(
+            f"Video {name!r} is damaged: only {len(found)} of {least} frames can be decoded; "
             "copy or download it again."
         )
-    if None in stamps or stamps != sorted(stamps):  # time stamps guessed from the storage order
-        return np.arange(len(stamps)) / rate
-    return (np.array(stamps, np.int64) - min(stamps, default=0)) * base
+    times = [time for time in found if time is not None]
+    if len(times) < len(found) or times != sorted(set(times)):  # guessed from the storage order, or repeated
+        return np.arange(len(found)) / (rate or 1.0)
+    return np.array(times) - (times[0] if times else 0.0)
 
 
 def _av() -> ModuleType:

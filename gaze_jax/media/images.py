@@ -1,17 +1,37 @@
-"""Read image files: a few formats, a size limit that is checked before decoding, no network."""
+"""Read image files: a few formats, a size limit that is checked before decoding, no network.
 
+Pictures and frames of every kind become RGB by one rule, :func:`upright_rgb`.
+"""
+
+import contextlib
+import io
 import os
+import warnings
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from gaze_jax.errors import UserError
-from gaze_jax.media.probe import check_file, read_head, video_kind
+from gaze_jax.media.png import without_metadata
+from gaze_jax.media.probe import HEAD, check_file, read_head, video_kind
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 100_000_000
 """Maximum width x height to decode; a PNG file of 0.4 MB can have 400 megapixels."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how to make the stored picture upright."""
 
 
 def check_pixels(name: str, kind: str, width: int, height: int) -> None:
@@ -27,6 +47,37 @@ def check_pixels(name: str, kind: str, width: int, height: int) -> None:
         )
 
 
+def upright_rgb(image: PIL.Image.Image) -> np.ndarray:
+    """The picture that a viewer shows, as uint8 [height, width, 3]: the one rule for images and frames.
+
+    It is turned as its EXIF orientation says. 16-bit grey is scaled to 8 bits. What is transparent shows
+    white, whatever colour is stored there. Colour profiles are not applied, as in Pillow's ``convert("RGB")``
+    and transformers.
+
+    Raises:
+      OSError, SyntaxError, ValueError: the picture cannot be decoded.
+    """
+    image.load()  # before its metadata: a PNG may have some behind its pixels
+    turn = _TURNS.get(_orientation(image))
+    upright = image if turn is None else image.transpose(turn)
+    if upright.mode.startswith("I"):  # 16 bits: convert() would clip instead of scale
+        grey = np.clip(np.asarray(upright, np.int64) >> 8, 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if upright.has_transparency_data:
+        seen = upright.convert("RGBA")
+        return np.asarray(PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "white"), seen))[..., :3]
+    return np.asarray(upright.convert("RGB"))
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none or what is there cannot be read."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:  # each kind of damage to EXIF data raises another type, and the picture is whole
+        return 1
+    return found if type(found) is int and found in _TURNS else 1
+
+
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode an image file to upright uint8 [height, width, 3]; the first frame if it is animated.
 
@@ -36,24 +87,65 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """
     name = os.fspath(path)
     check_file(name, "Image")
+    with reading_pictures(name, "Image"), open(name, "rb") as file:
+        return _decode(file, name)
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """:func:`read_image` of a file's content; ``name`` names it in messages."""
+    if not data:
+        raise UserError(f"Image {name!r} is empty (0 bytes).")
+    with reading_pictures(name, "Image", data[:HEAD]):
+        return _decode(io.BytesIO(data), name)
+
+
+def _decode(file: BinaryIO, name: str) -> np.ndarray:
     try:
-        with PIL.Image.open(name, formats=FORMATS) as image:
-            check_pixels(name, "Image", *image.size)
-            # Cameras store the picture unrotated, with its orientation in the metadata.
-            upright = PIL.ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits: convert() would clip instead of scale
-                grey = np.clip(np.asarray(upright, np.int64) >> 8, 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.asarray(upright.convert("RGB"))
+        with open_picture(file, FORMATS, "Image", name) as image:
+            return upright_rgb(image)
     except UserError:
         raise
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError):
+        # The damage, or a limit of Pillow, may concern only the metadata, which nothing here needs.
+        file.seek(0)
+        pixels = without_metadata(file)
+        if pixels is None:
+            raise
+        with open_picture(pixels, ("PNG",), "Image", name) as image:
+            return upright_rgb(image)
+
+
+@contextlib.contextmanager
+def open_picture(
+    file: str | BinaryIO, formats: tuple[str, ...], kind: str, name: str
+) -> Iterator[PIL.Image.Image]:
+    """Open an image of some ``formats`` and check its size; ``kind`` and ``name`` are for error messages."""
+    # Pillow warns of damaged tags that nobody asked for, and of pictures that are large but within our limit.
+    with warnings.catch_warnings(action="ignore"), PIL.Image.open(file, formats=formats) as image:
+        check_pixels(name, kind, *image.size)
+        yield image
+
+
+@contextlib.contextmanager
+def reading_pictures(name: str, kind: str, head: bytes | None = None) -> Iterator[None]:
+    """Context for decoding a picture or an animation: Pillow's errors become one-sentence UserErrors.
+
+    Args:
+      name: the file's path, for messages, and to look at its beginning if ``head`` is None.
+      kind: "Image" or "Video", for messages.
+      head: the first bytes of data that is no file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
         raise UserError(
-            f"Image {name!r} has more pixels than the limit of {MAX_PIXELS}; make it smaller."
+            f"{kind} {name!r} has more pixels than the limit of {MAX_PIXELS}; make it smaller."
         ) from error
     except PIL.UnidentifiedImageError as error:
-        if video_kind(read_head(name)) is not None:
-            raise UserError(f"Image {name!r} is a video; use --video.") from error
-        raise UserError(f"Image {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"Image {name!r} cannot be decoded ({error}); the file is damaged.") from error
+        if video_kind(read_head(name) if head is None else head) is not None:
+            raise UserError(f"{kind} {name!r} is a video; use --video.") from error
+        raise UserError(f"{kind} {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
+        raise UserError(f"{kind} {name!r} cannot be decoded ({error}); the file is damaged.") from error

@@ -26,8 +26,8 @@ _ENTERED = (_SEGMENT, _CLUSTER)
 
 
 def is_url(name: str) -> bool:
-    """Whether a path looks like a URL; a drive letter does not."""
-    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", name) is not None
+    """Whether a path that does not exist looks like a URL; a drive letter does not."""
+    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+:", name) is not None and not os.path.exists(name)
 
 
 def check_file(name: str, kind: str) -> None:
@@ -168,7 +168,7 @@ def animation_delays(name: str) -> list[int]:
     """How long each picture of a GIF or WEBP is shown, in milliseconds; empty for a still WEBP.
 
     Raises:
-      UserError: the file ends before its end mark.
+      UserError: the file ends inside a picture.
     """
     with open(name, "rb") as file:
         data = file.read()
@@ -176,8 +176,7 @@ def animation_delays(name: str) -> list[int]:
         return _webp_delays(data) if data[:4] == b"RIFF" else _gif_delays(data)
     except IndexError as error:
         raise UserError(
-            f"Video {name!r} is cut short or damaged: its pictures end before their end mark; "
-            "copy or download it again."
+            f"Video {name!r} is cut short: it ends inside a picture; copy or download it again."
         ) from error
 
 
@@ -192,7 +191,8 @@ def _gif_delays(data: bytes) -> list[int]:
 
     delays, delay = [], 0
     position = 13 + colours(data[10])
-    while (mark := data[position]) != 0x3B:
+    # The end mark may be missing: the pictures before it are whole. Other bytes between blocks are skipped.
+    while position < len(data) and (mark := data[position]) != 0x3B:
         if mark == 0x21:  # an extension; a graphic control describes the picture that follows
             if data[position + 1] == 0xF9:
                 delay = 10 * int.from_bytes(data[position + 4 : position + 6], "little")
@@ -201,16 +201,14 @@ def _gif_delays(data: bytes) -> list[int]:
             position = after_blocks(position + 11 + colours(data[position + 9]))
             delays.append(delay)
             delay = 0
-        elif mark == 0:  # some writers leave a zero between blocks
-            position += 1
         else:
-            raise IndexError(position)
+            position += 1
     return delays
 
 
 def _webp_delays(data: bytes) -> list[int]:
     end = 8 + int.from_bytes(data[4:8], "little")
-    if end > len(data):
+    if end > len(data) + 1:  # some writers leave out the byte that makes the last chunk's length even
         raise IndexError(end)
     delays, position = [], 12
     while position + 8 <= end:
@@ -218,4 +216,6 @@ def _webp_delays(data: bytes) -> list[int]:
         if name == b"ANMF":
             delays.append(int.from_bytes(data[position + 20 : position + 23], "little"))
         position += 8 + length + length % 2
+        if position > len(data) + 1:
+            raise IndexError(position)
     return delays

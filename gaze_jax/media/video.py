@@ -11,7 +11,6 @@ Frames are chosen by index, as in the original models, even if the frame rate va
 used, and :attr:`Clip.times` holds the true times of the chosen frames.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -20,11 +19,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import PIL.Image
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.container import open_container
-from gaze_jax.media.images import MAX_PIXELS, check_pixels, read_image
+from gaze_jax.media.images import open_picture, read_image, reading_pictures, upright_rgb
 from gaze_jax.media.probe import (
     VIDEO_FORMATS,
     animation_delays,
@@ -38,6 +36,7 @@ from gaze_jax.media.probe import (
 )
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_ANIMATED = ("GIF", "WEBP")
 _DEFAULT_DELAY = 100
 """Milliseconds for which a picture with delay 0 is shown, as in browsers."""
 
@@ -263,10 +262,16 @@ def _open_folder(name: str, fps: float) -> Folder:
     return Folder(files, (height, width), fps)
 
 
-def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
-    """Sort key: frame2 before frame10; 1 and 01 are ordered by spelling."""
-    pieces = re.findall(r"([^0-9]*)([0-9]*)", name)
-    return [(text, int(number or -1)) for text, number in pieces], name
+def _natural(name: str) -> tuple[list[tuple[str, int, str]], str]:
+    """Sort key: frame2 before frame10, 1.25 before 1.5; 1 and 01 are ordered by spelling."""
+    key: list[tuple[str, int, str]] = []
+    for text, number in re.findall(r"([^0-9]*)([0-9]+(?:[.][0-9]+)*|$)", name):
+        first, *parts = number.split(".")
+        if len(parts) == 1:  # a decimal, such as a time in seconds
+            key.append((text, int(first), parts[0].rstrip("0")))
+        else:  # one number, several as of a version, or the end of the name
+            key += [(text, int(part or -1), "") for part in (first, *parts)]
+    return key, name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,33 +292,17 @@ class Animation:
 
     def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
         """Compose the ``wanted`` pictures on white: uint8 [height, width, 3] each."""
-        with _animated(self.name) as image:
+        with (
+            reading_pictures(self.name, "Video"),
+            open_picture(self.name, _ANIMATED, "Video", self.name) as image,
+        ):
             for index in wanted:
                 image.seek(int(index))
-                picture = image.convert("RGBA")
-                page = PIL.Image.new("RGBA", picture.size, "white")
-                yield np.array(PIL.Image.alpha_composite(page, picture).convert("RGB"))
+                yield upright_rgb(image.convert("RGBA"))
 
 
 def _open_animation(name: str, delays: list[int]) -> Animation:
     ends = np.cumsum([delay or _DEFAULT_DELAY for delay in delays]) / 1000
-    with _animated(name) as image:
-        size = (image.height, image.width)
-    return Animation(name, size, np.concatenate([[0.0], ends[:-1]]), len(delays) / float(ends[-1]))
-
-
-@contextlib.contextmanager
-def _animated(name: str) -> Iterator[PIL.Image.Image]:
-    """Open a GIF or WEBP in Pillow; decoding errors become a one-sentence UserError."""
-    try:
-        with PIL.Image.open(name, formats=("GIF", "WEBP")) as image:
-            check_pixels(name, "Video", *image.size)
-            yield image
-    except UserError:
-        raise
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise UserError(
-            f"Video {name!r} has more pixels than the limit of {MAX_PIXELS}; make it smaller."
-        ) from error
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
-        raise UserError(f"Video {name!r} cannot be decoded ({error}); the file is damaged.") from error
+    clip = Animation(name, (0, 0), np.concatenate([[0.0], ends[:-1]]), len(delays) / float(ends[-1]))
+    height, width = next(clip.read(np.zeros(1, np.int64))).shape[:2]
+    return dataclasses.replace(clip, size=(height, width))

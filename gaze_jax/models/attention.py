@@ -235,7 +235,12 @@ def gaze_attention(
     new = Past(visual_k, visual_v, text_k, text_v, descriptors)
     out: NamedArrays = {field.name: getattr(new, field.name) for field in dataclasses.fields(new)}
     keys = _after_past(past, new)
-    op = GazeSpec(scale=q.shape[3] ** -0.5, select_per=gaze.select_per, query_block=gaze.query_block)
+    op = GazeSpec(
+        scale=q.shape[3] ** -0.5,
+        select_per=gaze.select_per,
+        query_block=gaze.query_block,
+        interpret=gaze.interpret,
+    )
 
     def attend(
         q: Float[Array, "B T H D"], queries: Windows, selected: Bool[Array, "B T Hs R"] | None

@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
     def merge(self, heads: Float[Array, "B N H D"]) -> Float[Array, "B N M"]:
         """[B, N, H, D] to [B, N, M]."""
-        return self.o_proj(heads.reshape(*heads.shape[:-2], -1))
+        return self.o_proj(heads.reshape(*heads.shape[:-2], heads.shape[-2] * heads.shape[-1]))
 
 
 class GatedMLP(nn.Module):

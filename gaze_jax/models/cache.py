@@ -57,6 +57,7 @@ def decode_spec(gaze: GazeConfig, head_dim: int) -> GazeSpec:
         select_per=gaze.select_per,
         query_block=gaze.query_block,
         visual_dtype=gaze.visual_dtype,
+        interpret=gaze.interpret,
     )
 
 

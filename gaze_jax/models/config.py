@@ -138,6 +138,7 @@ class GazeConfig:
         "region" adds each to the last region of its row.
       visual_dtype: dtype of the visual keys and values in the cache: None for the computed dtype, or "int8"
         with one scale per token and head. Descriptors and the text stream are not quantised.
+      interpret: run Pallas kernels in JAX's interpreter, to test a model without their chip; slow.
     """
 
     region: tuple[int, int] = (6, 6)
@@ -153,6 +154,7 @@ class GazeConfig:
     video_region: tuple[int, int, int] | None = None
     newlines: str = "text"
     visual_dtype: str | None = None
+    interpret: bool = dataclasses.field(default=False, metadata={"stored": False})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "region", tuple(self.region))

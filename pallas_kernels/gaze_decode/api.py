@@ -5,7 +5,10 @@ the cache would copy a layer's whole KV in every step. Each implementation choos
 packs it once, at prefill.
 
 A slot of ``indices`` that is -1 is not read; a region listed twice counts once. K and V of regions that
-are not listed, and of invalid token slots, may hold anything, including NaN.
+are not listed, and of invalid token slots, may hold anything, including NaN. The query heads of a kv head
+share what they read: where each has its own selection and the output of one is not finite, that of all of
+them is NaN, in every implementation. Other kv heads and other sequences are not affected. R, S, J and B may
+be empty.
 """
 
 from types import MappingProxyType, ModuleType
@@ -198,4 +201,11 @@ def gaze_decode(
         shared = heads if spec.select_per == "head" else kv_heads
         expected = (batch, shared, indices.shape[-1])
         check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
-    return module.gaze_decode(q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, spec=spec)
+    if q.size == 0:
+        return jnp.zeros_like(q)
+    out = module.gaze_decode(q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, spec=spec)
+    if indices is None or spec.select_per == "kv_head" or heads == kv_heads:
+        return out  # all heads of a group read the same
+    grouped = out.reshape(batch, kv_heads, -1)
+    finite = jnp.isfinite(grouped).all(-1, keepdims=True)
+    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape)

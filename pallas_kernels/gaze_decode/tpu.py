@@ -229,6 +229,9 @@ def gaze_decode(
     Raises:
       NotImplementedError: more regions are listed than scalar memory holds.
     """
+    if text_k.shape[3] == 0:  # an empty array has no tiles
+        text_k, text_v = (jnp.pad(a, ((0, 0),) * 3 + ((0, 1), (0, 0))) for a in (text_k, text_v))
+        text_seen = jnp.zeros((q.shape[0], 1), bool)
     batch, heads, dim = q.shape
     kv_heads, text = text_k.shape[2:4]
     rows, group = batch * kv_heads, heads // kv_heads
@@ -258,6 +261,8 @@ def gaze_decode(
             pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (text_k, text_v, words)
         )
     tile = min(TEXT_TILE, text)
+    # The last tile may reach behind the end of the stream, where memory holds anything.
+    text_seen = jnp.pad(text_seen, ((0, 0), (0, -text % tile)))
     tiles = _used_tiles(text_seen, tile)
     scalars = Scalars(jnp.asarray(layer, jnp.int32).reshape(1), listed.count.reshape(rows), tiles)
     inputs = Inputs(

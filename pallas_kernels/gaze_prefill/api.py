@@ -2,14 +2,16 @@
 
 Query t and head h see a key if it is valid, in the query's segment, inside the query's window and, for a
 *routed* query and a visual key, in a region that ``selected`` marks for that head. The output is one softmax
-over all seen keys; a query that sees nothing outputs 0. K and V of tokens that no query sees may hold
-anything, including NaN, and get a gradient of exactly 0.
+over all seen keys; a query that sees nothing outputs 0. K and V of tokens that a query does not see may hold
+anything, including NaN: they do not change its output, and what no query sees gets a gradient of exactly 0.
+Any axis but K, H and D may be empty.
 """
 
 import dataclasses
 from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import check_shape, find, pick
 from pallas_kernels.gaze_prefill import reference, tpu, xla
@@ -76,4 +78,6 @@ def gaze_prefill(
         shared = heads if spec.select_per == "head" else kv_heads
         expected = (batch, length, shared, regions)
         check_shape(op, f"selected (select_per {spec.select_per!r})", selected, expected)
+    if q.size == 0:
+        return jnp.zeros_like(q)
     return module.gaze_prefill(q, visual_k, visual_v, text_k, text_v, queries, places, selected, spec=spec)

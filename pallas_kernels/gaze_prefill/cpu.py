@@ -27,16 +27,32 @@ def queries_at_once(most: int, batch: int, heads: int) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chunks:
-    """Keys and values [count, B, K, CHUNK, D], padded with zeros."""
+class Keys:
+    """Keys and values [..., N, D], 0 where a token's are not finite, and what makes up for it.
+
+    0 * NaN is NaN, so what a query does not see must not reach a matmul, forward or backward. A query that
+    does see such a token gets its NaN through the logits.
+
+    Attributes:
+      k, v: [..., N, D].
+      poison: float32 [..., N], NaN for a token whose key or value is not finite, else 0.
+    """
 
     k: Array
     v: Array
+    poison: Array
 
 
-def chunked(k: Array, v: Array) -> Chunks:
-    """Cut keys and values [B, K, N, D] along N; a stream shorter than a chunk is one chunk."""
-    return Chunks(*(_cut(a, 2) for a in (k, v)))
+def keys_of(k: Array, v: Array) -> Keys:
+    """Keys and values [B, K, N, D] with their :class:`Keys`."""
+    finite = jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1)
+    k, v = (jnp.where(finite[..., None], a, jnp.zeros((), a.dtype)) for a in (k, v))
+    return Keys(k, v, jnp.where(finite, jnp.float32(0), jnp.float32(jnp.nan)))
+
+
+def chunked(keys: Keys) -> Keys:
+    """Cut [B, K, N, ...] along N into [count, B, K, CHUNK, ...]; a shorter stream is one chunk."""
+    return jax.tree.map(lambda a: _cut(a, 2), keys)
 
 
 def _cut(a: Array, axis: int) -> Array:
@@ -69,12 +85,12 @@ def queries_of(rows: Array, q: Array) -> Array:
     return jnp.moveaxis(rows, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
-def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array:
+def attend(q: Array, streams: list[tuple[Keys, Array]], scale: float) -> Array:
     """Attend with one softmax over several streams of keys.
 
     Args:
       q: [B, T, H, D].
-      streams: keys and values, and which of them a query sees, bool [B, T, 1 or K or H, N].
+      streams: keys and values in chunks, and which of them a query sees, bool [B, T, 1 or K or H, N].
       scale: factor of the logits.
 
     Returns:
@@ -98,13 +114,13 @@ def attend(q: Array, streams: list[tuple[Chunks, Array]], scale: float) -> Array
 State = tuple[Array, Array, Array]
 
 
-def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) -> State:
+def _add(state: State, rows: Array, chunk: Keys, seen: Array, scale: float) -> State:
     """Add a chunk of keys to the softmax.
 
     Args:
       state: running maximum and sum [B, K, G * T, 1] and output [B, K, G * T, D], float32.
       rows: [B, K, G * T, D].
-      chunk: [B, K, N, D].
+      chunk: [B, K, N, ...].
       seen: bool [B, T, 1 or K or H, N].
       scale: factor of the logits.
     """
@@ -120,7 +136,8 @@ def _add(state: State, rows: Array, chunk: Chunks, seen: Array, scale: float) ->
         mask = jnp.moveaxis(seen, 1, 2)  # [B, 1 or K or H, T, N]
         mask = mask.reshape(batch, -1, group if shared == kv_heads * group else 1, *mask.shape[2:])
         logits = logits.reshape(batch, kv_heads, group, length, -1)
-        logits = jnp.where(mask, logits * scale, -jnp.inf).reshape(batch, kv_heads, count, -1)
+        logits = logits * scale + chunk.poison[:, :, None, None]
+        logits = jnp.where(mask, logits, -jnp.inf).reshape(batch, kv_heads, count, -1)
         higher = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True)))
         base = jnp.where(jnp.isfinite(higher), higher, 0.0)
         weights, kept = jnp.exp(logits - base), jnp.exp(top - base)

@@ -57,17 +57,15 @@ def _seen(
 
 def _attend(
     q: jax.Array,
-    visual_k: jax.Array,
-    visual_v: jax.Array,
-    text_k: jax.Array,
-    text_v: jax.Array,
-    visual: jax.Array,
-    text: jax.Array,
+    visual: cpu.Keys,
+    text: cpu.Keys,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
     scale: float,
 ) -> jax.Array:
     """One softmax over both streams for one block of queries, under the masks."""
     batch, length, heads = q.shape[:3]
-    kv_heads, tokens = visual_k.shape[1:3]
+    kv_heads, tokens = visual.k.shape[1:3]
     group = heads // kv_heads
     rows = cpu.rows_of(q, kv_heads)
 
@@ -80,14 +78,14 @@ def _attend(
             mask = mask[:, :, :, None]
         return jnp.moveaxis(mask, 1, 3)
 
-    def logits(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    def logits(keys: cpu.Keys, mask: jax.Array) -> jax.Array:
         product = jnp.einsum(
-            "BKMD,BKND->BKMN", rows, keys, precision=_EXACT, preferred_element_type=jnp.float32
-        ).reshape(batch, kv_heads, group, length, keys.shape[2])
-        return jnp.where(by_group(mask), product * scale, -jnp.inf)
+            "BKMD,BKND->BKMN", rows, keys.k, precision=_EXACT, preferred_element_type=jnp.float32
+        ).reshape(batch, kv_heads, group, length, keys.k.shape[2])
+        return jnp.where(by_group(mask), product * scale + keys.poison[:, :, None, None], -jnp.inf)
 
-    both = jnp.concatenate([logits(visual_k, visual), logits(text_k, text)], axis=-1)
-    top = jax.lax.stop_gradient(jnp.max(both, axis=-1, keepdims=True))
+    both = jnp.concatenate([logits(visual, visual_seen), logits(text, text_seen)], axis=-1)
+    top = jax.lax.stop_gradient(jnp.max(both, axis=-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(both - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = (weights / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
@@ -98,7 +96,7 @@ def _attend(
             "BKMN,BKND->BKMD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
         )
 
-    return cpu.queries_of(weigh(weights[..., :tokens], visual_v) + weigh(weights[..., tokens:], text_v), q)
+    return cpu.queries_of(weigh(weights[..., :tokens], visual.v) + weigh(weights[..., tokens:], text.v), q)
 
 
 def _blocked(tree: _Tree, count: int, block: int) -> _Tree:
@@ -138,17 +136,8 @@ def gaze_prefill(
         visual, text = _seen(queries, places, selected, heads)
         return visual.reshape(*visual.shape[:3], regions * slots), text
 
-    def touched(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Keys that any query sees: bool [B, K, R * P] and [B, 1, S]."""
-        visual, text = masks(queries, selected)
-        if visual.shape[2] == heads:
-            by_kv = (batch, visual.shape[1], kv_heads, heads // kv_heads, regions * slots)
-            visual = visual.reshape(by_kv).any(3)
-        visual = jnp.broadcast_to(visual.any(1), (batch, kv_heads, regions * slots))
-        return visual, text.any(1)
-
     if count == 1:
-        blocks, used = None, touched(queries, selected)
+        blocks = None
     else:
         blocks = _blocked((q, queries, selected), count, block)
         # Padding queries are zeros, so their segment is 0; set it to -1 so that they see nothing.
@@ -158,26 +147,17 @@ def gaze_prefill(
             dataclasses.replace(blocks[1], segment=jnp.where(alive, blocks[1].segment, -1)),
             blocks[2],
         )
-        used = jax.tree.map(lambda a: a.any(0), jax.lax.map(lambda xs: touched(xs[1], xs[2]), blocks))
-
-    def clean(array: jax.Array, used: jax.Array) -> jax.Array:
-        # 0 * NaN is NaN: unseen keys and values must not reach a matmul, forward or backward.
-        return jnp.where(used[..., None], array, jnp.zeros((), array.dtype))
 
     flat = (batch, kv_heads, regions * slots, dim)
-    keys_and_values = (
-        clean(visual_k.reshape(flat), used[0]),
-        clean(visual_v.reshape(flat), used[0]),
-        clean(text_k, used[1]),
-        clean(text_v, used[1]),
-    )
-    streams = [cpu.chunked(*keys_and_values[:2]), cpu.chunked(*keys_and_values[2:])] if chunked else []
+    visual = cpu.keys_of(visual_k.reshape(flat), visual_v.reshape(flat))
+    text = cpu.keys_of(text_k, text_v)
+    streams = [cpu.chunked(visual), cpu.chunked(text)] if chunked else []
 
     def attend(xs: tuple[jax.Array, Windows, jax.Array | None]) -> jax.Array:
         seen = masks(xs[1], xs[2])
         if chunked:
             return cpu.attend(xs[0], list(zip(streams, seen)), spec.scale)
-        return _attend(xs[0], *keys_and_values, *seen, spec.scale)
+        return _attend(xs[0], visual, text, *seen, spec.scale)
 
     if blocks is None:
         return attend((q, queries, selected))

@@ -121,7 +121,11 @@ def test_mistakes_are_one_sentence_and_status_2(joined, tmp_path):
         ("convert.py", f"--from={where / 'llm'}", to, "--gaze_top_k=3"): "--gaze_top_k is for a new model",
         ("convert.py", f"--from={where / 'llm'}", to, "--feature_layer=-1"): "is of an image tower",
         ("convert.py", f"--from={where / 'llm'}", to, "--format=hf"): "neither a converted checkpoint",
-        ("convert.py", "--from=Qwen/Qwen3-4B@main", to): "write Qwen/Qwen3-4B@ and the commit's 40",
+        (
+            "convert.py",
+            "--from=nobody/no-such-model@main",
+            to,
+        ): "is no directory here, and cannot be downloaded",
         ("convert.py", f"--from={where / 'gaze'}", to): "is already converted",
         ("eval.py", f"--checkpoint={where / 'gaze'}"): "--checkpoint has no effect without --compare",
         ("eval.py", "--compare=dense"): "name it with --checkpoint",

@@ -98,7 +98,11 @@ def test_answers_a_file_of_questions(media, tmp_path):
     assert not err and not out
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["id"] for line in found] == ["1", "two", "3"]
-    assert [line["gaze_top_k"] for line in found] == [2, 2, 0.5]
+    assert [(line["gaze_top_k"], line.get("gaze_keep")) for line in found] == [
+        (2, None),
+        (2, None),
+        (None, 0.5),
+    ]
     assert found[2]["tokens"] <= 2 and all(line["finish_reason"] in ("stop", "length") for line in found)
     index = (tmp_path / "looked" / "index.html").read_text()
     outside = 0
@@ -134,7 +138,10 @@ def test_mistakes_are_said_before_the_checkpoint_is_read(media):
         "lies in a folder that does not exist": [photo, ASK, "--gaze_top_k=1", "--out=/nowhere/answer.png"],
         "must end in one of .html": [photo, ASK, "--gaze_top_k=1", "--out=answer.txt"],
         "look_at='1,2,3' must be": [photo, ASK, "--gaze_top_k=1", "--look_at=1,2,3"],
-        "q.jsonl is not a readable UTF-8 file": ["--questions=q.jsonl", "--answers=a.jsonl"],
+        "q.jsonl cannot be read (No such file or directory); give a": [
+            "--questions=q.jsonl",
+            "--answers=a.jsonl",
+        ],
         "--look_at_layers is for one conversation": [*many, "--look_at=0,0,9,9", "--look_at_layers=1"],
         "--layer has no effect without --traces": [*asked, "--layer=1"],
         "--answers is the file of --questions": [f"--questions={lines}", f"--answers={lines}"],

@@ -38,7 +38,8 @@ SITUATIONS = {
 
 # What is given of an option, by its name; --out differs by what a rule is about.
 VALUES = {
-    "answers": "a.jsonl", "traces": "t", "batch_size": 8, "image": ("a.png",), "video": ("a.mp4",),
+    "answers": "a.jsonl", "traces": "t", "resume": True, "batch_size": 8,
+    "image": ("a.png",), "video": ("a.mp4",),
     "question": ("What?",), "out": ("a.png",), "fps": 1.0, "max_frames": 8, "folder_fps": 1.0, "views": 8,
     "look_at_layers": (1,), "look_at_bias": 1.0, "layer": 1, "sample_top_k": 5, "top_p": 1.0, "seed": 0,
     "gaze_select_per": "head", "gaze_region": (3, 3), "gaze_video_region": (1, 3, 3), "gaze_newlines": "text",

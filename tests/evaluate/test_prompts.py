@@ -36,13 +36,12 @@ def test_images_are_found_beside_the_file(folder, monkeypatch):
 
 GOOD = '{"image": "images/a.png", "question": "What?"}'
 BAD = {
-    "not JSON": ("{image", "not JSON"),
-    "blank": ("", "not JSON"),
-    "a list": ("[1]", "must be an object with exactly the keys"),
-    "missing": ('{"image": "images/a.png"}', "must be an object with exactly the keys"),
-    "unknown": ('{"image": "a", "question": "b", "answer": "c"}', "must be an object with exactly the keys"),
-    "number": ('{"image": "images/a.png", "question": 3}', "question=3 must be a text"),
-    "empty": ('{"image": "images/a.png", "question": " "}', "question=' ' must be a text"),
+    "not JSON": ("{image", "is not valid JSON"),
+    "a list": ("[1]", "must be a JSON object, not list"),
+    "missing": ('{"image": "images/a.png"}', "must have exactly the keys"),
+    "unknown": ('{"image": "a", "question": "b", "answer": "c"}', "must have exactly the keys"),
+    "number": ('{"image": "images/a.png", "question": 3}', "question=3, which must be a text"),
+    "empty": ('{"image": "images/a.png", "question": " "}', "question=' ', which must be a text"),
     "no file": ('{"image": "b.png", "question": "What?"}', r"b\.png' is not a file"),
     "URL": ('{"image": "https://x.org/a.png", "question": "What?"}', "looks like a URL"),
 }
@@ -52,7 +51,7 @@ BAD = {
 def test_a_bad_line_is_refused_by_its_number(name, folder):
     line, sentence = BAD[name]
     (folder / "p.jsonl").write_text(f"{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"p\.jsonl, line 2: .*{sentence}") as error:
+    with pytest.raises(UserError, match=rf"Line 2 of .*p\.jsonl.*{sentence}") as error:
         read_prompts(folder / "p.jsonl")
     assert "\n" not in str(error.value)
 
@@ -64,5 +63,5 @@ def test_a_bad_line_is_refused_by_its_number(name, folder):
 def test_a_file_that_holds_no_prompts_is_refused(content, sentence, tmp_path):
     if content is not None:
         (tmp_path / "p.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=rf"p\.jsonl' {sentence}"):
+    with pytest.raises(UserError, match=rf"p\.jsonl {sentence}"):
         read_prompts(tmp_path / "p.jsonl")

@@ -231,7 +231,7 @@ def test_llava_next_may_have_no_limit_of_tokens():
 def test_transformers_does_not_ignore_a_scaled_rope():
     """So its layout refuses one, naming the inner config."""
     text = HUB["text_config"] | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
-    with pytest.raises(UserError, match=r"text_config has rope_scaling="):
+    with pytest.raises(UserError, match=r"text_config: rope_scaling has type="):
         read(HUB | {"text_config": text})
 
 

@@ -24,10 +24,27 @@ def test_defaults_are_those_of_transformers():
         {"rope_theta": 5e6},
         {"rope_theta": 5000000},
         {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}},
+        {"rope_theta": 5e6, "rope_scaling": {"type": "default"}},
+        {"rope_theta": 5e6, "rope_scaling": {"rope_type": "default", "factor": 1.0}},
+        {"rope_theta": 5e6, "rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_theta": 5e6, "rope_scaling": None, "rope_parameters": None},
     ],
 )
-def test_rope_theta_is_read_in_both_spellings(spelling):
+def test_rope_is_judged_by_its_effect(spelling):
+    """Both spellings of the base, and scaling that changes nothing."""
     assert read(QWEN | spelling).rope_theta == 5e6
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "expected"),
+    [("qwen2", None, 64), ("qwen3", None, 64), ("llama", None, 64), ("qwen2", ..., 32), ("llama", ..., 64)],
+)
+def test_kv_heads_are_those_that_transformers_fills_in(kind, heads, expected):
+    """null is as many as query heads; a field that is absent has the default of the class."""
+    config = {"model_type": kind, "num_attention_heads": 64, "hidden_size": 512}
+    values = {name: value for name, value in QWEN.items() if name != "num_key_value_heads"} | config
+    values |= {"attention_bias": False} if kind == "llama" else {}
+    assert read(values if heads is ... else values | {"num_key_value_heads": heads}).num_kv_heads == expected
 
 
 @pytest.mark.parametrize(
@@ -36,11 +53,13 @@ def test_rope_theta_is_read_in_both_spellings(spelling):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling="),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling has type='yarn'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type='yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types="),
-        ({"num_key_value_heads": None}, "lacks num_key_value_heads"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "'sliding_attention' in 1 of 3 layers",
+        ),
         ({"hidden_size": "64"}, "hidden_size='64', which should be of type int"),
         ({"num_key_value_heads": 3}, "must be a multiple of"),
     ],

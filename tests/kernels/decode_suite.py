@@ -264,6 +264,31 @@ class DecodeSuite:
         assert np.isfinite(got).all()
         np.testing.assert_array_equal(got, self.run(case))
 
+    @pytest.mark.parametrize("capacity", [2, 4])
+    @pytest.mark.parametrize("side", ["k", "v"])
+    def test_edge_05_nan_in_a_region_reaches_the_heads_of_its_group(self, side, capacity):
+        """Whether heads gather their own lists or all read a union: one rule. No other kv head or row."""
+        case = cases.decode(capacity=capacity)
+        group, listed = 2, jnp.asarray([[[0, 1, 3, -1], [2, 5, -1, 4]]], jnp.int32)
+        indices = jnp.broadcast_to(listed[:, jnp.arange(4) % 2, :capacity], (2, 4, capacity))
+        case = dataclasses.replace(case, indices=indices, visual_seen=jnp.ones_like(case.visual_seen))
+        bad = (
+            getattr(case, side).at[int(case.layer), 0, 0, 1].set(jnp.nan)
+        )  # head 0 lists region 1, head 1 does not
+        got = np.asarray(self.run(dataclasses.replace(case, **{side: bad})))
+        assert np.isnan(got[0, :group]).all()
+        rest = np.ones(got.shape[:2], bool)
+        rest[0, :group] = False
+        np.testing.assert_array_equal(got[rest], np.asarray(self.run(case))[rest])
+
+    @pytest.mark.parametrize("capacity", [3, None])
+    def test_edge_03_no_text_stream(self, capacity):
+        """S = 0: the listed regions alone; and nothing at all."""
+        case = cases.decode(text=0, capacity=capacity)
+        _close(self.run(case), self.expected(case), self.tolerance)
+        nothing = cases.decode(text=0, regions=0, capacity=capacity)
+        assert (np.asarray(self.run(nothing)) == 0).all()
+
     def test_edge_06_a_query_that_sees_nothing_outputs_zero(self):
         """An all -1 list without text-stream keys, and listed regions without valid slots: 0."""
         case = cases.decode()

@@ -245,6 +245,68 @@ class PrefillSuite:
             assert (np.asarray(gradient)[nobody] == 0).all()
             assert (np.asarray(gradient)[~nobody] != 0).any()
 
+    def test_edge_05_a_seen_nan_is_not_hidden(self):
+        """NaN in a value makes the outputs of exactly those queries NaN that see it."""
+        case = cases.prefill(_rows())
+        slot = int(np.argmax(np.asarray(case.places.text_order[0]) == 0))
+        bad = dataclasses.replace(case, text_v=case.text_v.at[0, 0, slot, 3].set(jnp.nan))
+        got, clean = np.asarray(self.forward(bad)), np.asarray(self.forward(case))
+        windows = jax.tree.map(np.asarray, case.queries)
+        sees = (windows.segment[0] == int(case.places.text_segment[0, slot])) & (windows.text_hi[0] >= 0)
+        sees &= windows.text_lo[0] <= 0
+        assert sees.any() and (~sees).any()
+        assert np.isnan(got[0, sees][:, :2, 3]).all()
+        np.testing.assert_array_equal(got[0, ~sees], clean[0, ~sees])
+        np.testing.assert_array_equal(got[0, :, 2:], clean[0, :, 2:])
+
+    def test_edge_05_nan_in_a_region_reaches_those_who_see_it(self):
+        """A region that some heads of a group select and others do not, in K and in V."""
+        case = cases.prefill(_rows())
+        region = int(np.argmax(np.asarray(case.selected)[0].any((0, 1))))
+        clean = np.asarray(self.forward(case))
+        for side in ("visual_k", "visual_v"):
+            array = getattr(case, side)
+            bad = dataclasses.replace(case, **{side: array.at[0, 0, region].set(jnp.nan)})
+            got, expected = np.asarray(self.forward(bad)), np.asarray(_program("reference", False)(bad))
+            touched = np.isnan(expected)
+            np.testing.assert_array_equal(np.isnan(got), touched)
+            assert touched[0, :, 0].any() and (touched[0, :, 0] != touched[0, :, 1]).any()
+            np.testing.assert_array_equal(got[~touched], clean[~touched])
+
+    @pytest.mark.parametrize("empty", ["queries", "text", "regions", "all keys"])
+    def test_edge_03_empty_axes(self, empty):
+        """T = 0, S = 0 or R = 0: what is left is attended to, and gradients have the shapes of the arrays."""
+        case = cases.prefill(_one_row())
+        if empty == "queries":
+            none = jax.tree.map(lambda a: a[:, :0], (case.q, case.queries, case.selected))
+            case = dataclasses.replace(case, q=none[0], queries=none[1], selected=none[2])
+        if empty in ("text", "all keys"):
+            places = dataclasses.replace(
+                case.places,
+                text_order=case.places.text_order[:, :0],
+                text_segment=case.places.text_segment[:, :0],
+            )
+            case = dataclasses.replace(
+                case, text_k=case.text_k[:, :, :0], text_v=case.text_v[:, :, :0], places=places
+            )
+        if empty in ("regions", "all keys"):
+            places = dataclasses.replace(
+                case.places,
+                visual_order=case.places.visual_order[:, :0],
+                region_segment=case.places.region_segment[:, :0],
+            )
+            case = dataclasses.replace(
+                case,
+                visual_k=case.visual_k[:, :, :0],
+                visual_v=case.visual_v[:, :, :0],
+                places=places,
+                selected=case.selected[..., :0],
+            )
+        out, got = self.gradients(case)
+        _close(out, self.expected(case), self.tolerance)
+        for gradient, array in zip(got, case.arrays(), strict=True):
+            assert gradient.shape == array.shape and np.isfinite(gradient).all()
+
     def test_edge_10_unselected_regions_get_no_gradient(self):
         """Finite K and V of regions that nobody selects: gradient exactly 0; of selected ones: not 0."""
         case, nobody, _ = self._routed_only()

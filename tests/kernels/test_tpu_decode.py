@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api, plan, tpu, tpu_kernel, tpu_layout
 from tests.helpers import cases
+from tests.helpers.poison import fresh_memory
 from tests.kernels import decode_suite
 
 # Private to jax: where it has moved, the suite in test_decode.py still runs.
@@ -162,6 +163,18 @@ def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
     scalars = tpu_kernel.Scalars(layer=0, count=0, tiles=used)
     tiles = [[int(grid.text_seen(0, 2 * b + 1, tile, scalars)[2]) for tile in range(4)] for b in range(4)]
     assert tiles == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("value", [np.nan, 1.0])
+@pytest.mark.parametrize("text", [24, 37])
+def test_a_partial_tile_is_not_read_past_its_end(text, value, monkeypatch):
+    """Whatever memory holds behind the keys and their mask."""
+    monkeypatch.setattr(tpu, "TEXT_TILE", 16)
+    case = dataclasses.replace(cases.decode(text=text, size=1), text_seen=jnp.ones((1, text), bool))
+    case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
+    with fresh_memory(value):
+        got = jax.jit(lambda case: decode_suite.call(case, "tpu"))(case)
+    np.testing.assert_allclose(got, decode_suite.call(case, "reference"), atol=2e-5)
 
 
 @pytest.mark.parametrize("dim", [decode_suite.long(8), 128])

@@ -81,6 +81,14 @@ def _decode_program(config):
     return re.sub(r"0x[0-9a-f]+|\bid=\d+", "", str(jax.make_jaxpr(run)(models.parameters(DUMMY))))
 
 
+def _kernels(config):
+    """Whether a kernel for another device runs."""
+    try:
+        return _program(models.changed(config, gaze={"prefill_implementation": "tpu"}))
+    except NotImplementedError as error:
+        return str(error)
+
+
 def _packed(spec):
     """A cache after packing and unpacking."""
     case = cases.decode()
@@ -154,6 +162,7 @@ MODEL = {
     "gaze.video_region": (_as_configured, (2, 2, 2)),
     "gaze.newlines": (_with_newlines, "region"),
     "gaze.visual_dtype": (_cache, "int8"),
+    "gaze.interpret": (_kernels, True),
     "views": (_as_configured, VIEWS),
     "dtype": (_cache, "bfloat16"),
     "param_dtype": (_parameters, "bfloat16"),

@@ -1,4 +1,4 @@
-"""Edge case 3: a batch without any visual token, R = 0."""
+"""Edge case 3: a batch without any visual token, R = 0, or without a text stream, S = 0."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.routing import Routing
-from gaze_jax.core.selection import Selection
+from gaze_jax.core.selection import Selection, SelectionSpec
+from gaze_jax.core.streams import Streams
 from gaze_jax.models import DUMMY, MLLM
 from tests.helpers import models
 from tests.helpers.streams import Text, batch, pad, prefix, sample
@@ -90,3 +91,22 @@ def test_visual_tokens_need_a_tower_and_an_image():
         MLLM(DUMMY).apply(variables, None, padded, Selection())
     with pytest.raises(ValueError, match="no image tower"):
         _ = dataclasses.replace(DUMMY, vision=None).tower
+
+
+@pytest.mark.parametrize("strategy", ["descriptor", "oracle"])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_edge_03_an_image_alone(strategy, top_k):
+    """No text, no newlines, no context tokens: no logits, and no error."""
+    config = models.changed(DUMMY, gaze={"context_tokens": 0})
+    table = jnp.asarray(config.layout.table)[None]
+    empty = jnp.zeros((1, 0), jnp.int32)
+    segment = jnp.zeros((1, table.shape[1]), jnp.int32)
+    view = jnp.where(table >= 0, 0, -1)
+    streams = Streams(table, table, jnp.maximum(table, 0), view, segment, *[empty] * 7)
+    budget = None if top_k is None else jnp.int32(top_k)
+    logits, _ = jax.jit(
+        lambda v: MLLM(config).apply(
+            v, models.images(1, 1), streams, Selection(budget), SelectionSpec(Routing(strategy))
+        )
+    )(models.parameters(config))
+    assert logits.shape == (1, 0, 64)

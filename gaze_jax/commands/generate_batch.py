@@ -1,0 +1,238 @@
+"""A file of questions of generate.py: every line is checked first, and no answer is lost once it is there.
+
+The answers' file has a line for each question: the answer, or in "error" the reason why there is none. It is
+replaced when its first new line is ready, not before.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from gaze_jax.commands import cli
+from gaze_jax.commands.generate_answers import make_sampler, show_trace
+from gaze_jax.commands.generate_options import GenerateOptions
+from gaze_jax.errors import UserError
+from gaze_jax.infer import trace_file
+from gaze_jax.infer.answer import Answer
+from gaze_jax.infer.requests import Request, answer_all, read_requests, record
+from gaze_jax.media.images import read_image
+from gaze_jax.media.video import FrameSampling, open_video
+from gaze_jax.viewer.html import Entry, index_page
+
+
+def ask_many(options: GenerateOptions) -> int:
+    """Answer a file of questions.
+
+    Returns:
+      The number of lines without an answer; each is named on stderr and in the answers' file.
+
+    Raises:
+      UserError: no line can be answered, the checkpoint cannot be read, or a file cannot be written.
+    """
+    path = options.batch.answers or ""
+    cli.check_writable("answers", path)
+    wrong: dict[str, str] = {}
+    requests = _read(options, wrong)
+    kept = _kept_answers(path, requests) if options.batch.resume else {}
+    asked = [request for request in requests if request.id not in kept]
+    wrong |= _unreadable(asked)
+    todo = [request for request in asked if request.id not in wrong]
+    if not todo and not kept:
+        first, *others = wrong.values()
+        raise UserError(
+            f"{first} None of the other {len(others)} lines can be answered." if others else first
+        )
+    for message in wrong.values():
+        print(message, file=sys.stderr)
+    answers = _AnswersFile(path, kept)
+    with answers:
+        for name, message in wrong.items():
+            answers.write({"id": name, "error": message})
+        for request, answer in _answer(options, todo, answers) if todo else ():
+            if answer.trace is not None and options.batch.traces is not None:
+                page = Path(options.batch.traces, f"{request.id}.html")
+                show_trace(answer.trace, page.with_suffix(".gaze"), options)
+                show_trace(answer.trace, page, options)
+            answers.write(record(request, answer))
+    if options.batch.traces is not None:
+        _write_index(Path(options.batch.traces), requests)
+    return answers.errors
+
+
+def _answer(
+    options: GenerateOptions, todo: Sequence[Request], answers: "_AnswersFile"
+) -> Iterator[tuple[Request, Answer]]:
+    """Answer readable questions; a refused one is written to the answers."""
+
+    def failed(request: Request, message: str) -> None:
+        print(f"Question {request.id!r}: {message}", file=sys.stderr)
+        answers.write({"id": request.id, "question": request.question, "error": message})
+
+    return answer_all(
+        make_sampler(options),
+        todo,
+        batch_size=options.value("batch_size"),
+        return_trace=options.batch.traces is not None,
+        failed=failed,
+    )
+
+
+def _write_index(folder: Path, requests: Sequence[Request]) -> None:
+    """The index of all traces in the folder that belong to the questions, of earlier runs too."""
+    files = [folder / f"{request.id}.gaze" for request in requests]
+    entries = [Entry.of(trace_file.load(file), f"{file.stem}.html") for file in files if file.is_file()]
+    if entries:
+        cli.write_text(folder / "index.html", index_page(entries))
+
+
+class _AnswersFile:
+    """The file of answers, replaced when its first line is written.
+
+    Args:
+      path: the file.
+      kept: lines of an earlier run, by id, to begin with.
+    """
+
+    def __init__(self, path: str, kept: Mapping[str, str]) -> None:
+        self._path, self._kept = path, kept
+        self._file: TextIO | None = None
+        self.errors = 0
+
+    def __enter__(self) -> "_AnswersFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with cli.writing(self._path):
+                self._file.close()
+
+    def write(self, line: Mapping[str, object]) -> None:
+        """Add a line, and hand it to the operating system at once."""
+        self.errors += "error" in line
+        with cli.writing(self._path):
+            if self._file is None:
+                self._file = self._begin()
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def _begin(self) -> TextIO:
+        if os.path.exists(self._path) and not os.path.isfile(self._path):  # a pipe or a terminal
+            return open(self._path, "w", encoding="utf-8")
+        part = Path(f"{self._path}.part")
+        try:
+            part.write_text("".join(f"{line}\n" for line in self._kept.values()), encoding="utf-8")
+            part.replace(self._path)
+        finally:
+            part.unlink(missing_ok=True)
+        return open(self._path, "a", encoding="utf-8")
+
+
+def _kept_answers(path: str, requests: Sequence[Request]) -> dict[str, str]:
+    """The lines of an earlier run's answers by id, without errors and without a last line that was cut.
+
+    Raises:
+      UserError: a line is not an answer to one of the questions.
+    """
+    if not os.path.exists(path):
+        return {}
+    questions = {request.id: request.question for request in requests}
+    found = {}
+    try:
+        with open(path, encoding="utf-8", newline="\n", errors="replace") as file:
+            lines = file.read().split("\n")
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be read ({error.strerror}).") from error
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last line feed: a line that was cut
+        try:
+            answer = json.loads(line)
+            name, question = answer["id"], answer.get("question")
+            done = "error" not in answer
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"Line {number} of {path} is no answer of an earlier run, with which --resume could go on."
+            ) from error
+        if done and questions.get(name) != question:
+            raise UserError(
+                f"Line {number} of {path} answers another question than {name!r} is now; name another file "
+                "with --answers."
+            )
+        if done:
+            found[name] = line
+    return found
+
+
+def _unreadable(requests: Sequence[Request]) -> dict[str, str]:
+    """Why the media of some requests cannot be read, by id; every file is opened and every image decoded."""
+
+    def check(request: Request) -> str | None:
+        try:
+            for file in request.images:
+                read_image(file)
+            for file in request.videos:
+                open_video(file, FrameSampling(max_frames=1))
+        except UserError as error:
+            return f"Question {request.id!r}: {error}"
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        messages = pool.map(check, requests)
+        return {
+            request.id: message
+            for request, message in zip(requests, messages, strict=True)
+            if message is not None
+        }
+
+
+def _read(options: GenerateOptions, wrong: dict[str, str]) -> list[Request]:
+    """The questions with the options applied; ``wrong`` takes the lines that are none."""
+    defaults = options.sampling.drawn | {
+        "max_tokens": options.sampling.max_tokens,
+        "system": options.shown.system,
+    }
+    requests = read_requests(options.batch.questions or "", wrong, **defaults)
+    if options.batch.traces is not None:
+        _check_names(requests)
+        cli.make_folder("traces", options.batch.traces)
+    return list(_with_gaze(requests, options, wrong))
+
+
+def _check_names(requests: Sequence[Request]) -> None:
+    """Refuse ids that cannot be names of files."""
+    taken = {"index"}
+    for request in requests:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", request.id):
+            raise UserError(
+                f"With --traces an id is a file's name; {request.id[:200]!r} must be 1 to 200 of the "
+                "characters A-Z a-z 0-9 . _ -."
+            )
+        if request.id.lower() in taken:  # some file systems ignore case
+            raise UserError(f"With --traces an id is a file's name; {request.id!r} is taken, rename it.")
+        taken.add(request.id.lower())
+
+
+def _with_gaze(
+    requests: Sequence[Request], options: GenerateOptions, wrong: dict[str, str]
+) -> Iterator[Request]:
+    """The questions, with the options as defaults of their gaze settings."""
+    selection = options.selection
+    for request in requests:
+        if request.gaze_dense:
+            yield request
+            continue
+        chosen: dict[str, Any] = {
+            "gaze_full_layers": request.gaze_full_layers or selection.gaze_full_layers or (),
+            "look_at": request.look_at or selection.look_at,
+        }
+        if request.gaze_top_k is None and request.gaze_keep is None:
+            budget = ("gaze_top_k", "gaze_keep", "gaze_dense")
+            chosen |= {name: getattr(selection, name) for name in budget}
+        try:
+            yield dataclasses.replace(request, **chosen)
+        except UserError as error:
+            wrong[request.id] = f"Question {request.id!r}: {error}"

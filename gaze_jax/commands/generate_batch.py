@@ -51,10 +51,11 @@ def ask_many(options: GenerateOptions) -> int:
     for message in wrong.values():
         print(message, file=sys.stderr)
     answers = _AnswersFile(path, kept)
+    found = _answer(options, todo, answers) if todo else ()  # loads the checkpoint, before anything is written
     with answers:
         for name, message in wrong.items():
             answers.write({"id": name, "error": message})
-        for request, answer in _answer(options, todo, answers) if todo else ():
+        for request, answer in found:
             if answer.trace is not None and options.batch.traces is not None:
                 page = Path(options.batch.traces, f"{request.id}.html")
                 show_trace(answer.trace, page.with_suffix(".gaze"), options)

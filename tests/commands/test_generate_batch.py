@@ -103,7 +103,7 @@ def test_old_answers_stay_until_there_is_a_new_one(monkeypatch, tmp_path):
 
     monkeypatch.setattr(generate_batch, "make_sampler", fails)
     answers = write(tmp_path / "a.jsonl", {"id": "old"})
-    write(tmp_path / "q.jsonl", {"question": "What?"})
+    write(tmp_path / "q.jsonl", {"question": "What?"}, {"question": "Bad?", "images": ["absent.png"]})
     with pytest.raises(UserError, match="ckpt is not a directory"):
         ask(tmp_path / "q.jsonl", answers)
     assert lines(answers) == [{"id": "old"}]

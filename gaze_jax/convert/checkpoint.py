@@ -184,14 +184,15 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists already; name a new directory in --to.")
-    partial = directory.with_name(f"{directory.name}.partial")
+    target = directory.resolve()  # tensorstore takes no path with ".."
+    partial = target.with_name(f"{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error}); free space or choose another.") from error
     finally:

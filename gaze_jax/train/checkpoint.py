@@ -48,7 +48,7 @@ def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> oc
       keep: how many of the newest checkpoints to keep; None opens them for reading and creates no folder.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-    return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options)
+    return ocp.CheckpointManager(Path(workdir).resolve() / FOLDER, options=options)  # it takes no ".."
 
 
 @jax.jit  # traced once for all leaves of a shape: the optimizer's state repeats those of the parameters

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -78,6 +79,19 @@ def test_any_flipped_bit_is_refused_with_the_name_of_the_leaf(victim, position, 
     folder = path.parent.name
     leaf = str(path.relative_to(victim)) if folder == manifest.PARAMS else folder.replace(".", "/")
     assert leaf in str(error.value)
+
+
+def test_a_target_may_be_relative_to_a_folder_above(written, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = load(written, one_device())
+    leaves = {
+        name: checkpoint.pending_array(np.asarray(leaf)) for name, leaf in flat_leaves(found.params).items()
+    }
+    with checkpoint.new_directory(Path("../gaze")) as partial:
+        checkpoint.write(partial, found.config, leaves)
+    chex.assert_trees_all_equal(load(tmp_path / "gaze", one_device()).params, found.params, strict=True)
+    assert not list((tmp_path / "here").iterdir())
 
 
 def by_orbax(directory):

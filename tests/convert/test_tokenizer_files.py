@@ -146,7 +146,6 @@ def test_tokens_without_a_row_are_not_added(directory):
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "must map ids to tokens"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 5}}', "which is not understood"),
         ("tokenizer_config.json", '{"pad_token": {"content": "p", "odd": true}}', "which is not understood"),
-        ("tokenizer.json", "{}", "is not a tokenizer"),
     ],
 )
 def test_what_cannot_be_understood_is_refused(name, content, match, directory):
@@ -154,6 +153,13 @@ def test_what_cannot_be_understood_is_refused(name, content, match, directory):
     with pytest.raises(UserError, match=match) as error:
         read_tokenizer(directory, MODEL)
     assert str(directory / name) in str(error.value)
+
+
+def test_a_tokenizer_that_cannot_be_read_does_not_keep_weights_from_loading(directory):
+    (directory / "tokenizer.json").write_text("{}")
+    assert read_tokenizer(directory, MODEL) == "{}"
+    with pytest.raises(ValueError, match="Tokenizer JSON cannot be read"):
+        Tokenizer("{}")
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"

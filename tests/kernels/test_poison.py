@@ -31,5 +31,8 @@ class TestPrefillOnTpu(test_prefill.TestTpu):
     """The TPU kernels of gaze_prefill, forward and backward."""
 
 
+no_races = test_decode_gpu.no_races
+
+
 class TestDecodeOnGpu(test_decode_gpu.TestCopiesAndIndicesInterpreted):
     """The GPU kernel of gaze_decode."""

@@ -58,6 +58,9 @@ def _compare(values: Values) -> None:
     if values.checkpoint is None:
         raise UserError("--compare needs a model: name it with --checkpoint.")
     prompts = default_prompts() if values.prompts is None else read_prompts(values.prompts)
+    out = cli.make_folder("out", values.out)  # before minutes of computing
+    for name in ("compare.json", "compare.png"):
+        cli.check_writable("out", str(out / name))
     sampler = Sampler.load(values.checkpoint, check=values.check)
     report = compare.compare(
         dataclasses.replace(sampler, resize=True),
@@ -69,7 +72,6 @@ def _compare(values: Values) -> None:
     )
     report["command"] = cli.command_line()
     print(compare.table(report), flush=True)
-    out = cli.make_folder("out", values.out)
     cli.write_text(out / "compare.json", json.dumps(report, indent=2) + "\n")
     compare.plot(report, out / "compare.png")
     print(f"{out / 'compare.json'} and {out / 'compare.png'} hold the same.", flush=True)

@@ -1,0 +1,92 @@
+"""What a command says of errors that nobody expected, of a user's config file, and of compiling."""
+
+import errno
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from gaze_jax.commands import cli
+from gaze_jax.infer import compile_cache
+
+
+def raised(error, cause=None):
+    try:
+        raise error from cause
+    except Exception as caught:
+        return caught
+
+
+def test_an_unexpected_error_is_a_sentence_and_a_file_with_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    status, message = cli._unexpected(raised(ValueError("first line\nsecond line")))
+    assert status == 1 and "\n" not in message
+    file = Path(re.search(r"with (\S+), which", message)[1])
+    assert "ValueError: first line" in message and "Traceback" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "match"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.bin"), None, "a file 'a.bin' cannot be written"),
+        (OSError(errno.EROFS, "Read-only file system"), None, "a file cannot be written"),
+        (ValueError("saving failed"), OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: No space left on device [source locations='...']"),
+            None,
+            "No space",
+        ),
+    ],
+)
+def test_a_full_or_read_only_disk_is_the_users_to_mend(error, cause, match):
+    status, message = cli._unexpected(raised(error, cause))
+    assert status == 2 and match in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("code", "match"),
+    [
+        ("def get_config():\n    return undefined\n", "line 2: NameError"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError"),
+        ("def get_config(:\n", "line 1"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    c = ConfigDict().lock()\n    c.foo = 1\n",
+            "line 4",
+        ),
+    ],
+)
+def test_an_error_in_a_users_config_file_names_its_line(code, match, tmp_path):
+    from tests.helpers.commands import refusals
+
+    (tmp_path / "own.py").write_text(code)
+    (line,) = refusals([("train.py", f"--config={tmp_path / 'own.py'}", f"--workdir={tmp_path / 'run'}")])
+    assert match in line and "own.py" in line
+
+
+def test_a_long_compilation_is_announced(monkeypatch):
+    """After two seconds, and with its time; a short one is not."""
+    monkeypatch.setattr(compile_cache, "_PATIENCE", 0.05)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    reporter = compile_cache._Reporter()
+    reporter.listen(compile_cache._TRACED, 0.0)
+    timer = reporter._timer
+    timer.join()
+    reporter.listen(compile_cache._COMPILED, 0.0)
+    assert sys.stderr.getvalue() == "compiling (once per size) ... 0 s\n"
+    reporter.listen(compile_cache._TRACED, 0.0)
+    reporter.listen(compile_cache._COMPILED, 0.0)
+    assert sys.stderr.getvalue().count("compiling") == 1
+
+
+def test_programs_are_kept_where_the_user_says(monkeypatch):
+    calls = []
+    monkeypatch.setattr(compile_cache.jax.config, "update", lambda *call: calls.append(call))
+    compile_cache.keep_programs("/here")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    compile_cache.keep_programs()
+    assert calls == [
+        ("jax_compilation_cache_dir", "/here"),
+        ("jax_compilation_cache_dir", "/cache/gaze_jax"),
+    ]

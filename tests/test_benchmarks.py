@@ -38,7 +38,6 @@ def prefilled(tmp_path_factory):
     return _run(prefill, tmp_path_factory.mktemp("prefill"))
 
 
-@pytest.mark.long  # test_decode_without_a_list_has_no_routing
 def test_decode_writes_a_row_per_shape_and_select_per(decoded):
     """Shapes x select_per of the one implementation, over eight layers, with what they were measured on."""
     rows = decoded["rows"]
@@ -55,7 +54,6 @@ def test_decode_writes_a_row_per_shape_and_select_per(decoded):
     assert decoded["command"].startswith("python -m benchmarks.decode --quick")
 
 
-@pytest.mark.long  # test_decode_without_a_list_has_no_routing, test_dense_forms_compute_the_same_attention
 def test_decode_figures_agree_with_each_other(decoded):
     """The union lies between top_k and G * top_k, the floor follows from it, the ratio from the floor."""
     for row in decoded["rows"]:

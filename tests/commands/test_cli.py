@@ -52,8 +52,8 @@ def test_a_full_or_read_only_disk_is_the_users_to_mend(error, cause, match):
         ("import no_such_module\n", "line 1: ModuleNotFoundError"),
         ("def get_config(:\n", "line 1"),
         (
-            "from ml_collections import ConfigDict\ndef get_config():\n    c = ConfigDict().lock()\n    c.foo = 1\n",
-            "line 4",
+            "from ml_collections import ConfigDict\ndef get_config():\n    ConfigDict().lock().a = 1\n",
+            "line 3",
         ),
     ],
 )

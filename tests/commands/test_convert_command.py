@@ -79,7 +79,6 @@ def test_a_whole_model_and_its_tower(joined, tmp_path):
         assert message in line
 
 
-@pytest.mark.long  # tests/evaluate/test_compare.py has the report
 def test_gaze_is_compared_with_dense(joined, tmp_path):
     where, _, _ = joined
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

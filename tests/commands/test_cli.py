@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from gaze_jax.commands import cli
+from gaze_jax.errors import UserError
 from gaze_jax.infer import compile_cache
+from tests.helpers.commands import finish, refusals, start
 
 
 def raised(error, cause=None):
@@ -58,8 +60,6 @@ def test_a_full_or_read_only_disk_is_the_users_to_mend(error, cause, match):
     ],
 )
 def test_an_error_in_a_users_config_file_names_its_line(code, match, tmp_path):
-    from tests.helpers.commands import refusals
-
     (tmp_path / "own.py").write_text(code)
     (line,) = refusals([("train.py", f"--config={tmp_path / 'own.py'}", f"--workdir={tmp_path / 'run'}")])
     assert match in line and "own.py" in line
@@ -90,3 +90,37 @@ def test_programs_are_kept_where_the_user_says(monkeypatch):
         ("jax_compilation_cache_dir", "/here"),
         ("jax_compilation_cache_dir", "/cache/gaze_jax"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "match"),
+    [
+        ("KeyboardInterrupt()", cli.STOPPED, "stopped."),
+        ("KeyError('x')", 1, "unexpected error (KeyError: 'x')"),
+    ],
+)
+def test_a_command_that_is_interrupted_or_fails_prints_no_traceback(error, status, match, tmp_path):
+    code = f"""
+from gaze_jax.commands import cli
+def main(values):
+    raise {error}
+cli.run(main, lambda flags: None, "A command.")
+"""
+    (tmp_path / "command.py").write_text(code)
+    _, err = finish(start(tmp_path / "command.py", TMPDIR=str(tmp_path)), status)
+    assert match in err and "Traceback" not in err
+
+
+def test_without_a_place_for_the_traceback_it_is_printed(monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    status, message = cli._unexpected(raised(ValueError("x")))
+    assert status == 1 and "ValueError: x" in message
+
+
+def test_a_read_only_target_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="is read-only"):
+        cli.check_writable("answers", str(tmp_path / "a.jsonl"))

@@ -178,3 +178,16 @@ def test_the_status_says_whether_all_were_answered():
         cli.exit_partly(2)
     assert end.value.code == cli.PARTLY == 3
     cli.exit_partly(0)
+
+
+def test_resuming_begins_a_file_that_is_not_there(asked, tmp_path):
+    write(tmp_path / "q.jsonl", {"question": "One?", "gaze_dense": True})
+    assert ask(tmp_path / "q.jsonl", tmp_path / "a.jsonl", resume=True) == 0
+    assert [line["answer"] for line in lines(tmp_path / "a.jsonl")] == ["One?!"]
+
+
+def test_an_id_that_cannot_name_a_trace_is_refused(asked, tmp_path):
+    write(tmp_path / "q.jsonl", {"question": "One?", "id": "a/b"})
+    with pytest.raises(UserError, match="With --traces an id is a file's name"):
+        ask(tmp_path / "q.jsonl", tmp_path / "a.jsonl", traces=str(tmp_path / "looked"))
+    assert not asked

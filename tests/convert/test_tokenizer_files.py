@@ -160,6 +160,9 @@ def test_a_tokenizer_that_cannot_be_read_does_not_keep_weights_from_loading(dire
     assert read_tokenizer(directory, MODEL) == "{}"
     with pytest.raises(ValueError, match="Tokenizer JSON cannot be read"):
         Tokenizer("{}")
+    (directory / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not UTF-8 text"):
+        read_tokenizer(directory, MODEL)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"

@@ -8,6 +8,7 @@ from PIL import Image
 
 import gaze_jax
 from gaze_jax.errors import UserError
+from gaze_jax.infer import loaded
 from gaze_jax.infer.answer import Answer
 from gaze_jax.infer.inputs import as_image, as_video
 from gaze_jax.infer.loaded import _listed, check_gaze_fields
@@ -132,3 +133,28 @@ def test_an_answer_shows_and_saves_itself(tmp_path):
         assert (tmp_path / f"a{suffix}").read_bytes().startswith(head)
     with pytest.raises(UserError, match=r"must end in one of \.html"):
         traced.save(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="cannot be written"):
+        traced.save(tmp_path / "absent" / "a.html")
+
+
+def test_a_checkpoint_of_the_hub_is_named_by_its_id_and_commit(tmp_path):
+    where = tmp_path / "models--Qwen--Qwen3-4B" / "snapshots" / ("c" * 40)
+    where.mkdir(parents=True)
+    assert loaded._name(where) == "Qwen/Qwen3-4B@ccccccc"
+    assert loaded._name(tmp_path) == tmp_path.name
+
+
+def test_a_sequence_longer_than_the_model_was_trained_with_is_said_once(tmp_path, caplog):
+    assert loaded._max_positions(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 32}}')
+    assert loaded._max_positions(tmp_path) == 32
+    with caplog.at_level("WARNING", logger="absl"):
+        for _ in range(2):
+            loaded._warn_of_length("small", 40, 32)
+    assert caplog.text.count("A sequence of 40 tokens, the answer included, exceeds the 32 that small") == 1
+
+
+def test_a_generation_config_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
+        loaded._generation_ends(tmp_path)

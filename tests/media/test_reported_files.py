@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from gaze_jax.errors import UserError
-from gaze_jax.media.images import decode_image, read_image
+from gaze_jax.media.images import decode_image, read_image, upright_rgb
 from gaze_jax.media.jsonl import media_path, parse_object, read_lines
 from gaze_jax.media.video import FrameSampling, open_video
 
@@ -74,6 +74,14 @@ def test_every_orientation_is_turned_upright(orientation, order):
 )
 def test_exif_that_cannot_be_read_leaves_the_picture_as_it_is(exif):
     assert decode_image(with_exif(exif), "picture").shape == (48, 80, 3)
+
+
+def test_whatever_reading_exif_raises_the_picture_is_read(monkeypatch):
+    def fail(image):
+        raise RuntimeError("odd EXIF")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    np.testing.assert_array_equal(upright_rgb(Image.fromarray(CORNERS)), CORNERS)
 
 
 def test_other_tags_may_be_malformed():

@@ -51,9 +51,8 @@ def ask_many(options: GenerateOptions) -> int:
     for message in wrong.values():
         print(message, file=sys.stderr)
     answers = _AnswersFile(path, kept)
-    found = (
-        _answer(options, todo, answers) if todo else ()
-    )  # loads the checkpoint, before anything is written
+    # Loads the checkpoint, before anything is written.
+    found = _answer(options, todo, answers) if todo else ()
     with answers:
         for name, message in wrong.items():
             answers.write({"id": name, "error": message})

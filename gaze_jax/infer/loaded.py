@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -266,8 +265,14 @@ def _max_positions(directory: Path) -> int | None:
     return stated if type(stated) is int and stated > 0 else None
 
 
-@functools.cache  # said once
+_warned: set[str] = set()
+
+
 def _warn_of_length(name: str, tokens: int, most: int) -> None:
+    """Warn once for each model, whatever the lengths that follow."""
+    if name in _warned:
+        return
+    _warned.add(name)
     logging.warning(
         "A sequence of %d tokens, the answer included, exceeds the %d that %s was trained with "
         "(max_position_embeddings); answers may be poor.",

@@ -149,9 +149,10 @@ def test_a_sequence_longer_than_the_model_was_trained_with_is_said_once(tmp_path
     (tmp_path / "config.json").write_text('{"text_config": {"max_position_embeddings": 32}}')
     assert loaded._max_positions(tmp_path) == 32
     with caplog.at_level("WARNING", logger="absl"):
-        for _ in range(2):
-            loaded._warn_of_length("small", 40, 32)
-    assert caplog.text.count("A sequence of 40 tokens, the answer included, exceeds the 32 that small") == 1
+        for tokens in (40, 41, 50):  # an answer that grows, another question
+            loaded._warn_of_length("small", tokens, 32)
+    assert caplog.text.count("the answer included, exceeds the 32 that small") == 1
+    assert "A sequence of 40 tokens" in caplog.text
 
 
 def test_a_generation_config_that_is_no_json_is_named(tmp_path):

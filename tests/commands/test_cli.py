@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from gaze_jax.commands import cli
@@ -80,16 +81,24 @@ def test_a_long_compilation_is_announced(monkeypatch):
     assert sys.stderr.getvalue().count("compiling") == 1
 
 
+@pytest.fixture
+def _folder_of_programs():
+    """The folder that JAX is configured with, which `gaze_jax.load` in another test may have set."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("_folder_of_programs")
 def test_programs_are_kept_where_the_user_says(monkeypatch):
-    calls = []
-    monkeypatch.setattr(compile_cache.jax.config, "update", lambda *call: calls.append(call))
-    compile_cache.keep_programs("/here")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     compile_cache.keep_programs()
-    assert calls == [
-        ("jax_compilation_cache_dir", "/here"),
-        ("jax_compilation_cache_dir", "/cache/gaze_jax"),
-    ]
+    assert jax.config.jax_compilation_cache_dir == "/cache/gaze_jax"
+    compile_cache.keep_programs("/here")
+    assert jax.config.jax_compilation_cache_dir == "/here"
+    compile_cache.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == "/here"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ Version 2 renamed these keys and values; version 1 had the left side. :data:`CHA
 * Trace, in ``meta`` ("trace"): ``share`` -> ``select_per`` with the values above, ``units`` -> ``views``, and
   ``unit`` of each -> ``view``.
 
+Version 3 of a trace added ``prompt`` to ``meta`` and two arrays that may be absent, ``probabilities`` and
+``region_keys``. An earlier file has none of them, so its ``prompt`` is empty.
+
 Old names in files that people write are refused in a sentence with the new ones: config files (names and
 values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).
 
@@ -38,7 +41,7 @@ from typing import Any
 
 from gaze_jax.errors import UserError
 
-NEWEST = {"manifest": 2, "export": 2, "run": 2, "trace": 2}
+NEWEST = {"manifest": 2, "export": 2, "run": 2, "trace": 3}
 """Kind of file -> the version that is written. All earlier ones are read."""
 
 _VERSION_KEYS = {"trace": ("version",), "run": ("format_version", "format")}
@@ -60,9 +63,10 @@ def check_version(kind: str, content: Mapping[str, Any], where: str) -> int:
     keys = _VERSION_KEYS.get(kind, ("format_version",))
     version = next((content[key] for key in keys if key in content), None)
     if type(version) is not int or version not in known:
+        *earlier, newest = map(str, known)
         raise UserError(
             f"{where} has format_version {version!r} but this gaze_jax reads "
-            f"{' and '.join(map(str, known))}; use the version that wrote it."
+            f"{', '.join(earlier)} and {newest}; use the version that wrote it."
         )
     return version
 
@@ -115,6 +119,19 @@ class Renamed:
     value: Callable[[Any], Any] = lambda value: value
 
 
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A key that earlier files lack.
+
+    Attributes:
+      key: its name, at the top.
+      value: makes what an earlier file means by lacking it.
+    """
+
+    key: str
+    value: Callable[[], Any]
+
+
 _SELECT_PER = _words({"group": "kv_head"})
 _NEWLINES = _words({"dense": "text"})
 
@@ -128,7 +145,7 @@ def _gaze(prefix: str) -> tuple[Renamed, ...]:
     )
 
 
-CHANGES: Mapping[str, Mapping[int, tuple[Renamed, ...]]] = {
+CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added, ...]]] = {
     "manifest": {2: _gaze("model.")},
     "export": {2: _gaze("model.")},
     "run": {
@@ -145,10 +162,11 @@ CHANGES: Mapping[str, Mapping[int, tuple[Renamed, ...]]] = {
             Renamed("share", "select_per", _SELECT_PER),
             Renamed("units.*.unit", "view"),
             Renamed("units", "views"),
-        )
+        ),
+        3: (Added("prompt", list),),
     },
 }
-"""Kind of file -> version -> what it renamed, in the order in which it is applied."""
+"""Kind of file -> version -> what it renamed or added, in the order in which it is applied."""
 
 
 def _apply(change: Renamed, node: Any, path: list[str]) -> Any:
@@ -182,7 +200,12 @@ def upgrade(kind: str, content: dict[str, Any], version: int) -> dict[str, Any]:
     """
     for later in range(version + 1, NEWEST[kind] + 1):
         for change in CHANGES[kind][later]:
-            content = _apply(change, content, change.old.split("."))
+            if isinstance(change, Renamed):
+                content = _apply(change, content, change.old.split("."))
+            elif change.key in content:
+                raise ValueError(f"{change.key!r} has no place in a file of version {version}")
+            else:
+                content = content | {change.key: change.value()}
     return content
 
 

@@ -21,7 +21,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.evaluate.run import run as evaluate
 from gaze_jax.infer import trace_file
 from gaze_jax.infer.requests import Request, answer_all, record
-from gaze_jax.stored import CHANGES, NEWEST, check_version, renamed_setting, upgrade
+from gaze_jax.stored import CHANGES, NEWEST, Renamed, check_version, renamed_setting, upgrade
 from gaze_jax.train.config import parse
 from gaze_jax.train.loop import train
 from gaze_jax.train.pipeline import make_iterator
@@ -72,6 +72,7 @@ ALL_CHANGES = [
     for kind, versions in CHANGES.items()
     for version, changes in versions.items()
     for change in changes
+    if isinstance(change, Renamed)
 ]
 
 
@@ -141,13 +142,20 @@ def test_a_key_of_a_later_version_is_refused(kind):
         upgrade(kind, content, 1)
 
 
-@pytest.mark.parametrize("version", [None, 0, 3, True, 1.0, "1"])
+def test_a_trace_of_before_version_3_has_no_prompt():
+    for version in (1, 2):
+        assert upgrade("trace", CONTENT["trace"] if version == 1 else {}, version)["prompt"] == []
+        with pytest.raises(ValueError, match=f"'prompt' has no place in a file of version {version}"):
+            upgrade("trace", {"prompt": []}, version)
+
+
+@pytest.mark.parametrize("version", [None, 0, 4, True, 1.0, "1"])
 def test_an_unknown_version_is_refused(version):
     names = {"manifest": "format_version", "export": "format_version", "run": "format", "trace": "version"}
     for kind, name in names.items():
         with pytest.raises(UserError) as error:
             check_version(kind, CONTENT[kind] | {name: version}, "It")
-        assert f"It has format_version {version!r} but this gaze_jax reads 1 and 2" in str(error.value)
+        assert f"It has format_version {version!r} but this gaze_jax reads 1" in str(error.value)
         assert check_version(kind, CONTENT[kind], "It") == 1
 
 
@@ -259,7 +267,7 @@ def test_answers_to_questions_are_as_before():
     assert lines == wanted
 
 
-def test_a_trace_loads_and_is_written_as_version_2(tmp_path):
+def test_a_trace_loads_and_is_written_as_version_3(tmp_path):
     want = EXPECTED["answer.gaze"]
     trace = trace_file.load(V1 / "answer.gaze")
     for field in ("question", "answer", "model", "top_k"):
@@ -274,7 +282,9 @@ def test_a_trace_loads_and_is_written_as_version_2(tmp_path):
         near(want["sums"][field], float(getattr(trace, field).astype(np.float64).sum()))
     trace_file.save(trace, tmp_path / "again.gaze")
     meta = stored_trace(tmp_path / "again.gaze")[1]
-    assert meta["version"] == 2 and meta["select_per"] == "kv_head" and "views" in meta
+    assert (
+        meta["version"] == 3 and meta["prompt"] == [] and meta["select_per"] == "kv_head" and "views" in meta
+    )
     again = trace_file.load(tmp_path / "again.gaze")
     for field in dataclasses.fields(trace):
         one, other = getattr(trace, field.name), getattr(again, field.name)
@@ -330,7 +340,7 @@ def _with_json(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_files_of_version_3_are_refused(tmp_path):
+def test_files_of_a_later_version_are_refused(tmp_path):
     """One sentence that names the file, of every kind."""
     message = "has format_version 3 but this gaze_jax reads 1 and 2; use the version that wrote it.$"
     for name, path, field in (
@@ -343,10 +353,10 @@ def test_files_of_version_3_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             gaze_jax.load(where)
     arrays, meta = stored_trace(V1 / "answer.gaze")
-    arrays["meta"] = np.frombuffer(json.dumps(meta | {"version": 3}).encode(), np.uint8)
+    arrays["meta"] = np.frombuffer(json.dumps(meta | {"version": 4}).encode(), np.uint8)
     with (tmp_path / "answer.gaze").open("wb") as file:
         np.savez_compressed(file, **arrays)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="has format_version 4 but this gaze_jax reads 1, 2 and 3;"):
         trace_file.load(tmp_path / "answer.gaze")
 
 

@@ -59,6 +59,8 @@ class Question:
       views: all views shown so far.
       regions: R, the number of regions in those views.
       budget: regions per query, or a fraction of the visible regions; None means dense attention.
+      prompt: what the model has read, as in :class:`gaze_jax.infer.trace.Trace`.
+      region_keys: int32 [R], the keys of each region.
     """
 
     text: str
@@ -67,6 +69,8 @@ class Question:
     views: tuple[PlacedView, ...]
     regions: int
     budget: int | float | None
+    prompt: tuple[str | int, ...]
+    region_keys: np.ndarray
 
     @property
     def top_k(self) -> int | float | None:
@@ -164,6 +168,11 @@ class PendingAnswer:
         """Whether the answer is complete."""
         return self._detokenizer.finish_reason is not None
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The tokens that the model reads before a further question: all but an end token."""
+        return tuple(self._detokenizer.pieces[: len(self._detokenizer.ids)])
+
     def add(self, found: dict[str, np.ndarray], step: int, row: int) -> StreamChunk:
         """Add one step of one row from the output of :meth:`gaze_jax.infer.engine.Engine.decode`."""
         text = self._detokenizer.add(int(found["tokens"][step, row]))
@@ -206,6 +215,8 @@ class PendingAnswer:
             select_per=self._sampler.config.gaze.select_per,
             views=question.views,
             pictures=pictures_of(question.views, question.images, question.videos),
+            prompt=question.prompt,
+            region_keys=question.region_keys,
         )
 
 

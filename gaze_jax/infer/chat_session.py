@@ -26,7 +26,7 @@ from gaze_jax.infer.gaze_options import GazeOptions, check, join
 from gaze_jax.infer.inputs import Film, Picture
 from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.programs import free_slots_for
-from gaze_jax.infer.prompt import split_at_video, user_turn
+from gaze_jax.infer.prompt import ProcessedPrompt, split_at_video, user_turn
 
 
 class ChatSession:
@@ -67,6 +67,9 @@ class ChatSession:
         self._question, self._waiting = "", False
         self._answer: PendingAnswer | None = None
         self.views = ()
+        self._prompt: tuple[str | int, ...] = ()  # as in Trace, of all that was prefilled
+        self._region_keys = np.zeros(0, np.int32)
+        self._recorded: PendingAnswer | None = None  # the last answer that is part of it
 
     views: tuple[PlacedView, ...]
     """The regions of each view and frame, as a :class:`TokenTrace` numbers them."""
@@ -127,6 +130,16 @@ class ChatSession:
             self.views = earlier
             raise
         self._parts = known
+        self._record(prompt, len(earlier))
+
+    def _record(self, prompt: ProcessedPrompt, views: int) -> None:
+        """Add the last answer and what was prefilled after ``views`` views to what the model has read."""
+        answered = () if self._answer is None or self._answer is self._recorded else self._answer.read
+        self._recorded = self._answer
+        tokens = prompt.tokens(self._sampler.tokenizer)
+        shifted = [token + views if isinstance(token, int) else token for token in tokens]
+        self._prompt = (*self._prompt, *answered, *shifted)
+        self._region_keys = np.concatenate([self._region_keys, prompt.region_keys])
 
     def _refuse_waiting(self) -> None:
         if self._waiting:
@@ -257,7 +270,14 @@ class ChatSession:
         options = DecodeOptions(max_tokens, temperature, sample_top_k, top_p, stop, seed)
         self._sampler.check_memory([], max_tokens, self._engine)
         question = Question(
-            self._question, self._images, self._videos, self.views, self.regions, self._budget
+            self._question,
+            self._images,
+            self._videos,
+            self.views,
+            self.regions,
+            self._budget,
+            self._prompt,
+            self._region_keys,
         )
         self._waiting, self._answer = False, PendingAnswer(self._sampler, question, options)
         chunks = decode_answers(

@@ -253,9 +253,9 @@ class Engine:
           "tokens" int32 [n, rows], -100 after a row's end. With "selection", also, for the query that emitted
           each token: "visual_tokens" int32 [n, rows], "entries" float32 [n, L, rows, 4] (visual, newline,
           context, text keys, a mean over heads), and under routing "selected" bool [n, L, rows, Hs, R].
-          With "trace", also "attention" and "dense" float32 [n, L, rows, H, R], and under routing "scores"
-          float32 [n, L, rows, Hs, R]. A row's last token is fed to the model by the next call; an end token
-          never is.
+          With "trace", also "probability" float32 [n, rows] of each token, "attention" and "dense" float32
+          [n, L, rows, H, R], and under routing "scores" float32 [n, L, rows, Hs, R]. A row's last token is
+          fed to the model by the next call; an end token never is.
 
         Raises:
           ValueError: nothing was prefilled since a row's answer ended, or a prompt ends in an image.
@@ -297,7 +297,7 @@ class Engine:
             state = self._state = after
             generated += ran
             rows = slice(0, self.rows)
-            flat = ("tokens", "visual_tokens")
+            flat = ("tokens", "visual_tokens", "probability")
             out = {name: a[:ran, rows] if name in flat else a[:ran, :, rows] for name, a in found.items()}
             if returns != "tokens" and out["entries"].shape[1] == 1:
                 out["entries"] = np.repeat(out["entries"], depth, axis=1)

@@ -193,6 +193,7 @@ def decode_loop(
         if returns != "tokens":
             found |= _selection_stats(cache, order, kind, out, selection)
         if returns == "trace":
+            found["probability"] = jnp.exp(_log_probability(logits, token))
             found |= {name: out[name] for name in ("scores", "attention", "dense") if name in out}
         after = DecodeState(
             token=jnp.where(state.done, state.token, token),
@@ -222,6 +223,12 @@ def decode_loop(
     updated, state, rows, _ = jax.lax.while_loop(more, body, (updated, state, rows, jnp.zeros((), jnp.int32)))
     cache = constrained(dataclasses.replace(fixed, **updated))
     return {name: getattr(cache, name) for name in UPDATED}, state, rows
+
+
+def _log_probability(logits: Array, token: Array) -> Array:
+    """float32 [B], of the tokens int32 [B] under the softmax of logits float32 [B, V]."""
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _selection_stats(

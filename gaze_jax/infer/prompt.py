@@ -19,9 +19,11 @@ from absl import logging
 from gaze_jax.chat.conversation import Arrange, Parts, conversation_parts
 from gaze_jax.chat.messages import TAG, Content, Message, from_llava
 from gaze_jax.chat.template import ChatTemplate
+from gaze_jax.core.streams import Kind
 from gaze_jax.data.placement import Arrays, PlacedView
 from gaze_jax.data.processor import Processor, process_with_views
 from gaze_jax.data.sample import Frames, Image, Sample, Text, Video
+from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 
 FAMILY = "prompt"
@@ -127,6 +129,25 @@ class ProcessedPrompt:
     def regions(self) -> int:
         """R, the number of regions in the arrays."""
         return len(self.arrays["visual_src"])
+
+    @property
+    def region_keys(self) -> np.ndarray:
+        """int32 [R], the keys of each region."""
+        return (self.arrays["visual_order"] >= 0).sum(axis=1, dtype=np.int32)
+
+    def tokens(self, tokenizer: Tokenizer) -> tuple[str | int, ...]:
+        """The prompt in order: each text token as text, each view as its number, where its tokens are."""
+        arrays = self.arrays
+        is_text = arrays["kind"] == Kind.TEXT
+        at = [
+            (int(order), tokenizer.decode([int(token)]))
+            for order, token in zip(arrays["text_order"][is_text], arrays["tokens"][is_text], strict=True)
+        ]
+        order, view = arrays["visual_order"], arrays["visual_view"]
+        shown = [
+            (int(order[view == number].min()), number) for number in np.unique(view[order >= 0]).tolist()
+        ]
+        return tuple(token for _, token in sorted([*at, *shown], key=lambda item: item[0]))
 
 
 @dataclasses.dataclass(frozen=True)

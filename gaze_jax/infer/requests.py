@@ -279,6 +279,8 @@ def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Itera
                 row.prompt.views,
                 row.prompt.regions,
                 row.budget,
+                row.prompt.tokens(sampler.tokenizer),
+                row.prompt.region_keys,
             ),
             row.request.options,
         )

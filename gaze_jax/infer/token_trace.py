@@ -22,6 +22,7 @@ class TokenTrace:
       dense: float32 [L, H, R], the same share under dense attention.
       entries: float32 [L, 4], attended visual, newline, context and text keys, a mean over heads.
       visual_tokens: visual keys visible to the query.
+      probability: that the model gave to the token, at temperature 1, before top-k and top-p.
     """
 
     selected: np.ndarray | None
@@ -30,6 +31,7 @@ class TokenTrace:
     dense: np.ndarray
     entries: np.ndarray
     visual_tokens: int
+    probability: float
 
     @classmethod
     def of(cls, found: dict[str, np.ndarray], step: int, row: int, regions: int) -> "TokenTrace":
@@ -41,7 +43,8 @@ class TokenTrace:
         attention, dense = part("attention"), part("dense")
         assert attention is not None and dense is not None, "the answer is traced"
         entries, tokens = found["entries"][step, :, row], int(found["visual_tokens"][step, row])
-        return cls(part("selected"), part("scores"), attention, dense, entries, tokens)
+        probability = float(found["probability"][step, row])
+        return cls(part("selected"), part("scores"), attention, dense, entries, tokens, probability)
 
 
 def pictures_of(
@@ -71,12 +74,14 @@ def trace_of(
     select_per: str,
     views: Sequence[PlacedView],
     pictures: Sequence[Picture],
+    prompt: Sequence[str | int],
+    region_keys: np.ndarray,
 ) -> Trace:
     """Join the traces of an answer's tokens into a :class:`gaze_jax.infer.trace.Trace`.
 
     Args:
       token_traces: one per generated token, T in all.
-      question, answer, tokens, model, top_k, select_per, views, pictures: as in
+      question, answer, tokens, model, top_k, select_per, views, pictures, prompt, region_keys: as in
         :class:`gaze_jax.infer.trace.Trace`.
     """
     dense = np.stack([token_trace.dense for token_trace in token_traces])
@@ -113,4 +118,10 @@ def trace_of(
         dense=dense,
         entries=np.stack([token_trace.entries for token_trace in token_traces]).astype(np.float32),
         visual_tokens=np.asarray([token_trace.visual_tokens for token_trace in token_traces], np.int32),
+        prompt=tuple(prompt),
+        # exp of a rounded logarithm may exceed 1 by a rounding.
+        probabilities=np.minimum(
+            np.asarray([token_trace.probability for token_trace in token_traces], np.float32), 1
+        ),
+        region_keys=region_keys,
     )

@@ -111,6 +111,11 @@ class Trace:
       dense: float32 [T, L, H, R], the share of each region under dense attention of the same query.
       entries: float32 [T, L, 4], keys attended per query, mean over heads: visual, newline, context, text.
       visual_tokens: int32 [T], visual keys visible to the query.
+      prompt: what the model read before the answer, in order: a text token as text; a view as its number
+        (``PlacedView.view``). Empty if it was not recorded.
+      probabilities: float32 [T], the probability that the model gave to each generated token: of its softmax
+        at temperature 1, before top-k and top-p. None if they were not recorded.
+      region_keys: int32 [R], the keys of each region. None if they were not recorded.
 
     Raises:
       ValueError: shapes, types or values are not as described.
@@ -130,10 +135,14 @@ class Trace:
     dense: np.ndarray
     entries: np.ndarray
     visual_tokens: np.ndarray
+    prompt: tuple[str | int, ...] = ()
+    probabilities: np.ndarray | None = None
+    region_keys: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self)
         _check_pictures(self)
+        _check_prompt(self)
         _check_selection(self)
         _check_shares(self)
 
@@ -174,7 +183,8 @@ def check_layer(trace: Trace, layer: int | None) -> None:
 
 
 def _check_shapes(trace: Trace) -> None:
-    for text in (trace.question, trace.answer, trace.model, *trace.tokens):
+    read = (token for token in trace.prompt if isinstance(token, str))
+    for text in (trace.question, trace.answer, trace.model, *trace.tokens, *read):
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -206,12 +216,24 @@ def _check_shapes(trace: Trace) -> None:
         "entries": ((tokens, layers, 4), np.float32),
         "visual_tokens": ((tokens,), np.int32),
     }
+    added = {
+        "probabilities": ((tokens,), np.float32),
+        "region_keys": ((trace.regions,), np.int32),
+    }
+    wanted |= {name: what for name, what in added.items() if getattr(trace, name) is not None}
     for name, (shape, dtype) in wanted.items():
         array = getattr(trace, name)
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(
                 f"{name} must be {np.dtype(dtype)} {list(shape)}, got {array.dtype} {list(array.shape)}."
             )
+
+
+def _check_prompt(trace: Trace) -> None:
+    numbers = {view.view for view in trace.views}
+    shown = [token for token in trace.prompt if not isinstance(token, str)]
+    if any(type(number) is not int or number not in numbers for number in shown):
+        raise ValueError("prompt must hold text and numbers of views, and no other.")
 
 
 def _check_pictures(trace: Trace) -> None:
@@ -263,3 +285,10 @@ def _check_shares(trace: Trace) -> None:
         raise ValueError("entries and visual_tokens must be numbers of keys, at least 0.")
     if (trace.entries[..., 0] > trace.visual_tokens[:, None] * (1 + _SLACK)).any():
         raise ValueError("entries count more visual keys than visual_tokens says there were.")
+    # A NaN fails both comparisons.
+    if trace.probabilities is not None and not (
+        (trace.probabilities >= 0).all() and (trace.probabilities <= 1).all()
+    ):
+        raise ValueError("probabilities must be between 0 and 1.")
+    if trace.region_keys is not None and (trace.region_keys < 0).any():
+        raise ValueError("region_keys must be numbers of keys, at least 0.")

@@ -34,9 +34,12 @@ _STORED = {
     "dense": (("<f2",), ("T", "L", "H", "R")),
     "entries": (("<f4",), ("T", "L", "4")),
     "visual_tokens": (("<i4",), ("T",)),
+    "probabilities": (("<f4",), ("T",)),
+    "region_keys": (("<i4",), ("R",)),
     "grids": (("<i2", "<i4"), ("grids",)),
     "jpegs": (("|u1",), ("jpegs",)),
 }
+_OPTIONAL = ("probabilities", "region_keys")
 _AXES = ("T", "L", "Hs", "J", "H", "R")
 _HEADER = re.compile(
     rb"\{'descr': '([<|][a-z]\d)', 'fortran_order': False, 'shape': \(([\d, ]{0,200})\), \} *\n"
@@ -61,6 +64,7 @@ _META = {
     "shape": dict,
     "views": list,
     "pictures": list,
+    "prompt": list,
 }
 
 
@@ -90,7 +94,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         "version": NEWEST["trace"],
         **{
             name: getattr(trace, name)
-            for name in ("question", "answer", "tokens", "model", "top_k", "select_per")
+            for name in ("question", "answer", "tokens", "model", "top_k", "select_per", "prompt")
         },
         "shape": dict(zip(_AXES, sizes, strict=True)),
         "views": [
@@ -104,7 +108,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
             for picture in trace.pictures
         ],
     }
-    arrays = {name: getattr(trace, name) for name in _FIELDS}
+    arrays = {name: getattr(trace, name) for name in _FIELDS if getattr(trace, name) is not None}
     arrays["selected"] = trace.selected.astype(ids)
     arrays["attention"], arrays["dense"] = rounded_down(trace.attention), rounded_down(trace.dense)
     arrays["grids"] = np.concatenate([view.regions.ravel() for view in trace.views]).astype(ids)
@@ -163,7 +167,8 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
         raise UserError(f"File {name!r} is not a trace: it has no entry 'meta'; give a trace file.")
     meta = _read_meta(file, entries["meta.npy"], name)
     wanted = {"meta.npy", *(f"{array}.npy" for array in _STORED)}
-    if set(entries) != wanted or len(entries) < len(file.infolist()):
+    missing = wanted - set(entries) - {f"{array}.npy" for array in _OPTIONAL}
+    if missing or set(entries) - wanted or len(entries) < len(file.infolist()):
         raise ValueError(f"its entries must be {', '.join(sorted(wanted))}")
     declared = sum(info.file_size for info in entries.values())
     if declared > MAX_BYTES:
@@ -177,6 +182,8 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
     }
     arrays = {}
     for array, (types, axes) in _STORED.items():
+        if f"{array}.npy" not in entries:
+            continue
         with file.open(entries[f"{array}.npy"]) as entry:
             shape = tuple(lengths[axis] for axis in axes)
             arrays[array] = _read_array(entry, array, entries[f"{array}.npy"].file_size, types, shape)
@@ -185,15 +192,12 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
     for array in ("attention", "dense"):
         arrays[array] = arrays[array].astype(np.float32)
     return Trace(
-        meta["question"],
-        meta["answer"],
-        tuple(meta["tokens"]),
-        meta["model"],
-        meta["top_k"],
-        meta["select_per"],
-        _views(meta["views"], arrays["grids"]),
-        _pictures(meta["pictures"], arrays["jpegs"].tobytes()),
-        *(arrays[array] for array in _FIELDS),
+        **{name: meta[name] for name in ("question", "answer", "model", "top_k", "select_per")},
+        tokens=tuple(meta["tokens"]),
+        views=_views(meta["views"], arrays["grids"]),
+        pictures=_pictures(meta["pictures"], arrays["jpegs"].tobytes()),
+        prompt=tuple(meta["prompt"]),
+        **{array: arrays.get(array) for array in _FIELDS},
     )
 
 

@@ -53,7 +53,7 @@ def make_trace(
 ):
     """A trace of random numbers; ``selectors`` other than ``heads`` share by group; ``top_k=None`` is dense.
 
-    The last slot of the first token's first selector is unused.
+    Every view precedes the question. The last slot of the first token's first selector is unused.
     """
     rng = np.random.default_rng(seed)
     views, pictures = media if media is not None else make_media(rng)
@@ -71,11 +71,11 @@ def make_trace(
     if slots > 1:
         selected[0, 0, 0, -1], best[0, 0, 0, -1] = -1, 0
         attention[0, 0, : heads // selectors, -1] = 0
-    total = sum(view.regions.size for view in views)
-    # Some of the keys of the selected regions; every number differs between tokens or layers.
-    read = (selected >= 0).sum(-1).mean(-1) / regions * rng.uniform(0.5, 1, (count, layers))
+    keys = sum(np.bincount(view.regions.ravel(), minlength=regions) for view in views).astype(np.int32)
+    total = int(keys.sum())
+    read = np.where(selected >= 0, keys[selected], 0).sum(-1).mean(-1)
     kinds = [
-        read * total if slots else np.full((count, layers), total),
+        read if slots else np.full((count, layers), total),
         np.full((count, layers), 4),
         np.broadcast_to(2 + np.arange(layers), (count, layers)),
         np.broadcast_to(30 + np.arange(count)[:, None], (count, layers)),
@@ -96,4 +96,7 @@ def make_trace(
         dense,
         entries,
         np.full(count, total, np.int32),
+        ("<|user|>", *range(len(views)), *question.split(), "\n"),
+        rng.uniform(0.01, 1, count).astype(np.float32),
+        keys,
     )

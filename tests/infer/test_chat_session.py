@@ -132,6 +132,11 @@ def test_answers_stream_and_name_regions(family, monkeypatch):
     assert trace.tokens == tuple(step.token for step in generated) and trace.answer == session.answer().text
     np.testing.assert_array_equal(trace.mask(), np.stack([step.token_trace.selected for step in generated]))
     assert [picture.key for picture in trace.pictures] == [(False, 0, 0), *((True, 0, t) for t in range(4))]
+    assert trace.probabilities.tolist() == [step.token_trace.probability for step in generated]
+    # The keys of the regions that a query selected are those that it attended to.
+    keys = np.where(trace.mask(), trace.region_keys, 0).sum(axis=-1).mean(axis=-1)
+    np.testing.assert_allclose(keys, trace.entries[..., 0], rtol=1e-6)
+    assert trace.region_keys.sum() == trace.visual_tokens[0]
     # The same answer in one call, without a trace.
     again = make_chat(family, videos=[FRAMES])
     list(again.stream(6, chunked=True))
@@ -311,7 +316,19 @@ def test_a_trace_is_of_the_question_that_was_answered():
     assert after.question == QUESTION and len(after.views) == len(before.views)
     np.testing.assert_array_equal(after.selected, before.selected)
     list(session.stream(2, return_trace=True))
-    assert session.answer().trace.question == FURTHER and len(session.answer().trace.pictures) == 2
+    trace = session.answer().trace
+    assert trace.question == FURTHER and len(trace.pictures) == 2
+    # What the model has read: the first prompt, the first answer, the further question.
+    read = before.prompt + before.tokens
+    assert trace.prompt[: len(read)] == read and after.prompt == before.prompt
+    shown = [token for token in trace.prompt if isinstance(token, int)]
+    assert shown == [view.view for view in trace.views] == list(range(len(shown)))
+    text = "".join("<image>" if isinstance(token, int) else token for token in before.prompt)
+    assert text.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>"
+    )
+    assert text.endswith(f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    assert FURTHER in "".join(token for token in trace.prompt[len(read) :] if isinstance(token, str))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_what_is_returned_changes_no_token_and_no_count(top_k, gaze):
     assert set(found["tokens"]) == {"tokens"}
     routed = {"selected"} if top_k else set()
     assert set(found["selection"]) == {"tokens", "entries", "visual_tokens"} | routed
-    assert set(found["trace"]) - set(found["selection"]) == {"attention", "dense"} | (
+    assert set(found["trace"]) - set(found["selection"]) == {"probability", "attention", "dense"} | (
         {"scores"} if top_k else set()
     )
     for less, more in (("tokens", "selection"), ("selection", "trace")):
@@ -82,6 +82,18 @@ def test_a_trace_adds_up():
     assert found["visual_tokens"].tolist() == [[16], [16]]
     everything = decode(make_engine(row(0, ASK), budgets=None), 2, returns="trace")
     np.testing.assert_array_equal(everything["attention"], everything["dense"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_trace_holds_the_probability_that_the_model_gave_to_each_token(temperature):
+    """Of its softmax, not of the hotter one that tokens are drawn from; the logits are of another program."""
+    engine = make_engine(row(0, ASK))
+    for _ in range(3):
+        logarithms = jax.nn.log_softmax(logits(engine).astype(np.float64)[0])
+        found = decode(engine, 1, returns="trace", temperature=temperature)
+        assert found["probability"].shape == (1, 1) and found["probability"].dtype == np.float32
+        token = int(found["tokens"][0, 0])
+        assert float(found["probability"][0, 0]) == pytest.approx(np.exp(logarithms[token]), rel=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [2, pytest.param(None, marks=pytest.mark.long)])

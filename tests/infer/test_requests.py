@@ -79,6 +79,9 @@ def test_a_batch_says_what_each_would_say_alone(sampler, photos):
         assert (together.regions, together.top_k) == (alone.regions, alone.top_k)
         np.testing.assert_array_equal(together.trace.selected, alone.trace.selected)
         np.testing.assert_allclose(together.trace.dense, alone.trace.dense, atol=1e-4)
+        assert together.trace.prompt == alone.trace.prompt != ()
+        np.testing.assert_array_equal(together.trace.region_keys, alone.trace.region_keys)
+        np.testing.assert_allclose(together.trace.probabilities, alone.trace.probabilities, rtol=1e-3)
     assert found["b"].finish_reason == "length" and len(found["b"].tokens) == 3
     assert found["d"].trace.selected.size == 0 and found["d"].top_k is None
     assert record(requests[0], found["a"])["regions"] == found["a"].regions

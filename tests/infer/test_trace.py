@@ -64,6 +64,15 @@ def test_what_is_saved_is_loaded(options, tmp_path):
     assert (tmp_path / "a.gaze").read_bytes() == (tmp_path / "b.gaze").read_bytes()
 
 
+def test_what_was_not_recorded_stays_absent(tmp_path):
+    """A trace of before version 3 has no probabilities, prompt or keys of regions; it is written as it is."""
+    bare = dataclasses.replace(make_trace(), prompt=(), probabilities=None, region_keys=None)
+    save(bare, tmp_path / "a.gaze")
+    again = load(tmp_path / "a.gaze")
+    assert (again.prompt, again.probabilities, again.region_keys) == ((), None, None)
+    equal(bare, again)
+
+
 def test_shares_are_rounded_towards_zero():
     """By less than the documented error, over the whole range of float32 shares."""
     rng = np.random.default_rng(0)
@@ -80,7 +89,7 @@ def test_a_file_is_readable_with_numpy_alone(tmp_path):
     save(trace, tmp_path / "a.gaze")
     with np.load(tmp_path / "a.gaze", allow_pickle=False) as file:
         meta = json.loads(file["meta"].tobytes())
-        assert (meta["format"], meta["version"]) == ("gaze_jax.trace", 2)
+        assert (meta["format"], meta["version"]) == ("gaze_jax.trace", 3)
         assert meta["shape"] == {"T": 5, "L": 3, "Hs": 2, "J": 2, "H": 4, "R": trace.regions}
         assert file["selected"].dtype == np.int16 and file["grids"].dtype == np.int16
         assert file["attention"].dtype == file["dense"].dtype == np.float16
@@ -291,7 +300,18 @@ DAMAGE = {
     "no array": (without("dense"), "its entries must be"),
     "more": (put("more", np.zeros(1)), "its entries must be"),
     "format": (edit(format="other"), "does not say format"),
-    "version": (edit(version=3), "has format_version 3 but this gaze_jax reads 1 and 2"),
+    "version": (edit(version=4), "has format_version 4 but this gaze_jax reads 1, 2 and 3"),
+    "prompt": (edit(prompt=lambda p: [*p, 99]), "prompt must hold text and numbers of views"),
+    "prompt item": (edit(prompt=[None]), "prompt must hold text and numbers of views"),
+    "prompt bool": (edit(prompt=[True]), "prompt must hold text and numbers of views"),
+    "surrogate": (edit(prompt=["\ud800"]), "half a surrogate pair"),
+    "probability": (put("probabilities", np.full(5, 1.5, np.float32)), "between 0 and 1"),
+    "probability nan": (put("probabilities", np.full(5, np.nan, np.float32)), "between 0 and 1"),
+    "keys": (put("region_keys", np.full(18, -1, np.int32)), "region_keys must be numbers of keys"),
+    "keys short": (
+        put("region_keys", np.zeros(2, np.int32)),
+        r"region_keys is <i4 \[2\], which does not match",
+    ),
     "list": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"[]", np.uint8))}), "does not say format"),
     "json": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"{", np.uint8))}), "is damaged"),
     "deep": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"[" * 99_999, np.uint8))}), "too deeply"),
@@ -398,6 +418,7 @@ def test_a_bomb_that_declares_little_is_read_no_further(tmp_path):
     shape = (5, 3, 4, 1000)
     dense = npy(np.zeros(shape, np.float16))
     rewritten(path, edit(shape=lambda s: s | {"R": shape[-1]}))
+    rewritten(path, put("region_keys", np.zeros(shape[-1], np.int32)))
     rewritten(path, lambda e: e.update({"dense.npy": dense + more}))
     whole = path.read_bytes()
     for true, told in ((len(dense + more), len(dense)), (zlib.crc32(dense + more), zlib.crc32(dense))):

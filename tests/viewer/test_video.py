@@ -82,7 +82,7 @@ def test_a_clip_shows_the_most_selected_views():
         (page,) = clip_pages(flat, layer=0, views=1)
         assert page.height % 2 == 0
     (view,) = most_looked_at(trace.views, trace.mask()[:, 0], 1)
-    alone = dataclasses.replace(trace, views=(view,), pictures=(trace.picture_of(view),))
+    alone = dataclasses.replace(trace, views=(view,), prompt=(), pictures=(trace.picture_of(view),))
     for page, other in zip(clip_pages(trace, layer=0, views=1), clip_pages(alone, layer=0, views=8)):
         np.testing.assert_array_equal(page, other)
 

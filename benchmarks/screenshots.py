@@ -47,18 +47,23 @@ def prefer(driver: Any, **features: str) -> None:
 
 
 def press(driver: Any, keys: str) -> None:
-    """Press keys, given by their DOM names separated by spaces; ``*N`` after a name repeats it N times."""
+    """Press keys, given by their DOM names separated by spaces; ``*N`` after a name repeats it N times.
+
+    ``Shift+`` before a name holds that key too.
+    """
     for key in keys.split():
         name, _, times = key.partition("*")
-        name = " " if name == "Space" else name
+        shift, name = name.startswith("Shift+"), name.removeprefix("Shift+")
+        event = {"key": " " if name == "Space" else name, "modifiers": 8 if shift else 0}
         for _ in range(int(times or 1)):
-            driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", "key": name})
-            driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", "key": name})
+            driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", **event})
+            driver.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", **event})
 
 
-def open_page(driver: Any, path: Path) -> None:
-    """Open a file and wait until its main part is shown."""
-    driver.get(path.resolve().as_uri())
+def open_page(driver: Any, path: Path, *, address: str = "") -> None:
+    """Open a file, with ``address`` after the #, and wait until its main part is shown."""
+    driver.get("about:blank")  # from a page of the same file, a browser would only change the address
+    driver.get(f"{path.resolve().as_uri()}#{address}".removesuffix("#"))
     wait_until_shown(driver)
 
 

@@ -182,6 +182,36 @@ def check_layer(trace: Trace, layer: int | None) -> None:
         raise UserError(f"layer={layer} must be between 0 and {trace.layers - 1}, the layers of the trace.")
 
 
+def most_concentrated(trace: Trace) -> int:
+    """The layer whose selection, or in a dense run whose attention, is most concentrated.
+
+    For each token the heads of a layer spread over the regions: p(r) is the fraction of what they selected
+    that is region r. The sum of p(r)**2 over r, a mean over the tokens, is 1 / J if all heads select the same
+    J regions, and less the more they differ. Among equal layers the first one is taken in which attention is
+    most concentrated by the same measure.
+    """
+
+    def spread(weights: np.ndarray) -> float:
+        """Of float [T, R]; a token without any weight counts as 0."""
+        sums = weights.sum(axis=-1, keepdims=True)
+        shares = np.divide(weights, sums, out=np.zeros_like(weights), where=sums > 0)
+        return round(float((shares**2).sum(axis=-1).mean()), 6)
+
+    def of_layer(layer: int) -> tuple[float, float]:
+        if trace.top_k is None:
+            return spread(trace.dense[:, layer].astype(np.float64).sum(axis=1)), 0.0
+        selected = trace.selected[:, layer]
+        chosen, attention = (np.zeros((len(trace.tokens), trace.regions + 1)) for _ in range(2))
+        each = np.arange(len(trace.tokens))[:, None, None]
+        np.add.at(chosen, (each, selected), 1)  # -1 is the extra last column, cut off below
+        by_head = np.repeat(selected, trace.heads // selected.shape[1], axis=1)
+        np.add.at(attention, (each, by_head), trace.attention[:, layer])
+        return spread(chosen[:, :-1]), spread(attention[:, :-1])
+
+    ranks = [of_layer(layer) for layer in range(trace.layers)]
+    return ranks.index(max(ranks))
+
+
 def _check_shapes(trace: Trace) -> None:
     read = (token for token in trace.prompt if isinstance(token, str))
     for text in (trace.question, trace.answer, trace.model, *trace.tokens, *read):

@@ -115,10 +115,11 @@ def view_sheets(
       An RGB picture.
     """
     fraction = selected.astype(np.float32).mean(axis=1)
+    grids = [fraction[:, view.regions] for view in views]
+    options = {"clearest": float(max(grid.max() for grid in grids)), **options}
     sheets = []
-    for picture, view, title in zip(pictures, views, titles, strict=True):
-        part = covered(picture, view)
-        sheets.append(contact_sheet(part, pieces, fraction[:, view.regions], title=title, **options))
+    for picture, view, grid, title in zip(pictures, views, grids, titles, strict=True):
+        sheets.append(contact_sheet(covered(picture, view), pieces, grid, title=title, **options))
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     whole = Image.new("RGB", (width, height), sheets[0].getpixel((0, 0)))
     at = 0

@@ -48,6 +48,7 @@ class SheetOptions(TypedDict, total=False):
     boxes: Sequence[Box | None] | None
     credit: str | None
     font: Path | None
+    clearest: float | None
 
 
 def contact_sheet(
@@ -61,6 +62,7 @@ def contact_sheet(
     boxes: Sequence[Box | None] | None = None,
     credit: str | None = None,
     font: Path | None = None,
+    clearest: float | None = None,
 ) -> Image.Image:
     """Draw which parts of the image each generated token attended to.
 
@@ -70,13 +72,16 @@ def contact_sheet(
         tokens: T strings, printed under the panels; a space is shown as a raised dot, line ends and
             characters that the font lacks as Python escapes.
         selected: bool [T, h, w], or floating in [0, 1]: the fraction of heads that selected the token's
-            region; the veil is proportional to the fraction that did not. The grid spans the whole image.
+            region. Regions are as clear as this fraction, relative to ``clearest``. The grid spans the whole
+            image.
         title: The question and the answer; the first line is printed larger. Long lines wrap.
         panel: Longest side of a panel's picture, in pixels.
         columns: Panels per row.
         boxes: T boxes (x0, y0, x1, y1) in image pixels, or None for a token without a target.
         credit: The image's credit line.
         font: A TrueType file for scripts that the built-in font lacks (it has little more than ASCII).
+        clearest: The fraction of heads that is shown without a veil; None means the largest in ``selected``.
+            So where heads differ much, not everything is dark; the legend names the number.
 
     Returns:
         An RGB picture; deterministic.
@@ -94,7 +99,8 @@ def contact_sheet(
     down = -(-len(tokens) // across)
     inner = max(across * (width + _GAP) - _GAP, _LEAST_WIDTH)
     heading = _heading(title, inner, fonts)
-    legend = _legend(selected.dtype == np.bool_, any(box is not None for box in boxes), fonts)
+    most = 1.0 if selected.dtype == np.bool_ else float(selected.max() if clearest is None else clearest)
+    legend = _legend(selected.dtype == np.bool_, most, any(box is not None for box in boxes), fonts)
     legend_rows = _legend_rows(legend, inner, fonts)
     credit_lines = wrapped(drawable(credit, fonts.small), inner, fonts.small) if credit else []
 
@@ -113,7 +119,7 @@ def contact_sheet(
     for index, (token, mask, box) in enumerate(zip(tokens, selected, boxes, strict=True)):
         row, column = divmod(index, across)
         at = (_MARGIN + column * (width + _GAP), panels_top + row * (height + _LABEL + _GAP))
-        paste_panel(sheet, at, picture, mask)
+        paste_panel(sheet, at, picture, mask, most)
         if box is not None:
             _draw_target(draw, at, box, factor)
         _draw_label(draw, (at[0], at[1] + height), width, token, float(mask.mean()), fonts)
@@ -200,13 +206,15 @@ def _veiled(pixels: np.ndarray, fraction: np.ndarray) -> np.ndarray:
     return np.rint(clear * colour + (1 - clear) * veil).astype(np.uint8)
 
 
-def paste_panel(sheet: Image.Image, at: tuple[int, int], picture: Image.Image, mask: np.ndarray) -> None:
-    """Paste one veiled picture at ``at`` and outline what at least half of the heads selected.
+def paste_panel(
+    sheet: Image.Image, at: tuple[int, int], picture: Image.Image, mask: np.ndarray, clearest: float
+) -> None:
+    """Paste one veiled picture at ``at``, with outlines around what at least half of ``clearest`` selected.
 
     The outline lies outside the selected cells, in the veil or in the margin, and hides no selected pixel.
     """
     width, height = picture.size
-    fraction = _enlarged(mask.astype(np.float32), width, height)
+    fraction = np.minimum(_enlarged(mask.astype(np.float32), width, height) / (clearest or 1), 1)
     sheet.paste(Image.fromarray(_veiled(np.asarray(picture), fraction)), at)
 
     line = 2
@@ -319,7 +327,7 @@ def _heading(
 _Entry = tuple[int, Callable[[ImageDraw.ImageDraw, int, int], None], str]
 
 
-def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
+def _legend(boolean: bool, clearest: float, targets: bool, fonts: Fonts) -> list[_Entry]:
     """The legend of the marks in the panels: each with a swatch and its meaning."""
     sample = (214, 206, 178)
     last = _SWATCH - 1
@@ -341,10 +349,16 @@ def _legend(boolean: bool, targets: bool, fonts: Fonts) -> list[_Entry]:
 
     if boolean:
         entries: list[_Entry] = [(_SWATCH, outlined, "attended to"), (_SWATCH, veiled, "not selected")]
-    else:
+    elif clearest == 1:
         entries = [
             (3 * _SWATCH, veiled, "selected by no head ... by all heads"),
             (_SWATCH, outlined, "by at least half of the heads"),
+        ]
+    else:
+        most = f"{100 * clearest:.0f} %"
+        entries = [
+            (3 * _SWATCH, veiled, f"selected by no head ... by {most} of the heads, the most"),
+            (_SWATCH, outlined, "by at least half as many"),
         ]
     if targets:
         entries.append((_SWATCH, boxed, "what the token names"))

@@ -21,13 +21,14 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.errors import UserError
-from gaze_jax.infer.trace import Trace, check_layer
+from gaze_jax.infer.trace import Trace, check_layer, most_concentrated
 from gaze_jax.viewer.answer_sheet import titles_of
 
 _ASSETS = Path(__file__).parent / "assets"
 _MOST_DENSE = 32_000_000
 """Maximum number of dense attention values in a page, one byte each; beyond it, heads are averaged."""
 _THUMBNAIL = 192
+_SCRIPTS = ("measure.js", "draw.js", "text.js", "layout.js", "files.js", "viewer.js", "controls.js")
 _TYPES = {"float32": "f4", "int32": "i4", "int16": "i2", "uint8": "u1"}
 
 
@@ -40,7 +41,7 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
 
     Args:
       trace: the trace to show.
-      layer: the layer shown first; None is all layers.
+      layer: the layer shown first; None is the one of :func:`most_concentrated`, and the page says so.
 
     Raises:
       UserError: there is no such layer, or the trace is too long for a page.
@@ -48,11 +49,15 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
     check_layer(trace, layer)
     arrays, per_head = _arrays(trace)
     blob, layout = _packed(arrays)
+    layer, opened = (layer, "") if layer is not None else _opening(trace)
+    numbers = {view.view: index for index, view in enumerate(trace.views)}
     data = {
         **{name: getattr(trace, name) for name in ("question", "answer", "tokens", "model")},
         "selectPer": trace.select_per,
         "topK": trace.top_k,
-        "layer": -1 if layer is None else layer,
+        "layer": layer,
+        "opened": opened,
+        "prompt": [numbers[token] if isinstance(token, int) else token for token in trace.prompt],
         "layers": trace.layers,
         "heads": trace.heads,
         "denseHeads": trace.heads if per_head else 1,
@@ -64,7 +69,16 @@ def viewer_page(trace: Trace, *, layer: int | None = None) -> str:
         "layout": layout,
         "arrays": base64.b64encode(blob).decode(),
     }
-    return _page("viewer.html", "viewer.css", ["draw.js", "viewer.js"], data=_json(data))
+    return _page("viewer.html", "viewer.css", _SCRIPTS, data=_json(data))
+
+
+def _opening(trace: Trace) -> tuple[int, str]:
+    """The layer that a page shows first, and why."""
+    if trace.layers == 1:
+        return 0, ""
+    layer = most_concentrated(trace)
+    what = "attention is" if trace.top_k is None else "heads’ choices are"
+    return layer, f"Layer {layer} is shown first: its {what} the most concentrated of {trace.layers} layers."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +166,7 @@ def _views(trace: Trace) -> list[dict[str, object]]:
             {
                 "title": title,
                 "short": _short(title, alone=len(numbers) == 1),
+                "medium": title.split(", ")[0],
                 "picture": number,
                 "corners": [x0 / width, y0 / height, x1 / width, y1 / height],
                 "grid": view.regions.shape,
@@ -194,6 +209,8 @@ def _arrays(trace: Trace) -> tuple[dict[str, np.ndarray], bool]:
         "scores": scores,
         "dense": dense_bytes,
         "attention": attention_bytes,
+        **({} if trace.probabilities is None else {"probabilities": trace.probabilities}),
+        **({} if trace.region_keys is None else {"regionKeys": trace.region_keys}),
     }, per_head
 
 

@@ -117,6 +117,7 @@ def clip_pages(
     selected = selection(trace, layer)
     fraction = selected.astype(np.float32).mean(axis=1)
     shown = most_looked_at(trace.views, selected, views)
+    clearest = float(max(fraction[:, view.regions].max() for view in shown))
     titles = [title for view, title in zip(trace.views, titles_of(trace)) if view in shown]
     parts = [covered(trace.picture_of(view).pixels(), on_copy(trace, view)) for view in shown]
     label = _LABEL if len(parts) > 1 else 0
@@ -148,7 +149,7 @@ def clip_pages(
         for number, (picture, view, title) in enumerate(zip(panels, shown, titles, strict=True)):
             row, column = divmod(number, columns)
             at = (left + across * column, top + down * row)
-            paste_panel(page, at, picture, fraction[token][view.regions])
+            paste_panel(page, at, picture, fraction[token][view.regions], clearest)
             if label:
                 draw.text((at[0], at[1] + picture.height + 18), title, MUTED, fonts.small, anchor="ls")
         yield page

@@ -54,15 +54,17 @@ def test_the_most_selected_views_keep_their_order():
 
 
 def test_sheets_of_views_are_stacked():
-    """Each is the contact sheet of what its view covers, with the fraction of heads per region."""
+    """Each is the contact sheet of what its view covers, with the fraction of heads per region, one scale."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(256, size=(10, 20, 3), dtype=np.uint8) for _ in range(2)]
     views = [view(0, [[0, 1]]), view(1, [[2, 2]], (5.0, 2.0, 20.0, 10.0))]
     selected = rng.random((3, 2, 3)) < 0.5
     whole = np.asarray(view_sheets(pictures, views, list("abc"), selected, titles=["one", "two"]))
     fraction = selected.mean(axis=1).astype(np.float32)
-    first = np.asarray(contact_sheet(pictures[0], list("abc"), fraction[:, [[0, 1]]], title="one"))
-    second = np.asarray(contact_sheet(pictures[1][2:10, 5:], list("abc"), fraction[:, [[2, 2]]], title="two"))
+    scale = {"clearest": float(fraction.max())}
+    first = np.asarray(contact_sheet(pictures[0], list("abc"), fraction[:, [[0, 1]]], title="one", **scale))
+    part = pictures[1][2:10, 5:]
+    second = np.asarray(contact_sheet(part, list("abc"), fraction[:, [[2, 2]]], title="two", **scale))
     np.testing.assert_array_equal(whole[: len(first), : first.shape[1]], first)
     np.testing.assert_array_equal(whole[len(first) :, : second.shape[1]], second)
     assert len(whole) == len(first) + len(second)

@@ -1,168 +1,41 @@
 """The viewer in a real Chromium: what it shows against the trace, what a reader does, what must not be."""
 
-import base64
 import dataclasses
-import io
-import json
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.screenshots import browser, open_page, photograph, prefer, press, resize, wait_until_shown
+from benchmarks.screenshots import open_page, photograph, prefer, resize, wait_until_shown
 from gaze_jax.infer.trace import picture
 from gaze_jax.viewer import html
 from gaze_jax.viewer.contact_sheet import _veiled
 from gaze_jax.viewer.html import Entry, index_page, viewer_page
+from tests.helpers.browsing import (
+    ALL,
+    OUTLINE,
+    Page,
+    assert_gaze,
+    cells,
+    complaints,
+    covered,
+    expected_dense,
+    expected_fraction,
+    luminance,
+    requested,
+    wait,
+)
 from tests.helpers.traces import make_media, make_trace
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
-OUTLINE = (0, 133, 202)
-ALL = -1
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script><script>alert(2)</script>",
     '"><img src=x onerror=alert(3)>',
     "<!--",
 )
-
-
-class Page:
-    """A page in the browser, by what a reader sees and does."""
-
-    def __init__(self, driver):
-        self.driver = driver
-
-    def js(self, script, *args):
-        return self.driver.execute_script(script, *args)
-
-    def find(self, selector):
-        return self.driver.find_element("css selector", selector)
-
-    def all(self, selector):
-        return self.driver.find_elements("css selector", selector)
-
-    def text(self, selector):
-        return self.js("return document.querySelector(arguments[0]).textContent", selector)
-
-    def press(self, keys):
-        press(self.driver, keys)
-
-    def choose(self, selector, value):
-        self.find(f'{selector} option[value="{value}"]').click()
-
-    def texts(self, selector):
-        return self.js(
-            "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-        )
-
-    def current(self, selector="#answer button"):
-        """Which of the elements is marked; exactly one is."""
-        marks = self.js(
-            "return [...document.querySelectorAll(arguments[0])].map((e) => e.getAttribute('aria-current'))",
-            selector,
-        )
-        assert marks.count("true") == 1
-        return marks.index("true")
-
-    def pixels(self, selector):
-        url = self.js("return document.querySelector(arguments[0]).toDataURL('image/png')", selector)
-        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-        return np.asarray(image.convert("RGB"))
-
-
-@pytest.fixture(scope="module")
-def driver():
-    with browser() as driver:
-        driver.execute_cdp_cmd("Page.enable", {})
-        hear = "window.said = []; window.alert = (text) => said.push(text);"
-        # Playing takes a third of the time.
-        hear += "const every = setInterval; window.setInterval = (what, pace) => every(what, pace / 3);"
-        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hear})
-        yield driver
-
-
-def complaints(driver):
-    """What the console was told since last asked, violations of the policy included."""
-    return [entry["message"] for entry in driver.get_log("browser")]
-
-
-def requested(driver):
-    """Every URL that was asked for since last asked, and why it was not sent, if so: {URL: reason}."""
-    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    failed = {
-        event["params"]["requestId"]: event["params"].get("blockedReason")
-        for event in events
-        if event["method"] == "Network.loadingFailed"
-    }
-    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return {event["request"]["url"]: failed.get(event["requestId"]) for event in sent}
-
-
-@pytest.fixture
-def show(driver, tmp_path):
-    """Opens a trace's page; afterwards nothing was complained of, run by data, or fetched."""
-    resize(driver, 1200, 900)
-    prefer(driver, prefers_color_scheme="light", prefers_reduced_motion="reduce")
-
-    def opened(trace, **options):
-        (tmp_path / "page.html").write_text(viewer_page(trace, **options), encoding="utf-8")
-        open_page(driver, tmp_path / "page.html")
-        return Page(driver)
-
-    driver.get("about:blank")
-    complaints(driver), requested(driver)
-    yield opened
-    assert complaints(driver) == []
-    assert driver.execute_script("return window.said") == []
-    urls = requested(driver)
-    assert all(url.startswith(("data:", tmp_path.as_uri())) for url in urls), urls
-    assert sum(url.startswith("file:") for url in urls) >= 1
-
-
-def expected_fraction(trace, token, layer, head):
-    """[R]: the fraction of the chosen heads that selected each region, from the trace alone."""
-    mask = np.repeat(trace.mask(), trace.heads // trace.selected.shape[2], axis=2)[token].astype(np.float32)
-    mask = mask if layer == ALL else mask[layer : layer + 1]
-    mask = mask if head == ALL else mask[:, head : head + 1]
-    return mask.mean(axis=(0, 1))
-
-
-def expected_dense(trace, token, layer, head):
-    dense = trace.dense[token] if layer == ALL else trace.dense[token, layer : layer + 1]
-    return (dense if head == ALL else dense[:, head : head + 1]).mean(axis=(0, 1))
-
-
-def cells(view, shape):
-    """Which region each pixel of a canvas of this (height, width) shows."""
-    rows, columns = view.regions.shape
-    y = (np.arange(shape[0]) + 0.5) * rows / shape[0]
-    x = (np.arange(shape[1]) + 0.5) * columns / shape[1]
-    return view.regions[y.astype(int)][:, x.astype(int)]
-
-
-def covered(trace, view, factor):
-    """What a view covers of its picture, enlarged pixel by pixel; padding is black."""
-    part = Image.fromarray(trace.picture_of(view).pixels()).crop([round(edge) for edge in view.corners])
-    return np.asarray(part).repeat(factor, 0).repeat(factor, 1)
-
-
-def assert_gaze(page, trace, token, layer, head, view=None):
-    """The canvas shows selected regions as the picture is, others veiled by the heads that left them out."""
-    view = view or trace.views[0]
-    got = page.pixels("#gaze")
-    clear = covered(trace, view, 560 // max(covered(trace, view, 1).shape[:2]))
-    assert got.shape == clear.shape
-    fraction = expected_fraction(trace, token, layer, head)[cells(view, got.shape)]
-    outline = (got == OUTLINE).all(-1)
-    difference = np.abs(got.astype(int) - _veiled(clear, fraction))
-    assert difference[~outline].max() <= 4
-    # The outline hides nothing that half of the heads selected, and lies beside it.
-    assert not (outline & (fraction >= 0.5)).any()
-    assert outline.any() == bool((fraction >= 0.5).any() and (fraction < 0.5).any())
-    return fraction
 
 
 def test_a_word_shows_where_it_looked(show):
@@ -200,16 +73,15 @@ def test_arrow_keys_choose_words_and_layers(show):
     assert page.current() == 4
     page.press("Home")
     assert page.current() == 0
-    layer = lambda: int(page.js("return document.getElementById('layer').value"))  # noqa: E731
-    page.press("ArrowDown")
-    assert layer() == ALL
-    page.press("ArrowUp*2")
-    assert layer() == 1
+    page.press("ArrowUp")
+    assert page.value("#layer") == ALL
+    page.press("ArrowDown*2")
+    assert page.value("#layer") == 1
     assert_gaze(page, trace, 0, 1, ALL)
-    page.press("ArrowUp*9")
-    assert layer() == 2
-    page.press("ArrowDown")
-    assert layer() == 1
+    page.press("ArrowDown*9")
+    assert page.value("#layer") == 2
+    page.press("ArrowUp")
+    assert page.value("#layer") == 1
 
 
 def test_choosers_choose_layers_and_heads(show):
@@ -222,8 +94,10 @@ def test_choosers_choose_layers_and_heads(show):
         page.choose("#layer", layer)
         page.choose("#head", head)
         assert_gaze(page, trace, 0, layer, head)
-        entries = trace.entries[0, :, 0] if layer == ALL else trace.entries[0, layer, 0]
-        assert float(page.text("#visual")) == pytest.approx(entries.mean(), abs=0.051)
+        keys = np.where(trace.mask()[0], trace.region_keys, 0).sum(axis=-1)  # [L, Hs]
+        keys = keys if layer == ALL else keys[layer : layer + 1]
+        keys = keys if head == ALL else keys[:, [head // 2]]
+        assert float(page.text("#visual")) == pytest.approx(keys.mean(), abs=0.051)
     # Arrows in a chooser are the chooser's.
     page.find("#head").send_keys("\ue013")
     chosen = page.js("return ['layer', 'head'].map((id) => Number(document.getElementById(id).value))")
@@ -262,16 +136,19 @@ def test_the_table_names_the_regions_with_most_attention(show):
         np.put_along_axis(attention, ids, trace.attention[0, 1], axis=-1)
         attention = attention.mean(0) if head == ALL else attention[head]
         ranked = [r for r in np.argsort(-attention) if attention[r] > 0]
-        rows = np.reshape(page.texts("#rows td"), (-1, 5)).tolist()
+        rows = np.reshape(page.texts("#rows td"), (-1, 6)).tolist()
         assert [int(row[0]) for row in rows] == ranked
         fraction, dense = expected_fraction(trace, 0, 1, head), expected_dense(trace, 0, 1, head)
         for r, row in zip(ranked, rows, strict=True):
-            numbers = [float(text.removesuffix("\u00a0%")) for text in row[1:]]
+            numbers = [float(text.removesuffix("\u00a0%").replace("−", "-")) for text in row[1:]]
             assert numbers[0] == pytest.approx(100 * fraction[r], abs=0.5)
             chosen = [0, 1] if head == ALL else [head // 2]
             scores = [trace.scores[0, 1, s][trace.selected[0, 1, s] == r] for s in chosen]
             assert numbers[1] == pytest.approx(np.concatenate(scores).mean(), abs=0.006)
-            assert numbers[2:] == pytest.approx([100 * attention[r], 100 * dense[r]], abs=0.51)
+            difference = attention[r] - dense[r]
+            shares = [100 * attention[r], 100 * dense[r], 100 * difference]
+            assert numbers[2:] == pytest.approx(shares, abs=0.51)
+            assert row[5][0] in ("+0" if difference > 0 else "−0")
     page.choose("#layer", ALL)
     assert not page.find("th.score").is_displayed()  # scores of different layers have no mean
 
@@ -301,14 +178,6 @@ def test_play_steps_through_the_words_and_pauses(show):
     assert page.find("#play").get_attribute("aria-pressed") == "false" and page.current() == 2
 
 
-def wait(condition, seconds=5):
-    """Waits until something holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_frames_of_a_video_are_a_strip(show):
     """The stage follows the attention until a reader chooses a frame: by a click, comma or full stop."""
     trace = make_trace(media=make_media(np.random.default_rng(2), views=2, frames=6, slab=2))
@@ -333,7 +202,8 @@ def test_frames_of_a_video_are_a_strip(show):
     page.press(". , ,")
     assert page.current("#strip button") == 5
     thumb = page.pixels("#strip button:nth-child(6) canvas")
-    fraction = expected_fraction(trace, 3, 2, ALL)[cells(trace.views[5], thumb.shape)]
+    every = expected_fraction(trace, 3, 2, ALL)
+    fraction = (every / every.max())[cells(trace.views[5], thumb.shape)]
     inner = ~(thumb == OUTLINE).all(-1)
     clear = covered(trace, trace.views[5], 1)  # a thumb is never larger than the copy
     assert np.abs(thumb.astype(int) - _veiled(clear, fraction))[inner].max() <= 4
@@ -455,6 +325,12 @@ def test_the_policy_forbids_what_it_should(show, driver):
     show(make_trace())
 
 
+TAB_STOPS = [
+    *("prompt", "medium", "medium", "answer", "back", "play", "next", "layer", "head"),
+    *("png", "csv", "theme", "help", "map", "opacity", "follow", "strip", "scroll", "region"),
+]
+
+
 def test_the_keyboard_alone_is_enough(show):
     """Tab visits one word, the buttons and the choosers; what has the focus shows it."""
     page = show(make_trace(media=make_media(np.random.default_rng(0), frames=3)))
@@ -462,11 +338,11 @@ def test_the_keyboard_alone_is_enough(show):
     page.js("document.activeElement.blur()")
     body, visited, outlines = page.find("body"), [], []
     body.send_keys("\ue004")
-    for _ in range(9):
+    for _ in range(len(TAB_STOPS)):
         visited.append(
             page.js(
-                "return document.activeElement.id || document.activeElement.className || "
-                "document.activeElement.closest('[id]').id"
+                "const at = document.activeElement, box = at.closest('#answer, #strip'); "
+                "return box?.id || at.id || at.className || at.closest('[id]').id"
             )
         )
         outlines.append(
@@ -476,7 +352,7 @@ def test_the_keyboard_alone_is_enough(show):
             )
         )
         page.driver.switch_to.active_element.send_keys("\ue004")
-    assert visited[:9] == ["answer", "back", "play", "next", "layer", "head", "follow", "strip", "scroll"]
+    assert visited == TAB_STOPS
     assert set(outlines) == {"solid 3px"}
     # The focus goes with the word, and Enter chooses what has it.
     page.all("#answer button")[1].click()
@@ -493,17 +369,11 @@ def test_the_keyboard_alone_is_enough(show):
     assert page.current() == 3, "arrows scroll the table"
 
 
-def luminance(colour):
-    channels = [float(c) / 255 for c in colour.strip("rgba()").split(",")[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return np.dot(linear, [0.2126, 0.7152, 0.0722])
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(show, driver, scheme):
     """At least 4.5 to 1 against what lies behind it, in light and in dark."""
     prefer(driver, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
-    page = show(make_trace(media=make_media(np.random.default_rng(0), frames=3)))
+    page = show(make_trace(media=make_media(np.random.default_rng(0), frames=3)), address="")
     assert (luminance(page.js("return getComputedStyle(document.body).backgroundColor")) < 0.1) == (
         scheme == "dark"
     )
@@ -524,6 +394,11 @@ def test_text_has_contrast(show, driver, scheme):
         "td",
         "footer p",
         "kbd",
+        "#opened",
+        "#read .token",
+        ".medium",
+        ".caption",
+        ".region",
         "#strip .name",
         '#strip [aria-current="true"] .name',
     ):

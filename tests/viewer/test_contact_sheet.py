@@ -69,6 +69,20 @@ def test_veil_is_proportional_to_the_heads_that_did_not_select():
     np.testing.assert_allclose(three_quarters, none + 0.75 * (every - none), atol=1)
 
 
+def test_what_most_heads_selected_is_clear_however_few_they_are():
+    """So a sheet of heads that differ is not dark all over; its legend, and a given scale, say so."""
+    image = np.full((8, 8, 3), (200, 120, 80), np.uint8)
+    few, many = (quadrants(0.0, 0.05, 0.15, 0.2, dtype=np.float32) * by for by in (1, 5))
+    small, large = (contact_sheet(image, ["a"], shares, title="q", panel=96) for shares in (few, many))
+    panels = [panel_at(sheet, LEFT, TOP, 96, 96) for sheet in (small, large)]
+    np.testing.assert_allclose(*(panel.astype(int) for panel in panels), atol=1)
+    assert small.tobytes() != large.tobytes(), "the legend differs"
+    dark = panel_at(contact_sheet(image, ["a"], few, title="q", panel=96, clearest=1.0), LEFT, TOP, 96, 96)
+    assert dark.astype(int).max() < panels[0].max() - 50
+    none = contact_sheet(image, ["a"], np.zeros((1, 2, 2), np.float32), title="q", panel=96)
+    assert panel_at(none, LEFT, TOP, 96, 96).max() < panels[0].max()
+
+
 def test_a_bool_mask_equals_shares_of_zero_and_one():
     image, mask = tiny_image(), quadrants(True, False, False, True)
     panels = [

@@ -63,7 +63,8 @@ function gridded(view, colour) {
   return small;
 }
 
-function drawGaze(target, view, picture, share) {
+// Regions are as clear as `clear` says, from 0 to 1, and veiled by the rest.
+function drawGaze(target, view, picture, clear) {
   const { width, height } = picture.clear;
   if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
   const pen = target.getContext("2d");
@@ -72,20 +73,20 @@ function drawGaze(target, view, picture, share) {
   light.drawImage(picture.clear, 0, 0);
   light.globalCompositeOperation = "destination-in";
   light.imageSmoothingEnabled = false;
-  light.drawImage(gridded(view, (r) => [0, 0, 0, Math.round(255 * share[r])]), 0, 0, width, height);
+  light.drawImage(gridded(view, (r) => [0, 0, 0, Math.round(255 * clear(r))]), 0, 0, width, height);
   pen.drawImage(picture.veiled, 0, 0);
   pen.drawImage(lit, 0, 0);
 }
 
-// Outlines what at least half of the heads selected; drawn on the veil, so that it hides nothing clear.
-function outline(target, view, share, line) {
+// Outlines the regions that `chosen` names, from outside, so that the line hides nothing of them.
+function outline(target, view, chosen, line, colour) {
   const [rows, columns] = view.grid;
   const { width, height } = target;
   const pen = target.getContext("2d");
   const within = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns;
-  const inside = (y, x) => within(y, x) && share[view.regions[y * columns + x]] >= 0.5;
+  const inside = (y, x) => within(y, x) && chosen(view.regions[y * columns + x]);
   const across = (x) => Math.round(x * width / columns), down = (y) => Math.round(y * height / rows);
-  pen.fillStyle = GAZE_OUTLINE;
+  pen.fillStyle = colour;
   for (let y = 0; y < rows; y++) {
     for (let x = 0; x < columns; x++) {
       if (inside(y, x)) continue;
@@ -105,25 +106,75 @@ function outline(target, view, share, line) {
 // From dark over red and orange to light yellow; brightness increases too.
 const STOPS = [[20, 11, 53], [101, 21, 110], [188, 55, 84], [237, 105, 37], [252, 180, 40], [252, 255, 164]];
 
-function heat(value) {
-  const at = Math.min(Math.max(value, 0), 1) * (STOPS.length - 1);
+const LESS = [236, 112, 20], MORE = [40, 150, 245];
+const limited = (value) => Math.min(Math.max(value, 0), 1);
+
+// Colours of a value from 0 to 1, and of one from -1 to 1. Small values are more transparent, so that the
+// picture stays visible where there is little to see.
+function heat(value, opacity) {
+  const at = limited(value) * (STOPS.length - 1);
   const low = Math.min(Math.floor(at), STOPS.length - 2), part = at - low;
   const colour = STOPS[low].map((from, c) => Math.round(from + part * (STOPS[low + 1][c] - from)));
-  return [...colour, Math.round(255 * 0.78 * Math.sqrt(Math.min(Math.max(value, 0), 1)))];
+  return [...colour, Math.round(255 * opacity * Math.sqrt(limited(value)))];
 }
 
-function drawDense(target, view, picture, dense, most) {
+function lessOrMore(value, opacity) {
+  return [...(value < 0 ? LESS : MORE), Math.round(255 * opacity * Math.sqrt(limited(Math.abs(value))))];
+}
+
+// A map of colours over the picture, which is dimmed as far as the map is opaque.
+function drawMap(target, view, picture, colour, opacity) {
   const { width, height } = picture.clear;
   if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
   const pen = target.getContext("2d");
+  pen.drawImage(picture.clear, 0, 0);
+  pen.globalAlpha = opacity;
   pen.drawImage(picture.grey, 0, 0);
+  pen.globalAlpha = 1;
   pen.imageSmoothingEnabled = false;
-  pen.drawImage(gridded(view, (r) => heat(dense[r] / (most || 1))), 0, 0, width, height);
+  pen.drawImage(gridded(view, colour), 0, 0, width, height);
 }
 
-function drawLegends() {
+// The region at a place of a picture, as fractions of its width and height.
+function regionAt(view, x, y) {
+  const [rows, columns] = view.grid;
+  const row = Math.min(Math.max(Math.floor(y * rows), 0), rows - 1);
+  return view.regions[row * columns + Math.min(Math.max(Math.floor(x * columns), 0), columns - 1)];
+}
+
+// A row of cells per layer and a column per head, with a frame around the chosen ones.
+function drawOverview(target, { columns, values }, layer, head, most) {
+  const rows = values.length / columns;
+  const width = Math.min(Math.max(Math.floor(220 / columns), 3), 22);
+  const height = Math.min(Math.max(Math.floor(420 / rows), 4), 18);
+  const scale = 2; // for sharp edges on dense screens
+  Object.assign(target, { width: columns * width * scale, height: rows * height * scale });
+  target.style.width = `${columns * width}px`;
+  const pen = target.getContext("2d");
+  pen.scale(scale, scale);
+  pen.fillStyle = `rgb(${STOPS[0].join(" ")})`;
+  pen.fillRect(0, 0, columns * width, rows * height);
+  values.forEach((value, i) => {
+    const [red, green, blue] = heat(value / (most || 1), 1);
+    pen.fillStyle = `rgb(${red} ${green} ${blue})`;
+    pen.fillRect(i % columns * width, Math.floor(i / columns) * height, width - 0.5, height - 0.5);
+  });
+  const [top, down] = layer < 0 ? [0, rows] : [layer, 1];
+  const [left, across] = head < 0 || columns === 1 ? [0, columns] : [head, 1];
+  for (const [colour, line] of [["black", 4], ["white", 2]]) {
+    pen.strokeStyle = colour;
+    pen.lineWidth = line;
+    pen.strokeRect(left * width + 1, top * height + 1, across * width - 2, down * height - 2);
+  }
+}
+
+// The scales below the pictures, as if over a light and over a grey one.
+function drawLegends(map, opacity) {
+  const over = (below, [red, green, blue, alpha]) =>
+    [red, green, blue].map((c) => below + (c - below) * alpha / 255);
   const veil = (x) => [206, 200, 180].map((c) => 0.36 * 206 + x * 0.64 * c);
-  const warmth = (x) => heat(x).slice(0, 3).map((c) => 60 + (c - 60) * heat(x)[3] / 255);
+  const below = 206 + (0.58 * 206 - 206) * opacity;
+  const warmth = (x) => over(below, map === "dense" ? heat(x, opacity) : lessOrMore(2 * x - 1, opacity));
   for (const [id, colour] of [["veil", veil], ["heat", warmth]]) {
     const pen = document.getElementById(id).getContext("2d");
     for (let x = 0; x < 96; x++) {

@@ -48,7 +48,7 @@ def test_a_page_shows_what_each_token_looked_at():
     clear = trace.picture_of(view).pixels().repeat(13, 0).repeat(13, 1)  # 13 x 48 fits 640 pixels
     for layer in (0, None):
         mask = trace.mask() if layer is None else trace.mask()[:, layer : layer + 1]
-        most = mask.mean(axis=(1, 2)).max()
+        most = mask.astype(np.float32).mean(axis=(1, 2)).max()
         for token, page in enumerate(clip_pages(trace, layer=layer, views=8)):
             fraction = mask[token].astype(np.float32).mean(axis=(0, 1))[view.regions] / most
             shares = fraction.repeat(clear.shape[0] // 4, 0).repeat(clear.shape[1] // 4, 1)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from gaze_jax.errors import UserError
 from gaze_jax.infer import trace_file
-from gaze_jax.infer.trace import LONGEST, Picture, picture
+from gaze_jax.infer.trace import LONGEST, Picture, most_concentrated, picture
 from gaze_jax.infer.trace_file import load, rounded_down, save
 from tests.helpers.traces import make_media, make_trace
 
@@ -126,6 +126,27 @@ def test_a_mask_holds_what_was_selected():
     assert mask.shape == (5, 3, 2, trace.regions)
     for at in np.ndindex(5, 3, 2):
         assert set(np.flatnonzero(mask[at])) == set(trace.selected[at]) - {-1}
+
+
+def test_the_most_concentrated_layer_is_where_heads_agree():
+    """By how many regions their choices spread over; by attention where they agree equally, or dense."""
+    trace = make_trace(layers=4, heads=6, top_k=3, media=both())
+    selected, scores = trace.selected.copy(), np.ones_like(trace.scores)
+    selected[:] = np.arange(18).reshape(6, 3)  # heads differ
+    selected[:, 2, :5] = np.arange(3)  # five of six agree
+    attention = np.full_like(trace.attention, 0.2)
+    attention[:, 1, 1:] = 0  # all attention is of one head
+    trace = dataclasses.replace(trace, selected=selected, scores=scores, attention=attention)
+    assert most_concentrated(trace) == 2
+    same = np.broadcast_to(np.arange(3, dtype=np.int32), selected.shape).copy()
+    attention = np.full_like(trace.attention, 0.2)
+    attention[:, 1] = 0.5, 0.05, 0.05
+    assert most_concentrated(dataclasses.replace(trace, selected=same, attention=attention)) == 1
+    assert most_concentrated(dataclasses.replace(trace, selected=same, attention=0 * attention)) == 0
+    dense = np.full_like(trace.dense, 0.5 / trace.regions)
+    dense[:, 3, :, 0] += 0.4
+    bare = {name: getattr(trace, name)[..., :0] for name in ("selected", "scores", "attention")}
+    assert most_concentrated(dataclasses.replace(trace, top_k=None, dense=dense, **bare)) == 3
 
 
 def test_a_view_finds_its_picture():

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html as text_of_html
 import io
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.helpers.browsing import (
     luminance,
     wait,
 )
-from tests.helpers.traces import make_media, make_trace
+from tests.helpers.traces import grid, make_media, make_trace
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
@@ -88,8 +89,8 @@ def test_a_diffuse_selection_is_not_grey_on_grey(show):
     every = expected_fraction(trace, 0, ALL, ALL)
     assert every.max() < 0.3
     assert_gaze(page, trace, 0, ALL, ALL, trace.views[page.current("#strip button")])
-    (share,) = numbers(page.text("#clearest"))
-    assert share == pytest.approx(100 * every.max(), abs=0.5)
+    (fraction,) = numbers(page.text("#clearest"))
+    assert fraction == pytest.approx(100 * every.max(), abs=0.5)
     assert page.text("#outlined") == "by at least half as many"
     page.choose("#layer", 3)
     page.choose("#head", 5)
@@ -148,8 +149,8 @@ def test_every_word_shows_its_probability(show):
     assert [float(line.rstrip("%")) / 100 for line in lines] == pytest.approx(trace.probabilities, rel=1e-5)
     for token in (0, 3):
         page.all("#answer button")[token].click()
-        (share,) = numbers(page.text("#probability"))
-        assert share == pytest.approx(100 * trace.probabilities[token], abs=0.5)
+        (fraction,) = numbers(page.text("#probability"))
+        assert fraction == pytest.approx(100 * trace.probabilities[token], abs=0.5)
     page = show(dataclasses.replace(trace, probabilities=None))
     assert page.text("#probability") == "" and page.all(".likely") == []
     assert not page.find("#probability-note").is_displayed()
@@ -157,9 +158,12 @@ def test_every_word_shows_its_probability(show):
 
 def test_a_head_s_own_keys_are_counted_if_the_trace_tells_them(show):
     """An older trace has means over the heads alone, and the page says so."""
-    trace = make_trace(selectors=2, top_k=3, media=make_media(np.random.default_rng(0), views=2))
+    views, pictures = make_media(np.random.default_rng(0))
+    uneven = dataclasses.replace(views[0], regions=grid(8, 8, 3, 0))  # of 9, 6 and 4 keys
+    trace = make_trace(selectors=2, top_k=3, media=((uneven,), pictures))
     page = show(trace, address="t=1&l=2&h=3")
     keys = trace.region_keys[trace.selected[1, 2, 1]].sum()
+    assert keys != trace.entries[1, 2, 0]
     assert float(page.text("#visual")) == keys
     assert page.text("#whose") == " of head 3" and "those of head 3 in layer 2" in page.text("#counts-note")
     page = show(dataclasses.replace(trace, region_keys=None), address="t=1&l=2&h=3")
@@ -175,7 +179,7 @@ def test_pointing_at_a_region_tells_about_it_and_lights_its_row(show):
     trace = make_trace(selectors=2, top_k=3, media=MANY)
     page = show(trace, layer=1)
     view = trace.views[int(page.current("#strip button"))]
-    share, dense = expected_fraction(trace, 0, 1, ALL), expected_dense(trace, 0, 1, ALL)
+    fraction, dense = expected_fraction(trace, 0, 1, ALL), expected_dense(trace, 0, 1, ALL)
     attention = expected_attention(trace, 0, 1, ALL)
     before = page.pixels("#gaze")
     for canvas in ("#gaze", "#dense"):
@@ -184,8 +188,8 @@ def test_pointing_at_a_region_tells_about_it_and_lights_its_row(show):
             wait(lambda region=region: page.text("#tip").startswith(f"Region {region}"))
             lines = page.texts("#tip p")
             assert page.find("#tip").is_displayed() and lines[0] == f"Region {region}"
-            if share[region]:
-                assert lines[1] == f"selected by {round(4 * share[region])} of 4 heads"
+            if fraction[region]:
+                assert lines[1] == f"selected by {round(4 * fraction[region])} of 4 heads"
                 assert numbers(lines[2])[0] == 0 or lines[2].startswith("score")
             else:
                 assert lines[1] == "not selected"
@@ -228,7 +232,7 @@ def test_opacity_bares_the_picture(show):
     page = show(trace)
     clear = covered(trace, trace.views[0], 560 // max(covered(trace, trace.views[0], 1).shape[:2]))
 
-    def apart(opacity):
+    def distance(opacity):
         page.js(
             "const range = document.getElementById('opacity'); range.value = arguments[0];"
             "range.dispatchEvent(new Event('input'))",
@@ -237,7 +241,7 @@ def test_opacity_bares_the_picture(show):
         return np.abs(page.pixels("#dense").astype(int) - clear).mean()
 
     assert page.value("#opacity") == 60
-    found = [apart(opacity) for opacity in (0, 30, 60, 100)]
+    found = [distance(opacity) for opacity in (0, 30, 60, 100)]
     assert found[0] < 1 and found == sorted(found) and found[-1] > 30
 
 
@@ -390,13 +394,13 @@ def test_what_is_shown_is_saved_as_numbers(show, downloads):
     assert {(row["token"], row["layer"], row["head"]) for row in rows} == {("2", "1", "all")}
     assert rows[0]["views"] == "Image 1, view 1 of 2"
     column = lambda name: [float(row[name]) for row in rows]  # noqa: E731
-    share, dense = expected_fraction(trace, 2, 1, ALL), expected_dense(trace, 2, 1, ALL)
+    fraction, dense = expected_fraction(trace, 2, 1, ALL), expected_dense(trace, 2, 1, ALL)
     attention = expected_attention(trace, 2, 1, ALL)
-    np.testing.assert_allclose(column("heads"), share, atol=1e-6)
+    np.testing.assert_allclose(column("heads"), fraction, atol=1e-6)
     np.testing.assert_allclose(column("attention"), attention, atol=0.7 / 510)
     np.testing.assert_allclose(column("dense"), dense, atol=0.7 / 510)
     np.testing.assert_allclose(column("gaze_minus_dense"), attention - dense, atol=1.4 / 510)
-    assert [row["score"] == "" for row in rows] == (share == 0).tolist()
+    assert [row["score"] == "" for row in rows] == (fraction == 0).tolist()
 
 
 def test_what_is_shown_is_saved_as_a_picture(show, downloads):
@@ -432,8 +436,9 @@ def test_the_theme_can_be_changed(show, driver):
     page.press("t")
     assert light() < 0.1
     page.press("t")
-    prefer(driver, prefers_color_scheme="light", prefers_reduced_motion="reduce")
-    prefer(driver, prefers_color_scheme="dark", prefers_reduced_motion="reduce")
+    for scheme in ("light", "dark"):
+        prefer(driver, prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+        time.sleep(0.2)
     assert light() > 0.8
 
 

@@ -145,8 +145,8 @@ function regionAt(view, x, y) {
 // A row of cells per layer and a column per head, with a frame around the chosen ones.
 function drawOverview(target, { columns, values }, layer, head, most) {
   const rows = values.length / columns;
-  const width = Math.min(Math.max(Math.floor(220 / columns), 3), 22);
-  const height = Math.min(Math.max(Math.floor(420 / rows), 4), 18);
+  const width = Math.min(Math.max(Math.floor(220 / columns), 3), 40);
+  const height = Math.min(Math.max(Math.floor(420 / rows), 4), 26);
   const scale = 2; // for sharp edges on dense screens
   Object.assign(target, { width: columns * width * scale, height: rows * height * scale });
   target.style.width = `${columns * width}px`;

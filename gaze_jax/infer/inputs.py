@@ -1,7 +1,6 @@
 """Media as people have them in Python: paths, bytes, open files, Pillow's images, arrays."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO, cast
 
@@ -11,7 +10,7 @@ import PIL.Image
 from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
 from gaze_jax.media.images import check_pixels, decode_image, read_image, reading_pictures, upright_rgb
-from gaze_jax.media.video import FrameSampling, open_video
+from gaze_jax.media.video import FrameSampling, decode_video, open_video
 
 Picture = str | os.PathLike[str] | bytes | BinaryIO | PIL.Image.Image | np.ndarray
 Film = str | os.PathLike[str] | bytes | BinaryIO | Frames | Sequence[Picture]
@@ -62,7 +61,7 @@ def as_video(source: Film, sampling: FrameSampling, name: str) -> Frames:
         return open_video(source, sampling)
     data = _content(source, name)
     if data is not None:
-        return _decode_video(data, sampling, name)
+        return decode_video(data, sampling, name)
     if isinstance(source, list | tuple):
         return [as_image(frame, f"{name}[{number}]") for number, frame in enumerate(source)]
     if hasattr(source, "__len__") and hasattr(source, "__iter__") and not isinstance(source, dict | set):
@@ -84,16 +83,3 @@ def _content(source: object, name: str) -> bytes | None:
     if not isinstance(data, bytes):
         raise UserError(f"{name} is a file opened as text; open it with mode 'rb'.")
     return data
-
-
-def _decode_video(data: bytes, sampling: FrameSampling, name: str) -> np.ndarray:
-    """The sampled frames of a video file's content, which FFmpeg reads from a file."""
-    if not data:
-        raise UserError(f"Video {name!r} is empty (0 bytes).")
-    with tempfile.NamedTemporaryFile(prefix="gaze-jax-", suffix=".video") as file:
-        file.write(data)
-        file.flush()
-        try:
-            return np.stack(list(open_video(file.name, sampling)))
-        except UserError as error:
-            raise UserError(str(error).replace(repr(file.name), repr(name))) from error

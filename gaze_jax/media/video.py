@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -61,6 +62,7 @@ class FrameSampling:
       force: take max_frames frames, regardless of fps.
       start, end: seconds, the part of the video to choose from: frames int(start * rate) to int(end * rate).
         The last of these is included when frames are spread evenly, excluded when every n-th is taken.
+      start_frame, end_frame: the same part by numbers of frames, from 0; given instead of seconds.
 
     Raises:
       UserError: a value is out of range, or force is set without both fps and max_frames.
@@ -71,6 +73,8 @@ class FrameSampling:
     force: bool = False
     start: float | None = None
     end: float | None = None
+    start_frame: int | None = None
+    end_frame: int | None = None
 
     def __post_init__(self) -> None:
         if self.fps is not None and not 0 < self.fps < math.inf:
@@ -86,6 +90,14 @@ class FrameSampling:
             raise UserError(f"start={self.start} must be a number of seconds, 0 or more.")
         if self.end is not None and not (self.start or 0.0) < self.end < math.inf:
             raise UserError(f"end={self.end} must be a number of seconds after start={self.start or 0.0}.")
+        if self.start_frame is not None and self.start_frame < 0:
+            raise UserError(f"start_frame={self.start_frame} must be the number of a frame, 0 or more.")
+        if self.end_frame is not None and self.end_frame < (self.start_frame or 0):
+            raise UserError(
+                f"end_frame={self.end_frame} must not be before start_frame={self.start_frame or 0}."
+            )
+        if {self.start, self.end} != {None} and {self.start_frame, self.end_frame} != {None}:
+            raise UserError("start and end are seconds, start_frame and end_frame are frames; give one pair.")
 
 
 def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarray:
@@ -102,13 +114,16 @@ def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarr
     if frames < 1 or not fps > 0:
         raise ValueError(f"frames={frames} and fps={fps} must be positive.")
     first, last, stop = int((sampling.start or 0.0) * fps), frames - 1, frames
+    begin = f"start={sampling.start}"
+    if sampling.start_frame is not None:
+        first, begin = sampling.start_frame, f"start_frame={sampling.start_frame}"
     if first > last:
-        raise UserError(
-            f"start={sampling.start} is after its end: it has {frames} frames, {frames / fps:g} seconds."
-        )
+        raise UserError(f"{begin} is after its end: it has {frames} frames, {frames / fps:g} seconds.")
     if sampling.end is not None:
         last = min(last, int(sampling.end * fps))
         stop = min(stop, max(int(sampling.end * fps), first + 1))
+    if sampling.end_frame is not None:
+        last, stop = min(last, sampling.end_frame), min(stop, max(sampling.end_frame, first + 1))
     if sampling.fps is not None:
         strided = np.arange(first, stop, max(1, round(fps / sampling.fps)))
         if sampling.max_frames is None or (len(strided) <= sampling.max_frames and not sampling.force):
@@ -206,6 +221,22 @@ def open_video(path: str | os.PathLike[str], sampling: FrameSampling, *, frames_
     return Clip(name, indices, times[indices], source.fps, source.size, len(times), source)
 
 
+def decode_video(data: bytes, sampling: FrameSampling, name: str) -> np.ndarray:
+    """:func:`open_video` of a file's content, decoded: uint8 [T, height, width, 3].
+
+    FFmpeg reads files, so the content is written to one for that time. ``name`` names it in messages.
+    """
+    if not data:
+        raise UserError(f"Video {name!r} is empty (0 bytes).")
+    with tempfile.NamedTemporaryFile(prefix="gaze-jax-", suffix=".video") as file:
+        file.write(data)
+        file.flush()
+        try:
+            return np.stack(list(open_video(file.name, sampling)))
+        except UserError as error:
+            raise UserError(str(error).replace(repr(file.name), repr(name))) from error
+
+
 def _source(name: str, frames_fps: float) -> Source:
     if not is_url(name) and os.path.isdir(name):
         return _open_folder(name, frames_fps)
@@ -257,12 +288,12 @@ def _open_folder(name: str, fps: float) -> Folder:
             raise UserError(
                 f"Video {name!r} is a folder that contains {entry!r}, which is no image; keep only frames."
             )
-    files = tuple(os.path.join(name, entry) for entry in sorted(names, key=_natural))
+    files = tuple(os.path.join(name, entry) for entry in sorted(names, key=natural))
     height, width = read_image(files[0]).shape[:2]
     return Folder(files, (height, width), fps)
 
 
-def _natural(name: str) -> tuple[list[tuple[str, int, str]], str]:
+def natural(name: str) -> tuple[list[tuple[str, int, str]], str]:
     """Sort key: frame2 before frame10, 1.25 before 1.5; 1 and 01 are ordered by spelling."""
     key: list[tuple[str, int, str]] = []
     for text, number in re.findall(r"([^0-9]*)([0-9]+(?:[.][0-9]+)*|$)", name):

@@ -1,0 +1,81 @@
+"""Folders of media with captions: ``cat.jpg`` and, beside it, ``cat.txt``."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+from gaze_jax.corpora.records import MediaFolder, Record, read_record
+from gaze_jax.corpora.tars import IMAGES, VIDEOS
+from gaze_jax.errors import UserError
+from gaze_jax.media.video import natural
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedFolder:
+    """Images and videos below a folder that have a caption file each; :func:`open_folder` makes it.
+
+    Attributes:
+      path: the folder.
+      prompt: what is asked of each medium.
+    """
+
+    path: str
+    prompt: str
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        """Relative paths of the media, in natural order."""
+        found = []
+        for folder, folders, files in os.walk(self.path):
+            folders.sort()
+            present = set(files)
+            for file in files:
+                stem, suffix = os.path.splitext(file)
+                if suffix[1:].lower() in (*IMAGES, *VIDEOS) and not file.startswith("."):
+                    name = os.path.relpath(os.path.join(folder, file), self.path).replace(os.sep, "/")
+                    if f"{stem}.txt" not in present:
+                        raise UserError(
+                            f"{self.path} has {name!r} without {stem + '.txt'!r}; write its caption there."
+                        )
+                    found.append(name)
+        return tuple(sorted(found, key=natural))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "prompt": self.prompt}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        name = self._names[index]
+        stem, suffix = os.path.splitext(name)
+        try:
+            caption = Path(self.path, f"{stem}.txt").read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise UserError(f"{stem}.txt in {self.path} cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{stem}.txt in {self.path} is not UTF-8 text (byte {error.start}).") from error
+        kind = "image" if suffix[1:].lower() in IMAGES else "video"
+        fields = {"id": stem, kind: name, "caption": caption}
+        return read_record(fields, name, MediaFolder(self.path), prompt=self.prompt)
+
+    def fingerprint(self) -> dict[str, object]:
+        """The names and the prompt."""
+        return {"corpus": "folder", "names": list(self._names), "prompt": self.prompt}
+
+
+def open_folder(path: str, *, prompt: str) -> CaptionedFolder:
+    """Open a folder of captioned media.
+
+    Args:
+      path: the folder; folders in it are read too.
+      prompt: what is asked of each medium, such as "Describe this picture."
+
+    Raises:
+      UserError: a medium has no caption, or there is none.
+    """
+    records = CaptionedFolder(path, prompt)
+    if not len(records):
+        raise UserError(f"{path} has no images or videos; give a folder of media with a caption file each.")
+    return records

@@ -1,0 +1,65 @@
+"""Indexes of large files: where their records begin, computed once and kept.
+
+An index is a few NumPy arrays in the user's cache folder. It is used again only if the file still has the
+size and the time of its last change that the index was made for.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+_VERSION = 1
+_KEY = "made_for"
+
+
+def folder() -> Path:
+    """Where indexes are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "gaze_jax", "indexes")
+
+
+def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str, np.ndarray]:
+    """The index of a file, from the cache if it is of the file as it is now.
+
+    A cache that cannot be written or is damaged is no error: the index is built again.
+
+    Args:
+      path: the file.
+      kind: of the index; part of its name.
+      build: makes the arrays from the path; none of them is named "made_for".
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    state = os.stat(path)
+    stamp = np.array([_VERSION, state.st_size, state.st_mtime_ns], np.int64)
+    name = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    cached = folder() / f"{name}.{kind}.npz"
+    # What a damaged zip, npy or stream raises; also a missing one.
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
+        cached.open("rb") as file,
+        np.load(file, allow_pickle=False) as found,
+    ):
+        if np.array_equal(found[_KEY], stamp):
+            return {key: found[key] for key in found.files if key != _KEY}
+    arrays = build(path)
+    with contextlib.suppress(OSError):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as made:
+            try:
+                np.savez(made, allow_pickle=False, **arrays, **{_KEY: stamp})
+                made.flush()
+                os.replace(made.name, cached)  # another process may do the same: either result is right
+            except BaseException:
+                os.unlink(made.name)
+                raise
+    return arrays

@@ -1,7 +1,7 @@
 # Sourced by the other scripts; not run by itself.
 #
 # gaze_environment EXTRA: makes the virtual environment and installs this checkout into it, each only when needed.
-#   EXTRA    "" for what running needs, "dev,docs,parity,video" for what the tests need as well.
+#   EXTRA    "" for what running needs, "data,dev,docs,parity,video" for what the tests need as well.
 # Reads:
 #   GAZE_VENV     the environment's folder; default .venv in the checkout
 #   GAZE_PYTHON   the interpreter to build it with; default the first python3 on PATH that is 3.11 or newer

@@ -9,7 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 gaze_python_of "$@"
-gaze_environment dev,docs,parity,video
+gaze_environment data,dev,docs,parity,video
 cd "$root"
 
 failed=()

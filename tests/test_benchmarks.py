@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, generate, generate_models, layouts, prefill, timing, tune_decode
+from benchmarks import data, decode, generate, generate_models, layouts, prefill, timing, tune_decode
 from gaze_jax.core import accounting
 from gaze_jax.core.regions import slot_fill
 from gaze_jax.core.streams import Kind
@@ -351,3 +351,13 @@ def test_generate_reports_the_memory_of_one_variant(capsys):
     generate.main(["--peak=kv_head/72/2/decode", "--quick"])
     figures = json.loads(capsys.readouterr().out)
     assert 10**7 < figures["loaded"] <= figures["peak"] < 10**11
+
+
+def test_data_opens_files_twice_and_reads_what_it_wrote(tmp_path, monkeypatch):
+    """The second time with the index of the first, which is faster; every record is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines, listed = data.measure(tmp_path, 3_000_000)
+    assert lines["records"] == listed["records"] >= 5000
+    for row in (lines, listed):
+        assert row["second_s"] < row["first_s"] and row["records_per_s"] > 100
+        assert 0.003 <= row["gigabytes"] < 0.006

@@ -180,7 +180,7 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
         "grids": sum(h * w for h, w in (view["grid"] for view in meta["views"])),
         "jpegs": sum(picture["bytes"] for picture in meta["pictures"]),
     }
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for array, (types, axes) in _STORED.items():
         if f"{array}.npy" not in entries:
             continue

@@ -11,7 +11,8 @@ import pytest
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api
 from tests.helpers import cases, oracle
-from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite, call, long
+from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite
+from tests.kernels.decode_values import call, long
 
 
 class TestReference(DecodeSuite):

@@ -14,8 +14,9 @@ from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_prefill import cpu, tpu, tpu_common
 from tests.helpers import cases, oracle
 from tests.helpers.streams import PlacedView, Text, sample
-from tests.kernels.decode_suite import long
-from tests.kernels.prefill_suite import PrefillSuite, _rows
+from tests.kernels.decode_values import long
+from tests.kernels.prefill_suite import PrefillSuite
+from tests.kernels.prefill_values import _rows
 
 
 class TestReference(PrefillSuite):

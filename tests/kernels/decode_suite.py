@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.gaze_decode import api
 from tests.helpers import cases
 from tests.kernels.decode_values import DecodeValues, _close, _unread, call, long
 
@@ -152,13 +153,45 @@ class DecodeSuite(DecodeValues):
 
     def test_vmap(self):
         """A mapped axis in front of every argument equals one call per entry."""
-        if not self.has_vmap:
-            pytest.skip(f"{self.implementation} has no batching rule")
         pair = [cases.decode(seed=seed) for seed in (0, 1)]
         both = jax.tree.map(lambda *a: jnp.stack(a), *pair)
         got = jax.jit(jax.vmap(lambda case: call(case, self.implementation)))(both)
         for one, case in zip(got, pair, strict=True):
             _close(one, self.run(case), 1e-6)
+
+    @pytest.mark.parametrize("names", [("k", "v"), ("q",), ("layer",)], ids=["cache", "query", "layer"])
+    def test_vmap_over_one_argument(self, names):
+        """Several caches for one query, several queries or layers of one cache; packed under vmap too."""
+        case, other = cases.decode(seed=0), dataclasses.replace(cases.decode(seed=1), layer=jnp.int32(2))
+        both = {name: jnp.stack([getattr(case, name), getattr(other, name)]) for name in names}
+        mapped = jax.vmap(lambda some: call(dataclasses.replace(case, **some), self.implementation))
+        got = jax.jit(mapped)(both)
+        cases.no_races(got)
+        for i, one in enumerate(got):
+            _close(one, self.run(dataclasses.replace(case, **{n: a[i] for n, a in both.items()})), 1e-6)
+        assert np.abs(np.asarray(got[0]) - np.asarray(got[1])).max() > 0.01
+
+    def test_vmap_of_a_growing_cache(self):
+        """Packed, widened and written at a place of its own: the bits of one cache after the other."""
+        pair = [cases.decode(seed=seed) for seed in (0, 1)]
+        options = {"spec": cases.runnable(pair[0].spec), "implementation": self.implementation}
+
+        def grow(k, v, start):
+            packed = api.reserve(api.pack(k, v, **options), 2, **options)
+            packed = api.append(packed, k[:, :, :, :3], v[:, :, :, :3], start, **options)
+            return packed, api.unpack(packed, **options)
+
+        starts = jnp.array([1, 6], jnp.int32)
+        got = jax.jit(jax.vmap(grow))(*(jnp.stack([getattr(case, n) for case in pair]) for n in "kv"), starts)
+        for i, case in enumerate(pair):
+            plain = jax.jit(grow)(case.k, case.v, starts[i])
+            for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
+                np.testing.assert_array_equal(mine[i], theirs)
+                assert mine.sharding.memory_kind == theirs.sharding.memory_kind
+            for mine, a in zip(got[1], (case.k, case.v), strict=True):
+                whole = np.pad(a, [(0, 0)] * 3 + [(0, 2), (0, 0), (0, 0)])
+                whole[:, :, :, starts[i] : starts[i] + 3] = a[:, :, :, :3]
+                np.testing.assert_array_equal(mine[i], whole)
 
     def test_rows_are_independent(self):
         """A row's result has the same bits whatever the other row holds."""
@@ -209,11 +242,17 @@ class InterpretedDecodeSuite(DecodeSuite):
         super().test_int8(select_per)
 
     @pytest.mark.long
-    def test_vmap(self):  # the kernels on a mesh, and what lowers for cuda, are batched too
+    def test_vmap(self):  # the cache alone, by default on the TPU, takes the same loop
         super().test_vmap()
 
-    @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
-    def test_bf16(self, select_per):
+    @pytest.mark.long
+    @pytest.mark.parametrize("names", [("k", "v"), ("q",), ("layer",)], ids=["cache", "query", "layer"])
+    def test_vmap_over_one_argument(self, names):
+        super().test_vmap_over_one_argument(names)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_bf16(self, select_per):  # where no block divides, by default
         super().test_bf16(select_per)
 
     @pytest.mark.long

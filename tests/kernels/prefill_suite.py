@@ -300,8 +300,6 @@ class PrefillSuite(PrefillValues):
 
     def test_vmap(self):
         """A mapped axis in front of every argument equals one call per entry."""
-        if not self.has_vmap:
-            pytest.skip(f"{self.implementation} has no batching rule")
         pair = [cases.prefill(_one_row(), seed=seed) for seed in (0, 1)]
         both = jax.tree.map(lambda *a: jnp.stack(a), *pair)
         got = jax.jit(jax.vmap(lambda case: _call(case, self.implementation)))(both)

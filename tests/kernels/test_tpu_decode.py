@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
-from pallas_kernels.gaze_decode import api, plan, tpu, tpu_kernel, tpu_layout
+from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_layout
 from tests.helpers import cases
 from tests.helpers.poison import fresh_memory
 from tests.kernels.decode_values import call, long
@@ -248,6 +248,24 @@ def test_races_would_be_found():
         pltpu.reset_tpu_interpret_mode_state()
     assert found
     pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize("mapped", [("q",), ("visual",), ("q", "visual")], ids=["query", "cache", "both"])
+def test_vmap_of_what_is_compiled_is_a_loop(mapped):
+    """Compiled, the cache is kept out of fast memory and copied by hand: JAX can map neither of the two."""
+    shape = shapes.Shape("qwen3-4b", 4_608, layers=2)
+    axes = tuple(0 if name in mapped else None for name in ("q", "visual", *["rest"] * 6))
+
+    def decode(*arguments):
+        return gaze_decode(*arguments, spec=shape.spec, implementation="tpu")
+
+    with dispatch.compile_for("tpu"):
+        arguments = tuple(
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), a) if axis == 0 else a
+            for a, axis in zip(shape.arguments("tpu"), axes, strict=True)
+        )
+        program = str(jax.make_jaxpr(jax.vmap(decode, in_axes=axes))(*arguments))
+    assert program.count("pallas_call[") == 1 and "scan[" in program
 
 
 def test_a_head_dim_or_dtype_that_does_not_fit_is_refused():

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import gaze_decode
 from pallas_kernels.gaze_decode import api
-from tests.helpers import cases
+from tests.helpers import cases, rounding
 
 
 def call(case, implementation):
@@ -63,7 +63,6 @@ class DecodeValues:
     """The part of ``decode_suite.DecodeSuite`` that compares values."""
 
     implementation = ""
-    has_vmap = True
     shards_heads = True
     tolerance = 2e-5
     bf16_tolerance = 2e-2
@@ -149,12 +148,43 @@ class DecodeValues:
         k, v = (np.asarray(jnp.where(bad, jnp.nan, a)) for a in (plain.k, plain.v))
         int8 = dataclasses.replace(plain.spec, visual_dtype="int8")
         got = self.run(dataclasses.replace(plain, k=jnp.asarray(k), v=jnp.asarray(v), spec=int8))
-        steps = (np.abs(a).max(-1, keepdims=True) / 127 for a in (k, v))
-        k, v = (np.round(a / step) * step for a, step in zip((k, v), steps, strict=True))
-        rounded = dataclasses.replace(plain, k=jnp.asarray(k), v=jnp.asarray(v))
+        k, v = (jnp.asarray(rounding.int8(a), jnp.float32) for a in (k, v))
+        rounded = dataclasses.replace(plain, k=k, v=v)
         # The scales may multiply logits and weights instead of keys and values, which rounds elsewhere.
         _close(got, self.expected(rounded), 10 * self.tolerance)
         assert np.abs(np.asarray(got) - np.asarray(self.run(plain))).max() > 1e-4, "it did round"
+
+    @pytest.mark.parametrize(
+        ("dim", "select_per", "kind"),
+        [
+            (20, "head", "int8"),
+            (100, "kv_head", "bfloat16"),
+            *(long(20, per, "bfloat16") for per in ("head", "kv_head")),
+            *(long(100, per, "int8") for per in ("head", "kv_head")),
+            *(long(20, "kv_head", "int8"), long(100, "head", "bfloat16")),
+        ],
+    )
+    def test_bf16_where_no_block_divides(self, dim, select_per, kind):
+        """3 rows of 3 kv heads, G = 3, 11 regions of 5 slots, 37 text-stream keys; what is unread is NaN.
+
+        bfloat16 queries, a cache of bfloat16 or int8: no element is further from float64 than the roundings
+        of bfloat16.
+        """
+        options = {"size": 3, "kv_heads": 3, "group": 3, "regions": 11, "text": 37, "capacity": 5}
+        case = cases.decode(dim=dim, select_per=select_per, **options)
+        unread = jnp.asarray(_unread(case)[None])[..., None]
+        k, v = (jnp.where(unread, jnp.nan, a) for a in (case.k, case.v))
+        narrow = {name: getattr(case, name).astype(jnp.bfloat16) for name in ("q", "text_k", "text_v")}
+        case = dataclasses.replace(case, k=k, v=v, **narrow)
+        if kind == "int8":
+            spec = dataclasses.replace(case.spec, visual_dtype="int8")
+            got = self.run(dataclasses.replace(case, spec=spec))
+            case = dataclasses.replace(case, k=rounding.int8(k), v=rounding.int8(v))
+        else:
+            case = dataclasses.replace(case, k=k.astype(jnp.bfloat16), v=v.astype(jnp.bfloat16))
+            got = self.run(case)
+        assert got.dtype == jnp.bfloat16
+        rounding.within(got, *rounding.decode(case))
 
     def test_large_logits(self):
         """Logits of +-10,000 neither overflow nor lose the maximum."""

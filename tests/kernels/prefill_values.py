@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gaze_prefill
-from tests.helpers import cases, oracle
+from tests.helpers import cases, oracle, rounding
 from tests.helpers.streams import PlacedView, Text, sample
 
 
@@ -64,7 +64,6 @@ class PrefillValues:
 
     implementation = ""
     has_gradients = True
-    has_vmap = True
     shards_heads = True
     tolerance = 2e-5
     bf16_tolerance = 2e-2
@@ -152,6 +151,26 @@ class PrefillValues:
         for mine, theirs in zip(got, exact, strict=True):
             assert mine.dtype == jnp.bfloat16
             _close(mine, theirs, 2 * self.bf16_tolerance)
+
+    @pytest.mark.parametrize(("select_per", "group"), [("head", 3), ("kv_head", 2), (None, 3)])
+    def test_bf16_where_no_block_divides(self, select_per, group):
+        """3 regions of 6 slots, 19 text-stream keys, 37 queries, D = 20; NaN in the slots without a token.
+
+        No element of the output or of a gradient is further from float64 than the roundings of bfloat16.
+        """
+        row = sample([Text(2), PlacedView(2, 7), Text(16)], region=(2, 3), context=1)
+        options = {"kv_heads": 1, "group": group, "dim": 20, "dtype": jnp.bfloat16}
+        case = cases.prefill([row], select_per=select_per or "head", **options)
+        empty = (case.places.visual_order < 0)[:, None, :, :, None]
+        assert empty.sum() == 4
+        nan = jnp.bfloat16(jnp.nan)
+        k, v = (jnp.where(empty, nan, a) for a in (case.visual_k, case.visual_v))
+        case = dataclasses.replace(case, visual_k=k, visual_v=v)
+        case = case if select_per else dataclasses.replace(case, selected=None)
+        out, got = self.gradients(case)
+        for mine, exact, squares in zip((out, *got), *rounding.prefill(case, _cotangent(case)), strict=True):
+            assert mine.dtype == jnp.bfloat16
+            rounding.within(mine, exact, squares)
 
     def test_large_logits(self):
         """Logits of +-10,000 neither overflow nor lose the maximum."""

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import TypeVar
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -12,6 +13,8 @@ from pallas_kernels.spec import GazeSpec
 
 KERNELS = ("tpu", "gpu")
 """Implementations for one kind of device, named after it; on a mesh they need ``jax.shard_map``."""
+
+_Tree = TypeVar("_Tree")
 
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
@@ -66,6 +69,20 @@ def pick(op: str, implementations: Mapping[str, ModuleType], name: str, spec: Ga
     if reason is not None:
         raise NotImplementedError(f"{op} implementation {name!r} cannot run here: {reason}")
     return module
+
+
+def without_gradient(arrays: _Tree, reason: str) -> _Tree:
+    """Return ``arrays``, and raise NotImplementedError(``reason``) where one of them is differentiated."""
+
+    @jax.custom_jvp
+    def same(arrays: _Tree) -> _Tree:
+        return arrays
+
+    @same.defjvp
+    def _refuse(primals: tuple[_Tree], tangents: tuple[_Tree]) -> tuple[_Tree, _Tree]:
+        raise NotImplementedError(reason)
+
+    return same(arrays)
 
 
 def check_shape(op: str, name: str, array: object, expected: tuple[int, ...]) -> None:

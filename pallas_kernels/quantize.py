@@ -7,6 +7,13 @@ changes what another token decodes to. The largest error of an element is half a
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import without_gradient
+
+_NO_GRADIENT = (
+    "Keys and values that are rounded to int8 have no gradient; to differentiate, set GazeSpec.visual_dtype "
+    "(gaze.visual_dtype) to None."
+)
+
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Round to 255 levels.
@@ -16,8 +23,11 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       int8 [..., D] and float32 [...] scales, 0 for a token of zeros.
+
+    Raises:
+      NotImplementedError: it is differentiated. Only the scales would have a gradient, which is a wrong one.
     """
-    wide = x.astype(jnp.float32)
+    wide = without_gradient(x, _NO_GRADIENT).astype(jnp.float32)
     top = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
     steps = jnp.round(wide * jnp.where(top > 0, 127.0 / top, 0.0))
     scale = jnp.where(jnp.isfinite(top), top / 127.0, jnp.nan)

@@ -17,7 +17,7 @@ TESTS = {
         @pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda")
         def test_marked(): pass
 
-        def test_inside(): pytest.skip("xla has no batching rule")
+        def test_inside(): pytest.skip("xla has no backward pass")
 
         @pytest.mark.xfail(strict=True)
         def test_expected_to_fail(): assert False

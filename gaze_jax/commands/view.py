@@ -28,9 +28,7 @@ def define_flags(flags: Flags) -> None:
     flags.boolean("png", False, "Write a contact sheet of each trace too.")
     flags.boolean("mp4", False, "Write a clip of each trace too; needs the video extra.")
     flags.group("What they show")
-    flags.integer(
-        "layer", None, "Layer to show. Default: all layers; a page opens on its most concentrated one."
-    )
+    flags.integer("layer", None, "Layer to show; default: all, and for pages the most concentrated.")
     flags.integer("views", 8, "Most views and frames in a sheet or clip: the most selected.")
     flags.number("seconds", 1.0, "Seconds per token in a clip.")
     flags.string("font", None, "TrueType font for sheets and clips, needed for text beyond ASCII.", "FILE")

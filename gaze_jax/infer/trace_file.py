@@ -191,13 +191,15 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
         arrays[array] = arrays[array].astype(np.int32)
     for array in ("attention", "dense"):
         arrays[array] = arrays[array].astype(np.float32)
+    fields: dict[str, Any] = {
+        name: meta[name] for name in ("question", "answer", "model", "top_k", "select_per")
+    } | {array: arrays.get(array) for array in _FIELDS}
     return Trace(
-        **{name: meta[name] for name in ("question", "answer", "model", "top_k", "select_per")},
         tokens=tuple(meta["tokens"]),
         views=_views(meta["views"], arrays["grids"]),
         pictures=_pictures(meta["pictures"], arrays["jpegs"].tobytes()),
         prompt=tuple(meta["prompt"]),
-        **{array: arrays.get(array) for array in _FIELDS},
+        **fields,
     )
 
 

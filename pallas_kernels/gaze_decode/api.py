@@ -16,7 +16,7 @@ from types import MappingProxyType, ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target
+from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target, without_gradient
 from pallas_kernels.gaze_decode import cpu, gpu, grow, offload, reference, tpu, xla
 from pallas_kernels.spec import GazeSpec
 
@@ -182,7 +182,8 @@ def gaze_decode(
 
     Raises:
       ValueError: a shape does not fit, or the implementation's name is unknown.
-      NotImplementedError: the named implementation cannot run this spec here.
+      NotImplementedError: the named implementation cannot run this spec here, or it is differentiated and has
+        no gradient: "tpu" and "gpu" have none, "offload" has none for the visual cache.
     """
     op = "gaze_decode"
     module = pick(op, IMPLEMENTATIONS, implementation, spec)
@@ -203,6 +204,13 @@ def gaze_decode(
         check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
     if q.size == 0:
         return jnp.zeros_like(q)
+    instead = "differentiate implementation 'xla', or gaze_prefill, which trains."
+    if implementation in KERNELS:
+        reason = f"{op} implementation {implementation!r} has no gradient; {instead}"
+        q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
+    elif implementation == "offload":
+        reason = f"{op} implementation 'offload' has no gradient for a visual cache on the host; {instead}"
+        visual = without_gradient(visual, reason)
     out = module.gaze_decode(q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, spec=spec)
     if indices is None or spec.select_per == "kv_head" or heads == kv_heads:
         return out  # all heads of a group read the same

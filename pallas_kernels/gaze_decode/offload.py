@@ -11,6 +11,9 @@ the union of the lists would be as long, J * G.
 
 If the lists hold R regions or more, or nothing is listed (dense attention), the layer's whole visual cache
 is copied to the device, used and dropped, layer by layer. This is correct but slow.
+
+Under ``jax.vmap`` the cache stays in host memory, mapped or not, and only what is read moves. If its mapped
+axis is not the first one, it is transposed there.
 """
 
 import dataclasses
@@ -131,39 +134,75 @@ def write(packed: Packed, piece: Packed, start: Array) -> Packed:
     return grow.write(packed, piece, start, 3)
 
 
-def _tokens(rows: Array, visual: Packed) -> tuple[Side, Side]:
-    """Split rows [..., J, W, n, 128] into keys and values [..., J * P, D] each."""
-    k, v = map(cpu.tokens, _sides(rows, visual.slots, visual.dim))
-    return k, v
+@functools.cache
+def _reader(slots: int, dim: int) -> Callable[[Array, Array], tuple[Side, Side]]:
+    """A function that copies parts of the cache to the device; under ``vmap`` the cache stays as it is.
+
+    The function takes host memory [*lead, W, n, 128] and int32 numbers [..., N], each along the first N axes;
+    it returns keys and values, with [..., *lead[N:]] in front of their last axes, R and P merged.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def read(stored: Array, where: Array) -> tuple[Side, Side]:
+        count = where.shape[-1]
+        rest = stored.shape[count:]
+        first = where.ndim - 1
+        dims = jax.lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(first, first + len(rest))),
+            collapsed_slice_dims=tuple(range(count)),
+            start_index_map=tuple(range(count)),
+        )
+
+        @_on_host
+        def gather(stored: Array, where: Array) -> tuple[Side, Side]:
+            rows = jax.lax.gather(stored, where, dims, (1,) * count + rest, mode="promise_in_bounds")
+            k, v = map(cpu.tokens, _sides(rows, slots, dim))
+            return k, v
+
+        return jax.device_put(gather(stored, jax.device_put(where, _HOST)), _DEVICE)
+
+    @read.def_vmap
+    def _mapped(
+        size: int, mapped: list[bool], stored: Array, where: Array
+    ) -> tuple[tuple[Side, Side], tuple[Side, Side]]:
+        # A mapped cache gets one more number in front. JAX's own rules would make its numbers on the device.
+        if mapped[0]:
+            if not mapped[1]:
+                where = jnp.broadcast_to(where, (size, *where.shape))
+            entry = jax.lax.broadcasted_iota(jnp.int32, (*where.shape[:-1], 1), 0)
+            where = jnp.concatenate([entry, where], axis=-1)
+        found = read(stored, where)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return read
 
 
 def _fetch(visual: Packed, layer: Array, at: Array) -> tuple[Side, Side]:
     """Copy regions ``at`` [B, K, N, J] of a layer to the device: keys and values [B, K, N, J * P, D]."""
     b, h = (jax.lax.broadcasted_iota(jnp.int32, at.shape, axis) for axis in (0, 1))
     where = jnp.stack([jnp.broadcast_to(layer.astype(jnp.int32), at.shape), b, h, at], axis=-1)
-    where = jax.device_put(where, _HOST)
-    dims = jax.lax.GatherDimensionNumbers(
-        offset_dims=(4, 5, 6), collapsed_slice_dims=(0, 1, 2, 3), start_index_map=(0, 1, 2, 3)
-    )
-    sizes = (1, 1, 1, 1, *visual.rows.shape[4:])
-
-    @_on_host
-    def gather(stored: Array, where: Array) -> tuple[Side, Side]:
-        return _tokens(jax.lax.gather(stored, where, dims, sizes, mode="promise_in_bounds"), visual)
-
-    return jax.device_put(gather(visual.rows, where), _DEVICE)
+    return _reader(visual.slots, visual.dim)(visual.rows, where)
 
 
 def _everything(visual: Packed, layer: Array) -> tuple[Side, Side]:
     """Copy all regions of a layer to the device: keys and values [B, K, R * P, D]."""
     if visual.rows.shape[3] == 0:  # host computations on empty arrays fail
-        return _tokens(jnp.zeros(visual.rows.shape[1:], visual.rows.dtype), visual)
+        rows = jnp.zeros(visual.rows.shape[1:], visual.rows.dtype)
+        k, v = map(cpu.tokens, _sides(rows, visual.slots, visual.dim))
+        return k, v
+    return _reader(visual.slots, visual.dim)(visual.rows, layer.astype(jnp.int32)[None])
 
-    @_on_host
-    def read(stored: Array, layer: Array) -> tuple[Side, Side]:
-        return _tokens(jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False), visual)
 
-    return jax.device_put(read(visual.rows, jax.device_put(layer, _HOST)), _DEVICE)
+@jax.custom_batching.custom_vmap
+def _valid(layer: Array, layers: int) -> Array:
+    """Whether there is such a layer, bool; under ``vmap`` one answer for all, so that it chooses a branch."""
+    return layer < layers
+
+
+@_valid.def_vmap
+def _valid_mapped(size: int, mapped: list[bool], layer: Array, layers: int) -> tuple[Array, bool]:
+    del size, mapped
+    return _valid(layer.max(), layers), False
 
 
 def gaze_decode(
@@ -195,4 +234,4 @@ def gaze_decode(
         return cpu.attend(listed, everything, *rest, scale=spec.scale)
 
     layers = visual.rows.shape[0]
-    return jax.lax.cond(layer < layers, attend, lambda q, *_: jnp.zeros_like(q), *rest)
+    return jax.lax.cond(_valid(layer, layers), attend, lambda q, *_: jnp.zeros_like(q), *rest)

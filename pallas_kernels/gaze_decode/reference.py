@@ -62,6 +62,9 @@ def gaze_decode(
     batch, heads, dim = q.shape
     per_kv = heads // text_k.shape[2]
     regions, slots = visual_seen.shape[1:]
+    # Before they are indexed and joined: an int8 cache is float32 here, a text stream may be narrower, and a
+    # gradient sums in the dtype that is indexed.
+    keys, values, text_k, text_v = (a.astype(jnp.float32) for a in (*visual, text_k, text_v))
 
     def one(b: jax.Array, h: jax.Array) -> jax.Array:
         kv = h // per_kv
@@ -70,10 +73,10 @@ def gaze_decode(
             listed = indices[b, h if spec.select_per == "head" else kv]
             seen &= jnp.isin(jnp.arange(regions), listed)[:, None]
         seen = jnp.concatenate([seen.reshape(-1), text_seen[b]])
-        k = jnp.concatenate([visual[0][layer, b, kv].reshape(regions * slots, dim), text_k[layer, b, kv]])
-        v = jnp.concatenate([visual[1][layer, b, kv].reshape(regions * slots, dim), text_v[layer, b, kv]])
-        k = jnp.where(seen[:, None], k.astype(jnp.float32), 0.0)
-        v = jnp.where(seen[:, None], v.astype(jnp.float32), 0.0)
+        k = jnp.concatenate([keys[layer, b, kv].reshape(regions * slots, dim), text_k[layer, b, kv]])
+        v = jnp.concatenate([values[layer, b, kv].reshape(regions * slots, dim), text_v[layer, b, kv]])
+        k = jnp.where(seen[:, None], k, 0.0)
+        v = jnp.where(seen[:, None], v, 0.0)
         logits = jnp.dot(k, q[b, h].astype(jnp.float32), precision="highest") * spec.scale
         some = jnp.any(seen)
         weights = jax.nn.softmax(jnp.where(some, jnp.where(seen, logits, -jnp.inf), 0.0))

@@ -193,7 +193,7 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
         *(pltpu.VMEM((group, width), jnp.float32) for width in (LANES, LANES, LANES, dim))
     )
     # pallas_call takes pytrees, so each section of the kernel's signature is one argument.
-    (out,) = pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(tpu_kernel.kernel, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -208,8 +208,21 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=dispatch.interpreter() if static.interpret else False,
         name="gaze_decode",
-    )(scalars, inputs)
-    return out
+    )
+
+    # Pallas has no batching rule for arrays that the kernel copies itself. In this loop over the mapped axis,
+    # a mapped cache is copied once per call.
+    @jax.custom_batching.sequential_vmap
+    def run(scalars: Scalars, inputs: Inputs) -> Outputs:
+        if not static.interpret:
+            # Never let the compiler fetch whole stacks into fast memory because they happen to fit.
+            stacks = {name: getattr(inputs, name) for name in ("words", "text_k", "text_v")}
+            hbm = {name: pltpu.with_memory_space_constraint(a, pltpu.HBM) for name, a in stacks.items()}
+            inputs = inputs._replace(**hbm)
+        (out,) = kernel(scalars, inputs)
+        return out
+
+    return run(scalars, inputs)
 
 
 def gaze_decode(
@@ -254,12 +267,6 @@ def gaze_decode(
     text_q = q.reshape(rows, group, dim).astype(static.compute)
     if static.lanes_are_tokens:
         text_k, text_v = (jnp.swapaxes(a, 3, 4) for a in (text_k, text_v))
-    words = visual.words
-    if not spec.interpret:
-        # Never let the compiler fetch whole stacks into fast memory because they happen to fit.
-        text_k, text_v, words = (
-            pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in (text_k, text_v, words)
-        )
     tile = min(TEXT_TILE, text)
     # The last tile may reach behind the end of the stream, where memory holds anything.
     text_seen = jnp.pad(text_seen, ((0, 0), (0, -text % tile)))
@@ -270,7 +277,7 @@ def gaze_decode(
         next_ids=ids,
         visual_q=jnp.pad(text_q, ((0, 0), (0, 0), (0, LANES - dim))),
         text_q=text_q,
-        words=words,
+        words=visual.words,
         side=side,
         text_k=text_k,
         text_v=text_v,

@@ -31,6 +31,11 @@ def gaze_prefill(
     heads = q.shape[2]
     kv_heads, regions, slots, dim = visual_k.shape[1:]
     per_kv = heads // kv_heads
+    dtype = q.dtype
+    # Before they are indexed: a gradient sums over all queries in the dtype that they read.
+    q, visual_k, visual_v, text_k, text_v = (
+        a.astype(jnp.float32) for a in (q, visual_k, visual_v, text_k, text_v)
+    )
 
     def one(
         q: jax.Array,
@@ -39,9 +44,9 @@ def gaze_prefill(
         seen: jax.Array,
     ) -> jax.Array:
         """One query [D] over keys [N, D], of which those marked in ``seen`` [N] count."""
-        k = jnp.where(seen[:, None], k.astype(jnp.float32), 0.0)
-        v = jnp.where(seen[:, None], v.astype(jnp.float32), 0.0)
-        logits = jnp.dot(k, q.astype(jnp.float32), precision="highest") * spec.scale
+        k = jnp.where(seen[:, None], k, 0.0)
+        v = jnp.where(seen[:, None], v, 0.0)
+        logits = jnp.dot(k, q, precision="highest") * spec.scale
         logits = jnp.where(seen, logits, -jnp.inf)
         weights = jnp.where(jnp.any(seen), jax.nn.softmax(jnp.where(jnp.any(seen), logits, 0.0)), 0.0)
         return jnp.dot(weights, v, precision="highest")
@@ -67,4 +72,4 @@ def gaze_prefill(
 
     index = jnp.indices(q.shape[:3]).reshape(3, -1)
     out = jax.vmap(row)(*index)
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(q.shape).astype(dtype)

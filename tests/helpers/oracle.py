@@ -52,23 +52,29 @@ def prefill(case: Any) -> np.ndarray:
     return out
 
 
+def decode_read(case: Any, b: int, h: int) -> tuple[np.ndarray, np.ndarray]:
+    """float64 keys and values [N, D] that one query of a :class:`tests.helpers.cases.Decode` reads."""
+    kv = h // (case.q.shape[1] // case.k.shape[2])
+    seen, text = np.array(case.visual_seen[b]), np.asarray(case.text_seen[b])
+    if case.indices is not None:
+        listed = {int(i) for i in np.asarray(case.indices)[b, h if case.spec.select_per == "head" else kv]}
+        seen[[r not in listed for r in range(len(seen))]] = False
+    at = (int(case.layer), b, kv)
+    keys, values = (
+        np.concatenate(
+            [np.asarray(a, np.float64)[at][mask] for a, mask in zip(pair, (seen, text), strict=True)]
+        )
+        for pair in ((case.k, case.text_k), (case.v, case.text_v))
+    )
+    return keys, values
+
+
 def decode(case: Any) -> np.ndarray:
     """float64 [B, H, D] for a :class:`tests.helpers.cases.Decode`."""
-    arrays = case.q, case.k, case.v, case.text_k, case.text_v
-    q, k, v, text_k, text_v = (np.asarray(a).astype(np.float64) for a in arrays)
-    spec, layer, indices = case.spec, int(case.layer), case.indices
-    visual_seen, text_seen = np.asarray(case.visual_seen), np.asarray(case.text_seen)
+    q = np.asarray(case.q).astype(np.float64)
     out = np.zeros_like(q)
-    group = q.shape[1] // k.shape[2]
     for b, h in np.ndindex(*q.shape[:2]):
-        kv = h // group
-        seen, text = visual_seen[b].copy(), text_seen[b]
-        if indices is not None:
-            listed = {int(i) for i in np.asarray(indices)[b, h if spec.select_per == "head" else kv]}
-            seen[[r not in listed for r in range(len(seen))]] = False
-        keys = np.concatenate([k[layer, b, kv][seen], text_k[layer, b, kv][text]])
-        values = np.concatenate([v[layer, b, kv][seen], text_v[layer, b, kv][text]])
-        out[b, h] = _softmax_average(q[b, h], keys, values, spec.scale)
+        out[b, h] = _softmax_average(q[b, h], *decode_read(case, b, h), case.spec.scale)
     return out
 
 

@@ -244,3 +244,41 @@ def test_appending_nothing_changes_nothing():
         packed, case, options = _cache(regions)
         piece = case.k[:, :, :, :0]
         assert decode_api.append(packed, piece, piece, regions, **options) is packed
+
+
+@pytest.mark.parametrize(
+    ("implementation", "visual_dtype", "names", "match"),
+    [
+        *(
+            (
+                name,
+                dtype,
+                ("q", "text_k", "text_v"),
+                f"gaze_decode implementation '{name}' has no gradient; diff",
+            )
+            for name in ("tpu", "gpu")
+            for dtype in (None, "int8")
+        ),
+        *((name, None, ("k", "v"), f"'{name}' has no gradient; diff") for name in ("tpu", "gpu")),
+        ("offload", None, ("k", "v"), "'offload' has no gradient for a visual cache on the host; diff"),
+        *(
+            (name, "int8", ("k", "v"), r"rounded to int8 have no gradient; to .* set GazeSpec.visual_dtype")
+            for name in decode_api.IMPLEMENTATIONS
+        ),
+    ],
+)
+def test_a_gradient_that_does_not_exist_is_refused(implementation, visual_dtype, names, match):
+    """One sentence, where JAX would say nothing or return zeros: kernels, host memory and int8."""
+    case = cases.decode()
+    spec = dataclasses.replace(case.spec, visual_dtype=visual_dtype, interpret=True)
+    options = {"spec": spec, "implementation": implementation}
+
+    def loss(array, name):
+        one = dataclasses.replace(case, **{name: array})
+        packed = decode_api.pack(one.k, one.v, **options)
+        rest = (one.text_k, one.text_v, one.layer, one.indices, one.visual_seen, one.text_seen)
+        return jnp.sum(gaze_decode(one.q, packed, *rest, **options))
+
+    for name in names:
+        with pytest.raises(NotImplementedError, match=match):
+            jax.eval_shape(jax.grad(lambda array, name=name: loss(array, name)), getattr(case, name))

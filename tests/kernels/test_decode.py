@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
-from pallas_kernels.gaze_decode import api
+from pallas_kernels.gaze_decode import api, tpu
 from tests.helpers import cases, oracle
-from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite, call, long
+from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite
+from tests.kernels.decode_values import call, long
 
 
 class TestReference(DecodeSuite):
@@ -37,12 +38,23 @@ class TestTpu(InterpretedDecodeSuite):
     implementation = "tpu"
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
 
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        """Chunks of 8 regions, tiles of 16 text-stream keys: toy sizes have several, the last one partial."""
+        monkeypatch.setattr(tpu, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(tpu, "TEXT_TILE", 16)
+
+    @pytest.mark.parametrize(
+        "names", [("k", "v"), long(("q",)), long(("layer",))], ids=["cache", "query", "layer"]
+    )
+    def test_vmap_over_one_argument(self, names):
+        super().test_vmap_over_one_argument(names)
+
 
 class TestOffload(DecodeSuite):
     """Regions in host memory, fetched by number."""
 
     implementation = "offload"
-    has_vmap = False  # what the host computes has no batching rule
     shards_heads = False
 
 
@@ -184,3 +196,53 @@ def test_offloaded_has_the_bits_of_resident(select_per, capacity, kind):
     assert packed.rows.sharding.memory_kind == "pinned_host" and found.sharding.memory_kind == "device"
     np.testing.assert_array_equal(found, every_layer(case, "xla")[1])
     assert (found[0] != found[1]).any() and (found[1] != found[2]).any()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_offloaded_cache_stays_on_the_host_under_vmap(axis):
+    """Three caches by two queries each, vmap in vmap: the plain values, and only what is read moves."""
+    pair = [cases.decode(seed=seed, regions=64) for seed in (0, 1, 2)]
+    case, queries = pair[0], jnp.stack([one.q for one in pair[:2]])
+    options = {"spec": case.spec, "implementation": "offload"}
+    packs = [api.pack(one.k, one.v, **options) for one in pair]
+    caches = jax.tree.map(lambda *a: jax.device_put(jnp.stack(a, axis), jax.memory.Space.Host), *packs)
+    rest = (case.text_k, case.text_v, case.layer, case.indices, case.visual_seen, case.text_seen)
+
+    def every_pair(queries, caches):
+        inner = jax.vmap(lambda q, packed: gaze_decode(q, packed, *rest, **options), in_axes=(0, None))
+        return jax.vmap(inner, in_axes=(None, axis))(queries, caches)
+
+    assert caches.rows.sharding.memory_kind == "pinned_host"
+    got = jax.jit(every_pair)(queries, caches)
+    for i, cache in enumerate(pair):
+        for q, one in zip(queries, got[i], strict=True):
+            plain = call(dataclasses.replace(case, q=q, k=cache.k, v=cache.v), "reference")
+            np.testing.assert_allclose(one, plain, rtol=2e-5, atol=2e-5)
+    made = [v.aval for e in _equations(jax.make_jaxpr(every_pair)(queries, caches).jaxpr) for v in e.outvars]
+    here = [aval.size for aval in made if aval.memory_space != jax.memory.Space.Host]
+    assert max(here) < packs[0].rows.size / 3, "one of three layers"
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "text_k", "text_v"])
+def test_gradients(name):
+    """The reference's equal central differences of the float64 loops; the others' equal the reference's."""
+    case = cases.decode(layers=2, size=1, kv_heads=1, regions=3, slots=2, text=3, dim=2, capacity=2)
+    cotangent = np.random.default_rng(9).normal(size=case.q.shape)
+
+    def gradient(implementation):
+        def loss(x):
+            return jnp.sum(
+                call(dataclasses.replace(case, **{name: x}), implementation) * cotangent.astype("f")
+            )
+
+        return jax.jit(jax.grad(loss))(getattr(case, name))
+
+    def loss(x):
+        return np.sum(oracle.decode(dataclasses.replace(case, **{name: x})) * cotangent)
+
+    exact = gradient("reference")
+    numeric = oracle.numeric_gradient(loss, np.asarray(getattr(case, name)))
+    assert np.abs(numeric).max() > 0.01
+    np.testing.assert_allclose(exact, numeric, rtol=1e-4, atol=1e-5)
+    for implementation in ("xla", "offload") if name in ("q", "text_k", "text_v") else ("xla",):
+        np.testing.assert_allclose(gradient(implementation), exact, rtol=2e-5, atol=2e-5)

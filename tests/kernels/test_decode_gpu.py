@@ -18,7 +18,8 @@ from pallas_kernels import GazeSpec, gaze_decode
 from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_decode import api, gpu
 from tests.helpers import cases
-from tests.kernels.decode_suite import InterpretedDecodeSuite, _close, _program, long
+from tests.kernels.decode_suite import InterpretedDecodeSuite
+from tests.kernels.decode_values import _close, _program, long
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from tests.helpers.poison import fresh_memory
-from tests.kernels import decode_suite, prefill_suite, test_decode, test_decode_gpu, test_prefill
+from tests.kernels import decode_values, prefill_values, test_decode, test_decode_gpu, test_prefill
 
 pytestmark = pytest.mark.long
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(autouse=True, scope="module")
 def _ones():
     """Also compiles anew: a program holds the value that it was traced with."""
-    programs = (decode_suite._program, prefill_suite._program)
+    programs = (decode_values._program, prefill_values._program)
     for program in programs:
         program.cache_clear()
     jax.clear_caches()

@@ -14,8 +14,9 @@ from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_prefill import cpu, tpu, tpu_common
 from tests.helpers import cases, oracle
 from tests.helpers.streams import PlacedView, Text, sample
-from tests.kernels.decode_suite import long
-from tests.kernels.prefill_suite import PrefillSuite, _rows
+from tests.kernels.decode_values import long
+from tests.kernels.prefill_suite import PrefillSuite
+from tests.kernels.prefill_values import _rows
 
 
 class TestReference(PrefillSuite):
@@ -154,9 +155,15 @@ class TestTpu(PrefillSuite):
     def test_forward(self, select_per, scope):
         super().test_forward(select_per, scope)
 
-    @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
-    def test_bf16(self, select_per):
+    @pytest.mark.long
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_bf16(self, select_per):  # where no block divides, by default
         super().test_bf16(select_per)
+
+    @pytest.mark.parametrize(("select_per", "group"), [("head", 3), long("kv_head", 2), long(None, 3)])
+    def test_bf16_where_no_block_divides(self, select_per, group):
+        """Two blocks of two regions for 3, two of 16 keys for 19, two tiles of 32 queries for 37."""
+        super().test_bf16_where_no_block_divides(select_per, group)
 
     @pytest.mark.parametrize("dim", [long(1), 20])
     def test_odd_head_dims(self, dim):

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("flax")
 
 from benchmarks import tpu_aot
-from pallas_kernels.gaze_decode import shapes
+from pallas_kernels.gaze_decode import api, shapes
 
 HLO = """HloModule jit_run
 
@@ -116,3 +116,21 @@ def test_an_offloaded_cache_leaves_the_device(select_per):
     assert row["host_argument_bytes"] == row["resident_visual_bytes"]
     assert row["resident_argument_bytes"] - row["argument_bytes"] == row["resident_visual_bytes"]
     assert tpu_aot.problems(row) == []
+
+
+@pytest.mark.tpu_aot
+def test_of_mapped_offloaded_caches_only_what_is_read_leaves_the_host():
+    """Two caches of four layers, one query: from each, 40 regions of each of 8 kv heads move to a v5e."""
+    shape = shapes.Shape("qwen3-4b", 9_216, select_per="kv_head", layers=4)
+
+    def decode(*arguments):
+        return api.gaze_decode(*arguments, spec=shape.spec, implementation="offload")
+
+    with tpu_aot.target("v5e") as where:
+        q, visual, *rest = shape.arguments("offload")
+        both = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), visual)
+        mapped = jax.vmap(decode, in_axes=(None, 0, *[None] * 6))
+        figures, text = tpu_aot.compile_one(mapped, (q, tpu_aot.on_host(both, where), *rest), where)
+    assert figures["host_argument_bytes"] == 2 * 4 * shape.layer_bytes
+    assert tpu_aot.other_host_operations(text) == []
+    assert sum(tpu_aot.host_results(text)) == 2 * 8 * 40 * 36 * 128 * 2 * 2

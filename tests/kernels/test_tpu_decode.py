@@ -12,10 +12,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
-from pallas_kernels.gaze_decode import api, plan, tpu, tpu_kernel, tpu_layout
+from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_layout
 from tests.helpers import cases
 from tests.helpers.poison import fresh_memory
-from tests.kernels import decode_suite
+from tests.kernels.decode_values import call, long
 
 # Private to jax: where it has moved, the suite in test_decode.py still runs.
 interpret_pallas_call = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
@@ -100,7 +100,7 @@ def _dense_bytes(case, tile):
     [
         (13, "head", None),
         *(
-            decode_suite.long(*rest)
+            long(*rest)
             for rest in itertools.product((13, 16), ("head", "kv_head"), (None, "int8"))
             if rest != (13, "head", None)
         ),
@@ -173,11 +173,11 @@ def test_a_partial_tile_is_not_read_past_its_end(text, value, monkeypatch):
     case = dataclasses.replace(cases.decode(text=text, size=1), text_seen=jnp.ones((1, text), bool))
     case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
     with fresh_memory(value):
-        got = jax.jit(lambda case: decode_suite.call(case, "tpu"))(case)
-    np.testing.assert_allclose(got, decode_suite.call(case, "reference"), atol=2e-5)
+        got = jax.jit(lambda case: call(case, "tpu"))(case)
+    np.testing.assert_allclose(got, call(case, "reference"), atol=2e-5)
 
 
-@pytest.mark.parametrize("dim", [decode_suite.long(8), 128])
+@pytest.mark.parametrize("dim", [long(8), 128])
 def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
     """Three tiles, of which rows use none, one, two and all: every key that counts, and NaN in the others."""
     monkeypatch.setattr(tpu, "TEXT_TILE", 128)
@@ -187,10 +187,10 @@ def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
     seen = (jnp.arange(384) < ends) & (case.text_seen | (jnp.arange(384) == ends - 1))
     k, v = (jnp.where(seen[None, :, None, :, None], a, jnp.nan) for a in (case.text_k, case.text_v))
     # A function of its own: the size of a tile is no part of jit's key.
-    got = jax.jit(lambda case: decode_suite.call(case, "tpu"))(
+    got = jax.jit(lambda case: call(case, "tpu"))(
         dataclasses.replace(case, text_k=k, text_v=v, text_seen=seen)
     )
-    expected = decode_suite.call(dataclasses.replace(case, text_seen=seen), "reference")
+    expected = call(dataclasses.replace(case, text_seen=seen), "reference")
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -203,7 +203,7 @@ def no_hanging():
 
 
 @pytest.mark.usefixtures("no_hanging")
-@pytest.mark.parametrize("blind", [(3, 7), *map(decode_suite.long, ((0,), (1, 2), tuple(range(8))))])
+@pytest.mark.parametrize("blind", [(3, 7), *map(long, ((0,), (1, 2), tuple(range(8))))])
 def test_a_kv_head_that_lists_nothing_still_prefetches_for_the_next(blind):
     """First, in between and last of a core's four rows without a chunk: each other reads its own regions."""
     case = cases.decode(size=1, kv_heads=8, capacity=2, regions=20)
@@ -213,13 +213,13 @@ def test_a_kv_head_that_lists_nothing_still_prefetches_for_the_next(blind):
     case = dataclasses.replace(case, indices=indices, spec=dataclasses.replace(case.spec, interpret=True))
     got = _program(case)
     cases.no_races(got)
-    expected = decode_suite.call(case, "reference")
+    expected = call(case, "reference")
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
 @jax.jit
 def _program(case):
-    return decode_suite.call(case, "tpu")
+    return call(case, "tpu")
 
 
 def test_races_would_be_found():
@@ -232,7 +232,7 @@ def test_races_would_be_found():
         out[...] = scratch[...]
         copy.wait()
 
-    call = pl.pallas_call(
+    racing = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
@@ -240,7 +240,7 @@ def test_races_would_be_found():
         interpret=dispatch.interpreter(),
     )
     try:
-        jax.block_until_ready(call(jnp.ones((8, 128))))
+        jax.block_until_ready(racing(jnp.ones((8, 128))))
         found = interpret_pallas_call.races.races_found  # jax 0.10 makes a note
     except jax.errors.JaxRuntimeError as error:
         found = "RACE DETECTED" in str(error)  # jax 0.12 raises
@@ -248,6 +248,24 @@ def test_races_would_be_found():
         pltpu.reset_tpu_interpret_mode_state()
     assert found
     pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize("mapped", [("q",), ("visual",), ("q", "visual")], ids=["query", "cache", "both"])
+def test_vmap_of_what_is_compiled_is_a_loop(mapped):
+    """Compiled, the cache is kept out of fast memory and copied by hand: JAX can map neither of the two."""
+    shape = shapes.Shape("qwen3-4b", 4_608, layers=2)
+    axes = tuple(0 if name in mapped else None for name in ("q", "visual", *["rest"] * 6))
+
+    def decode(*arguments):
+        return gaze_decode(*arguments, spec=shape.spec, implementation="tpu")
+
+    with dispatch.compile_for("tpu"):
+        arguments = tuple(
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), a) if axis == 0 else a
+            for a, axis in zip(shape.arguments("tpu"), axes, strict=True)
+        )
+        program = str(jax.make_jaxpr(jax.vmap(decode, in_axes=axes))(*arguments))
+    assert program.count("pallas_call[") == 1 and "scan[" in program
 
 
 def test_a_head_dim_or_dtype_that_does_not_fit_is_refused():

@@ -15,6 +15,8 @@ Version 2 renamed these keys and values; version 1 had the left side. :data:`CHA
 * Trace, in ``meta`` ("trace"): ``share`` -> ``select_per`` with the values above, ``units`` -> ``views``, and
   ``unit`` of each -> ``view``.
 
+Version 3 of a trace has in ``meta`` a list for ``top_k``, a number for each layer, where the budget was one.
+
 Old names in files that people write are refused in a sentence with the new ones: config files (names and
 values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).
 
@@ -38,7 +40,7 @@ from typing import Any
 
 from gaze_jax.errors import UserError
 
-NEWEST = {"manifest": 2, "export": 2, "run": 2, "trace": 2}
+NEWEST = {"manifest": 2, "export": 2, "run": 2, "trace": 3}
 """Kind of file -> the version that is written. All earlier ones are read."""
 
 _VERSION_KEYS = {"trace": ("version",), "run": ("format_version", "format")}
@@ -60,9 +62,10 @@ def check_version(kind: str, content: Mapping[str, Any], where: str) -> int:
     keys = _VERSION_KEYS.get(kind, ("format_version",))
     version = next((content[key] for key in keys if key in content), None)
     if type(version) is not int or version not in known:
+        *earlier, newest = map(str, known)
         raise UserError(
-            f"{where} has format_version {version!r} but this gaze_jax reads "
-            f"{' and '.join(map(str, known))}; use the version that wrote it."
+            f"{where} has format_version {version!r} but this gaze_jax reads {', '.join(earlier)} and "
+            f"{newest}; use the version that wrote it."
         )
     return version
 
@@ -145,7 +148,8 @@ CHANGES: Mapping[str, Mapping[int, tuple[Renamed, ...]]] = {
             Renamed("share", "select_per", _SELECT_PER),
             Renamed("units.*.unit", "view"),
             Renamed("units", "views"),
-        )
+        ),
+        3: (),
     },
 }
 """Kind of file -> version -> what it renamed, in the order in which it is applied."""

@@ -141,13 +141,16 @@ def test_a_key_of_a_later_version_is_refused(kind):
         upgrade(kind, content, 1)
 
 
-@pytest.mark.parametrize("version", [None, 0, 3, True, 1.0, "1"])
+READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1 and 2", "trace": "1, 2 and 3"}
+
+
+@pytest.mark.parametrize("version", [None, 0, 4, True, 1.0, "1"])
 def test_an_unknown_version_is_refused(version):
     names = {"manifest": "format_version", "export": "format_version", "run": "format", "trace": "version"}
     for kind, name in names.items():
         with pytest.raises(UserError) as error:
             check_version(kind, CONTENT[kind] | {name: version}, "It")
-        assert f"It has format_version {version!r} but this gaze_jax reads 1 and 2" in str(error.value)
+        assert f"It has format_version {version!r} but this gaze_jax reads {READ[kind]};" in str(error.value)
         assert check_version(kind, CONTENT[kind], "It") == 1
 
 
@@ -259,7 +262,7 @@ def test_answers_to_questions_are_as_before():
     assert lines == wanted
 
 
-def test_a_trace_loads_and_is_written_as_version_2(tmp_path):
+def test_a_trace_loads_and_is_written_as_version_3(tmp_path):
     want = EXPECTED["answer.gaze"]
     trace = trace_file.load(V1 / "answer.gaze")
     for field in ("question", "answer", "model", "top_k"):
@@ -274,7 +277,7 @@ def test_a_trace_loads_and_is_written_as_version_2(tmp_path):
         near(want["sums"][field], float(getattr(trace, field).astype(np.float64).sum()))
     trace_file.save(trace, tmp_path / "again.gaze")
     meta = stored_trace(tmp_path / "again.gaze")[1]
-    assert meta["version"] == 2 and meta["select_per"] == "kv_head" and "views" in meta
+    assert meta["version"] == 3 and meta["select_per"] == "kv_head" and "views" in meta
     again = trace_file.load(tmp_path / "again.gaze")
     for field in dataclasses.fields(trace):
         one, other = getattr(trace, field.name), getattr(again, field.name)
@@ -330,9 +333,9 @@ def _with_json(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_files_of_version_3_are_refused(tmp_path):
+def test_files_of_a_later_version_are_refused(tmp_path):
     """One sentence that names the file, of every kind."""
-    message = "has format_version 3 but this gaze_jax reads 1 and 2; use the version that wrote it.$"
+    message = "has format_version {} but this gaze_jax reads {}; use the version that wrote it.$"
     for name, path, field in (
         ("converted", manifest.FILE, "format_version"),
         ("export", "gaze.json", "format_version"),
@@ -340,13 +343,13 @@ def test_files_of_version_3_are_refused(tmp_path):
     ):
         where = shutil.copytree(V1 / name, tmp_path / name)
         _with_json(where / path, **{field: 3})
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message.format(3, "1 and 2")):
             gaze_jax.load(where)
     arrays, meta = stored_trace(V1 / "answer.gaze")
-    arrays["meta"] = np.frombuffer(json.dumps(meta | {"version": 3}).encode(), np.uint8)
+    arrays["meta"] = np.frombuffer(json.dumps(meta | {"version": 4}).encode(), np.uint8)
     with (tmp_path / "answer.gaze").open("wb") as file:
         np.savez_compressed(file, **arrays)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.format(4, "1, 2 and 3")):
         trace_file.load(tmp_path / "answer.gaze")
 
 

@@ -12,7 +12,7 @@ from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError, renamed
 from gaze_jax.infer.answer import Answer, DecodeOptions, PendingAnswer, Question, decode_answers
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import GazeOptions, check, join
+from gaze_jax.infer.gaze_options import Budget, GazeOptions, check, join
 from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
 from gaze_jax.infer.sampler import Sampler
@@ -34,7 +34,7 @@ class Request:
       images, videos: paths of files.
       system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
       gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
-        :class:`gaze_jax.infer.gaze_options.GazeOptions`.
+        :class:`gaze_jax.infer.gaze_options.GazeOptions`; of ``top_k`` one number or a list.
       look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame", in pixels.
 
     Raises:
@@ -52,7 +52,7 @@ class Request:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    gaze_top_k: int | None = None
+    gaze_top_k: int | tuple[int, ...] | None = None
     gaze_keep: float | None = None
     gaze_dense: bool = False
     gaze_full_layers: tuple[int, ...] = ()
@@ -118,14 +118,17 @@ _KINDS = {
     "float | None": "a number or null",
     "tuple[str, ...]": "a list of texts",
     "tuple[int, ...]": "a list of integers",
+    "int | tuple[int, ...] | None": "an integer, a list of integers, or null",
 }
 
 
 def _fits(value: object, kind: str) -> bool:
     if value is None:
         return kind.endswith("| None")
+    if "tuple" in kind and isinstance(value, list):
+        return all(type(v) is (str if "str" in kind else int) for v in value)
     if kind.startswith("tuple"):
-        return isinstance(value, list) and all(type(v) is (str if "str" in kind else int) for v in value)
+        return False
     if "float" in kind:
         return type(value) in (int, float)
     return type(value) is (bool if "bool" in kind else int if "int" in kind else str)
@@ -190,12 +193,12 @@ class _Row:
     images: list[np.ndarray]
     videos: list[Frames]
     prompt: ProcessedPrompt
-    budget: int | float | None
+    budget: Budget | None
 
     @property
-    def kind(self) -> tuple[type, tuple[int, ...]]:
+    def kind(self) -> tuple[bool, tuple[int, ...]]:
         """Only rows with equal values can share a batch."""
-        return type(self.budget), self.request.gaze_full_layers
+        return self.budget is None, self.request.gaze_full_layers
 
 
 def _row(sampler: Sampler, request: Request) -> _Row:
@@ -217,8 +220,8 @@ def answer_all(
 ) -> Iterator[tuple[Request, Answer]]:
     """Answer questions in batches, in order.
 
-    An answer does not depend on what else is in its batch. A new batch starts where the kind of budget (a
-    count, a fraction, dense) or the full layers change.
+    An answer does not depend on what else is in its batch. A new batch starts where attention becomes dense
+    or selective, or the full layers change.
 
     Args:
       sampler: the model.

@@ -56,7 +56,7 @@ _META = {
     "answer": str,
     "tokens": list,
     "model": str,
-    "top_k": int | None,
+    "top_k": int | list | None,
     "select_per": str,
     "shape": dict,
     "views": list,
@@ -189,7 +189,7 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
         meta["answer"],
         tuple(meta["tokens"]),
         meta["model"],
-        meta["top_k"],
+        tuple(meta["top_k"]) if isinstance(meta["top_k"], list) else meta["top_k"],
         meta["select_per"],
         _views(meta["views"], arrays["grids"]),
         _pictures(meta["pictures"], arrays["jpegs"].tobytes()),
@@ -247,6 +247,8 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
     _check_fields("meta", {k: v for k, v in meta.items() if k not in ("format", "version")}, _META)
     if not all(isinstance(token, str) for token in meta["tokens"]):
         raise ValueError("tokens must be strings")
+    if isinstance(meta["top_k"], list):
+        _check_numbers("top_k", meta["top_k"], len(meta["top_k"]))
     _check_fields("shape", meta["shape"], dict.fromkeys(_AXES, int))
     _check_numbers("shape", list(meta["shape"].values()), len(_AXES))
     for view in meta["views"]:

@@ -50,6 +50,7 @@ def equal(one, other):
         {},
         {"selectors": 2, "top_k": 3},
         {"top_k": None},
+        {"top_k": (1, 3, 2)},
         {"tokens": ("é\n", "\ufffd", "</script>", "", "日"), "question": "first\nsecond"},
         {"layers": 1, "heads": 1, "top_k": 1, "tokens": ("a",)},
     ],
@@ -80,7 +81,7 @@ def test_a_file_is_readable_with_numpy_alone(tmp_path):
     save(trace, tmp_path / "a.gaze")
     with np.load(tmp_path / "a.gaze", allow_pickle=False) as file:
         meta = json.loads(file["meta"].tobytes())
-        assert (meta["format"], meta["version"]) == ("gaze_jax.trace", 2)
+        assert (meta["format"], meta["version"]) == ("gaze_jax.trace", 3)
         assert meta["shape"] == {"T": 5, "L": 3, "Hs": 2, "J": 2, "H": 4, "R": trace.regions}
         assert file["selected"].dtype == np.int16 and file["grids"].dtype == np.int16
         assert file["attention"].dtype == file["dense"].dtype == np.float16
@@ -137,6 +138,8 @@ WRONG = {
     "select_per": ({"select_per": "layer"}, "select_per='layer' must be one of head, kv_head"),
     "selectors": ({"select_per": "head", "selectors": 2}, "does not fit 2 selectors of 4 heads"),
     "top_k": ({"top_k": 0}, "top_k=0 must be at least 1"),
+    "layer of top_k": ({"top_k": (2, 0, 1)}, r"top_k=\(2, 0, 1\) must be at least 1"),
+    "layers of top_k": ({"top_k": (2, 1)}, "top_k has 2 numbers for 3 layers; give one for each"),
     "dense": ({"top_k": None}, "top_k=None but J=2"),
     "tokens": ({"tokens": ("a",)}, "dense has 5 tokens but tokens has 1"),
     "text": ({"answer": "\ud800"}, "half a surrogate pair"),
@@ -291,7 +294,7 @@ DAMAGE = {
     "no array": (without("dense"), "its entries must be"),
     "more": (put("more", np.zeros(1)), "its entries must be"),
     "format": (edit(format="other"), "does not say format"),
-    "version": (edit(version=3), "has format_version 3 but this gaze_jax reads 1 and 2"),
+    "version": (edit(version=4), "has format_version 4 but this gaze_jax reads 1, 2 and 3"),
     "list": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"[]", np.uint8))}), "does not say format"),
     "json": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"{", np.uint8))}), "is damaged"),
     "deep": (lambda e: e.update({"meta.npy": npy(np.frombuffer(b"[" * 99_999, np.uint8))}), "too deeply"),
@@ -300,6 +303,8 @@ DAMAGE = {
     "token": (edit(tokens=lambda t: [1, *t[1:]]), "tokens must be strings"),
     "count": (edit(tokens=lambda t: t[1:]), "dense has 5 tokens but tokens has 4"),
     "bool": (edit(top_k=True), "top_k of meta is bool"),
+    "bools": (edit(top_k=[True, 1, 1]), "top_k must be 3 whole numbers"),
+    "top_k": (edit(top_k=[1, 1]), "top_k has 2 numbers for 3 layers"),
     "T": (edit(shape=lambda s: s | {"T": 6}), "does not match its meta"),
     "negative": (edit(shape=lambda s: s | {"T": -1}), "whole numbers, 0 or more"),
     "axis": (edit(shape=lambda s: s | {"X": 1}), "shape must have the fields"),

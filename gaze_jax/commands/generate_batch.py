@@ -5,12 +5,13 @@ replaced when its first new line is ready, not before.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,8 +53,8 @@ def ask_many(options: GenerateOptions) -> int:
         print(message, file=sys.stderr)
     answers = _AnswersFile(path, kept)
     # Loads the checkpoint, before anything is written.
-    found = _answer(options, todo, answers) if todo else ()
-    with answers:
+    found = _answer(options, todo, answers) if todo else _nothing()
+    with answers, contextlib.closing(found):  # closed at once, or a progress bar stays
         for name, message in wrong.items():
             answers.write({"id": name, "error": message})
         for request, answer in found:
@@ -67,9 +68,14 @@ def ask_many(options: GenerateOptions) -> int:
     return answers.errors
 
 
-def _answer(
-    options: GenerateOptions, todo: Sequence[Request], answers: "_AnswersFile"
-) -> Iterator[tuple[Request, Answer]]:
+_Answers = Generator[tuple[Request, Answer]]
+
+
+def _nothing() -> _Answers:
+    yield from ()
+
+
+def _answer(options: GenerateOptions, todo: Sequence[Request], answers: "_AnswersFile") -> _Answers:
     """Answer readable questions; a refused one is written to the answers."""
 
     def failed(request: Request, message: str) -> None:
@@ -82,6 +88,7 @@ def _answer(
         batch_size=options.value("batch_size"),
         return_trace=options.batch.traces is not None,
         failed=failed,
+        progress=not answers.streamed,
     )
 
 
@@ -104,6 +111,7 @@ class _AnswersFile:
     def __init__(self, path: str, kept: Mapping[str, str]) -> None:
         self._path, self._kept = path, kept
         self._file: TextIO | None = None
+        self.streamed = os.path.exists(path) and not os.path.isfile(path)  # a pipe or a terminal
         self.errors = 0
 
     def __enter__(self) -> "_AnswersFile":
@@ -124,7 +132,7 @@ class _AnswersFile:
             self._file.flush()
 
     def _begin(self) -> TextIO:
-        if os.path.exists(self._path) and not os.path.isfile(self._path):  # a pipe or a terminal
+        if self.streamed:
             return open(self._path, "w", encoding="utf-8")
         part = Path(f"{self._path}.part")
         try:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ from gaze_jax.infer.answer import Answer, DecodeOptions, PendingAnswer, Question
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import Budget, GazeOptions, check, join
 from gaze_jax.infer.programs import free_slots_for
+from gaze_jax.infer.progress import progress_bar
 from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
 from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
@@ -217,7 +218,8 @@ def answer_all(
     batch_size: int = 8,
     return_trace: bool = False,
     failed: Callable[[Request, str], None] | None = None,
-) -> Iterator[tuple[Request, Answer]]:
+    progress: bool = True,
+) -> Generator[tuple[Request, Answer]]:
     """Answer questions in batches, in order.
 
     An answer does not depend on what else is in its batch. A new batch starts where attention becomes dense
@@ -230,6 +232,7 @@ def answer_all(
       return_trace: record where each token looked.
       failed: called with each request whose media or prompt are refused, and why; the others are answered.
         None raises it.
+      progress: show a bar on stderr, if that is a terminal.
 
     Yields:
       Each request with its answer.
@@ -240,24 +243,29 @@ def answer_all(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
     waiting: list[_Row] = []
-    for request in requests:
-        try:
-            row = _row(sampler, request)
-        except (UserError, ValueError) as error:
-            if failed is None:
-                raise UserError(f"Question {request.id or request.question!r}: {error}") from error
-            failed(request, str(error))
-            continue
-        if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
-            yield from _answer(sampler, waiting, return_trace)
-            waiting = []
-        waiting.append(row)
-    if waiting:
-        yield from _answer(sampler, waiting, return_trace)
+    total = len(requests) if isinstance(requests, Sized) else None
+    with progress_bar("questions", total, shown=progress) as advance:
+        for request in requests:
+            try:
+                row = _row(sampler, request)
+            except (UserError, ValueError) as error:
+                if failed is None:
+                    raise UserError(f"Question {request.id or request.question!r}: {error}") from error
+                failed(request, str(error))
+                advance(1)
+                continue
+            if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
+                yield from _answer(sampler, waiting, return_trace, advance)
+                waiting = []
+            waiting.append(row)
+        if waiting:
+            yield from _answer(sampler, waiting, return_trace, advance)
 
 
-def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Iterator[tuple[Request, Answer]]:
-    """Answer one batch."""
+def _answer(
+    sampler: Sampler, rows: Sequence[_Row], return_trace: bool, done: Callable[[int], None]
+) -> Iterator[tuple[Request, Answer]]:
+    """Answer one batch; ``done`` takes the number of its questions when all are answered."""
     length = max(row.request.max_tokens for row in rows)
     arrays = [row.prompt.arrays for row in rows]
     sampler.check_memory(arrays, length)
@@ -289,5 +297,6 @@ def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Itera
     ]
     for _ in decode_answers(sampler, engine, answers, return_trace=return_trace, chunked=True):
         pass
+    done(len(rows))
     for row, answer in zip(rows, answers, strict=True):
         yield row.request, answer.result()

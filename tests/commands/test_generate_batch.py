@@ -21,7 +21,7 @@ def asked(monkeypatch):
     """Stands for the model: repeats the question; what it was asked, and when it was loaded."""
     seen = []
 
-    def answer_all(sampler, requests, *, batch_size, return_trace, failed):
+    def answer_all(sampler, requests, *, batch_size, return_trace, failed, progress):
         for request in requests:
             if request.question == "Refused later":
                 failed(request, "it has no answer.")

@@ -1,6 +1,7 @@
 """Many questions: batches of unequal samples, files of them, and what is refused."""
 
 import dataclasses
+import io
 import json
 import re
 
@@ -112,6 +113,32 @@ def test_options_share_a_batch_and_its_programs(sampler, photos, monkeypatch):
     assert counts == [[2, 2, 2], [2, 2, 2], [3, 1, 2]]
     assert [(answer.top_k, answer.keep) for answer in found] == [(2, None), (None, 0.5), ((3, 1, 2), None)]
     assert json.loads(json.dumps(record(requests[2], found[2])))["gaze_top_k"] == [3, 1, 2]
+
+
+class TerminalStream(io.StringIO):
+    """A stderr that a person watches."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_to_a_person(terminal, sampler, photos, monkeypatch):
+    """Answered and refused questions count; others may turn it off, and a file gets nothing."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    good = Request("What?", "a", (str(photos / "wide.png"),), max_tokens=4, gaze_top_k=2)
+    bad = Request("What?", "b", ("none.png",))
+    for shown in (True, False):
+        monkeypatch.setattr("sys.stderr", stderr := TerminalStream() if terminal else io.StringIO())
+        refused = {}
+        found = answer_all(sampler, [bad, good, bad], failed=refused.__setitem__, progress=shown)
+        assert [request.id for request, _ in found] == ["a"] and list(refused) == [bad]
+        if terminal and shown:
+            assert "3/3 questions" in stderr.getvalue() and "\x1b[?25h" in stderr.getvalue()
+        else:
+            assert stderr.getvalue() == ""
 
 
 def test_other_options_compile_nothing(sampler):

@@ -22,7 +22,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer import trace_file
 from gaze_jax.infer.answer import Answer
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
-from gaze_jax.media.images import read_image
+from gaze_jax.media.images import check_image
 from gaze_jax.media.video import FrameSampling, open_video
 from gaze_jax.viewer.html import Entry, index_page
 
@@ -178,12 +178,12 @@ def _kept_answers(path: str, requests: Sequence[Request]) -> dict[str, str]:
 
 
 def _unreadable(requests: Sequence[Request]) -> dict[str, str]:
-    """Why the media of some requests cannot be read, by id; every file is opened and every image decoded."""
+    """Why the media of some requests cannot be read, by id; every image is read to its end."""
 
     def check(request: Request) -> str | None:
         try:
             for file in request.images:
-                read_image(file)
+                check_image(file)
             for file in request.videos:
                 open_video(file, FrameSampling(max_frames=1))
         except UserError as error:

@@ -7,13 +7,14 @@ replaced when its first new line is ready, not before.
 import concurrent.futures
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from gaze_jax.commands import cli
 from gaze_jax.commands.generate_answers import make_sampler, show_trace
@@ -25,6 +26,7 @@ from gaze_jax.infer.requests import Request, answer_all, read_requests, record
 from gaze_jax.media.images import check_image
 from gaze_jax.media.video import FrameSampling, open_video
 from gaze_jax.viewer.html import Entry, index_page
+from gaze_jax.writing import write_text
 
 
 def ask_many(options: GenerateOptions) -> int:
@@ -97,7 +99,7 @@ def _write_index(folder: Path, requests: Sequence[Request]) -> None:
     files = [folder / f"{request.id}.gaze" for request in requests]
     entries = [Entry.of(trace_file.load(file), f"{file.stem}.html") for file in files if file.is_file()]
     if entries:
-        cli.write_text(folder / "index.html", index_page(entries))
+        write_text(folder / "index.html", index_page(entries))
 
 
 class _AnswersFile:
@@ -110,7 +112,7 @@ class _AnswersFile:
 
     def __init__(self, path: str, kept: Mapping[str, str]) -> None:
         self._path, self._kept = path, kept
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
         self.streamed = os.path.exists(path) and not os.path.isfile(path)  # a pipe or a terminal
         self.errors = 0
 
@@ -123,24 +125,29 @@ class _AnswersFile:
                 self._file.close()
 
     def write(self, line: Mapping[str, object]) -> None:
-        """Add a line, and hand it to the operating system at once."""
+        """Add a line, and hand it to the operating system at once; what has no room is not there in part."""
         self.errors += "error" in line
+        text = json.dumps(line, ensure_ascii=False) + "\n"
         with cli.writing(self._path):
-            if self._file is None:
-                self._file = self._begin()
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            # Without a buffer, whose rest would be written when the file is closed.
+            if self._file is None and self.streamed:
+                self._file = io.FileIO(self._path, "w")
+            elif self._file is None:
+                write_text(self._path, "".join(f"{kept}\n" for kept in self._kept.values()) + text)
+                self._file = io.FileIO(self._path, "a")
+                return
+            self._append(self._file, text.encode())
 
-    def _begin(self) -> TextIO:
-        if self.streamed:
-            return open(self._path, "w", encoding="utf-8")
-        part = Path(f"{self._path}.part")
+    def _append(self, file: io.FileIO, line: bytes) -> None:
+        end = None if self.streamed else os.fstat(file.fileno()).st_size
         try:
-            part.write_text("".join(f"{line}\n" for line in self._kept.values()), encoding="utf-8")
-            part.replace(self._path)
-        finally:
-            part.unlink(missing_ok=True)
-        return open(self._path, "a", encoding="utf-8")
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+            raise
 
 
 def _kept_answers(path: str, requests: Sequence[Request]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.infer.trace import Picture, Trace
 from gaze_jax.stored import NEWEST, check_version, upgrade
+from gaze_jax.writing import replacing
 
 FORMAT = "gaze_jax.trace"
 MAX_BYTES = 2 << 30
@@ -116,11 +117,8 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
             f"Trace {os.fspath(path)!r} would hold {held} bytes, more than the limit of {MAX_BYTES}; "
             "trace fewer tokens."
         )
-    try:
-        with open(path, "wb") as file:  # given a path, savez would add .npz to it
-            np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
-    except OSError as error:
-        raise UserError(f"Trace {os.fspath(path)!r} cannot be written ({error.strerror}).") from error
+    with replacing(path, "Trace ") as part, open(part, "wb") as file:  # given a path, savez would add .npz
+        np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
 
 
 def _plain(value: object) -> object:

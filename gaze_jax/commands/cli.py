@@ -23,7 +23,7 @@ from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
 from gaze_jax.errors import UserError
 
 PARTLY, STOPPED = 3, 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -182,8 +182,9 @@ def _unexpected(error: Exception) -> tuple[int, str]:
         if isinstance(cause, OSError) and cause.errno in _FULL:
             where = f" {cause.filename!r}" if cause.filename else ""
             return 2, f"a file{where} cannot be written ({cause.strerror})."
-        if "No space left on device" in str(cause):  # as tensorstore says it, in many lines
-            return 2, "a file cannot be written (No space left on device)."
+        for reason in map(os.strerror, _FULL):
+            if reason in str(cause):  # as tensorstore says it, in many lines
+                return 2, f"a file cannot be written ({reason})."
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="gaze-jax-", suffix=".log", delete=False) as file:
@@ -247,13 +248,3 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{os.fspath(path)!r} cannot be written ({error.strerror}).") from error
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, UTF-8 with line feeds.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    with writing(path):
-        Path(path).write_text(text, encoding="utf-8", newline="\n")

@@ -75,7 +75,7 @@ def test_a_long_compilation_is_announced(monkeypatch):
     timer = reporter._timer
     timer.join()
     reporter.listen(compile_cache._COMPILED, 0.0)
-    assert sys.stderr.getvalue() == "compiling (once per size) ... 0 s\n"
+    assert sys.stderr.getvalue() == "compiling (once per size) ...\ncompiled in 0 s\n"
     reporter.listen(compile_cache._TRACED, 0.0)
     reporter.listen(compile_cache._COMPILED, 0.0)
     assert sys.stderr.getvalue().count("compiling") == 1

@@ -1,11 +1,28 @@
 """Files that are written as a whole or not at all."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from gaze_jax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Why a disk refused to be written, such as "No space left on device"; None if that is not what happened.
+
+    Libraries wrap such an error in their own, and TensorStore has it as text among many lines.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for code in _FULL:
+            if (isinstance(cause, OSError) and cause.errno == code) or os.strerror(code) in str(cause):
+                return os.strerror(code)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextlib.contextmanager

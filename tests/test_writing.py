@@ -30,8 +30,8 @@ def test_a_full_disk_leaves_what_was_there(suffix, older, tmp_path):
     path = tmp_path / f"a{suffix}"
     if older:
         path.write_text("older")
-    for room in (0, 2000):
-        with full_after(room), pytest.raises(UserError) as error:
+    for size in (0, 2000):
+        with full_after(size), pytest.raises(UserError) as error:
             write(path)
         message = str(error.value)
         assert message.endswith(f"{str(path)!r} cannot be written (File too large).") and "\n" not in message

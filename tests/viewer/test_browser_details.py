@@ -44,6 +44,9 @@ def test_tall_pictures_are_of_one_size_and_beside_each_other(show, driver, width
     page = show(make_trace(media=make_media(np.random.default_rng(0), size=(320, 40))))
     gaze, dense, chooser = (box(page, name) for name in ("#gaze", "#dense", "#chooser"))
     assert gaze["width"] == dense["width"] and gaze["height"] == dense["height"]
+    assert gaze["height"] <= 0.74 * 740 + 1
+    controls, figure = box(page, "#map"), box(page, "#dense-figure")
+    assert figure["left"] <= controls["left"] and controls["right"] <= figure["right"]
     if width > 1020:
         assert gaze["right"] < dense["left"] and dense["right"] < chooser["left"]
     assert page.js("return document.documentElement.scrollWidth") <= width

@@ -16,7 +16,8 @@ Version 2 renamed these keys and values; version 1 had the left side. :data:`CHA
   ``unit`` of each -> ``view``.
 
 Version 3 of a trace added ``prompt`` to ``meta`` and two arrays that may be absent, ``probabilities`` and
-``region_keys``. An earlier file has none of them, so its ``prompt`` is empty.
+``region_keys``. An earlier file has none of them, so its ``prompt`` is empty. ``top_k`` may be a
+list since then, a number for each layer.
 
 Old names in files that people write are refused in a sentence with the new ones: config files (names and
 values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).

@@ -149,13 +149,16 @@ def test_a_trace_of_before_version_3_has_no_prompt():
             upgrade("trace", {"prompt": []}, version)
 
 
+READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1 and 2", "trace": "1, 2 and 3"}
+
+
 @pytest.mark.parametrize("version", [None, 0, 4, True, 1.0, "1"])
 def test_an_unknown_version_is_refused(version):
     names = {"manifest": "format_version", "export": "format_version", "run": "format", "trace": "version"}
     for kind, name in names.items():
         with pytest.raises(UserError) as error:
             check_version(kind, CONTENT[kind] | {name: version}, "It")
-        assert f"It has format_version {version!r} but this gaze_jax reads 1" in str(error.value)
+        assert f"It has format_version {version!r} but this gaze_jax reads {READ[kind]};" in str(error.value)
         assert check_version(kind, CONTENT[kind], "It") == 1
 
 
@@ -342,7 +345,7 @@ def _with_json(path, **fields):
 
 def test_files_of_a_later_version_are_refused(tmp_path):
     """One sentence that names the file, of every kind."""
-    message = "has format_version 3 but this gaze_jax reads 1 and 2; use the version that wrote it.$"
+    message = "has format_version {} but this gaze_jax reads {}; use the version that wrote it.$"
     for name, path, field in (
         ("converted", manifest.FILE, "format_version"),
         ("export", "gaze.json", "format_version"),
@@ -350,13 +353,13 @@ def test_files_of_a_later_version_are_refused(tmp_path):
     ):
         where = shutil.copytree(V1 / name, tmp_path / name)
         _with_json(where / path, **{field: 3})
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message.format(3, "1 and 2")):
             gaze_jax.load(where)
     arrays, meta = stored_trace(V1 / "answer.gaze")
     arrays["meta"] = np.frombuffer(json.dumps(meta | {"version": 4}).encode(), np.uint8)
     with (tmp_path / "answer.gaze").open("wb") as file:
         np.savez_compressed(file, **arrays)
-    with pytest.raises(UserError, match="has format_version 4 but this gaze_jax reads 1, 2 and 3;"):
+    with pytest.raises(UserError, match=message.format(4, "1, 2 and 3")):
         trace_file.load(tmp_path / "answer.gaze")
 
 

@@ -14,7 +14,7 @@ COMMANDS = ("train.py", "eval.py", "generate.py", "convert.py")
 # From the bottom up. A package may import those of the rows before its own, and itself.
 ROWS = (
     ("pallas_kernels",),
-    ("errors", "stored", "config"),
+    ("errors", "stored", "config", "writing"),
     ("core",),
     ("parallel",),
     ("data", "chat", "media", "models"),
@@ -33,6 +33,7 @@ BESIDE = {
     ("config", "errors"),
     ("config", "stored"),
     ("stored", "errors"),
+    ("writing", "errors"),
 }
 RANK = {package: row for row, packages in enumerate(ROWS) for package in packages}
 

@@ -5,7 +5,6 @@ after Ctrl-C, and 1 otherwise: the reader of a pipe left, or the program has a b
 """
 
 import contextlib
-import errno
 import importlib.resources
 import os
 import re
@@ -20,10 +19,11 @@ from typing import Any
 from absl import app, flags, logging
 
 from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
+from gaze_jax.commands.quiet import leave_out_full_disks
 from gaze_jax.errors import UserError
+from gaze_jax.writing import full_disk
 
 PARTLY, STOPPED = 3, 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -151,6 +151,7 @@ def run(
         values, rest = parsed
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax logs every step of every save
+            leave_out_full_disks()
         if rest and not arguments:
             print(f"{program()}: unexpected argument {rest[0]!r}; every option is a --flag.", file=sys.stderr)
             sys.exit(2)
@@ -175,15 +176,9 @@ def run(
 
 def _unexpected(error: Exception) -> tuple[int, str]:
     """Exit status and message for an exception that nobody expected; its traceback goes to a file."""
-    chain: list[BaseException] = [error]
-    while following := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(following)
-    for cause in chain:
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            where = f" {cause.filename!r}" if cause.filename else ""
-            return 2, f"a file{where} cannot be written ({cause.strerror})."
-        if "No space left on device" in str(cause):  # as tensorstore says it, in many lines
-            return 2, "a file cannot be written (No space left on device)."
+    if full := full_disk(error):
+        where = f" {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
+        return 2, f"a file{where} cannot be written ({full})."
     text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile("w", prefix="gaze-jax-", suffix=".log", delete=False) as file:
@@ -247,13 +242,3 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{os.fspath(path)!r} cannot be written ({error.strerror}).") from error
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, UTF-8 with line feeds.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
-    with writing(path):
-        Path(path).write_text(text, encoding="utf-8", newline="\n")

@@ -26,7 +26,7 @@ _OF_NEW_MODELS = ("gaze_region", "gaze_context_tokens", "gaze_top_k", "seed")
 def define_flags(flags: Flags) -> None:
     """Flags for the source, the output and a new model."""
     flags.group("What to convert")
-    flags.string("from", None, "A directory, or a Hub id as NAME@COMMIT.", "FOLDER")
+    flags.string("from", None, "A directory, or a Hub id as ORGANISATION/NAME@REVISION.", "FOLDER")
     flags.string("llm", None, "A language model to join with --vision into a new model.", "FOLDER")
     flags.string(
         "vision",

@@ -14,6 +14,7 @@ import json
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.errors import UserError
+from gaze_jax.writing import write_text
 
 SELECT_PER = ("head", "kv_head")
 DESCRIPTORS = ("mean", "minmax")
@@ -72,7 +73,7 @@ def _compare(values: Values) -> None:
     )
     report["command"] = cli.command_line()
     print(compare.table(report), flush=True)
-    cli.write_text(out / "compare.json", json.dumps(report, indent=2) + "\n")
+    write_text(out / "compare.json", json.dumps(report, indent=2) + "\n")
     compare.plot(report, out / "compare.png")
     print(f"{out / 'compare.json'} and {out / 'compare.png'} hold the same.", flush=True)
 

@@ -70,6 +70,19 @@ class _Integers(flags.ArgumentParser):
         return tuple(int(word) for word in words)
 
 
+class _Counts(flags.ArgumentParser):
+    """Parses a whole number to an int, and several that are separated by commas to a tuple."""
+
+    def __init__(self, example: str) -> None:
+        self._several = _Integers(example)
+
+    def parse(self, argument: str | int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(argument, int):
+            return argument
+        found = self._several.parse(argument or "none")
+        return found[0] if len(found) == 1 else found
+
+
 class _Choices(flags.ArgumentParser):
     """Parses words from a fixed list, separated by commas, to a tuple."""
 
@@ -84,10 +97,10 @@ class _Choices(flags.ArgumentParser):
 
 
 class _Joined(flags.ArgumentSerializer):
-    """Writes a tuple in the form a flag takes."""
+    """Writes a tuple, or one value, in the form a flag takes."""
 
-    def serialize(self, value: Sequence[object]) -> str:
-        return ",".join(map(str, value))
+    def serialize(self, value: Sequence[object] | int) -> str:
+        return str(value) if isinstance(value, int) else ",".join(map(str, value))
 
 
 @dataclasses.dataclass
@@ -153,6 +166,11 @@ class Flags:
         """Whole numbers separated by commas; the value is a tuple."""
         self._parsed(_Integers(example), name, default, text)
         self.listed(name, example, text)
+
+    def counts(self, name: str, text: str, example: str) -> None:
+        """A whole number, or several separated by commas; the value is an int or a tuple."""
+        self._parsed(_Counts(f"8 or {example}"), name, None, text)
+        self.listed(name, "N[,N...]", text)
 
     def choice(self, name: str, default: str | None, choices: Sequence[str], text: str) -> None:
         """One word from a fixed list."""

@@ -77,7 +77,11 @@ def define_flags(flags: Flags) -> None:
 def _define_gaze(flags: Flags) -> None:
     """Flags for regions and their selection."""
     flags.group("Where it may look (gaze)")
-    flags.integer("gaze_top_k", None, "Regions per query; default: what the model is configured for.")
+    flags.counts(
+        "gaze_top_k",
+        "Regions per query, or one number for each layer; default: what the model is configured for.",
+        "8,8,4,4",
+    )
     flags.number("gaze_keep", None, "The same as a fraction of the visible regions.")
     flags.boolean("gaze_dense", False, "Attend to everything, whatever the model is configured for.")
     flags.integers("gaze_full_layers", None, "Layers that attend to everything.", "0,1")

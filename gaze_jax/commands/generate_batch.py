@@ -5,14 +5,16 @@ replaced when its first new line is ready, not before.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from gaze_jax.commands import cli
 from gaze_jax.commands.generate_answers import make_sampler, show_trace
@@ -21,9 +23,10 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer import trace_file
 from gaze_jax.infer.answer import Answer
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
-from gaze_jax.media.images import read_image
+from gaze_jax.media.images import check_image
 from gaze_jax.media.video import FrameSampling, open_video
 from gaze_jax.viewer.html import Entry, index_page
+from gaze_jax.writing import write_text
 
 
 def ask_many(options: GenerateOptions) -> int:
@@ -52,8 +55,8 @@ def ask_many(options: GenerateOptions) -> int:
         print(message, file=sys.stderr)
     answers = _AnswersFile(path, kept)
     # Loads the checkpoint, before anything is written.
-    found = _answer(options, todo, answers) if todo else ()
-    with answers:
+    found = _answer(options, todo, answers) if todo else _nothing()
+    with answers, contextlib.closing(found):  # closed at once, or a progress bar stays
         for name, message in wrong.items():
             answers.write({"id": name, "error": message})
         for request, answer in found:
@@ -67,9 +70,14 @@ def ask_many(options: GenerateOptions) -> int:
     return answers.errors
 
 
-def _answer(
-    options: GenerateOptions, todo: Sequence[Request], answers: "_AnswersFile"
-) -> Iterator[tuple[Request, Answer]]:
+_Answers = Generator[tuple[Request, Answer]]
+
+
+def _nothing() -> _Answers:
+    yield from ()
+
+
+def _answer(options: GenerateOptions, todo: Sequence[Request], answers: "_AnswersFile") -> _Answers:
     """Answer readable questions; a refused one is written to the answers."""
 
     def failed(request: Request, message: str) -> None:
@@ -82,6 +90,7 @@ def _answer(
         batch_size=options.value("batch_size"),
         return_trace=options.batch.traces is not None,
         failed=failed,
+        progress=not answers.streamed,
     )
 
 
@@ -90,7 +99,7 @@ def _write_index(folder: Path, requests: Sequence[Request]) -> None:
     files = [folder / f"{request.id}.gaze" for request in requests]
     entries = [Entry.of(trace_file.load(file), f"{file.stem}.html") for file in files if file.is_file()]
     if entries:
-        cli.write_text(folder / "index.html", index_page(entries))
+        write_text(folder / "index.html", index_page(entries))
 
 
 class _AnswersFile:
@@ -103,7 +112,8 @@ class _AnswersFile:
 
     def __init__(self, path: str, kept: Mapping[str, str]) -> None:
         self._path, self._kept = path, kept
-        self._file: TextIO | None = None
+        self._file: io.FileIO | None = None
+        self.streamed = os.path.exists(path) and not os.path.isfile(path)  # a pipe or a terminal
         self.errors = 0
 
     def __enter__(self) -> "_AnswersFile":
@@ -115,24 +125,29 @@ class _AnswersFile:
                 self._file.close()
 
     def write(self, line: Mapping[str, object]) -> None:
-        """Add a line, and hand it to the operating system at once."""
+        """Add a line, and hand it to the operating system at once; what has no room is not there in part."""
         self.errors += "error" in line
+        text = json.dumps(line, ensure_ascii=False) + "\n"
         with cli.writing(self._path):
-            if self._file is None:
-                self._file = self._begin()
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            # Without a buffer, whose rest would be written when the file is closed.
+            if self._file is None and self.streamed:
+                self._file = io.FileIO(self._path, "w")
+            elif self._file is None:
+                write_text(self._path, "".join(f"{kept}\n" for kept in self._kept.values()) + text)
+                self._file = io.FileIO(self._path, "a")
+                return
+            self._append(self._file, text.encode())
 
-    def _begin(self) -> TextIO:
-        if os.path.exists(self._path) and not os.path.isfile(self._path):  # a pipe or a terminal
-            return open(self._path, "w", encoding="utf-8")
-        part = Path(f"{self._path}.part")
+    def _append(self, file: io.FileIO, line: bytes) -> None:
+        end = None if self.streamed else os.fstat(file.fileno()).st_size
         try:
-            part.write_text("".join(f"{line}\n" for line in self._kept.values()), encoding="utf-8")
-            part.replace(self._path)
-        finally:
-            part.unlink(missing_ok=True)
-        return open(self._path, "a", encoding="utf-8")
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+            raise
 
 
 def _kept_answers(path: str, requests: Sequence[Request]) -> dict[str, str]:
@@ -170,12 +185,12 @@ def _kept_answers(path: str, requests: Sequence[Request]) -> dict[str, str]:
 
 
 def _unreadable(requests: Sequence[Request]) -> dict[str, str]:
-    """Why the media of some requests cannot be read, by id; every file is opened and every image decoded."""
+    """Why the media of some requests cannot be read, by id; every image is read to its end."""
 
     def check(request: Request) -> str | None:
         try:
             for file in request.images:
-                read_image(file)
+                check_image(file)
             for file in request.videos:
                 open_video(file, FrameSampling(max_frames=1))
         except UserError as error:

@@ -80,7 +80,7 @@ class SelectionOptions:
       look_at_layers, look_at_bias: apply to all boxes.
     """
 
-    gaze_top_k: int | None = None
+    gaze_top_k: int | tuple[int, ...] | None = None
     gaze_keep: float | None = None
     gaze_dense: bool = False
     gaze_full_layers: tuple[int, ...] | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from gaze_jax.commands.generate_groups import (
+    GAZE_FLAGS,
     BatchOptions,
     DeviceOptions,
     OutputOptions,
@@ -19,7 +20,7 @@ from gaze_jax.commands.generate_groups import (
     ShownOptions,
     or_default,
 )
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, renamed
 
 DRAWN = (".png", ".mp4")
 """Suffixes of ``--out`` files that show only what was selected."""
@@ -85,8 +86,13 @@ class GenerateOptions:
           resizes: the model handles images of any size itself.
 
         Raises:
-          UserError: an option has no effect (:data:`CHECKPOINT_RULES`), or the layer does not exist.
+          UserError: an option has no effect (:data:`CHECKPOINT_RULES`), a layer does not exist, or
+            ``gaze_top_k`` has another number of layers.
         """
+        from gaze_jax.infer.gaze_options import check_layers
+
+        with renamed(GAZE_FLAGS):
+            check_layers(self.selection.options, depth)
         check(self, Opened(self, top_k, resizes), CHECKPOINT_RULES)
         layer = self.output.layer
         if layer is not None and not 0 <= layer < depth:

@@ -14,6 +14,7 @@ from pathlib import Path
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.errors import UserError
+from gaze_jax.writing import replacing, write_text
 
 if typing.TYPE_CHECKING:
     from gaze_jax.infer.trace import Trace
@@ -83,12 +84,12 @@ def _show(trace: "Trace", stem: Path, values: Values) -> None:
     page, picture, clip = (stem.with_name(stem.name + suffix) for suffix in (".html", ".png", ".mp4"))
     layer, views = values.layer, values.views
     font = None if values.font is None else Path(values.font)
-    cli.write_text(page, viewer_page(trace, layer=layer))
+    write_text(page, viewer_page(trace, layer=layer))
     print(page)
     if values.png:
         drawn = sheet(trace, layer=layer, views=views, font=font)
-        with cli.writing(picture):
-            drawn.save(picture)
+        with replacing(picture) as part:
+            drawn.save(part, format="PNG")
         print(picture)
     if values.mp4:
         write_clip(trace, clip, layer=layer, views=views, seconds=values.seconds, font=font)
@@ -118,7 +119,7 @@ def main(values: Values, traces: Sequence[str]) -> None:
     finally:
         if entries:
             index = folder / f"{_INDEX}.html"
-            cli.write_text(index, index_page(entries))
+            write_text(index, index_page(entries))
             print(index)
 
 

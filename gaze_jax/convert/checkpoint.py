@@ -28,6 +28,7 @@ from gaze_jax.convert.tokenizer_files import read_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import abstract_params
+from gaze_jax.writing import full_disk
 
 Config = MLLMConfig | VisionConfig
 
@@ -193,8 +194,11 @@ def new_directory(directory: Path) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written ({error}); free space or choose another.") from error
+    except Exception as error:
+        reason = full_disk(error) or (str(error) if isinstance(error, OSError) else None)
+        if reason is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"{directory} cannot be written ({reason}); free space or choose another.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

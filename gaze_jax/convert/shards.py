@@ -255,9 +255,14 @@ class Writer:
         self._start = _LENGTH.size + len(text)
         self._missing = set(tensors)
         self._stream = path.open("wb")
-        self._stream.write(_LENGTH.pack(len(text)) + text)
-        self._stream.truncate(self._start + end)
-        self._stream.flush()
+        try:
+            self._stream.write(_LENGTH.pack(len(text)) + text)
+            self._stream.truncate(self._start + end)
+            self._stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # it tries to write again, then closes
+                self._stream.close()
+            raise
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Write one tensor; different threads may write different tensors."""

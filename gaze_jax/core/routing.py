@@ -16,14 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int, Int32, UInt32
 
+from gaze_jax.core.budget import PerQuery
 from gaze_jax.core.types import Array
 
 STRATEGIES = ("descriptor", "oracle", "random", "forced")
 _UNSEEN = jnp.iinfo(jnp.int32).min
 _NAN = _UNSEEN + 1
-
-PerQuery = Int[Array, ""] | Int[Array, " #T"] | Int[Array, "#B #T"] | int
-"""One integer per query: broadcastable to [B, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +41,6 @@ class Routing:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"Routing.strategy={self.strategy!r} must be one of {STRATEGIES}.")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """A budget as a fraction of the regions visible to a query, instead of a count.
-
-    Images of 16 regions and videos of 555 can share one setting, and the budget grows with the number of
-    visible regions.
-
-    Attributes:
-      fraction: float32; 1 keeps every region. It broadcasts as a count would.
-    """
-
-    fraction: Float[Array, "..."] | float
 
 
 def heads_per_kv_head(heads: int, kv_heads: int) -> int:
@@ -424,26 +407,3 @@ def select_indices(
     keep = (keys > _UNSEEN) & (jnp.arange(width, dtype=jnp.int32) < budget)
     indices = jnp.where(keep, indices, -1)
     return jnp.pad(indices, ((0, 0),) * 3 + ((0, capacity - width),), constant_values=-1)
-
-
-def count(top_k: PerQuery | Keep, visible: Bool[Array, "B T R"]) -> PerQuery:
-    """A budget as a count, int32 broadcastable to [B, T]; ``visible`` is bool [B, T, R]."""
-    return budget_from_keep(top_k.fraction, visible) if isinstance(top_k, Keep) else top_k
-
-
-def budget_from_keep(
-    keep: Float[Array, ""] | Float[Array, " #T"] | Float[Array, "#B #T"] | float,
-    visible: Bool[Array, "B T R"],
-) -> Int32[Array, "B T"]:
-    """Turn a fraction of the visible regions into a count.
-
-    Args:
-      keep: float, broadcastable to [B, T]; 1 keeps everything.
-      visible: bool [B, T, R].
-
-    Returns:
-      int32 [B, T]: round(keep * visible regions), but at least 1.
-    """
-    count = jnp.sum(visible, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-    wanted = jnp.round(jnp.asarray(keep, jnp.float32) * count).astype(jnp.int32)
-    return jnp.maximum(wanted, 1)

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Int32, Num
 
-from gaze_jax.core.routing import Keep, Routing
+from gaze_jax.core.budget import ALL_REGIONS, Keep
+from gaze_jax.core.routing import Routing
 from gaze_jax.core.types import AnyArray, Array
-
-ALL_REGIONS = jnp.iinfo(jnp.int32).max
-"""A budget larger than the number of regions of any sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Selection:
 
     Attributes:
       budget: top_k, the regions that each query selects: int32 broadcastable to [L, B, T], or a fraction
-        (:class:`gaze_jax.core.routing.Keep`) of the same shape. None is dense attention.
+        (:class:`gaze_jax.core.budget.Keep`), whose arrays have that shape. None is dense attention.
       bias: float32 broadcastable to [L, B, R], see :func:`gaze_jax.core.routing.steer`. Needs a budget and
         strategy "descriptor".
       forced: int32 broadcastable to [L, B, T, Hs, J], the regions of strategy "forced".
@@ -87,7 +85,11 @@ class Selection:
         budget, full = self.budget, self.full_layers
         if isinstance(budget, Keep):
             fraction = _with_layers(jnp.asarray(budget.fraction, jnp.float32), layers, 2)
-            budget = Keep(fraction if full is None else jnp.where(full[:, None, None], 1.0, fraction))
+            most = _with_layers(_integers(budget.most), layers, 2)
+            if full is not None:
+                fraction = jnp.where(full[:, None, None], 1.0, fraction)
+                most = jnp.where(full[:, None, None], ALL_REGIONS, most)
+            budget = Keep(fraction, most)
         elif budget is not None:
             budget = _with_layers(_integers(budget), layers, 2)
             budget = budget if full is None else jnp.where(full[:, None, None], ALL_REGIONS, budget)
@@ -103,7 +105,7 @@ def _integers(value: Num[AnyArray, "*shape"] | int) -> Int32[Array, "*shape"]:
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
-            f"Budgets and forced regions must be integers, got {value.dtype}; core.routing.Keep is a budget "
+            f"Budgets and forced regions must be integers, got {value.dtype}; core.budget.Keep is a budget "
             "as a fraction."
         )
     return value.astype(jnp.int32)

@@ -35,6 +35,7 @@ from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.parallel.mesh import describe_devices
+from gaze_jax.writing import replacing
 from pallas_kernels.spec import SELECT_PER
 
 Array = jax.Array
@@ -393,5 +394,6 @@ def plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     right.set_ylabel("top-1 agreement with dense")
     right.set_ylim(None, 1.01)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)

@@ -34,6 +34,7 @@ from gaze_jax.train.checkpoint import Trained, load_for_inference
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.pipeline import make_processor
 from gaze_jax.viewer.answer_sheet import answer_sheet
+from gaze_jax.writing import replacing, write_text
 
 FILE = "eval.json"
 SCENE = "scene.png"
@@ -247,7 +248,8 @@ def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
     experiment, asked, found = trained.experiment, evaluation.prompts[0], evaluation.answers["gaze"]
     assert found.selected is not None, "the gaze arm selects"
     image = np.round((asked["images"][0] + 1) * 127.5).astype(np.uint8)
-    PIL.Image.fromarray(image).save(workdir / SCENE)
+    with replacing(workdir / SCENE) as part:
+        PIL.Image.fromarray(image).save(part, format="PNG")
     ids = [int(token) for token in found.tokens[0] if token >= 0]
     boxes = [tuple(box) if box[0] >= 0 else None for box in asked["answer_box"].tolist()]
     layer = evaluation.report["gaze"]["routing"]["layer"]
@@ -263,7 +265,8 @@ def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
         boxes=(boxes + [None] * len(ids))[: len(ids)],
         credit=credit(experiment.data),
     )
-    sheet.save(workdir / PICTURE)
+    with replacing(workdir / PICTURE) as part:
+        sheet.save(part, format="PNG")
 
 
 def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
@@ -277,11 +280,11 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
       The report.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged.
+      UserError: there is no checkpoint, it is damaged, or a file cannot be written.
     """
     trained = load(workdir)
     evaluation = evaluate(trained, trained.experiment.eval.samples if samples is None else samples)
-    Path(workdir, FILE).write_text(json.dumps(evaluation.report, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(workdir, FILE), json.dumps(evaluation.report, indent=2) + "\n")
     print(table(evaluation.report), flush=True)
     if "gaze" in evaluation.answers:
         draw(trained, evaluation, Path(workdir))

@@ -13,7 +13,7 @@ from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
 from gaze_jax.infer.detokenizer import Detokenizer, check_limits
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import budget_count, selection_capacity
+from gaze_jax.infer.gaze_options import Budget, budget_count, selection_capacity
 from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.sampling import SamplingParams, check_sampling
 from gaze_jax.infer.token_trace import TokenTrace, pictures_of, trace_of
@@ -58,7 +58,8 @@ class Question:
       images, videos: the media that the views were made from.
       views: all views shown so far.
       regions: R, the number of regions in those views.
-      budget: regions per query, or a fraction of the visible regions; None means dense attention.
+      budget: regions per query, one number or one for each layer, or a fraction of the visible regions; None
+        means dense attention.
       prompt: what the model has read, as in :class:`gaze_jax.infer.trace.Trace`.
       region_keys: int32 [R], the keys of each region.
     """
@@ -68,19 +69,19 @@ class Question:
     videos: Sequence[Frames]
     views: tuple[PlacedView, ...]
     regions: int
-    budget: int | float | None
+    budget: Budget | None
     prompt: tuple[str | int, ...]
     region_keys: np.ndarray
 
     @property
-    def top_k(self) -> int | float | None:
-        """The budget; a count is limited to the number of regions."""
+    def top_k(self) -> Budget | None:
+        """The budget; counts are limited to the number of regions."""
         return cap_budget(self.budget, self.regions)
 
 
-def cap_budget(budget: int | float | None, regions: int) -> int | float | None:
-    """Limit a count to ``regions``; fractions and None, and any budget if ``regions`` is 0, are unchanged."""
-    return min(budget, regions) if isinstance(budget, int) and regions else budget
+def cap_budget(budget: Budget | None, regions: int) -> Budget | None:
+    """Limit counts to ``regions``; fractions and None, and any budget if ``regions`` is 0, are unchanged."""
+    return budget_count(budget, regions) if isinstance(budget, int | tuple) and regions else budget
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +94,8 @@ class Answer:
       finish_reason: "stop" (an end token or a stop string) or "length" (``max_tokens`` was reached).
       stop_reason: the end token or stop string, as text; None if neither ended the answer.
       regions: R, the number of regions shown.
-      top_k: regions that each query selected; None if the budget was a fraction or attention was dense.
+      top_k: regions that each query selected, or a tuple of them, one for each layer, if the budget was one;
+        None if the budget was a fraction or attention was dense.
       trace: where each token looked, if the answer was traced.
       keep: the fraction of the visible regions that each query selected; None if the budget was a number.
     """
@@ -103,7 +105,7 @@ class Answer:
     finish_reason: str
     stop_reason: str | None
     regions: int
-    top_k: int | None
+    top_k: int | tuple[int, ...] | None
     trace: Trace | None = None
     keep: float | None = None
 
@@ -198,7 +200,7 @@ class PendingAnswer:
             detokenizer.finish_reason,
             detokenizer.stop_reason,
             question.regions,
-            budget if isinstance(budget, int) else None,
+            budget if isinstance(budget, int | tuple) else None,
             self._trace() if self._token_traces else None,
             budget if isinstance(budget, float) else None,
         )
@@ -233,7 +235,7 @@ def decode_answers(
     Args:
       sampler: the model.
       engine: its rows have been prefilled with the questions.
-      answers: one per row; their budgets are all counts, all fractions, or all None.
+      answers: one per row; the budgets of all or of none are None.
       return_trace: record where each token looked.
       chunked: compute several tokens per call; ignored if any answer has stop strings.
 

@@ -22,7 +22,7 @@ from gaze_jax.infer.answer import (
     decode_answers,
 )
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import GazeOptions, check, join
+from gaze_jax.infer.gaze_options import Budget, GazeOptions, check, join
 from gaze_jax.infer.inputs import Film, Picture
 from gaze_jax.infer.loaded import LoadedModel
 from gaze_jax.infer.programs import free_slots_for
@@ -75,8 +75,8 @@ class ChatSession:
     """The regions of each view and frame, as a :class:`TokenTrace` numbers them."""
 
     @property
-    def top_k(self) -> int | float | None:
-        """Regions per query, or a fraction of the visible regions; None means dense attention."""
+    def top_k(self) -> Budget | None:
+        """Regions per query or, for each layer, per query; or a fraction; None means dense attention."""
         return cap_budget(self._budget, self.regions)
 
     @property

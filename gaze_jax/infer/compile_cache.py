@@ -49,12 +49,13 @@ class _Reporter:
                 self._timer.cancel()
                 self._timer = None
                 if self._announced:
-                    print(f" {time.monotonic() - self._since:.0f} s", file=sys.stderr, flush=True)
+                    print(f"compiled in {time.monotonic() - self._since:.0f} s", file=sys.stderr, flush=True)
 
     def _announce(self) -> None:
         with self._lock:
             self._announced = True
-            print("compiling (once per size) ...", end="", file=sys.stderr, flush=True)
+            # A whole line: others, and a progress bar, may be written before it ends.
+            print("compiling (once per size) ...", file=sys.stderr, flush=True)
 
 
 _reporter: _Reporter | None = None

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from gaze_jax.core.budget import ALL_REGIONS, Keep
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
@@ -89,7 +90,7 @@ class Engine:
         self._kind = np.zeros((self.batch, 0), np.int32)
         batch = self._batch(read, sizes)
         with self._devices():
-            chosen = _pad_bias(selection(self), self.regions, self.capacity)
+            chosen = _as_budgets(self.selection())
             self._cache = prefill_step(
                 model, params, *self._inputs(batch), chosen, spec=self._spec, free_slots=free_slots
             )
@@ -173,6 +174,19 @@ class Engine:
         """Text-stream tokens that fit before the cache has to grow."""
         return self._cache.text_order.shape[1] - int(self._state.write_index)
 
+    def selection(self, more: int = 0) -> Selection:
+        """What the rows may select now; the bias has a column for each region of the cache and ``more``."""
+        chosen = self._selection(self)
+        if chosen.bias is None:
+            return chosen
+        bias = np.asarray(chosen.bias)
+        # In NumPy: each number of regions would be another program for JAX.
+        padded = np.zeros((*bias.shape[:2], self.capacity + more), np.float32)
+        after = bias[..., self.regions :]
+        padded[..., : min(self.regions, bias.shape[2])] = bias[..., : self.regions]
+        padded[..., self.capacity : self.capacity + after.shape[2]] = after
+        return dataclasses.replace(chosen, bias=jnp.asarray(padded))
+
     def fits(self, *, text: int, regions: int, slots: int) -> bool:
         """Whether ``text`` tokens and ``regions`` regions of ``slots`` fit without growing the cache."""
         return slots <= self.slots and text <= self.free_slots and self.regions + regions <= self.capacity
@@ -217,7 +231,7 @@ class Engine:
                 self._params,
                 *self._inputs(self._batch(read, sizes)),
                 self._cache,
-                _pad_bias(self._selection(self), self.regions, self.capacity, sizes["regions"]),
+                _as_budgets(self.selection(sizes["regions"])),
                 np.int32(self.regions),
                 np.int32(write_index),
                 spec=self._spec,
@@ -269,7 +283,7 @@ class Engine:
         state = dataclasses.replace(
             self._state, done=np.arange(self.batch) >= self.rows, index=np.zeros(self.batch, np.int32)
         )
-        selection = _pad_bias(self._selection(self), self.regions, self.capacity)
+        selection = self.selection()
         depth = self._model.config.decoder.depth
         last = np.asarray(sorted(ends) or [-1], np.int32)
         generated = 0
@@ -374,17 +388,17 @@ def _with_token(row: Arrays, token: _Scalar, order: _Scalar, positions: _Scalar)
     }
 
 
-def _pad_bias(selection: Selection, regions: int, capacity: int, more: int = 0) -> Selection:
-    """Pad the bias: its first ``regions`` columns to ``capacity``, the others to ``more``."""
-    if selection.bias is None:
+def _as_budgets(selection: Selection) -> Selection:
+    """Full layers as budgets of every region: to prefill they are nothing else, so they need no program."""
+    if selection.full_layers is None:
         return selection
-
-    def fill(bias: Array, size: int) -> Array:
-        return jnp.pad(bias, ((0, 0), (0, 0), (0, size - bias.shape[2])))
-
-    before, after = selection.bias[..., :regions], selection.bias[..., regions:]
-    bias = jnp.concatenate([fill(before, capacity), fill(after, more)], axis=2)
-    return dataclasses.replace(selection, bias=bias)
+    full, budget = np.asarray(selection.full_layers).reshape(-1, 1, 1), selection.budget
+    if isinstance(budget, Keep):
+        fraction = jnp.asarray(np.where(full, 1, budget.fraction), jnp.float32)
+        budget = Keep(fraction, jnp.asarray(np.where(full, ALL_REGIONS, budget.most), jnp.int32))
+    elif budget is not None:
+        budget = jnp.asarray(np.where(full, ALL_REGIONS, budget), jnp.int32)
+    return dataclasses.replace(selection, budget=budget, full_layers=None)
 
 
 def _padded(sampling: SamplingParams, rows: int) -> SamplingParams:

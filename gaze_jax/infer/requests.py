@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any, Self
 
 import numpy as np
@@ -12,8 +12,9 @@ from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError, renamed
 from gaze_jax.infer.answer import Answer, DecodeOptions, PendingAnswer, Question, decode_answers
 from gaze_jax.infer.engine import Engine
-from gaze_jax.infer.gaze_options import GazeOptions, check, join
+from gaze_jax.infer.gaze_options import Budget, GazeOptions, check, join
 from gaze_jax.infer.programs import free_slots_for
+from gaze_jax.infer.progress import progress_bar
 from gaze_jax.infer.prompt import ProcessedPrompt, user_turn
 from gaze_jax.infer.sampler import Sampler
 from gaze_jax.infer.steer import LookAt
@@ -34,7 +35,7 @@ class Request:
       images, videos: paths of files.
       system, max_tokens, temperature, sample_top_k, top_p, stop, seed: as in ``Sampler.generate``.
       gaze_top_k, gaze_keep, gaze_dense, gaze_full_layers: ``top_k``, ``keep``, ``dense``, ``full_layers`` of
-        :class:`gaze_jax.infer.gaze_options.GazeOptions`.
+        :class:`gaze_jax.infer.gaze_options.GazeOptions`; of ``top_k`` one number or a list.
       look_at: boxes, each "x0,y0,x1,y1" or "x0,y0,x1,y1,frame", in pixels.
 
     Raises:
@@ -52,7 +53,7 @@ class Request:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    gaze_top_k: int | None = None
+    gaze_top_k: int | tuple[int, ...] | None = None
     gaze_keep: float | None = None
     gaze_dense: bool = False
     gaze_full_layers: tuple[int, ...] = ()
@@ -118,14 +119,17 @@ _KINDS = {
     "float | None": "a number or null",
     "tuple[str, ...]": "a list of texts",
     "tuple[int, ...]": "a list of integers",
+    "int | tuple[int, ...] | None": "an integer, a list of integers, or null",
 }
 
 
 def _fits(value: object, kind: str) -> bool:
     if value is None:
         return kind.endswith("| None")
+    if "tuple" in kind and isinstance(value, list):
+        return all(type(v) is (str if "str" in kind else int) for v in value)
     if kind.startswith("tuple"):
-        return isinstance(value, list) and all(type(v) is (str if "str" in kind else int) for v in value)
+        return False
     if "float" in kind:
         return type(value) in (int, float)
     return type(value) is (bool if "bool" in kind else int if "int" in kind else str)
@@ -190,12 +194,12 @@ class _Row:
     images: list[np.ndarray]
     videos: list[Frames]
     prompt: ProcessedPrompt
-    budget: int | float | None
+    budget: Budget | None
 
     @property
-    def kind(self) -> tuple[type, tuple[int, ...]]:
+    def kind(self) -> tuple[bool, tuple[int, ...]]:
         """Only rows with equal values can share a batch."""
-        return type(self.budget), self.request.gaze_full_layers
+        return self.budget is None, self.request.gaze_full_layers
 
 
 def _row(sampler: Sampler, request: Request) -> _Row:
@@ -214,11 +218,12 @@ def answer_all(
     batch_size: int = 8,
     return_trace: bool = False,
     failed: Callable[[Request, str], None] | None = None,
-) -> Iterator[tuple[Request, Answer]]:
+    progress: bool = True,
+) -> Generator[tuple[Request, Answer]]:
     """Answer questions in batches, in order.
 
-    An answer does not depend on what else is in its batch. A new batch starts where the kind of budget (a
-    count, a fraction, dense) or the full layers change.
+    An answer does not depend on what else is in its batch. A new batch starts where attention becomes dense
+    or selective, or the full layers change.
 
     Args:
       sampler: the model.
@@ -227,6 +232,7 @@ def answer_all(
       return_trace: record where each token looked.
       failed: called with each request whose media or prompt are refused, and why; the others are answered.
         None raises it.
+      progress: show a bar on stderr, if that is a terminal.
 
     Yields:
       Each request with its answer.
@@ -237,24 +243,29 @@ def answer_all(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
     waiting: list[_Row] = []
-    for request in requests:
-        try:
-            row = _row(sampler, request)
-        except (UserError, ValueError) as error:
-            if failed is None:
-                raise UserError(f"Question {request.id or request.question!r}: {error}") from error
-            failed(request, str(error))
-            continue
-        if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
-            yield from _answer(sampler, waiting, return_trace)
-            waiting = []
-        waiting.append(row)
-    if waiting:
-        yield from _answer(sampler, waiting, return_trace)
+    total = len(requests) if isinstance(requests, Sized) else None
+    with progress_bar("questions", total, shown=progress) as advance:
+        for request in requests:
+            try:
+                row = _row(sampler, request)
+            except (UserError, ValueError) as error:
+                if failed is None:
+                    raise UserError(f"Question {request.id or request.question!r}: {error}") from error
+                failed(request, str(error))
+                advance(1)
+                continue
+            if waiting and (len(waiting) == batch_size or waiting[0].kind != row.kind):
+                yield from _answer(sampler, waiting, return_trace, advance)
+                waiting = []
+            waiting.append(row)
+        if waiting:
+            yield from _answer(sampler, waiting, return_trace, advance)
 
 
-def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Iterator[tuple[Request, Answer]]:
-    """Answer one batch."""
+def _answer(
+    sampler: Sampler, rows: Sequence[_Row], return_trace: bool, done: Callable[[int], None]
+) -> Iterator[tuple[Request, Answer]]:
+    """Answer one batch; ``done`` takes the number of its questions when all are answered."""
     length = max(row.request.max_tokens for row in rows)
     arrays = [row.prompt.arrays for row in rows]
     sampler.check_memory(arrays, length)
@@ -288,5 +299,6 @@ def _answer(sampler: Sampler, rows: Sequence[_Row], return_trace: bool) -> Itera
     ]
     for _ in decode_answers(sampler, engine, answers, return_trace=return_trace, chunked=True):
         pass
+    done(len(rows))
     for row, answer in zip(rows, answers, strict=True):
         yield row.request, answer.result()

@@ -70,7 +70,7 @@ def trace_of(
     answer: str,
     tokens: Sequence[str],
     model: str,
-    top_k: int | None,
+    top_k: int | tuple[int, ...] | None,
     select_per: str,
     views: Sequence[PlacedView],
     pictures: Sequence[Picture],

@@ -99,7 +99,7 @@ class Trace:
       question, answer: the question and the answer.
       tokens: the T generated tokens as text.
       model: the model's name, for headings.
-      top_k: regions per query, for headings; None for a dense run.
+      top_k: regions per query, for headings, or a tuple of L such numbers; None for a dense run.
       select_per: "head" or "kv_head"; query head h uses selector h // (H // Hs).
       views: the regions of each view and frame.
       pictures: one for each (video, index, frame) of the views.
@@ -125,7 +125,7 @@ class Trace:
     answer: str
     tokens: tuple[str, ...]
     model: str
-    top_k: int | None
+    top_k: int | tuple[int, ...] | None
     select_per: str
     views: tuple[PlacedView, ...]
     pictures: tuple[Picture, ...]
@@ -170,6 +170,15 @@ class Trace:
         chosen = np.zeros((*self.selected.shape[:3], self.regions + 1), bool)
         np.put_along_axis(chosen, self.selected, True, axis=-1)  # -1 is the extra last column, cut off below
         return chosen[..., :-1]
+
+
+def budget_text(trace: Trace, layer: int | None = None) -> str:
+    """Regions per query as a heading has them: of one layer, or of all, "8", or "4 to 8" if they differ."""
+    if not isinstance(trace.top_k, tuple):
+        return str(trace.top_k)
+    counts = trace.top_k if layer is None else (trace.top_k[layer],)
+    least, most = min(counts), max(counts)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def check_layer(trace: Trace, layer: int | None) -> None:
@@ -221,7 +230,8 @@ def _check_shapes(trace: Trace) -> None:
             raise ValueError(f"{text!r} has half a surrogate pair, which UTF-8 cannot store.") from error
     if trace.select_per not in SELECT_PER:
         raise ValueError(f"select_per={trace.select_per!r} must be one of {', '.join(SELECT_PER)}.")
-    if trace.top_k is not None and trace.top_k < 1:
+    counts = trace.top_k if isinstance(trace.top_k, tuple) else (1 if trace.top_k is None else trace.top_k,)
+    if not all(count >= 1 for count in counts):
         raise ValueError(f"top_k={trace.top_k} must be at least 1, or None for a dense run.")
     if trace.dense.ndim != 4 or trace.selected.ndim != 4 or 0 in trace.dense.shape:
         raise ValueError(
@@ -230,6 +240,8 @@ def _check_shapes(trace: Trace) -> None:
         )
     tokens, layers, heads, _ = trace.dense.shape
     selectors, slots = trace.selected.shape[2:]
+    if isinstance(trace.top_k, tuple) and len(trace.top_k) != layers:
+        raise ValueError(f"top_k has {len(trace.top_k)} numbers for {layers} layers; give one for each.")
     if len(trace.tokens) != tokens:
         raise ValueError(f"dense has {tokens} tokens but tokens has {len(trace.tokens)}.")
     if selectors < 1 or heads % selectors or (trace.select_per == "head" and selectors != heads):

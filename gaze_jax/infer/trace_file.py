@@ -18,6 +18,7 @@ from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
 from gaze_jax.infer.trace import Picture, Trace
 from gaze_jax.stored import NEWEST, check_version, upgrade
+from gaze_jax.writing import replacing
 
 FORMAT = "gaze_jax.trace"
 MAX_BYTES = 2 << 30
@@ -59,7 +60,7 @@ _META = {
     "answer": str,
     "tokens": list,
     "model": str,
-    "top_k": int | None,
+    "top_k": int | list | None,
     "select_per": str,
     "shape": dict,
     "views": list,
@@ -120,11 +121,8 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
             f"Trace {os.fspath(path)!r} would hold {held} bytes, more than the limit of {MAX_BYTES}; "
             "trace fewer tokens."
         )
-    try:
-        with open(path, "wb") as file:  # given a path, savez would add .npz to it
-            np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
-    except OSError as error:
-        raise UserError(f"Trace {os.fspath(path)!r} cannot be written ({error.strerror}).") from error
+    with replacing(path, "Trace ") as part, open(part, "wb") as file:  # given a path, savez would add .npz
+        np.savez_compressed(file, meta=np.frombuffer(text, np.uint8), **arrays)
 
 
 def _plain(value: object) -> object:
@@ -191,10 +189,12 @@ def _read(file: zipfile.ZipFile, name: str) -> Trace:
         arrays[array] = arrays[array].astype(np.int32)
     for array in ("attention", "dense"):
         arrays[array] = arrays[array].astype(np.float32)
-    fields: dict[str, Any] = {
-        name: meta[name] for name in ("question", "answer", "model", "top_k", "select_per")
-    } | {array: arrays.get(array) for array in _FIELDS}
+    fields: dict[str, Any] = {name: meta[name] for name in ("question", "answer", "model", "select_per")} | {
+        array: arrays.get(array) for array in _FIELDS
+    }
+    top_k = meta["top_k"]
     return Trace(
+        top_k=tuple(top_k) if isinstance(top_k, list) else top_k,
         tokens=tuple(meta["tokens"]),
         views=_views(meta["views"], arrays["grids"]),
         pictures=_pictures(meta["pictures"], arrays["jpegs"].tobytes()),
@@ -253,6 +253,8 @@ def _read_meta(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> dict[
     _check_fields("meta", {k: v for k, v in meta.items() if k not in ("format", "version")}, _META)
     if not all(isinstance(token, str) for token in meta["tokens"]):
         raise ValueError("tokens must be strings")
+    if isinstance(meta["top_k"], list):
+        _check_numbers("top_k", meta["top_k"], len(meta["top_k"]))
     _check_fields("shape", meta["shape"], dict.fromkeys(_AXES, int))
     _check_numbers("shape", list(meta["shape"].values()), len(_AXES))
     for view in meta["views"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from gaze_jax.core import masks, regions, routing
+from gaze_jax.core.budget import count
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Streams
@@ -302,5 +303,5 @@ def _select(
     scores, seen = region_scores(
         q, keys.descriptors, routed, selection, gaze=gaze, strategy=strategy, layer=layer, oracle=oracle
     )
-    budget = routing.count(selection.budget, routed.visible)
+    budget = count(selection.budget, routed.visible)
     return scores, routing.select_mask(scores, seen, budget, routed.permutation)

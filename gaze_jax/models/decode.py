@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from gaze_jax.core import routing
 from gaze_jax.core.accounting import mask_from_indices
+from gaze_jax.core.budget import count
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.types import Array, NamedArrays
 from gaze_jax.models.attention import RoutedQueries, region_scores
@@ -180,7 +181,7 @@ def _select(
     scores, seen = region_scores(
         q, descriptors, routed, selection, gaze=gaze, strategy=spec.routing, layer=layer, oracle=oracle
     )
-    budget = routing.count(selection.budget, routed.visible)
+    budget = count(selection.budget, routed.visible)
     capacity = descriptors.shape[2] if spec.capacity is None else spec.capacity
     indices = routing.select_indices(scores, seen, budget, capacity, routed.permutation)
     return indices[:, 0], scores[:, 0]

@@ -13,11 +13,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from gaze_jax.corpora.phrases import build_tokenizer
+from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import TrainState, compile_step, init_state, put_batch
+from gaze_jax.writing import full_disk
 
 
 def print_once(text: str) -> None:
@@ -38,6 +40,20 @@ def _sigterm() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _named_if_full(workdir: Path) -> Iterator[None]:
+    """Say which disk is full; Orbax raises its errors with the next save, or at the end."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (reason := full_disk(error)) is None:
+            raise
+        raise UserError(
+            f"{workdir} cannot be written ({reason}); free space and run the same command to go on from its "
+            "newest checkpoint."
+        ) from error
 
 
 def _must_stop(manager: ocp.CheckpointManager, step: int, asked: threading.Event) -> bool:
@@ -86,12 +102,14 @@ def train(experiment: Experiment, workdir: str | Path) -> bool:
       True if all steps are done; False if SIGTERM stopped the run, after saving.
 
     Raises:
-      UserError: the workdir holds a checkpoint of another config, or the loss is not finite.
+      UserError: the workdir holds a checkpoint of another config, its disk is full, or the loss is not
+        finite.
     """
     workdir = Path(workdir)
     mesh = make_mesh(experiment.mesh)
     iterator, fingerprint = make_iterator(experiment)
     with (
+        _named_if_full(workdir),
         contextlib.closing(iterator),  # otherwise its workers outlive the run
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,
         _sigterm() as asked,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gaze_jax.errors import UserError
+from gaze_jax.writing import write_text
 
 FILE = "metrics.jsonl"
 
@@ -26,7 +27,7 @@ def keep_until(path: Path, step: int) -> None:
         if row["step"] > step:
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:

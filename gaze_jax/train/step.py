@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from gaze_jax.core.routing import budget_from_keep
+from gaze_jax.core.budget import budget_from_keep
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import IGNORE, POOL_FIELDS, Streams
 from gaze_jax.models import MLLM, MLLMConfig

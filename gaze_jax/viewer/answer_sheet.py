@@ -10,7 +10,7 @@ from PIL import Image
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
-from gaze_jax.infer.trace import Trace, check_layer
+from gaze_jax.infer.trace import Trace, budget_text, check_layer
 from gaze_jax.viewer.contact_sheet import SheetOptions, contact_sheet
 
 
@@ -148,7 +148,8 @@ def sheet(trace: Trace, *, layer: int | None, views: int, **options: Unpack[Shee
     shown = most_looked_at(trace.views, selected, views)
     titles = [title for view, title in zip(trace.views, titles_of(trace)) if view in shown]
     where = "all layers" if layer is None else f"layer {layer}"
-    titles[0] = f"{trace.question}\n{trace.top_k} of {trace.regions} regions, {where}. {titles[0]}"
+    budget = budget_text(trace, layer)
+    titles[0] = f"{trace.question}\n{budget} of {trace.regions} regions, {where}. {titles[0]}"
     pictures = [trace.picture_of(view).pixels() for view in shown]
     copies = [on_copy(trace, view) for view in shown]
     return view_sheets(pictures, copies, trace.tokens, selected, titles=titles, **options)

@@ -1,9 +1,7 @@
 """Write where an answer looked to a file; the suffix says how."""
 
-import contextlib
 import html
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from gaze_jax.errors import UserError
@@ -13,6 +11,7 @@ from gaze_jax.infer.trace_file import save
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import viewer_page
 from gaze_jax.viewer.video import write_clip
+from gaze_jax.writing import replacing, write_text
 
 SUFFIXES = (".html", ".png", ".mp4", ".gaze")
 VIEWS = 8
@@ -40,22 +39,13 @@ def write_trace(
     if path.suffix == ".gaze":
         save(trace, path)
     elif path.suffix == ".html":
-        with _writing(path):
-            path.write_text(viewer_page(trace, layer=layer), encoding="utf-8", newline="\n")
+        write_text(path, viewer_page(trace, layer=layer))
     elif path.suffix == ".png":
         picture = sheet(trace, layer=layer, views=views)
-        with _writing(path):
-            picture.save(path, format="PNG")
+        with replacing(path) as part:
+            picture.save(part, format="PNG")
     else:
         write_clip(trace, path, layer=layer, views=views)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
 
 
 def frame(trace: Trace) -> str:

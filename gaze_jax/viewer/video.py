@@ -25,6 +25,7 @@ from gaze_jax.viewer.contact_sheet import (
     paste_panel,
     wrapped,
 )
+from gaze_jax.writing import replacing
 
 FPS = 10
 WIDTH = 1280
@@ -82,21 +83,16 @@ def write_clip(
     av = need_av()
     pages = clip_pages(trace, layer=layer, views=views, font=font)
     first = next(pages)
-    try:
-        with av.open(os.fspath(path), "w", format="mp4") as file:
-            stream = file.add_stream("libx264", rate=FPS, options={"crf": "20", "tune": "stillimage"})
-            stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
-            at = 0
-            for page in itertools.chain([first], pages):
-                frame = av.VideoFrame.from_ndarray(np.asarray(page), format="rgb24").reformat(
-                    format="yuv420p"
-                )
-                for _ in range(repeats):
-                    frame.pts, frame.time_base, at = at, Fraction(1, FPS), at + 1
-                    file.mux(stream.encode(frame))
-            file.mux(stream.encode())
-    except OSError as error:
-        raise UserError(f"The clip {os.fspath(path)!r} cannot be written ({error.strerror}).") from error
+    with replacing(path, "The clip ") as part, av.open(os.fspath(part), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=FPS, options={"crf": "20", "tune": "stillimage"})
+        stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
+        at = 0
+        for page in itertools.chain([first], pages):
+            frame = av.VideoFrame.from_ndarray(np.asarray(page), format="rgb24").reformat(format="yuv420p")
+            for _ in range(repeats):
+                frame.pts, frame.time_base, at = at, Fraction(1, FPS), at + 1
+                file.mux(stream.encode(frame))
+        file.mux(stream.encode())
 
 
 def check_seconds(seconds: float) -> int:

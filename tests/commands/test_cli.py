@@ -2,14 +2,17 @@
 
 import errno
 import io
+import logging
 import re
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
+from absl import logging as absl_logging
 
-from gaze_jax.commands import cli
+from gaze_jax.commands import cli, quiet
 from gaze_jax.errors import UserError
 from gaze_jax.infer import compile_cache
 from tests.helpers.commands import finish, refusals, start
@@ -48,6 +51,28 @@ def test_a_full_or_read_only_disk_is_the_users_to_mend(error, cause, match):
     assert status == 2 and match in message and "\n" not in message
 
 
+def test_logs_of_a_full_disk_are_left_out(monkeypatch, capsys):
+    """Of threads and callbacks too; other errors are there."""
+    raised_unseen = []
+    monkeypatch.setattr(quiet, "_filter", None)
+    monkeypatch.setattr(sys, "unraisablehook", raised_unseen.append)
+    handler = absl_logging.get_absl_handler()
+    quiet.leave_out_full_disks()
+    found = quiet._filter
+    try:
+        full = raised(ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']"))
+        closed, other = raised(RuntimeError("Event loop is closed")), raised(RuntimeError("a bug"))
+        for error, shown in ((full, False), (closed, False), (other, True)):
+            record = logging.LogRecord("absl", logging.ERROR, "a.py", 1, "it failed", (), None)
+            assert handler.filter(record)
+            record.exc_info = (type(error), error, error.__traceback__)
+            assert bool(handler.filter(record)) == shown
+            sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+            assert len(raised_unseen) == shown
+    finally:
+        handler.removeFilter(found)
+
+
 @pytest.mark.parametrize(
     ("code", "match"),
     [
@@ -75,7 +100,7 @@ def test_a_long_compilation_is_announced(monkeypatch):
     timer = reporter._timer
     timer.join()
     reporter.listen(compile_cache._COMPILED, 0.0)
-    assert sys.stderr.getvalue() == "compiling (once per size) ... 0 s\n"
+    assert sys.stderr.getvalue() == "compiling (once per size) ...\ncompiled in 0 s\n"
     reporter.listen(compile_cache._TRACED, 0.0)
     reporter.listen(compile_cache._COMPILED, 0.0)
     assert sys.stderr.getvalue().count("compiling") == 1

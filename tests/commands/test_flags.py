@@ -151,6 +151,12 @@ def test_a_former_field_of_a_config_is_refused(override, sentence, capsys):
     [
         (eval, "--gaze_top_ks=1,x", "must be whole numbers with commas between them, such as 1,2,4"),
         (eval, "--gaze_top_ks=-1", "must be whole numbers"),
+        (
+            generate,
+            "--gaze_top_k=8,x",
+            "must be whole numbers with commas between them, such as 8 or 8,8,4,4",
+        ),
+        (generate, "--gaze_top_k=", "must be whole numbers with commas between them, such as 8 or 8,8,4,4"),
         (eval, "--gaze_select_per=group", "must be some of head, kv_head, with commas between them"),
         (eval, "--gaze_descriptors=", "must be some of mean, minmax"),
         (generate, "--gaze_region=3,", "must be whole numbers with commas between them, such as 7,7"),
@@ -174,6 +180,7 @@ def test_lists_are_tuples():
 
 def test_commands_share_names_and_a_process():
     """Each parse is its own; absl's global flags get none of them."""
+    assert parse(generate, "--gaze_top_k=8,8, 4")[0].gaze_top_k == (8, 8, 4)
     values, _ = parse(generate, "--out=a.html", "--gaze_top_k=3")
     again, _ = parse(generate, "--out=b.html")
     assert (values.out, values.gaze_top_k, again.out, again.gaze_top_k) == (["a.html"], 3, ["b.html"], None)

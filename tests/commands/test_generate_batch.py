@@ -12,6 +12,7 @@ from gaze_jax.commands import cli, generate_batch
 from gaze_jax.commands.generate_options import GenerateOptions
 from gaze_jax.errors import UserError
 from gaze_jax.infer.answer import Answer
+from tests.helpers.disks import full_after
 
 CASES = Path(__file__).parents[1] / "fixtures" / "cases" / "jsonl"
 
@@ -21,7 +22,8 @@ def asked(monkeypatch):
     """Stands for the model: repeats the question; what it was asked, and when it was loaded."""
     seen = []
 
-    def answer_all(sampler, requests, *, batch_size, return_trace, failed):
+    def answer_all(sampler, requests, *, batch_size, return_trace, failed, progress):
+        generate_batch.answer_all.progress = progress
         for request in requests:
             if request.question == "Refused later":
                 failed(request, "it has no answer.")
@@ -29,7 +31,11 @@ def asked(monkeypatch):
             if request.question == "Crash":
                 raise UserError("A batch does not fit.")
             seen.append(request.id)
-            yield request, Answer(f"{request.question}!", ("a",), "stop", None, 4, 2)
+            try:
+                yield request, Answer(f"{request.question}!", ("a",), "stop", None, 4, 2)
+            except GeneratorExit:
+                seen.append("closed")
+                raise
 
     monkeypatch.setattr(generate_batch, "make_sampler", lambda options: seen.append("loaded"))
     monkeypatch.setattr(generate_batch, "answer_all", answer_all)
@@ -191,3 +197,40 @@ def test_an_id_that_cannot_name_a_trace_is_refused(asked, tmp_path):
     with pytest.raises(UserError, match="With --traces an id is a file's name"):
         ask(tmp_path / "q.jsonl", tmp_path / "a.jsonl", traces=str(tmp_path / "looked"))
     assert not asked
+
+
+def test_a_full_disk_leaves_whole_lines(asked, tmp_path):
+    """What has no room is not there in part, and --resume asks the rest."""
+    write(tmp_path / "q.jsonl", *({"question": f"{number}?"} for number in range(9)))
+    answers = tmp_path / "a.jsonl"
+    with full_after(500), pytest.raises(UserError, match=r"a.jsonl' cannot be written \(File too large\)"):
+        ask(tmp_path / "q.jsonl", answers)
+    found = [line["answer"] for line in lines(answers)]
+    assert 1 < len(found) < 9 and found == [f"{number}?!" for number in range(len(found))]
+    assert answers.read_text().endswith("}\n")
+    asked.clear()
+    assert ask(tmp_path / "q.jsonl", answers, resume=True) == 0
+    assert asked == ["loaded", *(str(number + 1) for number in range(len(found), 9))]
+    assert len(lines(answers)) == 9
+
+
+def test_an_older_file_stays_if_no_line_has_room(asked, tmp_path):
+    """With and without --resume; nothing lies beside it."""
+    questions = write(tmp_path / "q.jsonl", {"question": "1?"}, {"question": "2?"})
+    answers = write(tmp_path / "a.jsonl", {"id": "1", "question": "1?", "answer": "old"})
+    before = answers.read_text()
+    for resume in (False, True):
+        with full_after(60), pytest.raises(UserError, match=r"a\.jsonl' cannot be written"):
+            ask(questions, answers, resume=resume)
+        assert answers.read_text() == before and sorted(tmp_path.iterdir()) == [answers, questions]
+
+
+def test_a_device_without_room_ends_it(asked, tmp_path):
+    """The generator of answers is closed at once, and a progress bar with it."""
+    questions = write(tmp_path / "q.jsonl", {"question": "1?"}, {"question": "2?"})
+    with pytest.raises(UserError) as error:
+        ask(questions, "/dev/full")
+    assert asked == ["loaded", "1", "closed"]  # the traceback still holds it
+    assert str(error.value) == "'/dev/full' cannot be written (No space left on device)."
+    assert generate_batch.answer_all.progress is False, "it may be the terminal of the bar"
+    assert ask(questions, tmp_path / "a.jsonl") == 0 and generate_batch.answer_all.progress is True

@@ -46,7 +46,7 @@ def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
         f"--image={media / 'photo.jpg'}",
         f"--video={media / 'film.mp4'}",
         "--max_frames=5",
-        "--gaze_top_k=3",
+        "--gaze_top_k=3,2,1",
     ]
     flags += [
         "--question=What is in <image> and in <video>?",
@@ -77,7 +77,8 @@ def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
     assert trace.question == "And what colour?"
     assert len(trace.pictures) == 5, "the photograph, and a frame of each of the four seconds"
     chosen = trace.mask().sum(axis=-1)
-    assert (chosen[:, :2] == 3).all() and (chosen[:, 2] == trace.regions).all(), "the last layer reads all"
+    assert trace.top_k == (3, 2, 1) and (chosen[:, 0] == 3).all() and (chosen[:, 1] == 2).all()
+    assert (chosen[:, 2] == trace.regions).all(), "the last layer reads all"
 
 
 def test_answers_a_file_of_questions(media, tmp_path):
@@ -86,7 +87,8 @@ def test_answers_a_file_of_questions(media, tmp_path):
     photo = str(media / "photo.jpg")
     lines = [
         {"question": "What is this?", "images": [photo]},
-        {"question": "<image> or <image>?", "images": [photo, str(media / "mirror.png")], "id": "two"},
+        {"question": "<image> or <image>?", "images": [photo, str(media / "mirror.png")], "id": "two"}
+        | {"gaze_top_k": [2, 1, 1]},
         {"question": "How long?", "videos": [str(media / "film.mp4")], "gaze_keep": 0.5, "max_tokens": 2},
     ]
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
@@ -100,7 +102,7 @@ def test_answers_a_file_of_questions(media, tmp_path):
     assert [line["id"] for line in found] == ["1", "two", "3"]
     assert [(line["gaze_top_k"], line.get("gaze_keep")) for line in found] == [
         (2, None),
-        (2, None),
+        ([2, 1, 1], None),
         (None, 0.5),
     ]
     assert found[2]["tokens"] <= 2 and all(line["finish_reason"] in ("stop", "length") for line in found)

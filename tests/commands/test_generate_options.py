@@ -132,6 +132,15 @@ def test_a_layer_that_the_model_has_not_is_refused(layer):
         options.check_checkpoint(top_k=1, depth=3, resizes=True)
 
 
+def test_a_budget_for_other_layers_than_the_model_has_is_refused():
+    options = GenerateOptions.of(PHOTO | {"gaze_top_k": (3, 2)})
+    with pytest.raises(
+        UserError, match="--gaze_top_k=3,2 is for 2 layers but the model has 3; give a number"
+    ):
+        options.check_checkpoint(top_k=1, depth=3, resizes=True)
+    options.check_checkpoint(top_k=1, depth=2, resizes=True)
+
+
 def test_options_become_what_the_library_takes():
     given = PHOTO | {"gaze_keep": 0.5, "gaze_full_layers": (1,), "gaze_select_per": "kv_head"}
     given |= {"gaze_region": (3, 3), "offload": True, "temperature": 0.5, "stop": (".",)}

@@ -134,3 +134,22 @@ def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(run, tmp_path):
     for sentence, line in zip(cases, refusals(cases.values()), strict=True):
         assert sentence in line
     assert not (tmp_path / "new").exists()
+
+
+SMALL_FILES = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """For which Orbax has hundreds of lines; no checkpoint has its final name."""
+    flags = [CONFIG, ONE_DEVICE, "--config.steps=6", "--config.checkpoint_every=3", f"--workdir={tmp_path}"]
+    _, err = finish(commands.start("-c", SMALL_FILES, "train.py", *flags), status=2)
+    assert err == (
+        f"train.py: {tmp_path} cannot be written (File too large); free space and run the same command to "
+        "go on from its newest checkpoint.\n"
+    )
+    assert not any(path.name.isdecimal() for path in (tmp_path / "checkpoints").iterdir())

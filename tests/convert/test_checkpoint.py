@@ -22,6 +22,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers import checkpoints
+from tests.helpers.disks import full_after
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +234,25 @@ def test_nothing_is_left_of_a_conversion_that_failed(plan, tmp_path):
     assert jax.tree.leaves(load(tmp_path / "gaze", one_device()).params)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"), checkpoint.new_directory(tmp_path / "x"):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("size", [0, 12_000])
+def test_a_full_disk_is_one_sentence(plan, size, tmp_path):
+    """And nothing is left."""
+    with full_after(size), pytest.raises(UserError) as error:
+        run.write_plan(plan, tmp_path / "gaze")
+    where = tmp_path / "gaze"
+    assert str(error.value) == f"{where} cannot be written (File too large); free space or choose another."
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_of_tensorstore_is_one_sentence(tmp_path):
+    """As it says it, in the middle of a long text; other errors of its are no UserErrors."""
+    text = "RESOURCE_EXHAUSTED: Error writing \"a/0.0\": {} [os_error_code='28'] [tensorstore_spec=...]"
+    with pytest.raises(UserError) as error, checkpoint.new_directory(tmp_path / "x"):
+        raise ValueError(text.format("No space left on device"))
+    assert f"{tmp_path / 'x'} cannot be written (No space left on device); free space" in str(error.value)
+    with pytest.raises(ValueError, match="RESOURCE") as error, checkpoint.new_directory(tmp_path / "x"):
+        raise ValueError(text.format("A bug"))
+    assert not isinstance(error.value, UserError) and not any(tmp_path.iterdir())
 
 
 def test_a_directory_of_another_kind(tmp_path):

@@ -99,6 +99,11 @@ def requested(driver):
     return {event["request"]["url"]: failed.get(event["requestId"]) for event in sent}
 
 
+def numbers(text):
+    """The numbers of percentages and others in a text."""
+    return [float(part.rstrip("%")) for part in text.replace("\u00a0%", "%").split() if part[:1].isdigit()]
+
+
 def wait(condition, seconds=5):
     """Waits until something holds."""
     end = time.monotonic() + seconds

@@ -79,7 +79,7 @@ def _logits(model, params, cache, state, selection):
 
 def logits(engine):
     """float32 [rows, V] logits of the next token; the session does not change."""
-    selection = engine._selection(engine)
+    selection = engine.selection()
     return np.asarray(_logits(engine._model, engine._params, engine._cache, engine._state, selection))[
         : engine.rows
     ]

@@ -53,13 +53,15 @@ def make_trace(
 ):
     """A trace of random numbers; ``selectors`` other than ``heads`` share by group; ``top_k=None`` is dense.
 
-    Every view precedes the question. The last slot of the first token's first selector is unused.
+    A tuple for ``top_k`` has a number for each layer. Every view precedes the question. The last slot of the
+    first token's first selector is unused.
     """
     rng = np.random.default_rng(seed)
     views, pictures = media if media is not None else make_media(rng)
     regions = 1 + max(int(view.regions.max()) for view in views)
     selectors = selectors or heads
-    slots = top_k or 0
+    counts = np.broadcast_to(0 if top_k is None else top_k, layers)
+    slots = int(counts.max())
     count = len(tokens)
     scores = rng.normal(size=(count, layers, selectors, regions)).astype(np.float32)
     selected = np.argsort(-scores, axis=-1)[..., :slots].astype(np.int32)
@@ -68,6 +70,10 @@ def make_trace(
     dense = (each / each.sum(-1, keepdims=True) * 0.7).astype(np.float32)
     per_head = np.repeat(selected, heads // selectors, axis=2)
     attention = np.take_along_axis(dense, per_head, axis=-1)
+    beyond = np.arange(slots) >= counts[:, None, None]
+    unused = np.broadcast_to(beyond, selected.shape)
+    selected[unused], best[unused] = -1, 0
+    attention[np.broadcast_to(beyond, attention.shape)] = 0
     if slots > 1:
         selected[0, 0, 0, -1], best[0, 0, 0, -1] = -1, 0
         attention[0, 0, : heads // selectors, -1] = 0

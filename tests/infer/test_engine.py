@@ -156,6 +156,24 @@ def test_a_row_that_ended_is_silent_and_leaves_nothing():
         np.testing.assert_allclose(logits(engine)[b], at_once(MODEL, PARAMS, chunked, 2), atol=1e-4)
 
 
+def test_a_budget_for_each_layer():
+    """The logits are those of one pass with these budgets; equal ones are one budget, bit for bit."""
+    arrays = row(0, ASK)
+    passes = {
+        budget: at_once(MODEL, PARAMS, arrays, np.reshape(budget, (2, 1, 1))) for budget in ((1, 3), (3, 1))
+    }
+    assert np.abs(np.subtract(*passes.values())).max() > 1e-3, "the layers differ"
+    for budget, expected in passes.items():
+        engine = make_engine(arrays, budgets=[budget])
+        np.testing.assert_allclose(logits(engine)[0], expected, atol=1e-4)
+        found = decode(engine, 4, returns="selection")["selected"][:, :, 0].sum(axis=-1)
+        np.testing.assert_array_equal(found, np.broadcast_to(np.reshape(budget, (2, 1)), found.shape))
+    one, many = (decode(make_engine(arrays, budgets=[b]), 4, returns="trace") for b in (2, (2, 2)))
+    for name in one:
+        np.testing.assert_array_equal(one[name], many[name], err_msg=name)
+    np.testing.assert_array_equal(*(logits(make_engine(arrays, budgets=[b])) for b in (2, (2, 2))))
+
+
 def test_an_answer_that_was_cut_can_go_on():
     """Decoding again without a prefill continues with the last token."""
     chunked = decode(make_engine(row(0, ASK)), 6)["tokens"]

@@ -1,6 +1,7 @@
 """Many questions: batches of unequal samples, files of them, and what is refused."""
 
 import dataclasses
+import io
 import json
 import re
 
@@ -12,9 +13,12 @@ from PIL import Image
 import gaze_jax
 from gaze_jax.errors import UserError
 from gaze_jax.infer import memory
+from gaze_jax.infer.compiles import compiles
+from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
 from gaze_jax.infer.sampler import Sampler
+from gaze_jax.infer.steer import LookAt
 from tests.helpers import multimodal
 
 skimage_data = pytest.importorskip("skimage.data")
@@ -87,6 +91,87 @@ def test_a_batch_says_what_each_would_say_alone(sampler, photos):
     assert record(requests[0], found["a"])["regions"] == found["a"].regions
 
 
+def test_options_share_a_batch_and_its_programs(sampler, photos, monkeypatch):
+    """Counts, fractions, counts per layer and boxes; each answer is that of the question alone."""
+    built = []
+
+    def engine(*arguments, **options):
+        built.append(len(arguments[2]))
+        return Engine(*arguments, **options)
+
+    monkeypatch.setattr("gaze_jax.infer.requests.Engine", engine)
+    file = (str(photos / "wide.png"),)
+    requests = [
+        Request("What?", "a", file, max_tokens=4, gaze_top_k=2),
+        Request("What?", "b", file, max_tokens=4, gaze_keep=0.5, look_at=("0,0,60,60",)),
+        Request("What?", "c", file, max_tokens=4, gaze_top_k=(3, 1, 2)),
+    ]
+    found = [answer for _, answer in answer_all(sampler, requests, return_trace=True)]
+    assert built == [3]
+    for request, answer in zip(requests, found, strict=True):
+        alone = sampler.generate("What?", images=file, gaze=request.gaze, max_tokens=4, return_trace=True)
+        assert answer.tokens == alone.tokens and answer.trace.top_k == alone.trace.top_k
+        np.testing.assert_array_equal(answer.trace.selected, alone.trace.selected)
+    counts = [(answer.trace.selected >= 0).sum(axis=-1).max(axis=(0, 2)).tolist() for answer in found]
+    assert counts == [[2, 2, 2], [2, 2, 2], [3, 1, 2]]
+    assert [(answer.top_k, answer.keep) for answer in found] == [(2, None), (None, 0.5), ((3, 1, 2), None)]
+    assert json.loads(json.dumps(record(requests[2], found[2])))["gaze_top_k"] == [3, 1, 2]
+
+
+class TerminalStream(io.StringIO):
+    """A stderr that a person watches."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_to_a_person(terminal, sampler, photos, monkeypatch):
+    """Answered and refused questions count; others may turn it off, and a file gets nothing."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    good = Request("What?", "a", (str(photos / "wide.png"),), max_tokens=4, gaze_top_k=2)
+    bad = Request("What?", "b", ("none.png",))
+    for shown in (True, False):
+        monkeypatch.setattr("sys.stderr", stderr := TerminalStream() if terminal else io.StringIO())
+        refused = {}
+        found = answer_all(sampler, [bad, good, bad], failed=refused.__setitem__, progress=shown)
+        assert [request.id for request, _ in found] == ["a"] and list(refused) == [bad]
+        if terminal and shown:
+            assert "3/3 questions" in stderr.getvalue() and "\x1b[?25h" in stderr.getvalue()
+        else:
+            assert stderr.getvalue() == ""
+
+
+def test_other_options_compile_nothing(sampler):
+    """One program each of prefill and decoding, one more of decoding with full layers, two that are dense."""
+
+    def ask(**options):
+        before = compiles()
+        sampler.generate("Where?", images=[PHOTO], gaze=GazeOptions(**options), max_tokens=3)
+        return compiles() - before
+
+    box, other = LookAt((0, 0, 20, 20)), LookAt((30, 10, 80, 50), layers=(1,), bias=2.0)
+    first = {"top_k": {"top_k": 2}, "full": {"top_k": 2, "full_layers": (1,)}, "dense": {"dense": True}}
+    needed = {name: ask(**options) for name, options in first.items()}
+    more = [
+        {"top_k": 3},
+        {"top_k": 1, "look_at": (box,)},
+        {"top_k": 2, "look_at": (box, other)},
+        {"keep": 0.4, "look_at": (other,)},
+        {"keep": 0.9},
+        {"top_k": (3, 1, 5)},
+        {"top_k": (1, 2, 4), "look_at": (LookAt((50, 0, 60, 60), bias=-1.0),)},
+        {"top_k": 3, "full_layers": (0, 2)},
+        {"keep": 0.4, "full_layers": (2,), "look_at": (other,)},
+        {"dense": True},
+        {"top_k": 2},
+    ]
+    assert [ask(**options) for options in more] == [0] * len(more)
+    assert needed["full"] <= 1, "full layers are budgets to prefill"
+
+
 def test_questions_come_from_lines_of_json(tmp_path, photos):
     """With defaults for what a line leaves out, and its number for an id."""
     path = tmp_path / "questions.jsonl"
@@ -99,10 +184,11 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
             "temperature": 1,
             "look_at": ["0,0,5,5"],
         },
+        {"question": "Where?", "gaze_top_k": [4, 2, 2]},
         {"question": "Why?", "id": "why", "stop": ["."], "gaze_keep": 0.5, "system": None},
     ]
     path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
-    first, second = read_requests(path, max_tokens=7, system="Be brief.")
+    first, layers, second = read_requests(path, max_tokens=7, system="Be brief.")
     assert (first.id, first.images, first.max_tokens, first.system) == (
         "1",
         (str(tmp_path / "x.png"),),
@@ -110,6 +196,7 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
         "Be brief.",
     )
     assert (first.gaze.top_k, first.sample_top_k, second.sample_top_k) == (2, 50, None)
+    assert layers.gaze.top_k == (4, 2, 2)
     assert first.gaze.look_at[0].box == (0.0, 0.0, 5.0, 5.0)
     assert (second.id, second.stop, second.gaze_keep, second.system) == ("why", (".",), 0.5, None)
     path.write_text("\ufeff" + json.dumps({"question": "one\u2028two\x85"}, ensure_ascii=False) + "\r\n")
@@ -120,7 +207,16 @@ def test_questions_come_from_lines_of_json(tmp_path, photos):
     ("line", "sentence"),
     [
         ('{"question": "a", "topk": 1}', "Line 1 of .* has an unknown field 'topk'; known are question, id"),
-        ('{"question": "a", "gaze_top_k": "1"}', "has gaze_top_k='1', which should be an integer or null"),
+        (
+            '{"question": "a", "gaze_top_k": "1"}',
+            "has gaze_top_k='1', which should be an integer, a list of integers, or null",
+        ),
+        (
+            '{"question": "a", "gaze_top_k": [1, true]}',
+            r"has gaze_top_k=\[1, True\], which should be an integer",
+        ),
+        ('{"question": "a", "gaze_top_k": []}', r"Line 1 of .*: gaze_top_k=\(\) must be a whole number"),
+        ('{"question": "a", "gaze_top_k": [2, 0]}', "Line 1 of .*: gaze_top_k=2,0 must be at least 1"),
         ('{"question": "a", "gaze_top_k": true}', "has gaze_top_k=True, which should be an integer"),
         ('{"question": "a", "images": "x.png"}', "has images='x.png', which should be a list of texts"),
         ('{"question": "a", "gaze_dense": 1}', "has gaze_dense=1, which should be true or false"),
@@ -166,6 +262,10 @@ def test_a_question_that_cannot_be_read_is_named(sampler, photos):
         (
             Request("What?", "q7", (str(photos / "tall.png"),), gaze_top_k=99),
             "Question 'q7': gaze_top_k=99 must be between",
+        ),
+        (
+            Request("What?", "q7", (str(photos / "tall.png"),), gaze_top_k=(1, 2)),
+            "Question 'q7': gaze_top_k=1,2 is for 2 layers but the model has 3",
         ),
         (Request("What?", "q7", gaze_top_k=1, look_at=("0,0,1,1",)), "Question 'q7': Nothing is shown"),
         (

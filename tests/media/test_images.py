@@ -3,11 +3,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from gaze_jax.errors import UserError
 from gaze_jax.media import images
-from gaze_jax.media.images import FORMATS, read_image
+from gaze_jax.media.images import FORMATS, check_image, read_image
 
 LOSSLESS = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 95, "subsampling": 0}}
 
@@ -36,10 +36,20 @@ def png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
+def refusal(read, file):
+    """The message with which a file is refused; None if it is not."""
+    try:
+        read(file)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def refuse(file, match):
     """The error is one sentence that names the file."""
     with pytest.raises(UserError, match=match) as error:
         read_image(file)
+    assert refusal(check_image, file) == str(error.value)
     assert repr(str(file)) in str(error.value)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
@@ -170,3 +180,52 @@ def test_a_photograph_is_turned_the_way_its_camera_was(tmp_path):
     exif[0x0112] = 6  # orientation: to be turned clockwise by 90 degrees
     Image.fromarray(picture()).save(tmp_path / "phone.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "phone.png"), np.rot90(picture(), -1))
+
+
+KINDS = {
+    "JPEG": {"quality": 80},
+    "JPEG progressive": {"progressive": True},
+    "JPEG 4:4:4": {"subsampling": 0},
+    "JPEG CMYK": {},
+    "PNG": {},
+    "PNG LA": {},
+    "WEBP": {"lossless": False},
+    "GIF P": {},
+    "BMP": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_refuses_what_reading_refuses(kind, tmp_path):
+    """Cut at every byte near the end and at some before, or damaged; with the same words."""
+    name, *mode = kind.split()
+    mode = mode[0] if mode and mode[0].isupper() else "RGB"
+    pixels = np.random.default_rng(0).integers(256, size=(40, 56, 3), dtype=np.uint8)
+    file = write(tmp_path / "a", pixels, name, mode, **KINDS[kind])
+    data, rng = file.read_bytes(), np.random.default_rng(1)
+    tried = [data, *(data[:-n] for n in range(1, 30)), *(data[:n] for n in rng.integers(1, len(data), 20))]
+    for _ in range(40):
+        damaged = bytearray(data)
+        for at in rng.integers(len(data), size=3):
+            damaged[at] = rng.integers(256)
+        tried.append(bytes(damaged))
+    found = []
+    for content in tried:
+        file.write_bytes(content)
+        found.append(refusal(read_image, file))
+        assert refusal(check_image, file) == found[-1]
+    assert found[0] is None and sum(message is not None for message in found) > 10
+
+
+def test_the_check_computes_few_pixels(tmp_path, monkeypatch):
+    """Of a JPEG, also of one with fewer than eight pixels a side."""
+    sizes, load = [], ImageFile.ImageFile.load
+
+    def recorded(self):
+        sizes.append(self.size)
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", recorded)
+    for side in (800, 5):
+        check_image(write(tmp_path / "a", picture(side, side), "JPEG"))
+    assert sizes[0] == (100, 100) and sizes[-1] <= (5, 5)

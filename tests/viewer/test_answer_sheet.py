@@ -6,6 +6,7 @@ import pytest
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.errors import UserError
+from gaze_jax.infer.trace import budget_text
 from gaze_jax.viewer.answer_sheet import (
     answer_sheet,
     most_looked_at,
@@ -121,3 +122,13 @@ def test_what_cannot_be_drawn_is_refused():
         sheet(make_trace(), layer=3, views=1)
     with pytest.raises(UserError, match="dense run, which selects nothing"):
         sheet(make_trace(top_k=None), layer=None, views=1)
+
+
+def test_a_sheet_is_headed_by_the_budgets_of_its_layers():
+    """One number, that of the layer, or the range of all."""
+    trace = make_trace(top_k=(1, 3, 2))
+    assert [budget_text(trace, layer) for layer in (None, 0, 1, 2)] == ["1 to 3", "1", "3", "2"]
+    assert budget_text(make_trace(top_k=(2, 2, 2))) == budget_text(make_trace(top_k=2), 1) == "2"
+    other = dataclasses.replace(trace, top_k=(1, 2, 2))
+    assert np.any(sheet(trace, layer=1, views=1) != sheet(other, layer=1, views=1)), "it is in the heading"
+    np.testing.assert_array_equal(sheet(trace, layer=0, views=1), sheet(other, layer=0, views=1))

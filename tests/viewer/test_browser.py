@@ -279,9 +279,12 @@ def test_nothing_is_wider_than_the_window(show, driver, width, trace):
 
 
 def test_what_cannot_be_seen_of_a_token_is_shown(show):
-    """Spaces, line ends, nothing at all and control characters."""
-    page = show(make_trace(tokens=(" a b", "\n", "", "\t\u202e", "c")))
-    assert page.texts("#answer button") == ["·a b", "↵", "∅", "⇥U+202E", "c"]
+    """Spaces, line ends, nothing at all, controls, letters without a shape, and text hidden in tags."""
+    tokens = (" a b", "\n", "", "\t\u202e", "c\U000e0041", "\u3000\u3164", "\u061c", "\ufe0f", "☀\ufe0f")
+    page = show(make_trace(tokens=tokens))
+    assert page.texts("#answer button") == [
+        *("·a b", "↵", "∅", "⇥U+202E", "cU+E0041", "U+3000U+3164", "U+061C", "U+FE0F", "☀\ufe0f")
+    ]
     assert len(page.all("#answer br")) == 1
 
 
@@ -415,13 +418,16 @@ def test_text_has_contrast(show, driver, scheme):
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, text, behind)
 
 
-def test_motion_is_reduced_for_who_prefers_that(show, driver):
-    """The only transition, that of the meter, is off then."""
-    trace = make_trace()
-    lasts = "return getComputedStyle(document.getElementById('fill')).transitionDuration"
-    assert show(trace).js(lasts) == "0s"
+def test_nothing_moves_by_itself(show, driver):
+    """There is no transition or animation, whatever a reader prefers."""
     prefer(driver, prefers_color_scheme="light", prefers_reduced_motion="no-preference")
-    assert show(trace).js(lasts) != "0s"
+    found = show(make_trace()).js("""
+        return [...new Set([...document.querySelectorAll("*")].flatMap((element) => {
+            const style = getComputedStyle(element);
+            return [style.transitionDuration, style.animationName];
+        }))].sort();
+    """)
+    assert found == ["0s", "none"]
 
 
 def test_a_browser_that_is_too_old_is_told(driver, tmp_path):

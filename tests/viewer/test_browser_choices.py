@@ -22,16 +22,12 @@ from tests.helpers.browsing import (
     expected_dense,
     expected_fraction,
     luminance,
+    numbers,
     wait,
 )
 from tests.helpers.traces import grid, make_media, make_trace
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
-
-
-def numbers(text):
-    """The numbers of percentages and others in a text."""
-    return [float(part.rstrip("%")) for part in text.replace("\u00a0%", "%").split() if part[:1].isdigit()]
 
 
 def expected_attention(trace, token, layer, head):

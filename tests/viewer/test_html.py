@@ -114,11 +114,12 @@ def test_data_cannot_leave_its_element():
     assert texts == [HOSTILE] * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"selectors": 2, "top_k": 3}, {"top_k": None}])
+@pytest.mark.parametrize("options", [{}, {"selectors": 2, "top_k": 3}, {"top_k": None}, {"top_k": (1, 3, 2)}])
 def test_a_page_holds_the_numbers_of_its_trace(options):
     """Ids and counts exactly, shares to 1/510 of the query's largest, scores to 1/65534 of the layer's."""
     trace = make_trace(media=make_media(np.random.default_rng(0), views=2, frames=3, slab=2), **options)
     data, arrays = data_of(viewer_page(trace, layer=1))
+    assert data["topK"] == (list(trace.top_k) if isinstance(trace.top_k, tuple) else trace.top_k)
     assert (data["layer"], data["layers"], data["heads"], data["regions"]) == (1, 3, 4, trace.regions)
     for name in ("selected", "entries"):
         np.testing.assert_array_equal(arrays[name], getattr(trace, name).ravel())

@@ -24,7 +24,9 @@ function controlled(ui) {
     state.head = within(state.head, -1, heads - 1);
     state.view = within(state.view, 0, views.length - 1);
     if ("layer" in change) $("opened").hidden = true;
+    $("notice").hidden = true;
     show();
+    if (!$("tip").hidden) pointAgain();
     remember();
   };
 
@@ -43,29 +45,43 @@ function controlled(ui) {
   function recall() {
     const sizes = { token: tokens.length, layer: layers, head: heads, view: views.length };
     const { found, wrong } = fromAddress(location.hash.slice(1), sizes);
-    if (found.map === "difference" && isDense) delete found.map;
-    if ("view" in found) $("follow").checked = false;
     if ("layer" in found) $("opened").hidden = true;
-    Object.assign(state, found);
+    $("follow").checked = !("view" in found);
+    // What an address does not say is as at first, so that one address always shows the same.
+    Object.assign(state, { token: 0, layer: data.layer, head: -1, view: 0, map: "dense" }, found);
     $("notice").textContent = `This page does not have what the address asks for: ${wrong.join("; ")}.`;
     $("notice").hidden = wrong.length === 0;
   }
 
-  for (const target of [$("gaze"), $("dense")]) {
-    target.addEventListener("pointermove", (event) => {
-      const region = regionAt(views[state.view], ...placeIn(event)), listed = state.region === region;
+  let pointAgain = () => {}; // what the pointer rests on has other numbers when something else is chosen
+
+  function pointAt(event) {
+    const place = placeIn(event), { clientX, clientY } = event;
+    pointAgain = () => {
+      const region = regionAt(views[state.view], ...place), listed = state.region === region;
       ui.point(region);
       if (!listed) ui.showTable();
-      const many = chosen(state.head, heads).length;
-      const lines = describedRegion(region, ui.shown.now, state.head, many, ui.isOneLayer(), isDense);
-      hint($("tip"), event, lines);
-    });
-    target.addEventListener("pointerleave", () => {
-      $("tip").hidden = true;
-      ui.point(-1);
-      ui.showTable();
-    });
+      const lines = describedRegion(region, ui.shown.now, data, state.head, ui.isOneLayer(), isDense);
+      hint($("tip"), { clientX, clientY }, lines);
+    };
+    pointAgain();
   }
+
+  function pointAway() {
+    $("tip").hidden = true;
+    if (state.region < 0) return;
+    ui.point(-1);
+    ui.showTable();
+  }
+
+  for (const target of [$("gaze"), $("dense")]) {
+    target.addEventListener("pointermove", pointAt);
+    target.addEventListener("click", pointAt); // a finger does not move
+    target.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") pointAway(); });
+  }
+  document.addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "touch" && !event.target.closest(".picture, #rows")) pointAway();
+  });
   $("rows").addEventListener("pointerover", (event) => {
     ui.point(Number(event.target.closest("tr")?.dataset.region ?? -1));
   });
@@ -73,20 +89,25 @@ function controlled(ui) {
 
   function cellAt(event) {
     const { columns, values } = ui.shown.overview, [x, y] = placeIn(event), rows = values.length / columns;
-    const head = within(Math.floor(x * columns), 0, columns - 1);
+    const column = within(Math.floor(x * columns), 0, columns - 1);
     const layer = within(Math.floor(y * rows), 0, rows - 1);
-    return { layer, head: columns === heads ? head : -1, value: values[layer * columns + head] };
+    return { layer, column, isOfHead: columns === heads };
   }
 
   $("overview").addEventListener("pointermove", (event) => {
-    const { layer, head, value } = cellAt(event);
-    const name = `Layer ${layer}, ${head < 0 ? "all heads" : `head ${head}`}`;
-    hint($("tip"), event, [name, `attention ${percent(value)}`]);
+    const { layer, column, isOfHead } = cellAt(event), { clientX, clientY } = event;
+    pointAgain = () => {
+      const { columns, values } = ui.shown.overview;
+      const name = `Layer ${layer}, ${isOfHead ? `head ${column}` : "all heads"}`;
+      hint($("tip"), { clientX, clientY }, [name, `attention ${percent(values[layer * columns + column])}`]);
+    };
+    pointAgain();
   });
   $("overview").addEventListener("pointerleave", () => { $("tip").hidden = true; });
   $("overview").addEventListener("click", (event) => {
-    const { layer, head } = cellAt(event);
-    ui.go({ layer, head: layer === state.layer && head === state.head ? -1 : head });
+    const { layer, column, isOfHead } = cellAt(event);
+    const again = layer === state.layer && column === state.head;
+    ui.go(isOfHead ? { layer, head: again ? -1 : column } : { layer });
   });
 
   let timer = 0;
@@ -114,14 +135,16 @@ function controlled(ui) {
     paint(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   }
 
-  const compare = () => { if (!isDense) ui.go({ map: state.map === "dense" ? "difference" : "dense" }); };
+  const compare = () => {
+    if (!$("map").options[1].disabled) ui.go({ map: state.map === "dense" ? "difference" : "dense" });
+  };
   const all = (number) => (number < 0 ? "all" : String(number));
   const fileName = () => `gaze-t${state.token}-l${all(state.layer)}-h${all(state.head)}`;
 
   function saveNumbers() {
     const at = [String(state.token), all(state.layer), all(state.head)];
     const titles = ui.homes.map((home) => home.map((view) => view.title).join("; "));
-    const table = numbersOf(ui.shown.now, at, titles, state.layer >= 0, isDense);
+    const table = numbersOf(ui.shown.now, at, titles, ui.isOneLayer(), isDense);
     saved(new Blob([asCsv(table)], { type: "text/csv" }), `${fileName()}.csv`);
   }
 
@@ -129,10 +152,12 @@ function controlled(ui) {
     const where = `layer ${all(state.layer)}, head ${all(state.head)}`;
     const word = `Word ${state.token + 1} of ${tokens.length}: ${spoken(tokens[state.token])}`;
     const lines = [`${data.model}, ${$("budget").textContent}`, `${word}; ${where}; ${views[state.view].title}`];
-    const legend = `${$("least").textContent} to ${$("most").textContent} in a region`;
-    const text = (id) => $(id).textContent;
-    const map = { title: text("map-title"), canvas: $("dense"), note: `${text("dense-note")}; ${legend}` };
-    const gaze = { title: "Gaze", canvas: $("gaze"), note: `${text("gaze-note")}; ${text("clearest")}` };
+    const text = (id) => $(id).textContent, colours = state.map === "dense" ? "" : text("colours");
+    const legend = `${text("least")} to ${text("most")} in a region${colours}`;
+    const scale = `${text("clearest")}; outlined: ${text("outlined")}`;
+    const gaze = { title: "Gaze", canvas: $("gaze"), ramp: $("veil"), note: `${text("gaze-note")}; ${scale}` };
+    const note = `${text("dense-note")}; ${legend}`;
+    const map = { title: text("map-title"), canvas: $("dense"), ramp: $("heat"), note };
     saved(await asPicture(data.question, lines, isDense ? [map] : [gaze, map]), `${fileName()}.png`);
   }
 
@@ -145,8 +170,8 @@ function controlled(ui) {
     "Shift ArrowDown": () => ui.go({ head: state.head + 1 }),
     Home: () => ui.go({ token: 0 }),
     End: () => ui.go({ token: tokens.length - 1 }),
-    ",": () => ui.go({ view: state.view - 1 }),
-    ".": () => ui.go({ view: state.view + 1 }),
+    ",": () => { if (views.length > 1) ui.go({ view: state.view - 1 }); },
+    ".": () => { if (views.length > 1) ui.go({ view: state.view + 1 }); },
     d: compare,
     t: turn,
     "?": () => $("keys").showModal(),
@@ -156,6 +181,14 @@ function controlled(ui) {
   // Words and frames are selected with Enter, because the space bar always starts and stops playing.
   const onChoice = (at) => at.closest("#answer, #strip") !== null;
 
+  // Keys that an element with the focus uses itself.
+  function ownKeys(at) {
+    if (at instanceof HTMLSelectElement) return /^(Arrow(Up|Down)|Home|End|[ d])$/; // letters choose by name
+    if (at.closest("[type=range]")) return /^(Arrow.*|Home|End)$/;
+    if (at.matches(".scroll")) return /^(Arrow.*|Home|End| )$/;
+    return at.closest("summary") ? /^ $/ : null;
+  }
+
   document.addEventListener("keydown", (event) => {
     const at = event.target;
     if (event.ctrlKey || event.altKey || event.metaKey) return;
@@ -163,8 +196,7 @@ function controlled(ui) {
       if (event.key === "?") $("keys").close();
       return;
     }
-    // Selects, sliders and scrolling boxes use these keys themselves, and buttons the space bar.
-    if (at instanceof HTMLSelectElement || at.closest(".scroll, [type=range], summary")) return;
+    if (ownKeys(at)?.test(event.key)) return;
     const button = at instanceof HTMLButtonElement || at instanceof HTMLInputElement;
     if (event.key === " " && button && !onChoice(at)) return;
     const key = event.shiftKey && event.key.startsWith("Arrow") ? `Shift ${event.key}` : event.key;

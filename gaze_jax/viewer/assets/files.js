@@ -17,15 +17,16 @@ function asCsv(rows) {
 }
 
 // A header and a row per region of what was measured. `at` is the token, layer and head; `titles` are those of
-// the views that a region lies in. Scores of several layers have no mean.
+// the views that a region lies in. Scores of several layers have no mean, and what is a mean of the heads does
+// not compare with one head: these cells are empty.
 function numbersOf(now, at, titles, hasScore, isDense) {
   const number = (value) => String(Number(value.toPrecision(6)));
   const columns = isDense ? ["dense"] : ["heads", "score", "attention", "dense", "gaze_minus_dense"];
   const rows = titles.map((title, r) => {
     const score = hasScore && now.share[r] > 0 ? number(now.score[r]) : "";
     const gaze = [number(now.share[r]), score, number(now.attention[r])];
-    const dense = number(now.dense[r]);
-    return [...at, String(r), title, ...(isDense ? [dense] : [...gaze, dense, number(now.difference[r])])];
+    const dense = number(now.dense[r]), difference = now.difference ? number(now.difference[r]) : "";
+    return [...at, String(r), title, ...(isDense ? [dense] : [...gaze, dense, difference])];
   });
   return [["token", "layer", "head", "region", "views", ...columns], ...rows];
 }
@@ -49,7 +50,7 @@ function wrapped(pen, text, width) {
   return lines;
 }
 
-// A heading and lines, and below them the figures {title, canvas, note} side by side.
+// A heading and lines, and below them the figures {title, canvas, ramp, note} side by side.
 function asPicture(heading, lines, figures) {
   const margin = 24, face = "system-ui, sans-serif";
   const width = Math.max(...figures.map(({ canvas: one }) => one.width));
@@ -66,8 +67,9 @@ function asPicture(heading, lines, figures) {
     ...lines.flatMap((line) => set(`15px ${face}`, line, whole - 2 * margin)),
   ];
   const notes = figures.map(({ title, note }) => set(`14px ${face}`, `${title}: ${note}`, across));
+  const ramp = 20; // the height of the scales
   const top = margin + above.length * 28 + 8;
-  const made = canvas(whole, top + down + 22 * Math.max(...notes.map((note) => note.length)) + margin);
+  const made = canvas(whole, top + down + ramp + 22 * Math.max(...notes.map((note) => note.length)) + margin);
   const pen = made.getContext("2d");
   pen.fillStyle = "#fafaf7";
   pen.fillRect(0, 0, made.width, made.height);
@@ -77,11 +79,12 @@ function asPicture(heading, lines, figures) {
     pen.fillText(line, x, y);
   };
   above.forEach((text, i) => write(text, margin, margin + 18 + 28 * i));
-  figures.forEach(({ canvas: one }, i) => {
+  figures.forEach(({ canvas: one, ramp: scaleOfOne }, i) => {
     const left = margin + i * (across + margin);
     pen.imageSmoothingEnabled = scale === 1;
     pen.drawImage(one, left, top, across, down);
-    notes[i].forEach((text, k) => write(text, left, top + down + 20 + 22 * k));
+    pen.drawImage(scaleOfOne, left, top + down + 10);
+    notes[i].forEach((text, k) => write(text, left, top + down + ramp + 20 + 22 * k));
   });
   return new Promise((resolve) => { made.toBlob(resolve, "image/png"); });
 }

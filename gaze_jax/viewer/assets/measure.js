@@ -74,8 +74,12 @@ function measured(page, state) {
     share[r] /= queries;
     attention[r] /= queries;
   }
-  return { share, attention, score, dense, difference: attention.map((part, r) => part - dense[r]) };
+  const difference = isComparable(page, state) ? attention.map((part, r) => part - dense[r]) : null;
+  return { share, attention, score, dense, difference };
 }
+
+// Whether attention and dense attention are of the same heads: a large page holds the latter as a mean.
+const isComparable = ({ data }, { head }) => data.slots > 0 && (data.denseHeads === data.heads || head < 0);
 
 // Visual, newline, context and text keys per query, means over the chosen layers. The visual keys are those
 // of the chosen head, if there is one and the trace tells them; else a mean over the heads.
@@ -83,16 +87,15 @@ function entriesOf(page, state) {
   const { data, numbers } = page, some = chosen(state.layer, data.layers), mean = [0, 0, 0, 0];
   for (const layer of some) {
     const from = (state.token * data.layers + layer) * 4;
-    for (let kind = 0; kind < 4; kind++) mean[kind] += numbers.entries[from + kind] / some.length;
+    for (let kind = 0; kind < 4; kind++) mean[kind] += numbers.entries[from + kind];
   }
-  if (!countsHeads(page) || state.head < 0) return mean;
-  mean[0] = 0;
-  for (const layer of some) {
-    eachSelected(page, state.token, layer, state.head, (region) => {
-      mean[0] += numbers.regionKeys[region] / some.length;
-    });
+  if (countsHeads(page) && state.head >= 0) {
+    mean[0] = 0;
+    for (const layer of some) {
+      eachSelected(page, state.token, layer, state.head, (region) => { mean[0] += numbers.regionKeys[region]; });
+    }
   }
-  return mean;
+  return mean.map((sum) => sum / some.length);
 }
 
 const countsHeads = ({ data, numbers }) => data.slots > 0 && numbers.regionKeys !== undefined;

@@ -4,15 +4,23 @@
 
 const LONGEST_WORD = 16; // letters that fit the width of a phone in any font
 
-const percent = (share) => `${(100 * share).toFixed(share && Math.abs(share) < 0.0995 ? 1 : 0)}\u00a0%`;
+// Small shares have a decimal, and those that would round to all of it.
+const percent = (share) => {
+  const fine = (share && Math.abs(share) < 0.0995) || (share >= 0.995 && share < 0.9995);
+  return `${(100 * share).toFixed(fine ? 1 : 0)}\u00a0%`;
+};
 const signed = (share) => {
   const text = percent(Math.abs(share));
   return /[1-9]/.test(text) ? (share > 0 ? "+" : "−") + text : text;
 };
-const count = (number) => (Number.isInteger(number) ? String(number) : number.toFixed(1));
+const decimal = (number, digits) => number.toFixed(digits).replace("-", "−");
+const count = (number) => decimal(number, Math.abs(number - Math.round(number)) < 1e-3 ? 0 : 1);
 const counted = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
 
-const INVISIBLE = /[\u0000-\u001f\u007f-\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/;
+// Controls, formats, spaces other than U+0020, and letters without a shape. A variation selector is invisible
+// only if nothing stands before it.
+const INVISIBLE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Zs}\u034f\u115f\u1160\u3164\uffa0]/u;
+const SELECTOR = /[\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/u;
 
 const JOINED = /^(\p{P}|[^\s\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}])/u;
 
@@ -27,7 +35,7 @@ function visible(element, token) {
     if (letter === "\n") mark("↵");
     else if (letter === " ") mark(first ? "·" : " ");
     else if (letter === "\t") mark("⇥");
-    else if (INVISIBLE.test(letter)) mark(`U+${hexadecimal(letter)}`);
+    else if (INVISIBLE.test(letter) || (first && SELECTOR.test(letter))) mark(`U+${hexadecimal(letter)}`);
     else element.append(letter);
     first = false;
   }
@@ -77,22 +85,26 @@ function promptParts(prompt, views) {
 // What the ends of the veil mean, and what the outline means. The clearest region is the one that most heads
 // selected; `clearest` is their fraction.
 function scaleOf(clearest, head, isOneLayer) {
-  const who = isOneLayer ? "heads" : "heads and layers";
+  const who = head >= 0 ? "layers" : isOneLayer ? "heads" : "heads and layers";
+  const one = head >= 0 ? "layer" : "head";
+  if (clearest === 0) return ["nothing was selected", "selected"];
   if (clearest !== 1) {
-    return [`selected by no head … by ${percent(clearest)} of the ${who}, the most`, "by at least half as many"];
+    return [`selected by no ${one} … by ${percent(clearest)} of the ${who}, the most`, "by at least half as many"];
   }
   if (head >= 0 && isOneLayer) return ["not selected … selected", "selected"];
-  return [`selected by no head … by all ${who}`, `by at least half of the ${who}`];
+  return [`selected by no ${one} … by all ${who}`, `by at least half of the ${who}`];
 }
 
-// What was measured of a region, in lines; `count` heads were chosen.
-function describedRegion(region, now, head, count, isOneLayer, isDense) {
+// What was measured of a region, in lines.
+function describedRegion(region, now, { layers, heads, denseHeads }, head, isOneLayer, isDense) {
   const share = now.share[region];
-  let by = ` by ${percent(share)} of the ${isOneLayer ? "heads" : "heads and layers"}`;
-  if (isOneLayer) by = head >= 0 ? ` by head ${head}` : ` by ${Math.round(share * count)} of ${counted(count, "head")}`;
-  const score = isOneLayer && share ? [`score ${now.score[region].toFixed(2)}`] : [];
+  let by = ` by ${percent(share)} of the heads and layers`;
+  if (isOneLayer) by = head >= 0 ? ` by head ${head}` : ` by ${Math.round(share * heads)} of ${counted(heads, "head")}`;
+  else if (head >= 0) by = ` by head ${head} in ${Math.round(share * layers)} of ${counted(layers, "layer")}`;
+  const score = isOneLayer && share ? [`score ${decimal(now.score[region], 2)}`] : [];
+  const mean = denseHeads === heads || head < 0 ? "" : ", mean of the heads";
   const gaze = [share ? `selected${by}` : "not selected", ...score, `attention ${percent(now.attention[region])}`];
-  return [`Region ${region}`, ...(isDense ? [] : gaze), `dense attention ${percent(now.dense[region])}`];
+  return [`Region ${region}`, ...(isDense ? [] : gaze), `dense attention ${percent(now.dense[region])}${mean}`];
 }
 
 // --- The address: what is shown, after "#" ---

@@ -101,13 +101,18 @@ async function filled() {
     document.title = `Gaze: ${data.question}`;
     $("question").textContent = data.question;
     $("model").textContent = data.model;
+    const budget = Array.isArray(data.topK) ? [...new Set(data.topK)].sort((a, b) => a - b) : [data.topK];
+    const often = budget.length > 1 ? `${budget[0]} to ${budget.at(-1)}` : budget[0];
     $("budget").textContent = isDense ? "dense" :
-      `${data.topK} of ${regions} regions per query, chosen per ${data.selectPer === "kv_head" ? "kv head" : "head"}`;
+      `${often} of ${regions} regions per query, chosen per ${data.selectPer === "kv_head" ? "kv head" : "head"}`;
     $("stage").classList.toggle("alone", isDense);
     for (const part of document.querySelectorAll(".gaze, #gaze-figure, #gaze-bar, #map-label")) part.hidden = isDense;
     for (const id of ["strip", "bars", "of-view"]) $(id).hidden = views.length === 1;
     for (const part of document.querySelectorAll("th.in, #keys .views")) part.hidden = views.length === 1;
     $("mean-note").hidden = denseHeads === heads;
+    $("chooser").hidden = layers === 1 && heads === 1;
+    // A page in a notebook's frame has no address of its own.
+    $("address-note").hidden = location.protocol === "about:";
     $("probability-note").hidden = $("probability").hidden = !numbers.probabilities;
     fillPrompt();
   }
@@ -134,6 +139,7 @@ async function filled() {
       `${signed(total(now.difference))} of attention${here(got - would)}`;
     $("dense-note").textContent = note + mean;
     $("least").textContent = isMap ? "0" : signed(-most);
+    $("colours").hidden = isMap;
     $("most").textContent = isMap ? percent(most) : signed(most);
     if (!isDense) {
       drawGaze($("gaze"), view, picture, (r) => now.share[r] / (clearest || 1));
@@ -214,17 +220,19 @@ async function filled() {
   const homeOf = ([first, ...more]) => (more.length ? `${first.short} to ${more.at(-1).short}` : first?.short ?? "");
 
   function showTable() {
-    const { now } = ui.shown, one = state.layer >= 0, by = isDense ? now.dense : now.attention;
+    const { now } = ui.shown, one = isOneLayer(), by = isDense ? now.dense : now.attention;
     const ranked = [...by.keys()].filter((r) => by[r] > 0).sort((a, b) => by[b] - by[a]).slice(0, ROWS);
     if (state.region >= 0 && !ranked.includes(state.region)) ranked.push(state.region);
     document.querySelector("th.score").hidden = isDense || !one;
+    $("dense-head").textContent = denseHeads === heads || state.head < 0 ? "Dense" : "Dense (mean of heads)";
     const focused = document.activeElement?.closest("#rows button")?.textContent;
+    $("nothing").hidden = ranked.length > 0;
     $("rows").replaceChildren(...ranked.map((r) => {
       const row = document.createElement("tr"), cell = document.createElement("td");
       const button = labelled("button", "region", String(r));
-      const score = one ? [now.share[r] > 0 ? now.score[r].toFixed(2) : ""] : [];
+      const score = one ? [now.share[r] > 0 ? decimal(now.score[r], 2) : ""] : [];
       const gaze = isDense ? [] : [percent(now.share[r]), ...score, percent(now.attention[r])];
-      const difference = isDense ? [] : [signed(now.difference[r])];
+      const difference = isDense ? [] : [now.difference ? signed(now.difference[r]) : ""];
       button.type = "button";
       button.addEventListener("click", () => {
         if (homes[r].length && !homes[r].includes(views[state.view])) ui.go({ view: views.indexOf(homes[r][0]) });
@@ -263,12 +271,15 @@ async function filled() {
     drawOverview($("overview"), overview, state.layer, state.head, most);
     ui.shown.overview = overview;
     const what = isDense ? "all regions" : "what it selected";
-    $("overview-note").textContent = `Dark to light: 0 to ${percent(most)} of a head’s attention on ${what}. ` +
-      "Click to choose, again for all heads.";
+    const whose = overview.columns === heads ? "a head’s attention" : "attention, mean of the heads,";
+    const how = overview.columns === heads ? "Click to choose, again for all heads." : "Click to choose a layer.";
+    $("overview-note").textContent = `Dark to light: 0 to ${percent(most)} of ${whose} on ${what}. ${how}`;
     $("overview").setAttribute("aria-label", `Attention of ${layers} layers and ${overview.columns} heads on ${what}`);
   }
 
   function measure() {
+    if (!isComparable(page, state)) state.map = "dense";
+    $("map").options[1].disabled = !isComparable(page, state);
     const now = measured(page, state), mostDense = largest(now.dense);
     const most = state.map === "dense" ? mostDense : largest(now.difference.map(Math.abs));
     const clearest = largest(now.share);
@@ -289,6 +300,9 @@ async function filled() {
     });
     reveal($("answer"), words[state.token]);
     const likely = numbers.probabilities?.[state.token];
+    // Not disabled: that would take the focus and its keys away.
+    $("back").setAttribute("aria-disabled", String(state.token === 0));
+    $("next").setAttribute("aria-disabled", String(state.token === tokens.length - 1));
     $("place").textContent = `${state.token + 1} of ${tokens.length}`;
     $("probability").textContent = likely === undefined ? "" : `probability ${percent(likely)}`;
     for (const name of ["layer", "head", "map"]) $(name).value = String(state[name]);

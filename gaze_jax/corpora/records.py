@@ -220,12 +220,12 @@ def _cut(fields: Mapping[str, object], name: str) -> Cut:
         value = fields.get(key)
         if value is None or value != value:  # a NaN is a missing cell of a table
             continue
-        whole = key.endswith("frame")
+        of_frame = key.endswith("frame")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise UserError(f"{name} has {key}={value!r}; give a number, 0 or more.")
-        if whole and value != int(value):
+        if of_frame and value != int(value):
             raise UserError(f"{name} has {key}={value!r}; give the whole number of a frame.")
-        found[key] = int(value) if whole else float(value)
+        found[key] = int(value) if of_frame else float(value)
     seconds, frames = {"start", "end"} & set(found), {"start_frame", "end_frame"} & set(found)
     if seconds and frames:
         raise UserError(f"{name} has {' and '.join(sorted(found))}; give seconds or frames, not both.")

@@ -114,11 +114,11 @@ def sample_indices(frames: int, fps: float, sampling: FrameSampling) -> np.ndarr
     if frames < 1 or not fps > 0:
         raise ValueError(f"frames={frames} and fps={fps} must be positive.")
     first, last, stop = int((sampling.start or 0.0) * fps), frames - 1, frames
-    begin = f"start={sampling.start}"
+    first_name = f"start={sampling.start}"
     if sampling.start_frame is not None:
-        first, begin = sampling.start_frame, f"start_frame={sampling.start_frame}"
+        first, first_name = sampling.start_frame, f"start_frame={sampling.start_frame}"
     if first > last:
-        raise UserError(f"{begin} is after its end: it has {frames} frames, {frames / fps:g} seconds.")
+        raise UserError(f"{first_name} is after its end: it has {frames} frames, {frames / fps:g} seconds.")
     if sampling.end is not None:
         last = min(last, int(sampling.end * fps))
         stop = min(stop, max(int(sampling.end * fps), first + 1))

@@ -69,16 +69,16 @@ def test_a_resting_pointer_tells_of_the_word_that_is_shown(show):
     wait(lambda: page.texts("#tip p")[:1] == ["Region 0"])
     for token in (1, 2):
         page.press("ArrowRight")
-        share = 100 * trace.dense[token, 1, :, 0].mean()
-        assert numbers(page.texts("#tip p")[-1])[0] == pytest.approx(share, abs=0.51)
+        fraction = 100 * trace.dense[token, 1, :, 0].mean()
+        assert numbers(page.texts("#tip p")[-1])[0] == pytest.approx(fraction, abs=0.51)
     page.press(".")
     region = int(trace.views[1].regions[0, 0])
     assert page.texts("#tip p")[0] == f"Region {region}" and page.texts("tr.lit .region") == [str(region)]
     page.hover("#overview", 0.1, 0.1)
     wait(lambda: page.text("#tip").startswith("Layer 0, head 0"))
     page.press("ArrowRight")
-    share = 100 * trace.attention[3, 0, 0].sum()
-    assert numbers(page.texts("#tip p")[1])[0] == pytest.approx(share, abs=0.51)
+    fraction = 100 * trace.attention[3, 0, 0].sum()
+    assert numbers(page.texts("#tip p")[1])[0] == pytest.approx(fraction, abs=0.51)
 
 
 @pytest.mark.parametrize("focus", ["#layer", "#opacity", "#rows .region", "#prompt summary", ".scroll"])
@@ -101,7 +101,7 @@ def test_a_touch_tells_about_a_region(show, driver):
     try:
         page = show(make_trace(), layer=1)
 
-        def tap(selector, x, y):
+        def touch(selector, x, y):
             page.js("document.querySelector(arguments[0]).scrollIntoView({ block: 'center' })", selector)
             at = box(page, selector)
             point = {"x": at["left"] + x * at["width"], "y": at["top"] + y * at["height"]}
@@ -109,10 +109,10 @@ def test_a_touch_tells_about_a_region(show, driver):
             driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
         for x, region in ((0.1, 0), (0.9, 1)):
-            tap("#gaze", x, 0.1)
+            touch("#gaze", x, 0.1)
             wait(lambda region=region: page.texts("#tip p")[:1] == [f"Region {region}"])
             assert page.find("#tip").is_displayed() and page.texts("tr.lit .region") == [str(region)]
-        tap("h1", 0.1, 0.5)
+        touch("h1", 0.1, 0.5)
         wait(lambda: not page.find("#tip").is_displayed())
         assert page.all("tr.lit") == []
     finally:

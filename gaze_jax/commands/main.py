@@ -1,4 +1,4 @@
-"""Gaze Attention multimodal models: train, evaluate, ask, convert and view.
+"""Gaze Attention multimodal models: train, evaluate, ask, convert, view, and prepare data.
 
 gaze-jax COMMAND [--FLAG=VALUE ...]
 """
@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "evaluate a run, or compare a checkpoint with dense attention",
     "generate": "ask a model about images and videos",
     "convert": "convert checkpoints between Hugging Face directories and gaze_jax",
+    "data": "prepare a corpus for training",
     "view": "draw where a model looked, from its gaze traces",
 }
 """Name of a command, which is a module of this package with a function ``run`` -> what it does."""

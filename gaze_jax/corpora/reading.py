@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gaze_jax.corpora.array_records import FILE, SUFFIX, open_array_records
 from gaze_jax.corpora.folders import open_folder
 from gaze_jax.corpora.json_files import open_json
 from gaze_jax.corpora.parquet import open_parquet
@@ -54,6 +55,7 @@ def open_corpus(path: str | os.PathLike[str], *, media: Sequence[str] = (), prom
     * A webdataset tar.
     * A pattern such as ``shards/*.tar``, or a folder with such files: all of them, in order of their names.
     * A folder of images and videos with a caption file each.
+    * A folder that ``gaze-jax data prepare`` wrote.
 
     Args:
       path: the file, pattern or folder.
@@ -65,7 +67,12 @@ def open_corpus(path: str | os.PathLike[str], *, media: Sequence[str] = (), prom
     """
     name = os.fspath(path)
     if os.path.isdir(name):
-        files = sorted(entry for entry in os.listdir(name) if entry.lower().endswith(_SHARDS))
+        entries = os.listdir(name)
+        if FILE in entries or any(entry.endswith(SUFFIX) for entry in entries):
+            if media:
+                raise UserError(f"{name} is prepared and holds its media itself; leave the media root out.")
+            return open_array_records(name)
+        files = sorted(entry for entry in entries if entry.lower().endswith(_SHARDS))
         if not files:
             return open_folder(name, prompt=prompt)
         return _opened([os.path.join(name, file) for file in files], media, prompt)

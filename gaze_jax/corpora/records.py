@@ -16,9 +16,9 @@ import numpy as np
 from gaze_jax.chat.messages import Message, from_llava
 from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
-from gaze_jax.media.images import decode_image, read_image
+from gaze_jax.media.images import check_image, check_image_data, decode_image, read_image
 from gaze_jax.media.probe import is_url
-from gaze_jax.media.video import FrameSampling, decode_video, open_video
+from gaze_jax.media.video import FrameSampling, decode_video, open_frames, open_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Medium:
       path: the file or folder, or the file that holds it; "" if ``data`` is given.
       offset, size: the part of the file that it is; ``size`` is None for all of it.
       data: its content, if it is no part of a file.
+      frames: the contents of the files of a folder of frames, in order.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Medium:
     offset: int = 0
     size: int | None = None
     data: bytes | None = None
+    frames: tuple[bytes, ...] = ()
 
     def content(self) -> bytes | None:
         """The bytes of a medium that is no file of its own; None if it is one.
@@ -65,12 +67,26 @@ class Medium:
         data = self.content()
         return read_image(self.path) if data is None else decode_image(data, self.name)
 
+    def check(self) -> None:
+        """Refuse an image that :meth:`image` would refuse, in less time.
+
+        Raises:
+          UserError: as :func:`gaze_jax.media.images.check_image`.
+        """
+        data = self.content()
+        if data is None:
+            check_image(self.path)
+        else:
+            check_image_data(data, self.name)
+
     def video(self, sampling: FrameSampling) -> Frames:
         """Open it, sampled.
 
         Raises:
           UserError: as :func:`gaze_jax.media.video.open_video`.
         """
+        if self.frames:
+            return open_frames(self.frames, sampling, self.name)
         data = self.content()
         if data is None:
             return open_video(self.path, sampling)

@@ -113,6 +113,14 @@ def _load_small(image: PIL.Image.Image) -> None:
     image.load()
 
 
+def check_image_data(data: bytes, name: str) -> None:
+    """:func:`check_image` of a file's content; ``name`` names it in messages."""
+    if not data:
+        raise UserError(f"Image {name!r} is empty (0 bytes).")
+    with reading_pictures(name, "Image", data[:HEAD]):
+        _decode(io.BytesIO(data), name, _load_small)
+
+
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """:func:`read_image` of a file's content; ``name`` names it in messages."""
     if not data:

@@ -16,14 +16,14 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from gaze_jax.errors import UserError
 from gaze_jax.media.container import open_container
-from gaze_jax.media.images import open_picture, read_image, reading_pictures, upright_rgb
+from gaze_jax.media.images import decode_image, open_picture, read_image, reading_pictures, upright_rgb
 from gaze_jax.media.probe import (
     VIDEO_FORMATS,
     animation_delays,
@@ -212,7 +212,10 @@ def open_video(path: str | os.PathLike[str], sampling: FrameSampling, *, frames_
         installed. One sentence that names the file.
     """
     name = os.fspath(path)
-    source = _source(name, frames_fps)
+    return _clip(name, _source(name, frames_fps), sampling)
+
+
+def _clip(name: str, source: Source, sampling: FrameSampling) -> Clip:
     try:
         indices = sample_indices(len(source.times), source.fps, sampling)
     except UserError as error:
@@ -277,9 +280,44 @@ class Folder:
             yield read_image(self.files[index])
 
 
-def _open_folder(name: str, fps: float) -> Folder:
-    if not 0 < fps < math.inf:
-        raise UserError(f"Video {name!r} is a folder, whose frames_fps={fps} must be a positive number.")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images as frames; ``contents`` are those of their files in order, ``size`` is the size of the first."""
+
+    name: str
+    contents: tuple[bytes, ...]
+    size: tuple[int, int]
+    fps: float
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 [N]: when each frame is shown, in seconds after the first."""
+        return np.arange(len(self.contents)) / self.fps
+
+    def read(self, wanted: np.ndarray) -> Iterator[np.ndarray]:
+        """Decode the ``wanted`` frames: uint8 [height, width, 3] each."""
+        for index in wanted:
+            yield decode_image(self.contents[index], f"{self.name}, frame {index}")
+
+
+def open_frames(
+    contents: Sequence[bytes], sampling: FrameSampling, name: str, *, frames_fps: float = 1.0
+) -> Clip:
+    """:func:`open_video` of a folder of frames, given as the contents of its files.
+
+    ``name`` names it in messages.
+    """
+    first = decode_image(contents[0], f"{name}, frame 0")
+    source = Pictures(name, tuple(contents), (first.shape[0], first.shape[1]), frames_fps)
+    return _clip(name, source, sampling)
+
+
+def frame_files(name: str) -> tuple[str, ...]:
+    """The frames in a folder, in natural order.
+
+    Raises:
+      UserError: there is none, or something that is no image.
+    """
     names = [entry for entry in os.listdir(name) if not entry.startswith(".")]
     if not names:
         raise UserError(f"Video {name!r} is a folder without images; give a folder of frames.")
@@ -288,7 +326,13 @@ def _open_folder(name: str, fps: float) -> Folder:
             raise UserError(
                 f"Video {name!r} is a folder that contains {entry!r}, which is no image; keep only frames."
             )
-    files = tuple(os.path.join(name, entry) for entry in sorted(names, key=natural))
+    return tuple(os.path.join(name, entry) for entry in sorted(names, key=natural))
+
+
+def _open_folder(name: str, fps: float) -> Folder:
+    if not 0 < fps < math.inf:
+        raise UserError(f"Video {name!r} is a folder, whose frames_fps={fps} must be a positive number.")
+    files = frame_files(name)
     height, width = read_image(files[0]).shape[:2]
     return Folder(files, (height, width), fps)
 

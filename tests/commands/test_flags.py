@@ -6,14 +6,21 @@ import sys
 import pytest
 from absl import flags as absl_flags
 
-from gaze_jax.commands import cli, convert, eval, flags, generate, train, view
+from gaze_jax.commands import cli, convert, data, eval, flags, generate, train, view
 from gaze_jax.core.layout import NEWLINES
 from gaze_jax.core.regions import DESCRIPTORS
 from gaze_jax.models.config import PARAM_DTYPES
 from pallas_kernels.spec import SELECT_PER
 from tests.helpers.commands import ROOT, finish, start
 
-COMMANDS = {"train": train, "eval": eval, "generate": generate, "convert": convert, "view": view}
+COMMANDS = {
+    "train": train,
+    "eval": eval,
+    "generate": generate,
+    "convert": convert,
+    "view": view,
+    "data": data,
+}
 
 
 def parse(command, *argv):

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image as Pillow
 
 from gaze_jax.corpora import index, json_files, tars
+from gaze_jax.corpora.prepare import prepare
 from gaze_jax.corpora.reading import PROMPT, open_corpus
 from gaze_jax.corpora.records import Cut, each, relative
 from gaze_jax.data.sample import Image, Video
@@ -134,7 +135,14 @@ def elsewhere(folder):
     return folder / "all.jsonl", (str(folder / "media"),)
 
 
+def as_shards(folder):
+    folder.mkdir()
+    prepare(open_corpus(as_lines(folder / "lines")[0]), str(folder / "shards"), shards=3)
+    return folder / "shards", ()
+
+
 CONTAINERS = (
+    as_shards,
     as_lines,
     as_windows_lines,
     as_list,

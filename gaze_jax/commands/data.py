@@ -1,0 +1,66 @@
+"""Prepare a corpus for training: records and media in ArrayRecord shards, each checked once.
+
+gaze-jax data prepare llava_v1_5_mix665k.json --media=/data/llava --out=/data/mix665k
+    reads LLaVA's JSON, JSON Lines, parquet, webdataset tars, or a folder of captioned media (docs/data.md);
+    the same command again goes on where it stopped
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+from gaze_jax.commands import cli
+from gaze_jax.commands.flags import Flags, Values
+from gaze_jax.errors import UserError
+
+VERBS = ("prepare",)
+
+
+def define_flags(flags: Flags) -> None:
+    """What is read, and where it is written."""
+    flags.group("What is read")
+    flags.strings("media", "Folder, or plain tar, that the media of a JSON corpus are in.", "PATH")
+    flags.string("prompt", "Describe this picture.", "What is asked of a medium that has a caption.")
+    flags.group("What is written")
+    flags.string("out", None, "New folder for the shards.", "FOLDER")
+    flags.integer("shards", None, "Number of shards; default: one for every 10,000 records.")
+    flags.integer("workers", 1, "Processes that read and write.")
+    flags.choice("bad", "error", ("error", "skip"), "Whether a record that cannot be read ends the run.")
+
+
+def main(values: Values, arguments: Sequence[str]) -> None:
+    """Do what the first argument says."""
+    verb, *sources = arguments or ("",)
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"give {' or '.join(VERBS)}."
+        raise UserError(f"{verb!r} is nothing that can be done with data; {hint}")
+    if len(sources) != 1:
+        raise UserError(
+            f"Give one corpus to prepare, not {len(sources)}: a file, a folder or a pattern in quotes."
+        )
+    if values.out is None:
+        raise UserError("Give --out, a new folder for the shards.")
+    from gaze_jax.corpora.prepare import prepare
+    from gaze_jax.corpora.reading import open_corpus
+    from gaze_jax.infer.progress import progress_bar
+
+    corpus = open_corpus(sources[0], media=values.media, prompt=values.prompt)
+    shards = -(-len(corpus) // 10_000) if values.shards is None else values.shards
+    with progress_bar("records", len(corpus)) as advance:
+        found = prepare(
+            corpus, values.out, shards=shards, workers=values.workers, bad=values.bad, advance=advance
+        )
+    for name, why in found.skipped:
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    print(f"{found.records} records in {found.shards} shards: {values.out}")
+    cli.exit_partly(len(found.skipped))
+
+
+def run() -> None:
+    """The command."""
+    cli.run(main, define_flags, __doc__, arguments=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,238 @@
+"""Prepare a corpus: every record with its media into ArrayRecord shards, checked, in parallel, resumable.
+
+A record's shard is decided by its index, and a shard's bytes by its records, so the result is the same on any
+number of processes, however often it was interrupted.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from gaze_jax.corpora import array_records
+from gaze_jax.corpora.records import Corpus, Record
+from gaze_jax.errors import UserError
+from gaze_jax.media.video import FrameSampling
+from gaze_jax.writing import write_text
+
+WRITER = "group_size:1,uncompressed"
+"""Options of every shard: a record is read alone, and its media are compressed already."""
+POLICIES = ("error", "skip")
+
+_DONE = ".shards"
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What was prepared.
+
+    Attributes:
+      records: number of records in the shards.
+      shards: number of shards.
+      skipped: for each record that was left out, its name and why.
+    """
+
+    records: int
+    shards: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+def prepare(
+    corpus: Corpus,
+    out: str,
+    *,
+    shards: int,
+    workers: int = 1,
+    bad: str = "error",
+    advance: Callable[[int], None] = lambda records: None,
+) -> Prepared:
+    """Write a corpus as shards into a folder; what is there already of the same is kept.
+
+    Args:
+      corpus: from :func:`gaze_jax.corpora.reading.open_corpus`.
+      out: the folder; it may hold an interrupted run of the same.
+      shards: number of shards; record i of N is in shard i * shards // N.
+      workers: processes that write shards.
+      bad: "error": the first record that cannot be read ends the run. "skip": it is left out and listed.
+      advance: called with the number of records of each shard that is complete.
+
+    Raises:
+      UserError: a record is bad, the folder holds something else, or it cannot be written.
+    """
+    if bad not in POLICIES:
+        raise UserError(f"bad={bad!r} must be one of {', '.join(POLICIES)}.")
+    if not 1 <= shards <= len(corpus):
+        raise UserError(f"shards={shards} must be between 1 and {len(corpus)}, the records of the corpus.")
+    if workers < 1:
+        raise UserError(f"workers={workers} must be at least 1.")
+    plan = {"source": corpus.fingerprint(), "records": len(corpus), "shards": shards, "bad": bad}
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    folder = Path(out)
+    _claim(folder, digest)
+    firsts = [-(-number * len(corpus) // shards) for number in range(shards + 1)]
+    done: list[dict[str, Any]] = []
+    todo = [number for number in range(shards) if not _is_done(folder, number, shards)]
+    advance(sum(firsts[number + 1] - firsts[number] for number in range(shards) if number not in todo))
+    with contextlib.closing(_written(corpus, folder, todo, firsts, workers, bad)) as written:
+        for number in written:
+            advance(firsts[number + 1] - firsts[number])
+    done = [json.loads(_note(folder, number).read_text(encoding="utf-8")) for number in range(shards)]
+    skipped = [tuple(one) for shard in done for one in shard.pop("skipped")]
+    records = sum(shard["records"] for shard in done)
+    if records == 0:
+        raise UserError(f"No record of the corpus could be read; the first: {skipped[0][1]}")
+    listing = {
+        "format": array_records.FORMAT,
+        "version": array_records.VERSION,
+        "digest": digest,
+        **plan,
+        "shards": done,
+        "skipped": skipped,
+    }
+    write_text(folder / array_records.FILE, json.dumps(listing, indent=1, ensure_ascii=False) + "\n")
+    for number in range(shards):
+        _note(folder, number).unlink(missing_ok=True)
+    (folder / _DONE / "digest").unlink(missing_ok=True)
+    (folder / _DONE).rmdir()
+    return Prepared(records, shards, tuple((str(name), str(why)) for name, why in skipped))
+
+
+def _claim(folder: Path, digest: str) -> None:
+    """Make the folder, or check that it holds an interrupted run of the same."""
+    mark = folder / _DONE / "digest"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = sorted(path.name for path in folder.iterdir())
+        if array_records.FILE in present:
+            raise UserError(f"{folder} holds a prepared corpus already; give another folder, or remove it.")
+        if mark.is_file():
+            if mark.read_text(encoding="utf-8") != digest:
+                raise UserError(
+                    f"{folder} holds an interrupted run of another corpus, or with other options; give "
+                    "another folder, or remove it."
+                )
+        elif present:
+            raise UserError(f"{folder} is not empty (it has {present[0]!r}); give a new folder.")
+        else:
+            mark.parent.mkdir()
+            write_text(mark, digest)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}).") from error
+
+
+def shard_name(number: int, shards: int) -> str:
+    """The file of a shard."""
+    return f"corpus-{number:05}-of-{shards:05}{array_records.SUFFIX}"
+
+
+def _note(folder: Path, number: int) -> Path:
+    """Where a complete shard is described until all are."""
+    return folder / _DONE / f"{number}.json"
+
+
+def _is_done(folder: Path, number: int, shards: int) -> bool:
+    """Whether a shard was completed and is still what it was."""
+    note, path = _note(folder, number), folder / shard_name(number, shards)
+    if not note.is_file() or not path.is_file():
+        return False
+    return bool(_crc(path) == json.loads(note.read_text(encoding="utf-8"))["crc32"])
+
+
+def _written(
+    corpus: Corpus, folder: Path, todo: list[int], firsts: list[int], workers: int, bad: str
+) -> Generator[int]:
+    """Write shards; yields the number of each when it is complete."""
+    shards = len(firsts) - 1
+    work = [(corpus, str(folder), number, shards, firsts[number], firsts[number + 1], bad) for number in todo]
+    if workers == 1 or len(work) < 2:
+        for number, arguments in zip(todo, work):
+            _write_shard(*arguments)
+            yield number
+        return
+    # Not a fork: the parent may have threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
+        futures = {pool.submit(_write_shard, *arguments): arguments[2] for arguments in work}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                yield futures[future]
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                "A process that prepared records died, perhaps for want of memory; run the same command "
+                "again with fewer workers, and it goes on from there."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(
+    corpus: Corpus, folder: str, number: int, shards: int, first: int, stop: int, bad: str
+) -> None:
+    """Write one shard beside its place, check it, move it there and describe it."""
+    place = Path(folder, shard_name(number, shards))
+    part = place.with_suffix(".part")
+    skipped: list[tuple[str, str]] = []
+    records = 0
+    try:
+        writer = ArrayRecordWriter(str(part), WRITER)
+        try:
+            for index in range(first, stop):
+                try:
+                    record = corpus[index]
+                    check_media(record)
+                    data = array_records.packed(record)
+                except UserError as error:
+                    if bad == "error":
+                        raise
+                    skipped.append((f"record {index}", str(error)))
+                    continue
+                writer.write(data)
+                records += 1
+        finally:
+            writer.close()
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        if records and array_records.count(str(part)) != records:
+            raise UserError(f"{place} was not written as a whole; is the disk full?")
+        part.replace(place)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{place} cannot be written ({reason}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+    note = {"file": place.name, "records": records, "size": place.stat().st_size, "crc32": _crc(place)}
+    write_text(_note(Path(folder), number), json.dumps(note | {"skipped": skipped}))
+
+
+def check_media(record: Record) -> None:
+    """Decode every image and open every video of a record.
+
+    Raises:
+      UserError: one is damaged, missing, or of a format that is not read. Names the record.
+    """
+    try:
+        for medium in record.images:
+            medium.check()
+        for medium in record.videos:
+            medium.video(record.cut.of(FrameSampling(max_frames=1)))
+    except UserError as error:
+        raise UserError(f"{record.name}: {error}") from error
+
+
+def _crc(path: Path) -> str:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"

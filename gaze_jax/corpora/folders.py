@@ -29,16 +29,10 @@ class CaptionedFolder:
         found = []
         for folder, folders, files in os.walk(self.path):
             folders.sort()
-            present = set(files)
             for file in files:
-                stem, suffix = os.path.splitext(file)
-                if suffix[1:].lower() in (*IMAGES, *VIDEOS) and not file.startswith("."):
-                    name = os.path.relpath(os.path.join(folder, file), self.path).replace(os.sep, "/")
-                    if f"{stem}.txt" not in present:
-                        raise UserError(
-                            f"{self.path} has {name!r} without {stem + '.txt'!r}; write its caption there."
-                        )
-                    found.append(name)
+                if os.path.splitext(file)[1][1:].lower() in (*IMAGES, *VIDEOS) and not file.startswith("."):
+                    name = os.path.relpath(os.path.join(folder, file), self.path)
+                    found.append(name.replace(os.sep, "/"))
         return tuple(sorted(found, key=natural))
 
     def __getstate__(self) -> dict[str, object]:
@@ -52,6 +46,8 @@ class CaptionedFolder:
         stem, suffix = os.path.splitext(name)
         try:
             caption = Path(self.path, f"{stem}.txt").read_text(encoding="utf-8-sig")
+        except FileNotFoundError as error:
+            raise UserError(f"{name} has no caption: {stem}.txt is not in {self.path}; write it.") from error
         except OSError as error:
             raise UserError(f"{stem}.txt in {self.path} cannot be read ({error.strerror}).") from error
         except UnicodeDecodeError as error:
@@ -73,7 +69,7 @@ def open_folder(path: str, *, prompt: str) -> CaptionedFolder:
       prompt: what is asked of each medium, such as "Describe this picture."
 
     Raises:
-      UserError: a medium has no caption, or there is none.
+      UserError: there are no media. (One without a caption is a record that cannot be read.)
     """
     records = CaptionedFolder(path, prompt)
     if not len(records):

@@ -446,7 +446,7 @@ WRONG = {
         "has no bytes in column 'image'",
     ),
     "parquet cut": (raw(b"PAR1" + bytes(50), "all.parquet"), "is no whole parquet file"),
-    "no caption": (pictures_without_a_caption, "has 'a.png' without 'a.txt'; write its caption there"),
+    "no caption": (pictures_without_a_caption, "a.png has no caption: a.txt is not in"),
     "a folder of nothing": (lambda folder: folder, "has no images or videos"),
 }
 

@@ -14,6 +14,8 @@ from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.errors import UserError
 
 VERBS = ("prepare",)
+_SHOWN = 20
+"""Records that were left out and are printed; all are in the listing."""
 
 
 def define_flags(flags: Flags) -> None:
@@ -46,14 +48,18 @@ def main(values: Values, arguments: Sequence[str]) -> None:
     from gaze_jax.infer.progress import progress_bar
 
     corpus = open_corpus(sources[0], media=values.media, prompt=values.prompt)
-    shards = -(-len(corpus) // 10_000) if values.shards is None else values.shards
+    number = -(-len(corpus) // 10_000) if values.shards is None else values.shards
     with progress_bar("records", len(corpus)) as advance:
         found = prepare(
-            corpus, values.out, shards=shards, workers=values.workers, bad=values.bad, advance=advance
+            corpus, values.out, shards=number, workers=values.workers, bad=values.bad, advance=advance
         )
-    for name, why in found.skipped:
+    for name, why in found.skipped[:_SHOWN]:
         print(f"left out: {name}: {why}", file=sys.stderr)
-    print(f"{found.records} records in {found.shards} shards: {values.out}")
+    if len(found.skipped) > _SHOWN:
+        more = len(found.skipped) - _SHOWN
+        print(f"left out: {more} more, which {values.out}/corpus.json lists", file=sys.stderr)
+    shards = "1 shard" if found.shards == 1 else f"{found.shards} shards"
+    print(f"{found.records} records in {shards}: {values.out}")
     cli.exit_partly(len(found.skipped))
 
 

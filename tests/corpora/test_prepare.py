@@ -259,6 +259,11 @@ def test_the_command_says_what_it_did_and_what_it_left_out(tmp_path):
     )
     done = command("prepare", lines, f"--out={tmp_path / 'good'}")
     assert (done.returncode, done.stderr) == (0, "") and len(open_corpus(tmp_path / "good")) == COUNT
+    assert done.stdout == f"{COUNT} records in 1 shard: {tmp_path / 'good'}\n"
+    lines.write_text("\n".join([json.dumps({"conversations": turns(3)}), *["{}"] * 25]))
+    many = command("prepare", lines, f"--out={tmp_path / 'many'}", "--bad=skip")
+    assert many.returncode == 3 and len(many.stderr.splitlines()) == 21
+    assert f"left out: 5 more, which {tmp_path / 'many'}/corpus.json lists" in many.stderr
     for words, message in (
         ((), "'' is nothing that can be done with data; give prepare"),
         (("prepair", lines), "did you mean 'prepare'?"),

@@ -144,6 +144,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.long  # tests/convert/test_checkpoint.py has a conversion
 def test_a_full_disk_is_one_sentence(tmp_path):
     """For which Orbax has hundreds of lines; no checkpoint has its final name."""
     flags = [CONFIG, ONE_DEVICE, "--config.steps=6", "--config.checkpoint_every=3", f"--workdir={tmp_path}"]

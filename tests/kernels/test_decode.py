@@ -198,7 +198,7 @@ def test_offloaded_has_the_bits_of_resident(select_per, capacity, kind):
     assert (found[0] != found[1]).any() and (found[1] != found[2]).any()
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [long(0), 1])
 def test_an_offloaded_cache_stays_on_the_host_under_vmap(axis):
     """Three caches by two queries each, vmap in vmap: the plain values, and only what is read moves."""
     pair = [cases.decode(seed=seed, regions=64) for seed in (0, 1, 2)]

@@ -22,7 +22,8 @@ def define_flags(flags: Flags) -> None:
     """What is read, and where it is written."""
     flags.group("What is read")
     flags.strings("media", "Folder, or plain tar, that the media of a JSON corpus are in.", "PATH")
-    flags.string("prompt", "Describe this picture.", "What is asked of a medium that has a caption.")
+    text = 'What is asked of a medium that has a caption; default: "Describe this picture."'
+    flags.string("prompt", None, text)
     flags.group("What is written")
     flags.string("out", None, "New folder for the shards.", "FOLDER")
     flags.integer("shards", None, "Number of shards; default: one for every 10,000 records.")
@@ -44,10 +45,11 @@ def main(values: Values, arguments: Sequence[str]) -> None:
     if values.out is None:
         raise UserError("Give --out, a new folder for the shards.")
     from gaze_jax.corpora.prepare import prepare
-    from gaze_jax.corpora.reading import open_corpus
+    from gaze_jax.corpora.reading import PROMPT, open_corpus
     from gaze_jax.infer.progress import progress_bar
 
-    corpus = open_corpus(sources[0], media=values.media, prompt=values.prompt)
+    prompt = PROMPT if values.prompt is None else values.prompt
+    corpus = open_corpus(sources[0], media=values.media, prompt=prompt)
     number = -(-len(corpus) // 10_000) if values.shards is None else values.shards
     with progress_bar("records", len(corpus)) as advance:
         found = prepare(

@@ -9,8 +9,7 @@ gaze-jax generate --checkpoint=ckpt/llava --questions=questions.jsonl --answers=
     many questions, one JSON object per line, answered in batches; gaze_jax/infer/requests.py lists the fields
 """
 
-import os
-
+from gaze_jax.cache_folder import cache_folder
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.commands.generate_groups import DEFAULTS
@@ -65,10 +64,9 @@ def define_flags(flags: Flags) -> None:
     flags.boolean("all_devices", False, "Split batches over all devices, not one.")
     flags.integer("fsdp", None, _text("Devices that share one copy of the parameters", "fsdp"))
     flags.integer("cache_tokens", None, "Most tokens in the cache; default: what fits.")
-    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
     flags.string(
         "compilation_cache",
-        os.path.join(home, "gaze_jax"),
+        cache_folder(),
         "Folder that keeps compiled programs; empty for none.",
         "FOLDER",
     )

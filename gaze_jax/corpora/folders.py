@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import zlib
 from pathlib import Path
 
 from gaze_jax.corpora.records import MediaFolder, Record, read_record
@@ -57,8 +58,14 @@ class CaptionedFolder:
         return read_record(fields, name, MediaFolder(self.path), prompt=self.prompt)
 
     def fingerprint(self) -> dict[str, object]:
-        """The names and the prompt."""
-        return {"corpus": "folder", "names": list(self._names), "prompt": self.prompt}
+        """A checksum of the names and of the sizes of media and captions, and the prompt."""
+        captions = (f"{os.path.splitext(name)[0]}.txt" for name in self._names)
+        files = [(name, _size(Path(self.path, name))) for name in (*self._names, *captions)]
+        return {"corpus": "folder", "crc32": zlib.crc32(repr(files).encode()), "prompt": self.prompt}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def open_folder(path: str, *, prompt: str) -> CaptionedFolder:

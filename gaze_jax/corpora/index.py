@@ -15,15 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
+from gaze_jax.cache_folder import cache_folder
+
 Arrays = dict[str, np.ndarray]
 
 _VERSION = 1
 _KEY = "made_for"
+_BLOCK = 1 << 20
 
 
 def folder() -> Path:
     """Where indexes are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "gaze_jax", "indexes")
+    return Path(cache_folder(), "indexes")
 
 
 def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str, np.ndarray]:
@@ -63,3 +66,20 @@ def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str
                 os.unlink(made.name)
                 raise
     return arrays
+
+
+def content_crc(path: str) -> int:
+    """CRC-32 of a file's content, computed once and kept as an index is.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+
+    def build(name: str) -> Arrays:
+        crc = 0
+        with open(name, "rb") as file:
+            while block := file.read(_BLOCK):
+                crc = zlib.crc32(block, crc)
+        return {"crc": np.array(crc, np.int64)}
+
+    return int(indexed(path, "crc", build)["crc"])

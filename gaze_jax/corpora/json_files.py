@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gaze_jax.corpora.index import indexed
+from gaze_jax.corpora.index import content_crc, indexed
 from gaze_jax.corpora.records import Find, MediaFolder, Record, read_record
 from gaze_jax.errors import UserError
 from gaze_jax.media.jsonl import parse_object
@@ -192,8 +192,8 @@ class JsonRecords:
         return read_record(fields, name, self.find)
 
     def fingerprint(self) -> dict[str, object]:
-        """The file's name and size; its records' places are checked when a run goes on."""
-        return {"corpus": "json", "file": Path(self.path).name, "size": os.path.getsize(self.path)}
+        """The file's name and the checksum of its content."""
+        return {"corpus": "json", "file": Path(self.path).name, "crc32": content_crc(self.path)}
 
 
 def open_json(path: str, *, find: Find | None = None) -> JsonRecords:

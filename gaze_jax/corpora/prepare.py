@@ -78,7 +78,8 @@ def prepare(
     plan = {"source": corpus.fingerprint(), "records": len(corpus), "shards": shards, "bad": bad}
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     folder = Path(out)
-    _claim(folder, digest)
+    # Where media are is no part of what a corpus is, but a run that goes on must find the same ones.
+    _claim(folder, hashlib.sha256(f"{digest} {corpus!r}".encode()).hexdigest())
     firsts = [-(-number * len(corpus) // shards) for number in range(shards + 1)]
     done: list[dict[str, Any]] = []
     todo = [number for number in range(shards) if not _is_done(folder, number, shards)]
@@ -108,7 +109,7 @@ def prepare(
 
 
 def _claim(folder: Path, digest: str) -> None:
-    """Make the folder, or check that it holds an interrupted run of the same."""
+    """Make the folder, or check that it holds an interrupted run with the same digest."""
     mark = folder / _DONE / "digest"
     try:
         folder.mkdir(parents=True, exist_ok=True)

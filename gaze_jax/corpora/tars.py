@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import tarfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -166,9 +167,14 @@ class WebDataset:
         return _example(parts, f"{Path(path).name} example {key}", key, self.prompt)
 
     def fingerprint(self) -> dict[str, object]:
-        """The tars' names and sizes, and the prompt."""
-        files = [[Path(path).name, os.path.getsize(path)] for path in self.paths]
+        """The tars' names, checksums of the names, places and sizes of their members, and the prompt."""
+        files = [[Path(path).name, _members_crc(_index(path))] for path in self.paths]
         return {"corpus": "webdataset", "files": files, "prompt": self.prompt}
+
+
+def _members_crc(index: Mapping[str, np.ndarray]) -> int:
+    listed = zip(index["name"].tolist(), index["offset"].tolist(), index["size"].tolist(), strict=True)
+    return zlib.crc32(repr(list(listed)).encode())
 
 
 def _grouped(names: np.ndarray) -> list[np.ndarray]:

@@ -1,6 +1,5 @@
 """Compiled programs on disk, of the command line and :func:`gaze_jax.load`; and what is said of compiling."""
 
-import os
 import sys
 import threading
 import time
@@ -8,16 +7,12 @@ import time
 import jax
 import jax.monitoring
 
+from gaze_jax.cache_folder import cache_folder
+
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _PATIENCE = 2.0
 """Seconds after which a compilation is worth a line."""
-
-
-def default_folder() -> str:
-    """Where compiled programs are kept unless the user says otherwise."""
-    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    return os.path.join(home, "gaze_jax")
 
 
 def keep_programs(folder: str | None = None) -> None:
@@ -25,7 +20,7 @@ def keep_programs(folder: str | None = None) -> None:
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder)
     elif jax.config.values.get("jax_compilation_cache_dir") is None:
-        jax.config.update("jax_compilation_cache_dir", default_folder())
+        jax.config.update("jax_compilation_cache_dir", cache_folder())
 
 
 class _Reporter:

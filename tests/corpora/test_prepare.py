@@ -1,5 +1,6 @@
 """Prepared corpora: the same bytes however they were made, and what a damaged or unfinished one says."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from gaze_jax.corpora import array_records, prepare
 from gaze_jax.corpora.reading import open_corpus
-from gaze_jax.corpora.records import each
+from gaze_jax.corpora.records import MediaFolder, each
 from gaze_jax.errors import UserError
 from gaze_jax.media.video import FrameSampling
 from tests.corpora.test_readers import ASKED, COUNT, ENTRIES, TEXT, as_lines, pixels, png, turns
@@ -77,6 +78,9 @@ def test_what_is_there_of_something_else_stays(corpus, tmp_path):
         prepare.prepare(corpus, str(out), shards=4, advance=stop)
     with pytest.raises(UserError, match="holds an interrupted run of another corpus, or with other options"):
         prepare.prepare(corpus, str(out), shards=3)
+    elsewhere = dataclasses.replace(corpus, find=MediaFolder(str(tmp_path)))
+    with pytest.raises(UserError, match="holds an interrupted run of another corpus, or with other options"):
+        prepare.prepare(elsewhere, str(out), shards=4)
     prepare.prepare(corpus, str(out), shards=4)
     before = files(out)
     with pytest.raises(UserError, match="holds a prepared corpus already"):

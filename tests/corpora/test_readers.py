@@ -178,6 +178,20 @@ def test_every_container_gives_the_same_records(write, tmp_path):
     assert again.fingerprint() == corpus.fingerprint() == json.loads(json.dumps(corpus.fingerprint()))
 
 
+@pytest.mark.parametrize("write", CONTAINERS)
+def test_a_fingerprint_is_of_the_content(write, tmp_path):
+    """An id that is changed to another of the same length, in a file of the same size, is another corpus."""
+    before = open_corpus(write(tmp_path / "one")[0])
+    changed = [entry | {"id": "m" + entry["id"][1:]} for entry in ENTRIES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.ENTRIES", changed)
+        after, same = open_corpus(write(tmp_path / "two")[0]), before.fingerprint()
+    assert len(after) == len(before)
+    if write is not as_webdataset:  # of a tar, the names, places and sizes of its members
+        assert after.fingerprint() != same
+    assert open_corpus(write(tmp_path / "three")[0]).fingerprint() == same
+
+
 def test_several_files_are_one_corpus(tmp_path):
     """In order of their names, as a folder or as a pattern."""
     for name, part in (("b", ENTRIES[4:]), ("a", ENTRIES[:4])):

@@ -1,13 +1,15 @@
-"""Files that are written as a whole or not at all."""
+"""Files that are written as a whole or not at all, and checksums of files."""
 
 import contextlib
 import errno
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from gaze_jax.errors import UserError
 
+_BLOCK = 1 << 20  # stays in the CPU's cache between reading and checksumming
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -67,3 +69,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def file_crc(path: str | os.PathLike[str]) -> str:
+    """CRC-32 of a file, read in blocks."""
+    crc, block = 0, memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            crc = zlib.crc32(block[:count], crc)
+    return f"{crc:08x}"

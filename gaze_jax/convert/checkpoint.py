@@ -28,7 +28,7 @@ from gaze_jax.convert.tokenizer_files import read_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import abstract_params
-from gaze_jax.writing import full_disk
+from gaze_jax.writing import file_crc, full_disk
 
 Config = MLLMConfig | VisionConfig
 
@@ -161,7 +161,7 @@ def _save_params(
     for path in sorted((directory / PARAMS).rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in files:  # Orbax's own metadata
-            files[name] = manifests.file_crc(path)
+            files[name] = file_crc(path)
     return files
 
 
@@ -225,7 +225,7 @@ def write(
       progress: called with the number of bytes of every written leaf.
     """
     files = {
-        path.relative_to(directory).as_posix(): manifests.file_crc(path)
+        path.relative_to(directory).as_posix(): file_crc(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }

@@ -26,10 +26,10 @@ from gaze_jax.convert.shards import read_json
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import MLLMConfig, VisionConfig
 from gaze_jax.stored import NEWEST, check_version, upgrade
+from gaze_jax.writing import file_crc
 
 FILE = "manifest.json"
 PARAMS = "params"
-_BLOCK = 1 << 20  # stays in the CPU's cache between reading and checksumming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +99,6 @@ def chunk_path(name: str, leaf: Leaf, layer: int | None = None) -> str:
 def crc_hex(data: bytes | memoryview) -> str:
     """CRC-32 of a buffer; detects any flipped bit and any burst of up to 32 bits."""
     return f"{zlib.crc32(data):08x}"
-
-
-def file_crc(path: Path) -> str:
-    """CRC-32 of a file, read in blocks."""
-    crc, block = 0, memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            crc = zlib.crc32(block[:count], crc)
-    return f"{crc:08x}"
 
 
 def _body(manifest: Manifest) -> dict[str, object]:

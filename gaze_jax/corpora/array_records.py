@@ -41,7 +41,7 @@ def packed(record: Record) -> bytes:
         for number, medium in enumerate(record.images if kind == "image" else record.videos):
             parts = _parts(medium)
             media.append({"kind": kind, "name": f"{number} {medium.name}", "sizes": [*map(len, parts)]})
-            media[-1]["frames"] = os.path.isdir(medium.path)
+            media[-1]["frames"] = bool(medium.frames) or os.path.isdir(medium.path)
             blobs += parts
     head = {
         "name": record.name,
@@ -65,6 +65,8 @@ def _turn(message: Message) -> dict[str, str]:
 
 def _parts(medium: Medium) -> list[bytes]:
     """The content of a medium; of a folder of frames, of each in order."""
+    if medium.frames:
+        return list(medium.frames)
     data = medium.content()
     if data is not None:
         return [data]
@@ -112,13 +114,14 @@ def _reader(path: str) -> ArrayRecordReader:
         reader = ArrayRecordReader(path)
         complete = reader.ok()
     except Exception as error:  # the library raises RuntimeError and others, with many lines
-        raise UserError(f"{path} cannot be read as ArrayRecord ({_first_line(error)}).") from error
+        raise UserError(f"{path} cannot be read as ArrayRecord ({first_line(error)}).") from error
     if not complete:
         raise UserError(f"{path} is no whole ArrayRecord file; copy or prepare it again.")
     return reader
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -134,7 +137,7 @@ def read_entry(path: str, index: int) -> bytes:
         raise
     except Exception as error:
         raise UserError(
-            f"{path} is damaged at record {index} ({_first_line(error)}); prepare it again."
+            f"{path} is damaged at record {index} ({first_line(error)}); prepare it again."
         ) from error
 
 
@@ -159,13 +162,16 @@ class ArrayRecords:
     counts: tuple[int, ...]
     digest: str
 
+    @functools.cached_property
+    def _firsts(self) -> np.ndarray:
+        return np.cumsum([0, *self.counts])
+
     def __len__(self) -> int:
         return sum(self.counts)
 
     def __getitem__(self, index: int) -> Record:
-        firsts = np.cumsum([0, *self.counts])
-        at = int(np.searchsorted(firsts, index, side="right")) - 1
-        within = index - int(firsts[at])
+        at = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        within = index - int(self._firsts[at])
         path = os.path.join(self.folder, self.shards[at])
         return unpacked(read_entry(path, within), f"{self.shards[at]} record {within}")
 
@@ -202,7 +208,8 @@ def open_array_records(folder: str) -> ArrayRecords:
     Raises:
       UserError: its preparation has not ended, or a shard is missing or was changed.
     """
-    shards: Sequence[Mapping[str, Any]] = read_listing(folder)["shards"]
+    listing = read_listing(folder)
+    shards: Sequence[Mapping[str, Any]] = listing["shards"]
     for shard in shards:
         path = os.path.join(folder, shard["file"])
         if not os.path.isfile(path) or os.path.getsize(path) != shard["size"]:
@@ -211,4 +218,4 @@ def open_array_records(folder: str) -> ArrayRecords:
             )
     names = tuple(str(shard["file"]) for shard in shards)
     counts = tuple(int(shard["records"]) for shard in shards)
-    return ArrayRecords(folder, names, counts, str(read_listing(folder)["digest"]))
+    return ArrayRecords(folder, names, counts, str(listing["digest"]))

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from gaze_jax.cache_folder import cache_folder
+from gaze_jax.writing import file_crc
 
 Arrays = dict[str, np.ndarray]
 
 _VERSION = 1
 _KEY = "made_for"
-_BLOCK = 1 << 20
 
 
 def folder() -> Path:
@@ -68,18 +68,10 @@ def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str
     return arrays
 
 
-def content_crc(path: str) -> int:
-    """CRC-32 of a file's content, computed once and kept as an index is.
+def content_crc(path: str) -> str:
+    """CRC-32 of a file's content in hex, computed once and kept as an index is.
 
     Raises:
       OSError: the file cannot be read.
     """
-
-    def build(name: str) -> Arrays:
-        crc = 0
-        with open(name, "rb") as file:
-            while block := file.read(_BLOCK):
-                crc = zlib.crc32(block, crc)
-        return {"crc": np.array(crc, np.int64)}
-
-    return int(indexed(path, "crc", build)["crc"])
+    return str(indexed(path, "crc", lambda name: {"crc": np.array(file_crc(name))})["crc"])

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from gaze_jax.corpora import array_records
 from gaze_jax.corpora.records import Corpus, Record
 from gaze_jax.errors import UserError
 from gaze_jax.media.video import FrameSampling
-from gaze_jax.writing import write_text
+from gaze_jax.writing import file_crc, write_text
 
 WRITER = "group_size:1,uncompressed"
 """Options of every shard: a record is read alone, and its media are compressed already."""
 POLICIES = ("error", "skip")
 
 _DONE = ".shards"
-_BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +79,14 @@ def prepare(
     # Where media are is no part of what a corpus is, but a run that goes on must find the same ones.
     _claim(folder, hashlib.sha256(f"{digest} {corpus!r}".encode()).hexdigest())
     firsts = [-(-number * len(corpus) // shards) for number in range(shards + 1)]
-    done: list[dict[str, Any]] = []
     todo = [number for number in range(shards) if not _is_done(folder, number, shards)]
     advance(sum(firsts[number + 1] - firsts[number] for number in range(shards) if number not in todo))
     with contextlib.closing(_written(corpus, folder, todo, firsts, workers, bad)) as written:
         for number in written:
             advance(firsts[number + 1] - firsts[number])
-    done = [json.loads(_note(folder, number).read_text(encoding="utf-8")) for number in range(shards)]
+    done: list[dict[str, Any]] = [
+        json.loads(_note(folder, number).read_text(encoding="utf-8")) for number in range(shards)
+    ]
     skipped = [tuple(one) for shard in done for one in shard.pop("skipped")]
     records = sum(shard["records"] for shard in done)
     if records == 0:
@@ -146,7 +145,7 @@ def _is_done(folder: Path, number: int, shards: int) -> bool:
     note, path = _note(folder, number), folder / shard_name(number, shards)
     if not note.is_file() or not path.is_file():
         return False
-    return bool(_crc(path) == json.loads(note.read_text(encoding="utf-8"))["crc32"])
+    return bool(file_crc(path) == json.loads(note.read_text(encoding="utf-8"))["crc32"])
 
 
 def _written(
@@ -208,11 +207,10 @@ def _write_shard(
             raise UserError(f"{place} was not written as a whole; is the disk full?")
         part.replace(place)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{place} cannot be written ({reason}).") from error
+        raise UserError(f"{place} cannot be written ({array_records.first_line(error)}).") from error
     finally:
         part.unlink(missing_ok=True)
-    note = {"file": place.name, "records": records, "size": place.stat().st_size, "crc32": _crc(place)}
+    note = {"file": place.name, "records": records, "size": place.stat().st_size, "crc32": file_crc(place)}
     write_text(_note(Path(folder), number), json.dumps(note | {"skipped": skipped}))
 
 
@@ -229,11 +227,3 @@ def check_media(record: Record) -> None:
             medium.video(record.cut.of(FrameSampling(max_frames=1)))
     except UserError as error:
         raise UserError(f"{record.name}: {error}") from error
-
-
-def _crc(path: Path) -> str:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"

@@ -13,7 +13,8 @@ from gaze_jax.corpora.reading import open_corpus
 from gaze_jax.corpora.records import MediaFolder, each
 from gaze_jax.errors import UserError
 from gaze_jax.media.video import FrameSampling
-from tests.corpora.test_readers import ASKED, COUNT, ENTRIES, TEXT, as_lines, pixels, png, turns
+from tests.corpora.test_reader_faults import ASKED, TEXT
+from tests.corpora.test_readers import COUNT, ENTRIES, as_lines, pixels, png, turns
 from tests.helpers.videos import write_video
 
 
@@ -157,7 +158,7 @@ def test_videos_and_frame_folders_are_kept_with_their_cuts(tmp_path):
     write_video(tmp_path / "walk.mp4", frames=30, fps=10)
     (tmp_path / "frames").mkdir()
     for number in range(12):
-        (tmp_path / "frames" / f"{number}.png").write_bytes(png(1) if number % 2 else png(1)[:0] + png(1))
+        (tmp_path / "frames" / f"{number}.png").write_bytes(png(1))
     asked = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A walk."}]
     lines = [
         {"video": name, "conversations": asked, "start_frame": 2, "end_frame": 9}
@@ -172,6 +173,10 @@ def test_videos_and_frame_folders_are_kept_with_their_cuts(tmp_path):
         wanted = np.stack(list(one.videos[0].video(sampling)))
         np.testing.assert_array_equal(np.stack(list(other.videos[0].video(sampling))), wanted)
         assert len(wanted) == 5
+    # A prepared corpus is a corpus.
+    prepare.prepare(open_corpus(tmp_path / "out"), str(tmp_path / "again"), shards=1)
+    frames = open_corpus(tmp_path / "again")[1].videos[0].video(FrameSampling())
+    np.testing.assert_array_equal(np.stack(list(frames)), np.stack([pixels(1)] * 12))
 
 
 def damaged(change):

@@ -125,6 +125,15 @@ def expected_dense(trace, token, layer, head):
     return (dense if head == ALL else dense[:, head : head + 1]).mean(axis=(0, 1))
 
 
+def expected_attention(trace, token, layer, head):
+    """[R]: attention on what was selected, a mean over the chosen heads."""
+    by_head = np.repeat(trace.selected, trace.heads // trace.selected.shape[2], axis=2)
+    found = np.zeros((trace.layers, trace.heads, trace.regions + 1))
+    np.put_along_axis(found, by_head[token], trace.attention[token], axis=-1)
+    found = found[..., :-1] if layer == ALL else found[layer : layer + 1, :, :-1]
+    return (found if head == ALL else found[:, head : head + 1]).mean(axis=(0, 1))
+
+
 def cells(view, shape):
     """Which region each pixel of a canvas of this (height, width) shows."""
     rows, columns = view.regions.shape

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from gaze_jax.chat.messages import Message, kind_of
 from gaze_jax.corpora.records import Medium, Record, read_record
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, first_line
 from gaze_jax.media.video import frame_files
 
 FILE = "corpus.json"
@@ -118,11 +118,6 @@ def _reader(path: str) -> ArrayRecordReader:
     if not complete:
         raise UserError(f"{path} is no whole ArrayRecord file; copy or prepare it again.")
     return reader
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def read_entry(path: str, index: int) -> bytes:

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from gaze_jax.corpora import array_records
 from gaze_jax.corpora.records import Corpus, Record
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, first_line
 from gaze_jax.media.video import FrameSampling
 from gaze_jax.writing import file_crc, write_text
 
@@ -207,7 +207,7 @@ def _write_shard(
             raise UserError(f"{place} was not written as a whole; is the disk full?")
         part.replace(place)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{place} cannot be written ({array_records.first_line(error)}).") from error
+        raise UserError(f"{place} cannot be written ({first_line(error)}).") from error
     finally:
         part.unlink(missing_ok=True)
     note = {"file": place.name, "records": records, "size": place.stat().st_size, "crc32": file_crc(place)}

@@ -23,7 +23,7 @@ from gaze_jax.config import to_dict
 from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, first_line
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train.config import Experiment, parse
@@ -146,10 +146,9 @@ def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.Checkpoint
     try:
         return manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:  # Orbax, TensorStore and grain each raise their own types
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} cannot be read ({reason}); it is damaged or not of "
-            "this program: move it away to continue from the one before it."
+            f"Checkpoint {manager.directory / str(step)} cannot be read ({first_line(error)}); it is damaged or "
+            "not of this program: move it away to continue from the one before it."
         ) from error
 
 

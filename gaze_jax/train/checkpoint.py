@@ -147,8 +147,8 @@ def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.Checkpoint
         return manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:  # Orbax, TensorStore and grain each raise their own types
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} cannot be read ({first_line(error)}); it is damaged or "
-            "not of this program: move it away to continue from the one before it."
+            f"Checkpoint {manager.directory / str(step)} cannot be read ({first_line(error)}); it is damaged "
+            "or not of this program: move it away to continue from the one before it."
         ) from error
 
 

@@ -22,6 +22,7 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
+from absl import logging
 
 from gaze_jax.errors import UserError
 
@@ -255,3 +256,25 @@ class ChatTemplate:
         except Exception as error:  # untrusted code may raise anything
             reason = f"fails on this conversation ({type(error).__name__}: {_phrase(error)})"
         raise UserError(f"{self.name} {reason}; use another template or other turns.")
+
+
+CHATML = ChatTemplate(
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    {},
+    "ChatML, since the checkpoint has no chat template",
+)
+"""The template of a checkpoint without one: Qwen's turns."""
+
+
+def template_of(files: Path) -> ChatTemplate:
+    """The chat template of a checkpoint's directory; :data:`CHATML`, with a warning, if it has none.
+
+    Raises:
+      UserError: its chat template cannot be read.
+    """
+    found = ChatTemplate.find(files)
+    if found is None:
+        logging.warning("%s has no chat template, so ChatML is used.", files)
+        return CHATML
+    return found

@@ -4,7 +4,9 @@ Every reader of this package gives :class:`Record` by index, whatever the contai
 Lines, parquet, a tar or a folder has the same conversation and the same pixels.
 """
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import posixpath
@@ -16,9 +18,38 @@ import numpy as np
 from gaze_jax.chat.messages import Message, from_llava
 from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
-from gaze_jax.media.images import check_image, check_image_data, decode_image, read_image
-from gaze_jax.media.probe import is_url
-from gaze_jax.media.video import FrameSampling, decode_video, open_frames, open_video
+from gaze_jax.media.images import check_image, check_image_data, decode_image, image_size, read_image
+from gaze_jax.media.probe import check_file, is_url
+from gaze_jax.media.video import Clip, FrameSampling, decode_video, open_frames, open_video, video_size
+
+CAUSES = ("record", "missing", "medium", "conversation", "targets", "length")
+"""Why a record cannot be used: it is malformed, a medium is not there or cannot be decoded, the template
+refuses the conversation, nothing is to be learnt, or it is too long."""
+
+
+class RecordError(UserError):
+    """A record that cannot be used; ``cause`` is one of :data:`CAUSES`."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # it crosses processes
+        return type(self), (self.cause, str(self))
+
+
+@contextlib.contextmanager
+def failing(cause: str, name: str = "") -> Iterator[None]:
+    """Context in which a :class:`UserError` becomes a :class:`RecordError` of this cause.
+
+    ``name`` is put before its message; an error whose cause is known already is unchanged.
+    """
+    try:
+        yield
+    except RecordError:
+        raise
+    except UserError as error:
+        raise RecordError(cause, f"{name}: {error}" if name else str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +109,32 @@ class Medium:
             check_image(self.path)
         else:
             check_image_data(data, self.name)
+
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of :meth:`image`, mostly without decoding it.
+
+        Raises:
+          UserError: as :func:`gaze_jax.media.images.image_size`.
+        """
+        data = self.content()
+        if data is not None:
+            return image_size(io.BytesIO(data), self.name)
+        check_file(self.path, "Image")
+        with open(self.path, "rb") as file:
+            return image_size(file, self.path)
+
+    def video_size(self, sampling: FrameSampling) -> tuple[tuple[int, int], int]:
+        """(height, width) of the frames of :meth:`video`, and their number.
+
+        Raises:
+          UserError: as :func:`gaze_jax.media.video.open_video`.
+        """
+        data = None if self.frames else self.content()
+        if data is not None:
+            return video_size(data, sampling, self.name)
+        clip = self.video(sampling)
+        assert isinstance(clip, Clip), "files and frames are not decoded yet"
+        return clip.size, len(clip)
 
     def video(self, sampling: FrameSampling) -> Frames:
         """Open it, sampled.
@@ -188,7 +245,9 @@ class MediaFolder:
         """
         path = os.path.join(self.root, relative(name, record))
         if not os.path.exists(path):
-            raise UserError(f"{record} names {name!r}, which is not in {self.root}; check the media root.")
+            raise RecordError(
+                "missing", f"{record} names {name!r}, which is not in {self.root}; check the media root."
+            )
         return Medium(name, path)
 
 

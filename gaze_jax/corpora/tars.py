@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gaze_jax.corpora.index import indexed
-from gaze_jax.corpora.records import Medium, Record, read_record, relative
+from gaze_jax.corpora.records import Medium, Record, RecordError, read_record, relative
 from gaze_jax.errors import UserError
 from gaze_jax.media.jsonl import parse_object
 
@@ -114,7 +114,7 @@ class MediaTar:
             at = int(np.searchsorted(index["name"], plain))
             if at < len(index["name"]) and index["name"][at] == plain:
                 return Medium(name, path, int(index["offset"][at]), int(index["size"][at]))
-        raise UserError(f"{record} names {name!r}, which is in none of {', '.join(self.paths)}.")
+        raise RecordError("missing", f"{record} names {name!r}, which is in none of {', '.join(self.paths)}.")
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,7 +210,7 @@ def _example(parts: Mapping[str, Medium], name: str, key: str, prompt: str | Non
     def find(file: str, record: str) -> Medium:
         plain = relative(file, record)
         if plain not in parts:
-            raise UserError(f"{record} names {file!r}, but its example has {', '.join(parts)}.")
+            raise RecordError("missing", f"{record} names {file!r}, but its example has {', '.join(parts)}.")
         return parts[plain]
 
     return read_record(fields, name, find, prompt=prompt)

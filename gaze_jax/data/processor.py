@@ -68,6 +68,8 @@ class Processor:
       supervise: text of tokens that are targets wherever they occur, supervised or not
         (``Supervision.tokens``), except if no text-stream token directly precedes them: at the start, and
         after an image without context tokens.
+      float_images: images become float32 in [-1, 1]. Otherwise they stay uint8, a quarter of the bytes, and
+        the model normalises them on the device.
 
     Raises:
       UserError: an entry of ``supervise`` is not a single token, or ``layout.views`` sets a field that its
@@ -81,6 +83,7 @@ class Processor:
     views: ViewStyle
     resize: bool = False
     supervise: tuple[str, ...] = ()
+    float_images: bool = True
 
     def __post_init__(self) -> None:
         check_style(self.views, self.layout.views)
@@ -159,13 +162,25 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int,
             scale = np.array([processor.layout.image_size / side for side in (width, height)] * 2)
         boxes[inside] = np.array(box.corners) * scale
         box_views[inside] = views[box.image]
-    supervised = np.full(len(ids), text.supervised)
+    supervised = _supervised(text, spans)
+    extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
+    return _Tokens(np.asarray(ids, np.int32), boxes, box_views, supervised, extra)
+
+
+def count_text(processor: Processor, text: Text) -> tuple[int, int]:
+    """Tokens of a text without boxes, and how many of them are targets for sure."""
+    ids, offsets = processor.tokenizer.encode(text.text)
+    return len(ids), int(np.count_nonzero(_supervised(text, np.asarray(offsets).reshape(-1, 2))))
+
+
+def _supervised(text: Text, spans: np.ndarray) -> np.ndarray:
+    """Which tokens must be targets, bool [n]; ``spans`` [n, 2] are the characters of each."""
+    supervised = np.full(len(spans), text.supervised)
     # White space that the offsets leave out belongs to the next token.
     starts = np.minimum(spans[:, 0], np.concatenate([[0], spans[:, 1]])[:-1])
     for start, end in text.targets:
         supervised |= (starts < end) & (spans[:, 1] > start)
-    extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
-    return _Tokens(np.asarray(ids, np.int32), boxes, box_views, supervised, extra)
+    return supervised
 
 
 def _concatenate(pieces: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -284,7 +299,8 @@ def _process_parts(
         )
     size = layout.image_size
     arrays = join(layout, placed, pooled=not processor.views.tower_tokens) | _text_arrays(pieces)
-    arrays["images"] = normalise(np.concatenate([np.zeros((0, size, size, 3), np.uint8), *images]))
+    pixels = np.concatenate([np.zeros((0, size, size, 3), np.uint8), *images])
+    arrays["images"] = normalise(pixels) if processor.float_images else pixels
     arrays["sample_id"] = np.asarray(sample.id, np.int32)
     arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
     return arrays, shows, tuple(views)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from gaze_jax.chat.template import ChatTemplate
+from gaze_jax.chat.template import ChatTemplate, template_of
 from gaze_jax.convert import load as checkpoints
 from gaze_jax.convert.checkpoint import Converted
 from gaze_jax.convert.hub import resolve
@@ -29,7 +29,7 @@ from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.inputs import Film, Picture, as_image, as_video
 from gaze_jax.infer.memory import cache_bytes, format_bytes, free_bytes
 from gaze_jax.infer.programs import Params
-from gaze_jax.infer.prompt import FAMILY, PromptBuilder, template_of
+from gaze_jax.infer.prompt import FAMILY, PLAIN, PromptBuilder
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.config import GazeConfig, VisionConfig
 from gaze_jax.models.unstacked import split_layers
@@ -110,7 +110,7 @@ class LoadedModel:
     def of(cls, found: Converted, directory: Path) -> Self:
         """Build from a loaded checkpoint; ``directory`` gives the name and is quoted in messages.
 
-        :func:`gaze_jax.infer.prompt.template_of` chooses the chat template.
+        :func:`gaze_jax.chat.template.template_of` chooses the chat template.
 
         Raises:
           UserError: it has no image tower, or lacks its tokenizer.
@@ -124,7 +124,7 @@ class LoadedModel:
         if found.files is None:  # a run of train.py, which stores its tokenizer in its checkpoints
             tokenizer = Tokenizer(found.tokenizer)
             ends = frozenset({tokenizer.end_id})
-            return cls(config, found.params, tokenizer, template_of(None), ends, name, resize=False)
+            return cls(config, found.params, tokenizer, PLAIN, ends, name, resize=False)
         try:
             tokenizer = Tokenizer(found.tokenizer)
         except ValueError as error:

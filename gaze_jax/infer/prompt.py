@@ -5,16 +5,14 @@ same tokens in all of them. Evaluation takes samples of the training corpus up t
 (:func:`gaze_jax.data.processor.prompt`); these have the form of :data:`PLAIN`, and a test checks that their
 tokens are equal.
 
-:func:`template_of` chooses the template: :data:`PLAIN`, the training form, for a run of train.py; its chat
-template for a checkpoint that has one; :data:`CHATML` for any other.
+A run on digit scenes is asked in the form that it was trained in, :data:`PLAIN`; every other checkpoint in
+its own chat template (:func:`gaze_jax.chat.template.template_of`).
 """
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from absl import logging
 
 from gaze_jax.chat.conversation import Arrange, Parts, conversation_parts
 from gaze_jax.chat.messages import TAG, Content, Message, from_llava
@@ -36,33 +34,7 @@ PLAIN = ChatTemplate(
     {},
     "the form that train.py teaches",
 )
-"""The prompt of a run of train.py: the image, the question, a line feed."""
-
-CHATML = ChatTemplate(
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    {},
-    "ChatML, since the checkpoint has no chat template",
-)
-"""The prompt of a checkpoint without a chat template: Qwen's turns."""
-
-
-def template_of(files: Path | None) -> ChatTemplate:
-    """Choose the template of a checkpoint.
-
-    Args:
-      files: the directory with its tokenizer; None means a run of train.py.
-
-    Raises:
-      UserError: its chat template cannot be read.
-    """
-    if files is None:
-        return PLAIN
-    found = ChatTemplate.find(files)
-    if found is None:
-        logging.warning("%s has no chat template, so questions are asked in ChatML.", files)
-        return CHATML
-    return found
+"""The prompt of a run on digit scenes: the image, the question, a line feed."""
 
 
 def check_questions(questions: Sequence[str], images: int, videos: int) -> None:

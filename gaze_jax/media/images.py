@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.errors import UserError
-from gaze_jax.media.png import without_metadata
+from gaze_jax.media.png import may_be_turned, without_metadata
 from gaze_jax.media.probe import HEAD, check_file, read_head, video_kind
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ _TURNS = {
     8: PIL.Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> how to make the stored picture upright."""
+_SWAPPED = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
 
 
 def check_pixels(name: str, kind: str, width: int, height: int) -> None:
@@ -127,6 +129,25 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         raise UserError(f"Image {name!r} is empty (0 bytes).")
     with reading_pictures(name, "Image", data[:HEAD]):
         return _decode(io.BytesIO(data), name, upright_rgb)
+
+
+def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
+    """(height, width) of what :func:`read_image` gives for a file, mostly without decoding it.
+
+    Damage behind the header is not noticed. ``name`` names the file in messages.
+
+    Raises:
+      UserError: as :func:`read_image`, of what a header shows.
+    """
+    head = file.read(HEAD)
+    file.seek(0)
+    if not head:
+        raise UserError(f"Image {name!r} is empty (0 bytes).")
+    with reading_pictures(name, "Image", head), open_picture(file, FORMATS, "Image", name) as image:
+        width, height = image.size
+        # Pillow decodes a PNG to look for what may stand behind its pixels.
+        turned = image.format != "PNG" or may_be_turned(file)
+        return (width, height) if turned and _orientation(image) in _SWAPPED else (height, width)
 
 
 def _decode(file: BinaryIO, name: str, read: Callable[[PIL.Image.Image], T]) -> T:

@@ -12,6 +12,8 @@ from typing import BinaryIO
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PICTURE = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """Chunks that the pixels of a still picture depend on."""
+_TURNING = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
+"""Chunks that may hold an EXIF orientation, as such or in a text of XMP or of a raw profile."""
 
 
 def without_metadata(file: BinaryIO) -> io.BytesIO | None:
@@ -33,3 +35,14 @@ def without_metadata(file: BinaryIO) -> io.BytesIO | None:
             break
     kept.seek(0)
     return kept
+
+
+def may_be_turned(file: BinaryIO) -> bool:
+    """Whether a PNG file has a chunk that may hold an orientation; only the heads of chunks are read."""
+    file.seek(len(_SIGNATURE))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in _TURNING:
+            return True
+        file.seek(length + 4, io.SEEK_CUR)
+    return False

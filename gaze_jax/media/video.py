@@ -11,6 +11,7 @@ Frames are chosen by index, as in the original models, even if the frame rate va
 used, and :attr:`Clip.times` holds the true times of the chosen frames.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -229,15 +230,29 @@ def decode_video(data: bytes, sampling: FrameSampling, name: str) -> np.ndarray:
 
     FFmpeg reads files, so the content is written to one for that time. ``name`` names it in messages.
     """
+    with _as_file(data, name) as path:
+        return np.stack(list(open_video(path, sampling)))
+
+
+@contextlib.contextmanager
+def _as_file(data: bytes, name: str) -> Iterator[str]:
+    """The path of a file with this content, while it is needed; messages name it ``name``."""
     if not data:
         raise UserError(f"Video {name!r} is empty (0 bytes).")
     with tempfile.NamedTemporaryFile(prefix="gaze-jax-", suffix=".video") as file:
         file.write(data)
         file.flush()
         try:
-            return np.stack(list(open_video(file.name, sampling)))
+            yield file.name
         except UserError as error:
             raise UserError(str(error).replace(repr(file.name), repr(name))) from error
+
+
+def video_size(data: bytes, sampling: FrameSampling, name: str) -> tuple[tuple[int, int], int]:
+    """(height, width) of the frames that :func:`decode_video` gives, and their number; nothing is decoded."""
+    with _as_file(data, name) as path:
+        clip = open_video(path, sampling)
+        return clip.size, len(clip)
 
 
 def _source(name: str, frames_fps: float) -> Source:

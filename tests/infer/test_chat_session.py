@@ -11,6 +11,7 @@ import pytest
 
 from gaze_jax.chat.conversation import conversation_parts
 from gaze_jax.chat.messages import Message
+from gaze_jax.chat.template import CHATML
 from gaze_jax.convert.load import load, one_device
 from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
@@ -18,7 +19,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.infer import chat_session, prompt
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
-from gaze_jax.infer.prompt import CHATML, check_questions
+from gaze_jax.infer.prompt import check_questions
 from gaze_jax.infer.sampler import Sampler
 from tests.helpers import multimodal
 from tests.helpers.chat import tokenizer_json

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gaze_jax.chat.template import CHATML, template_of
 from gaze_jax.core.streams import Kind
 from gaze_jax.corpora.digits import evaluation_samples
 from gaze_jax.corpora.phrases import FAMILIES
@@ -18,7 +19,7 @@ from gaze_jax.evaluate import run as evaluation
 from gaze_jax.evaluate.prompts import Prompt
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
-from gaze_jax.infer.prompt import CHATML, PLAIN, template_of, user_turn
+from gaze_jax.infer.prompt import PLAIN, user_turn
 from gaze_jax.infer.requests import Request, answer_all
 from gaze_jax.infer.sampler import Sampler
 from gaze_jax.train.pipeline import make_processor
@@ -186,13 +187,13 @@ def test_a_sample_of_the_corpus_is_the_plain_form(family):
 
 def test_one_rule_decides_about_the_template(tmp_path, caplog):
     """PLAIN for a run of train.py, a checkpoint's own template, or ChatML with a warning."""
-    assert template_of(None) is PLAIN and sampler(RUN).template is PLAIN
+    assert sampler(RUN).template is PLAIN
     own = sampler("llava_onevision").template
     assert own.name.endswith("chat_template.jinja")
     assert template_of(directory("llava_onevision")).source == own.source
     with caplog.at_level("WARNING", logger="absl"):
         assert template_of(tmp_path) is CHATML
-    assert f"{tmp_path} has no chat template, so questions are asked in ChatML." in caplog.text
+    assert f"{tmp_path} has no chat template, so ChatML is used." in caplog.text
     assert sampler(NO_TEMPLATE).template is CHATML
 
 

@@ -24,8 +24,8 @@ def _check_value(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in typing.get_args(hint):
             return None
-        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
-        return _check_value(hint, value, path)
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return _check_value(kinds[0] if len(kinds) == 1 else _chosen(kinds, value, path), value, path)
     if origin is tuple:
         if isinstance(value, list | tuple):
             inner = typing.get_args(hint)
@@ -42,11 +42,29 @@ def _check_value(hint: Any, value: Any, path: str) -> Any:
     raise TypeError(f"Config field {path}={value!r} must be of type {_describe_type(hint)}.")
 
 
+def _chosen(kinds: list[Any], value: Any, path: str) -> Any:
+    """Which of several dataclasses a section is of: the first that has its keys and whose needs they fill.
+
+    If none is, the one that knows the most of them, so that the message names what is wrong with it.
+    """
+    given = set(dict(value.items())) if hasattr(value, "items") else set()
+    fields = {kind: dataclasses.fields(kind) for kind in kinds}
+    for kind, known in fields.items():
+        if given <= {field.name for field in known} and given >= {f.name for f in known if _is_required(f)}:
+            return kind
+    return max(kinds, key=lambda kind: len(given & {field.name for field in fields[kind]}))
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Build dataclass ``cls`` from a nested mapping (such as a ``ConfigDict``).
 
     Args:
-      cls: a dataclass whose fields are numbers, strings, bools, tuples, optionals or dataclasses.
+      cls: a dataclass whose fields are numbers, strings, bools, tuples, optionals or dataclasses. Of a field
+        that may be one of several dataclasses, the keys decide which it is.
       values: one entry per field; fields with defaults may be left out.
       path: prefix for names in error messages.
 
@@ -69,8 +87,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(fields)}."
             raise KeyError(f"Unknown config key {prefix}{name}; {hint}")
     for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in given:
+        if _is_required(field) and name not in given:
             raise KeyError(f"Config key {prefix}{name} is missing; {cls.__name__} needs it.")
     return cls(**{name: _check_value(hints[name], value, prefix + name) for name, value in given.items()})
 

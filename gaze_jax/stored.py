@@ -19,6 +19,9 @@ Version 3 of a trace added ``prompt`` to ``meta`` and two arrays that may be abs
 ``region_keys``. An earlier file has none of them, so its ``prompt`` is empty. ``top_k`` may be a
 list since then, a number for each layer.
 
+Version 3 of a run dropped ``data.process_count``, and Orbax's item ``data``, the state of grain's iterator:
+the number of the step says which batch is next, on any number of processes and workers.
+
 Old names in files that people write are refused in a sentence with the new ones: config files (names and
 values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).
 
@@ -42,7 +45,7 @@ from typing import Any
 
 from gaze_jax.errors import UserError
 
-NEWEST = {"manifest": 2, "export": 2, "run": 2, "trace": 3}
+NEWEST = {"manifest": 2, "export": 2, "run": 3, "trace": 3}
 """Kind of file -> the version that is written. All earlier ones are read."""
 
 _VERSION_KEYS = {"trace": ("version",), "run": ("format_version", "format")}
@@ -133,6 +136,17 @@ class Added:
     value: Callable[[], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A key that later files lack.
+
+    Attributes:
+      path: of the key, a dot between names.
+    """
+
+    path: str
+
+
 _SELECT_PER = _words({"group": "kv_head"})
 _NEWLINES = _words({"dense": "text"})
 
@@ -146,7 +160,7 @@ def _gaze(prefix: str) -> tuple[Renamed, ...]:
     )
 
 
-CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added, ...]]] = {
+CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added | Dropped, ...]]] = {
     "manifest": {2: _gaze("model.")},
     "export": {2: _gaze("model.")},
     "run": {
@@ -156,7 +170,8 @@ CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added, ...]]] = {
             Renamed("data.layout.newlines", "newlines", _NEWLINES),
             Renamed("data.pipeline.bucket.dense", "text"),
             Renamed("data.source", "source", _source),
-        )
+        ),
+        3: (Dropped("data.process_count"),),
     },
     "trace": {
         2: (
@@ -167,7 +182,7 @@ CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added, ...]]] = {
         3: (Added("prompt", list),),
     },
 }
-"""Kind of file -> version -> what it renamed or added, in the order in which it is applied."""
+"""Kind of file -> version -> what it renamed, added or dropped, in the order in which it is applied."""
 
 
 def _apply(change: Renamed, node: Any, path: list[str]) -> Any:
@@ -188,6 +203,16 @@ def _apply(change: Renamed, node: Any, path: list[str]) -> Any:
     }
 
 
+def _without(node: Any, path: list[str]) -> Any:
+    """``node`` without what is at ``path``, if it is there."""
+    name, *rest = path
+    if not isinstance(node, dict) or name not in node:
+        return node
+    if not rest:
+        return {key: value for key, value in node.items() if key != name}
+    return node | {name: _without(node[name], rest)}
+
+
 def upgrade(kind: str, content: dict[str, Any], version: int) -> dict[str, Any]:
     """What a file of an earlier version says, under today's names.
 
@@ -203,6 +228,8 @@ def upgrade(kind: str, content: dict[str, Any], version: int) -> dict[str, Any]:
         for change in CHANGES[kind][later]:
             if isinstance(change, Renamed):
                 content = _apply(change, content, change.old.split("."))
+            elif isinstance(change, Dropped):
+                content = _without(content, change.path.split("."))
             elif change.key in content:
                 raise ValueError(f"{change.key!r} has no place in a file of version {version}")
             else:

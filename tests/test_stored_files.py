@@ -24,7 +24,7 @@ from gaze_jax.infer.requests import Request, answer_all, record
 from gaze_jax.stored import CHANGES, NEWEST, Renamed, check_version, renamed_setting, upgrade
 from gaze_jax.train.config import parse
 from gaze_jax.train.loop import train
-from gaze_jax.train.pipeline import make_iterator
+from gaze_jax.train.pipeline import open_data
 
 pytestmark = pytest.mark.xdist_group("stored")
 
@@ -149,7 +149,15 @@ def test_a_trace_of_before_version_3_has_no_prompt():
             upgrade("trace", {"prompt": []}, version)
 
 
-READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1 and 2", "trace": "1, 2 and 3"}
+def test_a_run_of_before_version_3_counts_no_processes():
+    """The number of processes no longer decides the order of the data."""
+    assert "process_count" in CONTENT["run"]["data"]
+    assert "process_count" not in upgrade("run", CONTENT["run"], 1)["data"]
+    assert upgrade("run", {"data": {"process_count": 4, "length": 9}}, 2) == {"data": {"length": 9}}
+    assert upgrade("run", {"data": {"process_count": 4}}, 3) == {"data": {"process_count": 4}}
+
+
+READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1, 2 and 3", "trace": "1, 2 and 3"}
 
 
 @pytest.mark.parametrize("version", [None, 0, 4, True, 1.0, "1"])
@@ -352,8 +360,10 @@ def test_files_of_a_later_version_are_refused(tmp_path):
         ("run", META, "format"),
     ):
         where = shutil.copytree(V1 / name, tmp_path / name)
-        _with_json(where / path, **{field: 3})
-        with pytest.raises(UserError, match=message.format(3, "1 and 2")):
+        newest = NEWEST["run" if name == "run" else "manifest"]
+        _with_json(where / path, **{field: newest + 1})
+        known = "1 and 2" if newest == 2 else "1, 2 and 3"
+        with pytest.raises(UserError, match=message.format(newest + 1, known)):
             gaze_jax.load(where)
     arrays, meta = stored_trace(V1 / "answer.gaze")
     arrays["meta"] = np.frombuffer(json.dumps(meta | {"version": 4}).encode(), np.uint8)
@@ -388,7 +398,7 @@ def test_a_run_goes_on_and_ends_as_before(runs, name):
     near(EXPECTED[name]["metrics.jsonl"], rows)
     if name == "run_unfinished":
         meta = json.loads((runs / name / META).read_text())
-        assert meta["format_version"] == 2 and "format" not in meta
+        assert meta["format_version"] == NEWEST["run"] and "format" not in meta
         assert meta["config"]["model"]["gaze"]["select_per"] == "kv_head"
         assert meta["data"] == upgrade("run", CONTENT["run"], 1)["data"]
 
@@ -401,7 +411,7 @@ def test_a_run_is_evaluated_as_before(runs, name):
 def test_other_data_is_refused_of_a_run_of_version_1():
     """What the fingerprint of version 1 says is compared, value by value."""
     saved = upgrade("run", CONTENT["run"], 1)["data"]
-    _, same = make_iterator(experiment())
+    same = open_data(experiment(), None, Path("/nowhere")).fingerprint
     compare_fingerprints(saved, same)
     source = DigitScenes(dataclasses.replace(experiment().data, jitter=0), 3, "train")
     with pytest.raises(UserError, match="data pipeline differs: source was"):

@@ -1,11 +1,13 @@
-"""Train one experiment, then evaluate it and draw where it looked.
+"""Train one experiment; a run on digit scenes is then evaluated, and drawn where it looked.
 
 gaze-jax train --config=digits --workdir=runs/digits [--config.FIELD=VALUE ...]
+gaze-jax train --config=finetune --config.init_from=ckpt/llava --config.data.path=my.jsonl --workdir=runs/my
 
 The same command continues a run that was stopped or killed.
 """
 
 import typing
+from pathlib import Path
 
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
@@ -56,12 +58,20 @@ def main(values: Values) -> None:
         raise UserError("Give --workdir, the folder for checkpoints, metrics and results.")
     import jax
 
+    from gaze_jax.convert.origin import open_start
+    from gaze_jax.corpora.digits import DigitsConfig
     from gaze_jax.evaluate.run import run as evaluate
+    from gaze_jax.infer.progress import progress_bar
     from gaze_jax.train.config import parse
     from gaze_jax.train.loop import train
 
-    finished = train(parse(config_of(values)), values.workdir)
-    if finished and jax.process_count() == 1:
+    config = config_of(values)
+    named = config.get("init_from")
+    start = open_start(named, Path(values.workdir)) if isinstance(named, str) and named else None
+    experiment = parse(config, None if start is None else start.config)
+    with progress_bar("records measured", None) as advance:
+        finished = train(experiment, values.workdir, start, advance)
+    if finished and isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
         evaluate(values.workdir)
 
 

@@ -283,7 +283,7 @@ class Converted:
         ``{"vision": ...}``.
       tokenizer: content of tokenizer.json; None if the checkpoint has none.
       files: the directory with the other files of the language model, if any (tokenizer, chat template,
-        processor settings); None for a training run and for a single tower.
+        processor settings); None for a run on digit scenes and for a single tower.
     """
 
     config: Config

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +258,19 @@ def _export_part(
     _write_index(directory, plan)
 
 
+def tensors_beside(config: MLLMConfig, parts: Collection[str]) -> tuple[Rule, ...]:
+    """Rules of the parameters that no directory of transformers has a place for: those of gaze.safetensors.
+
+    Args:
+      config: the model.
+      parts: the parts that are written. A whole model has its projector and newline, but no context tokens.
+    """
+    if config.vision is None:
+        return ()
+    rules = joint_rules(config.gaze.context_tokens)
+    return tuple(rule for rule in rules if "model" not in parts or rule.leaf == "context")
+
+
 def export(
     model: Model,
     directory: Path,
@@ -268,7 +281,8 @@ def export(
     """Write a model for transformers.
 
     A single part is written to ``directory`` itself. So is a whole model whose source was one directory; if
-    its tower came from another one, that is written to ``directory/vision``. Any other whole model becomes
+    its tower came from another one, that is written to ``directory/vision``, and context tokens, which
+    transformers does not know, to ``directory/gaze.safetensors``. Any other whole model becomes
     ``directory/decoder`` and ``directory/vision``, with the projector and the other joining parameters in
     ``directory/gaze.safetensors``. Settings are in ``directory/gaze.json``.
 
@@ -286,10 +300,10 @@ def export(
     for part, config in parts.items():
         _export_part(model, part, config, directory / places[part], dtype, progress)
     if isinstance(model.config, MLLMConfig):
-        if model.config.vision is not None and "model" not in parts:
-            entries: dict[str, _Entry] = {}
-            for rule in joint_rules(model.config.gaze.context_tokens):
-                entries |= _of_rule(model, rule, dtype)
+        entries: dict[str, _Entry] = {}
+        for rule in tensors_beside(model.config, parts):
+            entries |= _of_rule(model, rule, dtype)
+        if entries:
             _write_files(directory, {GAZE_TENSORS: (_PT, entries)}, progress)
         config = model.config if dtype is None else dataclasses.replace(model.config, param_dtype=dtype)
         settings = {"format_version": NEWEST["export"], "model": to_dict(config), "parts": places}

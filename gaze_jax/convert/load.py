@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from gaze_jax.convert import checkpoint, manifest
 from gaze_jax.convert.checkpoint import Converted, flat_leaves, materialise, text_part
-from gaze_jax.convert.run import Plan, plan_directory
+from gaze_jax.convert.run import ORIGIN, Plan, plan_directory, read_origin
 from gaze_jax.convert.tokenizer_files import read_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families import check_views
@@ -69,5 +69,8 @@ def _load(directory: Path, mesh: Mesh, check: bool) -> Converted:
         return checkpoint.load(directory, mesh, check=check)
     if (directory / FOLDER).is_dir():
         trained = load_for_inference(directory, mesh)
-        return Converted(trained.experiment.model, trained.params, trained.tokenizer.json)
+        kept = read_origin(directory)
+        part = None if kept is None else text_part(kept.sources)
+        files = None if part is None else directory / ORIGIN / part
+        return Converted(trained.experiment.model, trained.params, trained.tokenizer.json, files)
     return place(plan_directory(directory), mesh)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -29,6 +29,7 @@ from gaze_jax.convert.export import (
     Model,
     export,
     part_directories,
+    tensors_beside,
 )
 from gaze_jax.convert.manifest import Leaf
 from gaze_jax.convert.source import (
@@ -44,6 +45,7 @@ from gaze_jax.convert.source import (
 )
 from gaze_jax.errors import UserError
 from gaze_jax.families import check_views, conversion_of, feature_tower, joint_rules
+from gaze_jax.families.table import Rule
 from gaze_jax.models.config import DTYPES, DecoderConfig, GazeConfig, MLLMConfig, VisionConfig
 from gaze_jax.models.parameters import boxed_params, init_variables
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
@@ -167,9 +169,10 @@ def _open_whole(directory: Path, vision: Path | None, tower: VisionConfig | None
     return {"model": model, "vision": open_directory(vision, part="vision")}
 
 
-def _joint_leaves(path: Path, config: MLLMConfig, dtype: str | None) -> dict[str, Pending]:
-    """Read projector, newline and context tokens from gaze.safetensors."""
-    rules = joint_rules(config.gaze.context_tokens)
+def _joint_leaves(
+    path: Path, config: MLLMConfig, rules: Sequence[Rule], dtype: str | None
+) -> dict[str, Pending]:
+    """Read the parameters of ``rules``, such as projector and context tokens, from gaze.safetensors."""
     shapes = {name: leaf.shape for name, leaf in flat_leaves(nn.meta.unbox(boxed_params(config))).items()}
     tensors = dict(shards.open_file(path).tensors)
     leaves, problems = {}, []
@@ -209,8 +212,8 @@ def _plan_export(directory: Path, dtype: str | None) -> Plan:
                     f"{where} describes another {name} than {found.directory / 'config.json'} does."
                 )
     leaves = _all_leaves(opened, dtype)
-    if config.vision is not None and "model" not in opened:
-        leaves |= _joint_leaves(directory / GAZE_TENSORS, config, dtype)
+    if rules := tensors_beside(config, opened):
+        leaves |= _joint_leaves(directory / GAZE_TENSORS, config, rules, dtype)
     if dtype is not None:
         config = dataclasses.replace(config, param_dtype=dtype)
     return Plan(config, leaves, opened, dtype=dtype)
@@ -229,11 +232,6 @@ def _open_parts(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Ope
 
 def _open_whole_export(places: Mapping[str, Path], config: MLLMConfig) -> dict[str, Opened]:
     """Open the directories of a model that was exported as a whole."""
-    if config.gaze.context_tokens:
-        raise UserError(
-            f"{places['model'] / GAZE_SETTINGS} has gaze.context_tokens={config.gaze.context_tokens} but a "
-            "model of this layout has none; set it to 0."
-        )
     vision = places.get("vision")
     return _open_whole(places["model"], vision, config.vision if vision is None else None)
 
@@ -319,6 +317,24 @@ def open_model(directory: Path) -> Model:
     )
 
 
+ORIGIN = "origin"
+"""Folder of a run with what it kept of the checkpoint that it started from (``convert.origin``)."""
+
+
+def read_origin(workdir: Path) -> manifest.Manifest | None:
+    """The checked manifest of what a run kept; None if it started from new parameters.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    folder = workdir / ORIGIN
+    if not folder.is_dir():
+        return None
+    kept = manifest.read(folder)
+    manifest.refuse_damage(folder, manifest.damaged_files(folder, kept, sorted(kept.files)))
+    return kept
+
+
 def _open_run(directory: Path) -> Model:
     trained = load_for_inference(directory, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
     values = {name: np.asarray(leaf) for name, leaf in flat_leaves(trained.params).items()}
@@ -330,7 +346,10 @@ def _open_run(directory: Path) -> Model:
     def read(name: str, layer: int | None) -> np.ndarray:
         return values[name] if layer is None else values[name][layer]
 
-    return Model(trained.experiment.model, leaves, read, {}, None, trained.tokenizer.json)
+    kept = read_origin(directory)
+    if kept is None:
+        return Model(trained.experiment.model, leaves, read, {}, None, trained.tokenizer.json)
+    return Model(trained.experiment.model, leaves, read, kept.sources, directory / ORIGIN)
 
 
 @contextmanager

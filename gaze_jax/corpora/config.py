@@ -56,6 +56,7 @@ class CorpusConfig:
         are left out, never a part of one. "skip": it is left out.
       pack: put several samples into one row.
       row: sizes of a row.
+      epochs: how often training takes the corpus if ``steps`` is 0.
       buckets: most shapes of a row; each is compiled once.
       bad: what happens to a record that cannot be read. "error": it ends the run, by name. "skip": its place
         stays empty, and it is counted and listed in skipped.jsonl.
@@ -75,6 +76,7 @@ class CorpusConfig:
     too_long: str = "error"
     pack: bool = True
     row: RowConfig = RowConfig()
+    epochs: float | None = None
     buckets: int = 1
     bad: str = "error"
     max_bad: float = 0.01
@@ -112,6 +114,7 @@ class CorpusConfig:
             (self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
             (self.too_long in TOO_LONG, "too_long", self.too_long, f"one of {TOO_LONG}"),
             (min(sizes) >= 0, "row", sizes, "sizes of 0 or more"),
+            (self.epochs is None or 0 < self.epochs < math.inf, "epochs", self.epochs, "positive"),
             (self.buckets >= 1, "buckets", self.buckets, "at least 1"),
             (self.bad in BAD, "bad", self.bad, f"one of {BAD}"),
             (0 <= self.max_bad <= 1, "max_bad", self.max_bad, "between 0 and 1"),

@@ -13,6 +13,9 @@ from gaze_jax.data.processor import Arrays, Processor, pad_to
 from gaze_jax.data.sample import Sample
 from gaze_jax.errors import UserError
 
+_ENDLESS = 1 << 48
+"""Samples of an endless stream; the length of grain's own is too large for some of its arithmetic."""
+
 
 class Source(Protocol):
     """Samples by index."""
@@ -73,23 +76,28 @@ def training_iterator(
     processor: Processor,
     config: PipelineConfig,
     *,
+    first: int = 0,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """This process's share of an endless, shuffled stream of batches.
 
+    A batch is decided by its number, so a run continues with the number of its next step, on any number of
+    workers and processes.
+
     Args:
       source: source of samples.
       processor: turns samples into arrays.
       config: order and grouping.
+      first: number of the first batch.
       num_workers: worker processes that prepare batches; 0 uses threads of this process. The batches
         are the same.
       process_index, process_count: index of this process and number of processes.
 
     Returns:
-      An iterator of dicts of numpy arrays with a leading axis of batch_size / process_count; its
-      state is saved with ``grain.checkpoint.CheckpointSave``.
+      An iterator of dicts of numpy arrays with a leading axis of batch_size / process_count: the rows of the
+      batch that follow those of the processes before this one.
 
     Raises:
       ValueError: the batch size is not a multiple of the processes, or the source is smaller than a batch.
@@ -100,27 +108,28 @@ def training_iterator(
         )
     if len(source) < config.batch_size:
         raise ValueError(f"{source!r} has {len(source)} samples, fewer than batch_size={config.batch_size}.")
-    dataset = grain.MapDataset.source(source).shuffle(seed=config.seed).repeat()
-    dataset = dataset[process_index::process_count]
+    dataset = grain.MapDataset.source(source).shuffle(seed=config.seed).repeat()[:_ENDLESS]
     dataset = dataset.map(_ProcessAndPad(processor, config.bucket))
-    dataset = dataset.batch(config.batch_size // process_count)
+    dataset = dataset.batch(config.batch_size // process_count)[process_index::process_count][first:]
     # One thread: making a sample is Python code, and the training step needs the cores.
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    return prefetched(dataset, num_workers, buffer=4)
+
+
+def prefetched(dataset: grain.MapDataset, num_workers: int, *, buffer: int) -> grain.DatasetIterator:
+    """Elements of ``dataset`` in order, ``buffer`` of them made ahead, by workers if there are any."""
+    elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer))
     if num_workers:
         # grain reads an absl flag when it starts workers, which fails outside absl.app.
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(batches)
+        elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(elements)
 
 
-def fingerprint(
-    source: Source, processor: Processor, config: PipelineConfig, *, process_count: int = 1
-) -> dict[str, object]:
+def fingerprint(source: Source, processor: Processor, config: PipelineConfig) -> dict[str, object]:
     """Everything that determines the arrays and their order, as JSON-ready values.
 
-    A grain iterator's saved state is little more than a counter, and any pipeline accepts it. The fingerprint
-    tells whether the counter still means the same.
+    A run that continues counts on batch N being what it was.
     """
     return {
         "source": source.fingerprint(),
@@ -130,7 +139,6 @@ def fingerprint(
         "resize": processor.resize,
         "tokenizer": processor.tokenizer.digest,
         "pipeline": dataclasses.asdict(config),
-        "process_count": process_count,
     }
 
 

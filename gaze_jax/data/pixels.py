@@ -9,6 +9,8 @@ import math
 import numpy as np
 import PIL.Image
 
+from gaze_jax.core.pixels import LEVELS
+
 Size = tuple[int, int]
 
 BLACK = 0
@@ -17,10 +19,6 @@ GREY = 127
 
 STRIP_PIXELS = 4_000_000
 """Pixels that :func:`resize_on_square` pads at a time; a frame of 1920x1080 is one strip."""
-
-# One entry per grey level, rounded as in the original: a float64 product, then float32.
-_LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
-_LEVELS = (_LEVELS - np.float32(0.5)) / np.float32(0.5)
 
 
 def check_image(image: np.ndarray, name: str) -> Size:
@@ -50,7 +48,7 @@ def normalise(images: np.ndarray) -> np.ndarray:
     """
     if images.dtype != np.uint8:
         raise ValueError(f"Only uint8 pixels can be normalised; these are {images.dtype}.")
-    return np.take(_LEVELS, images)
+    return np.take(LEVELS, images)
 
 
 def resize(image: np.ndarray, size: Size) -> np.ndarray:

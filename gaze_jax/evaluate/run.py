@@ -14,9 +14,10 @@ import PIL.Image
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import IGNORE
-from gaze_jax.corpora.digits import credit, evaluation_samples, sequence_lengths
+from gaze_jax.corpora.digits import DigitsConfig, credit, evaluation_samples, sequence_lengths
 from gaze_jax.corpora.phrases import FAMILIES
 from gaze_jax.data.processor import ANSWER_PADDING, Arrays, pad_answers, prompt
+from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import (
     accuracy,
     best_layer,
@@ -53,6 +54,20 @@ def load(workdir: str | Path) -> Trained:
     return load_for_inference(workdir, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
 
 
+def _scenes(experiment: Experiment) -> DigitsConfig:
+    """The digit scenes of a run, which has test scenes; a corpus has none.
+
+    Raises:
+      UserError: the run is on a corpus.
+    """
+    if isinstance(experiment.data, DigitsConfig):
+        return experiment.data
+    raise UserError(
+        "The run is on a corpus, which has no test scenes; ask it with gaze-jax generate --checkpoint=..., "
+        "or compare it with gaze-jax eval --checkpoint=... --compare=dense."
+    )
+
+
 def evaluation_prompts(trained: Trained, samples: int) -> list[Arrays]:
     """Test prompts of every question family with a training weight.
 
@@ -64,13 +79,13 @@ def evaluation_prompts(trained: Trained, samples: int) -> list[Arrays]:
       Arrays of one row each; prompts are unpadded, answers are padded to one length.
     """
     experiment = trained.experiment
-    processor = make_processor(experiment)
-    length = sequence_lengths(experiment.data, trained.tokenizer).answer
+    data, processor = _scenes(experiment), make_processor(experiment)
+    length = sequence_lengths(data, trained.tokenizer).answer
     return [
         pad_answers(prompt(processor, sample), length=length)
-        for family, weight in zip(FAMILIES, experiment.data.families, strict=True)
+        for family, weight in zip(FAMILIES, data.families, strict=True)
         if weight
-        for sample in evaluation_samples(experiment.data, _TEST_SEED, family, samples)
+        for sample in evaluation_samples(data, _TEST_SEED, family, samples)
     ]
 
 
@@ -261,9 +276,9 @@ def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
         found.selected[: len(ids), layer, 0],
         layout,
         title=f"{question.strip()}\n{experiment.model.gaze.top_k} of {layout.regions} regions, layer {layer}",
-        columns=experiment.data.cols + 3,  # a line of the transcript: label, colon, digits, line end
+        columns=_scenes(experiment).cols + 3,  # a line of the transcript: label, colon, digits, line end
         boxes=(boxes + [None] * len(ids))[: len(ids)],
-        credit=credit(experiment.data),
+        credit=credit(_scenes(experiment)),
     )
     with replacing(workdir / PICTURE) as part:
         sheet.save(part, format="PNG")

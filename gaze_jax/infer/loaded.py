@@ -121,7 +121,7 @@ class LoadedModel:
             raise UserError(f"{directory} is {kind} alone; give a multimodal checkpoint.")
         if found.tokenizer is None:
             raise UserError(f"{directory} has no tokenizer.json, so it cannot read questions; add the file.")
-        if found.files is None:  # a run of train.py, which stores its tokenizer in its checkpoints
+        if found.files is None:  # a run on digit scenes, which stores its tokenizer in its checkpoints
             tokenizer = Tokenizer(found.tokenizer)
             ends = frozenset({tokenizer.end_id})
             return cls(config, found.params, tokenizer, PLAIN, ends, name, resize=False)

@@ -4,7 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, UInt8
 
 from gaze_jax.core.regions import pool_to_regions, to_regions
 from gaze_jax.core.selection import Selection, SelectionSpec
@@ -16,9 +16,9 @@ from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.decode import DecodePosition
 from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.layers import logical
-from gaze_jax.models.vision import Projector, VisionTower
+from gaze_jax.models.vision import Projector, VisionTower, normalised
 
-Images = Float[AnyArray, "B images height width 3"]
+Images = Float[AnyArray, "B images height width 3"] | UInt8[AnyArray, "B images height width 3"]
 SampleId = Int[AnyArray, " B"] | Int[AnyArray, "B S"]
 
 
@@ -45,8 +45,13 @@ class MLLM(nn.Module):
             self.context = self.param("context", logical(init, None, "norm"), shape, param_dtype)
 
     def encode(self, images: Images) -> Float[Array, "B N M"]:
-        """Images float32 [B, N, height, width, 3] to projected features [B, N * grid * grid, M]."""
+        """Images [B, N, height, width, 3] to projected features [B, N * grid * grid, M].
+
+        Images are float32 in [-1, 1], or uint8 and normalised here.
+        """
         batch, views = images.shape[:2]
+        if images.dtype == jnp.uint8:
+            images = normalised(images)
         features = self.projector(self.vision(images.reshape(batch * views, *images.shape[2:])))
         return features.reshape(batch, views * features.shape[1], features.shape[2])
 
@@ -145,8 +150,8 @@ class MLLM(nn.Module):
         """Teacher-forced pass.
 
         Args:
-          images: float32 [B, N, image_size, image_size, 3] in [-1, 1], the tower's inputs: whole images,
-            tiles, frames; None for text alone.
+          images: [B, N, image_size, image_size, 3], float32 in [-1, 1] or uint8, the tower's inputs: whole
+            images, tiles, frames; None for text alone.
           streams: the batch.
           selection: what text-stream queries select; T is S.
           spec: static settings; ``capacity`` is not used here.

@@ -3,8 +3,9 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Float32, UInt8
 
+from gaze_jax.core.pixels import LEVELS
 from gaze_jax.core.types import AnyArray, Array
 from gaze_jax.models.config import Numerics, VisionConfig
 from gaze_jax.models.layers import PER_LAYER_SCAN, LayerNorm, dense, logical
@@ -19,6 +20,11 @@ def _attend(
     weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
     out = jnp.einsum("BHTN,BNHD->BHTD", weights, v, preferred_element_type=jnp.float32)
     return jnp.moveaxis(out, 1, 2).astype(q.dtype)
+
+
+def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
+    """:func:`gaze_jax.data.pixels.normalise` on the device, bit-identical."""
+    return jnp.take(jnp.asarray(LEVELS), images.astype(jnp.int32), axis=0)
 
 
 class EncoderBlock(nn.Module):

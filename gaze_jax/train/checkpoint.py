@@ -1,18 +1,18 @@
-"""Checkpoints: parameters, optimizer state, data position and config, committed together by Orbax.
+"""Checkpoints: parameters, optimizer state and config, committed together by Orbax.
 
-One step is ``WORKDIR/checkpoints/STEP`` with four items: ``params``, ``train`` (step and optimizer state),
-``data`` (the grain iterator) and ``meta`` (JSON: format, config, data fingerprint, tokenizer, and a name,
-dtype, shape and digest of every leaf). Orbax writes to a temporary folder and renames it, so a step is
+One step is ``WORKDIR/checkpoints/STEP`` with three items: ``params``, ``train`` (step and optimizer state)
+and ``meta`` (JSON: format, config, data fingerprint, tokenizer, and a name, dtype, shape and digest of every
+leaf). The step says which batch is next. Orbax writes to a temporary folder and renames it, so a step is
 complete or absent. It casts silently and does not notice a flipped bit, so this module checks ``meta``.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -34,10 +34,8 @@ Leaf = Array | jax.ShapeDtypeStruct
 
 FOLDER = "checkpoints"
 
-MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "eval")
-"""Fields of an experiment that a resumed run may change: they do not affect training.
-
-``num_workers`` does not either, but grain's iterator can only be restored with the same number."""
+MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "num_workers", "eval")
+"""Fields of an experiment that a resumed run may change: they do not affect training."""
 
 
 def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> ocp.CheckpointManager:
@@ -107,7 +105,6 @@ def describe(tree: PyTree) -> dict[str, LeafRecord]:
 def save(
     manager: ocp.CheckpointManager,
     state: TrainState,
-    iterator: grain.DatasetIterator,
     experiment: Experiment,
     fingerprint: Mapping[str, object],
     tokenizer: Tokenizer,
@@ -118,7 +115,6 @@ def save(
     Args:
       manager: from :func:`open_manager`.
       state: the run's state; it may be donated as soon as this returns.
-      iterator: iterator over the training batches.
       experiment, fingerprint, tokenizer: saved as ``meta``, to interpret the state.
       window: metrics of the steps since the last row of metrics.jsonl.
     """
@@ -135,7 +131,6 @@ def save(
         int(state.step),
         args=ocp.args.Composite(
             **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-            data=grain.checkpoint.CheckpointSave(iterator),
             meta=ocp.args.JsonSave(meta),
         ),
     )
@@ -145,7 +140,7 @@ def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.Checkpoint
     """Restore items; any error about a damaged file becomes a one-sentence UserError."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:  # Orbax, TensorStore and grain each raise their own types
+    except Exception as error:  # Orbax and TensorStore each raise their own types
         raise UserError(
             f"Checkpoint {manager.directory / str(step)} cannot be read ({first_line(error)}); it is damaged "
             "or not of this program: move it away to continue from the one before it."
@@ -224,7 +219,6 @@ def restore(
     manager: ocp.CheckpointManager,
     experiment: Experiment,
     mesh: Mesh,
-    iterator: grain.DatasetIterator,
     fingerprint: Mapping[str, object],
 ) -> Restored | None:
     """Restore the newest checkpoint onto ``mesh``, whatever mesh wrote it; None if there is none.
@@ -233,7 +227,6 @@ def restore(
       manager: from :func:`open_manager`.
       experiment: this run's experiment; it may differ from the saved one only in :data:`MAY_CHANGE`.
       mesh: this run's mesh.
-      iterator: set to the saved position in the data.
       fingerprint: the fingerprint of this run's data.
 
     Raises:
@@ -256,7 +249,6 @@ def restore(
         )
     compare_fingerprints(meta["data"], fingerprint)
     trees = _read_trees(manager, step, meta, _items(abstract_state(experiment, mesh)))
-    _read(manager, step, data=grain.checkpoint.CheckpointRestore(iterator))
     train = trees["train"]
     return Restored(TrainState(train["step"], trees["params"], train["opt_state"]), meta["window"])
 
@@ -278,6 +270,37 @@ class Trained:
     step: int
 
 
+def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
+    """Whether a run has a checkpoint."""
+    if not (Path(workdir) / FOLDER).is_dir():
+        return False
+    with open_manager(workdir) as manager:
+        return manager.latest_step() is not None
+
+
+@contextlib.contextmanager
+def _newest(workdir: str | os.PathLike[str]) -> Iterator[tuple[ocp.CheckpointManager, int, Meta]]:
+    """The checkpoints of a run, the newest step, and what that says of itself."""
+    folder = Path(workdir) / FOLDER
+    if not folder.is_dir():
+        raise UserError(f"{workdir} holds no checkpoint; give the --workdir of a run of train.py.")
+    with open_manager(workdir) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{folder} holds no finished checkpoint; run train.py until it writes one.")
+        yield manager, step, _meta(manager, step)
+
+
+def read_run(workdir: str | os.PathLike[str]) -> tuple[Experiment, Tokenizer]:
+    """The experiment and the tokenizer of a run's newest checkpoint, without its parameters.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    with _newest(workdir) as (_, _, meta):
+        return parse(meta["config"]), Tokenizer(meta["tokenizer"])
+
+
 def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
     """Load parameters, config and tokenizer of the newest checkpoint of a run.
 
@@ -288,14 +311,7 @@ def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
-    folder = Path(workdir) / FOLDER
-    if not folder.is_dir():
-        raise UserError(f"{workdir} holds no checkpoint; give the --workdir of a run of train.py.")
-    with open_manager(workdir) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{folder} holds no finished checkpoint; run train.py until it writes one.")
-        meta = _meta(manager, step)
+    with _newest(workdir) as (manager, step, meta):
         experiment = parse(meta["config"])
         abstract = {"params": abstract_params(experiment.model, mesh)}
         params = _read_trees(manager, step, meta, abstract)["params"]

@@ -1,21 +1,25 @@
 """The config of a training run: frozen, parsed strictly and checked before anything starts."""
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
-from gaze_jax.config import from_dict
+from gaze_jax.config import from_dict, to_dict
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.schedule import Schedule
+from gaze_jax.corpora.config import CorpusConfig
 from gaze_jax.corpora.digits import DigitsConfig
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
+from gaze_jax.models.dummy import DUMMY
 from gaze_jax.parallel.mesh import MeshConfig
-from gaze_jax.train.optimizer import OptimizerConfig
+from gaze_jax.train.changes import ModelChanges, changed
+from gaze_jax.train.optimizer import OptimizerConfig, warmup_of
 
 ARMS = ("gaze", "dense_context", "dense", "sparse_start")
 
@@ -38,13 +42,16 @@ class Experiment:
     """One training run. A config file holds exactly these fields, nested.
 
     Attributes:
-      model: architecture; ``model.gaze.top_k`` is the final number of regions per query.
-      data: the scenes and the questions about them.
+      model: architecture; ``model.gaze.top_k`` is the final number of regions per query. In a config file
+        with ``init_from`` it may be :class:`ModelChanges`, what to change of the checkpoint's.
+      data: digit scenes, or a corpus; the keys decide which.
+      init_from: a converted checkpoint, a Hugging Face directory, or an earlier run to start from: its
+        model, parameters, tokenizer and chat template. None starts from new parameters.
       seed: seed of the parameters and of the data order.
       arm: "gaze"; "dense_context": attend to everything, with context tokens; "dense": attend to
         everything, without them (the baseline); "sparse_start": gaze without the schedule. Changing this
         field is enough: :func:`resolve` derives the rest.
-      steps: optimizer steps.
+      steps: optimizer steps; 0: as many as ``data.epochs`` take.
       batch_size: samples per step, over all devices.
       optimizer: how parameters are updated.
       schedule: fraction of the regions to keep, from all down to ``top_k``.
@@ -53,11 +60,12 @@ class Experiment:
       keep_checkpoints: how many of the newest checkpoints to keep.
       log_every: steps per progress line and row of metrics.jsonl.
       num_workers: processes that make batches; 0 uses the training process.
-      eval: evaluation after training.
+      eval: evaluation after training on digit scenes.
     """
 
     model: MLLMConfig
-    data: DigitsConfig
+    data: DigitsConfig | CorpusConfig
+    init_from: str | None = None
     seed: int = 0
     arm: str = "gaze"
     steps: int = 3000
@@ -72,13 +80,30 @@ class Experiment:
     eval: EvalConfig = EvalConfig()
 
 
-def complete(config: Mapping[str, object]) -> ml_collections.ConfigDict:
+def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Add the default of every missing field to a config, so that flags can override any field.
 
     Raises:
       UserError: an unknown or missing key, or a value of the wrong type.
     """
-    return _overridable(_read(config))
+    if (changes := _changes(config)) is None:
+        return _overridable(_read(config))
+    out = _overridable(_read(_with_model(config, DUMMY)))
+    out.model = _overridable(changes)
+    return out
+
+
+def _changes(config: Mapping[str, Any]) -> ModelChanges | None:
+    """The model section of a config, if it changes a checkpoint's model instead of describing one."""
+    section = config.get("model", {})
+    if not hasattr(section, "items") or "decoder" in section:
+        return None
+    with _one_sentence():
+        return from_dict(ModelChanges, section, "model")
+
+
+def _with_model(config: Mapping[str, Any], model: MLLMConfig) -> dict[str, Any]:
+    return {**dict(config.items()), "model": to_dict(model)}
 
 
 def _overridable(config: Any) -> ml_collections.ConfigDict:
@@ -89,6 +114,8 @@ def _overridable(config: Any) -> ml_collections.ConfigDict:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             value = _overridable(value)
+        elif isinstance(value, tuple):
+            value = tuple(to_dict(item) if dataclasses.is_dataclass(item) else item for item in value)
         elif value is None:
             (kind,) = (hint for hint in typing.get_args(hints[field.name]) if hint is not type(None))
             value = ml_collections.config_dict.placeholder(typing.get_origin(kind) or kind)
@@ -96,21 +123,39 @@ def _overridable(config: Any) -> ml_collections.ConfigDict:
     return out
 
 
-def parse(config: Mapping[str, object]) -> Experiment:
+def parse(config: Mapping[str, Any], start: MLLMConfig | None = None) -> Experiment:
     """Read an experiment from a ``ConfigDict`` or a nested dictionary and :func:`resolve` it.
+
+    Args:
+      config: the values.
+      start: the model of the checkpoint that ``init_from`` names; None if there is none, or if the config
+        has a model of its own.
 
     Raises:
       UserError: an unknown or missing key, or a value of the wrong type or out of range.
     """
-    return resolve(_read(config))
+    if (changes := _changes(config)) is None:
+        return resolve(_read(config))
+    if start is None:
+        raise UserError("model has no decoder, so a checkpoint must have it: name one in init_from.")
+    with _one_sentence("model: "):
+        model = changed(start, changes)
+    return resolve(_read(_with_model(config, model)))
 
 
-def _read(config: Mapping[str, object]) -> Experiment:
-    try:
+def _read(config: Mapping[str, Any]) -> Experiment:
+    with _one_sentence():
         return from_dict(Experiment, config)
+
+
+@contextlib.contextmanager
+def _one_sentence(before: str = "") -> Iterator[None]:
+    """Context in which a config that cannot be read is a UserError."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         # str() of a KeyError adds quotes; args[0] is the bare message.
-        raise UserError(str(error.args[0])) from error
+        raise UserError(f"{before}{error.args[0]}") from error
 
 
 def _apply_arm(experiment: Experiment) -> Experiment:
@@ -125,42 +170,31 @@ def _apply_arm(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, model=model, schedule=schedule)
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise a UserError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def resolve(experiment: Experiment) -> Experiment:
     """Apply the arm and check fields against each other. Resolving twice changes nothing.
 
     Raises:
       UserError: fields contradict each other.
     """
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
     require(experiment.arm in ARMS, f"arm={experiment.arm!r} must be one of {ARMS}.")
     require(experiment.model.vision is not None, "model.vision is empty; training needs an image tower.")
-    require(
-        experiment.model.views == ViewConfig()
-        and experiment.model.gaze.video_region is None
-        and experiment.model.gaze.newlines == "text",
-        "model.views, model.gaze.video_region and model.gaze.newlines have no effect on the digit scenes, "
-        "which are one view each without newlines; leave them out.",
-    )
     experiment = _apply_arm(experiment)
-    for name in ("steps", "batch_size", "keep_checkpoints", "log_every"):
+    for name in ("batch_size", "keep_checkpoints", "log_every"):
         value = getattr(experiment, name)
         require(value >= 1, f"{name}={value} must be at least 1.")
     for name, least in (("samples", 2), ("batch_size", 1)):
         value = getattr(experiment.eval, name)
         require(value >= least, f"eval.{name}={value} must be at least {least}.")
-    for name in ("checkpoint_every", "num_workers", "seed"):
+    for name in ("steps", "checkpoint_every", "num_workers", "seed"):
         value = getattr(experiment, name)
         require(value >= 0, f"{name}={value} must not be negative.")
     require(experiment.seed < 2**32, f"seed={experiment.seed} must be less than 2**32.")
-    require(
-        experiment.optimizer.warmup_steps < experiment.steps,
-        f"optimizer.warmup_steps={experiment.optimizer.warmup_steps} must be less than "
-        f"steps={experiment.steps}.",
-    )
     gaze, layout = experiment.model.gaze, experiment.model.layout
     if experiment.arm in ("gaze", "sparse_start"):
         require(
@@ -171,11 +205,55 @@ def resolve(experiment: Experiment) -> Experiment:
             gaze.top_k is None or gaze.top_k <= layout.regions,
             f"model.gaze.top_k={gaze.top_k} must be at most {layout.regions}, the regions of one image.",
         )
-    size = experiment.data.image_size
+    if isinstance(experiment.data, CorpusConfig):
+        _check_corpus(experiment, experiment.data)
+    else:
+        _check_digits(experiment, experiment.data)
+    if experiment.steps:
+        check_steps(experiment)
+    return experiment
+
+
+def check_steps(experiment: Experiment) -> None:
+    """Check the number of steps, once it is known.
+
+    Raises:
+      UserError: the warmup takes all of them.
+    """
+    warmup = warmup_of(experiment.optimizer, experiment.steps)
+    require(
+        warmup < experiment.steps,
+        f"optimizer.warmup_steps={warmup} must be less than steps={experiment.steps}.",
+    )
+
+
+def _check_corpus(experiment: Experiment, data: CorpusConfig) -> None:
+    require(data.path != "" or data.sources != (), "data.path is empty; name the corpus to train on.")
+    require(
+        experiment.init_from is not None,
+        "Training on a corpus needs init_from, a checkpoint with a tokenizer; name a converted one, or one "
+        "that gaze-jax convert --llm=... --vision=... joins.",
+    )
+    require(
+        experiment.steps > 0 or data.epochs is not None,
+        "steps=0 takes as many steps as data.epochs need; give one of them.",
+    )
+
+
+def _check_digits(experiment: Experiment, data: DigitsConfig) -> None:
+    require(experiment.steps >= 1, f"steps={experiment.steps} must be at least 1.")
+    require(
+        experiment.model.views == ViewConfig()
+        and experiment.model.gaze.video_region is None
+        and experiment.model.gaze.newlines == "text",
+        "model.views, model.gaze.video_region and model.gaze.newlines have no effect on the digit scenes, "
+        "which are one view each without newlines; leave them out.",
+    )
+    size = data.image_size
     require(
         size == experiment.model.tower.image_size,
         f"model.vision.image_size={experiment.model.tower.image_size} must be {size}, the size of a scene: "
-        f"data.rows={experiment.data.rows} cells of data.cell={experiment.data.cell} pixels.",
+        f"data.rows={data.rows} cells of data.cell={data.cell} pixels.",
     )
     vocabulary = build_tokenizer().vocab_size
     require(
@@ -183,4 +261,3 @@ def resolve(experiment: Experiment) -> Experiment:
         f"model.decoder.vocab_size={experiment.model.decoder.vocab_size} must be at least {vocabulary}, "
         "the tokenizer's size.",
     )
-    return experiment

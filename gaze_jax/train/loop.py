@@ -4,21 +4,21 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from gaze_jax.corpora.phrases import build_tokenizer
+from gaze_jax.corpora.digits import DigitsConfig
 from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
-from gaze_jax.train.pipeline import make_iterator
-from gaze_jax.train.step import TrainState, compile_step, init_state, put_batch
+from gaze_jax.train.pipeline import Batches, RunData, open_data
+from gaze_jax.train.start import Start, check_start, initial_params
+from gaze_jax.train.step import Batch, Metrics, TrainState, compile_step, init_state, put_batch
 from gaze_jax.writing import full_disk
 
 
@@ -65,77 +65,123 @@ def _must_stop(manager: ocp.CheckpointManager, step: int, asked: threading.Event
 class _Run:
     """The constant parts of a run."""
 
-    experiment: Experiment
+    data: RunData
+    start: Start | None
     workdir: Path
     mesh: Mesh
-    iterator: grain.DatasetIterator
-    fingerprint: Mapping[str, object]
     manager: ocp.CheckpointManager
 
-    def initial(self) -> tuple[TrainState, list[metrics.Row]]:
-        """Return the newest checkpoint's state and unlogged metrics, or a fresh state."""
-        found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.iterator, self.fingerprint)
-        return (init_state(self.experiment, self.mesh), []) if found is None else (found.state, found.window)
+    @property
+    def experiment(self) -> Experiment:
+        return self.data.experiment
+
+    def restored(self) -> tuple[TrainState, list[metrics.Row]] | None:
+        """The newest checkpoint's state and unlogged metrics; None if there is none."""
+        found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.data.fingerprint)
+        return None if found is None else (found.state, found.window)
+
+    def fresh(self, batch: Batch) -> TrainState:
+        """The state before the first step, whose batch may show where new parameters begin."""
+        if self.start is None:
+            return init_state(self.experiment, self.mesh)
+        new = check_start(self.start, self.experiment.model)
+        print_once(f"from {self.start.name}" + (f"; new: {', '.join(new)}" if new else ""))
+        params = initial_params(self.start, self.experiment.model, self.mesh, self.experiment.seed, batch)
+        return init_state(self.experiment, self.mesh, params)
 
     def save(self, state: TrainState, window: list[metrics.Row]) -> None:
         checkpoint.save(
-            self.manager, state, self.iterator, self.experiment, self.fingerprint, build_tokenizer(), window
+            self.manager, state, self.experiment, self.data.fingerprint, self.data.tokenizer, window
         )
 
     def log(self, step: int, window: list[metrics.Row], progress: metrics.Progress) -> None:
         row = metrics.mean(window)
         if jax.process_index() == 0:
             metrics.append(self.workdir / metrics.FILE, {"step": step, **row})
-        print_once(progress.line(step, row, self.experiment.model.layout.regions))
+        alike = isinstance(self.experiment.data, DigitsConfig)
+        print_once(progress.line(step, row, self.experiment.model.layout.regions if alike else None))
 
 
-def train(experiment: Experiment, workdir: str | Path) -> bool:
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    start: Start | None = None,
+    advance: Callable[[int], None] = lambda records: None,
+) -> bool:
     """Train to the end, starting from the newest checkpoint in ``workdir`` if there is one.
 
     Two runs of one experiment are bit-identical, however often either was interrupted.
 
     Args:
       experiment: from :func:`gaze_jax.train.config.parse`.
-      workdir: gets ``checkpoints/`` and ``metrics.jsonl``.
+      workdir: gets ``checkpoints/`` and ``metrics.jsonl``, and what ``start`` keeps.
+      start: the checkpoint that ``experiment.init_from`` names.
+      advance: called with the number of records of a corpus that are newly measured.
 
     Returns:
       True if all steps are done; False if SIGTERM stopped the run, after saving.
 
     Raises:
-      UserError: the workdir holds a checkpoint of another config, its disk is full, or the loss is not
-        finite.
+      UserError: the workdir holds a checkpoint of another config, its disk is full, the data cannot be used,
+        or the loss is not finite.
     """
     workdir = Path(workdir)
     mesh = make_mesh(experiment.mesh)
-    iterator, fingerprint = make_iterator(experiment)
+    if start is not None:
+        check_start(start, experiment.model)
+    data = open_data(experiment, start, workdir, advance)
     with (
         _named_if_full(workdir),
-        contextlib.closing(iterator),  # otherwise its workers outlive the run
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,
         _sigterm() as asked,
     ):
-        run = _Run(experiment, workdir, mesh, iterator, fingerprint, manager)
-        state, window = run.initial()
-        first = int(state.step)
-        print_once(
-            f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
-            f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"
-        )
+        run = _Run(data, start, workdir, mesh, manager)
+        if start is not None and jax.process_index() == 0:
+            start.keep(workdir)
+        for line in data.lines:
+            print_once(line)
+        restored = run.restored()
+        first = 0 if restored is None else int(restored[0].step)
         if jax.process_index() == 0:
             metrics.keep_until(workdir / metrics.FILE, first)
-        return first >= experiment.steps or _steps(run, state, window, first, asked)
+        if first >= data.experiment.steps:
+            return True
+        with contextlib.closing(data.batches_from(first)) as batches:
+            return _steps(run, batches, restored, first, asked)
+
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _compiled(steps: dict[Shapes, StepFunction], run: _Run, batch: Batch) -> StepFunction:
+    """The step for batches of this shape; the plan of a corpus has one shape for each of its buckets."""
+    shapes = tuple(batch[name].shape for name in sorted(batch))
+    if shapes not in steps:
+        steps[shapes] = compile_step(run.experiment, run.mesh, batch)
+    return steps[shapes]
 
 
 def _steps(
-    run: _Run, state: TrainState, window: list[metrics.Row], first: int, asked: threading.Event
+    run: _Run,
+    batches: Batches,
+    restored: tuple[TrainState, list[metrics.Row]] | None,
+    first: int,
+    asked: threading.Event,
 ) -> bool:
     experiment = run.experiment
-    batch = put_batch(next(run.iterator), run.mesh)
-    step_once = compile_step(experiment, run.mesh, batch)
+    batch = put_batch(next(batches), run.mesh)
+    state, window = (run.fresh(batch), []) if restored is None else restored
+    print_once(
+        f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"
+    )
+    steps: dict[Shapes, StepFunction] = {}
     progress = metrics.Progress(first, experiment.steps)
     # Metrics still on the device: fetching them would block every step.
     pending: list[dict[str, jax.Array]] = []
     for step in range(first + 1, experiment.steps + 1):
+        step_once = _compiled(steps, run, batch)
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):
             state, measured = step_once(state, batch)
@@ -159,5 +205,7 @@ def _steps(
             )
             return False
         if not last:
-            batch = put_batch(next(run.iterator), run.mesh)
+            batch = put_batch(next(batches), run.mesh)
+    if summary := batches.summary():
+        print_once(summary)
     return True

@@ -75,12 +75,13 @@ class Progress:
     def __init__(self, step: int, steps: int):
         self._began, self._first, self._steps = time.monotonic(), step, steps
 
-    def line(self, step: int, row: Row, regions: int) -> str:
-        """Format the progress line at ``step``; ``regions`` is the number of regions of one image."""
+    def line(self, step: int, row: Row, regions: int | None) -> str:
+        """Format the progress line at ``step``; ``regions``: of every sample, None if they differ."""
+        of = "" if regions is None else f" of {regions}"
         speed = (step - self._first) / max(time.monotonic() - self._began, 1e-9)
         return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}  "
-            f"accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  top_k {row['top_k']:.1f} of {regions}  "
+            f"accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  top_k {row['top_k']:.1f}{of}  "
             f"visual entries {row['visual_entries']:.1f}  {speed:.2f} steps/s  "
             f"ETA {_clock((self._steps - step) / speed)}"
         )

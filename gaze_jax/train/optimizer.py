@@ -1,6 +1,7 @@
 """The optimizer: optax's Muon or AdamW, with warmup, decay and clipping by the global norm."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import optax
@@ -11,6 +12,8 @@ from optax.contrib import MuonDimensionNumbers
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
 NAMES = ("muon", "adamw")
+PARTS = ("vision", "projector", "newline", "context", "decoder")
+"""Parts of a model: its top-level parameters."""
 DECAYS = ("linear", "cosine")
 
 # Kernels that do not map between hidden vectors: tables and filters.
@@ -30,22 +33,26 @@ class OptimizerConfig:
       adam_learning_rate: peak learning rate of the parameters that "muon" leaves to Adam; None means
         ``learning_rate``.
       warmup_steps: steps of linear warmup from ``learning_rate / warmup_steps``.
+      warmup_fraction: the same as a fraction of all steps; given instead of ``warmup_steps``.
       decay: shape of the decay from the peak, "linear" or "cosine".
       final_fraction: fraction of the peak at which the decay ends, one step after the last.
       weight_decay: weight decay of hidden matrices, multiplied by the learning rate.
       b2: decay rate of Adam's second moment.
       clip_norm: maximum global norm of the gradient; None does not clip.
+      frozen: parts of the model that are not trained, of :data:`PARTS`.
     """
 
     name: str = "muon"
     learning_rate: float = 2e-3
     adam_learning_rate: float | None = None
     warmup_steps: int = 100
+    warmup_fraction: float | None = None
     decay: str = "linear"
     final_fraction: float = 0.0
     weight_decay: float = 0.01
     b2: float = 0.99
     clip_norm: float | None = 1.0
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field, known in (("name", NAMES), ("decay", DECAYS)):
@@ -60,6 +67,19 @@ class OptimizerConfig:
                 f"optimizer.warmup_steps={self.warmup_steps} and optimizer.weight_decay={self.weight_decay} "
                 "must not be negative."
             )
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"optimizer.warmup_fraction={self.warmup_fraction} must be 0 or more, below 1.")
+        if self.warmup_fraction is not None and self.warmup_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} contradicts optimizer.warmup_fraction="
+                f"{self.warmup_fraction}; set the steps to 0, or leave the fraction out."
+            )
+        if unknown := sorted(set(self.frozen) - set(PARTS)):
+            raise ValueError(
+                f"optimizer.frozen names {', '.join(unknown)}; the parts are {', '.join(PARTS)}."
+            )
+        if set(PARTS) <= set(self.frozen):
+            raise ValueError("optimizer.frozen names every part, so nothing would be trained; leave one out.")
         if not 0 <= self.final_fraction <= 1 or not 0 < self.b2 < 1:
             raise ValueError(
                 f"optimizer.final_fraction={self.final_fraction} and optimizer.b2={self.b2} must lie "
@@ -93,17 +113,23 @@ def hidden_matrices(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_hidden(path), params)
 
 
+def warmup_of(config: OptimizerConfig, steps: int) -> int:
+    """Steps of warmup in a run of ``steps``."""
+    return config.warmup_steps if config.warmup_fraction is None else round(config.warmup_fraction * steps)
+
+
 def learning_rate(peak: float, config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Warmup, then decay that reaches the final fraction at step ``steps`` (one after the last)."""
-    falling = max(steps - config.warmup_steps, 1)
+    warmup_steps = warmup_of(config, steps)
+    falling = max(steps - warmup_steps, 1)
     if config.decay == "linear":
         decay = optax.linear_schedule(peak, peak * config.final_fraction, falling)
     else:
         decay = optax.cosine_decay_schedule(peak, falling, alpha=config.final_fraction)
-    if not config.warmup_steps:
+    if not warmup_steps:
         return decay
-    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def make_optimizer(
@@ -123,6 +149,19 @@ def make_optimizer(
         )
     else:
         update = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=hidden_matrices)
-    if config.clip_norm is None:
-        return update, schedule
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update), schedule
+    if config.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.frozen:
+
+        def are(frozen: bool) -> Callable[[PyTree], dict[str, bool]]:
+            return lambda params: {part: (part in config.frozen) == frozen for part in params}
+
+        update = optax.chain(optax.masked(update, are(False)), optax.masked(optax.set_to_zero(), are(True)))
+    return update, schedule
+
+
+def without_frozen(params: PyTree, config: OptimizerConfig) -> PyTree:
+    """``params`` of which the frozen parts have no gradient, so that none is computed."""
+    return {
+        part: jax.lax.stop_gradient(tree) if part in config.frozen else tree for part, tree in params.items()
+    }

@@ -19,7 +19,7 @@ from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train.config import Experiment
-from gaze_jax.train.optimizer import make_optimizer
+from gaze_jax.train.optimizer import make_optimizer, without_frozen
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -80,9 +80,23 @@ def shardings_of(abstract: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """Make a fresh state, sharded from the start: no device ever holds a full sharded parameter."""
+def init_state(experiment: Experiment, mesh: Mesh, params: PyTree | None = None) -> TrainState:
+    """Make a fresh state, sharded from the start: no device ever holds a full sharded parameter.
+
+    Args:
+      experiment: the run.
+      mesh: its mesh.
+      params: parameters to start with, which are donated; None initialises them.
+    """
     shardings = shardings_of(abstract_state(experiment, mesh))
+    if params is not None:
+        optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
+        start = jax.jit(
+            lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
+        return start(params)
     make = jax.jit(lambda seed: _init(experiment, seed), out_shardings=shardings)
     return make(np.uint32(experiment.seed))
 
@@ -110,7 +124,8 @@ def loss_and_metrics(
 
     Args:
       params: the model's parameters.
-      batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 [B, N, height, width, 3].
+      batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 or uint8
+        [B, N, height, width, 3].
       keep: float32 scalar, fraction of the visible regions that a query selects; None is dense attention.
       config: the model's config.
 
@@ -172,8 +187,12 @@ def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keep = keep_fraction(experiment, state.step)
-        grad = jax.grad(loss_and_metrics, has_aux=True)
-        grads, metrics = grad(state.params, batch, keep, experiment.model)
+
+        def loss(params: PyTree) -> tuple[Array, Metrics]:
+            params = without_frozen(params, experiment.optimizer)
+            return loss_and_metrics(params, batch, keep, experiment.model)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {

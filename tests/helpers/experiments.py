@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from gaze_jax.corpora.phrases import build_tokenizer
+from gaze_jax.data.placement import Arrays
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.config import Experiment, complete, parse
-from gaze_jax.train.pipeline import make_iterator
+from gaze_jax.train.pipeline import RunData, open_data
 from gaze_jax.train.step import TrainState, abstract_state, compile_step, put_batch
 
 
@@ -66,10 +66,21 @@ def tiny_experiment(**overrides: Any) -> Experiment:
     return parse(tiny(**overrides))
 
 
+def data_of(experiment: Experiment) -> RunData:
+    """The data of a run on digit scenes."""
+    return open_data(experiment, None, Path("/nowhere"))
+
+
+def batches_of(experiment: Experiment, count: int = 1, first: int = 0) -> list[Arrays]:
+    """``count`` batches of a run on digit scenes, from number ``first`` on."""
+    with contextlib.closing(data_of(experiment).batches_from(first)) as batches:
+        return [next(batches) for _ in range(count)]
+
+
 @functools.cache
 def _compiled(experiment: Experiment, mesh: Mesh) -> Any:
-    with contextlib.closing(make_iterator(experiment)[0]) as iterator:
-        return compile_step(experiment, mesh, put_batch(next(iterator), mesh))
+    (batch,) = batches_of(experiment)
+    return compile_step(experiment, mesh, put_batch(batch, mesh))
 
 
 def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None) -> Any:
@@ -105,7 +116,7 @@ def _random_state(experiment: Experiment) -> TrainState:
 
 def save_untrained(experiment: Experiment, workdir: Path) -> None:
     """A checkpoint of step 0: what reads checkpoints needs no training."""
-    iterator, fingerprint = make_iterator(experiment)
-    with contextlib.closing(iterator), checkpoint.open_manager(workdir, 1) as manager:
+    data = data_of(experiment)
+    with checkpoint.open_manager(workdir, 1) as manager:
         state = _random_state(experiment)
-        checkpoint.save(manager, state, iterator, experiment, fingerprint, build_tokenizer(), [])
+        checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])

@@ -1,6 +1,5 @@
 """Invariant 7: N steps, a stop and M steps end in the same bits as N + M steps."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -16,9 +15,8 @@ from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.checkpoint import load_for_inference
-from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import init_state, put_batch, shardings_of
-from tests.helpers.experiments import compiled, reused_programs, tiny_experiment
+from tests.helpers.experiments import batches_of, compiled, data_of, reused_programs, tiny_experiment
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
@@ -118,10 +116,8 @@ def test_another_mesh_restores_the_same_values(whole):
     one = load_for_inference(whole, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     experiment = tiny_experiment(**{"mesh.fsdp": 8, "mesh.data": 1})
     mesh = make_mesh(experiment.mesh)
-    iterator, fingerprint = make_iterator(experiment)
     with checkpoint.open_manager(whole) as manager:
-        found = checkpoint.restore(manager, experiment, mesh, iterator, fingerprint)
-    iterator.close()
+        found = checkpoint.restore(manager, experiment, mesh, data_of(experiment).fingerprint)
     kernel = found.state.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 8, 48)}
     chex.assert_trees_all_equal(found.state.params, one.params, strict=True)
@@ -143,8 +139,7 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypat
 def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     experiment = tiny_experiment()
     mesh = make_mesh(experiment.mesh)
-    with contextlib.closing(make_iterator(experiment)[0]) as iterator:
-        batch = put_batch(next(iterator), mesh)
+    batch = put_batch(batches_of(experiment)[0], mesh)
     batch["tokens"] = batch["tokens"][:, :-1]
     with pytest.raises(ValueError, match="Batch field tokens is int32"):
         compiled(experiment, mesh)(init_state(experiment, mesh), batch)

@@ -1,7 +1,5 @@
 """Invariant 4 for training: parameters and batch split over a mesh give what one device gives."""
 
-import contextlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import pytest
 
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
-from gaze_jax.train.pipeline import make_iterator
 from gaze_jax.train.step import (
     abstract_state,
     init_state,
@@ -18,7 +15,7 @@ from gaze_jax.train.step import (
     put_batch,
     shardings_of,
 )
-from tests.helpers.experiments import compiled, tiny_experiment
+from tests.helpers.experiments import batches_of, compiled, tiny_experiment
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
@@ -27,8 +24,7 @@ SHARDED = MeshConfig(data=2, fsdp=4)
 
 @pytest.fixture(scope="module")
 def batch():
-    with contextlib.closing(make_iterator(tiny_experiment())[0]) as iterator:
-        return next(iterator)
+    return batches_of(tiny_experiment())[0]
 
 
 def gradient(mesh, batch):

@@ -146,11 +146,17 @@ QUANTITIES: Mapping[str, str] = {
 """Key of :attr:`Report.histograms` -> what is counted."""
 
 
+_UNPRINTED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's controls, marks of direction and the like, halves of pairs, and separators of lines."""
+_JOINERS = "\u200c\u200d"
+"""Which scripts and emoji need."""
+
+
 def plain(text: str) -> str:
     """Text of a corpus on one line, safe on a terminal and in UTF-8: what does not print becomes escapes."""
     return "".join(
         character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        if unicodedata.category(character) in _UNPRINTED and character not in _JOINERS
         else character
         for character in text
     )

@@ -141,7 +141,7 @@ def _chart(title: str, found: Histogram) -> dict[str, Any]:
     ]
     every, middle = -(-count // 5), step / 2 if _of_numbers(found) else 0
     return {
-        "title": title[0].upper() + title[1:] + (", widths by ratio" if found.log else ""),
+        "title": title[0].upper() + title[1:] + (" (log)" if found.log else ""),
         "numbers": _numbers(found),
         "width": _WIDTH,
         "height": _HEIGHT,

@@ -10,7 +10,7 @@ import markupsafe
 _ASSETS = Path(__file__).parent / "assets"
 
 
-def filled_page(name: str, **values: object) -> str:
+def filled_page(name: str, /, **values: object) -> str:
     """The template ``assets/NAME.html``, with the styles that all pages have and its own, ``NAME.css``.
 
     The page's Content-Security-Policy allows these styles, by their hash, and ``data:`` images, no more.

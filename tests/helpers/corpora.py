@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html.parser
 import json
 import os
 import time
@@ -110,3 +111,56 @@ class Fatal:
 
     def fingerprint(self) -> dict[str, object]:
         return self.corpus.fingerprint()
+
+
+def write_animation(path, frames: int = 4, height: int = 20, width: int = 30) -> None:
+    """A GIF, which needs no FFmpeg."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(frames)
+    first, *rest = (
+        Pillow.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8)) for _ in range(frames)
+    )
+    first.save(path, save_all=True, append_images=rest, duration=100)
+
+
+class _Elements(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str], list[str]]] = []
+        self.open: list[list[str]] = []
+
+    def handle_starttag(self, tag, attributes):
+        text: list[str] = []
+        self.found.append((tag, {name: value or "" for name, value in attributes}, text))
+        if tag not in ("meta", "link", "input", "img", "image", "path", "line"):
+            self.open.append(text)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, {name: value or "" for name, value in attributes}, []))
+
+    def handle_endtag(self, tag):
+        self.open.pop()
+
+    def handle_data(self, data):
+        for text in self.open:
+            text.append(data)
+
+
+def elements(page: str) -> list[tuple[str, dict[str, str], str]]:
+    """Every element of a page: its tag, attributes and text, in the order of their beginnings."""
+    parser = _Elements()
+    parser.feed(page)
+    parser.close()
+    assert not parser.open
+    return [(tag, attributes, "".join(text)) for tag, attributes, text in parser.found]
+
+
+def assert_inert(page: str) -> None:
+    """Nothing in the page can run or fetch: no script, no handler, no address but its own."""
+    for tag, attributes, _ in elements(page):
+        assert tag not in ("script", "img", "iframe", "object", "form", "base"), tag
+        assert not any(name.startswith("on") or name == "style" for name in attributes), attributes
+        for name in ("href", "src"):
+            assert attributes.get(name, "#").startswith(("#", "data:,", "data:image/jpeg;base64,"))
+    (policy,) = [a["content"] for _, a, _ in elements(page) if a.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy

@@ -1,6 +1,7 @@
 """Show one sample of a corpus as the model gets it: a page in one file, and lines for a terminal."""
 
 import itertools
+import operator
 import os
 
 from gaze_jax.corpora.check import plain
@@ -10,6 +11,8 @@ from gaze_jax.corpora.records import Corpus
 from gaze_jax.corpora.shown import VISUAL, Picture, Piece, ShownSample, shown_sample
 from gaze_jax.writing import write_text
 
+_FRAME = ", frame "
+"""Parts the title of a video's frame."""
 _MOST_CHARACTERS = 4000
 """Characters of the sequence on a terminal."""
 
@@ -99,7 +102,7 @@ def _picture_fields(number: int, picture: Picture) -> dict[str, object]:
         "height": height,
         # Everything but what the tokens show: two rectangles, of which the inner one is a hole.
         "unread": f"M0 0H{width}V{height}H0ZM{left:.2f} {top:.2f}V{bottom:.2f}H{right:.2f}V{top:.2f}Z",
-        "frame": ", frame " in picture.title,
+        "frame": _FRAME in picture.title,
         "small": width < 300,
         "areas": [
             {
@@ -139,7 +142,10 @@ def sample_lines(sample: ShownSample) -> list[str]:
     ]
     if sample.left_out:
         lines.append(f"{_count(sample.left_out, 'turn')} left out, since it is too long")
-    lines += [f"{one.title} ({plain(one.medium)}): {_about(one)}" for one in sample.pictures]
+    for label, group in itertools.groupby(sample.pictures, _label):
+        first, *others = group
+        frames = f", {_count(len(others) + 1, 'frame')}" if label != first.title else ""
+        lines.append(f"{label}{frames} ({plain(first.medium)}): {_about(first)}{' each' if frames else ''}")
     sequence = "".join(
         f"«{text}»" if learnt else text
         for learnt, group in itertools.groupby(sample.pieces, lambda piece: piece.learnt)
@@ -150,16 +156,22 @@ def sample_lines(sample: ShownSample) -> list[str]:
     return [*lines, "", *map(plain, sequence.split("\n"))]
 
 
+def _label(picture: Picture) -> str:
+    """The title, of a frame that of its video."""
+    return picture.title.partition(_FRAME)[0]
+
+
 def _as_text(pieces: list[Piece], sample: ShownSample) -> str:
-    """Pieces as text, with a view, its newlines and its context tokens as one mark."""
+    """Pieces as text, with an image's view or a video, its newlines and its context tokens as one mark."""
     text = ""
-    for is_text, group in itertools.groupby(pieces, lambda piece: piece.kind == "text"):
+    for is_text, run_of in itertools.groupby(pieces, lambda piece: piece.kind == "text"):
+        group = list(run_of)
         if is_text:
             text += "".join(piece.text for piece in group)
             continue
-        for view, run in itertools.groupby(group, lambda piece: piece.view):
-            tokens = _count(sum(piece.count for piece in run), "token")
-            text += f"[{sample.pictures[view].title}: {tokens}]" if view >= 0 else f"[newline: {tokens}]"
+        labels = [_label(sample.pictures[piece.view]) if piece.view >= 0 else "newline" for piece in group]
+        for label, run in itertools.groupby(zip(labels, group), operator.itemgetter(0)):
+            text += f"[{label}: {_count(sum(piece.count for _, piece in run), 'token')}]"
     return text
 
 

@@ -138,9 +138,13 @@ def shown_sample(corpus: Corpus, conversations: Conversations, index: int) -> Sh
     sample = conversations.sample(record, index)
     with failing("medium", record.name):  # frames of a video are decoded here
         arrays, views = process_with_views(conversations.processor, sample)
-    visual = int((arrays["visual_src"] >= 0).sum())
-    sizes = (len(arrays[name]) for name in ("tokens", "region_segment", "images"))
-    lengths = Lengths(*sizes, slots=arrays["visual_src"].shape[1] if len(views) else 0, visual=visual)
+    lengths = Lengths(
+        text=len(arrays["tokens"]),
+        regions=len(arrays["region_segment"]),
+        images=len(arrays["images"]),
+        slots=arrays["visual_src"].shape[1] if views else 0,
+        visual=int((arrays["visual_src"] >= 0).sum()),
+    )
     return ShownSample(
         index,
         record.name,
@@ -204,14 +208,13 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         # Some decoders drop a space at the beginning, so that a token is decoded behind its neighbour.
         first = max(0, at - 1)
         before = len(tokenizer.decode(ids[first:at]))
-        found, stop = [], at
-        while _REPLACEMENT in (found[-1:] or [_REPLACEMENT])[0] and stop < min(at + _MOST_BYTES, len(ids)):
-            stop += 1
-            found.append(tokenizer.decode(ids[first:stop])[before:])
-        if _REPLACEMENT in found[-1]:  # no character: bytes that are not UTF-8
-            texts.append(found[0])
-        else:
-            texts += [found[-1]] + [""] * (stop - at - 1)
+        stops = range(at + 1, min(at + _MOST_BYTES, len(ids)) + 1)
+        decoded = ((stop, tokenizer.decode(ids[first:stop])[before:]) for stop in stops)
+        # Bytes that complete no character are shown alone, as what stands for them.
+        stop, text = next(
+            ((stop, text) for stop, text in decoded if _REPLACEMENT not in text), (at + 1, _REPLACEMENT)
+        )
+        texts += [text] + [""] * (stop - at - 1)
     return texts
 
 
@@ -232,7 +235,9 @@ def _pictures(
             grids = style.image_grids(layout, size, alone)[0]
             count, media = len(grids), record.images
         # The views of an image follow each other, so this one's number among them is how many precede it.
-        which = placed.frame if placed.video else sum(_same(placed, other) for other in views[:number])
+        which = (
+            placed.frame if placed.video else sum(_same(placed, other) for other in views[:number]) % count
+        )
         rows, columns = (length // side for length in grids[0 if placed.video else which].canvas)
         tiles = arrays["images"][image : image + rows * columns]
         kind, part = ("video", "frame") if placed.video else ("image", "view")

@@ -197,7 +197,8 @@ def test_lines_mark_what_is_learnt(corpus):
     assert re.findall("«(.*?)»", text) == ["é日, one.<|im_end|>", "Two.<|im_end|>"]
     assert "[image 1, view 1 of 1: 38 tokens]\nThis?" in text
     video = sample_lines(shown_sample(corpus, corpora.conversations(corpora.LAYOUTS["llava_onevision"]), 3))
-    assert "[newline: 1 token]\nWhat?" in "\n".join(video)
+    assert video[2] == "video 1, 32 frames (walk.gif): 30×20 pixels as stored, 3×3 tokens, 1 region each"
+    assert "\n[video 1: 288 tokens][newline: 1 token]\nWhat?" in "\n".join(video)
 
 
 def test_a_long_sequence_is_cut_on_a_terminal(corpus, monkeypatch):

@@ -42,6 +42,8 @@ SHOWN = 20
 
 _BARS = 30
 """Most bars of a histogram."""
+_LONGEST = 600
+"""Characters of a message; some quote a conversation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,12 @@ def plain(text: str) -> str:
     )
 
 
+def _sentence(message: str) -> str:
+    """A message on one line; one that quotes a long text is cut in its middle."""
+    line = plain(message)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 3 :]}"
+
+
 def check_corpus(
     corpus: Corpus,
     conversations: Conversations,
@@ -211,14 +219,14 @@ def check_record(corpus: Corpus, conversations: Conversations, config: CorpusCon
     except RecordError as error:
         name, identity = _names(index, record)
         kept = measured if error.cause == "length" else None
-        return Checked(name, identity, error.cause, plain(str(error)), measured=kept)
+        return Checked(name, identity, error.cause, _sentence(str(error)), measured=kept)
     except Exception as error:
         name, identity = _names(index, record)
         cause = "record" if record is None else "conversation" if measured is None else "medium"
         what = "needs more memory than there is"
         if not isinstance(error, MemoryError):
             what = f"fails in a way that was not foreseen ({type(error).__name__}: {first_line(error)})"
-        return Checked(name, identity, cause, plain(f"{name} {what}; leave it out, or repair it."))
+        return Checked(name, identity, cause, _sentence(f"{name} {what}; leave it out, or repair it."))
     return Checked(*_names(index, record), skipped=skipped, measured=measured)
 
 
@@ -324,7 +332,7 @@ def _duplicate(corpus: Corpus, index: int, first: int, found: Checked) -> Proble
     with contextlib.suppress(UserError):
         name = plain(read(corpus, first).name)
     message = f"{found.name} has the id {found.id!r} of {name}; give every record an id of its own."
-    return Problem(index, found.name, DUPLICATE, plain(message))
+    return Problem(index, found.name, DUPLICATE, _sentence(message))
 
 
 def _add(values: dict[str, "array.array[float]"], measured: Measured) -> None:

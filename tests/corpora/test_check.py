@@ -17,6 +17,7 @@ from gaze_jax.corpora.config import CorpusConfig, RowConfig
 from gaze_jax.corpora.reading import open_corpus
 from gaze_jax.corpora.records import CAUSES
 from gaze_jax.corpora.workers import Failure
+from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.media.video import Animation
 from tests.helpers import corpora
@@ -230,9 +231,22 @@ def test_text_without_tokens_is_a_problem_of_its_record(tmp_path, monkeypatch):
         raise ValueError("Text cannot be tokenised: a character has no token.")
 
     corpus, conversations = spoilt(tmp_path), corpora.conversations()
-    monkeypatch.setattr(type(conversations.tokenizer), "encode", encode)
+    monkeypatch.setattr(Tokenizer, "encode", encode)
     found = check_record(corpus, conversations, LIMIT, 3)
     assert found.cause == "conversation" and found.message.startswith("all.jsonl line 4: Text cannot be")
+
+
+def test_a_long_message_is_cut_in_its_middle(tmp_path, monkeypatch):
+    def encode(self, text):
+        if "xxx" in text:
+            raise ValueError(f"Text {text!r} cannot be tokenised: a character has no token.")
+        return real(self, text)
+
+    corpus, real = spoilt(tmp_path), Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    found = check_record(corpus, corpora.conversations(), LIMIT, 8)
+    assert found.message.startswith("all.jsonl line 9: Text") and found.message.endswith("has no token.")
+    assert "xxx ... xxx" in found.message and len(found.message) < 620
 
 
 def test_a_record_that_hangs_is_named_and_the_rest_is_checked(tmp_path):

@@ -22,6 +22,7 @@ from gaze_jax.data.placement import Arrays
 from gaze_jax.data.processor import Processor, count_text
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import Tokenizer
+from gaze_jax.errors import UserError
 from gaze_jax.families import get_family
 from gaze_jax.media.video import FrameSampling
 
@@ -167,7 +168,8 @@ class Conversations:
             messages = (Message("system", self.system), *messages)
         kept = messages
         if self.truncate_to is not None:
-            kept = truncate(messages, self.truncate_to, lambda some: self._tokens(some, sizes))
+            with failing("length", record.name):
+                kept = truncate(messages, self.truncate_to, functools.partial(self._tokens, sizes))
         return self._rendered(kept), len(messages) - len(kept)
 
     def _rendered(self, messages: Sequence[Message]) -> Parts:
@@ -176,8 +178,9 @@ class Conversations:
             self.template, messages, arrange=family.arrange, supervision=family.supervision
         )
 
-    def _tokens(self, messages: Sequence[Message], sizes: "_Sizes") -> int:
-        return self._count(self._rendered(messages), sizes)[0].tokens
+    def _tokens(self, sizes: "_Sizes", messages: Sequence[Message]) -> int:
+        with failing("conversation", sizes.record.name):
+            return self._count(self._rendered(messages), sizes)[0].tokens
 
     def _count(self, parts: Parts, sizes: "_Sizes") -> tuple[Lengths, int]:
         """What the parts of a sample need, and how many of their tokens are targets."""
@@ -185,13 +188,23 @@ class Conversations:
         total, targets = Lengths(), 0
         for part in parts:
             if isinstance(part, Text):
-                tokens, learnt = count_text(self.processor, part)
+                tokens, learnt = _counted(self.processor, part)
                 total, targets = total + Lengths(text=tokens), targets + learnt
             elif isinstance(part, Image):
                 total += image_lengths(style, self.layout, sizes.image(part.index), alone=alone)
             else:
                 total += video_lengths(style, self.layout, *sizes.video(part.index))
         return total, targets
+
+
+def _counted(processor: Processor, text: Text) -> tuple[int, int]:
+    """:func:`count_text`; text that the tokenizer has no tokens for is the record's fault."""
+    try:
+        return count_text(processor, text)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 _NO_IMAGE = np.zeros((1, 1, 3), np.uint8)
@@ -202,20 +215,20 @@ class _Sizes:
     """Sizes of the media of a record, each read when it is first needed."""
 
     def __init__(self, record: Record, sampling: FrameSampling) -> None:
-        self._record, self._sampling = record, record.cut.of(sampling)
+        self.record, self._sampling = record, record.cut.of(sampling)
         self.images: dict[int, Size] = {}
         self.videos: dict[int, tuple[Size, int]] = {}
 
     def image(self, number: int) -> Size:
         """(height, width) of an image."""
         if number not in self.images:
-            with failing("medium", self._record.name):
-                self.images[number] = self._record.images[number].image_size()
+            with failing("medium", self.record.name):
+                self.images[number] = self.record.images[number].image_size()
         return self.images[number]
 
     def video(self, number: int) -> tuple[Size, int]:
         """(height, width) of a video's frames, and how many are taken."""
         if number not in self.videos:
-            with failing("medium", self._record.name):
-                self.videos[number] = self._record.videos[number].video_size(self._sampling)
+            with failing("medium", self.record.name):
+                self.videos[number] = self.record.videos[number].video_size(self._sampling)
         return self.videos[number]

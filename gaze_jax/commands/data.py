@@ -3,9 +3,13 @@
 gaze-jax data prepare llava_v1_5_mix665k.json --media=/data/llava --out=/data/mix665k
     reads LLaVA's JSON, JSON Lines, parquet, webdataset tars, or a folder of captioned media (docs/data.md);
     the same command again goes on where it stopped
+gaze-jax data prepare "shards/*.tar" --out=/shared/web --engine=ray --ray_address=auto --workers=256
+    does it on a Ray cluster
 """
 
+import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +33,9 @@ def define_flags(flags: Flags) -> None:
     flags.integer("shards", None, "Number of shards; default: one for every 10,000 records.")
     flags.integer("workers", 1, "Processes that read and write.")
     flags.choice("bad", "error", ("error", "skip"), "Whether a record that cannot be read ends the run.")
+    flags.group("Where it is prepared")
+    flags.choice("engine", "local", ("local", "ray"), "Processes of this machine, or Ray Data.")
+    flags.string("ray_address", None, 'Ray cluster to join; "auto": that of this machine.', "HOST:PORT")
 
 
 def main(values: Values, arguments: Sequence[str]) -> None:
@@ -44,6 +51,8 @@ def main(values: Values, arguments: Sequence[str]) -> None:
         )
     if values.out is None:
         raise UserError("Give --out, a new folder for the shards.")
+    if values.ray_address is not None and values.engine != "ray":
+        raise UserError("--ray_address needs --engine=ray; give both, or neither.")
     from gaze_jax.corpora.prepare import prepare
     from gaze_jax.corpora.reading import PROMPT, open_corpus
     from gaze_jax.infer.progress import progress_bar
@@ -51,9 +60,19 @@ def main(values: Values, arguments: Sequence[str]) -> None:
     prompt = PROMPT if values.prompt is None else values.prompt
     corpus = open_corpus(sources[0], media=values.media, prompt=prompt)
     number = -(-len(corpus) // 10_000) if values.shards is None else values.shards
-    with progress_bar("records", len(corpus)) as advance:
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress_bar("records", len(corpus)))
+        if values.engine == "ray":  # it prints about processes that died, which one sentence says at the end
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         found = prepare(
-            corpus, values.out, shards=number, workers=values.workers, bad=values.bad, advance=advance
+            corpus,
+            values.out,
+            shards=number,
+            workers=values.workers,
+            bad=values.bad,
+            engine=values.engine,
+            ray_address=values.ray_address,
+            advance=advance,
         )
     for name, why in found.skipped[:_SHOWN]:
         print(f"left out: {name}: {why}", file=sys.stderr)

@@ -19,9 +19,15 @@ if typing.TYPE_CHECKING:
 
 def define_flags(flags: Flags) -> None:
     """The flags; every field of the config is a flag too."""
+    flags.group("The run")
+    define_config(flags)
+    flags.string("workdir", None, "Where checkpoints, metrics and results go.", "FOLDER")
+
+
+def define_config(flags: Flags) -> None:
+    """``--config``, and a flag for every field of it."""
     from ml_collections import config_flags
 
-    flags.group("The run")
     text = (
         "A Python file with get_config(), or the name of a shipped config, such as digits. "
         "--config.FIELD=VALUE changes a field of it, such as --config.steps=1000."
@@ -31,7 +37,6 @@ def define_flags(flags: Flags) -> None:
         "config", None, text, flag_values=flags.values, lock_config=True, sys_argv=flags.argv
     )
     flags.listed("config", "FILE", text)
-    flags.string("workdir", None, "Where checkpoints, metrics and results go.", "FOLDER")
 
 
 def config_of(values: Values) -> "ml_collections.ConfigDict":
@@ -66,8 +71,7 @@ def main(values: Values) -> None:
     from gaze_jax.train.loop import train
 
     config = config_of(values)
-    named = config.get("init_from")
-    start = open_start(named, Path(values.workdir)) if isinstance(named, str) and named else None
+    start = open_start(named, Path(values.workdir)) if (named := config.get("init_from")) else None
     experiment = parse(config, None if start is None else start.config)
     with progress_bar("records measured", None) as advance:
         finished = train(experiment, values.workdir, start, advance)

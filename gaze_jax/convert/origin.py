@@ -13,7 +13,7 @@ the layout that its family has.
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -27,28 +27,34 @@ from gaze_jax.convert.manifest import Manifest, Source
 from gaze_jax.convert.run import ORIGIN, plan_directory, read_origin
 from gaze_jax.convert.source import copy_beside
 from gaze_jax.convert.tokenizer_files import read_tokenizer
+from gaze_jax.corpora.config import CorpusConfig
+from gaze_jax.corpora.conversations import Conversations
+from gaze_jax.corpora.records import Corpus
+from gaze_jax.corpora.stand_in import stand_in
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families import check_views
 from gaze_jax.models.config import VisionConfig
 from gaze_jax.train.checkpoint import FOLDER, has_checkpoint, load_for_inference, read_run
+from gaze_jax.train.config import parse, read_data
+from gaze_jax.train.corpus import conversations_of, open_records
 from gaze_jax.train.start import Start
 from gaze_jax.writing import file_crc
 
 
-def open_start(init_from: str, workdir: Path) -> Start:
+def open_start(init_from: str, workdir: Path | None = None) -> Start:
     """Open the checkpoint that a run starts from; no parameter is read yet.
 
     A run that has a checkpoint of its own needs only what it kept.
 
     Args:
       init_from: a converted checkpoint, a Hugging Face directory or a Hub id, or the folder of a run.
-      workdir: the folder of the run that starts.
+      workdir: the folder of the run that starts; None: of no run.
 
     Raises:
       UserError: it is none of these, is damaged, or is no multimodal model with a tokenizer.
     """
-    if has_checkpoint(workdir) and (kept := read_origin(workdir)) is not None:
+    if workdir is not None and has_checkpoint(workdir) and (kept := read_origin(workdir)) is not None:
         return _of_itself(init_from, workdir, kept)
     path = resolve(init_from)
     if (path / manifest.FILE).exists():
@@ -56,6 +62,25 @@ def open_start(init_from: str, workdir: Path) -> Start:
     if (path / FOLDER).is_dir():
         return _of_run(init_from, path)
     return _of_directory(init_from, path)
+
+
+def open_corpus_of(config: Mapping[str, Any]) -> tuple[CorpusConfig, Corpus, Conversations]:
+    """The corpus of a config, and how its records become samples, without a run.
+
+    Without ``init_from`` the lengths are those of a stand-in (``corpora.stand_in``), since there is no tokenizer.
+
+    Raises:
+      UserError: the config is not of a corpus, or the corpus or the checkpoint cannot be opened.
+    """
+    named = config.get("init_from")
+    start = open_start(named) if named else None
+    data = read_data(config)
+    if not isinstance(data, CorpusConfig):
+        raise UserError("The config is of digit scenes, which are made, not read; give one with data.path.")
+    if start is None:
+        return data, open_records(data), stand_in(data)
+    experiment = parse(config, start.config)
+    return data, open_records(data), conversations_of(experiment, start)
 
 
 def _of_itself(init_from: str, workdir: Path, kept: Manifest) -> Start:

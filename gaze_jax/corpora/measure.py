@@ -107,6 +107,12 @@ def measure_corpus(
     return Measurement(numbers, dict(sorted(failures.items())))
 
 
+def forget(corpus: Corpus, conversations: Conversations) -> None:
+    """Measure every record again, the next time: their media may have changed."""
+    with contextlib.suppress(OSError):
+        os.unlink(_cached(corpus, conversations))
+
+
 def _results(
     corpus: Corpus, conversations: Conversations, todo: np.ndarray, workers: int
 ) -> Iterator[tuple[Sequence[int], list[tuple[int, ...] | RecordError]]]:

@@ -7,17 +7,19 @@ number of processes, however often it was interrupted.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from gaze_jax.corpora import array_records
+from gaze_jax.corpora import array_records, on_ray
 from gaze_jax.corpora.records import Corpus, Record
 from gaze_jax.errors import UserError, first_line
 from gaze_jax.media.video import FrameSampling
@@ -26,6 +28,7 @@ from gaze_jax.writing import file_crc, write_text
 WRITER = "group_size:1,uncompressed"
 """Options of every shard: a record is read alone, and its media are compressed already."""
 POLICIES = ("error", "skip")
+ENGINES = ("local", "ray")
 
 _DONE = ".shards"
 
@@ -52,6 +55,8 @@ def prepare(
     shards: int,
     workers: int = 1,
     bad: str = "error",
+    engine: str = "local",
+    ray_address: str | None = None,
     advance: Callable[[int], None] = lambda records: None,
 ) -> Prepared:
     """Write a corpus as shards into a folder; what is there already of the same is kept.
@@ -60,8 +65,11 @@ def prepare(
       corpus: from :func:`gaze_jax.corpora.reading.open_corpus`.
       out: the folder; it may hold an interrupted run of the same.
       shards: number of shards; record i of N is in shard i * shards // N.
-      workers: processes that write shards.
+      workers: processes that write shards; with "ray" the shards that are written at a time.
       bad: "error": the first record that cannot be read ends the run. "skip": it is left out and listed.
+      engine: "local": processes of this machine. "ray": Ray Data, see :mod:`gaze_jax.corpora.on_ray`. The
+        bytes are the same, and an interrupted run can go on with the other one.
+      ray_address: of the Ray cluster to join, "auto" for that of this machine; None starts Ray here.
       advance: called with the number of records of each shard that is complete.
 
     Raises:
@@ -69,6 +77,10 @@ def prepare(
     """
     if bad not in POLICIES:
         raise UserError(f"bad={bad!r} must be one of {', '.join(POLICIES)}.")
+    if engine not in ENGINES:
+        raise UserError(f"engine={engine!r} must be one of {', '.join(ENGINES)}.")
+    if ray_address is not None and engine != "ray":
+        raise UserError(f"ray_address={ray_address!r} is of a Ray cluster; give engine=ray with it.")
     if not 1 <= shards <= len(corpus):
         raise UserError(f"shards={shards} must be between 1 and {len(corpus)}, the records of the corpus.")
     if workers < 1:
@@ -81,7 +93,13 @@ def prepare(
     firsts = [-(-number * len(corpus) // shards) for number in range(shards + 1)]
     todo = [number for number in range(shards) if not _is_done(folder, number, shards)]
     advance(sum(firsts[number + 1] - firsts[number] for number in range(shards) if number not in todo))
-    with contextlib.closing(_written(corpus, folder, todo, firsts, workers, bad)) as written:
+    write = functools.partial(_write_numbered, corpus, str(folder), firsts, bad)
+    if engine == "ray" and todo:
+        notes = str(folder / _DONE)
+        running = on_ray.written(write, todo, notes, workers=workers, address=ray_address)
+    else:
+        running = _written(write, todo, workers)
+    with contextlib.closing(running) as written:
         for number in written:
             advance(firsts[number + 1] - firsts[number])
     done: list[dict[str, Any]] = [
@@ -100,6 +118,7 @@ def prepare(
         "skipped": skipped,
     }
     write_text(folder / array_records.FILE, json.dumps(listing, indent=1, ensure_ascii=False) + "\n")
+    _sweep(folder)
     for number in range(shards):
         _note(folder, number).unlink(missing_ok=True)
     (folder / _DONE / "digest").unlink(missing_ok=True)
@@ -121,6 +140,7 @@ def _claim(folder: Path, digest: str) -> None:
                     f"{folder} holds an interrupted run of another corpus, or with other options; give "
                     "another folder, or remove it."
                 )
+            _sweep(folder)
         elif present:
             raise UserError(f"{folder} is not empty (it has {present[0]!r}); give a new folder.")
         else:
@@ -148,32 +168,37 @@ def _is_done(folder: Path, number: int, shards: int) -> bool:
     return bool(file_crc(path) == json.loads(note.read_text(encoding="utf-8"))["crc32"])
 
 
-def _written(
-    corpus: Corpus, folder: Path, todo: list[int], firsts: list[int], workers: int, bad: str
-) -> Generator[int]:
-    """Write shards; yields the number of each when it is complete."""
-    shards = len(firsts) - 1
-    work = [(corpus, str(folder), number, shards, firsts[number], firsts[number + 1], bad) for number in todo]
-    if workers == 1 or len(work) < 2:
-        for number, arguments in zip(todo, work):
-            _write_shard(*arguments)
+def _sweep(folder: Path) -> None:
+    """Remove what processes that died have left."""
+    for path in folder.glob("*.part"):
+        path.unlink(missing_ok=True)
+    on_ray.forget(folder / _DONE)
+
+
+def _written(write: Callable[[int], None], todo: list[int], workers: int) -> Generator[int]:
+    """Write shards in processes of this machine; yields the number of each when it is complete."""
+    if workers == 1 or len(todo) < 2:
+        for number in todo:
+            write(number)
             yield number
         return
     # Not a fork: the parent may have threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
-        futures = {pool.submit(_write_shard, *arguments): arguments[2] for arguments in work}
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+        futures = {pool.submit(write, number): number for number in todo}
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
                 yield futures[future]
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise UserError(
-                "A process that prepared records died, perhaps for want of memory; run the same command "
-                "again with fewer workers, and it goes on from there."
-            ) from error
+            raise UserError(on_ray.DIED) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _write_numbered(corpus: Corpus, folder: str, firsts: list[int], bad: str, number: int) -> None:
+    """Write the shard of a number."""
+    _write_shard(corpus, folder, number, len(firsts) - 1, firsts[number], firsts[number + 1], bad)
 
 
 def _write_shard(
@@ -181,7 +206,8 @@ def _write_shard(
 ) -> None:
     """Write one shard beside its place, check it, move it there and describe it."""
     place = Path(folder, shard_name(number, shards))
-    part = place.with_suffix(".part")
+    # Of this process alone: Ray may begin a shard again while a machine that it lost still writes it.
+    part = place.with_suffix(f".{uuid.uuid4().hex[:12]}.part")
     skipped: list[tuple[str, str]] = []
     records = 0
     try:

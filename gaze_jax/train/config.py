@@ -143,6 +143,15 @@ def parse(config: Mapping[str, Any], start: MLLMConfig | None = None) -> Experim
     return resolve(_read(_with_model(config, model)))
 
 
+def read_data(config: Mapping[str, Any]) -> DigitsConfig | CorpusConfig:
+    """The data of a config, whatever its model is.
+
+    Raises:
+      UserError: as :func:`complete`.
+    """
+    return _read(_with_model(config, DUMMY)).data
+
+
 def _read(config: Mapping[str, Any]) -> Experiment:
     with _one_sentence():
         return from_dict(Experiment, config)
@@ -228,7 +237,6 @@ def check_steps(experiment: Experiment) -> None:
 
 
 def _check_corpus(experiment: Experiment, data: CorpusConfig) -> None:
-    require(data.path != "" or data.sources != (), "data.path is empty; name the corpus to train on.")
     require(
         experiment.init_from is not None,
         "Training on a corpus needs init_from, a checkpoint with a tokenizer; name a converted one, or one "

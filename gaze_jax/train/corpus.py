@@ -102,6 +102,8 @@ def open_records(config: CorpusConfig) -> Corpus:
     Raises:
       UserError: a corpus cannot be opened.
     """
+    if not config.path and not config.sources:
+        raise UserError("data.path is empty; name the corpus to train on.")
     parts = tuple(open_corpus(part.path, media=part.media, prompt=part.prompt) for part in config.parts)
     return parts[0] if len(parts) == 1 else Joined(parts)
 

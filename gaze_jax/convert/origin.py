@@ -67,7 +67,7 @@ def open_start(init_from: str, workdir: Path | None = None) -> Start:
 def open_corpus_of(config: Mapping[str, Any]) -> tuple[CorpusConfig, Corpus, Conversations]:
     """The corpus of a config, and how its records become samples, without a run.
 
-    Without ``init_from`` the lengths are those of a stand-in (``corpora.stand_in``), since there is no tokenizer.
+    Without ``init_from`` there is no tokenizer, so lengths are those of a stand-in (``corpora.stand_in``).
 
     Raises:
       UserError: the config is not of a corpus, or the corpus or the checkpoint cannot be opened.

@@ -36,7 +36,7 @@ def stand_in(config: CorpusConfig) -> Conversations:
     """
     if config.max_tokens is not None or config.row.text:
         raise UserError(
-            "data.max_tokens and data.row.text count tokens, so they need init_from, which has the tokenizer; "
-            "give it, or leave them out."
+            "data.max_tokens and data.row.text count tokens, so they need init_from, which has the "
+            "tokenizer; give it, or leave them out."
         )
     return Conversations.of(config, _LAYOUT, byte_tokenizer(), CHATML)

@@ -222,11 +222,16 @@ def test_shapes_of_unpacked_rows_cost_least(sizes, buckets):
 
 
 def test_more_shapes_of_unpacked_rows_cost_less():
-    """On a corpus of the paper's sizes; one order of the samples alone is not the best for this one."""
+    """The first corpus is cut well in the order of cost only, the second in the order of regions only."""
     lengths = corpus(6000, MIXES["images, text"])
     costs = [cost_of(plan_of(lengths, pack=False, buckets=buckets)) for buckets in (1, 2, 4, 8)]
     assert costs == sorted(costs, reverse=True)
-    assert costs[0] > 2 * costs[2] and costs[2] > 1.2 * costs[3]
+    assert costs[0] > 1.9 * costs[1] and costs[2] > 1.2 * costs[3]
+    # Text costs as much as images with less text.
+    images = [(text - 600, regions, 1, 36) for text in range(620, 1120, 4) for regions in (1, 16)]
+    lengths = [(text, 0, 0, 0) for text in range(600, 1200, 4)] + images
+    one, two = (cost_of(plan_of(lengths, pack=False, buckets=buckets)) for buckets in (1, 2))
+    assert one > 1.5 * two
 
 
 @given(SIZES, OPTIONS, st.integers(1, 7))
@@ -303,13 +308,6 @@ def test_equal_samples_of_any_kind(size, pack):
     assert [value > 0 for value in shape(bucket)] == [value > 0 for value in size[:3]]
     if pack and any(size):
         assert plan.fill(np.array([size] * 51))[0].binding >= 0.92
-
-
-def test_one_long_sample_is_placed():
-    """Its row is as long as it; the others share what it leaves and the rows beside it."""
-    lengths = np.array([(20, 2, 1, 4)] * 300 + [(900, 5, 1, 4)])
-    plan = plan_of(lengths)
-    assert plan.buckets[0].text >= 900 and sorted(plan.samples.tolist()) == list(range(301))
 
 
 def test_windows_pass_on_what_did_not_fit(monkeypatch):

@@ -1,39 +1,25 @@
 """Small corpora: JSON Lines beside a folder of generated pictures, and a tokenizer for any text."""
 
 import dataclasses
-import functools
 import html.parser
 import json
 import os
 import time
 
 import numpy as np
-import tokenizers
 from PIL import Image as Pillow
-from tokenizers import decoders, models, pre_tokenizers
 
 from gaze_jax.chat.template import CHATML
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.corpora.config import CorpusConfig
 from gaze_jax.corpora.conversations import Conversations
 from gaze_jax.corpora.records import Corpus, Medium
-from gaze_jax.data.tokenizer import END, Tokenizer
+from gaze_jax.corpora.stand_in import byte_tokenizer
 from tests.helpers.views import tiny_onevision
 
 SQUARE = VisualLayout(24, 4, region=(3, 2), context_tokens=2)
 """6 x 6 tokens, 2 x 3 regions, 2 context tokens."""
 LAYOUTS = {"square": SQUARE, "llava_onevision": tiny_onevision(9)}
-
-
-@functools.cache
-def byte_tokenizer() -> Tokenizer:
-    """A token per byte, and the special tokens of Qwen's turns."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", END, "<|endoftext|>"])
-    return Tokenizer(backend.to_str())
 
 
 def conversations(layout: VisualLayout = SQUARE, config: CorpusConfig | None = None) -> Conversations:

@@ -1,0 +1,302 @@
+"""Training on a corpus: the same batches whatever reads them, nothing lost, and what hangs or dies is named."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from gaze_jax.chat.template import CHATML
+from gaze_jax.corpora.batches import LoadBatch
+from gaze_jax.corpora.config import CorpusConfig, RowConfig, SourceConfig
+from gaze_jax.corpora.prepare import prepare
+from gaze_jax.corpora.reading import open_corpus
+from gaze_jax.corpora.stand_in import byte_tokenizer
+from gaze_jax.errors import UserError
+from gaze_jax.models.config import GazeConfig
+from gaze_jax.models.dummy import DUMMY
+from gaze_jax.train.config import Experiment
+from gaze_jax.train.corpus import CorpusBatches, open_training_corpus
+from gaze_jax.train.start import Start
+from tests.helpers.corpora import captioned, turns, write_animation, write_lines, write_picture
+from tests.helpers.model_configs import SMALL
+from tests.helpers.views import tiny_onevision
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 records: 0 to 3 pictures each, some with a film of 4 frames, several turns."""
+    out = tmp_path_factory.mktemp("corpus")
+    records = []
+    for number in range(40):
+        images = [f"{number}_{i}.png" for i in range(number % 4)]
+        for i, name in enumerate(images):
+            write_picture(out / name, 10 + number, 12 + 5 * i, number)
+        record = {"id": f"r{number}", "image": images}
+        tags = "<image>" * len(images)
+        if number % 10 == 5:
+            write_animation(out / f"{number}.gif")
+            record["video"], tags = f"{number}.gif", tags + "<video>"
+        texts = [f"{tags} What is {number}?", "Noise. " * (1 + number % 3), "Why?", "So it is."]
+        records.append(record | {"conversations": turns(*texts[: 2 + 2 * (number % 2)])})
+    write_lines(out, records)
+    return out
+
+
+MODEL = dataclasses.replace(
+    DUMMY,
+    decoder=dataclasses.replace(DUMMY.decoder, vocab_size=300),
+    vision=SMALL,
+    gaze=GazeConfig((2, 2), context_tokens=1, top_k=2),
+    views=tiny_onevision(9).views,
+)
+START = Start("ckpt", MODEL, byte_tokenizer(), CHATML, lambda mesh: {}, lambda out: None)
+
+
+def experiment(path, *, batch_size=4, seed=0, **data):
+    fields = {"path": str(path)} | data
+    return Experiment(
+        MODEL, CorpusConfig(**fields), init_from="ckpt", batch_size=batch_size, seed=seed, steps=9
+    )
+
+
+def opened(path, **fields):
+    return open_training_corpus(experiment(path, **fields), START)
+
+
+def taken(training, count, *, first=0, workers=0, log=None):
+    with contextlib.closing(CorpusBatches(training, first=first, num_workers=workers, log=log)) as batches:
+        return [next(batches) for _ in range(count)]
+
+
+def equal(one, other):
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, values in mine.items():
+            np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+            assert values.dtype == theirs[name].dtype
+
+
+def targets_of(batches):
+    """The learnt tokens of every segment of every row, as a multiset."""
+    found = []
+    for batch in batches:
+        for segments, targets in zip(batch["text_segment"], batch["targets"], strict=True):
+            for segment in range(int(segments.max()) + 1):
+                found.append(tuple(targets[(segments == segment) & (targets >= 0)].tolist()))
+    return sorted(found)
+
+
+def test_an_epoch_has_every_record_once_and_the_next_one_another_order(folder):
+    training = opened(folder / "all.jsonl")
+    epoch = training.order.epoch_batches
+    batches = taken(training, 2 * epoch)
+    conversations, corpus = training.conversations, training.corpus
+    every = sorted(
+        tuple(t[t >= 0].tolist())
+        for t in (conversations.arrays(corpus[number], number)["targets"] for number in range(40))
+    )
+    assert targets_of(batches[:epoch]) == targets_of(batches[epoch:]) == every
+    with pytest.raises(AssertionError):
+        equal(batches[:epoch], batches[epoch:])
+    assert all(batch["images"].dtype == np.uint8 for batch in batches)
+
+
+def test_workers_and_the_first_batch_change_nothing(folder):
+    mixed = {
+        "path": "",
+        "sources": (
+            SourceConfig(str(folder / "all.jsonl"), weight=1.5),
+            SourceConfig(str(folder / "all.jsonl"), weight=0.25),
+        ),
+    }
+    training = opened("", **mixed)
+    assert len(training.plan.samples) == 70
+    expected = taken(training, 6)
+    equal(taken(training, 3, first=3), expected[3:])
+    equal(taken(training, 4, first=1, workers=1), expected[1:5])
+    equal(taken(training, 5, first=1, workers=2), expected[1:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_parts_of_all_processes_are_the_batch_of_one(folder, count):
+    training = opened(folder / "all.jsonl", buckets=2, pack=False)
+
+    def load(number, part):
+        found = LoadBatch(
+            training.corpus,
+            training.conversations,
+            training.order,
+            training.measurement.lengths,
+            part,
+            str(folder),
+            10**9,
+        )
+        return found.map(number).arrays
+
+    for number in (0, 3, training.order.epoch_batches - 1, training.order.epoch_batches + 1):
+        parts = [load(number, (index, count)) for index in range(count)]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        equal([joined], [load(number, (0, 1))])
+
+
+def test_every_container_gives_the_same_batches(folder, tmp_path):
+    """The same arrays, so the same losses."""
+    path = folder / "all.jsonl"
+    prepare(open_corpus(path), str(tmp_path / "prepared"), shards=3)
+    listed = [json.loads(line) for line in path.read_text().splitlines()]
+    (folder / "list.json").write_text(json.dumps(listed))
+    expected = taken(opened(path), 4)
+    equal(taken(opened(folder / "list.json"), 4), expected)
+    equal(taken(opened(tmp_path / "prepared"), 4), expected)
+
+
+def test_a_row_with_too_little_room_is_refused(folder):
+    with pytest.raises(UserError, match="regions"):
+        opened(folder / "all.jsonl", row=RowConfig(regions=3))
+
+
+class TestLengths:
+    def test_a_longer_sample_is_refused_left_out_or_cut(self, folder):
+        path = folder / "all.jsonl"
+        longest = int(opened(path).measurement.tokens.max())
+        with pytest.raises(
+            UserError, match=rf"more than data.max_tokens={longest - 1} tokens, the longest {longest}"
+        ):
+            opened(path, max_tokens=longest - 1)
+        left = opened(path, max_tokens=longest - 1, too_long="skip")
+        assert 0 < 40 - len(left.plan.samples) < 10
+        assert {error.cause for error in left.measurement.failures.values()} == {"length"}
+
+    def test_truncation_leaves_out_turns(self, tmp_path):
+        write_picture(tmp_path / "a.png")
+        record = captioned("a.png", "x")
+        record["conversations"] += turns("And then, what else is there?", "Nothing.")
+        path = write_lines(tmp_path, [record] * 5)
+        whole = int(opened(path).measurement.tokens[0])
+        cut = opened(path, max_tokens=whole - 1, too_long="truncate")
+        assert (cut.measurement.tokens < whole).all() and (cut.measurement.numbers[:, -1] == 2).all()
+        (batch,) = taken(cut, 1)
+        assert b"Nothing" not in bytes(batch["tokens"].astype(np.uint8).tobytes())
+
+
+def spoiled(folder, tmp_path, numbers):
+    """A copy of the corpus, opened, whose pictures of some records are cut short afterwards."""
+    out = shutil.copytree(folder, tmp_path / "copy")
+    training = opened(out / "all.jsonl", batch_size=2, bad="skip", max_bad=0.2)
+    for number in numbers:
+        data = (out / f"{number}_0.png").read_bytes()
+        (out / f"{number}_0.png").write_bytes(data[: len(data) // 2])
+    return training
+
+
+def test_a_bad_record_leaves_its_place_empty(folder, tmp_path):
+    good = opened(folder / "all.jsonl", batch_size=2, bad="skip", max_bad=0.2)
+    training = spoiled(folder, tmp_path, (6, 11))
+    log = tmp_path / "skipped.jsonl"
+    epoch = training.order.epoch_batches
+    kept = taken(training, epoch, log=log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["record"] for line in lines) == [6, 11]
+    assert {line["cause"] for line in lines} == {"medium"} and "6_0.png" in str(lines)
+    every, some = targets_of(taken(good, epoch)), targets_of(kept)
+    assert len(some) == len(every) - 2
+    # A row without a bad record is what it was.
+    same = 0
+    for mine, theirs in zip(kept, taken(good, epoch), strict=True):
+        same += sum(np.array_equal(a, b) for a, b in zip(mine["tokens"], theirs["tokens"], strict=True))
+    assert same == 2 * epoch - len(
+        {row for row in range(len(training.plan)) if {6, 11} & {*training.plan.row(row)}}
+    )
+    # Read again, it is not listed again.
+    taken(training, epoch, log=log)
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_bad_record_ends_the_run_by_name(folder, tmp_path):
+    training = spoiled(folder, tmp_path, (6,))
+    strict = dataclasses.replace(training, config=dataclasses.replace(training.config, bad="error"))
+    with pytest.raises(UserError, match=r"all\.jsonl line 7: Image .*6_0\.png.* cannot be decoded"):
+        taken(strict, training.order.epoch_batches)
+    few = dataclasses.replace(training, config=dataclasses.replace(training.config, max_bad=0.0))
+    with pytest.raises(UserError, match=r"1 of \d+ records cannot be used, more than data.max_bad=0"):
+        taken(few, training.order.epoch_batches, log=tmp_path / "log")
+
+
+def test_a_row_of_bad_records_is_empty(tmp_path):
+    """Padding throughout: no token, no target."""
+    write_picture(tmp_path / "a.png")
+    training = opened(write_lines(tmp_path, [captioned("a.png", "x")]), bad="skip", max_bad=1.0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (batch,) = taken(training, 1)
+    assert (batch["text_segment"] == -1).all() and (batch["region_segment"] == -1).all()
+    assert (batch["targets"] == -100).all() and not batch["images"].any()
+
+
+def test_bad_records_at_the_start_are_counted(folder, tmp_path):
+    records = [json.loads(line) for line in (folder / "all.jsonl").read_text().splitlines()]
+    for record in records:
+        record["image"] = [os.path.join(os.path.basename(str(folder)), name) for name in record["image"]]
+        record.pop("video", None)
+        record["conversations"][0]["value"] = "What?"
+    records[3]["image"] = "gone.png"
+    records[4]["conversations"] = []
+    path = write_lines(tmp_path, records)
+    media = {"media": (str(folder.parent),)}
+    with pytest.raises(UserError, match=r"2 of 40 records cannot be trained on; .*The first: .*'gone.png'"):
+        opened(path, **media)
+    with pytest.raises(UserError, match=r"2 of 40 records cannot be used, more than data.max_bad=0.01"):
+        opened(path, bad="skip", **media)
+    left = opened(path, bad="skip", max_bad=0.05, **media)
+    assert sorted({*range(40)} - {*left.plan.samples.tolist()}) == [3, 4]
+    assert [error.cause for error in left.measurement.failures.values()] == ["missing", "record"]
+
+
+def test_media_that_changed_since_they_were_measured_are_named(tmp_path):
+    for number in range(4):
+        write_picture(tmp_path / f"{number}.png", 40, 20, number)
+    records = [captioned(f"{number}.png", f"n{number}") for number in range(4)]
+    training = opened(write_lines(tmp_path, records))
+    write_picture(tmp_path / "2.png", 20, 400)
+    with pytest.raises(UserError, match="line 3 .*was measured with .* run gaze-jax data check"):
+        taken(training, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fatal:
+    """A corpus with a record that a worker never gets past."""
+
+    corpus: object
+    index: int
+    dies: bool
+    parent: int
+
+    def __len__(self):
+        return len(self.corpus)
+
+    def __getitem__(self, index):
+        if index == self.index and os.getpid() != self.parent:
+            if self.dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        return self.corpus[index]
+
+    def fingerprint(self):
+        return self.corpus.fingerprint()
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["hangs", "dies"])
+def test_a_worker_that_hangs_or_dies_ends_the_run_by_name(folder, dies):
+    training = opened(folder / "all.jsonl", timeout=20.0)
+    fatal = Fatal(training.corpus, int(training.plan.row(0)[0]), dies, os.getpid())
+    training = dataclasses.replace(training, corpus=fatal)
+    what = "A worker process died" if dies else "No batch for 20 seconds"
+    name = f"line {fatal.index + 1}"
+    with pytest.raises(UserError, match=rf"{what}.*while workers read .*{name}\b.*run the same command"):
+        taken(training, training.order.epoch_batches, workers=1)

@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
 import queue
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,8 @@ from gaze_jax.train.start import Start
 SKIPPED = "skipped.jsonl"
 """File of a run with the records that were left out, and why."""
 
+_CLOSING = 10.0
+"""Seconds for the record that this process is reading when it stops."""
 _ENOUGH = 100
 """Records after which the fraction of bad ones counts."""
 
@@ -225,7 +229,8 @@ class CorpusBatches:
         config = training.config
         self._training, self._log = training, log
         self._seen, self._causes = 0, Counter[str]()
-        self._folder = tempfile.TemporaryDirectory(prefix="gaze-jax-busy-")
+        # A worker that is killed may leave its note behind.
+        self._folder = tempfile.TemporaryDirectory(prefix="gaze-jax-busy-", ignore_cleanup_errors=True)
         load = LoadBatch(
             training.corpus,
             training.conversations,
@@ -239,7 +244,8 @@ class CorpusBatches:
         self._iterator = prefetched(numbers, num_workers, buffer=2)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
-        threading.Thread(target=self._take, daemon=True, name="batches").start()
+        self._thread = threading.Thread(target=self._take, daemon=True, name="batches")
+        self._thread.start()
 
     def _take(self) -> None:
         while not self._stopped.is_set():
@@ -261,8 +267,10 @@ class CorpusBatches:
         try:
             item = self._queue.get(timeout=timeout)
         except queue.Empty:
+            reading = self._reading()
+            self._kill_workers()
             raise UserError(
-                f"No batch for {timeout:g} seconds (data.timeout){self._reading()}; mend or leave out that "
+                f"No batch for {timeout:g} seconds (data.timeout){reading}; mend or leave out that "
                 "record, or raise the limit, and run the same command to go on from the newest checkpoint."
             ) from None
         if isinstance(item, Exception):
@@ -279,6 +287,13 @@ class CorpusBatches:
         """What the workers are reading, for a message."""
         found = [self._name(number) for number, _ in busy(self._folder.name)]
         return f", while workers read {', '.join(found)}" if found else ""
+
+    def _kill_workers(self) -> None:
+        """End the workers, of which one hangs: grain would wait for it."""
+        pids = {path.name for path in Path(self._folder.name).iterdir()}
+        for process in multiprocessing.active_children():
+            if str(process.pid) in pids:
+                process.kill()
 
     def _name(self, number: int) -> str:
         with contextlib.suppress(UserError):
@@ -321,8 +336,9 @@ class CorpusBatches:
     def close(self) -> None:
         """Stop the workers."""
         self._stopped.set()
-        with contextlib.suppress(queue.Empty):
-            self._queue.get_nowait()  # the thread may be waiting to put one
-        if hasattr(self._iterator, "close"):
-            self._iterator.close()
+        self._iterator.close()
+        deadline = time.monotonic() + _CLOSING
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):  # the thread may be waiting to put one
+                self._queue.get(timeout=0.05)
         self._folder.cleanup()

@@ -1,4 +1,4 @@
-"""Training on a corpus: the same batches whatever reads them, nothing lost, and what hangs or dies is named."""
+"""Batches of a corpus: the same whatever reads them, nothing lost, and what hangs or dies is named."""
 
 import contextlib
 import dataclasses
@@ -58,15 +58,13 @@ MODEL = dataclasses.replace(
 START = Start("ckpt", MODEL, byte_tokenizer(), CHATML, lambda mesh: {}, lambda out: None)
 
 
-def experiment(path, *, batch_size=4, seed=0, **data):
-    fields = {"path": str(path)} | data
-    return Experiment(
-        MODEL, CorpusConfig(**fields), init_from="ckpt", batch_size=batch_size, seed=seed, steps=9
-    )
+def experiment(where, *, batch_size=4, seed=0, **data):
+    config = CorpusConfig(**({"path": str(where)} | data))
+    return Experiment(MODEL, config, init_from="ckpt", batch_size=batch_size, seed=seed, steps=9)
 
 
-def opened(path, **fields):
-    return open_training_corpus(experiment(path, **fields), START)
+def opened(where, **fields):
+    return open_training_corpus(experiment(where, **fields), START)
 
 
 def taken(training, count, *, first=0, workers=0, log=None):
@@ -264,7 +262,7 @@ def test_media_that_changed_since_they_were_measured_are_named(tmp_path):
     records = [captioned(f"{number}.png", f"n{number}") for number in range(4)]
     training = opened(write_lines(tmp_path, records))
     write_picture(tmp_path / "2.png", 20, 400)
-    with pytest.raises(UserError, match="line 3 .*was measured with .* run gaze-jax data check"):
+    with pytest.raises(UserError, match=r"line 3 .*was measured with .* run gaze-jax data check"):
         taken(training, 1)
 
 

@@ -38,8 +38,9 @@ import jaxtyping
 import pytest
 
 from benchmarks.screenshots import CHROMIUM, DRIVER
-from tests.helpers import shape_checks
+from tests.helpers import interpreting, shape_checks
 
+interpreting.shorten_callbacks()
 # Before the first import of these packages. Processes that tests start check nothing.
 jaxtyping.install_import_hook(shape_checks.PACKAGES, "tests.helpers.shape_checks.checked")
 

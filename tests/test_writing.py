@@ -23,8 +23,14 @@ def write(path):
         write_trace(make_trace(), path)
 
 
-@pytest.mark.parametrize("older", [True, False])
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("suffix", "older"),
+    [
+        *((suffix, True) for suffix in SUFFIXES),
+        *((".gaze", False), (".txt", False)),
+        *(pytest.param(suffix, False, marks=pytest.mark.long) for suffix in (".html", ".png", ".mp4")),
+    ],
+)
 def test_a_full_disk_leaves_what_was_there(suffix, older, tmp_path):
     """One sentence, no half of a file under any name; with room again, the file is written."""
     path = tmp_path / f"a{suffix}"

@@ -1,6 +1,7 @@
 """Inputs of the attention ops, cut from toy streams so that they have every irregularity at once."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gaze_jax.core import masks
+from gaze_jax.core.streams import Streams
 from pallas_kernels import GazeSpec
 from tests.helpers.streams import Newline, PlacedView, Row, Text, batch, pack, pad, sample, shuffle
 
@@ -66,6 +68,13 @@ def rows() -> list[Row]:
     return [one, shuffle(pad(two, regions=8, text=18), seed=1)]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _queries_and_places(streams: Streams, scope: str, causal: bool) -> tuple[Any, Any]:
+    """One program: as many as there are operations take three times as long to compile."""
+    visual, text = masks.windows(streams, visual_scope=scope, visual_causal=causal)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), visual, text), masks.key_places(streams)
+
+
 def prefill(
     rows: list[Row],
     *,
@@ -84,8 +93,7 @@ def prefill(
     rng = np.random.default_rng(seed)
     size, regions, slots = streams.visual_src.shape
     text = streams.tokens.shape[1]
-    visual, text_windows = masks.windows(streams, visual_scope=scope, visual_causal=causal)
-    queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), visual, text_windows)
+    queries, places = _queries_and_places(streams, scope, causal)
 
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)
@@ -100,7 +108,7 @@ def prefill(
         text_k=normal(size, kv_heads, text, dim),
         text_v=normal(size, kv_heads, text, dim),
         queries=queries,
-        places=masks.key_places(streams),
+        places=places,
         selected=jnp.asarray(rng.random((size, length, shared, regions)) < 0.5),
         spec=GazeSpec(scale=0.8 * dim**-0.5, select_per=select_per, query_block=query_block),
     )

@@ -19,7 +19,7 @@ from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_decode import api, gpu
 from tests.helpers import cases
 from tests.kernels.decode_suite import InterpretedDecodeSuite
-from tests.kernels.decode_values import _close, _program, long
+from tests.kernels.decode_values import _close, _program, call, long
 
 
 @pytest.fixture
@@ -141,10 +141,7 @@ def test_every_region_of_the_union_is_copied_once(select_per, monkeypatch):
     case = cases.decode(size=1, group=4, select_per=select_per)
     copied = count_copies(monkeypatch, (5, 64))
     # A program of its own: another test's would have been traced without the count.
-    spec = cases.runnable(case.spec)
-    packed = api.pack(case.k, case.v, spec=spec, implementation="gpu")
-    arrays = (case.text_k, case.text_v, case.layer, case.indices, case.visual_seen, case.text_seen)
-    jax.block_until_ready(gaze_decode(case.q, packed, *arrays, spec=spec, implementation="gpu"))
+    jax.block_until_ready(jax.jit(lambda case: call(case, "gpu"))(case))
 
     batch, kv_heads, regions = 1, 2, 7
     picks = np.asarray(case.indices).reshape(batch, kv_heads, -1)

@@ -15,11 +15,15 @@ from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_layout
 from tests.helpers import cases
 from tests.helpers.poison import fresh_memory
+from tests.kernels import decode_values
 from tests.kernels.decode_values import call, long
 
 # Private to jax: where it has moved, the suite in test_decode.py still runs.
 interpret_pallas_call = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks into the interpreter")
+
+
+_reference = decode_values._program("reference")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
@@ -129,22 +133,9 @@ def test_bytes_moved_are_near_the_floor(select_per, capacity, visual_dtype, copi
         text_seen=jnp.ones_like(case.text_seen),
         visual_seen=jnp.ones_like(case.visual_seen),
     )
-    packed = api.pack(case.k, case.v, spec=case.spec, implementation="tpu")
-    jax.block_until_ready(
-        gaze_decode(
-            case.q,
-            packed,
-            case.text_k,
-            case.text_v,
-            case.layer,
-            case.indices,
-            case.visual_seen,
-            case.text_seen,
-            spec=case.spec,
-            implementation="tpu",
-        )
-    )
-    fetched = int(plan.union(case.indices, 2, 4, 64).count.sum())
+    jax.block_until_ready(jax.jit(lambda case: call(case, "tpu"))(case))
+    union = jax.jit(plan.union, static_argnums=(1, 2, 3))
+    fetched = int(union(case.indices, 2, 4, 64).count.sum())
     region = 36 * 2 * 128 * (2 if visual_dtype is None else 1)
     scales = 36 * 2 * 4 if visual_dtype else 0
     assert copies.count(region) == fetched
@@ -165,8 +156,7 @@ def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
     assert tiles == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("value", [np.nan, 1.0])
-@pytest.mark.parametrize("text", [24, 37])
+@pytest.mark.parametrize(("text", "value"), [(24, 1.0), (37, np.nan), long(24, np.nan), long(37, 1.0)])
 def test_a_partial_tile_is_not_read_past_its_end(text, value, monkeypatch):
     """Whatever memory holds behind the keys and their mask."""
     monkeypatch.setattr(tpu, "TEXT_TILE", 16)
@@ -174,7 +164,7 @@ def test_a_partial_tile_is_not_read_past_its_end(text, value, monkeypatch):
     case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
     with fresh_memory(value):
         got = jax.jit(lambda case: call(case, "tpu"))(case)
-    np.testing.assert_allclose(got, call(case, "reference"), atol=2e-5)
+    np.testing.assert_allclose(got, _reference(case), atol=2e-5)
 
 
 @pytest.mark.parametrize("dim", [long(8), 128])
@@ -190,7 +180,7 @@ def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
     got = jax.jit(lambda case: call(case, "tpu"))(
         dataclasses.replace(case, text_k=k, text_v=v, text_seen=seen)
     )
-    expected = call(dataclasses.replace(case, text_seen=seen), "reference")
+    expected = _reference(dataclasses.replace(case, text_seen=seen))
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -213,7 +203,7 @@ def test_a_kv_head_that_lists_nothing_still_prefetches_for_the_next(blind):
     case = dataclasses.replace(case, indices=indices, spec=dataclasses.replace(case.spec, interpret=True))
     got = _program(case)
     cases.no_races(got)
-    expected = call(case, "reference")
+    expected = _reference(case)
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 

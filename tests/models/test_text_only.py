@@ -93,8 +93,15 @@ def test_visual_tokens_need_a_tower_and_an_image():
         _ = dataclasses.replace(DUMMY, vision=None).tower
 
 
-@pytest.mark.parametrize("strategy", ["descriptor", "oracle"])
-@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(
+    ("strategy", "top_k"),
+    [
+        ("descriptor", None),
+        ("oracle", 2),
+        pytest.param("oracle", None, marks=pytest.mark.long),
+        pytest.param("descriptor", 2, marks=pytest.mark.long),
+    ],
+)
 def test_edge_03_an_image_alone(strategy, top_k):
     """No text, no newlines, no context tokens: no logits, and no error."""
     config = models.changed(DUMMY, gaze={"context_tokens": 0})

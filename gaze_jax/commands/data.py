@@ -8,7 +8,7 @@ gaze-jax data prepare llava_v1_5_mix665k.json --media=/data/llava --out=/data/mi
     reads LLaVA's JSON, JSON Lines, parquet, webdataset tars, or a folder of captioned media (docs/data.md);
     the same command again goes on where it stopped
 gaze-jax data prepare "shards/*.tar" --out=/shared/web --engine=ray --ray_address=auto --workers=256
-    does it on a Ray cluster
+    does it on a Ray cluster; what is read may also be in a bucket, gs://bucket/train.jsonl
 """
 
 import contextlib

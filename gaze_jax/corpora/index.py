@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gaze_jax.cache_folder import cache_folder
+from gaze_jax.corpora import storage
 from gaze_jax.writing import file_crc
 
 Arrays = dict[str, np.ndarray]
@@ -40,11 +41,14 @@ def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str
       build: makes the arrays from the path; none of them is named "made_for".
 
     Raises:
-      OSError: the file cannot be read.
+      UserError: the file cannot be read.
     """
-    state = os.stat(path)
-    stamp = np.array([_VERSION, state.st_size, state.st_mtime_ns], np.int64)
-    name = hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    size, changed = storage.size_and_stamp(path)
+    if changed is None:  # nothing would show that the file was written again
+        return build(path)
+    stamp = np.array([_VERSION, size, changed], np.int64)
+    place = path if storage.is_remote(path) else os.path.realpath(path)
+    name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     cached = folder() / f"{name}.{kind}.npz"
     # What a damaged zip, npy or stream raises; also a missing one.
     with (
@@ -72,6 +76,17 @@ def content_crc(path: str) -> str:
     """CRC-32 of a file's content in hex, computed once and kept as an index is.
 
     Raises:
-      OSError: the file cannot be read.
+      UserError: the file cannot be read.
     """
-    return str(indexed(path, "crc", lambda name: {"crc": np.array(file_crc(name))})["crc"])
+    return str(indexed(path, "crc", lambda name: {"crc": np.array(_crc(name))})["crc"])
+
+
+def _crc(path: str) -> str:
+    with storage.reading(path):
+        if not storage.is_remote(path):
+            return file_crc(path)
+        crc = 0
+        with storage.open_binary(path) as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        return f"{crc:08x}"

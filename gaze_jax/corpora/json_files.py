@@ -8,12 +8,12 @@ parse, and a file of any size opens at once. Blank lines, CRLF and a byte order 
 import dataclasses
 import functools
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from gaze_jax.corpora import storage
 from gaze_jax.corpora.index import content_crc, indexed
 from gaze_jax.corpora.records import Find, MediaFolder, Record, read_record
 from gaze_jax.errors import UserError
@@ -40,10 +40,10 @@ _STEP = _bytes_of(_OPENING).astype(np.int64) - _bytes_of(_CLOSING)
 
 
 def _mapped(path: str) -> np.ndarray:
-    """The file's bytes, uint8, read as they are used."""
-    if os.path.getsize(path) == 0:
+    """The file's bytes, uint8, read as they are used; of a remote file, those of a copy."""
+    if storage.size(path) == 0:
         return np.zeros(0, np.uint8)
-    with open(path, "rb") as file:
+    with storage.local_copy(path) as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
@@ -176,9 +176,7 @@ class JsonRecords:
         start, stop = int(self._spans["start"][index]), int(self._spans["stop"][index])
         what = "element" if self.listed else "line"
         name = f"{Path(self.path).name} {what} {int(self._spans['number'][index])}"
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
+        data = storage.read_range(self.path, start, stop - start)
         if len(data) < stop - start:
             raise UserError(f"{self.path} became shorter while it was read; start again.")
         try:
@@ -206,20 +204,17 @@ def open_json(path: str, *, find: Find | None = None) -> JsonRecords:
     Raises:
       UserError: the file cannot be read, is empty, or is neither.
     """
-    try:
-        with open(path, "rb") as file:
-            head = b""
-            while not head and (block := file.read(4096)):
-                head = block.removeprefix(_BOM).lstrip(_SPACE)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    with storage.reading(path), storage.open_binary(path) as file:
+        head = b""
+        while not head and (block := file.read(4096)):
+            head = block.removeprefix(_BOM).lstrip(_SPACE)
     if not head:
         raise UserError(f"{path} is empty; give a file with at least one record.")
     if head[:1] not in (b"[", b"{"):
         raise UserError(
             f"{path} is no JSON; give a list of JSON objects, or a file with one JSON object per line."
         )
-    find = MediaFolder(os.path.dirname(path)) if find is None else find
+    find = MediaFolder(storage.parent(path)) if find is None else find
     records = JsonRecords(path, find, head[:1] == b"[")
     if not len(records):
         raise UserError(f"{path} is an empty list; give a file with at least one record.")

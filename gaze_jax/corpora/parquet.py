@@ -4,9 +4,9 @@ A row is read with its row group, so an order that jumps between groups reads mu
 groups are kept. Needs pyarrow, from the ``data`` extra.
 """
 
+import contextlib
 import dataclasses
 import functools
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gaze_jax.corpora import storage
 from gaze_jax.corpora.records import Medium, Record, read_record
 from gaze_jax.errors import UserError
 
@@ -35,9 +36,8 @@ def _pyarrow() -> Any:
 def _open(path: str) -> Any:
     arrow = _pyarrow()
     try:
-        return arrow.parquet.ParquetFile(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+        with storage.reading(path):
+            return arrow.parquet.ParquetFile(storage.open_binary(path) if storage.is_remote(path) else path)
     except arrow.ArrowInvalid as error:
         raise UserError(f"{path} is no whole parquet file ({error}); write it again.") from error
 
@@ -45,7 +45,8 @@ def _open(path: str) -> Any:
 @functools.lru_cache(maxsize=_KEPT)
 def _group(path: str, group: int) -> Any:
     try:
-        return _open(path).read_row_group(group)
+        with storage.reading(path) if storage.is_remote(path) else contextlib.nullcontext():
+            return _open(path).read_row_group(group)
     except (OSError, _pyarrow().ArrowException) as error:
         raise UserError(f"{path} is damaged in row group {group} ({error}); write it again.") from error
 
@@ -88,14 +89,13 @@ class ParquetRecords:
 
     def fingerprint(self) -> dict[str, object]:
         """The files' names and sizes, and checksums of their ends, which describe every column's data."""
-        files = [[Path(path).name, os.path.getsize(path), _end_crc(path)] for path in self.paths]
+        files = [[Path(path).name, storage.size(path), _end_crc(path)] for path in self.paths]
         return {"corpus": "parquet", "files": files}
 
 
 def _end_crc(path: str) -> int:
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - _END))
-        return zlib.crc32(file.read())
+    size = min(_END, total := storage.size(path))
+    return zlib.crc32(storage.read_range(path, total - size, size))
 
 
 def _record(row: Mapping[str, object], name: str) -> Record:

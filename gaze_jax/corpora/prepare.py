@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -77,6 +78,8 @@ def prepare(
     """
     if bad not in POLICIES:
         raise UserError(f"bad={bad!r} must be one of {', '.join(POLICIES)}.")
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", out):
+        raise UserError(f"{out} is an address; shards are written to a local folder, which can be copied.")
     if engine not in ENGINES:
         raise UserError(f"engine={engine!r} must be one of {', '.join(ENGINES)}.")
     if ray_address is not None and engine != "ray":
@@ -215,7 +218,7 @@ def _write_shard(
         try:
             for index in range(first, stop):
                 try:
-                    record = corpus[index]
+                    record = _fetched(corpus[index])
                     check_media(record)
                     data = array_records.packed(record)
                 except UserError as error:
@@ -238,6 +241,16 @@ def _write_shard(
         part.unlink(missing_ok=True)
     note = {"file": place.name, "records": records, "size": place.stat().st_size, "crc32": file_crc(place)}
     write_text(_note(Path(folder), number), json.dumps(note | {"skipped": skipped}))
+
+
+def _fetched(record: Record) -> Record:
+    """A record with its remote media in memory, for they are read twice: to be checked and to be written."""
+    try:
+        images = tuple(medium.fetched() for medium in record.images)
+        videos = tuple(medium.fetched() for medium in record.videos)
+    except UserError as error:
+        raise UserError(f"{record.name}: {error}") from error
+    return dataclasses.replace(record, images=images, videos=videos)
 
 
 def check_media(record: Record) -> None:

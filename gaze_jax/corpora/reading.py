@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gaze_jax.corpora import storage
 from gaze_jax.corpora.array_records import FILE, SUFFIX, open_array_records
 from gaze_jax.corpora.folders import open_folder
 from gaze_jax.corpora.json_files import open_json
@@ -57,6 +58,8 @@ def open_corpus(path: str | os.PathLike[str], *, media: Sequence[str] = (), prom
     * A folder of images and videos with a caption file each.
     * A folder that ``gaze-jax data prepare`` wrote.
 
+    All but the last two may be remote, ``gs://bucket/train.jsonl``: see :mod:`gaze_jax.corpora.storage`.
+
     Args:
       path: the file, pattern or folder.
       media: for JSON: the folder that media are in, or the plain tars that hold them.
@@ -66,6 +69,8 @@ def open_corpus(path: str | os.PathLike[str], *, media: Sequence[str] = (), prom
       UserError: there is nothing to read, or what is there is none of these. One sentence.
     """
     name = os.fspath(path)
+    if storage.is_remote(name):
+        return _opened(_remote_files(name), media, prompt)
     if os.path.isdir(name):
         entries = os.listdir(name)
         if FILE in entries or any(entry.endswith(SUFFIX) for entry in entries):
@@ -82,6 +87,24 @@ def open_corpus(path: str | os.PathLike[str], *, media: Sequence[str] = (), prom
     if not files:
         raise UserError(f"{name} is not there; give a file, a folder or a pattern such as 'shards/*.tar'.")
     return _opened(files, media, prompt)
+
+
+def _remote_files(name: str) -> list[str]:
+    """The files of a remote corpus: of a folder or a pattern those that hold records."""
+    if any(mark in name for mark in "*?["):
+        if files := storage.matches(name):
+            return files
+        raise UserError(f"{name} is not there; give a file, a folder or a pattern such as 'gs://b/*.tar'.")
+    entries = storage.names(name)
+    if entries is None:
+        return [name]
+    if FILE in entries or any(entry.endswith(SUFFIX) for entry in entries):
+        raise UserError(f"{name} is a prepared corpus, which is read from local disks; copy it to one.")
+    if files := [storage.join(name, entry) for entry in entries if entry.lower().endswith(_SHARDS)]:
+        return files
+    raise UserError(
+        f"{name} has no JSON, parquet or tar files; captioned media are read from local folders: copy them."
+    )
 
 
 def _opened(files: Sequence[str], media: Sequence[str], prompt: str) -> Corpus:
@@ -106,21 +129,21 @@ def _found_in(media: Sequence[str]) -> MediaFolder | MediaTar | None:
     """Where media are: a folder, or tars; None if nothing is said."""
     if not media:
         return None
-    if len(media) == 1 and os.path.isdir(media[0]):
+    if len(media) == 1 and _is_folder(media[0]):
         return MediaFolder(media[0])
     for path in media:
-        if not os.path.isfile(path):
+        if not storage.is_remote(path) and not os.path.isfile(path):
             raise UserError(f"The media root {path!r} is neither a folder nor a tar; check the path.")
     return MediaTar(tuple(media))
 
 
+def _is_folder(path: str) -> bool:
+    return storage.names(path) is not None if storage.is_remote(path) else os.path.isdir(path)
+
+
 def _kind(path: str) -> str:
     """What a file holds, by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    head = storage.read_range(path, 0, 512)
     if head[:4] == b"PAR1":
         return "parquet"
     named = path.lower().endswith((".tar", ".tgz", ".tar.gz"))  # one without members has no mark

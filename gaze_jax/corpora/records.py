@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from gaze_jax.chat.messages import Message, from_llava
+from gaze_jax.corpora import storage
 from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
 from gaze_jax.media.images import check_image, check_image_data, decode_image, image_size, read_image
@@ -58,7 +59,7 @@ class Medium:
 
     Attributes:
       name: names it in messages.
-      path: the file or folder, or the file that holds it; "" if ``data`` is given.
+      path: the file or folder, or the file that holds it, which may be remote; "" if ``data`` is given.
       offset, size: the part of the file that it is; ``size`` is None for all of it.
       data: its content, if it is no part of a file.
       frames: the contents of the files of a folder of frames, in order.
@@ -72,22 +73,28 @@ class Medium:
     frames: tuple[bytes, ...] = ()
 
     def content(self) -> bytes | None:
-        """The bytes of a medium that is no file of its own; None if it is one.
+        """The bytes of a medium that is no local file of its own; None if it is one.
 
         Raises:
           UserError: the file that holds it cannot be read or is shorter than it was.
         """
-        if self.data is not None or self.size is None:
+        if self.data is not None or self.frames:
             return self.data
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}).") from error
+        if self.size is None:
+            return storage.read_all(self.path) if storage.is_remote(self.path) else None
+        data = storage.read_range(self.path, self.offset, self.size)
         if len(data) < self.size:
             raise UserError(f"{self.path} ends inside of {self.name!r}; it is cut short or was changed.")
         return data
+
+    def fetched(self) -> "Medium":
+        """The same medium, in memory if it is remote: what follows reads it once.
+
+        Raises:
+          UserError: as :meth:`content`.
+        """
+        remote = self.data is None and storage.is_remote(self.path)
+        return dataclasses.replace(self, data=self.content()) if remote else self
 
     def image(self) -> np.ndarray:
         """Decode it: uint8 [height, width, 3], upright.
@@ -233,7 +240,10 @@ def relative(name: str, record: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MediaFolder:
-    """Media below a folder; links in it are followed, since only who owns the folder can make them."""
+    """Media below a folder; links in it are followed, since only who owns the folder can make them.
+
+    Whether a medium of a remote folder is there shows when it is read: asking first would take as long.
+    """
 
     root: str
 
@@ -243,8 +253,8 @@ class MediaFolder:
         Raises:
           UserError: it is not there, or not below the folder.
         """
-        path = os.path.join(self.root, relative(name, record))
-        if not os.path.exists(path):
+        path = storage.join(self.root, relative(name, record))
+        if not storage.is_remote(self.root) and not os.path.exists(path):
             raise RecordError(
                 "missing", f"{record} names {name!r}, which is not in {self.root}; check the media root."
             )

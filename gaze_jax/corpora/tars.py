@@ -7,7 +7,6 @@ the tar.
 
 import dataclasses
 import functools
-import os
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gaze_jax.corpora import storage
 from gaze_jax.corpora.index import indexed
 from gaze_jax.corpora.records import Medium, Record, RecordError, read_record, relative
 from gaze_jax.errors import UserError
@@ -36,9 +36,14 @@ def members(path: str) -> dict[str, np.ndarray]:
       UserError: it is no plain tar or cut short; a member is a link or a device, is compressed, has a name
         that leads out of the tar, or comes twice; or there are too many.
     """
+    with storage.reading(path):
+        return _members(path)
+
+
+def _members(path: str) -> dict[str, np.ndarray]:
     found: dict[str, tuple[int, int]] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with storage.open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isdir():
                     continue
@@ -57,7 +62,7 @@ def members(path: str) -> dict[str, np.ndarray]:
         what = "is compressed, but its members are read in place; unpack it to a plain .tar"
         what = what if _compressed(path) else f"is no whole tar ({error}); write it again"
         raise UserError(f"{path} {what}.") from error
-    if found and max(offset + size for offset, size in found.values()) > os.path.getsize(path):
+    if found and max(offset + size for offset, size in found.values()) > storage.size(path):
         raise UserError(f"{path} ends inside of its last member; it is cut short.")
     _check_end(path, end)
     names = sorted(found)
@@ -70,9 +75,9 @@ def members(path: str) -> dict[str, np.ndarray]:
 
 def _check_end(path: str, end: int) -> None:
     """Check that a tar ends in blocks of zeros, and in nothing else; a reader would not miss what is lost."""
-    if os.path.getsize(path) < end + tarfile.BLOCKSIZE:
+    if storage.size(path) < end + tarfile.BLOCKSIZE:
         raise UserError(f"{path} has no end mark; it is cut short.")
-    with open(path, "rb") as file:
+    with storage.reading(path), storage.open_binary(path) as file:
         file.seek(end)
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
@@ -82,8 +87,9 @@ def _check_end(path: str, end: int) -> None:
 
 
 def _compressed(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
+    return storage.read_range(path, 0, 6).startswith(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +125,7 @@ class MediaTar:
 
 @functools.lru_cache(maxsize=64)
 def _index(path: str) -> Mapping[str, np.ndarray]:
-    try:
-        return indexed(path, "tar", members)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    return indexed(path, "tar", members)
 
 
 @dataclasses.dataclass(frozen=True)

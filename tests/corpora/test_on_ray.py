@@ -75,10 +75,10 @@ def test_a_shard_whose_process_dies_again_and_again_is_given_up(tmp_path):
 
     def die(number):
         begun.append(number)
-        raise KeyboardInterrupt  # no error that is reported
+        raise SystemExit  # no error that is reported
 
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             attempt(die, tmp_path)
     assert attempt(die, tmp_path) == {"number": 1, "error": on_ray.DIED} and begun == [1, 1, 1]
     assert attempt(lambda number: None, tmp_path, 2) == {"number": 2, "error": ""}
@@ -123,21 +123,24 @@ def die_of(number, folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def started():
+    """A Ray that the program has started itself."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
-# Ray's own: setting a default of its options warns of that option.
-@pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("started")
+# Ray's own: it warns of its options when it sets their defaults.
+@pytest.mark.filterwarnings(r"ignore:.*deprecated:DeprecationWarning:ray\.data\.context")
 class TestOnRay:
-    """One Ray for all; each test uses it as a program would that has started Ray itself."""
-
-    @pytest.fixture(scope="class", autouse=True)
-    def _ray(self):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
+    """One Ray for all."""
 
     def test_it_writes_the_bytes_of_the_local_engine(self, corpus, tmp_path):
         advanced = []

@@ -37,7 +37,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def with_config_path(argv: Sequence[str]) -> list[str]:
-    """A command line in which ``--config=NAME``, the name of a shipped config, is the config's file."""
+    """A command line in which ``--config=NAME[:ARGUMENT]``, of a shipped config, names the config's file."""
     found = list(argv)
     for number, word in enumerate(argv):
         flag, equals, value = word.partition("=")
@@ -45,8 +45,10 @@ def with_config_path(argv: Sequence[str]) -> list[str]:
             continue
         if not equals:
             number, value = number + 1, argv[number + 1] if number + 1 < len(argv) else ""
-        if re.fullmatch(r"\w+", value) and (file := shipped_configs().get(value)):
-            found[number] = f"{flag}={file}" if equals else str(file)
+        # "cambrian_image:4b" gives get_config the argument "4b".
+        name, colon, argument = value.partition(":")
+        if re.fullmatch(r"\w+", name) and (file := shipped_configs().get(name)):
+            found[number] = f"{flag}={file}{colon}{argument}" if equals else f"{file}{colon}{argument}"
     return found
 
 

@@ -29,7 +29,7 @@ from gaze_jax.corpora.records import Corpus, RecordError
 from gaze_jax.data.pipeline import prefetched
 from gaze_jax.data.placement import Arrays
 from gaze_jax.data.plan import Limits, RowPlan, make_plan
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, renamed
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.start import Start
 
@@ -86,6 +86,10 @@ class TrainingCorpus:
             f"{used:,} of {all_of_them:,} records in {len(self.plan):,} rows; an epoch is "
             f"{self.order.epoch_batches:,} batches"
         ]
+        causes = Counter(error.cause for error in self.measurement.failures.values())
+        if causes:
+            counts = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
+            lines.append(f"  left out: {counts}; {SKIPPED} lists them")
         fills = self.plan.fill(self.measurement.lengths)
         for bucket, fill in zip(self.plan.buckets, fills, strict=True):
             lines.append(
@@ -153,7 +157,8 @@ def open_training_corpus(
     conversations = conversations_of(experiment, start)
     found = measure_corpus(corpus, conversations, workers=max(1, experiment.num_workers), advance=advance)
     found = _without_long(found, config)
-    failures = {index: error for index, error in found.failures.items() if error.cause != "length"}
+    short = config.too_long == "skip"
+    failures = {i: error for i, error in found.failures.items() if not (short and error.cause == "length")}
     if failures and config.bad == "error":
         _, first = next(iter(failures.items()))
         raise UserError(
@@ -165,10 +170,16 @@ def open_training_corpus(
     entries = entries[~np.isin(entries, list(found.failures))]
     if not len(entries):
         raise UserError(f"None of the {len(corpus)} records can be trained on; run gaze-jax data check.")
-    limits = Limits(**{name: size or None for name, size in dataclasses.asdict(config.row).items()})
-    plan = make_plan(
-        found.lengths, entries, pack=config.pack, limits=limits, buckets=config.buckets, seed=experiment.seed
-    )
+    sizes = dataclasses.asdict(config.row)
+    with renamed({f"limits.{name}": f"data.row.{name}" for name in sizes}):
+        plan = make_plan(
+            found.lengths,
+            entries,
+            pack=config.pack,
+            limits=Limits(**{name: size or None for name, size in sizes.items()}),
+            buckets=config.buckets,
+            seed=experiment.seed,
+        )
     order = BatchOrder(plan, experiment.batch_size, experiment.seed)
     return TrainingCorpus(config, corpus, conversations, found, plan, order)
 
@@ -229,6 +240,8 @@ class CorpusBatches:
         config = training.config
         self._training, self._log = training, log
         self._seen, self._causes = 0, Counter[str]()
+        for index, error in training.measurement.failures.items():
+            self._note(index, error.cause, str(error))
         # A worker that is killed may leave its note behind.
         self._folder = tempfile.TemporaryDirectory(prefix="gaze-jax-busy-", ignore_cleanup_errors=True)
         load = LoadBatch(

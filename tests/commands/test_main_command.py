@@ -9,6 +9,7 @@ import pytest
 from gaze_jax import __version__
 from gaze_jax.commands import cli, main, train
 from gaze_jax.errors import UserError
+from gaze_jax.train.config import parse
 from tests.helpers.commands import ROOT, finish, start
 
 PROGRAM = "/usr/bin/gaze-jax"
@@ -70,6 +71,22 @@ def test_the_script_is_declared():
     assert project["scripts"] == {"gaze-jax": "gaze_jax.commands.main:run"}
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")
+@pytest.mark.parametrize("name", ["cambrian_align", "cambrian_image", "cambrian_video"])
+def test_a_stage_has_the_model_of_its_argument(name):
+    """It needs a corpus and a checkpoint, and then is an experiment on the published model."""
+    for size, width in (("4b", 2560), ("7b", 3584)):
+        words = [f"--config={name}:{size}", "--config.init_from=x", "--config.data.path=y"]
+        values, _ = cli.parse(train.define_flags, "", ["train", *words])
+        experiment = parse(train.config_of(values))
+        assert experiment.model.decoder.width == width and experiment.model.gaze.context_tokens == 4
+        images, regions = experiment.data.row.images, experiment.data.row.regions
+        assert regions == images * experiment.model.layout.regions
+    values, _ = cli.parse(train.define_flags, "", ["train", f"--config={name}", "--config.data.path=y"])
+    with pytest.raises(UserError, match="Training on a corpus needs init_from"):
+        parse(train.config_of(values))
+
+
 def test_shipped_configs_are_those_of_the_checkout():
     files = {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
     assert set(cli.shipped_configs()) == files
@@ -88,7 +105,10 @@ def test_a_config_is_a_name_or_a_path(words):
 @pytest.mark.filterwarnings("ignore:the load_module")
 def test_a_name_that_is_no_config_is_refused_with_the_names():
     values, _ = cli.parse(train.define_flags, "", ["train", "--config=digit"])
-    with pytest.raises(UserError, match=r"digit cannot be loaded.*shipped config \(digits, digits_24\)"):
+    with pytest.raises(
+        UserError,
+        match=r"digit cannot be loaded.*shipped config \(cambrian_align, .*digits, digits_24, finetune\)",
+    ):
         train.config_of(values)
 
 

@@ -2,9 +2,15 @@ import dataclasses
 
 import pytest
 
+from gaze_jax.config import from_dict, to_dict
 from gaze_jax.core.schedule import Schedule
+from gaze_jax.corpora.config import CorpusConfig
+from gaze_jax.corpora.digits import DigitsConfig
 from gaze_jax.errors import UserError
-from gaze_jax.train.config import Experiment, complete, parse, resolve
+from gaze_jax.models.config import GazeConfig, MLLMConfig
+from gaze_jax.models.dummy import DUMMY
+from gaze_jax.train.changes import GazeChanges, ModelChanges, changed
+from gaze_jax.train.config import Experiment, complete, parse, read_data, resolve
 from tests.helpers.experiments import tiny
 
 
@@ -75,3 +81,66 @@ def test_an_unknown_key_is_named_with_its_path():
     plain["model"]["gaze"]["topk"] = 3
     with pytest.raises(UserError, match=r"Unknown config key model.gaze.topk; did you mean model.gaze.top_k"):
         complete(plain)
+
+
+CHANGES = {
+    "init_from": "ckpt",
+    "steps": 0,
+    "model": {"gaze": {"top_k": 2, "context_tokens": 1}, "param_dtype": "bfloat16"},
+    "data": {"path": "my.jsonl", "epochs": 2.0},
+    "optimizer": {"warmup_steps": 0},
+}
+
+
+def test_a_model_without_a_decoder_is_the_checkpoints_with_changes():
+    completed = complete(CHANGES)
+    assert completed.data.get_type("max_tokens") is int and completed.model.gaze.region is None
+    experiment = parse(completed, DUMMY)
+    gaze = dataclasses.replace(DUMMY.gaze, context_tokens=1)
+    assert experiment.model == dataclasses.replace(DUMMY, gaze=gaze, param_dtype="bfloat16")
+    assert isinstance(experiment.data, CorpusConfig) and experiment.data.path == "my.jsonl"
+    # What a run stores has the model itself, and needs no checkpoint to be read again.
+    assert parse(to_dict(experiment)) == experiment
+    with pytest.raises(UserError, match=r"model has no decoder.*name one in init_from"):
+        parse(completed)
+
+
+def test_what_may_be_changed_are_fields_of_the_model():
+    for changes, config in ((GazeChanges, GazeConfig), (ModelChanges, MLLMConfig)):
+        names = {field.name for field in dataclasses.fields(changes)}
+        assert names <= {field.name for field in dataclasses.fields(config)}
+    for field in dataclasses.fields(GazeChanges):
+        value = {"region": (1, 2), "video_region": (2, 1, 1), "top_k": 3, "context_tokens": 5}.get(
+            field.name, getattr(GazeConfig(), field.name)
+        )
+        found = changed(DUMMY, ModelChanges(gaze=GazeChanges(**{field.name: value})))
+        assert getattr(found.gaze, field.name) == value
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "sentence"),
+    [
+        ("data", {"pth": "x"}, r"Unknown config key data.pth; did you mean data.path\?"),
+        ("data", {"rows": 4}, r"Unknown config key data.rows; did you mean data.row\?"),
+        ("model", {"dypte": "float32"}, r"Unknown config key model.dypte; did you mean model.dtype\?"),
+        ("model", {"gaze": {"top_k": "2"}}, r"Config field model.gaze.top_k='2' must be of type int"),
+        ("model", {"gaze": {"region": (9, 9)}}, r"model: gaze.region=\(9, 9\) is larger"),
+        ("data", {"path": "x", "too_long": "cut"}, r"data.too_long='cut' must be one of"),
+        ("data", {"path": "x", "too_long": "skip"}, r"data.too_long='skip' must be 'error' without"),
+        ("data", {"path": "x", "sources": ({"path": "y"},)}, r"data.path='x' must be empty if data.sources"),
+        ("data", {"path": "", "sources": ({"path": "y", "weight": 0.0},)}, "must be of positive weights"),
+        ("data", {"path": "x", "epochs": None}, r"steps=0 takes as many steps as data.epochs need"),
+        ("optimizer", {"frozen": ("tower",)}, r"optimizer.frozen names tower; the parts are vision"),
+        ("optimizer", {"warmup_fraction": 0.1, "warmup_steps": 5}, r"contradicts optimizer.warmup_fraction"),
+    ],
+)
+def test_a_wrong_setting_of_a_corpus_or_of_changes_is_named(section, change, sentence):
+    config = CHANGES | {section: CHANGES.get(section, {}) | change}
+    with pytest.raises(UserError, match=sentence):
+        parse(complete(config), DUMMY)
+
+
+def test_digit_scenes_and_a_corpus_are_told_apart_by_their_keys():
+    assert isinstance(read_data(tiny()), DigitsConfig)
+    assert isinstance(read_data(complete(CHANGES)), CorpusConfig)
+    assert isinstance(from_dict(Experiment, to_dict(parse(tiny()))).data, DigitsConfig)

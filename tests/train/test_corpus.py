@@ -8,23 +8,32 @@ import shutil
 import signal
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gaze_jax.chat.template import CHATML
+from gaze_jax.core.budget import budget_from_keep
+from gaze_jax.core.selection import Selection
+from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.corpora.batches import LoadBatch
 from gaze_jax.corpora.config import CorpusConfig, RowConfig, SourceConfig
 from gaze_jax.corpora.prepare import prepare
 from gaze_jax.corpora.reading import open_corpus
 from gaze_jax.corpora.stand_in import byte_tokenizer
 from gaze_jax.errors import UserError
+from gaze_jax.models import MLLM
+from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.dummy import DUMMY
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.corpus import CorpusBatches, open_training_corpus
 from gaze_jax.train.start import Start
+from gaze_jax.train.step import BATCH_FIELDS
 from tests.helpers.corpora import captioned, turns, write_animation, write_lines, write_picture
 from tests.helpers.model_configs import SMALL
+from tests.helpers.models import parameters
 from tests.helpers.views import tiny_onevision
 
 
@@ -50,7 +59,7 @@ def folder(tmp_path_factory):
 
 MODEL = dataclasses.replace(
     DUMMY,
-    decoder=dataclasses.replace(DUMMY.decoder, vocab_size=300),
+    decoder=dataclasses.replace(DUMMY.decoder, vocab_size=300, depth=1),
     vision=SMALL,
     gaze=GazeConfig((2, 2), context_tokens=1, top_k=2),
     views=tiny_onevision(9).views,
@@ -298,3 +307,37 @@ def test_a_worker_that_hangs_or_dies_ends_the_run_by_name(folder, dies):
     name = f"line {fatal.index + 1}"
     with pytest.raises(UserError, match=rf"{what}.*while workers read .*{name}\b.*run the same command"):
         taken(training, training.order.epoch_batches, workers=1)
+
+
+def losses_of(batches):
+    """Loss of every sample, by its targets: the mean over its tokens with half of the regions selected."""
+    params = parameters(MODEL)
+
+    @jax.jit
+    def nll(batch):
+        streams = Streams.from_batch(batch)
+        visible = make_metadata(streams, MODEL.gaze, batch["sample_id"]).routed.visible
+        selection = Selection(budget_from_keep(jnp.float32(0.5), visible))
+        logits, _ = MLLM(MODEL).apply(params, batch["images"], streams, selection)
+        at = jnp.maximum(streams.targets, 0)[..., None]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), at, axis=-1)[..., 0]
+
+    found = []
+    for batch in batches:
+        values = np.asarray(nll({name: batch[name] for name in (*BATCH_FIELDS, *POOL_FIELDS)}))
+        for row, segments, targets in zip(values, batch["text_segment"], batch["targets"], strict=True):
+            for segment in range(int(segments.max()) + 1):
+                learnt = (segments == segment) & (targets >= 0)
+                found.append((tuple(targets[learnt].tolist()), float(row[learnt].mean())))
+    return sorted(found)
+
+
+def test_packing_changes_no_loss(folder):
+    """Each sample has the loss that it has alone in its row."""
+    packed, alone = opened(folder / "all.jsonl"), opened(folder / "all.jsonl", pack=False)
+    assert len(packed.plan) < len(alone.plan) / 2
+    together = losses_of(taken(packed, packed.order.epoch_batches))
+    apart = losses_of(taken(alone, alone.order.epoch_batches))
+    assert [targets for targets, _ in together] == [targets for targets, _ in apart] and len(apart) == 40
+    # Questions differ by their number alone, so samples with equal targets are compared as a set.
+    np.testing.assert_allclose([loss for _, loss in together], [loss for _, loss in apart], rtol=2e-5)

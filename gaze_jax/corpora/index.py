@@ -50,26 +50,38 @@ def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str
     place = path if storage.is_remote(path) else os.path.realpath(path)
     name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     cached = folder() / f"{name}.{kind}.npz"
+    found = load(cached)
+    if np.array_equal(found.pop(_KEY, None), stamp):
+        return found
+    arrays = build(path)
+    keep(cached, arrays | {_KEY: stamp})
+    return arrays
+
+
+def load(path: Path) -> Arrays:
+    """The arrays that :func:`keep` wrote; none if the file is missing or damaged."""
     # What a damaged zip, npy or stream raises; also a missing one.
     with (
         contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
-        cached.open("rb") as file,
+        path.open("rb") as file,
         np.load(file, allow_pickle=False) as found,
     ):
-        if np.array_equal(found[_KEY], stamp):
-            return {key: found[key] for key in found.files if key != _KEY}
-    arrays = build(path)
+        return {key: found[key] for key in found.files}
+    return {}
+
+
+def keep(path: Path, arrays: Arrays) -> None:
+    """Write arrays into the cache folder; one that cannot be written is no error."""
     with contextlib.suppress(OSError):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as made:
             try:
-                np.savez(made, allow_pickle=False, **arrays, **{_KEY: stamp})
+                np.savez(made, allow_pickle=False, **arrays)
                 made.flush()
-                os.replace(made.name, cached)  # another process may do the same: either result is right
+                os.replace(made.name, path)  # another process may do the same: either result is right
             except BaseException:
                 os.unlink(made.name)
                 raise
-    return arrays
 
 
 def content_crc(path: str) -> str:

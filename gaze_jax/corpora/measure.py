@@ -10,11 +10,8 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -103,14 +100,14 @@ def measure_corpus(
                 numbers[number], known[number] = result, True
         advance(len(chunk))
     if len(todo):
-        _store(path, numbers, known)
+        indexes.keep(path, {"numbers": numbers, "known": known})
     return Measurement(numbers, dict(sorted(failures.items())))
 
 
 def forget(corpus: Corpus, conversations: Conversations) -> None:
     """Measure every record again, the next time: their media may have changed."""
     with contextlib.suppress(OSError):
-        os.unlink(_cached(corpus, conversations))
+        _cached(corpus, conversations).unlink()
 
 
 def _results(
@@ -149,34 +146,17 @@ def _measure_chunk(chunk: Sequence[int]) -> list[tuple[int, ...] | RecordError]:
     return [_measured(corpus, conversations, number) for number in chunk]
 
 
-def _cached(corpus: Corpus, conversations: Conversations) -> str:
+def _cached(corpus: Corpus, conversations: Conversations) -> Path:
     """The file that keeps the measurement."""
     decides = [_VERSION, corpus.fingerprint(), conversations.fingerprint(), len(corpus)]
     name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
-    return os.path.join(indexes.folder(), f"{name}.lengths.npz")
+    return indexes.folder() / f"{name}.lengths.npz"
 
 
-def _load(path: str, records: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cached numbers, and which records have them; nothing if there is no whole cache."""
-    with (
-        contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
-        np.load(path, allow_pickle=False) as found,
-    ):
-        numbers, known = found["numbers"], found["known"]
-        if numbers.shape == (records, len(COLUMNS)) and known.shape == (records,):
-            return numbers, known
+def _load(path: Path, records: int) -> tuple[np.ndarray, np.ndarray]:
+    """The cached numbers, and which records have them; none of them if there is no cache."""
+    found = indexes.load(path)
+    numbers, known = found.get("numbers"), found.get("known")
+    if numbers is not None and known is not None and numbers.shape == (records, len(COLUMNS)):
+        return numbers, known
     return np.zeros((records, len(COLUMNS)), np.int32), np.zeros(records, bool)
-
-
-def _store(path: str, numbers: np.ndarray, known: np.ndarray) -> None:
-    """Keep the numbers; a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as made:
-            try:
-                np.savez(made, allow_pickle=False, numbers=numbers, known=known)
-                made.flush()
-                os.replace(made.name, path)
-            except BaseException:
-                os.unlink(made.name)
-                raise

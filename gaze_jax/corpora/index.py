@@ -51,7 +51,7 @@ def indexed(path: str, kind: str, build: Callable[[str], Arrays]) -> Mapping[str
     name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     cached = folder() / f"{name}.{kind}.npz"
     found = load(cached)
-    if np.array_equal(found.pop(_KEY, None), stamp):
+    if _KEY in found and np.array_equal(found.pop(_KEY), stamp):
         return found
     arrays = build(path)
     keep(cached, arrays | {_KEY: stamp})

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.data.pixels import normalise
 from gaze_jax.models import DUMMY, MLLM
 from gaze_jax.models.layers import LayerNorm, RMSNorm, apply_rope, rope_angles
+from gaze_jax.models.vision import normalised
 from tests.helpers import models
 from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 
@@ -118,3 +120,13 @@ def test_a_remainder_of_pixels_is_dropped():
     np.testing.assert_array_equal(
         encode(variables, images.at[..., 20:, :].set(9).at[:, :, 20:].set(9)), expected
     )
+
+
+def test_uint8_images_are_normalised_on_the_device_as_in_the_pipeline():
+    """Bit for bit, so a corpus may be sent to the device in a quarter of the bytes."""
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 1, 16, 16, 3)
+    np.testing.assert_array_equal(normalised(jnp.asarray(pixels)), normalise(pixels))
+    images = np.random.default_rng(0).integers(0, 256, (1, 2, 20, 20, 3), dtype=np.uint8)
+    params = models.parameters(DUMMY)
+    encode = jax.jit(lambda images: MLLM(DUMMY).apply(params, images, method="encode"))
+    np.testing.assert_array_equal(encode(images), encode(normalise(images)))

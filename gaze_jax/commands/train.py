@@ -73,8 +73,7 @@ def main(values: Values) -> None:
     config = config_of(values)
     start = open_start(named, Path(values.workdir)) if (named := config.get("init_from")) else None
     experiment = parse(config, None if start is None else start.config)
-    with progress_bar("records measured", None) as advance:
-        finished = train(experiment, values.workdir, start, advance)
+    finished = train(experiment, values.workdir, start, progress_bar)
     if finished and isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
         evaluate(values.workdir)
 

@@ -131,15 +131,24 @@ def conversations_of(experiment: Experiment, start: Start) -> Conversations:
     return Conversations.of(experiment.data, experiment.model.layout, start.tokenizer, start.template)
 
 
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+"""Shows progress: (what is counted, how many) -> a context with a function that takes the newly done."""
+
+
+def no_progress(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Shows nothing."""
+    return contextlib.nullcontext(lambda count: None)
+
+
 def open_training_corpus(
-    experiment: Experiment, start: Start, advance: Callable[[int], None] = lambda records: None
+    experiment: Experiment, start: Start, progress: Progress = no_progress
 ) -> TrainingCorpus:
     """Open, measure and plan the corpus of a run.
 
     Args:
       experiment: a run on a corpus.
       start: the checkpoint it starts from, which has the tokenizer and the template.
-      advance: called with the number of records that are newly measured.
+      progress: shows how many records are measured.
 
     Raises:
       UserError: a corpus cannot be opened; a record cannot be used, and ``data.bad`` is "error"; or there is
@@ -155,7 +164,9 @@ def open_training_corpus(
         )
     corpus = open_records(config)
     conversations = conversations_of(experiment, start)
-    found = measure_corpus(corpus, conversations, workers=max(1, experiment.num_workers), advance=advance)
+    workers = max(1, experiment.num_workers)
+    with progress("records measured", len(corpus)) as advance:
+        found = measure_corpus(corpus, conversations, workers=workers, advance=advance)
     found = _without_long(found, config)
     short = config.too_long == "skip"
     failures = {i: error for i, error in found.failures.items() if not (short and error.cause == "length")}

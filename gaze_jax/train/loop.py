@@ -16,6 +16,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
+from gaze_jax.train.corpus import Progress, no_progress
 from gaze_jax.train.pipeline import Batches, RunData, open_data
 from gaze_jax.train.start import Start, check_start, initial_params
 from gaze_jax.train.step import Batch, Metrics, TrainState, compile_step, init_state, put_batch
@@ -106,7 +107,7 @@ def train(
     experiment: Experiment,
     workdir: str | Path,
     start: Start | None = None,
-    advance: Callable[[int], None] = lambda records: None,
+    progress: Progress = no_progress,
 ) -> bool:
     """Train to the end, starting from the newest checkpoint in ``workdir`` if there is one.
 
@@ -116,7 +117,7 @@ def train(
       experiment: from :func:`gaze_jax.train.config.parse`.
       workdir: gets ``checkpoints/`` and ``metrics.jsonl``, and what ``start`` keeps.
       start: the checkpoint that ``experiment.init_from`` names.
-      advance: called with the number of records of a corpus that are newly measured.
+      progress: shows how many records of a corpus are measured.
 
     Returns:
       True if all steps are done; False if SIGTERM stopped the run, after saving.
@@ -129,7 +130,7 @@ def train(
     mesh = make_mesh(experiment.mesh)
     if start is not None:
         check_start(start, experiment.model)
-    data = open_data(experiment, start, workdir, advance)
+    data = open_data(experiment, start, workdir, progress)
     with (
         _named_if_full(workdir),
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,

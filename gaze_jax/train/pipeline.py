@@ -17,7 +17,7 @@ from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families import get_family
 from gaze_jax.train.config import Experiment, check_steps
-from gaze_jax.train.corpus import SKIPPED, CorpusBatches, open_training_corpus
+from gaze_jax.train.corpus import SKIPPED, CorpusBatches, Progress, no_progress, open_training_corpus
 from gaze_jax.train.start import Start
 
 
@@ -81,7 +81,7 @@ def open_data(
     experiment: Experiment,
     start: Start | None,
     workdir: Path,
-    advance: Callable[[int], None] = lambda records: None,
+    progress: Progress = no_progress,
 ) -> RunData:
     """Open the data of a run.
 
@@ -89,7 +89,7 @@ def open_data(
       experiment: from :func:`gaze_jax.train.config.parse`.
       start: the checkpoint that it starts from.
       workdir: gets a list of what is skipped.
-      advance: called with the number of records that are newly measured.
+      progress: shows how many records of a corpus are measured.
 
     Raises:
       UserError: the data cannot be read, or do not fit the checkpoint.
@@ -97,7 +97,7 @@ def open_data(
     if isinstance(experiment.data, DigitsConfig):
         return _digits(experiment, experiment.data, start)
     assert start is not None, "a run on a corpus starts from a checkpoint"
-    training = open_training_corpus(experiment, start, advance)
+    training = open_training_corpus(experiment, start, progress)
     if not experiment.steps:
         experiment = dataclasses.replace(experiment, steps=training.steps())
         check_steps(experiment)

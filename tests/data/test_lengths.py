@@ -19,7 +19,7 @@ LAYOUTS = {
     "onevision": tiny_onevision(9),
     "onevision, context": dataclasses.replace(tiny_onevision(2), context_tokens=3),
     "cambrian": tiny_cambrian(4, 3),
-    "cambrian, newlines in regions": dataclasses.replace(tiny_cambrian(None, 3), newlines="region"),
+    "cambrian, newlines in regions": dataclasses.replace(tiny_cambrian(None, 5), newlines="region"),
     "cambrian, slabs": dataclasses.replace(tiny_cambrian(5, 4), video_region=(2, 2, 3), context_tokens=1),
 }
 

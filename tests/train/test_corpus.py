@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from gaze_jax.chat.template import CHATML
@@ -306,6 +307,17 @@ def test_a_worker_that_hangs_or_dies_ends_the_run_by_name(folder, dies):
     what = "A worker process died" if dies else "No batch for 20 seconds"
     name = f"line {fatal.index + 1}"
     with pytest.raises(UserError, match=rf"{what}.*while workers read .*{name}\b.*run the same command"):
+        taken(training, training.order.epoch_batches, workers=1)
+
+
+@pytest.mark.long
+def test_a_worker_that_needs_too_much_memory_names_the_record(tmp_path):
+    """192 MB of pixels, in a process that may allocate 100 MB."""
+    write_picture(tmp_path / "a.png")
+    PIL.Image.new("RGB", (8000, 8000)).save(tmp_path / "b.png")
+    path = write_lines(tmp_path, [captioned("a.png", "x"), captioned("b.png", "y")])
+    training = opened(path, worker_memory=0.1, batch_size=1)
+    with pytest.raises(UserError, match=r"record 1 needs more than data.worker_memory=0.1 GB"):
         taken(training, training.order.epoch_batches, workers=1)
 
 

@@ -110,9 +110,9 @@ def test_what_may_be_changed_are_fields_of_the_model():
         names = {field.name for field in dataclasses.fields(changes)}
         assert names <= {field.name for field in dataclasses.fields(config)}
     for field in dataclasses.fields(GazeChanges):
-        value = {"region": (1, 2), "video_region": (2, 1, 1), "top_k": 3, "context_tokens": 5}.get(
-            field.name, getattr(GazeConfig(), field.name)
-        )
+        others = {"region": (1, 2), "video_region": (2, 1, 1), "top_k": 3, "context_tokens": 0}
+        others |= {"visual_causal": False, "query_block": 7, "select_per": "kv_head", "newlines": "region"}
+        value = others.get(field.name, getattr(GazeConfig(), field.name))
         found = changed(DUMMY, ModelChanges(gaze=GazeChanges(**{field.name: value})))
         assert getattr(found.gaze, field.name) == value
 

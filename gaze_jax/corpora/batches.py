@@ -4,15 +4,18 @@ What a batch holds is decided by the plan, the seed and the batch's number alone
 and workers make the same batches, and a run continues with the number of its next step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
+import os
 import resource
+import time
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from gaze_jax.corpora.busy import busy_with
 from gaze_jax.corpora.conversations import KIND, Conversations
 from gaze_jax.corpora.measure import read
 from gaze_jax.corpora.records import Corpus, RecordError
@@ -134,17 +137,19 @@ class LoadBatch(grain.transforms.Map):
         loaded: list[Arrays] = []
         bad: list[BadRecord] = []
         records = 0
-        for row in rows[index * each : (index + 1) * each].tolist():
+        side = self.conversations.layout.image_size
+        images = np.zeros((each, bucket.images, side, side, 3), np.uint8)
+        for place, row in zip(images, rows[index * each : (index + 1) * each].tolist()):
             found = [] if row == NO_ROW else self.order.plan.row(row).tolist()
             arrays = [self._arrays(number, bucket) for number in found]
             bad += [each for each in arrays if isinstance(each, BadRecord)]
             records += len(found)
-            loaded.append(self._row([one for one in arrays if not isinstance(one, BadRecord)], bucket))
-        return LoadedBatch(stack(loaded), records, tuple(bad))
+            loaded.append(self._row([one for one in arrays if not isinstance(one, BadRecord)], bucket, place))
+        return LoadedBatch(stack(loaded) | {"images": images}, records, tuple(bad))
 
     def _arrays(self, number: int, bucket: Bucket) -> Arrays | BadRecord:
         """A record's arrays, unpadded but for the slots of its regions."""
-        with busy_with(self.busy, number):
+        with _noted(self.busy, number):
             try:
                 record = read(self.corpus, number)
                 arrays = self.conversations.arrays(record, number)
@@ -168,14 +173,24 @@ class LoadBatch(grain.transforms.Map):
                 "data check, which measures again, and start in a new workdir.",
             )
 
-    def _row(self, samples: list[Arrays], bucket: Bucket) -> Arrays:
+    def _row(self, samples: list[Arrays], bucket: Bucket, images: np.ndarray) -> Arrays:
+        """The arrays of a row but for its images, which are put at the start of ``images``."""
         layout = self.conversations.layout
         if samples:
-            arrays = pack(samples, image_tokens=layout.tokens)
+            # Images are large: each is copied once, to its place in the batch.
+            pixels = [arrays["images"] for arrays in samples]
+            arrays = pack([_without_pixels(arrays) for arrays in samples], image_tokens=layout.tokens)
+            if sum(map(len, pixels)) <= len(images):  # else pad_to says what does not fit
+                np.concatenate(pixels, out=images[: sum(map(len, pixels))])
         else:
             empty = self.conversations.processor(Sample(0, (), (), KIND))
-            arrays = _without_slots(empty, bucket)
+            arrays = _without_pixels(_without_slots(empty, bucket))
         return pad_to(arrays, **dataclasses.asdict(bucket))
+
+
+def _without_pixels(arrays: Arrays) -> Arrays:
+    """With as many images, which have no pixels."""
+    return arrays | {"images": np.zeros((len(arrays["images"]), 0), np.uint8)}
 
 
 def _without_slots(arrays: Arrays, bucket: Bucket) -> Arrays:
@@ -185,6 +200,29 @@ def _without_slots(arrays: Arrays, bucket: Bucket) -> Arrays:
     slots = bucket.slots or 1
     shaped = {name: (0, slots, *arrays[name].shape[2:]) for name in FILL if name in arrays}
     return arrays | {name: np.zeros(shape, arrays[name].dtype) for name, shape in shaped.items()}
+
+
+_NOTE_BYTES = 40
+
+
+@contextlib.contextmanager
+def _noted(folder: str, number: int) -> Iterator[None]:
+    """Context in which :func:`gaze_jax.corpora.busy.busy` finds that this process reads record ``number``."""
+    path = os.path.join(folder, str(os.getpid()))
+    _note(path, f"{number} {time.time():.1f}")
+    try:
+        yield
+    finally:
+        _note(path, "")
+
+
+def _note(path: str, text: str) -> None:
+    """Write over the note at ``path``, which keeps its size: to empty a file first takes ext4 a millisecond."""
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(file, text.ljust(_NOTE_BYTES).encode(), 0)
+    finally:
+        os.close(file)
 
 
 _bounded: list[int] = []

@@ -13,6 +13,8 @@ MIXED = -1
 
 def _shift(values: np.ndarray, by: int) -> np.ndarray:
     """Add ``by`` to ids; -1 is unchanged."""
+    if not by:
+        return values
     return np.where(values >= 0, values + by, values).astype(values.dtype)
 
 
@@ -66,7 +68,9 @@ def pack(samples: Sequence[Arrays], *, image_tokens: int | None = None) -> Array
             "region_segment": segment,
             "text_segment": segment,
         }
-        row = {name: pad_slots(arrays[name], name, slots) for name in names}
+        row = {name: arrays[name] for name in names}
+        if arrays["visual_src"].shape[1] != slots:
+            row = {name: pad_slots(values, name, slots) for name, values in row.items()}
         row |= {name: _shift(row[name], by) for name, by in shifts.items()}
         if pooled:
             # Unused indices stay 0; their weight is 0.
@@ -74,7 +78,8 @@ def pack(samples: Sequence[Arrays], *, image_tokens: int | None = None) -> Array
             row["pool_indices"] = (row["pool_indices"] + by).astype(np.int32)
         rows.append(row)
         tokens, views, images = tokens + used, views + more, images + len(arrays["images"])
-    packed = {name: np.concatenate([row[name] for row in rows]) for name in names}
+    # Not copied if there is one sample: images are large.
+    packed = rows[0] if len(rows) == 1 else {n: np.concatenate([row[n] for row in rows]) for n in names}
     families = {int(arrays["family"]) for arrays in samples}
     packed["sample_id"] = samples[0]["sample_id"]
     packed["family"] = samples[0]["family"] if len(families) == 1 else np.asarray(MIXED, np.int32)

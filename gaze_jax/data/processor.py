@@ -25,10 +25,10 @@ import numpy as np
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
 from gaze_jax.data.pixels import normalise
-from gaze_jax.data.placement import Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
+from gaze_jax.data.placement import FILL, Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
-from gaze_jax.data.views import MediaViews, ViewStyle, check_style, image_views, video_views
+from gaze_jax.data.views import MediaViews, View, ViewStyle, check_style, image_views, video_views
 from gaze_jax.errors import UserError
 
 # Field -> (the axis that a bucket fixes, the padding value).
@@ -139,19 +139,28 @@ def _views(processor: Processor, sample: Sample, part: Image | Video) -> MediaVi
     return image_views(style, layout, image, alone=sum(isinstance(p, Image) for p in sample.parts) == 1)
 
 
+@functools.lru_cache(maxsize=16)
+def _encoded(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [n] and the characters of each, [n, 2]; most samples of a corpus begin with the same text."""
+    ids, offsets = tokenizer.encode(text)
+    found = np.asarray(ids, np.int32), np.asarray(offsets).reshape(-1, 2)
+    for array in found:
+        array.setflags(write=False)  # shared by every caller
+    return found
+
+
 def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int, int]) -> _Tokens:
     """Tokenise ``text``; a token takes the box of the characters it overlaps.
 
     ``views`` maps an image of the sample to the view that last showed it.
     """
-    ids, offsets = processor.tokenizer.encode(text.text)
+    ids, spans = _encoded(processor.tokenizer, text.text)
     boxes = np.full((len(ids), 4), -1, np.float32)
     box_views = np.full(len(ids), EMPTY, np.int32)
-    spans = np.asarray(offsets).reshape(-1, 2)
     for box in text.boxes:
         inside = (spans[:, 0] < box.end) & (spans[:, 1] > box.start)
         if (clash := inside & (box_views >= 0)).any():
-            start, end = offsets[int(np.argmax(clash))]
+            start, end = spans[int(np.argmax(clash))]
             raise ValueError(
                 f"Token {text.text[start:end]!r} of sample {sample.id} overlaps two boxes; box characters "
                 "that the tokenizer keeps apart."
@@ -163,8 +172,10 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int,
         boxes[inside] = np.array(box.corners) * scale
         box_views[inside] = views[box.image]
     supervised = _supervised(text, spans)
-    extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
-    return _Tokens(np.asarray(ids, np.int32), boxes, box_views, supervised, extra)
+    extra: np.ndarray | bool = False
+    if processor.supervise:
+        extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
+    return _Tokens(ids, boxes, box_views, supervised, extra)
 
 
 def count_text(processor: Processor, text: Text) -> tuple[int, int]:
@@ -256,6 +267,23 @@ def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Ar
     return pieces
 
 
+@functools.lru_cache(maxsize=64)
+def _placed_alone(
+    layout: VisualLayout, shape: tuple[int, int], newlines: bool, region: tuple[int, int, int], at: Cursor
+) -> tuple[Placement, Arrays]:
+    """Where a view of one image without pooling goes, and :func:`join` of it; samples that begin alike share it.
+
+    The pooling in the placement is not that of the view.
+    """
+    indices, weights = np.zeros((*shape, 4), np.int32), np.zeros((*shape, 4), np.float32)
+    view = View(np.zeros((1, 0, 0, 3), np.uint8), indices, weights, newlines, (0, 0, 0, 0))
+    found = place_views(layout, (view,), region, at)
+    joined = join(layout, [found], pooled=False)
+    for array in (*found.fields.values(), found.newlines, found.ends, found.grids, *joined.values()):
+        array.setflags(write=False)  # shared by every caller
+    return found, joined
+
+
 def _process_parts(
     processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text], order: int = 0
 ) -> tuple[Arrays, dict[int, int], tuple[PlacedView, ...]]:
@@ -265,6 +293,7 @@ def _process_parts(
     images: list[np.ndarray] = []
     pieces: list[Arrays] = []
     placed: list[Placement] = []
+    joined: Arrays | None = None  # of the only placement
     shows: dict[int, int] = {}
     views: list[PlacedView] = []
     for part in parts:
@@ -280,7 +309,11 @@ def _process_parts(
         first = part.start if isinstance(part, Video) else 0
         for group in groups:
             region = layout.frame_region if video else (1, *layout.region)
-            found = place_views(layout, group, region, at)
+            if len(group) == 1 and processor.views.tower_tokens:
+                grid = group[0].pool_indices.shape[:2]
+                found, joined = _placed_alone(layout, grid, group[0].newlines, region, at)
+            else:
+                found, joined = place_views(layout, group, region, at), None
             placed.append(found)
             pieces += _view_pieces(layout, found, at.view)
             images += [view.images for view in group]
@@ -298,8 +331,12 @@ def _process_parts(
             f"{processor.families}."
         )
     size = layout.image_size
-    arrays = join(layout, placed, pooled=not processor.views.tower_tokens) | _text_arrays(pieces)
-    pixels = np.concatenate([np.zeros((0, size, size, 3), np.uint8), *images])
+    if joined is not None and len(placed) == 1:
+        visual = {name: values.copy() for name, values in joined.items()}
+    else:
+        visual = join(layout, placed, pooled=not processor.views.tower_tokens)
+    arrays = visual | _text_arrays(pieces)
+    pixels = images[0] if len(images) == 1 else _concatenate(images, (0, size, size, 3), np.uint8)
     arrays["images"] = normalise(pixels) if processor.float_images else pixels
     arrays["sample_id"] = np.asarray(sample.id, np.int32)
     arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
@@ -378,11 +415,14 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
 
 
 def _pad(values: np.ndarray, size: int, fill: int, name: str, hint: str) -> np.ndarray:
-    """Pad axis 0 of ``values`` to ``size``."""
+    """Pad axis 0 of ``values`` to ``size``; the array itself if it has that size."""
     if len(values) > size:
         raise ValueError(f"{name} needs {len(values)} but {hint}={size}; raise {hint} to fit.")
-    out = np.full((size, *values.shape[1:]), fill, values.dtype)
+    if len(values) == size:  # images are large
+        return values
+    out = np.empty((size, *values.shape[1:]), values.dtype)
     out[: len(values)] = values
+    out[len(values) :] = fill
     return out
 
 
@@ -403,7 +443,9 @@ def pad_to(arrays: Arrays, *, regions: int, text: int, images: int, slots: int |
         if name not in arrays:  # pool indices and weights, absent without pooling
             continue
         label = f"Field {name} of sample {int(arrays['sample_id'])}"
-        values = arrays[name] if slots is None else pad_slots(arrays[name], name, slots)
+        values = arrays[name]
+        if slots is not None and name in FILL and values.shape[1] != slots:
+            values = pad_slots(values, name, slots)
         out[name] = _pad(values, sizes[axis], fill, label, axis)
     return out
 

@@ -4,18 +4,15 @@ What a batch holds is decided by the plan, the seed and the batch's number alone
 and workers make the same batches, and a run continues with the number of its next step.
 """
 
-import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import os
 import resource
-import time
-from collections.abc import Iterator
 
 import grain
 import numpy as np
 
+from gaze_jax.corpora.busy import busy_with
 from gaze_jax.corpora.conversations import KIND, Conversations
 from gaze_jax.corpora.measure import read
 from gaze_jax.corpora.records import Corpus, RecordError
@@ -149,7 +146,7 @@ class LoadBatch(grain.transforms.Map):
 
     def _arrays(self, number: int, bucket: Bucket) -> Arrays | BadRecord:
         """A record's arrays, unpadded but for the slots of its regions."""
-        with _noted(self.busy, number):
+        with busy_with(self.busy, number):
             try:
                 record = read(self.corpus, number)
                 arrays = self.conversations.arrays(record, number)
@@ -200,29 +197,6 @@ def _without_slots(arrays: Arrays, bucket: Bucket) -> Arrays:
     slots = bucket.slots or 1
     shaped = {name: (0, slots, *arrays[name].shape[2:]) for name in FILL if name in arrays}
     return arrays | {name: np.zeros(shape, arrays[name].dtype) for name, shape in shaped.items()}
-
-
-_NOTE_BYTES = 40
-
-
-@contextlib.contextmanager
-def _noted(folder: str, number: int) -> Iterator[None]:
-    """Context in which :func:`gaze_jax.corpora.busy.busy` finds that this process reads record ``number``."""
-    path = os.path.join(folder, str(os.getpid()))
-    _note(path, f"{number} {time.time():.1f}")
-    try:
-        yield
-    finally:
-        _note(path, "")
-
-
-def _note(path: str, text: str) -> None:
-    """Write over the note at ``path``, which keeps its size: to empty a file first takes ext4 a millisecond."""
-    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    try:
-        os.pwrite(file, text.ljust(_NOTE_BYTES).encode(), 0)
-    finally:
-        os.close(file)
 
 
 _bounded: list[int] = []

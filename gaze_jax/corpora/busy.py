@@ -6,19 +6,27 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+_NOTE_BYTES = 40
+
 
 @contextlib.contextmanager
 def busy_with(folder: str, number: int) -> Iterator[None]:
-    """Context in which this thread notes in ``folder`` that it reads record ``number``."""
-    path = os.path.join(folder, f"{os.getpid()}")
-    # Rewritten in place: a few microseconds, where a new file takes a hundred.
-    with open(path, "w", encoding="ascii") as file:
-        file.write(f"{number} {time.time():.1f}")
+    """Context in which :func:`busy` finds that this process reads record ``number``."""
+    path = os.path.join(folder, str(os.getpid()))
+    _note(path, f"{number} {time.time():.1f}")
     try:
         yield
     finally:
-        with open(path, "w", encoding="ascii"):
-            pass
+        _note(path, "")
+
+
+def _note(path: str, text: str) -> None:
+    """Write over the note at ``path``, which keeps its size: to empty a file first takes ext4 a millisecond."""
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(file, text.ljust(_NOTE_BYTES).encode(), 0)
+    finally:
+        os.close(file)
 
 
 def busy(folder: str) -> list[tuple[int, float]]:

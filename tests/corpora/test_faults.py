@@ -116,7 +116,7 @@ def assert_found(corpus, cases, name):
     for key, problem in found.items():
         place = name(names.index(key), key)
         assert re.search(rf"^{re.escape(place)}\b", problem.message), (key, problem.message)
-        assert cases[key].said in problem.message, (key, problem.message)
+        assert cases[key].message in problem.message, (key, problem.message)
         assert problem.message.endswith(".") and problem.message.isprintable(), (key, problem.message)
         assert "not foreseen" not in problem.message, (key, problem.message)
     bad = indexes(cases, "measured", "decoded")
@@ -174,7 +174,7 @@ def test_training_without_the_bad_has_every_good_record_once(path, cases, tmp_pa
         assert sorted(failures) == indexes(cases, when), when
         for number, (cause, message) in failures.items():
             case = cases[names[number]]
-            assert cause == case.cause and case.said in message, (names[number], message)
+            assert cause == case.cause and case.message in message, (names[number], message)
             assert message.startswith(f"all.jsonl line {number + 1}") and "\n" not in message
 
 
@@ -285,13 +285,13 @@ def test_a_disk_that_fails_is_a_fault_of_the_medium(tmp_path, monkeypatch):
     assert not measure_corpus(corpus, conversations).failures
 
 
-def said(cases):
+def every_fault(cases):
     """(when, cause, message) of every fault here: what the documentation tells is told of these."""
-    found = {(case.when, case.cause, case.said) for case in cases.values() if case.cause}
+    found = {(case.when, case.cause, case.message) for case in cases.values() if case.cause}
     return found | {("opened", "", WRONG[case][1].split("|")[0]) for case in OPENED}
 
 
-def test_the_documentation_tells_each_fault_as_it_is(cases, path):
+def test_the_documentation_tells_each_fault_as_it_is(cases, tmp_path):
     """Its table has a row for every fault, and every row is of a fault."""
     section = (
         (ROOT / "docs/data.md").read_text(encoding="utf-8").split("## What is refused")[1].split("\n## ")[0]
@@ -304,7 +304,7 @@ def test_the_documentation_tells_each_fault_as_it_is(cases, path):
     }
     assert {cause for _, cause, _ in told} == {"", *MEANINGS}
     of_length = {row for row in told if row[1] in ("length", "targets")}
-    found = said(cases)
+    found = every_fault(cases)
     missing = [one for one in found if not any(one[:2] == row[:2] and row[2] in one[2] for row in told)]
     assert not missing
     assert not [
@@ -313,14 +313,17 @@ def test_the_documentation_tells_each_fault_as_it_is(cases, path):
     # These two are of settings and templates.
     source = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'user' %}{% generation %}"
-        "{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{{ m['content'] }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n"
+        "{% endfor %}"
     )
-    short, silent = dataclasses.replace(CONFIG, max_tokens=5), corpora.conversations(config=CONFIG)
-    silent = dataclasses.replace(silent, template=ChatTemplate(source))
-    number = list(cases).index("a question without words")
+    corpora.write_picture(tmp_path / "a.png")
+    record = corpora.captioned("a.png", "n0")
+    record["conversations"][0]["value"] = "<image>"
+    corpus, conversations = open_corpus(corpora.write_lines(tmp_path, [record])), corpora.conversations()
+    silent = dataclasses.replace(conversations, template=ChatTemplate(source))
     results = [
-        check_record(open_corpus(path), corpora.conversations(config=CONFIG), short, 0),
-        check_record(open_corpus(path), silent, CONFIG, number),
+        check_record(corpus, conversations, dataclasses.replace(CONFIG, max_tokens=5), 0),
+        check_record(corpus, silent, CONFIG, 0),
     ]
     for result in results:
         assert any(result.cause == row[1] and row[2] in result.message for row in of_length), result

@@ -169,7 +169,7 @@ class Case:
     Attributes:
       fields: the record without its id, which is the case's name.
       files: its media, by the names that it gives.
-      when, cause, said: "measured", "decoded" or "checked", why, and a part of the message; "" if it is good.
+      when, cause, message: "measured", "decoded" or "checked", why, and a part of what is told; "" if good.
       line: instead of ``fields``.
     """
 
@@ -177,7 +177,7 @@ class Case:
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     when: str = ""
     cause: str = ""
-    said: str = ""
+    message: str = ""
     line: bytes | None = None
 
 
@@ -308,11 +308,11 @@ def media_faults(film):
 def record_faults():
     """What is wrong with a record of JSON Lines, or with the names that it gives."""
 
-    def of_record(said, **fields):
-        return plain("measured", "record", said, **fields)
+    def of_record(message, **fields):
+        return plain("measured", "record", message, **fields)
 
-    def line(data, said):
-        return Case({}, {}, "measured", "record", said, data)
+    def line(data, message):
+        return Case({}, {}, "measured", "record", message, data)
 
     address = "media are files below the media root, not addresses"
     tags = "write one tag for each, or none at all"

@@ -14,7 +14,7 @@ from gaze_jax.corpora.folders import open_folder
 from gaze_jax.corpora.json_files import open_json
 from gaze_jax.corpora.parquet import open_parquet
 from gaze_jax.corpora.records import Corpus, MediaFolder, Record
-from gaze_jax.corpora.tars import MediaTar, open_webdataset
+from gaze_jax.corpora.tars import MediaTar, open_media_tars, open_webdataset
 from gaze_jax.errors import UserError
 
 PROMPT = "Describe this picture."
@@ -134,7 +134,7 @@ def _found_in(media: Sequence[str]) -> MediaFolder | MediaTar | None:
     for path in media:
         if not storage.is_remote(path) and not os.path.isfile(path):
             raise UserError(f"The media root {path!r} is neither a folder nor a tar; check the path.")
-    return MediaTar(tuple(media))
+    return open_media_tars(tuple(media))
 
 
 def _is_folder(path: str) -> bool:

@@ -19,7 +19,14 @@ from gaze_jax.chat.messages import Message, from_llava
 from gaze_jax.corpora import storage
 from gaze_jax.data.sample import Frames
 from gaze_jax.errors import UserError
-from gaze_jax.media.images import check_image, check_image_data, decode_image, image_size, read_image
+from gaze_jax.media.images import (
+    check_image,
+    check_image_data,
+    decode_image,
+    image_size,
+    read_image,
+    reading_pictures,
+)
 from gaze_jax.media.probe import check_file, is_url
 from gaze_jax.media.video import Clip, FrameSampling, decode_video, open_frames, open_video, video_size
 
@@ -127,7 +134,7 @@ class Medium:
         if data is not None:
             return image_size(io.BytesIO(data), self.name)
         check_file(self.path, "Image")
-        with open(self.path, "rb") as file:
+        with reading_pictures(self.path, "Image"), open(self.path, "rb") as file:
             return image_size(file, self.path)
 
     def video_size(self, sampling: FrameSampling) -> tuple[tuple[int, int], int]:

@@ -123,6 +123,17 @@ class MediaTar:
         raise RecordError("missing", f"{record} names {name!r}, which is in none of {', '.join(self.paths)}.")
 
 
+def open_media_tars(paths: tuple[str, ...]) -> MediaTar:
+    """Open plain tars of media.
+
+    Raises:
+      UserError: one cannot be read in place.
+    """
+    for path in paths:  # at once: later it would be the fault of every record
+        _index(path)
+    return MediaTar(paths)
+
+
 @functools.lru_cache(maxsize=64)
 def _index(path: str) -> Mapping[str, np.ndarray]:
     return indexed(path, "tar", members)

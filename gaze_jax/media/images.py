@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.errors import UserError
-from gaze_jax.media.png import may_be_turned, without_metadata
+from gaze_jax.media.png import may_be_turned, pixels_intact, without_metadata
 from gaze_jax.media.probe import HEAD, check_file, read_head, video_kind
 
 T = TypeVar("T")
@@ -152,6 +152,15 @@ def image_size(file: BinaryIO, name: str) -> tuple[int, int]:
 
 def _decode(file: BinaryIO, name: str, read: Callable[[PIL.Image.Image], T]) -> T:
     """``read`` of the opened picture, without its metadata if these are damaged."""
+    found = _decode_leniently(file, name, read)
+    if not pixels_intact(file):
+        raise UserError(
+            f"Image {name!r} is damaged: a checksum of its pixels is wrong; copy or download it again."
+        )
+    return found
+
+
+def _decode_leniently(file: BinaryIO, name: str, read: Callable[[PIL.Image.Image], T]) -> T:
     try:
         with open_picture(file, FORMATS, "Image", name) as image:
             return read(image)
@@ -197,7 +206,7 @@ def reading_pictures(name: str, kind: str, head: bytes | None = None) -> Iterato
         ) from error
     except PIL.UnidentifiedImageError as error:
         if video_kind(read_head(name) if head is None else head) is not None:
-            raise UserError(f"{kind} {name!r} is a video; use --video.") from error
+            raise UserError(f"{kind} {name!r} is a video; use --video, or 'video' in a record.") from error
         raise UserError(f"{kind} {name!r} is none of {', '.join(FORMATS)}; convert it to one.") from error
     except (OSError, EOFError, SyntaxError, ValueError) as error:
         raise UserError(f"{kind} {name!r} cannot be decoded ({error}); the file is damaged.") from error

@@ -37,6 +37,27 @@ def without_metadata(file: BinaryIO) -> io.BytesIO | None:
     return kept
 
 
+def pixels_intact(file: BinaryIO) -> bool:
+    """Whether the chunks of pixels have the checksums that they state, which Pillow does not look at.
+
+    True of other files, and of a chunk that is not all there: that is for the decoder to say.
+    """
+    file.seek(0)
+    if file.read(len(_SIGNATURE)) != _SIGNATURE:
+        return True
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            break
+        if kind != b"IDAT":
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        body = file.read(length + 4)
+        if len(body) == length + 4 and body[length:] != zlib.crc32(kind + body[:length]).to_bytes(4):
+            return False
+    return True
+
+
 def may_be_turned(file: BinaryIO) -> bool:
     """Whether a PNG file has a chunk that may hold an orientation; only the heads of chunks are read."""
     file.seek(len(_SIGNATURE))

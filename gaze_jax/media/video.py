@@ -271,7 +271,7 @@ def _source(name: str, frames_fps: float) -> Source:
     if len(delays) > 1:
         return _open_animation(name, delays)
     if delays or is_animation(head) or is_static_image(head):
-        raise UserError(f"Video {name!r} is an image; use --image.")
+        raise UserError(f"Video {name!r} is an image; use --image, or 'image' in a record.")
     formats = ", ".join((*VIDEO_FORMATS, "GIF", "WEBP"))
     raise UserError(f"Video {name!r} is none of {formats} and not a folder of images; convert it to one.")
 
@@ -333,7 +333,10 @@ def frame_files(name: str) -> tuple[str, ...]:
     Raises:
       UserError: there is none, or something that is no image.
     """
-    names = [entry for entry in os.listdir(name) if not entry.startswith(".")]
+    try:
+        names = [entry for entry in os.listdir(name) if not entry.startswith(".")]
+    except OSError as error:
+        raise UserError(f"Video {name!r} cannot be read ({error.strerror}).") from error
     if not names:
         raise UserError(f"Video {name!r} is a folder without images; give a folder of frames.")
     for entry in names:

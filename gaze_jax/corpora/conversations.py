@@ -6,6 +6,7 @@ trains models of every family.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,7 +107,7 @@ class Conversations:
     def fingerprint(self) -> dict[str, object]:
         """What decides the samples besides the corpus, JSON-ready."""
         return {
-            "layout": dataclasses.asdict(self.layout),
+            "layout": json.loads(json.dumps(dataclasses.asdict(self.layout))),
             "tokenizer": self.tokenizer.digest,
             "template": [self.template.source, dict(self.template.special)],
             "system": self.system,

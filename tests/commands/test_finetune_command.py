@@ -1,0 +1,161 @@
+"""Fine-tuning as a user does it: check the data, train, stop, continue, ask, and convert back."""
+
+import json
+import shutil
+
+import pytest
+
+import gaze_jax
+from tests.helpers import multimodal
+from tests.helpers.checkpoints import QWEN, checkpoint
+from tests.helpers.finetune import Commands, write_generated
+
+pytestmark = pytest.mark.xdist_group("commands")
+
+MODEL = ("--config.model.gaze.region=(2,2)", "--config.model.gaze.top_k=2")
+TRAIN = (
+    "--config.num_workers=0",
+    "--config.checkpoint_every=2",
+    "--config.log_every=1",
+    "--config.batch_size=2",
+    "--config.optimizer.learning_rate=1e-3",
+    "--config.data.row.images=32",
+)
+ASK = ("--question=What is this?", "--max_tokens=6", "--temperature=0")
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture(scope="module")
+def gaze(where):
+    commands = Commands(where / "commands")
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def corpus(where):
+    return write_generated(where / "corpus")
+
+
+@pytest.fixture(scope="module")
+def source(where):
+    """A checkpoint, which is not touched; a run starts from a copy."""
+    return multimodal.write("llava_onevision", where / "llava")
+
+
+def flags(source, corpus):
+    return (f"--config.init_from={source}", f"--config.data.path={corpus}", *MODEL)
+
+
+def metrics(run):
+    return (run / "metrics.jsonl").read_bytes()
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in metrics(run).splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(where, gaze, source, corpus):
+    """Two runs of the same four steps. One was stopped after two, and its checkpoint taken away."""
+    copy = shutil.copytree(source, where / "copy")
+    command = ("train", "--config=finetune", *flags(copy, corpus), *TRAIN, "--config.steps=4")
+    out, _ = gaze(*command, f"--workdir={where / 'whole'}")
+    assert f"from {copy}\n" in out and "25 of 25 records in" in out
+    out, _ = gaze(*command, f"--workdir={where / 'stopped'}", stop_after=2)
+    assert "Stopped by SIGTERM after step 2" in out
+    assert len(losses(where / "stopped")) == 2
+    copy.rename(where / "gone")
+    out, _ = gaze(*command, f"--workdir={where / 'stopped'}")
+    assert "from step 2\n" in out and f"from {copy}\n" not in out
+    return where / "whole", where / "stopped"
+
+
+@pytest.fixture(scope="module")
+def exported(where, gaze, runs):
+    _, run = runs
+    out, _ = gaze("convert", f"--from={run}", f"--to={where / 'export'}", "--format=hf")
+    assert "written for transformers" in out
+    return where / "export"
+
+
+def test_a_corpus_is_checked_and_shown(gaze, source, corpus, tmp_path):
+    out, _ = gaze("data", "check", "finetune", *flags(source, corpus))
+    assert out.startswith("25 of 25 records can be trained on.\n")
+    page = tmp_path / "3.html"
+    out, _ = gaze("data", "show", "finetune", *flags(source, corpus), "--index=3", f"--out={page}")
+    assert "(id 'n3')" in out and "3.png" in out and "« \nA cat of colour 3.<|im_end|>»" in out
+    assert page.read_text().startswith("<!doctype html>")
+    out, _ = gaze("data", "show", "finetune", *flags(source, corpus), "--index=24")
+    assert "film.gif" in out
+
+
+def test_a_stopped_run_continues_in_the_same_bits_without_its_checkpoint(runs):
+    whole, stopped = runs
+    first, *_, last = losses(whole)
+    assert last < first
+    assert metrics(stopped) == metrics(whole)
+
+
+def test_an_export_has_the_files_of_its_source(exported, source):
+    names = {path.name for path in source.iterdir()}
+    assert {"chat_template.jinja", "tokenizer.json", "preprocessor_config.json"} < names
+    assert {path.name for path in exported.iterdir()} == names | {"gaze.json"}
+    for name in names - {"model.safetensors"}:
+        assert (exported / name).read_bytes() == (source / name).read_bytes(), name
+    weights = "model.safetensors"
+    assert (exported / weights).read_bytes() != (source / weights).read_bytes(), "it was trained"
+
+
+def test_a_run_and_its_export_answer_alike(gaze, runs, exported, source, corpus, where):
+    picture = f"--image={where / 'corpus' / '5.png'}"
+    of_run, of_export, of_source = (
+        gaze("generate", f"--checkpoint={path}", picture, *ASK, *more)[0]
+        for path, more in ((runs[1], ()), (exported, ()), (source, ("--gaze_top_k=2", "--gaze_region=2,2")))
+    )
+    assert of_run.strip() and of_run == of_export
+    assert of_run != of_source, "it was trained"
+
+
+def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
+    """Cambrian-S, whose tower lies elsewhere."""
+    source = multimodal.write("cambrian_s", tmp_path / "cambrian")
+    run, export = tmp_path / "run", tmp_path / "export"
+    context = "--config.model.gaze.context_tokens=2"
+    steps = ("--config.steps=2", f"--workdir={run}")
+    out, _ = gaze("train", "--config=finetune", *flags(source, corpus), *TRAIN, context, *steps)
+    assert f"from {source}; new: context\n" in out
+    gaze("convert", f"--from={run}", f"--to={export}", "--format=hf")
+    from safetensors.numpy import load_file
+
+    tensors = load_file(export / "gaze.safetensors")
+    (name,) = (name for name in tensors if "context" in name)
+    assert tensors[name].shape == (2, 64) and tensors[name].any()
+    picture = str(tmp_path.parent / "absent.png")
+    picture = corpus.replace("all.jsonl", "5.png")
+    answer = gaze_jax.load(str(export)).generate("What is this?", image=picture, max_tokens=6)
+    out, _ = gaze("generate", f"--checkpoint={run}", f"--image={picture}", *ASK)
+    assert out == answer.text + "\n"
+
+
+def test_mistakes_are_one_sentence(gaze, runs, source, corpus, tmp_path):
+    train = ("train", "--config=finetune", f"--workdir={tmp_path / 'new'}")
+    init, path, *_ = flags(source, corpus)
+    text = checkpoint(tmp_path / "text", QWEN)
+    cases = {
+        "so a checkpoint must have it: name one in init_from": (*train, path),
+        "data.path is empty; name the corpus to train on": (*train, init, *MODEL),
+        f"init_from={text} is a language model alone; give a multimodal checkpoint": (
+            *train,
+            f"--config.init_from={text}",
+            path,
+        ),
+        "The run is on a corpus, which has no test scenes; ask it with": ("eval", f"--workdir={runs[0]}"),
+    }
+    for sentence, call in cases.items():
+        assert sentence in gaze.refusal(*call)
+    assert not (tmp_path / "new").exists()

@@ -4,7 +4,8 @@ python -m benchmarks.data_pipeline --json=benchmarks/results/data_pipeline.json
 
 The pipeline is what a run trains on: records, read, decoded, processed, padded and stacked to batches of
 numpy arrays. It is compared with loops that decode and resize the same files with the same libraries, and
-with torch's DataLoader. Comparisons alternate; a ratio is the median of the rounds'. Files are in the page cache.
+with torch's DataLoader. Comparisons alternate; a ratio is the median of the rounds'. Files are in the page
+cache.
 Nothing else may run: the workers and the process that takes their batches need the cores.
 """
 

@@ -271,7 +271,7 @@ def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Ar
 def _placed_alone(
     layout: VisualLayout, shape: tuple[int, int], newlines: bool, region: tuple[int, int, int], at: Cursor
 ) -> tuple[Placement, Arrays]:
-    """Where a view of an image without pooling goes, and :func:`join` of it; samples that begin alike share it.
+    """Where a view of an image without pooling goes, and :func:`join` of it; like samples share it.
 
     The pooling in the placement is not that of the view.
     """

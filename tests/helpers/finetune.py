@@ -188,9 +188,7 @@ def write_llava(folder: Path) -> Path:
 def stamps() -> list[tuple[Path, str]]:
     """Every stamp of Tux Paint with a caption, and its English one."""
     found = [(path, path.with_suffix(".txt")) for path in sorted(STAMPS.rglob("*.png"))]
-    return [
-        (path, text.read_text(encoding="utf-8").splitlines()[0]) for path, text in found if text.exists()
-    ]
+    return [(path, text.read_text(encoding="utf-8").splitlines()[0]) for path, text in found if text.exists()]
 
 
 def films() -> list[tuple[Path, str]]:

@@ -117,7 +117,7 @@ class Commands:
 
 
 def process(*words: object, limit: int = 1200, **environment: str) -> tuple[str, str]:
-    """What a command writes to stdout and stderr as a process of its own that ends well; programs are fast."""
+    """What a command writes to stdout and stderr as a process of its own that ends well."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What the data pipeline is compared with: loops that do nothing but decode and resize, and torch's DataLoader."""
+"""What the data pipeline is compared with: loops that only decode and resize, and torch's DataLoader."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

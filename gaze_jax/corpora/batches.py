@@ -217,7 +217,7 @@ def _noted(folder: str, number: int) -> Iterator[None]:
 
 
 def _note(path: str, text: str) -> None:
-    """Write over the note at ``path``, which keeps its size: to empty a file first takes ext4 a millisecond."""
+    """Write over the note at ``path``, whose size stays: to empty a file takes ext4 a millisecond."""
     file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
         os.pwrite(file, text.ljust(_NOTE_BYTES).encode(), 0)

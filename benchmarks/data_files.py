@@ -76,12 +76,12 @@ def write_videos(folder: Path, count: int, frames: int, size: tuple[int, int]) -
     folder.mkdir()
     width, height = size
     for number in range(count):
-        still = np.asarray(picture(rng, sources, (width + frames, height + frames)))
+        scene = np.asarray(picture(rng, sources, (width + frames, height + frames)))
         with av.open(str(folder / f"{number}.mp4"), "w") as file:
             stream = file.add_stream("libx264", rate=25, options={"g": "48", "preset": "veryfast"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             for at in range(frames):
-                pixels = np.ascontiguousarray(still[at : at + height, at : at + width])
+                pixels = np.ascontiguousarray(scene[at : at + height, at : at + width])
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             file.mux(stream.encode())
     return _written(folder, [_line(number, {"video": f"{number}.mp4"}) for number in range(count)])

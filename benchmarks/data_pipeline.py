@@ -5,8 +5,7 @@ python -m benchmarks.data_pipeline --json=benchmarks/results/data_pipeline.json
 The pipeline is what a run trains on: records, read, decoded, processed, padded and stacked to batches of
 numpy arrays. It is compared with loops that decode and resize the same files with the same libraries, and
 with torch's DataLoader. Comparisons alternate; a ratio is the median of the rounds'. Files are in the page
-cache.
-Nothing else may run: the workers and the process that takes their batches need the cores.
+cache. Nothing else may run: the workers and the process that takes their batches need the cores.
 """
 
 import argparse
@@ -59,23 +58,14 @@ class Sizes:
 QUICK = Sizes(images=24, videos=2, rounds=2, batches=4, samples=300, steps=8)
 
 
-def row(
-    name: str,
-    value: float,
-    measure_in: str,
-    target: float,
-    *,
-    baseline: float | None = None,
-    least: bool = True,
-) -> dict[str, Any]:
-    """One result; with a ``baseline`` the target is one of the ratio, which is of a pair unless given."""
-    ratio = None if baseline is None else value / baseline
+def row(name: str, value: float, measure: str, target: float, *, least: bool = True) -> dict[str, Any]:
+    """One result; its target is one of the ratio, if it has one, and the least or the most that it may be."""
     return {
         "name": name,
         "value": value,
-        "unit": measure_in,
-        "baseline": baseline,
-        "ratio": ratio,
+        "unit": measure,
+        "baseline": None,
+        "ratio": None,
         "target": target,
         "least": least,
     }

@@ -9,7 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import data, decode, generate, generate_models, layouts, prefill, timing, tune_decode
+from benchmarks import (
+    data,
+    data_pipeline,
+    decode,
+    generate,
+    generate_models,
+    layouts,
+    prefill,
+    timing,
+    tune_decode,
+)
 from gaze_jax.core import accounting
 from gaze_jax.core.regions import slot_fill
 from gaze_jax.core.streams import Kind
@@ -361,3 +371,16 @@ def test_data_opens_files_twice_and_reads_what_it_wrote(tmp_path, monkeypatch):
     for row in (lines, listed):
         assert row["second_s"] < row["first_s"] and row["records_per_s"] > 100
         assert 0.003 <= row["gigabytes"] < 0.006
+
+
+def test_data_pipeline_compares_with_a_bare_loop_and_measures_memory(tmp_path, monkeypatch):
+    """A rate of each, whose ratio has a target; memory is read several times."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "result.json"
+    data_pipeline.main(["--quick", "--samples=100", "--only=images,memory", f"--json={path}"])
+    packed, padded, memory = json.loads(path.read_text())["rows"]
+    for row in (packed, padded):
+        assert row["value"] > 1 and row["baseline"] > 1 and len(row["ratios"]) == 2
+        assert row["met"] == (row["ratio"] >= 0.85)
+    assert [passed for passed, _ in memory["resident_mb"]] == [50, 100]
+    assert all(size > 50 for _, size in memory["resident_mb"])

@@ -12,7 +12,7 @@ Image, Text("Q\\n"), supervised Text("7<|im_end|>")::
              token     context  Q     \\n    7     end
              target    -100     -100  7     end   -100
 
-The fields are those of :class:`gaze_jax.core.streams.Streams`, without the batch axis.
+The fields are those of ``core.streams.Streams``, without the batch axis.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import numpy as np
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
 from gaze_jax.data.pixels import normalise
-from gaze_jax.data.placement import FILL, Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
+from gaze_jax.data.placement import Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.data.views import MediaViews, View, ViewStyle, check_style, image_views, video_views
@@ -143,10 +143,7 @@ def _views(processor: Processor, sample: Sample, part: Image | Video) -> MediaVi
 def _encoded(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 [n] and the characters of each, [n, 2]; most samples of a corpus begin with the same text."""
     ids, offsets = tokenizer.encode(text)
-    found = np.asarray(ids, np.int32), np.asarray(offsets).reshape(-1, 2)
-    for array in found:
-        array.setflags(write=False)  # shared by every caller
-    return found
+    return np.asarray(ids, np.int32), np.asarray(offsets).reshape(-1, 2)
 
 
 def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int, int]) -> _Tokens:
@@ -172,9 +169,7 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int,
         boxes[inside] = np.array(box.corners) * scale
         box_views[inside] = views[box.image]
     supervised = _supervised(text, spans)
-    extra: np.ndarray | bool = False
-    if processor.supervise:
-        extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
+    extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
     return _Tokens(ids, boxes, box_views, supervised, extra)
 
 
@@ -271,17 +266,12 @@ def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Ar
 def _placed_alone(
     layout: VisualLayout, shape: tuple[int, int], newlines: bool, region: tuple[int, int, int], at: Cursor
 ) -> tuple[Placement, Arrays]:
-    """Where a view of an image without pooling goes, and :func:`join` of it; like samples share it.
-
-    The pooling in the placement is not that of the view.
-    """
-    indices, weights = np.zeros((*shape, 4), np.int32), np.zeros((*shape, 4), np.float32)
-    view = View(np.zeros((1, 0, 0, 3), np.uint8), indices, weights, newlines, (0, 0, 0, 0))
+    """Where one image without pooling goes, and :func:`join` of it; samples that begin alike share both."""
+    pool = np.zeros((*shape, 4), np.int32)
+    view = View(np.zeros((1, 0, 0, 3), np.uint8), pool, pool.astype(np.float32), newlines, (0, 0, 0, 0))
     found = place_views(layout, (view,), region, at)
-    joined = join(layout, [found], pooled=False)
-    for array in (*found.fields.values(), found.newlines, found.ends, found.grids, *joined.values()):
-        array.setflags(write=False)  # shared by every caller
-    return found, joined
+    found.grids.setflags(write=False)  # shared by every caller; other arrays are copied
+    return found, join(layout, [found], pooled=False)
 
 
 def _process_parts(
@@ -293,7 +283,7 @@ def _process_parts(
     images: list[np.ndarray] = []
     pieces: list[Arrays] = []
     placed: list[Placement] = []
-    joined: Arrays | None = None  # of the only placement
+    joined: Arrays | None = None
     shows: dict[int, int] = {}
     views: list[PlacedView] = []
     for part in parts:
@@ -420,9 +410,8 @@ def _pad(values: np.ndarray, size: int, fill: int, name: str, hint: str) -> np.n
         raise ValueError(f"{name} needs {len(values)} but {hint}={size}; raise {hint} to fit.")
     if len(values) == size:  # images are large
         return values
-    out = np.empty((size, *values.shape[1:]), values.dtype)
+    out = np.full((size, *values.shape[1:]), fill, values.dtype)
     out[: len(values)] = values
-    out[len(values) :] = fill
     return out
 
 
@@ -443,9 +432,7 @@ def pad_to(arrays: Arrays, *, regions: int, text: int, images: int, slots: int |
         if name not in arrays:  # pool indices and weights, absent without pooling
             continue
         label = f"Field {name} of sample {int(arrays['sample_id'])}"
-        values = arrays[name]
-        if slots is not None and name in FILL and values.shape[1] != slots:
-            values = pad_slots(values, name, slots)
+        values = arrays[name] if slots is None else pad_slots(arrays[name], name, slots)
         out[name] = _pad(values, sizes[axis], fill, label, axis)
     return out
 

@@ -164,18 +164,12 @@ def test_training_without_the_bad_has_every_good_record_once(path, cases, tmp_pa
     assert pictures_of(batches) == pictures_of(good)
     names = list(cases)
     skipped = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    found = {
-        "measured": {
-            number: (error.cause, str(error)) for number, error in training.measurement.failures.items()
-        },
-        "decoded": {line["record"]: (line["cause"], line["message"]) for line in skipped},
-    }
-    for when, failures in found.items():
-        assert sorted(failures) == indexes(cases, when), when
-        for number, (cause, message) in failures.items():
-            case = cases[names[number]]
-            assert cause == case.cause and case.message in message, (names[number], message)
-            assert message.startswith(f"all.jsonl line {number + 1}") and "\n" not in message
+    assert sorted(line["record"] for line in skipped) == indexes(cases, "measured", "decoded")
+    assert [*training.measurement.failures] == indexes(cases, "measured")
+    for line in skipped:
+        case, message = cases[names[line["record"]]], line["message"]
+        assert line["cause"] == case.cause and case.message in message, (case, message)
+        assert message.startswith(f"all.jsonl line {line['record'] + 1}") and "\n" not in message
 
 
 def test_good_pictures_are_upright_and_of_their_colours(path, cases):

@@ -274,7 +274,7 @@ def test_the_command_says_what_it_did_and_what_it_left_out(tmp_path):
     assert many.returncode == 3 and len(many.stderr.splitlines()) == 21
     assert f"left out: 5 more, which {tmp_path / 'many'}/corpus.json lists" in many.stderr
     for words, message in (
-        ((), "'' is nothing that can be done with data; give prepare"),
+        ((), "'' is nothing that can be done with data; give one of check, show, prepare"),
         (("prepair", lines), "did you mean 'prepare'?"),
         (("prepare",), "Give one corpus to prepare, not 0"),
         (("prepare", lines), "Give --out"),

@@ -20,6 +20,9 @@ TRAIN = (
     "--config.batch_size=2",
     "--config.optimizer.learning_rate=1e-3",
     "--config.data.max_frames=4",
+    "--config.data.row.text=64",
+    "--config.data.row.regions=48",
+    "--config.data.row.images=5",
     "--config.model.remat=False",
 )
 ASK = ("--question=What is this?", "--max_tokens=6", "--temperature=0")
@@ -114,14 +117,12 @@ def test_an_export_has_the_files_of_its_source(exported, source):
     assert (exported / weights).read_bytes() != (source / weights).read_bytes(), "it was trained"
 
 
-def test_a_run_and_its_export_answer_alike(gaze, runs, exported, source, corpus, where):
+def test_a_run_and_its_export_answer_alike(gaze, runs, exported, where):
     picture = f"--image={where / 'corpus' / '5.png'}"
-    of_run, of_export, of_source = (
-        gaze("generate", f"--checkpoint={path}", picture, *ASK, *more)[0]
-        for path, more in ((runs[1], ()), (exported, ()), (source, ("--gaze_top_k=2", "--gaze_region=2,2")))
+    of_run, of_export = (
+        gaze("generate", f"--checkpoint={path}", picture, *ASK)[0] for path in (runs[1], exported)
     )
     assert of_run.strip() and of_run == of_export
-    assert of_run != of_source, "it was trained"
 
 
 @pytest.mark.long  # a minute of compiling

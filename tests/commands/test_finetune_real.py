@@ -20,8 +20,9 @@ from tests.helpers.finetune import process
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("commands")]
 
-SETTINGS = {"max_frames": 4}
-COMMON = ("--config.model.gaze.region=(4,4)", "--config.data.max_frames=4")
+SETTINGS = {"max_frames": 3}
+COMMON = ("--config.model.gaze.region=(4,4)", "--config.data.max_frames=3")
+ROW = {"text": 256, "regions": 34, "images": 3}
 STEPS = 20
 
 
@@ -77,8 +78,9 @@ def run(where, checkpoint, containers):
     workdir = where / "run"
     train = ("--config.batch_size=2", f"--config.steps={STEPS}", "--config.log_every=1")
     train += ("--config.optimizer.learning_rate=1e-3", "--config.checkpoint_every=10")
-    train += ("--config.num_workers=1", "--config.model.remat=False")
-    out, _ = process("train.py", "--config=finetune", *flags(checkpoint, containers), *train, f"--workdir={workdir}")
+    train += ("--config.num_workers=1", "--config.model.remat=False", f"--workdir={workdir}")
+    train += tuple(f"--config.data.row.{name}={size}" for name, size in ROW.items())
+    out, _ = process("train.py", "--config=finetune", *flags(checkpoint, containers), *train)
     assert f"step {STEPS}/{STEPS}" in out
     print(out)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

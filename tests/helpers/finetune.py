@@ -139,7 +139,7 @@ class Commands:
 
 
 def process(*words: object, limit: int = 1200, **environment: str) -> tuple[str, str]:
-    """What a command writes to stdout and stderr as a process of its own that ends well; programs are fast."""
+    """What a command writes to stdout and stderr as a process of its own; programs are fast."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -210,9 +210,7 @@ def write_llava(folder: Path) -> Path:
 def stamps() -> list[tuple[Path, str]]:
     """Every stamp of Tux Paint with a caption, and its English one."""
     found = [(path, path.with_suffix(".txt")) for path in sorted(STAMPS.rglob("*.png"))]
-    return [
-        (path, text.read_text(encoding="utf-8").splitlines()[0]) for path, text in found if text.exists()
-    ]
+    return [(path, text.read_text(encoding="utf-8").splitlines()[0]) for path, text in found if text.exists()]
 
 
 def films() -> list[tuple[Path, str]]:

@@ -51,11 +51,11 @@ def containers(where, media):
     found = {}
     for name in ("lines", "media_tar", "webdataset", "parquet"):
         path, beside = found[name] = getattr(made, name)()
-        out = where / f"{name}_prepared"
+        prepared = where / f"{name}_prepared"
         given = [f"--media={one}" for one in beside]
-        said, _ = process("-m", "gaze_jax", "data", "prepare", path, *given, f"--out={out}", "--shards=2")
-        assert said == f"{len(media)} records in 2 shards: {out}\n"
-        found[out.name] = str(out), ()
+        out, _ = process("-m", "gaze_jax", "data", "prepare", path, *given, f"--out={prepared}", "--shards=2")
+        assert out == f"{len(media)} records in 2 shards: {prepared}\n"
+        found[prepared.name] = str(prepared), ()
     return found
 
 

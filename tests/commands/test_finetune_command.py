@@ -19,7 +19,11 @@ TRAIN = (
     "--config.log_every=1",
     "--config.batch_size=2",
     "--config.optimizer.learning_rate=1e-3",
-    "--config.data.row.images=32",
+    "--config.data.max_frames=4",
+    "--config.data.row.text=64",
+    "--config.data.row.regions=48",
+    "--config.data.row.images=5",
+    "--config.model.remat=False",
 )
 ASK = ("--question=What is this?", "--max_tokens=6", "--temperature=0")
 
@@ -62,16 +66,18 @@ def losses(run):
 @pytest.fixture(scope="module")
 def runs(where, gaze, source, corpus):
     """Two runs of the same four steps. One was stopped after two, and its checkpoint taken away."""
-    copy = shutil.copytree(source, where / "copy")
+    copy, whole, stopped = shutil.copytree(source, where / "copy"), where / "whole", where / "stopped"
     command = ("train", "--config=finetune", *flags(copy, corpus), *TRAIN, "--config.steps=4")
-    out, _ = gaze(*command, f"--workdir={where / 'whole'}")
-    assert f"from {copy}\n" in out and "25 of 25 records in" in out
-    out, _ = gaze(*command, f"--workdir={where / 'stopped'}", stop_after=2)
-    assert "Stopped by SIGTERM after step 2" in out
-    assert len(losses(where / "stopped")) == 2
-    copy.rename(where / "gone")
-    out, _ = gaze(*command, f"--workdir={where / 'stopped'}")
-    assert "from step 2\n" in out and f"from {copy}\n" not in out
+    outs = gaze.together(
+        ((*command, f"--workdir={whole}"), 0),
+        ((*command, f"--workdir={stopped}"), 2),
+        (("rename", copy, where / "gone"), 0),
+        ((*command, f"--workdir={stopped}"), 0),
+    )
+    first, second, _, last = (out for out, _ in outs)
+    assert f"from {copy}\n" in first and "25 of 25 records in" in first
+    assert "Stopped by SIGTERM after step 2" in second and "step 3/4" not in second
+    assert "from step 2\n" in last and f"from {copy}\n" not in last and "step 2/4" not in last
     return where / "whole", where / "stopped"
 
 
@@ -111,16 +117,15 @@ def test_an_export_has_the_files_of_its_source(exported, source):
     assert (exported / weights).read_bytes() != (source / weights).read_bytes(), "it was trained"
 
 
-def test_a_run_and_its_export_answer_alike(gaze, runs, exported, source, corpus, where):
+def test_a_run_and_its_export_answer_alike(gaze, runs, exported, where):
     picture = f"--image={where / 'corpus' / '5.png'}"
-    of_run, of_export, of_source = (
-        gaze("generate", f"--checkpoint={path}", picture, *ASK, *more)[0]
-        for path, more in ((runs[1], ()), (exported, ()), (source, ("--gaze_top_k=2", "--gaze_region=2,2")))
+    of_run, of_export = (
+        gaze("generate", f"--checkpoint={path}", picture, *ASK)[0] for path in (runs[1], exported)
     )
     assert of_run.strip() and of_run == of_export
-    assert of_run != of_source, "it was trained"
 
 
+@pytest.mark.long  # a minute of compiling
 def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
     """Cambrian-S, whose tower lies elsewhere."""
     source = multimodal.write("cambrian_s", tmp_path / "cambrian")
@@ -135,7 +140,6 @@ def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
     tensors = load_file(export / "gaze.safetensors")
     (name,) = (name for name in tensors if "context" in name)
     assert tensors[name].shape == (2, 64) and tensors[name].any()
-    picture = str(tmp_path.parent / "absent.png")
     picture = corpus.replace("all.jsonl", "5.png")
     answer = gaze_jax.load(str(export)).generate("What is this?", image=picture, max_tokens=6)
     out, _ = gaze("generate", f"--checkpoint={run}", f"--image={picture}", *ASK)

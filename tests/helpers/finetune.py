@@ -25,45 +25,61 @@ STAMPS = Path("/usr/share/tuxpaint/stamps")
 FILMS = Path("/usr/share/forensics-samples/original-files")
 
 _SERVER = """
-import io, json, os, runpy, signal, sys
+import json, os, signal, sys
 import grain, orbax.checkpoint
 import gaze_jax.commands.main, gaze_jax.convert.verify, gaze_jax.corpora.check, gaze_jax.corpora.show
-import gaze_jax.evaluate.run, gaze_jax.infer.requests, gaze_jax.train.loop
+import gaze_jax.evaluate.run, gaze_jax.infer.requests
+from gaze_jax.train import loop, metrics
 
 
 def stop_after(step):
     # The signal of the row before: the loop has asked for signals of its own step by then.
-    from gaze_jax.train import metrics
-    append = metrics.append
     def stopping(path, row):
         append(path, row)
         if row["step"] == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-    metrics.append = stopping
+    metrics.append = stopping if step else append
 
 
+append, compile_step, programs = metrics.append, loop.compile_step, {}
+
+
+def compiled(experiment, mesh, batch):
+    key = experiment, mesh, tuple(sorted((name, leaf.shape) for name, leaf in batch.items()))
+    if key not in programs:
+        programs[key] = compile_step(experiment, mesh, batch)
+    return programs[key]
+
+
+def run(words, step, out, err):
+    for number, path in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    sys.argv = ["gaze-jax", *words]
+    stop_after(step)
+    status = 0
+    try:
+        os.rename(*words[1:]) if words[0] == "rename" else gaze_jax.commands.main.run()
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        status = 1
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+loop.compile_step = compiled
 for line in sys.stdin:
-    words, step, out, err = json.loads(line)
     child = os.fork()
     if child == 0:
-        for number, path in enumerate((os.devnull, out, err)):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
-        sys.argv = ["gaze-jax", *words]
-        status = 0
-        try:
-            if step:
-                stop_after(step)
-            gaze_jax.commands.main.run()
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            status = 1
-            sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(next(filter(None, (run(*call) for call in json.loads(line))), 0))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(errors="replace") if os.path.exists(path) else ""
 
 
 class Commands:
@@ -89,20 +105,26 @@ class Commands:
             text=True,
         )
 
-    def __call__(self, *words: object, status: int = 0, stop_after: int = 0) -> tuple[str, str]:
-        """What a command writes to stdout and stderr, after asserting its exit status.
+    def __call__(self, *words: object, status: int = 0) -> tuple[str, str]:
+        """What a command writes to stdout and stderr, after asserting its exit status."""
+        (texts,) = self.together((words, 0), status=status)
+        return texts
+
+    def together(self, *calls: tuple[tuple[object, ...], int], status: int = 0) -> list[tuple[str, str]]:
+        """As one process, so that training steps compile once: what each writes to stdout and stderr.
 
         Args:
-          *words: the command and its flags.
-          status: the exit status that it must have.
-          stop_after: training gets SIGTERM so that it stops after this step.
+          *calls: words, ``gaze-jax`` left out, or "rename" with two paths; and the step after which training
+            is stopped by SIGTERM, or 0.
+          status: the exit status of the first command that does not end with 0, the last one.
         """
-        out, err = (str(self._folder / name) for name in ("out", "err"))
+        files = [[str(self._folder / f"{kind}{n}") for kind in ("out", "err")] for n in range(len(calls))]
+        lines = [[[*map(str, words)], stop, *at] for (words, stop), at in zip(calls, files, strict=True)]
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps([[*map(str, words)], stop_after, out, err]), file=self._process.stdin, flush=True)
+        print(json.dumps(lines), file=self._process.stdin, flush=True)
         found = int(self._process.stdout.readline())
-        texts = Path(out).read_text(errors="replace"), Path(err).read_text(errors="replace")
-        assert found == status, (words, found, *texts)
+        texts = [tuple(_text(path) for path in at) for at in files]
+        assert found == status, (calls, found, *texts)
         return texts
 
     def refusal(self, *words: object) -> str:
@@ -117,7 +139,7 @@ class Commands:
 
 
 def process(*words: object, limit: int = 1200, **environment: str) -> tuple[str, str]:
-    """What a command writes to stdout and stderr as a process of its own that ends well."""
+    """What a command writes to stdout and stderr as a process of its own; programs are fast."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,

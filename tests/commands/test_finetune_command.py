@@ -141,7 +141,7 @@ def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
     (name,) = (name for name in tensors if "context" in name)
     assert tensors[name].shape == (2, 64) and tensors[name].any()
     picture = corpus.replace("all.jsonl", "5.png")
-    answer = gaze_jax.load(str(export)).generate("What is this?", image=picture, max_tokens=6)
+    answer = gaze_jax.load(str(export)).generate("What is this?", images=[picture], max_tokens=6)
     out, _ = gaze("generate", f"--checkpoint={run}", f"--image={picture}", *ASK)
     assert out == answer.text + "\n"
 

@@ -1,6 +1,8 @@
 """Fine-tuning on real pictures and films, at the size of a small language model.
 
-MEASURED
+20 steps take about 35 s of CPU time each, twelve minutes in all if nothing else runs, and 9 GiB of memory: an
+estimate from 13 steps on two cores that other work had as well (2026-11-28). Rows are given, since those that
+the plan chooses for this corpus, of 11,000 tokens, need 57 GB.
 """
 
 import contextlib
@@ -153,10 +155,10 @@ def test_transformers_takes_the_export(exported, checkpoint):
 
 
 def test_the_run_and_its_export_answer_alike(run, exported, media):
-    ask = (f"--image={media[17][0]}", "--question=What is this?", "--max_tokens=12", "--temperature=0")
+    # Drawn, since after so few steps the likeliest tokens are white space.
+    ask = (f"--image={media[17][0]}", "--question=What is this?", "--max_tokens=12", "--temperature=1")
     of_run, of_export = (
         process("generate.py", f"--checkpoint={path}", *ask)[0] for path in (run[0], exported)
     )
-    print(of_run)
     assert of_run.strip() and of_run == of_export
-    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, "GiB")
+    print(f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.1f} GiB")

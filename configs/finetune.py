@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "seed": 0,
             "steps": 0,  # as many as data.epochs take
-            "batch_size": 8,  # rows, each with several samples
+            "batch_size": 8,  # rows, each with several samples; data.row limits a row to what fits a device
             "checkpoint_every": 500,
             "log_every": 10,
             "num_workers": 2,

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from gaze_jax.corpora.digits import DigitsConfig
-from gaze_jax.errors import UserError
+from gaze_jax.errors import UserError, first_line
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
@@ -45,16 +45,23 @@ def _sigterm() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _named_if_full(workdir: Path) -> Iterator[None]:
-    """Say which disk is full; Orbax raises its errors with the next save, or at the end."""
+    """Say whether a disk is full, or a device; Orbax raises its errors with the next save, or at the end."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError) or (reason := full_disk(error)) is None:
-            raise
-        raise UserError(
-            f"{workdir} cannot be written ({reason}); free space and run the same command to go on from its "
-            "newest checkpoint."
-        ) from error
+        if reason := full_disk(error):
+            raise UserError(
+                f"{workdir} cannot be written ({reason}); free space and run the same command to go on from "
+                "its newest checkpoint."
+            ) from error
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(
+                f"A device has too little memory ({first_line(error)}); use fewer or smaller rows "
+                "(batch_size, data.row, data.max_frames), set model.remat=True, or use more devices."
+            ) from error
+        raise
 
 
 def _must_stop(manager: ocp.CheckpointManager, step: int, asked: threading.Event) -> bool:

@@ -143,3 +143,12 @@ def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     batch["tokens"] = batch["tokens"][:, :-1]
     with pytest.raises(ValueError, match="Batch field tokens is int32"):
         compiled(experiment, mesh)(init_state(experiment, mesh), batch)
+
+
+def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch):
+    def compile_step(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 57 bytes.\nMore.")
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    with pytest.raises(UserError, match=r"too little memory \(RESOURCE_EXHAUSTED: .* 57 bytes.\); use fewer"):
+        loop.train(tiny_experiment(), tmp_path)

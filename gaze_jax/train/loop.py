@@ -153,6 +153,7 @@ def train(
         if jax.process_index() == 0:
             metrics.keep_until(workdir / metrics.FILE, first)
         if first >= data.experiment.steps:
+            print_once(f"All {first} steps are done.")
             return True
         with contextlib.closing(data.batches_from(first)) as batches:
             return _steps(run, batches, restored, first, asked)

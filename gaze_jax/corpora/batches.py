@@ -99,7 +99,7 @@ class BatchOrder:
         epoch, within = divmod(number, self.epoch_batches)
         rows = self._epoch(epoch)[within]
         bucket = self.plan.buckets[self.plan.bucket[rows.max()]]
-        # A corpus without media still has an array of images, which is empty nowhere but in meaning.
+        # A corpus without media has an array of images too, of padding alone.
         least = {"regions": bucket.regions, "images": bucket.images, "slots": bucket.slots or 1}
         return dataclasses.replace(bucket, **{name: max(1, size) for name, size in least.items()}), rows
 
@@ -130,16 +130,16 @@ class LoadBatch(grain.transforms.Map):
         _bound_memory(self.memory)
         bucket, rows = self.order.rows(int(element))
         index, count = self.part
-        each = len(rows) // count
+        size = len(rows) // count
         loaded: list[Arrays] = []
         bad: list[BadRecord] = []
         records = 0
         side = self.conversations.layout.image_size
-        images = np.zeros((each, bucket.images, side, side, 3), np.uint8)
-        for place, row in zip(images, rows[index * each : (index + 1) * each].tolist()):
+        images = np.zeros((size, bucket.images, side, side, 3), np.uint8)
+        for place, row in zip(images, rows[index * size : (index + 1) * size].tolist()):
             found = [] if row == NO_ROW else self.order.plan.row(row).tolist()
             arrays = [self._arrays(number, bucket) for number in found]
-            bad += [each for each in arrays if isinstance(each, BadRecord)]
+            bad += [one for one in arrays if isinstance(one, BadRecord)]
             records += len(found)
             loaded.append(self._row([one for one in arrays if not isinstance(one, BadRecord)], bucket, place))
         return LoadedBatch(stack(loaded) | {"images": images}, records, tuple(bad))

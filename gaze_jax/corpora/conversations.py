@@ -116,7 +116,7 @@ class Conversations:
         }
 
     def measure(self, record: Record) -> Measured:
-        """How long the sample of a record will be; videos are sizes, images only by their headers.
+        """How long the sample of a record will be: of a video its packets are read, of an image its header.
 
         Raises:
           RecordError: the record cannot become a sample. Names the record.

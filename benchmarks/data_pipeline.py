@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import data_files, data_rivals, timing
-from gaze_jax.chat.messages import Message
-from gaze_jax.families import get_family
 from gaze_jax.media.video import sample_indices
 from gaze_jax.train.corpus import CorpusBatches, TrainingCorpus
 
@@ -177,18 +175,15 @@ def loaders(path: Path, sizes: Sizes) -> dict[str, Any]:
     """Two workers of the pipeline, and two of torch's DataLoader."""
     training = data_files.opened(path, pack=False, batch_size=BATCH)
     conversations = training.conversations
-    texts = []
-    for number in range(sizes.images):
-        messages = training.corpus[number].messages
-        system = get_family(conversations.layout.views.style).system
-        turns = [] if system is None else [Message("system", system)]
-        contents = [
-            {"role": m.role, "content": "".join(str(c) for c in m.content if isinstance(c, str))}
-            for m in (*turns, *messages)
-        ]
-        texts.append(conversations.template.render(contents, add_generation_prompt=False))
-    files = tuple(path.parent / f"{number}.jpg" for number in range(sizes.images))
-    data = data_rivals.Files(files, tuple(texts), conversations.tokenizer.json, SIDE)
+    system = conversations.system
+    data = data_rivals.Files(
+        path.parent,
+        tuple(path.read_text(encoding="utf-8").splitlines()),
+        conversations.template,
+        () if system is None else ({"role": "system", "content": system},),
+        conversations.tokenizer.json,
+        SIDE,
+    )
     theirs = data_rivals.torch_batches(data, BATCH, 2)
     skip = 16  # more than either makes ahead
     with contextlib.closing(CorpusBatches(training, first=0, num_workers=2)) as mine:

@@ -1,6 +1,7 @@
 """What the data pipeline is compared with: loops that only decode and resize, and torch's DataLoader."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import PIL.Image
 import tokenizers
 
+from gaze_jax.chat.template import ChatTemplate
 from gaze_jax.media.images import read_image
 
 BICUBIC = PIL.Image.Resampling.BICUBIC
@@ -38,28 +40,41 @@ def read_frames(paths: Sequence[Path], wanted: Sequence[int], side: int) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Images and their texts as a data set for torch, in an endless random order.
+    """Records of one image each as a data set for torch, in an endless random order.
+
+    It is written as trainers usually are: lines of JSON in memory, one rendering, targets by a search for the
+    answer, and nothing is checked.
 
     Attributes:
-      paths: the images.
-      texts: the conversation of each, in the model's template.
+      folder: of the images.
+      lines: the records.
+      template: the model's chat template.
+      system: messages before each conversation.
       tokenizer: content of a tokenizer.json.
       side: of the resized images.
     """
 
-    paths: tuple[Path, ...]
-    texts: tuple[str, ...]
+    folder: Path
+    lines: tuple[str, ...]
+    template: ChatTemplate
+    system: tuple[dict[str, str], ...]
     tokenizer: str
     side: int
 
     def __len__(self) -> int:
         return 1 << 30
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int]]:
-        at = index * 7919 % len(self.paths)
-        with PIL.Image.open(self.paths[at]) as image:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int], list[int]]:
+        record = json.loads(self.lines[index * 7919 % len(self.lines)])
+        with PIL.Image.open(self.folder / record["image"]) as image:
             pixels = np.asarray(image.convert("RGB").resize((self.side, self.side), BICUBIC))
-        return pixels, _tokenizer(self.tokenizer).encode(self.texts[at], add_special_tokens=False).ids
+        question, answer = (turn["value"] for turn in record["conversations"])
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = self.template.render([*self.system, *turns], add_generation_prompt=False)
+        found = _tokenizer(self.tokenizer).encode(text, add_special_tokens=False)
+        start = text.rindex(answer)
+        targets = [id if at >= start else -100 for id, (at, _) in zip(found.ids, found.offsets)]
+        return pixels, found.ids, targets
 
 
 _loaded: dict[int, tokenizers.Tokenizer] = {}
@@ -72,15 +87,17 @@ def _tokenizer(content: str) -> tokenizers.Tokenizer:
     return _loaded[0]
 
 
-def collate(samples: list[tuple[np.ndarray, list[int]]]) -> tuple[Any, Any]:
-    """A batch: uint8 [n, side, side, 3], and int64 tokens [n, longest], padded with 0."""
+def collate(samples: list[tuple[np.ndarray, list[int], list[int]]]) -> tuple[Any, Any, Any]:
+    """A batch: uint8 [n, side, side, 3], and int64 tokens and targets [n, longest], padded."""
     import torch
 
-    images = torch.stack([torch.tensor(pixels) for pixels, _ in samples])
-    tokens = torch.zeros((len(samples), max(len(ids) for _, ids in samples)), dtype=torch.int64)
-    for row, (_, ids) in zip(tokens, samples):
-        row[: len(ids)] = torch.tensor(ids)
-    return images, tokens
+    images = torch.from_numpy(np.stack([pixels for pixels, _, _ in samples]))
+    tokens = torch.zeros((len(samples), max(len(ids) for _, ids, _ in samples)), dtype=torch.int64)
+    targets = torch.full_like(tokens, -100)
+    for number, (_, ids, wanted) in enumerate(samples):
+        tokens[number, : len(ids)] = torch.tensor(ids)
+        targets[number, : len(ids)] = torch.tensor(wanted)
+    return images, tokens, targets
 
 
 def torch_batches(files: Files, batch_size: int, workers: int) -> Iterator[Any]:

@@ -100,11 +100,14 @@ def _compile(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+_JSON_SCALARS = frozenset((str, int, float, bool, type(None)))
+
+
 def _plain(value: object) -> Any:
     """A copy of ``value`` in JSON types only; a sandbox cannot vet the methods of other objects."""
-    if value is None or type(value) in (str, int, float, bool):
+    if type(value) in _JSON_SCALARS:
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):  # most are dictionaries, which are recognised sooner
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import multiprocessing
 import resource
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -17,10 +18,10 @@ from gaze_jax.corpora.conversations import KIND, Conversations
 from gaze_jax.corpora.measure import read
 from gaze_jax.corpora.records import Corpus, RecordError
 from gaze_jax.data.packing import pack
+from gaze_jax.data.padding import pad_to
 from gaze_jax.data.pipeline import Bucket, stack
 from gaze_jax.data.placement import FILL, Arrays
 from gaze_jax.data.plan import RowPlan, batches
-from gaze_jax.data.processor import pad_to
 from gaze_jax.data.sample import Sample
 
 NO_ROW = -1
@@ -42,9 +43,8 @@ class BadRecord:
     message: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedBatch:
-    """One process's rows of a batch.
+class LoadedBatch(NamedTuple):
+    """One process's rows of a batch; a tuple, so that grain finds the arrays in it and shares their memory.
 
     Attributes:
       arrays: the fields of ``processor.process`` with a leading axis of rows; images uint8.
@@ -135,13 +135,15 @@ class LoadBatch(grain.transforms.Map):
         bad: list[BadRecord] = []
         records = 0
         side = self.conversations.layout.image_size
+        sizes = dataclasses.asdict(bucket)
         images = np.zeros((size, bucket.images, side, side, 3), np.uint8)
         for place, row in zip(images, rows[index * size : (index + 1) * size].tolist()):
             found = [] if row == NO_ROW else self.order.plan.row(row).tolist()
             arrays = [self._arrays(number, bucket) for number in found]
             bad += [one for one in arrays if isinstance(one, BadRecord)]
             records += len(found)
-            loaded.append(self._row([one for one in arrays if not isinstance(one, BadRecord)], bucket, place))
+            good = [one for one in arrays if not isinstance(one, BadRecord)]
+            loaded.append(pad_to(self._row(good, bucket, place), **sizes))
         return LoadedBatch(stack(loaded) | {"images": images}, records, tuple(bad))
 
     def _arrays(self, number: int, bucket: Bucket) -> Arrays | BadRecord:
@@ -171,18 +173,16 @@ class LoadBatch(grain.transforms.Map):
             )
 
     def _row(self, samples: list[Arrays], bucket: Bucket, images: np.ndarray) -> Arrays:
-        """The arrays of a row but for its images, which are put at the start of ``images``."""
+        """The arrays of a row, unpadded, but for its images, which are put at the start of ``images``."""
         layout = self.conversations.layout
         if samples:
             # Images are large: each is copied once, to its place in the batch.
             pixels = [arrays["images"] for arrays in samples]
-            arrays = pack([_without_pixels(arrays) for arrays in samples], image_tokens=layout.tokens)
             if sum(map(len, pixels)) <= len(images):  # else pad_to says what does not fit
                 np.concatenate(pixels, out=images[: sum(map(len, pixels))])
-        else:
-            empty = self.conversations.processor(Sample(0, (), (), KIND))
-            arrays = _without_pixels(_without_slots(empty, bucket))
-        return pad_to(arrays, **dataclasses.asdict(bucket))
+            return pack([_without_pixels(arrays) for arrays in samples], image_tokens=layout.tokens)
+        empty = self.conversations.processor(Sample(0, (), (), KIND))
+        return _without_pixels(_without_slots(empty, bucket))
 
 
 def _without_pixels(arrays: Arrays) -> Arrays:

@@ -143,13 +143,12 @@ class Conversations:
         shown = {part.index for part in parts if isinstance(part, Image)}
         # Truncation leaves out the last media of a conversation, never earlier ones.
         films = sum(isinstance(part, Video) for part in parts)
-        sampling = record.cut.of(self.sampling)
         with failing("medium", record.name):
             images = tuple(
                 medium.image() if number in shown else _NO_IMAGE
                 for number, medium in enumerate(record.images)
             )
-            videos = tuple(medium.video(sampling) for medium in record.videos[:films])
+            videos = tuple(medium.video(record.cut.of(self.sampling)) for medium in record.videos[:films])
         return Sample(index, images, parts, KIND, videos)
 
     def arrays(self, record: Record, index: int) -> Arrays:
@@ -216,7 +215,7 @@ class _Sizes:
     """Sizes of the media of a record, each read when it is first needed."""
 
     def __init__(self, record: Record, sampling: FrameSampling) -> None:
-        self.record, self._sampling = record, record.cut.of(sampling)
+        self.record, self._sampling = record, sampling
         self.images: dict[int, Size] = {}
         self.videos: dict[int, tuple[Size, int]] = {}
 
@@ -231,5 +230,6 @@ class _Sizes:
         """(height, width) of a video's frames, and how many are taken."""
         if number not in self.videos:
             with failing("medium", self.record.name):
-                self.videos[number] = self.record.videos[number].video_size(self._sampling)
+                sampling = self.record.cut.of(self._sampling)
+                self.videos[number] = self.record.videos[number].video_size(sampling)
         return self.videos[number]

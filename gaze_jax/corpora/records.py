@@ -13,7 +13,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-import numpy as np
+import PIL.Image
 
 from gaze_jax.chat.messages import Message, from_llava
 from gaze_jax.corpora import storage
@@ -22,9 +22,9 @@ from gaze_jax.errors import UserError
 from gaze_jax.media.images import (
     check_image,
     check_image_data,
-    decode_image,
+    decode_picture,
     image_size,
-    read_image,
+    read_picture,
     reading_pictures,
 )
 from gaze_jax.media.probe import check_file, is_url
@@ -103,14 +103,14 @@ class Medium:
         remote = self.data is None and storage.is_remote(self.path)
         return dataclasses.replace(self, data=self.content()) if remote else self
 
-    def image(self) -> np.ndarray:
-        """Decode it: uint8 [height, width, 3], upright.
+    def image(self) -> PIL.Image.Image:
+        """Decode it: upright, of mode RGB.
 
         Raises:
-          UserError: as :func:`gaze_jax.media.images.read_image`.
+          UserError: as :func:`gaze_jax.media.images.read_picture`.
         """
         data = self.content()
-        return read_image(self.path) if data is None else decode_image(data, self.name)
+        return read_picture(self.path) if data is None else decode_picture(data, self.name)
 
     def check(self) -> None:
         """Refuse an image that :meth:`image` would refuse, in less time.
@@ -184,7 +184,13 @@ class Cut:
 
     def of(self, sampling: FrameSampling) -> FrameSampling:
         """``sampling`` within this part."""
-        return dataclasses.replace(sampling, **dataclasses.asdict(self))
+        return dataclasses.replace(
+            sampling,
+            start=self.start,
+            end=self.end,
+            start_frame=self.start_frame,
+            end_frame=self.end_frame,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from gaze_jax.corpora.conversations import Conversations
 from gaze_jax.corpora.measure import read
 from gaze_jax.corpora.records import Corpus, Record, failing
 from gaze_jax.data.lengths import Lengths
+from gaze_jax.data.pixels import size_of
 from gaze_jax.data.placement import Arrays, PlacedView
 from gaze_jax.data.processor import Processor, process_with_views
 from gaze_jax.data.sample import Frames, Image, Sample
@@ -231,7 +232,7 @@ def _pictures(
             grids = [style.frame_grid(layout, size)]
             count, media = len(sample.videos[placed.index]), record.videos
         else:
-            size = sample.images[placed.index].shape[:2]
+            size = size_of(sample.images[placed.index])
             grids = style.image_grids(layout, size, alone)[0]
             count, media = len(grids), record.images
         # The views of an image follow each other, so this one's number among them is how many precede it.

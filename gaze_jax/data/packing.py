@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gaze_jax.data.padding import PADDING
 from gaze_jax.data.placement import Arrays, pad_slots
-from gaze_jax.data.processor import PADDING
 
 MIXED = -1
 """``family`` of a row whose samples are of several families."""

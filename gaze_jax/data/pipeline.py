@@ -9,12 +9,15 @@ import absl.flags
 import grain
 import numpy as np
 
-from gaze_jax.data.processor import Arrays, Processor, pad_to
+from gaze_jax.data.padding import pad_to
+from gaze_jax.data.processor import Arrays, Processor
 from gaze_jax.data.sample import Sample
 from gaze_jax.errors import UserError
 
 _ENDLESS = 1 << 48
 """Samples of an endless stream; the length of grain's own is too large for some of its arithmetic."""
+SHARED_BYTES = 1 << 16
+"""Smallest array that workers hand over in shared memory; for smaller ones a pipe is faster."""
 
 
 class Source(Protocol):
@@ -119,6 +122,8 @@ def prefetched(dataset: grain.MapDataset, num_workers: int, *, buffer: int) -> g
     """Elements of ``dataset`` in order, ``buffer`` of them made ahead, by workers if there are any."""
     elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer))
     if num_workers:
+        options = grain.experimental.DatasetOptions(min_shm_size=SHARED_BYTES)
+        elements = grain.experimental.WithOptionsIterDataset(elements, options)
         # grain reads an absl flag when it starts workers, which fails outside absl.app.
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()

@@ -12,6 +12,8 @@ import PIL.Image
 from gaze_jax.core.pixels import LEVELS
 
 Size = tuple[int, int]
+Picture = np.ndarray | PIL.Image.Image
+"""An image, uint8 [height, width, 3], or of Pillow's mode RGB, which is resized without a copy of it."""
 
 BLACK = 0
 GREY = 127
@@ -21,12 +23,26 @@ STRIP_PIXELS = 4_000_000
 """Pixels that :func:`resize_on_square` pads at a time; a frame of 1920x1080 is one strip."""
 
 
-def check_image(image: np.ndarray, name: str) -> Size:
+def size_of(image: Picture) -> Size:
+    """(height, width) of an image."""
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    return image.shape[0], image.shape[1]
+
+
+def check_image(image: Picture, name: str) -> Size:
     """(height, width) of an image; ``name`` is the subject of the error message.
 
     Raises:
-      ValueError: the image is not uint8 [height, width, 3] or has no pixels.
+      ValueError: the image is not uint8 [height, width, 3] or RGB, or has no pixels.
     """
+    if isinstance(image, PIL.Image.Image) and image.mode == "RGB" and 0 not in image.size:
+        return size_of(image)
+    if isinstance(image, PIL.Image.Image):
+        raise ValueError(
+            f"{name} must be RGB with at least one pixel; this is Pillow's {image.mode} "
+            f"{image.height}x{image.width}."
+        )
     if not isinstance(image, np.ndarray):
         raise ValueError(f"{name} must be a uint8 array [height, width, 3], not a {type(image).__name__}.")
     shape = image.shape
@@ -35,7 +51,7 @@ def check_image(image: np.ndarray, name: str) -> Size:
             f"{name} must be uint8 [height, width, 3] with at least one pixel; this is {image.dtype} "
             f"{list(shape)}."
         )
-    return shape[0], shape[1]
+    return size_of(image)
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
@@ -51,12 +67,13 @@ def normalise(images: np.ndarray) -> np.ndarray:
     return np.take(LEVELS, images)
 
 
-def resize(image: np.ndarray, size: Size) -> np.ndarray:
-    """uint8 [h, w, 3] to uint8 [*size, 3], ignoring aspect ratio; the image itself if it has that size."""
-    if image.shape[:2] == size:
-        return image
-    resized = PIL.Image.fromarray(image).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+def resize(image: Picture, size: Size) -> np.ndarray:
+    """An image as uint8 [*size, 3], ignoring aspect ratio; an array itself if it has that size."""
+    if not isinstance(image, PIL.Image.Image):
+        if size_of(image) == size:
+            return image
+        image = PIL.Image.fromarray(image)
+    return np.asarray(image.resize(size[::-1], PIL.Image.Resampling.BICUBIC))
 
 
 def pad(image: np.ndarray, size: Size, colour: int) -> np.ndarray:
@@ -73,12 +90,13 @@ def pad(image: np.ndarray, size: Size, colour: int) -> np.ndarray:
     return padded
 
 
-def resize_on_square(image: np.ndarray, side: int, colour: int) -> np.ndarray:
+def resize_on_square(image: Picture, side: int, colour: int) -> np.ndarray:
     """Pad an image to a square and resize it to uint8 [side, side, 3], without building the square.
 
     The result is bit-identical. Pillow resizes rows first, then columns, with 8 bits in between, so rows of
     padding need no resizing. The square of a long strip would fill the memory.
     """
+    image = np.asarray(image)
     longer = max(image.shape[:2])
     step = max(1, STRIP_PIXELS // longer)
     strips = [image[top : top + step] for top in range(0, len(image), step)]
@@ -111,9 +129,9 @@ def fitted(size: Size, canvas: Size) -> Size:
     return canvas[0], min(math.ceil(width * scale_y), canvas[1])
 
 
-def cut_tiles(image: np.ndarray, canvas: Size, side: int, colour: int) -> np.ndarray:
+def cut_tiles(image: Picture, canvas: Size, side: int, colour: int) -> np.ndarray:
     """Scale and centre the image on ``canvas``; cut it into tiles uint8 [n, side, side, 3], row by row."""
-    padded = pad(resize(image, fitted(image.shape[:2], canvas)), canvas, colour)
+    padded = pad(resize(image, fitted(size_of(image), canvas)), canvas, colour)
     rows, columns = canvas[0] // side, canvas[1] // side
     tiles = padded.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
     return tiles.copy().reshape(rows * columns, side, side, 3)

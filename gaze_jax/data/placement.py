@@ -182,6 +182,8 @@ def pad_slots(values: np.ndarray, name: str, slots: int) -> np.ndarray:
     if name not in FILL:
         return values
     more = slots - values.shape[1]
+    if not more:
+        return values
     if more < 0:
         raise ValueError(f"{name} has regions of {values.shape[1]} slots but slots={slots}; raise it to fit.")
     widths = [(0, 0), (0, more), *[(0, 0)] * (values.ndim - 2)]

@@ -1,4 +1,4 @@
-"""Samples to arrays: tokenisation, region-major placement, targets, padding to fixed sizes.
+"""Samples to arrays: tokenisation, region-major placement, targets.
 
 The sequence of a sample is its parts in order. A text adds its tokens to the text stream. An image adds the
 visual tokens of each of its views (``data.views``) in raster order, with a newline after each row if the
@@ -24,34 +24,13 @@ import numpy as np
 
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind
-from gaze_jax.data.pixels import normalise
-from gaze_jax.data.placement import Arrays, Cursor, PlacedView, Placement, join, pad_slots, place_views
+from gaze_jax.data.padding import PADDING
+from gaze_jax.data.pixels import normalise, size_of
+from gaze_jax.data.placement import Arrays, Cursor, PlacedView, Placement, join, place_views
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END, Tokenizer
 from gaze_jax.data.views import MediaViews, View, ViewStyle, check_style, image_views, video_views
 from gaze_jax.errors import UserError
-
-# Field -> (the axis that a bucket fixes, the padding value).
-PADDING: dict[str, tuple[str, int]] = {
-    "visual_src": ("regions", EMPTY),
-    "visual_order": ("regions", EMPTY),
-    "visual_positions": ("regions", 0),
-    "visual_view": ("regions", EMPTY),
-    "pool_indices": ("regions", 0),
-    "pool_weights": ("regions", 0),
-    "region_segment": ("regions", EMPTY),
-    "tokens": ("text", 0),
-    "kind": ("text", int(Kind.PAD)),
-    "text_order": ("text", EMPTY),
-    "text_positions": ("text", 0),
-    "text_segment": ("text", EMPTY),
-    "text_view": ("text", EMPTY),
-    "targets": ("text", IGNORE),
-    "target_box": ("text", -1),
-    "target_view": ("text", EMPTY),
-    "images": ("images", 0),
-}
-ANSWER_PADDING = {"answer": IGNORE, "answer_box": -1, "answer_view": EMPTY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +109,10 @@ def _views(processor: Processor, sample: Sample, part: Image | Video) -> MediaVi
         views = video_views(style, layout, frames)
         return views if part.ends else dataclasses.replace(views, end_newline=False)
     image = sample.images[part.index]
-    fits = image.shape[:2] == (size, size)
-    if style.tower_tokens and not fits and not processor.resize:
+    height, width = size_of(image)
+    if style.tower_tokens and (height, width) != (size, size) and not processor.resize:
         raise UserError(
-            f"Image {part.index} of sample {sample.id} is {image.shape[0]}x{image.shape[1]} pixels but the "
+            f"Image {part.index} of sample {sample.id} is {height}x{width} pixels but the "
             f"tower takes {size}x{size}; resize it, or set resize=True (--resize) to squash it to that size."
         )
     return image_views(style, layout, image, alone=sum(isinstance(p, Image) for p in sample.parts) == 1)
@@ -162,14 +141,14 @@ def _tokenise(processor: Processor, sample: Sample, text: Text, views: dict[int,
                 f"Token {text.text[start:end]!r} of sample {sample.id} overlaps two boxes; box characters "
                 "that the tokenizer keeps apart."
             )
-        height, width = sample.images[box.image].shape[:2]
+        height, width = size_of(sample.images[box.image])
         scale = np.ones(4)
         if processor.views.tower_tokens:
             scale = np.array([processor.layout.image_size / side for side in (width, height)] * 2)
         boxes[inside] = np.array(box.corners) * scale
         box_views[inside] = views[box.image]
     supervised = _supervised(text, spans)
-    extra = np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
+    extra = bool(processor.supervise) and np.isin(ids, _token_ids(processor.tokenizer, processor.supervise))
     return _Tokens(ids, boxes, box_views, supervised, extra)
 
 
@@ -257,8 +236,11 @@ def _view_pieces(layout: VisualLayout, placed: Placement, first: int) -> list[Ar
     pieces = []
     context = _special(np.arange(layout.context_tokens))
     for view, (newlines, end) in enumerate(zip(placed.newlines, placed.ends), start=first):
-        rows = _piece(_special(np.zeros(len(newlines))), 0, Kind.NEWLINE, view=view)
-        pieces += [rows | {"order": newlines}, _piece(context, int(end), Kind.CONTEXT, view=view)]
+        if len(newlines):
+            rows = _piece(_special(np.zeros(len(newlines))), 0, Kind.NEWLINE, view=view)
+            pieces.append(rows | {"order": newlines})
+        if len(context.ids):
+            pieces.append(_piece(context, int(end), Kind.CONTEXT, view=view))
     return pieces
 
 
@@ -402,49 +384,3 @@ def prompt(processor: Processor, sample: Sample) -> Arrays:
     if arrays["answer"][-1:].tolist() != [processor.tokenizer.end_id]:
         raise ValueError(f"The first answer of sample {sample.id} must end in {END}; write it into the text.")
     return arrays
-
-
-def _pad(values: np.ndarray, size: int, fill: int, name: str, hint: str) -> np.ndarray:
-    """Pad axis 0 of ``values`` to ``size``; the array itself if it has that size."""
-    if len(values) > size:
-        raise ValueError(f"{name} needs {len(values)} but {hint}={size}; raise {hint} to fit.")
-    if len(values) == size:  # images are large
-        return values
-    out = np.full((size, *values.shape[1:]), fill, values.dtype)
-    out[: len(values)] = values
-    return out
-
-
-def pad_to(arrays: Arrays, *, regions: int, text: int, images: int, slots: int | None = None) -> Arrays:
-    """Pad the arrays of one row to a bucket, so that rows stack and nothing recompiles.
-
-    Args:
-      arrays: from :func:`process`, :func:`prompt` or ``packing.pack``; other fields are unchanged.
-      regions, text, images: sizes of the R and S axes and number of images that the tower reads.
-      slots: size of the P axis; None keeps it.
-
-    Raises:
-      ValueError: an array does not fit. Nothing is ever truncated.
-    """
-    sizes = {"regions": regions, "text": text, "images": images}
-    out = dict(arrays)
-    for name, (axis, fill) in PADDING.items():
-        if name not in arrays:  # pool indices and weights, absent without pooling
-            continue
-        label = f"Field {name} of sample {int(arrays['sample_id'])}"
-        values = arrays[name] if slots is None else pad_slots(arrays[name], name, slots)
-        out[name] = _pad(values, sizes[axis], fill, label, axis)
-    return out
-
-
-def pad_answers(arrays: Arrays, *, length: int) -> Arrays:
-    """Pad the answer fields of :func:`prompt` to ``length``: -100 for tokens, -1 for boxes and views.
-
-    Raises:
-      ValueError: the answer is longer than ``length``.
-    """
-    out = dict(arrays)
-    for name, fill in ANSWER_PADDING.items():
-        label = f"Field {name} of sample {int(arrays['sample_id'])}"
-        out[name] = _pad(arrays[name], length, fill, label, "length")
-    return out

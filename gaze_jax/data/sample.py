@@ -22,6 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
+from gaze_jax.data.pixels import Picture, check_image
+
 Corners = tuple[float, float, float, float]
 
 
@@ -124,7 +126,7 @@ class Sample:
 
     Attributes:
       id: identifies the sample within its source, a non-negative int32.
-      images: uint8 [height, width, 3] each.
+      images: uint8 [height, width, 3] each, or of Pillow's mode RGB.
       parts: images, videos and texts in reading order.
       family: kind of question, for per-family metrics.
       videos: each has a length and iterates over its frames, uint8 [height, width, 3] of one size.
@@ -135,7 +137,7 @@ class Sample:
     """
 
     id: int
-    images: tuple[np.ndarray, ...]
+    images: tuple[Picture, ...]
     parts: tuple[Image | Video | Text, ...]
     family: str
     videos: tuple[Frames, ...] = ()
@@ -144,11 +146,7 @@ class Sample:
         if not 0 <= self.id <= np.iinfo(np.int32).max:
             raise ValueError(f"Sample id {self.id} must be a non-negative 32-bit integer.")
         for i, image in enumerate(self.images):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise ValueError(
-                    f"Image {i} of sample {self.id} is {image.dtype}{list(image.shape)}; "
-                    "it must be uint8 [height, width, 3] with at least one pixel."
-                )
+            check_image(image, f"Image {i} of sample {self.id}")
         for i, video in enumerate(self.videos):
             if len(video) < 1:
                 raise ValueError(f"Video {i} of sample {self.id} has no frames; it must have at least one.")

@@ -31,9 +31,10 @@ def _covered(text: str, offsets: Sequence[tuple[int, int]]) -> int:
     covered = 0
     for start, end in (*offsets, (len(text), len(text))):
         # A gap of whitespace alone is fine: some tokenizers trim it from the offsets.
-        if text[covered:start].strip():
+        if start > covered and text[covered:start].strip():
             return covered
-        covered = max(covered, end)
+        if end > covered:
+            covered = end
     return covered
 
 

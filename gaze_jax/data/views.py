@@ -22,6 +22,7 @@ import numpy as np
 from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.data.pixels import (
     GREY,
+    Picture,
     Size,
     best_canvas,
     check_image,
@@ -260,20 +261,21 @@ def _pool_indices(
     return pool_indices, pool_weights
 
 
-def _view(layout: VisualLayout, image: np.ndarray, grid: Grid) -> View:
+def _view(layout: VisualLayout, image: Picture, grid: Grid) -> View:
     side = layout.image_size
     if grid.fit == "inside":
         images = cut_tiles(image, grid.canvas, side, grid.colour)
     elif grid.fit == "pad":
         images = resize_on_square(image, side, grid.colour)[None]
     else:
-        images = np.array(resize(image, (side, side)))[None]  # a copy: a decoder may reuse its buffer
+        resized = resize(image, (side, side))
+        images = (resized.copy() if resized is image else resized)[None]  # a decoder may reuse its buffer
     tiles = grid.canvas[0] // side, grid.canvas[1] // side
     pool_indices, pool_weights = _pool_indices(layout.grid, tiles, grid.side, grid.margin, grid.shape)
     return View(images, pool_indices, pool_weights, grid.newlines, grid.corners)
 
 
-def image_views(style: ViewStyle, layout: VisualLayout, image: np.ndarray, *, alone: bool) -> MediaViews:
+def image_views(style: ViewStyle, layout: VisualLayout, image: Picture, *, alone: bool) -> MediaViews:
     """The views of one image.
 
     If the image is a strip narrower than a token, unpadding may leave a view without tokens. Such a view is
@@ -282,7 +284,7 @@ def image_views(style: ViewStyle, layout: VisualLayout, image: np.ndarray, *, al
     Args:
       style: the family's style.
       layout: the model's layout; ``layout.views`` has the settings of the style.
-      image: uint8 [height, width, 3].
+      image: uint8 [height, width, 3], or a PIL image of mode RGB.
       alone: it is the only image of its prompt; only then is it cut into tiles.
 
     Raises:

@@ -24,8 +24,9 @@ from gaze_jax.core.regions import DESCRIPTORS
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Kind, Streams
+from gaze_jax.data.padding import pad_to
 from gaze_jax.data.pipeline import Bucket, prompt_length
-from gaze_jax.data.processor import Arrays, pad_to
+from gaze_jax.data.placement import Arrays
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import student_interval
 from gaze_jax.evaluate.prompts import Prompt

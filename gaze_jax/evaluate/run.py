@@ -16,7 +16,9 @@ from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import IGNORE
 from gaze_jax.corpora.digits import DigitsConfig, credit, evaluation_samples, sequence_lengths
 from gaze_jax.corpora.phrases import FAMILIES
-from gaze_jax.data.processor import ANSWER_PADDING, Arrays, pad_answers, prompt
+from gaze_jax.data.padding import ANSWER_PADDING, pad_answers
+from gaze_jax.data.placement import Arrays
+from gaze_jax.data.processor import prompt
 from gaze_jax.errors import UserError
 from gaze_jax.evaluate.metrics import (
     accuracy,

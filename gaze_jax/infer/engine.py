@@ -21,8 +21,8 @@ from gaze_jax.core.budget import ALL_REGIONS, Keep
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
+from gaze_jax.data.padding import pad_to
 from gaze_jax.data.pipeline import prompt_length, stack
-from gaze_jax.data.processor import pad_to
 from gaze_jax.infer.programs import (
     STEPS,
     UPDATED,

@@ -1,6 +1,6 @@
 """Read image files: a few formats, a size limit that is checked before decoding, no network.
 
-Pictures and frames of every kind become RGB by one rule, :func:`upright_rgb`.
+Pictures and frames of every kind become RGB by one rule, :func:`upright`.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ def check_pixels(name: str, kind: str, width: int, height: int) -> None:
         )
 
 
-def upright_rgb(image: PIL.Image.Image) -> np.ndarray:
-    """The picture that a viewer shows, as uint8 [height, width, 3]: the one rule for images and frames.
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture that a viewer shows, of mode RGB: the one rule for images and frames.
 
     It is turned as its EXIF orientation says. 16-bit grey is scaled to 8 bits. What is transparent shows
     white, whatever colour is stored there. Colour profiles are not applied, as in Pillow's ``convert("RGB")``
@@ -63,14 +63,19 @@ def upright_rgb(image: PIL.Image.Image) -> np.ndarray:
     """
     image.load()  # before its metadata: a PNG may have some behind its pixels
     turn = _TURNS.get(_orientation(image))
-    upright = image if turn is None else image.transpose(turn)
-    if upright.mode.startswith("I"):  # 16 bits: convert() would clip instead of scale
-        grey = np.clip(np.asarray(upright, np.int64) >> 8, 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if upright.has_transparency_data:
-        seen = upright.convert("RGBA")
-        return np.asarray(PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "white"), seen))[..., :3]
-    return np.asarray(upright.convert("RGB"))
+    turned = image if turn is None else image.transpose(turn)
+    if turned.mode.startswith("I"):  # 16 bits: convert() would clip instead of scale
+        grey = np.clip(np.asarray(turned, np.int64) >> 8, 0, 255).astype(np.uint8)
+        return PIL.Image.fromarray(grey).convert("RGB")
+    if turned.has_transparency_data:
+        seen = turned.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    return turned if turned.mode == "RGB" else turned.convert("RGB")
+
+
+def upright_rgb(image: PIL.Image.Image) -> np.ndarray:
+    """:func:`upright` as uint8 [height, width, 3]."""
+    return np.asarray(upright(image))
 
 
 def _orientation(image: PIL.Image.Image) -> int:
@@ -83,7 +88,12 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Decode an image file to upright uint8 [height, width, 3]; the first frame if it is animated.
+    """:func:`read_picture` as uint8 [height, width, 3]."""
+    return np.asarray(read_picture(path))
+
+
+def read_picture(path: str | os.PathLike[str]) -> PIL.Image.Image:
+    """Decode an image file: upright and of mode RGB; the first frame if it is animated.
 
     Raises:
       UserError: the path is a URL, or the file is missing, empty, a video, not in :data:`FORMATS`, larger
@@ -92,7 +102,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     name = os.fspath(path)
     check_file(name, "Image")
     with reading_pictures(name, "Image"), open(name, "rb") as file:
-        return _decode(file, name, upright_rgb)
+        return _decode(file, name, upright)
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
@@ -125,10 +135,15 @@ def check_image_data(data: bytes, name: str) -> None:
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """:func:`read_image` of a file's content; ``name`` names it in messages."""
+    return np.asarray(decode_picture(data, name))
+
+
+def decode_picture(data: bytes, name: str) -> PIL.Image.Image:
+    """:func:`read_picture` of a file's content; ``name`` names it in messages."""
     if not data:
         raise UserError(f"Image {name!r} is empty (0 bytes).")
     with reading_pictures(name, "Image", data[:HEAD]):
-        return _decode(io.BytesIO(data), name, upright_rgb)
+        return _decode(io.BytesIO(data), name, upright)
 
 
 def image_size(file: BinaryIO, name: str) -> tuple[int, int]:

@@ -15,8 +15,9 @@ from gaze_jax.convert.run import plan_directory
 from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.corpora.phrases import build_tokenizer
+from gaze_jax.data.padding import pad_to
 from gaze_jax.data.pipeline import stack
-from gaze_jax.data.processor import Processor, pad_to, process
+from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Image, Sample, Text, Video
 from gaze_jax.families import get_family
 from gaze_jax.models import MLLM

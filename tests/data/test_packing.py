@@ -5,7 +5,8 @@ from gaze_jax.core.layout import ViewConfig, VisualLayout
 from gaze_jax.core.streams import IGNORE, NEWLINE
 from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data.packing import MIXED, pack
-from gaze_jax.data.processor import PADDING, Processor, pad_to, process
+from gaze_jax.data.padding import PADDING, pad_to
+from gaze_jax.data.processor import Processor, process
 from gaze_jax.data.sample import Box, Image, Sample, Text, Video
 from gaze_jax.data.tokenizer import END
 from gaze_jax.families.cambrian_s import CAMBRIAN_S

@@ -8,6 +8,7 @@ import pytest
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.corpora.digits import DigitScenes, DigitsConfig
 from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
+from gaze_jax.data.padding import pad_to
 from gaze_jax.data.pipeline import (
     Bucket,
     PipelineConfig,
@@ -15,7 +16,7 @@ from gaze_jax.data.pipeline import (
     fingerprint,
     training_iterator,
 )
-from gaze_jax.data.processor import Processor, pad_to
+from gaze_jax.data.processor import Processor
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families.square import SQUARE

@@ -9,8 +9,9 @@ import pytest
 from gaze_jax.core.layout import VisualLayout
 from gaze_jax.core.streams import IGNORE, Kind, Streams
 from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
+from gaze_jax.data.padding import pad_answers, pad_to
 from gaze_jax.data.pipeline import stack
-from gaze_jax.data.processor import Processor, pad_answers, pad_to, process, prompt
+from gaze_jax.data.processor import Processor, process, prompt
 from gaze_jax.data.sample import Box, Image, Sample, Text
 from gaze_jax.data.tokenizer import END
 from gaze_jax.errors import UserError

@@ -1,4 +1,5 @@
 import numpy as np
+import PIL.Image
 import pytest
 
 from gaze_jax.data.sample import Box, Image, Sample, Text, Video
@@ -44,7 +45,16 @@ def test_empty_text_is_refused():
 def test_an_image_of_another_shape_or_dtype_is_refused_by_its_number(image):
     with pytest.raises(ValueError, match="Image 1 of sample 5") as error:
         sample(id=5, images=(pixels(), image))
-    assert f"{image.dtype}{list(image.shape)}" in str(error.value)
+    assert f"{image.dtype} {list(image.shape)}" in str(error.value)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGBA", (3, 2)), ("L", (3, 2)), ("RGB", (3, 0))])
+def test_a_pillow_image_must_be_rgb_and_have_pixels(mode, size):
+    sample(images=(PIL.Image.new("RGB", (3, 2)),))
+    with pytest.raises(
+        ValueError, match=f"Image 0 of sample 5 must be .*; this is Pillow's {mode} {size[1]}x{size[0]}"
+    ):
+        sample(id=5, images=(PIL.Image.new(mode, size),))
 
 
 @pytest.mark.parametrize("index", [-1, 1])

@@ -4,6 +4,7 @@ import dataclasses
 import weakref
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from gaze_jax.core.layout import ViewConfig
@@ -36,6 +37,16 @@ def test_corners_are_in_pixels_of_the_original():
     assert view.corners == (0, -9, 50, 41)
     (view,) = image_views(tiny_onevision(9), noise(50, 31), alone=False).views
     assert view.corners == (-9, 0, 41, 50)
+
+
+@pytest.mark.parametrize("size", [(31, 50), (24, 24), (90, 31)])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("at", [tiny_onevision(9), tiny_cambrian(4, 3), layout(ViewConfig(), 24, 4)])
+def test_an_image_of_pillow_gives_the_views_of_its_array(at, alone, size):
+    image = noise(*size)
+    mine, expected = (image_views(at, one, alone=alone) for one in (PIL.Image.fromarray(image), image))
+    np.testing.assert_array_equal(pixels(mine), pixels(expected))
+    assert [view.corners for view in mine.views] == [view.corners for view in expected.views]
 
 
 def test_without_canvases_an_image_alone_is_one_of_several():

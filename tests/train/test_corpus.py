@@ -23,6 +23,7 @@ from gaze_jax.corpora.config import CorpusConfig, RowConfig, SourceConfig
 from gaze_jax.corpora.prepare import prepare
 from gaze_jax.corpora.reading import open_corpus
 from gaze_jax.corpora.stand_in import byte_tokenizer
+from gaze_jax.data import pipeline
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLM
 from gaze_jax.models.attention import make_metadata
@@ -117,7 +118,9 @@ def test_an_epoch_has_every_record_once_and_the_next_one_another_order(folder):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long), 2])
-def test_workers_and_the_first_batch_change_nothing(folder, workers):
+def test_workers_and_the_first_batch_change_nothing(folder, workers, monkeypatch):
+    """And workers hand over large arrays, here those of 1,000 bytes, in shared memory."""
+    monkeypatch.setattr(pipeline, "SHARED_BYTES", 1000)
     mixed = {
         "path": "",
         "sources": (
@@ -129,7 +132,10 @@ def test_workers_and_the_first_batch_change_nothing(folder, workers):
     assert len(training.plan.samples) == 70
     expected = taken(training, 6)
     # From an odd batch on, so that the first one is the second worker's.
-    equal(taken(training, 5, first=1, workers=workers), expected[1:])
+    found = taken(training, 5, first=1, workers=workers)
+    equal(found, expected[1:])
+    for values in found[0].values():
+        assert hasattr(values, "shm") == (workers > 0 and values.nbytes >= 1000)
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -139,21 +139,27 @@ class LoadBatch(grain.transforms.Map):
         images = np.zeros((size, bucket.images, side, side, 3), np.uint8)
         for place, row in zip(images, rows[index * size : (index + 1) * size].tolist()):
             found = [] if row == NO_ROW else self.order.plan.row(row).tolist()
-            arrays = [self._arrays(number, bucket) for number in found]
-            bad += [one for one in arrays if isinstance(one, BadRecord)]
             records += len(found)
-            good = [one for one in arrays if not isinstance(one, BadRecord)]
-            loaded.append(pad_to(self._row(good, bucket, place), **sizes))
+            good: list[Arrays] = []
+            for number in found:
+                used = sum(len(arrays["images"]) for arrays in good)
+                one = self._arrays(number, bucket, place[used : used + self.lengths[number, 2]])
+                if isinstance(one, BadRecord):
+                    bad.append(one)
+                else:
+                    good.append(one)
+            loaded.append(pad_to(self._row(good, bucket), **sizes))
         return LoadedBatch(stack(loaded) | {"images": images}, records, tuple(bad))
 
-    def _arrays(self, number: int, bucket: Bucket) -> Arrays | BadRecord:
-        """A record's arrays, unpadded but for the slots of its regions."""
+    def _arrays(self, number: int, bucket: Bucket, images: np.ndarray) -> Arrays | BadRecord:
+        """A record's arrays, unpadded but for the slots of its regions; its pixels go into ``images``."""
         with busy_with(self.busy, number):
             try:
                 record = read(self.corpus, number)
-                arrays = self.conversations.arrays(record, number)
+                arrays = self.conversations.arrays(record, number, images)
                 self._check(arrays, number, record.name)
             except RecordError as error:
+                images[:] = 0  # its place stays empty
                 return BadRecord(number, error.cause, str(error))
             except MemoryError:
                 limit = f"data.worker_memory={self.memory / 1e9:g} GB"
@@ -172,14 +178,10 @@ class LoadBatch(grain.transforms.Map):
                 "data check, which measures again, and start in a new workdir.",
             )
 
-    def _row(self, samples: list[Arrays], bucket: Bucket, images: np.ndarray) -> Arrays:
-        """The arrays of a row, unpadded, but for its images, which are put at the start of ``images``."""
+    def _row(self, samples: list[Arrays], bucket: Bucket) -> Arrays:
+        """The arrays of a row, unpadded, without its pixels, which are in the batch already."""
         layout = self.conversations.layout
         if samples:
-            # Images are large: each is copied once, to its place in the batch.
-            pixels = [arrays["images"] for arrays in samples]
-            if sum(map(len, pixels)) <= len(images):  # else pad_to says what does not fit
-                np.concatenate(pixels, out=images[: sum(map(len, pixels))])
             return pack([_without_pixels(arrays) for arrays in samples], image_tokens=layout.tokens)
         empty = self.conversations.processor(Sample(0, (), (), KIND))
         return _without_pixels(_without_slots(empty, bucket))

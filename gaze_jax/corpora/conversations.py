@@ -151,15 +151,15 @@ class Conversations:
             videos = tuple(medium.video(record.cut.of(self.sampling)) for medium in record.videos[:films])
         return Sample(index, images, parts, KIND, videos)
 
-    def arrays(self, record: Record, index: int) -> Arrays:
-        """The arrays of a record, unpadded; see :func:`gaze_jax.data.processor.process`.
+    def arrays(self, record: Record, index: int, out: np.ndarray | None = None) -> Arrays:
+        """The arrays of a record, unpadded; see :func:`gaze_jax.data.processor.process` for ``out``.
 
         Raises:
           RecordError: as :meth:`sample`.
         """
         sample = self.sample(record, index)
         with failing("medium", record.name):  # frames of a video are decoded here
-            return self.processor(sample)
+            return self.processor(sample, out)
 
     def _parts(self, record: Record, sizes: "_Sizes") -> tuple[Parts, int]:
         """The parts of a record's sample, and the number of turns that were left out."""

@@ -80,11 +80,12 @@ def training_iterator(
     config: PipelineConfig,
     *,
     first: int = 0,
+    stop: int | None = None,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """This process's share of an endless, shuffled stream of batches.
+    """This process's share of a shuffled stream of batches, which is endless without ``stop``.
 
     A batch is decided by its number, so a run continues with the number of its next step, on any number of
     workers and processes.
@@ -94,6 +95,7 @@ def training_iterator(
       processor: turns samples into arrays.
       config: order and grouping.
       first: number of the first batch.
+      stop: number of the batch after the last; workers make none that nobody takes.
       num_workers: worker processes that prepare batches; 0 uses threads of this process. The batches
         are the same.
       process_index, process_count: index of this process and number of processes.
@@ -113,7 +115,7 @@ def training_iterator(
         raise ValueError(f"{source!r} has {len(source)} samples, fewer than batch_size={config.batch_size}.")
     dataset = grain.MapDataset.source(source).shuffle(seed=config.seed).repeat()[:_ENDLESS]
     dataset = dataset.map(_ProcessAndPad(processor, config.bucket))
-    dataset = dataset.batch(config.batch_size // process_count)[process_index::process_count][first:]
+    dataset = dataset.batch(config.batch_size // process_count)[process_index::process_count][first:stop]
     # One thread: making a sample is Python code, and the training step needs the cores.
     return prefetched(dataset, num_workers, buffer=4)
 

@@ -68,8 +68,8 @@ class Processor:
         check_style(self.views, self.layout.views)
         _token_ids(self.tokenizer, self.supervise)
 
-    def __call__(self, sample: Sample) -> Arrays:
-        return process(self, sample)
+    def __call__(self, sample: Sample, out: np.ndarray | None = None) -> Arrays:
+        return process(self, sample, out)
 
 
 @functools.lru_cache(maxsize=8)
@@ -257,7 +257,11 @@ def _placed_alone(
 
 
 def _process_parts(
-    processor: Processor, sample: Sample, parts: Sequence[Image | Video | Text], order: int = 0
+    processor: Processor,
+    sample: Sample,
+    parts: Sequence[Image | Video | Text],
+    order: int = 0,
+    out: np.ndarray | None = None,
 ) -> tuple[Arrays, dict[int, int], tuple[PlacedView, ...]]:
     """Arrays of ``parts``, the last view of each image, and all views."""
     layout = processor.layout
@@ -308,7 +312,10 @@ def _process_parts(
     else:
         visual = join(layout, placed, pooled=not processor.views.tower_tokens)
     arrays = visual | _text_arrays(pieces)
-    pixels = images[0] if len(images) == 1 else _concatenate(images, (0, size, size, 3), np.uint8)
+    if out is not None and len(out) == sum(map(len, images)) > 0:
+        pixels = np.concatenate(images, out=out)
+    else:
+        pixels = images[0] if len(images) == 1 else _concatenate(images, (0, size, size, 3), np.uint8)
     arrays["images"] = normalise(pixels) if processor.float_images else pixels
     arrays["sample_id"] = np.asarray(sample.id, np.int32)
     arrays["family"] = np.asarray(processor.families.index(sample.family), np.int32)
@@ -329,8 +336,13 @@ def process_with_views(
     return arrays, views
 
 
-def process(processor: Processor, sample: Sample) -> Arrays:
+def process(processor: Processor, sample: Sample, out: np.ndarray | None = None) -> Arrays:
     """Arrays of one sample, unpadded.
+
+    Args:
+      processor, sample: the settings, and the sample.
+      out: uint8 [images, image_size, image_size, 3], where uint8 images are put if it has as many; they are
+        large, and a batch has a place for them.
 
     Returns:
       The fields of ``Streams`` without their batch axis; ``images`` float32
@@ -343,7 +355,7 @@ def process(processor: Processor, sample: Sample) -> Arrays:
       ValueError: an image does not fit the tower, text cannot be tokenised, a token overlaps two
         boxes, supervised text has no predecessor, or the family is unknown.
     """
-    return _process_parts(processor, sample, sample.parts)[0]
+    return _process_parts(processor, sample, sample.parts, out=out)[0]
 
 
 def prompt(processor: Processor, sample: Sample) -> Arrays:

@@ -36,6 +36,7 @@ from gaze_jax.train.start import Start
 SKIPPED = "skipped.jsonl"
 """File of a run with the records that were left out, and why."""
 
+_ENDLESS = 2**62
 _CLOSING = 10.0
 """Seconds for the record that this process is reading when it stops."""
 _ENOUGH = 100
@@ -245,9 +246,18 @@ class CorpusBatches:
     """
 
     def __init__(
-        self, training: TrainingCorpus, *, first: int, num_workers: int, log: Path | None = None
+        self,
+        training: TrainingCorpus,
+        *,
+        first: int,
+        stop: int = _ENDLESS,
+        num_workers: int,
+        log: Path | None = None,
     ) -> None:
-        """Begin at batch ``first``; ``log`` is a file for what is skipped."""
+        """Make batches ``first`` to ``stop``, exclusive; ``log`` is a file for what is skipped.
+
+        With a known end, workers make no batch that nobody takes.
+        """
         config = training.config
         self._training, self._log = training, log
         self._seen, self._causes = 0, Counter[str]()
@@ -264,7 +274,7 @@ class CorpusBatches:
             self._folder.name,
             round(config.worker_memory * 1e9),
         )
-        numbers = grain.MapDataset.range(first, 2**62).map(load)
+        numbers = grain.MapDataset.range(first, stop).map(load)
         self._iterator = prefetched(numbers, num_workers, buffer=2)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
@@ -302,7 +312,8 @@ class CorpusBatches:
                 raise item
             raise UserError(
                 f"A worker process died, perhaps for want of memory{self._reading()}; run the same command "
-                "to go on from the newest checkpoint, with fewer workers (num_workers) if memory is short."
+                "to go on from the newest checkpoint, with fewer workers (num_workers) if memory is short, or "
+                "with a larger /dev/shm in a container (docker run --shm-size)."
             ) from item
         self._judge(item)
         return item.arrays

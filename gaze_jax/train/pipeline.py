@@ -61,7 +61,7 @@ class RunData:
       tokenizer: what its text is tokenised with.
       fingerprint: everything that the batches depend on.
       lines: for the start of the run.
-      batches_from: makes the batches, from that of step ``first`` + 1 on.
+      batches_from: makes the batches, from that of step ``first`` + 1 to the last.
     """
 
     experiment: Experiment
@@ -108,7 +108,13 @@ def open_data(
     name = SKIPPED if jax.process_index() == 0 else f"{jax.process_index()}-{SKIPPED}"
 
     def batches_from(first: int) -> Batches:
-        return CorpusBatches(training, first=first, num_workers=experiment.num_workers, log=workdir / name)
+        return CorpusBatches(
+            training,
+            first=first,
+            stop=experiment.steps,
+            num_workers=experiment.num_workers,
+            log=workdir / name,
+        )
 
     return RunData(experiment, start.tokenizer, training.fingerprint(), training.summary(), batches_from)
 
@@ -132,6 +138,7 @@ def _digits(experiment: Experiment, data: DigitsConfig, start: Start | None) -> 
                 processor,
                 config,
                 first=first,
+                stop=experiment.steps,
                 num_workers=experiment.num_workers,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),

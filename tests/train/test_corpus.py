@@ -132,10 +132,18 @@ def test_workers_and_the_first_batch_change_nothing(folder, workers, monkeypatch
     assert len(training.plan.samples) == 70
     expected = taken(training, 6)
     # From an odd batch on, so that the first one is the second worker's.
-    found = taken(training, 5, first=1, workers=workers)
+    before = set(os.listdir("/dev/shm"))
+    with contextlib.closing(CorpusBatches(training, first=1, stop=6, num_workers=workers)) as batches:
+        found = [next(batches) for _ in range(5)]
+        with pytest.raises(StopIteration):
+            next(batches)
     equal(found, expected[1:])
     for values in found[0].values():
         assert hasattr(values, "shm") == (workers > 0 and values.nbytes >= 1000)
+    # What workers had made ahead would stay there until this process ends.
+    shared = [values for batch in found for values in batch.values() if hasattr(values, "shm")]
+    made = {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")}
+    assert made == {values.shm.name.lstrip("/") for values in shared}
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -251,9 +259,16 @@ def test_a_row_of_bad_records_is_empty(tmp_path):
     write_picture(tmp_path / "a.png")
     training = opened(write_lines(tmp_path, [captioned("a.png", "x")]), bad="skip", max_bad=1.0)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (batch,) = taken(training, 1)
-    assert (batch["text_segment"] == -1).all() and (batch["region_segment"] == -1).all()
-    assert (batch["targets"] == -100).all() and not batch["images"].any()
+    empty(taken(training, 1))
+    write_picture(tmp_path / "a.png")
+    training.measurement.lengths[0, 0] += 1  # its pixels are good, but it has fewer tokens than planned
+    empty(taken(training, 1))
+
+
+def empty(batches):
+    for batch in batches:
+        assert (batch["text_segment"] == -1).all() and (batch["region_segment"] == -1).all()
+        assert (batch["targets"] == -100).all() and not batch["images"].any()
 
 
 def test_bad_records_at_the_start_are_counted(folder, tmp_path):

@@ -312,8 +312,8 @@ class CorpusBatches:
                 raise item
             raise UserError(
                 f"A worker process died, perhaps for want of memory{self._reading()}; run the same command "
-                "to go on from the newest checkpoint, with fewer workers (num_workers) if memory is short, or "
-                "with a larger /dev/shm in a container (docker run --shm-size)."
+                "to go on from the newest checkpoint, with fewer workers (num_workers) if memory is short or "
+                "a larger /dev/shm in a container (docker run --shm-size)."
             ) from item
         self._judge(item)
         return item.arrays

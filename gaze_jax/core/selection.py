@@ -24,11 +24,14 @@ class SelectionSpec:
       capacity: J, the most regions that a decoding query reads; None allows all R. Prefill has no capacity.
       return_trace: also return what each query selected. Prefill returns scores and selections; decoding also
         returns the attention to every region, which reads every key.
+      return_entries: prefill also returns how many visual keys each query attends to, without keeping what
+        it selected.
     """
 
     routing: Routing = Routing()
     capacity: int | None = None
     return_trace: bool = False
+    return_entries: bool = False
 
 
 @jax.tree_util.register_dataclass

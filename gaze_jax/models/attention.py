@@ -227,7 +227,9 @@ def gaze_attention(
     Returns:
       [B, N, H, D], and a dict with "visual_k", "visual_v" [B, K, R, P, D], "text_k", "text_v" [B, K, S, D]
       and "descriptors" [B, K, R, E] of these tokens; with ``spec.return_trace`` and a budget also "scores"
-      float32 and "selected" bool [B, S, Hs, R], where R has the cached regions first.
+      float32 and "selected" bool [B, S, Hs, R], where R has the cached regions first; with
+      ``spec.return_entries`` and a budget also "entries", float32 [B, S]: visual keys that a query attends
+      to, mean over heads.
     """
     num_regions, slots = metadata.valid.shape[1:]
     tokens = num_regions * slots
@@ -267,11 +269,19 @@ def gaze_attention(
     )
     if spec.return_trace:
         out |= {"scores": jax.lax.stop_gradient(scores), "selected": selected}
+    if spec.return_entries:
+        out["entries"] = _entries(selected, metadata.places)
     text_out = attend(q[:, tokens:], metadata.text, selected)
     if tokens == 0:
         return text_out, out
     visual_out = attend(q[:, :tokens], metadata.visual, None)
     return jnp.concatenate([visual_out, text_out], axis=1), out
+
+
+def _entries(selected: Bool[Array, "B S Hs R"], places: KeyPlaces) -> Float32[Array, "B S"]:
+    size = jnp.sum(places.visual_order >= 0, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    heads = jnp.sum(selected, axis=2, dtype=jnp.int32).astype(jnp.float32) / selected.shape[2]
+    return jnp.einsum("BSR,BR->BS", heads, size)
 
 
 def _select(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int
 
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.types import AnyArray, Array, ArrayTree, NamedArrays
-from gaze_jax.models import unstacked
+from gaze_jax.models import ops, unstacked
 from gaze_jax.models.attention import AttentionMetadata
 from gaze_jax.models.block import Block
 from gaze_jax.models.cache import Cache, packed_layer, past_of
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[AnyArray, "*lead"]) -> Float[Array, "*lead M"]:
         """int32 [...] token ids to [..., M]."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(DTYPES[self.config.dtype])
+        return ops.embed(self.embedding, tokens, DTYPES[self.config.dtype])
 
     def logits(self, hidden: Float[Array, "*lead M"]) -> Float32[Array, "*lead V"]:
         """[..., M] to float32 [..., V]."""
@@ -61,6 +61,13 @@ class Decoder(nn.Module):
         if split:
             return unstacked.product(table, hidden, preferred_element_type=jnp.float32)
         return jnp.einsum("...M,VM->...V", hidden, table, preferred_element_type=jnp.float32)
+
+    @property
+    def head(self) -> Float[Array, "V M"]:
+        """The table of which :meth:`logits` are the products; not of unstacked parameters."""
+        if self.config.decoder.tie_embeddings:
+            return self.embedding
+        return jnp.swapaxes(self.get_variable("params", "lm_head")["kernel"], 0, 1)
 
     def _over_layers(
         self,
@@ -117,7 +124,7 @@ class Decoder(nn.Module):
           positions: int32 [B, N] RoPE positions.
           metadata: attention metadata of the batch.
           selection: what text-stream queries select; T is S.
-          spec: static settings; with ``return_trace`` scores and selections are returned.
+          spec: static settings, which say what else is returned: scores and selections, or entries.
           keep_kv: return keys, values and descriptors.
           keep_hidden: return "hidden" [L, B, N, M], the residual stream after each block.
           past: the cache of earlier tokens, which the new tokens continue; ``metadata`` includes their order.
@@ -137,7 +144,7 @@ class Decoder(nn.Module):
             before = None if past is None else past_of(past, layer, self.config.gaze, c.head_dim)
             x, out = block.forward(x, angles, metadata, chosen, spec, layer=layer, past=before)
             kept: dict[str, ArrayTree] = {
-                name: out.pop(name) for name in ("scores", "selected") if name in out
+                name: out.pop(name) for name in ("scores", "selected", "entries") if name in out
             }
             if keep_kv:
                 kept |= out if past is not None else packed_layer(out, self.config.gaze)

@@ -16,6 +16,7 @@ from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.decode import DecodePosition
 from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.layers import logical
+from gaze_jax.models.ops import on_rows
 from gaze_jax.models.vision import Projector, VisionTower, normalised
 
 Images = Float[AnyArray, "B images height width 3"] | UInt8[AnyArray, "B images height width 3"]
@@ -51,8 +52,12 @@ class MLLM(nn.Module):
         """
         batch, views = images.shape[:2]
         if images.dtype == jnp.uint8:
-            images = normalised(images)
-        features = self.projector(self.vision(images.reshape(batch * views, *images.shape[2:])))
+            images = on_rows(normalised, images)
+        # Each device encodes the images of its own rows; merging the axes would lose their sharding.
+        flat = nn.with_logical_constraint(
+            images.reshape(batch * views, *images.shape[2:]), ("batch", None, None, None)
+        )
+        features = self.projector(self.vision(flat))
         return features.reshape(batch, views * features.shape[1], features.shape[2])
 
     def _embed_text(self, streams: Streams) -> Float[Array, "B S M"]:
@@ -163,6 +168,22 @@ class MLLM(nn.Module):
         """
         hidden, out = self.hidden(images, streams, selection, spec, sample_id=sample_id)
         return self.decoder.logits(hidden), out
+
+    def features(
+        self,
+        images: Images | None,
+        streams: Streams,
+        selection: Selection,
+        spec: SelectionSpec = SelectionSpec(),
+        *,
+        sample_id: SampleId | None = None,
+    ) -> tuple[Float[Array, "B S M"], Float[Array, "V M"], NamedArrays]:
+        """:meth:`__call__` before the head: the text stream [B, S, M], the head [V, M], and the same dict.
+
+        Logits of all tokens may not fit; ``hidden @ head.T`` in float32 are those of some.
+        """
+        hidden, out = self.hidden(images, streams, selection, spec, sample_id=sample_id)
+        return hidden, self.decoder.head, out
 
     def stages(
         self, images: Images | None, streams: Streams

@@ -1,4 +1,4 @@
-"""The attention ops on a mesh.
+"""The attention ops, and embedding, on a mesh.
 
 XLA partitions its own operations over the devices of a mesh, but not a Pallas kernel, which is a program for
 one device, nor a loop over heads, which is how a CPU decodes. So the ops run under ``jax.shard_map``, each
@@ -6,13 +6,17 @@ device on its part of the batch and of the kv heads. They need no communication:
 independent.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-from jaxtyping import Bool, Float, Int
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, Shaped
 
-from gaze_jax.core.types import Array, ArrayTree
+from gaze_jax.core.types import AnyArray, Array, ArrayTree
+from gaze_jax.parallel import rules
 from pallas_kernels import GazeSpec, KeyPlaces, Windows, dispatch
 from pallas_kernels.gaze_decode import api as decode_api
 from pallas_kernels.gaze_prefill import api as prefill_api
@@ -50,6 +54,50 @@ def _split(
         out_specs=nn.logical_to_mesh_axes(out),
         check_vma=False,
     )(*(a for a, _ in here))
+
+
+def on_rows(function: Callable[[Array], Array], rows: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "B ..."]:
+    """``function`` of each device's rows of an array that is split over its first axis.
+
+    For functions that XLA would split otherwise, or not at all. An axis that the devices do not divide is
+    left to it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(mesh.shape.get(name, 1) for name in rules.RULES["batch"])
+    if devices == 1 or rows.shape[0] % devices:
+        return function(jnp.asarray(rows))
+    spec = nn.logical_to_mesh_axes(("batch",))
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(rows)
+
+
+def embed(
+    table: Float[Array, "V M"], tokens: Int[AnyArray, "*lead"], dtype: DTypeLike
+) -> Float[Array, "*lead M"]:
+    """Rows of a table that is split over M, for tokens that are split over B: int32 [B, ...] to [B, ..., M].
+
+    Each device looks up its columns for the tokens of all devices that share the table, and sends them to
+    where they belong. Left to XLA, every device would hold the whole table's float32 gradient.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    (axis,) = rules.RULES["embed"]
+    parts = mesh.shape.get(axis, 1)
+    rows = math.prod(mesh.shape.get(name, 1) for name in rules.RULES["batch"])
+    if parts == 1 or table.shape[1] % parts or tokens.shape[0] % rows:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+
+    def call(table: Float[Array, "V columns"], tokens: Int[Array, "*lead"]) -> Float[Array, "*lead M"]:
+        every = jax.lax.all_gather(tokens, axis, tiled=True)
+        found = jnp.take(table, every, axis=0).astype(dtype)
+        return jax.lax.all_to_all(found, axis, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
+
+    batch = nn.logical_to_mesh_axes(("batch",))
+    return jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=(nn.logical_to_mesh_axes((None, "embed")), batch),
+        out_specs=batch,
+        check_vma=False,
+    )(table, tokens)
 
 
 def gaze_decode(

@@ -10,16 +10,31 @@ from gaze_jax.core.types import AnyArray, Array
 from gaze_jax.models.config import Numerics, VisionConfig
 from gaze_jax.models.layers import PER_LAYER_SCAN, LayerNorm, dense, logical
 
+QUERY_BLOCK = 256
+"""Most queries whose float32 scores exist at once; the tower's attention has no mask, so blocks are equal."""
+
 
 def _attend(
     q: Float[Array, "B N heads D"], k: Float[Array, "B N heads D"], v: Float[Array, "B N heads D"]
 ) -> Float[Array, "B N heads D"]:
-    """Full attention of [B, N, heads, D], softmax in float32."""
-    # jax.nn.dot_product_attention does not run on bfloat16 under strict dtype promotion.
-    logits = jnp.einsum("BTHD,BNHD->BHTN", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
-    out = jnp.einsum("BHTN,BNHD->BHTD", weights, v, preferred_element_type=jnp.float32)
-    return jnp.moveaxis(out, 1, 2).astype(q.dtype)
+    """Full attention of [B, N, heads, D], softmax in float32, in blocks of queries."""
+
+    def attend(q: Float[Array, "B T heads D"]) -> Float[Array, "B T heads D"]:
+        # jax.nn.dot_product_attention does not run on bfloat16 under strict dtype promotion.
+        logits = jnp.einsum("BTHD,BNHD->BHTN", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
+        out = jnp.einsum("BHTN,BNHD->BHTD", weights, v, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(out, 1, 2).astype(q.dtype)
+
+    batch, length = q.shape[:2]
+    count = -(-length // QUERY_BLOCK)
+    if count == 1:
+        return attend(q)
+    block = -(-length // count)
+    padded = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, count, block, *q.shape[2:]), 1, 0)
+    out = jax.lax.map(jax.checkpoint(attend), blocks)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, *q.shape[2:])[:, :length]
 
 
 def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
@@ -37,6 +52,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
         """[B, N, M] -> [B, N, M]."""
         c, kinds = self.config, self.numerics.kinds
+        x = nn.with_logical_constraint(x, ("batch", "tokens", "width"))
 
         def project(x: Float[Array, "B N M"], name: str) -> Float[Array, "B N M"]:
             return dense(c.width, ("embed", "heads"), use_bias=True, name=name, **kinds)(x)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gaze_jax.errors import UserError
@@ -62,7 +63,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = axis_sizes(config, len(devices))
     # Auto: the compiler shards activations. JAX's default, explicit axes, rejects embedding lookups.
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    # Neighbours in a mesh axis are neighbours in the torus, even if an axis takes a part of one of its sides.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), list(devices), allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES, axis_types=kinds)
 
 
 def describe_devices() -> str:

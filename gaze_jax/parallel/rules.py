@@ -25,6 +25,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 """Logical axis -> the mesh axes that it is split over, in order; () does not split it."""
 
+REPLICATED_BYTES = 2**20
+"""Largest parameter that every device may hold in full if the mesh divides none of its axes."""
+
 
 def flax_rules() -> list[tuple[str, tuple[str, ...] | None]]:
     """The table in the format of ``nn.logical_axis_rules``, for constraints on activations."""
@@ -60,16 +63,59 @@ def partition_spec(names: Sequence[str | None], label: str = "array") -> Partiti
     return PartitionSpec(*entries)
 
 
-def _check_divides(mesh: Mesh, shape: Sequence[int], spec: PartitionSpec, label: str) -> None:
-    for dim, (size, entry) in enumerate(zip(shape, spec, strict=True)):
-        # PartitionSpec replaces a tuple of one name by the name.
-        axes = (entry,) if isinstance(entry, str) else entry or ()
+def fitted_spec(
+    mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], itemsize: int, label: str
+) -> PartitionSpec:
+    """The partition spec of a parameter by the table, moved to where the mesh divides the array.
+
+    If a mesh axis does not divide the axis that the table names, it splits the largest other one that it
+    divides; the axis of layers comes last, since layers are used one after the other. If there is none, an
+    array of at most :data:`REPLICATED_BYTES` is replicated.
+
+    Args:
+      mesh: the run's mesh.
+      shape, names: its shape, and a logical name per axis.
+      itemsize: bytes of an element.
+      label: names the array in error messages.
+
+    Raises:
+      ValueError: see :func:`partition_spec`.
+      UserError: a larger array cannot be split.
+    """
+    # PartitionSpec replaces a tuple of one name by the name.
+    spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(names, label)]
+    for dim, axes in enumerate(spec):
         parts = math.prod(mesh.shape[axis] for axis in axes)
-        if size % parts:
+        if not shape[dim] % parts:
+            continue
+        spec[dim] = ()
+        free = [at for at in range(len(shape)) if not spec[at] and not shape[at] % parts]
+        size = math.prod(shape) * itemsize
+        if free:
+            spec[max(free, key=lambda at: (names[at] != "layers", shape[at]))] = axes
+        elif size > REPLICATED_BYTES:
             raise UserError(
-                f"Axis {dim} of {label} has size {size}, which mesh.{' * mesh.'.join(axes)} = {parts} does "
-                "not divide; choose mesh sizes that divide it."
+                f"Axis {dim} of {label} has size {shape[dim]}, which mesh.{' * mesh.'.join(axes)} = {parts} "
+                f"does not divide, nor any other of {list(shape)}: each device would hold all {size:,} "
+                "bytes; choose mesh sizes that divide one."
             )
+    return PartitionSpec(*(axes or None for axes in spec))
+
+
+def moved(mesh: Mesh, abstract_boxed: PyTree) -> list[str]:
+    """A line for every parameter that :func:`fitted_spec` splits otherwise than the table says."""
+    lines = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_boxed, is_leaf=_is_boxed):
+        shape = leaf.value.shape
+        spec = fitted_spec(mesh, shape, leaf.names, leaf.value.dtype.itemsize, _name(path))
+        if spec != partition_spec(leaf.names):
+            where = [f"{entry} over axis {dim}" for dim, entry in enumerate(spec) if entry]
+            lines.append(f"{_name(path)} {list(shape)}: {' and '.join(where) or 'replicated'}")
+    return lines
+
+
+def _is_boxed(leaf: object) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def _name(path: KeyPath) -> str:
@@ -88,20 +134,17 @@ def param_shardings(mesh: Mesh, abstract_boxed: PyTree) -> PyTree:
 
     Raises:
       ValueError: a parameter has no logical names, or the table rejects them.
-      UserError: a mesh axis does not divide a parameter (it is not silently replicated).
+      UserError: a mesh axis divides no axis of a large parameter; see :func:`fitted_spec`.
     """
 
     def sharding(path: KeyPath, leaf: object) -> NamedSharding:
         label = f"parameter {_name(path)}"
         if not isinstance(leaf, nn.LogicallyPartitioned):
             raise ValueError(f"{label.capitalize()} has no logical axis names; add them where it is created.")
-        spec = partition_spec(leaf.names, label)
-        _check_divides(mesh, leaf.value.shape, spec, label)
-        return NamedSharding(mesh, spec)
+        value = leaf.value
+        return NamedSharding(mesh, fitted_spec(mesh, value.shape, leaf.names, value.dtype.itemsize, label))
 
-    return jax.tree_util.tree_map_with_path(
-        sharding, abstract_boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    )
+    return jax.tree_util.tree_map_with_path(sharding, abstract_boxed, is_leaf=_is_boxed)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

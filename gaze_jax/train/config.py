@@ -53,6 +53,8 @@ class Experiment:
         field is enough: :func:`resolve` derives the rest.
       steps: optimizer steps; 0: as many as ``data.epochs`` take.
       batch_size: samples per step, over all devices.
+      accumulate: parts of a batch whose gradients are summed one after the other, to save memory; the step
+        is that of the whole batch.
       optimizer: how parameters are updated.
       schedule: fraction of the regions to keep, from all down to ``top_k``.
       mesh: sizes of the device mesh.
@@ -70,6 +72,7 @@ class Experiment:
     arm: str = "gaze"
     steps: int = 3000
     batch_size: int = 32
+    accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = Schedule()
     mesh: MeshConfig = MeshConfig()
@@ -194,9 +197,13 @@ def resolve(experiment: Experiment) -> Experiment:
     require(experiment.arm in ARMS, f"arm={experiment.arm!r} must be one of {ARMS}.")
     require(experiment.model.vision is not None, "model.vision is empty; training needs an image tower.")
     experiment = _apply_arm(experiment)
-    for name in ("batch_size", "keep_checkpoints", "log_every"):
+    for name in ("batch_size", "accumulate", "keep_checkpoints", "log_every"):
         value = getattr(experiment, name)
         require(value >= 1, f"{name}={value} must be at least 1.")
+    require(
+        experiment.batch_size % experiment.accumulate == 0,
+        f"batch_size={experiment.batch_size} must be a multiple of accumulate={experiment.accumulate}.",
+    )
     for name, least in (("samples", 2), ("batch_size", 1)):
         value = getattr(experiment.eval, name)
         require(value >= least, f"eval.{name}={value} must be at least {least}.")

@@ -13,13 +13,23 @@ from jax.sharding import Mesh
 
 from gaze_jax.corpora.digits import DigitsConfig
 from gaze_jax.errors import UserError, first_line
+from gaze_jax.models.parameters import boxed_params
+from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.corpus import Progress, no_progress
 from gaze_jax.train.pipeline import Batches, RunData, open_data
 from gaze_jax.train.start import Start, check_start, initial_params
-from gaze_jax.train.step import Batch, Metrics, TrainState, compile_step, init_state, put_batch
+from gaze_jax.train.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    check_rows,
+    compile_step,
+    init_state,
+    put_batch,
+)
 from gaze_jax.writing import full_disk
 
 
@@ -135,6 +145,7 @@ def train(
     """
     workdir = Path(workdir)
     mesh = make_mesh(experiment.mesh)
+    check_rows(experiment, mesh)
     if start is not None:
         check_start(start, experiment.model)
     data = open_data(experiment, start, workdir, progress)
@@ -181,6 +192,8 @@ def _steps(
     experiment = run.experiment
     batch = put_batch(next(batches), run.mesh)
     state, window = (run.fresh(batch), []) if restored is None else restored
+    for line in rules.moved(run.mesh, boxed_params(experiment.model)):
+        print_once(f"not split as usual, since the mesh does not divide it: {line}")
     print_once(
         f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"

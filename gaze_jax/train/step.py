@@ -1,7 +1,9 @@
 """The train state, the loss and the training step."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -14,11 +16,14 @@ from jaxtyping import PyTree
 from gaze_jax.core.budget import budget_from_keep
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import IGNORE, POOL_FIELDS, Streams
+from gaze_jax.core.types import NamedArrays
+from gaze_jax.errors import UserError
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train.config import Experiment
+from gaze_jax.train.objective import token_losses
 from gaze_jax.train.optimizer import make_optimizer, without_frozen
 
 Array = jax.Array
@@ -101,6 +106,22 @@ def init_state(experiment: Experiment, mesh: Mesh, params: PyTree | None = None)
     return make(np.uint32(experiment.seed))
 
 
+def check_rows(experiment: Experiment, mesh: Mesh) -> None:
+    """Check that the devices of a mesh can share the rows of a batch.
+
+    Raises:
+      UserError: they cannot.
+    """
+    devices = math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])
+    rows = experiment.batch_size // experiment.accumulate
+    if rows % devices:
+        parts = f" / accumulate={experiment.accumulate}" if experiment.accumulate > 1 else ""
+        raise UserError(
+            f"batch_size={experiment.batch_size}{parts} must be a multiple of the {devices} devices that "
+            "share the rows (mesh.data * mesh.fsdp)."
+        )
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Put this process's rows of a batch onto the mesh; fields that a step does not read are dropped."""
     sharding = rules.batch_sharding(mesh)
@@ -111,14 +132,12 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     }
 
 
-def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean of ``values`` where ``mask`` is True, in float32; 0 if it is nowhere True."""
-    total = jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0.0))
-    return total / jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(jnp.float32)
-
-
 def loss_and_metrics(
-    params: PyTree, batch: Batch, keep: Array | None, config: MLLMConfig
+    params: PyTree,
+    batch: Batch,
+    keep: Array | None,
+    config: MLLMConfig,
+    supervised_tokens: Array | None = None,
 ) -> tuple[Array, Metrics]:
     """Teacher-forced cross entropy, averaged over the supervised tokens of the whole batch.
 
@@ -128,6 +147,8 @@ def loss_and_metrics(
         [B, N, height, width, 3].
       keep: float32 scalar, fraction of the visible regions that a query selects; None is dense attention.
       config: the model's config.
+      supervised_tokens: int32 scalar to divide sums by, if ``batch`` is a part of a batch with so many: the
+        results of its parts add up to those of the batch.
 
     Returns:
       float32 loss and metrics, averaged over supervised queries: "loss", "accuracy", "top_k" (regions that
@@ -137,30 +158,42 @@ def loss_and_metrics(
     sample = batch["sample_id"]
     visible = make_metadata(streams, config.gaze, sample).routed.visible
     top_k = None if keep is None else budget_from_keep(keep, visible)
-    logits, out = MLLM(config).apply(
+    features = MLLM(config).apply(
         {"params": params},
         batch["images"],
         streams,
         Selection(top_k),
-        SelectionSpec(return_trace=True),
+        SelectionSpec(return_entries=True),
         sample_id=sample,
+        method="features",
     )
+    hidden, head, out = cast(tuple[Array, Array, NamedArrays], features)
     supervised = streams.targets != IGNORE
-    targets = jnp.where(supervised, streams.targets, 0)
-    loss = masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets), supervised)
-    # [L, B, S, Hs, R]; if no query is routed, every visible key is attended to.
-    chosen = out.get("selected", visible[None, :, :, None])
-    fraction = jnp.mean(chosen.astype(jnp.float32), axis=(0, 3))
-    region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+    count = count_supervised(batch) if supervised_tokens is None else supervised_tokens
+    tokens = token_losses(hidden, head, streams.targets)
+
+    def mean(values: Array) -> Array:
+        total = jnp.sum(jnp.where(supervised, values.astype(jnp.float32), 0.0))
+        return total / jnp.maximum(count, 1).astype(jnp.float32)
+
+    if "entries" in out:
+        entries = jnp.mean(out["entries"], axis=0)
+    else:  # no query is routed: every visible key is attended to
+        region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+        entries = jnp.einsum("BSR,BR->BS", visible.astype(jnp.float32), region_tokens)
     visible_regions = jnp.sum(visible, axis=-1, dtype=jnp.int32)
+    loss = mean(tokens.loss)
     return loss, {
         "loss": loss,
-        "accuracy": masked_mean(jnp.argmax(logits, axis=-1) == targets, supervised),
-        "top_k": masked_mean(
-            visible_regions if top_k is None else jnp.minimum(top_k, visible_regions), supervised
-        ),
-        "visual_entries": masked_mean(jnp.einsum("BSR,BR->BS", fraction, region_tokens), supervised),
+        "accuracy": mean(tokens.correct),
+        "top_k": mean(visible_regions if top_k is None else jnp.minimum(top_k, visible_regions)),
+        "visual_entries": mean(entries),
     }
+
+
+def count_supervised(batch: Batch) -> Array:
+    """Supervised tokens of a batch, int32 scalar."""
+    return jnp.sum(batch["targets"] != IGNORE, dtype=jnp.int32)
 
 
 def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
@@ -188,11 +221,15 @@ def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keep = keep_fraction(experiment, state.step)
 
-        def loss(params: PyTree) -> tuple[Array, Metrics]:
-            params = without_frozen(params, experiment.optimizer)
-            return loss_and_metrics(params, batch, keep, experiment.model)
+        count = count_supervised(batch)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params)
+        def loss(params: PyTree, part: Batch) -> tuple[Array, Metrics]:
+            params = without_frozen(params, experiment.optimizer)
+            return loss_and_metrics(params, part, keep, experiment.model, count)
+
+        grads, metrics = _accumulated(
+            jax.grad(loss, has_aux=True), state.params, batch, experiment.accumulate
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
@@ -203,6 +240,25 @@ def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def _accumulated(
+    gradient: Callable[[PyTree, Batch], tuple[PyTree, Metrics]], params: PyTree, batch: Batch, parts: int
+) -> tuple[PyTree, Metrics]:
+    """The sum of ``gradient`` over ``parts`` parts of a batch, one after the other."""
+    if parts == 1:
+        return gradient(params, batch)
+
+    def split(a: Array) -> Array:
+        # Part p has rows p, parts + p, ...: of each device's rows as many as of every other's.
+        return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
+
+    def add(total: tuple[PyTree, Metrics], part: Batch) -> tuple[tuple[PyTree, Metrics], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda a: split(a)[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, jax.tree.map(split, dict(batch)))[0]
 
 
 def compile_step(

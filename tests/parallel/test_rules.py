@@ -50,8 +50,33 @@ def test_two_axes_cannot_share_a_mesh_axis():
 
 
 def test_a_size_that_does_not_divide_is_refused_rather_than_replicated(mesh):
-    with pytest.raises(UserError, match=r"Axis 1 of parameter a/kernel has size 6, which mesh.fsdp = 4"):
-        rules.param_shardings(mesh, {"a": {"kernel": boxed((8, 6), ("mlp", "embed"))}})
+    kernel = {"a": {"kernel": boxed((1026, 514), ("mlp", "embed"))}}
+    with pytest.raises(
+        UserError,
+        match=r"Axis 1 of parameter a/kernel has size 514, which mesh.fsdp = 4 .* all 2,109,456 bytes",
+    ):
+        rules.param_shardings(mesh, kernel)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "spec"),
+    [
+        ((8, 6), ("mlp", "embed"), ("fsdp", None)),
+        ((4, 12, 8, 6), ("layers", None, None, "embed"), (None, "fsdp", None, None)),
+        ((4, 7, 6), ("layers", "mlp", "embed"), ("fsdp", None, None)),
+        ((7, 6), ("mlp", "embed"), (None, None)),
+        ((7, 8), ("mlp", "embed"), (None, "fsdp")),
+    ],
+)
+def test_what_the_mesh_does_not_divide_is_split_elsewhere(mesh, shape, names, spec):
+    """The largest axis that it divides, layers last; only a small array is replicated; each is told."""
+    tree = {"a": boxed(shape, names)}
+    assert rules.param_shardings(mesh, tree)["a"].spec == PartitionSpec(*spec)
+    lines = rules.moved(mesh, tree)
+    assert (not lines) == (PartitionSpec(*spec) == rules.partition_spec(names))
+    if lines:
+        where = "replicated" if set(spec) == {None} else f"fsdp over axis {spec.index('fsdp')}"
+        assert lines == [f"a {list(shape)}: {where}"]
 
 
 def test_a_parameter_without_names_is_refused(mesh):

@@ -1,19 +1,27 @@
 """Invariant 4 for training: parameters and batch split over a mesh give what one device gives."""
 
+import dataclasses
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.errors import UserError
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train import objective
 from gaze_jax.train.step import (
     abstract_state,
+    check_rows,
     init_state,
     loss_and_metrics,
     put_batch,
     shardings_of,
+    step_function,
 )
 from tests.helpers.experiments import batches_of, compiled, tiny_experiment
 
@@ -63,6 +71,63 @@ def test_gradients_and_metrics_are_those_of_one_device(batch):
         one,
         many,
     )
+
+
+@pytest.mark.parametrize("shape", [MeshConfig(2, 4), MeshConfig(1, 8)], ids=str)
+def test_no_device_does_or_holds_more_than_its_share(shape, monkeypatch):
+    """The work of the compiled step, not only its values: the tower's above all."""
+    monkeypatch.setattr(objective, "LOGIT_BYTES", 32 * 1024)
+    one, many = work(make_mesh(MeshConfig(1, 1), jax.devices()[:1])), work(make_mesh(shape))
+    assert one.flops / 8 <= many.flops <= 1.15 * one.flops / 8
+    assert many.largest <= 1.01 * one.largest / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs of a device, and bytes of its largest array that is no parameter's."""
+
+    flops: float
+    largest: int
+
+
+def work(mesh):
+    experiment = tiny_experiment(batch_size=16)
+    batch = put_batch(batches_of(experiment)[0], mesh)
+    step, state = jax.jit(step_function(experiment)), abstract_state(experiment, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
+        compiled = step.lower(state, batch).compile()
+    sizes = [
+        math.prod(map(int, shape.split(","))) * 4
+        for shape in re.findall(r"(?:f32|s32)\[([0-9,]+)\]", compiled.as_text())
+    ]
+    return Work(compiled.cost_analysis()["flops"], max(sizes))
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    """Gradients and metrics by sums over tokens, though the parts have different numbers of targets."""
+    experiment = tiny_experiment(batch_size=8)
+    mesh = make_mesh(MeshConfig(2, 2), jax.devices()[:4])
+    (host,) = batches_of(experiment)
+    host["targets"][1::2, :-4] = -100
+    batch = put_batch(host, mesh)
+    found = {}
+    for parts in (1, 2):
+        parted = dataclasses.replace(experiment, accumulate=parts)
+        state = init_state(parted, mesh)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
+            found[parts] = jax.jit(step_function(parted))(state, batch)
+    for name, value in found[1][1].items():
+        np.testing.assert_allclose(found[2][1][name], value, rtol=1e-5, err_msg=name)
+    # Adam divides by the root of the second moment, so rounding of a small gradient grows: compare moments.
+    for mine, theirs in zip(jax.tree.leaves(found[2][0].opt_state), jax.tree.leaves(found[1][0].opt_state)):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(12, 1), (8, 2)])
+def test_rows_that_the_devices_cannot_share_are_refused(rows, parts):
+    experiment = tiny_experiment(batch_size=rows, accumulate=parts)
+    with pytest.raises(UserError, match=rf"^batch_size={rows}.* must be a multiple of the 8 devices"):
+        check_rows(experiment, make_mesh(SHARDED))
 
 
 def test_a_step_leaves_every_array_where_it_belongs(batch):

@@ -1,0 +1,80 @@
+"""Next-token losses: those of plain logits, in chunks, and with the vocabulary split over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gaze_jax.core.streams import IGNORE
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train import objective
+
+BATCH, LENGTH, WIDTH = 8, 11, 16
+
+
+def inputs(vocab):
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+    table = rng.normal(size=(vocab, WIDTH)).astype(np.float32)
+    table[7] = table[3]  # equal logits: the first is the prediction
+    targets = rng.integers(vocab, size=(BATCH, LENGTH)).astype(np.int32)
+    targets[0, :2] = 3, 7
+    hidden[0, :2] = 5 * table[3]
+    targets[:, 5] = IGNORE
+    return hidden, table, targets
+
+
+def plain(hidden, table, targets):
+    logits = jnp.einsum("BSM,VM->BSV", hidden, table)
+    wanted = jnp.where(targets == IGNORE, 0, targets)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, wanted), jnp.argmax(logits, -1) == targets
+
+
+def loss_of(function, targets):
+    """A weighted sum of the losses of the targets, so that each has a gradient of its own."""
+    weights = np.where(targets == IGNORE, 0, np.arange(targets.size).reshape(targets.shape)).astype(
+        np.float32
+    )
+    return lambda hidden, table: jnp.sum(function(hidden, table, targets)[0] * weights)
+
+
+def compare(vocab, mesh):
+    hidden, table, targets = inputs(vocab)
+    loss, correct = plain(hidden, table, targets)
+    expected = jax.grad(loss_of(plain, targets), argnums=(0, 1))(hidden, table)
+    with jax.set_mesh(mesh):
+        found = jax.jit(objective.token_losses)(hidden, table, targets)
+        gradients = jax.jit(jax.grad(loss_of(objective.token_losses, targets), argnums=(0, 1)))(hidden, table)
+    some = targets != IGNORE
+    np.testing.assert_allclose(found.loss[some], loss[some], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.correct[some], correct[some])
+    assert correct[0, 0] and not correct[0, 1]
+    for mine, theirs in zip(gradients, expected):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kilobytes", [64, 1])
+@pytest.mark.parametrize(
+    ("vocab", "mesh"), [(40, MeshConfig(2, 4)), (37, MeshConfig(2, 4)), (37, MeshConfig(8, 1)), (37, None)]
+)
+def test_losses_and_gradients_are_those_of_plain_logits(vocab, mesh, kilobytes, monkeypatch):
+    """Chunks, parts of the vocabulary, and a vocabulary that the parts do not divide change nothing."""
+    monkeypatch.setattr(objective, "LOGIT_BYTES", kilobytes * 1024)
+    compare(vocab, make_mesh(mesh or MeshConfig(1, 1), None if mesh else jax.devices()[:1]))
+
+
+def test_no_logits_of_all_tokens_and_no_whole_table_exist(monkeypatch):
+    """Read from the compiled gradient: a chunk's logits of a part of the vocabulary are the largest array."""
+    monkeypatch.setattr(objective, "LOGIT_BYTES", 4 * 4 * 1000)
+    hidden, table, targets = inputs(1000)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 8))):
+        spec = jax.sharding.PartitionSpec(None, "fsdp")
+        table = jax.device_put(table, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec))
+        gradient = jax.jit(
+            jax.grad(loss_of(objective.token_losses, targets), argnums=1), out_shardings=table.sharding
+        )
+        text = gradient.lower(hidden, table).compile().as_text()
+    assert "f32[1000,2]" in text  # each device's part
+    assert "f32[1000,16]" not in text and "f32[1000,1000]" not in text
+    assert "f32[8,11,1000]" not in text and "f32[8,4,125]" in text

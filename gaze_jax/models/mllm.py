@@ -16,8 +16,8 @@ from gaze_jax.models.config import DTYPES, MLLMConfig
 from gaze_jax.models.decode import DecodePosition
 from gaze_jax.models.decoder import Decoder
 from gaze_jax.models.layers import logical
-from gaze_jax.models.ops import on_rows
-from gaze_jax.models.vision import Projector, VisionTower, normalised
+from gaze_jax.models.ops import normalised
+from gaze_jax.models.vision import Projector, VisionTower
 
 Images = Float[AnyArray, "B images height width 3"] | UInt8[AnyArray, "B images height width 3"]
 SampleId = Int[AnyArray, " B"] | Int[AnyArray, "B S"]
@@ -52,7 +52,7 @@ class MLLM(nn.Module):
         """
         batch, views = images.shape[:2]
         if images.dtype == jnp.uint8:
-            images = on_rows(normalised, images)
+            images = normalised(images)
         # Each device encodes the images of its own rows; merging the axes would lose their sharding.
         flat = nn.with_logical_constraint(
             images.reshape(batch * views, *images.shape[2:]), ("batch", None, None, None)

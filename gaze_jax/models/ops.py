@@ -1,4 +1,4 @@
-"""The attention ops, and embedding, on a mesh.
+"""The attention ops, embedding and normalising, on a mesh.
 
 XLA partitions its own operations over the devices of a mesh, but not a Pallas kernel, which is a program for
 one device, nor a loop over heads, which is how a CPU decodes. So the ops run under ``jax.shard_map``, each
@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 
+from gaze_jax.core.pixels import LEVELS
 from gaze_jax.core.types import AnyArray, Array, ArrayTree
 from gaze_jax.parallel import rules
 from pallas_kernels import GazeSpec, KeyPlaces, Windows, dispatch
@@ -56,18 +57,21 @@ def _split(
     )(*(a for a, _ in here))
 
 
-def on_rows(function: Callable[[Array], Array], rows: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "B ..."]:
-    """``function`` of each device's rows of an array that is split over its first axis.
+def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
+    """:func:`gaze_jax.data.pixels.normalise` on the device, bit-identical.
 
-    For functions that XLA would split otherwise, or not at all. An axis that the devices do not divide is
-    left to it.
+    On a mesh each device looks up its own rows: XLA may gather the images of all.
     """
+
+    def call(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
+        return jnp.take(jnp.asarray(LEVELS), images.astype(jnp.int32), axis=0)
+
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape.get(name, 1) for name in rules.RULES["batch"])
-    if devices == 1 or rows.shape[0] % devices:
-        return function(jnp.asarray(rows))
+    if devices == 1 or images.shape[0] % devices:
+        return call(images)
     spec = nn.logical_to_mesh_axes(("batch",))
-    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(rows)
+    return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(images)
 
 
 def embed(

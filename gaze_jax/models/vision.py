@@ -3,9 +3,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float
 
-from gaze_jax.core.pixels import LEVELS
 from gaze_jax.core.types import AnyArray, Array
 from gaze_jax.models.config import Numerics, VisionConfig
 from gaze_jax.models.layers import PER_LAYER_SCAN, LayerNorm, dense, logical
@@ -35,11 +34,6 @@ def _attend(
     blocks = jnp.moveaxis(padded.reshape(batch, count, block, *q.shape[2:]), 1, 0)
     out = jax.lax.map(jax.checkpoint(attend), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, *q.shape[2:])[:, :length]
-
-
-def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
-    """:func:`gaze_jax.data.pixels.normalise` on the device, bit-identical."""
-    return jnp.take(jnp.asarray(LEVELS), images.astype(jnp.int32), axis=0)
 
 
 class EncoderBlock(nn.Module):

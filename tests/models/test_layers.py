@@ -8,7 +8,7 @@ import pytest
 from gaze_jax.data.pixels import normalise
 from gaze_jax.models import DUMMY, MLLM
 from gaze_jax.models.layers import LayerNorm, RMSNorm, apply_rope, rope_angles
-from gaze_jax.models.vision import normalised
+from gaze_jax.models.ops import normalised
 from tests.helpers import models
 from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 

@@ -1,6 +1,7 @@
 """The optimizer: optax's Muon or AdamW, with warmup, decay and clipping by the global norm."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,20 @@ _MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
+class PartRates:
+    """Learning rate of each part of a model, as a multiple of the run's; its decay is multiplied too.
+
+    LLaVA-OneVision trains its tower at a fifth of the rate of the rest, for example.
+    """
+
+    vision: float = 1.0
+    projector: float = 1.0
+    newline: float = 1.0
+    context: float = 1.0
+    decoder: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters are updated.
 
@@ -40,6 +55,7 @@ class OptimizerConfig:
       b2: decay rate of Adam's second moment.
       clip_norm: maximum global norm of the gradient; None does not clip.
       frozen: parts of the model that are not trained, of :data:`PARTS`.
+      part_rates: multiples of the learning rate for parts of the model.
     """
 
     name: str = "muon"
@@ -53,6 +69,7 @@ class OptimizerConfig:
     b2: float = 0.99
     clip_norm: float | None = 1.0
     frozen: tuple[str, ...] = ()
+    part_rates: PartRates = PartRates()
 
     def __post_init__(self) -> None:
         for field, known in (("name", NAMES), ("decay", DECAYS)):
@@ -80,6 +97,13 @@ class OptimizerConfig:
             )
         if set(PARTS) <= set(self.frozen):
             raise ValueError("optimizer.frozen names every part, so nothing would be trained; leave one out.")
+        for part, rate in dataclasses.asdict(self.part_rates).items():
+            if not 0 < rate < math.inf:
+                raise ValueError(
+                    f"optimizer.part_rates.{part}={rate} must be positive; optimizer.frozen leaves a part out."
+                )
+            if part in self.frozen and rate != 1:
+                raise ValueError(f"optimizer.part_rates.{part}={rate} has no effect, since {part} is frozen.")
         if not 0 <= self.final_fraction <= 1 or not 0 < self.b2 < 1:
             raise ValueError(
                 f"optimizer.final_fraction={self.final_fraction} and optimizer.b2={self.b2} must lie "
@@ -149,6 +173,9 @@ def make_optimizer(
         )
     else:
         update = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=hidden_matrices)
+    rates = dataclasses.asdict(config.part_rates)
+    if set(rates.values()) != {1.0}:  # the optimizer's state would have another structure
+        update = optax.chain(update, optax.stateless(lambda updates, _: _scaled(updates, rates)))
     if config.clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if config.frozen:
@@ -158,6 +185,13 @@ def make_optimizer(
 
         update = optax.chain(optax.masked(update, are(False)), optax.masked(optax.set_to_zero(), are(True)))
     return update, schedule
+
+
+def _scaled(updates: dict[str, PyTree], rates: dict[str, float]) -> dict[str, PyTree]:
+    """The updates of each part times its rate; a masked part has none."""
+    return {
+        part: jax.tree.map(lambda leaf, rate=rates[part]: leaf * rate, tree) for part, tree in updates.items()
+    }
 
 
 def without_frozen(params: PyTree, config: OptimizerConfig) -> PyTree:

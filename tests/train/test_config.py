@@ -131,6 +131,12 @@ def test_what_may_be_changed_are_fields_of_the_model():
         ("data", {"path": "", "sources": ({"path": "y", "weight": 0.0},)}, "must be of positive weights"),
         ("data", {"path": "x", "epochs": None}, r"steps=0 takes as many steps as data.epochs need"),
         ("optimizer", {"frozen": ("tower",)}, r"optimizer.frozen names tower; the parts are vision"),
+        ("optimizer", {"part_rates": {"vision": 0.0}}, r"part_rates.vision=0.0 must be positive"),
+        (
+            "optimizer",
+            {"part_rates": {"vision": 0.5}, "frozen": ("vision",)},
+            r"part_rates.vision=0.5 has no effect, since vision is frozen",
+        ),
         ("optimizer", {"warmup_fraction": 0.1, "warmup_steps": 5}, r"contradicts optimizer.warmup_fraction"),
     ],
 )

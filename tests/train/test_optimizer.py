@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.optimizer import (
     OptimizerConfig,
+    PartRates,
     hidden_matrices,
     learning_rate,
     make_optimizer,
@@ -93,3 +96,22 @@ def test_settings_out_of_range_are_named(field, value):
 def test_adams_own_rate_needs_muon():
     with pytest.raises(ValueError, match="adam_learning_rate has an effect only with name='muon'"):
         OptimizerConfig(name="adamw", adam_learning_rate=1e-3)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("frozen", [(), ("projector",)])
+def test_a_part_is_updated_at_its_rate(frozen):
+    """Its decay too; the others as before, and what is frozen not at all."""
+    rng = np.random.default_rng(0)
+    parts = ("vision", "projector", "decoder")
+    params = {part: {"kernel": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)} for part in parts}
+    grads = jax.tree.map(lambda leaf: jnp.cos(leaf), params)
+    config = OptimizerConfig(name="adamw", warmup_steps=0, weight_decay=0.1, frozen=frozen)
+    found = []
+    for rates in (PartRates(), PartRates(vision=0.2, decoder=2.0)):
+        update, _ = make_optimizer(dataclasses.replace(config, part_rates=rates), 10)
+        found.append(update.update(grads, update.init(params), params)[0])
+    for part, rate in {"vision": 0.2, "projector": 1.0, "decoder": 2.0}.items():
+        expected = 0.0 if part in frozen else rate * found[0][part]["kernel"]
+        np.testing.assert_allclose(found[1][part]["kernel"], np.broadcast_to(expected, (4, 4)), rtol=1e-6)
+        assert part in frozen or np.abs(expected).min() > 0

@@ -4,8 +4,10 @@ Field names are the keys of a config file (``configs/*.py``) and of a checkpoint
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TypedDict
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -17,6 +19,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PARAM_DTYPES = DTYPES | {"float16": jnp.float16}
 """Parameters may also be stored in float16, as in some published checkpoints; nothing computes in it."""
 SCOPES = ("all", "view")
+REMAT_POLICIES = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a rematerialised block keeps besides its input."""
 
 
 class Kinds(TypedDict):
@@ -199,16 +206,28 @@ class Numerics:
       dtype: dtype of activations and the KV cache; "float32" or "bfloat16".
       param_dtype: dtype of new parameters; "float32", "bfloat16" or "float16".
       remat: recompute a block's activations in the backward pass.
+      remat_policy: what is kept of them: "nothing", or "dots", the products with parameters, which costs
+        memory and saves their recomputation.
     """
 
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    remat_policy: str = "nothing"
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
+        known: Mapping[str, Mapping[str, object]] = {
+            "dtype": DTYPES,
+            "param_dtype": PARAM_DTYPES,
+            "remat_policy": REMAT_POLICIES,
+        }
+        for name, values in known.items():
             value = getattr(self, name)
-            _require(value in known, f"{name}={value!r} must be one of {tuple(known)}.")
+            _require(value in values, f"{name}={value!r} must be one of {tuple(values)}.")
+        _require(
+            self.remat or self.remat_policy == "nothing",
+            f"remat_policy={self.remat_policy!r} has no effect without remat=True; set it, or leave it out.",
+        )
 
     @property
     def kinds(self) -> Kinds:
@@ -225,7 +244,7 @@ class MLLMConfig:
       vision: the image tower; None for a language model alone, which has no projector, newline or context
         tokens.
       gaze: attention over visual tokens.
-      dtype, param_dtype, remat: see :class:`Numerics`.
+      dtype, param_dtype, remat, remat_policy: see :class:`Numerics`.
       views: how images and frames become token grids.
     """
 
@@ -235,6 +254,7 @@ class MLLMConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    remat_policy: str = "nothing"
     views: ViewConfig = ViewConfig()
 
     def __post_init__(self) -> None:
@@ -253,7 +273,7 @@ class MLLMConfig:
     @property
     def numerics(self) -> Numerics:
         """Numerical settings of the tower and the decoder."""
-        return Numerics(self.dtype, self.param_dtype, self.remat)
+        return Numerics(self.dtype, self.param_dtype, self.remat, self.remat_policy)
 
     @property
     def tower(self) -> VisionConfig:

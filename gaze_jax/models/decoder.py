@@ -19,7 +19,7 @@ from gaze_jax.models import ops, unstacked
 from gaze_jax.models.attention import AttentionMetadata
 from gaze_jax.models.block import Block
 from gaze_jax.models.cache import Cache, packed_layer, past_of
-from gaze_jax.models.config import DTYPES, MLLMConfig
+from gaze_jax.models.config import DTYPES, REMAT_POLICIES, MLLMConfig
 from gaze_jax.models.decode import DecodePosition, decode_masks
 from gaze_jax.models.layers import PER_LAYER_SCAN, RMSNorm, dense, logical, rope_angles
 
@@ -83,7 +83,8 @@ class Decoder(nn.Module):
         if unstacked.is_split(blocks):
             return unstacked.scan(Block(self.config, parent=None), blocks, body, carry, inputs)
         if remat:
-            body = nn.remat(body, prevent_cse=False)
+            policy = REMAT_POLICIES[self.config.remat_policy]
+            body = nn.remat(body, prevent_cse=False, policy=policy)
         scan = nn.scan(
             body, length=self.config.decoder.depth, metadata_params=metadata or {}, **PER_LAYER_SCAN
         )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from gaze_jax.core.types import AnyArray, Array
-from gaze_jax.models.config import Numerics, VisionConfig
+from gaze_jax.models.config import REMAT_POLICIES, Numerics, VisionConfig
 from gaze_jax.models.layers import PER_LAYER_SCAN, LayerNorm, dense, logical
 
 QUERY_BLOCK = 256
@@ -109,7 +109,8 @@ class VisionTower(nn.Module):
             return block(x), None
 
         if self.numerics.remat:
-            body = nn.remat(body, prevent_cse=False)
+            policy = REMAT_POLICIES[self.numerics.remat_policy]
+            body = nn.remat(body, prevent_cse=False, policy=policy)
         scan = nn.scan(body, length=c.depth, metadata_params={nn.PARTITION_NAME: "layers"}, **PER_LAYER_SCAN)
         x, _ = scan(EncoderBlock(c, self.numerics, name="layers"), x, None)
         if c.post_norm:

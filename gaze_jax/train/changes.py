@@ -31,13 +31,14 @@ class ModelChanges:
       gaze: attention over visual tokens.
       dtype: dtype of activations.
       param_dtype: dtype of the parameters during training; the checkpoint's are cast to it.
-      remat: recompute a block's activations in the backward pass.
+      remat, remat_policy: recompute a block's activations in the backward pass, and what is kept of them.
     """
 
     gaze: GazeChanges = GazeChanges()
     dtype: str | None = None
     param_dtype: str | None = None
     remat: bool | None = None
+    remat_policy: str | None = None
 
 
 def changed(config: MLLMConfig, changes: ModelChanges) -> MLLMConfig:

@@ -100,7 +100,7 @@ class OptimizerConfig:
         for part, rate in dataclasses.asdict(self.part_rates).items():
             if not 0 < rate < math.inf:
                 raise ValueError(
-                    f"optimizer.part_rates.{part}={rate} must be positive; optimizer.frozen leaves a part out."
+                    f"optimizer.part_rates.{part}={rate} must be positive; to train none of it, use frozen."
                 )
             if part in self.frozen and rate != 1:
                 raise ValueError(f"optimizer.part_rates.{part}={rate} has no effect, since {part} is frozen.")

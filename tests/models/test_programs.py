@@ -72,10 +72,21 @@ def test_remat_changes_memory_and_no_value():
     images, streams = models.toy()
     variables, top_k = models.parameters(DUMMY), jnp.int32(3)
     loss, expected = models.gradients(DUMMY)(variables, images, streams, top_k)
-    again, got = models.gradients(models.changed(DUMMY, remat=True))(variables, images, streams, top_k)
-    assert float(again) == pytest.approx(float(loss), rel=1e-6)
-    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        models.close(mine, theirs, 1e-5)
+    products = set()
+    for policy in ("nothing", "dots"):
+        config = models.changed(DUMMY, remat=True, remat_policy=policy)
+        again, got = models.gradients(config)(variables, images, streams, top_k)
+        assert float(again) == pytest.approx(float(loss), rel=1e-6)
+        for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            models.close(mine, theirs, 1e-5)
+        jaxpr = jax.make_jaxpr(models.gradients(config))(variables, images, streams, top_k)
+        products.add(str(jaxpr).count("dot_general"))
+    assert len(products) == 2  # "dots" computes fewer again
+
+
+def test_a_policy_without_remat_is_refused():
+    with pytest.raises(ValueError, match="remat_policy='dots' has no effect without remat=True"):
+        models.changed(DUMMY, remat_policy="dots")
 
 
 def _abstract_decode(select_per):

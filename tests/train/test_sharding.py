@@ -80,14 +80,22 @@ def test_no_device_does_or_holds_more_than_its_share(shape, monkeypatch):
     one, many = work(make_mesh(MeshConfig(1, 1), jax.devices()[:1])), work(make_mesh(shape))
     assert one.flops / 8 <= many.flops <= 1.15 * one.flops / 8
     assert many.largest <= 1.01 * one.largest / 8
+    # The tables [V, M] = [144, 32] and logits exist in parts only.
+    assert not {(144, 32), (32, 144)} & many.shapes
+    assert not any(len(shape) == 3 and shape[-1] == 144 for shape in many.shapes)
+    # Between devices go parameters, and text-stream vectors of 29 tokens or a chunk of 15: never visual ones.
+    activations = {shape[1] for shape in many.sent if len(shape) > 2 and shape[:3] != (5, 5, 3)}
+    assert activations == {15, 29}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs of a device, and bytes of its largest array that is no parameter's."""
+    """FLOPs of a device, bytes of its largest array, and the shapes of all arrays and of those it sends."""
 
     flops: float
     largest: int
+    shapes: set[tuple[int, ...]]
+    sent: set[tuple[int, ...]]
 
 
 def work(mesh):
@@ -96,11 +104,15 @@ def work(mesh):
     step, state = jax.jit(step_function(experiment)), abstract_state(experiment, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
         compiled = step.lower(state, batch).compile()
-    sizes = [
-        math.prod(map(int, shape.split(","))) * 4
-        for shape in re.findall(r"(?:f32|s32)\[([0-9,]+)\]", compiled.as_text())
-    ]
-    return Work(compiled.cost_analysis()["flops"], max(sizes))
+    text = compiled.as_text()
+
+    def shapes(text):
+        return {tuple(map(int, shape.split(","))) for shape in re.findall(r"[fs]32\[([0-9,]+)\]", text)}
+
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    sent = "".join(re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", text))
+    largest = max(map(math.prod, shapes(text))) * 4
+    return Work(compiled.cost_analysis()["flops"], largest, shapes(text), shapes(sent))
 
 
 def test_parts_of_a_batch_add_up_to_it():

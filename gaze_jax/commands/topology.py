@@ -12,6 +12,7 @@ bounds from the chips' peak figures, not predictions.
 import dataclasses
 import datetime
 import json
+import math
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,8 @@ from gaze_jax.writing import write_text
 if typing.TYPE_CHECKING:
     import jax
 
-    from gaze_jax.commands.topology_programs import Program, Row
+    from gaze_jax.commands.topology_programs import Program
+    from gaze_jax.commands.topology_rows import Row
     from gaze_jax.train.config import Experiment
 
 TOO_LARGE = 1
@@ -103,7 +105,7 @@ def _check(values: Values) -> None:
 
 def config_name(file: str) -> str:
     """The name of a config in results, of ``FILE[:ARGUMENT]``: cambrian_4b_video of cambrian_video.py:4b."""
-    path, _, argument = file.partition(":")
+    path, _, argument = file.partition(".py:")
     family, _, rest = Path(path).stem.partition("_")
     if family == "cambrian":
         argument = argument or "4b"  # their default
@@ -120,7 +122,7 @@ def swept(experiment: "Experiment", devices: int) -> "Iterator[Experiment]":
     others = dataclasses.asdict(experiment.mesh)
     for name, size in others.items():
         if name not in ("data", "fsdp"):
-            devices //= size
+            devices //= max(size, 1)
     for fsdp in (size for size in range(devices, 0, -1) if devices % size == 0):
         mesh = dataclasses.replace(experiment.mesh, data=devices // fsdp, fsdp=fsdp)
         for remat in (True, False):
@@ -130,7 +132,8 @@ def swept(experiment: "Experiment", devices: int) -> "Iterator[Experiment]":
 
 def _row(experiment: "Experiment", devices: "Sequence[jax.Device]", values: Values) -> "Row":
     """Compile one program; with --sweep, one that cannot be is a row that says why."""
-    from gaze_jax.commands.topology_programs import measure, mesh_of, refused, state_bytes
+    from gaze_jax.commands.topology_programs import mesh_of
+    from gaze_jax.commands.topology_rows import measure, refused, state_bytes
 
     chip, program = topology.chip_of(values.topology), typing.cast("Program", values.program)
     if not values.sweep:
@@ -153,11 +156,15 @@ def _progress(experiment: "Experiment", number: int, total: int) -> None:
     print(f"compiling {number} of {total}: {kind} {sizes} remat {remat}", file=sys.stderr, flush=True)
 
 
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")}
+
+
 def _report(rows: "list[Row]") -> dict[str, object]:
     return {
         "date": datetime.date.today().isoformat(),
         "command": cli.command_line(),
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
+        "versions": _versions(),
         "rows": rows,
     }
 
@@ -167,7 +174,7 @@ _COLUMNS = (
     ("mesh", 18),
     ("remat", 5),
     ("peak GB", 8),
-    ("state GB", 8),
+    ("args. GB", 8),
     ("temp. GB", 8),
     ("PFLOP", 8),
     ("per chip", 8),
@@ -188,27 +195,25 @@ def _line(words: Sequence[str]) -> str:
     return "  ".join(padded).rstrip()
 
 
+def _number(value: float | None, scale: float) -> str:
+    return "-" if value is None else f"{value / scale:.3g}" if value < scale else f"{value / scale:.2f}"
+
+
 def cells(row: "Row") -> list[str]:
     """A row of the table, in the order of its columns."""
-
-    def number(value: float | None, scale: float = 1e9) -> str:
-        return "-" if value is None else f"{value / scale:.3g}" if value < scale else f"{value / scale:.2f}"
-
-    size, flops = 1, row["flops"]
-    for parts in row["mesh"].values():
-        size *= parts
+    size, flops = math.prod(row["mesh"].values()), row["flops"]
     reason = row.get("refused") or ("" if row["fits"] else "does not fit")
     return [
         "dense" if row["dense"] else "gaze",
         " ".join(f"{name}={parts}" for name, parts in row["mesh"].items()),
         "on" if row["remat"] else "off",
-        number(row["peak_bytes"]),
-        number(row["argument_bytes"]),
-        number(row["temporary_bytes"]),
-        number(flops, 1e15),
-        number(None if flops is None else flops / size, 1e15),
-        number(row["collective_bytes"]),
-        number(row["bound_seconds"], 1.0),
+        _number(row["peak_bytes"], 1e9),
+        _number(row["argument_bytes"], 1e9),
+        _number(row["temporary_bytes"], 1e9),
+        _number(flops, 1e15),
+        _number(None if flops is None else flops / size, 1e15),
+        _number(row["collective_bytes"], 1e9),
+        _number(row["bound_seconds"], 1.0),
         row["bound_by"] or "-",
         "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f} s",
         reason,
@@ -229,7 +234,7 @@ def notes(rows: "list[Row]", *, sweep: bool) -> list[str]:
         if row["largest_buffers"]:
             lines.append(f"Largest buffers, {'dense' if row['dense'] else 'gaze'}:")
             lines += [
-                f"  {each['bytes'] / 1e9:6.2f} GB  {_shortened(each['arrays'])}"
+                f"  {_number(each['bytes'], 1e9)} GB  {_shortened(each['arrays'])}"
                 for each in row["largest_buffers"]
             ]
     if sweep:

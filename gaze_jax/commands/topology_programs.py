@@ -1,23 +1,17 @@
-"""The programs of a config, compiled for a TPU topology, and what each of them takes.
+"""The programs of a config, with the shapes to compile them for.
 
 Nothing is read but the config, and nothing is computed: every array is a shape.
 """
 
-import contextlib
 import dataclasses
 import math
-import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jax.stages import Traced
 
 from gaze_jax.convert.origin import open_start
 from gaze_jax.core.selection import Selection, SelectionSpec
@@ -34,22 +28,16 @@ from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
 from gaze_jax.models.cache import constrained
 from gaze_jax.models.parameters import abstract_params, with_shardings
 from gaze_jax.parallel import rules
-from gaze_jax.parallel.costs import collective_traffic, count_flops, roofline
 from gaze_jax.parallel.mesh import AXES, make_mesh
-from gaze_jax.parallel.topology import Chip, needed_bytes
 from gaze_jax.train.config import Experiment, parse, resolve
 from gaze_jax.train.step import BATCH_FIELDS, abstract_state, shardings_of, step_function
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api
 
 Program = Literal["train", "prefill", "decode"]
-Row = dict[str, Any]
 
 _STEPS = 1000
 """Steps of a run that leaves their number to its corpus; a constant in the program, which changes no size."""
-
-_LARGEST = 5
-"""Buffers that a row names."""
 
 
 def read_experiment(config: Mapping[str, Any]) -> Experiment:
@@ -141,7 +129,9 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
     for name in BATCH_FIELDS:
         axis = PADDING[name][0] if name in PADDING else ""
         shapes.setdefault(name, (text,) if axis == "text" else (regions, layout.slots))
-    dtypes = {"images": jnp.uint8, "pool_weights": jnp.float32}
+    # Digit scenes are drawn as floats; the pixels of files stay bytes.
+    pixels = jnp.uint8 if isinstance(experiment.data, CorpusConfig) else jnp.float32
+    dtypes = {"images": pixels, "pool_weights": jnp.float32}
     return {
         name: jax.ShapeDtypeStruct((batch, *shapes[name]), dtypes.get(name, jnp.int32), sharding=sharding)
         for name in BATCH_FIELDS
@@ -151,11 +141,30 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A jitted function and the shapes to compile it for."""
+    """A jitted function and the shapes to compile it for.
+
+    Attributes:
+      function, arguments, options: what is called.
+      memory_bytes: bytes that each chip must read and write at least: parameters, optimizer state and cache
+        once. Activations and the embedding table of a model that only looks up rows of it are left out.
+    """
 
     function: Any
     arguments: tuple[Any, ...]
+    memory_bytes: int
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes that a chip holds of a tree of sharded shapes."""
+    return sum(rules.bytes_per_device(tree, shardings_of(tree)).values())
+
+
+def _read_bytes(experiment: Experiment, params: Any) -> int:
+    """Bytes of parameters that a forward pass reads as a whole."""
+    decoder = params["decoder"]
+    table = 0 if experiment.model.decoder.tie_embeddings else chip_bytes({"": decoder["embedding"]})
+    return chip_bytes(params) - table
 
 
 def _train(experiment: Experiment, mesh: Mesh) -> _Call:
@@ -165,7 +174,11 @@ def _train(experiment: Experiment, mesh: Mesh) -> _Call:
         donate_argnums=0,
         out_shardings=(shardings_of(state), rules.replicated(mesh)),
     )
-    return _Call(step, (state, abstract_batch(experiment, mesh)))
+    frozen = experiment.optimizer.frozen
+    trained = {part: tree for part, tree in state.params.items() if part not in frozen}
+    read = _read_bytes(experiment, state.params) if "decoder" in frozen else chip_bytes(state.params)
+    memory = read + chip_bytes(trained) + 2 * chip_bytes(state.opt_state)
+    return _Call(step, (state, abstract_batch(experiment, mesh)), memory)
 
 
 def _scalar(mesh: Mesh) -> Any:
@@ -178,9 +191,10 @@ def _prefill(experiment: Experiment, mesh: Mesh) -> _Call:
     budget: Any = None if model.gaze.top_k is None else _scalar(mesh)
     streams = Streams(**{name: a for name, a in batch.items() if name not in ("images", "sample_id")})
     images = batch["images"] if batch["images"].shape[1] else None
-    arguments = (MLLM(model), abstract_params(model, mesh), images, streams)
+    params = abstract_params(model, mesh)
+    arguments = (MLLM(model), params, images, streams, batch["sample_id"], Selection(budget))
     options = {"spec": SelectionSpec(), "free_slots": free_slots_for(0)}
-    return _Call(prefill_step, (*arguments, batch["sample_id"], Selection(budget)), options)
+    return _Call(prefill_step, arguments, _read_bytes(experiment, params), options)
 
 
 def _decode(experiment: Experiment, mesh: Mesh) -> _Call:
@@ -189,11 +203,9 @@ def _decode(experiment: Experiment, mesh: Mesh) -> _Call:
     with dispatch.compile_for("tpu"):
         cache = _sharded(prefill.function.eval_shape(*prefill.arguments, **prefill.options), mesh)
     top_k, regions = model.config.gaze.top_k, cache.visual_order.shape[1]
-    capacity = None
-    if top_k is not None:
-        # As in training, a query over several images selects of each as many as of one.
-        capacity = selection_capacity([min(top_k / model.config.layout.regions, 1.0)], regions)
-    spec = SelectionSpec(capacity=capacity)
+    # As in training, a query over several images selects of each as many as of one.
+    keep = 1.0 if top_k is None else min(top_k / model.config.layout.regions, 1.0)
+    spec = SelectionSpec(capacity=None if top_k is None else selection_capacity([keep], regions))
 
     def decode(params: Any, cache: Cache, tokens: Any, position: DecodePosition, selection: Selection) -> Any:
         logits, cache, _ = model.apply(
@@ -202,7 +214,12 @@ def _decode(experiment: Experiment, mesh: Mesh) -> _Call:
         return logits, constrained(cache)
 
     position = DecodePosition(order=sample, write_index=_scalar(mesh), sample=sample)
-    return _Call(jax.jit(decode, donate_argnums=1), (params, cache, sample, position, selection))
+    # Of the regions, each kv head reads those that at least one of its queries selects.
+    visual = int(keep * chip_bytes(cache.visual))
+    text = chip_bytes({"k": cache.text_k, "v": cache.text_v})
+    memory = _read_bytes(experiment, {"decoder": params["decoder"]}) + visual + text
+    arguments = (params, cache, sample, position, selection)
+    return _Call(jax.jit(decode, donate_argnums=1), arguments, memory)
 
 
 def _sharded(cache: Cache, mesh: Mesh) -> Cache:
@@ -250,156 +267,3 @@ def mesh_of(experiment: Experiment, devices: Any, topology: str, program: Progra
             f"JAX cannot arrange the mesh {written} on {topology} ({first_line(error)}); choose sizes that "
             "are products of its sides."
         ) from error
-
-
-@contextlib.contextmanager
-def _on(mesh: Mesh) -> Iterator[None]:
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()), dispatch.compile_for("tpu"):
-        yield
-
-
-def measure(
-    experiment: Experiment, mesh: Mesh, chip: Chip, program: Program, *, effort: float, name_buffers: bool
-) -> Row:
-    """Compile a program of an experiment and say what it takes.
-
-    Args:
-      experiment: from :func:`read_experiment`.
-      mesh: from :func:`mesh_of`.
-      chip: figures of its chips.
-      program: which.
-      effort: how much time the compiler spends, from -1 to 1.
-      name_buffers: list the largest buffers.
-
-    Returns:
-      JSON-ready: bytes and FLOPs are of one run of the program; "peak_bytes", "argument_bytes",
-      "temporary_bytes" and "collective_bytes" of one chip, "flops" of all chips. What is only known of a
-      program that was compiled is None if it does not fit.
-    """
-    start = time.perf_counter()
-    call = CALLS[program](experiment, mesh)
-    with _on(mesh):
-        traced = call.function.trace(*call.arguments, **call.options)
-        flops = count_flops(traced.jaxpr)
-        try:
-            found = _compiled(traced, effort, name_buffers)
-        except jax.errors.JaxRuntimeError as error:
-            if (needed := needed_bytes(str(error))) is None:
-                raise
-            found = _NOT_COMPILED | {"peak_bytes": needed}
-    row = _described(experiment, chip, dict(mesh.shape)) | found
-    row |= {
-        "program": program,
-        "effort": effort,
-        "flops": flops.total,
-        "flops_left_out": list(flops.left_out),
-        "compile_seconds": round(time.perf_counter() - start, 1),
-        "fits": row["peak_bytes"] <= chip.hbm_bytes,
-    }
-    if row["collective_bytes"] is None:
-        return row
-    bound = roofline(
-        chip,
-        flops=flops.total / mesh.size,
-        memory_bytes=row["argument_bytes"] + row["output_bytes"],
-        sent_bytes=row["collective_bytes"],
-    )
-    return row | {"bound_seconds": bound.seconds, "bound_by": bound.by, "bound_parts": dict(bound.parts)}
-
-
-_NOT_COMPILED: Row = {
-    "peak_bytes": None,
-    "argument_bytes": None,
-    "temporary_bytes": None,
-    "output_bytes": None,
-    "collective_bytes": None,
-    "collective_bytes_by_kind": None,
-    "collectives_left_out": None,
-    "largest_buffers": [],
-    "bound_seconds": None,
-    "bound_by": None,
-    "bound_parts": None,
-}
-
-
-def _described(experiment: Experiment, chip: Chip, mesh: dict[str, int]) -> Row:
-    """What a row says before anything is compiled."""
-    return {
-        "mesh": mesh,
-        "dense": experiment.model.gaze.top_k is None,
-        "remat": experiment.model.remat,
-        "batch_size": experiment.batch_size,
-        "hbm_bytes": chip.hbm_bytes,
-    }
-
-
-def refused(experiment: Experiment, chip: Chip, reason: str, needed: int | None = None) -> Row:
-    """The row of a training step that is not compiled.
-
-    Args:
-      experiment: its run, whose mesh has no -1.
-      chip: figures of the chips.
-      reason: why, in words.
-      needed: bytes that a chip would need at least, if they are known.
-    """
-    row = _described(experiment, chip, dataclasses.asdict(experiment.mesh)) | _NOT_COMPILED
-    return row | {
-        "program": "train",
-        "effort": None,
-        "flops": None,
-        "flops_left_out": None,
-        "compile_seconds": None,
-        "fits": False,
-        "peak_bytes": needed,
-        "refused": reason,
-    }
-
-
-def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
-    """Bytes that a chip holds of the parameters and the optimizer's state."""
-    state = abstract_state(experiment, mesh)
-    return sum(rules.bytes_per_device(state, shardings_of(state)).values())
-
-
-def _compiled(traced: Traced, effort: float, name_buffers: bool) -> Row:
-    """What the compiled program tells."""
-    options: dict[str, Any] = {"exec_time_optimization_effort": effort}
-    with tempfile.TemporaryDirectory(prefix="gaze-jax-") as folder:
-        if name_buffers:
-            options["xla_dump_to"] = folder
-        compiled = traced.lower().compile(compiler_options=options)
-        reports = sorted(Path(folder).glob("*memory-usage-report.txt"))
-        report = reports[-1].read_text(encoding="utf-8") if reports else ""
-    memory = compiled.memory_analysis()
-    assert memory is not None, "libtpu tells the memory of what it compiles"
-    traffic = collective_traffic(compiled.as_text() or "")
-    return {
-        "peak_bytes": memory.peak_memory_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "collective_bytes": traffic.total,
-        "collective_bytes_by_kind": dict(traffic.by_kind),
-        "collectives_left_out": list(traffic.left_out),
-        "largest_buffers": largest_buffers(report),
-    }
-
-
-_BUFFER = re.compile(
-    r"^\s*[\d.]+[KMGT]?i?B\(\s*\d+%\);\s*([\d.]+)([KMGT]?)i?B;\s*\d+;\s*\d+;\s*(\S.*)$", re.MULTILINE
-)
-
-
-def largest_buffers(report: str) -> list[Row]:
-    """The largest buffers in HBM, from the compiler's memory-usage report; [] if it is not in the known form.
-
-    Returns:
-      "bytes" of each, rounded as in the report, and "arrays", what is in it, at different times.
-    """
-    space = report.partition("Memory Space: ")[2].partition("Memory Space: ")[0]
-    if not space.startswith("default"):
-        return []
-    return [
-        {"bytes": int(float(size) * 1024 ** (" KMGT".index(unit or " "))), "arrays": arrays.strip()}
-        for size, unit, arrays in _BUFFER.findall(space)[:_LARGEST]
-    ]

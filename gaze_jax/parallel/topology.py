@@ -125,5 +125,5 @@ def needed_bytes(message: str) -> int | None:
     )
     if found is None:
         return None
-    number, unit = found[1] or found[3], found[2] or found[4]
-    return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
+    number, prefix = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * 2 ** (10 * (1 + "KMGT".index(prefix))))

@@ -20,7 +20,7 @@ from gaze_jax.corpora.config import CorpusConfig
 from gaze_jax.corpora.digits import sequence_lengths
 from gaze_jax.corpora.phrases import build_tokenizer
 from gaze_jax.data.padding import PADDING
-from gaze_jax.errors import UserError, first_line
+from gaze_jax.errors import UserError
 from gaze_jax.families import MODELS, get_family
 from gaze_jax.infer.gaze_options import selection_capacity
 from gaze_jax.infer.programs import free_slots_for, prefill_step
@@ -264,6 +264,6 @@ def mesh_of(experiment: Experiment, devices: Any, topology: str, program: Progra
     except NotImplementedError as error:
         written = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"JAX cannot arrange the mesh {written} on {topology} ({first_line(error)}); choose sizes that "
-            "are products of its sides."
+            f"JAX cannot arrange the mesh {written} on {topology}; choose sizes that are products of its "
+            "sides."
         ) from error

@@ -158,7 +158,7 @@ def test_a_mesh_that_jax_cannot_arrange_is_one_sentence(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1\nmore")
 
     monkeypatch.setattr(programs, "make_mesh", refuse)
-    with pytest.raises(UserError, match=r"mesh.data=-1, mesh.fsdp=2 on v5p:4x4x8 \(Failed .* 1\); choose"):
+    with pytest.raises(UserError, match=r"mesh.data=-1, mesh.fsdp=2 on v5p:4x4x8; choose"):
         programs.mesh_of(tiny_experiment(), jax.devices(), "v5p:4x4x8", "train")
 
 

@@ -92,7 +92,6 @@ def _check(values: Values) -> None:
         raise UserError("Give --config, a file or the name of a shipped config, such as cambrian_video:4b.")
     if values.topology is None:
         raise UserError(f"Give --topology, the chips to compile for, such as {topology.EXAMPLES}.")
-    topology.chip_of(values.topology)
     if not -1 <= values.effort <= 1:
         raise UserError(f"--effort={values.effort:g} must be between -1 and 1.")
     if values.sweep and values.program != "train":

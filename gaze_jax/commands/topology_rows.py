@@ -62,7 +62,7 @@ def measure(
         except jax.errors.JaxRuntimeError as error:
             if (needed := needed_bytes(str(error))) is None:
                 raise
-            found = _NOT_COMPILED | {"peak_bytes": needed}
+            found = _NOT_COMPILED | {"peak_bytes": needed, "argument_bytes": _used(traced, call.arguments)}
     row = _described(experiment, chip, dict(mesh.shape)) | found
     row |= {
         "program": program,
@@ -82,6 +82,15 @@ def measure(
         sent_bytes=row["collective_bytes"],
     )
     return row | {"bound_seconds": bound.seconds, "bound_by": bound.by, "bound_parts": dict(bound.parts)}
+
+
+def _used(traced: Traced, arguments: tuple[Any, ...]) -> int:
+    """Bytes that a chip holds of the arguments that a program uses."""
+    shapes = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    jaxpr = traced.jaxpr.jaxpr
+    read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    read |= {id(variable) for variable in jaxpr.outvars}
+    return chip_bytes([shape for shape, own in zip(shapes, jaxpr.invars, strict=True) if id(own) in read])
 
 
 _NOT_COMPILED: Row = {

@@ -63,10 +63,9 @@ def prepare() -> None:
     To be called before jax is used. If it is imported already, it is told to use the CPU, unless the user
     chose another platform.
     """
-    chosen = "JAX_PLATFORMS" in os.environ
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if "jax" in sys.modules and not chosen:
+    if "jax" in sys.modules:
         import jax
 
         if not jax.config.jax_platforms:  # type: ignore[attr-defined]

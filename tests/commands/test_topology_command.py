@@ -255,7 +255,11 @@ def test_a_sweep_without_a_mesh_that_fits_has_status_1(on_cpus, monkeypatch, cap
     assert "No mesh fits" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_the_step_of_a_config_is_compiled_and_described(on_cpus, capsys, tmp_path):
+def does_not_fit(*arguments):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 19.25G of 15.75G hbm. Exceeded ...")
+
+
+def test_the_step_of_a_config_is_compiled_and_described(on_cpus, monkeypatch, capsys, tmp_path):
     """For the devices of this machine: the rows are of the real step, and dense attention is the second."""
     out = tmp_path / "rows.json"
     command.main(values_of(TINY, "--topology=v5e:2x4", f"--json={out}"))
@@ -274,13 +278,17 @@ def test_the_step_of_a_config_is_compiled_and_described(on_cpus, capsys, tmp_pat
     printed = capsys.readouterr().out
     assert printed.startswith("tiny_config train on v5e:2x4: 8 chips with 16.91 GB of HBM for a program;")
     assert "gaze       data=4 fsdp=2" in printed and "dense      data=4 fsdp=2" in printed
+    # What the arguments take is known without the compiler, if the program does not fit.
+    monkeypatch.setattr(table, "_compiled", does_not_fit)
+    with pytest.raises(SystemExit):
+        command.main(values_of(TINY, "--topology=v5e:2x4", f"--json={out}", "--nodense_row"))
+    (row,) = json.loads(out.read_text())["rows"]
+    # The compiler also drops sample_id, which only random routing reads.
+    assert row["argument_bytes"] == gaze["argument_bytes"] + 4 and row["bound_seconds"] is None
 
 
 def test_what_does_not_fit_is_a_row_with_the_compilers_number(on_cpus, monkeypatch, capsys):
-    def fail(*arguments):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 19.25G of 15.75G hbm. Exceeded ...")
-
-    monkeypatch.setattr(table, "_compiled", fail)
+    monkeypatch.setattr(table, "_compiled", does_not_fit)
     with pytest.raises(SystemExit) as end:
         command.main(values_of(TINY, "--topology=v5e:2x4", "--nodense_row"))
     assert end.value.code == 1
@@ -295,6 +303,19 @@ def test_another_error_of_the_compiler_is_no_row(on_cpus, monkeypatch):
     monkeypatch.setattr(table, "_compiled", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="it broke"):
         command.main(values_of(TINY, "--topology=v5e:2x4"))
+
+
+def test_arguments_that_a_program_does_not_use_take_no_memory():
+    """A decoding step has no use for the tower."""
+    experiment, mesh = tiny_experiment(**{"mesh.fsdp": 1}), make_mesh(MeshConfig(data=8))
+    call = programs.CALLS["decode"](experiment, mesh)
+    params = call.arguments[0]
+    with table._on(mesh):
+        traced = call.function.trace(*call.arguments)
+    unused = programs.chip_bytes(
+        {part: params[part] for part in ("vision", "projector", "context", "newline")}
+    )
+    assert table._used(traced, call.arguments) <= programs.chip_bytes(call.arguments) - unused
 
 
 @pytest.mark.tpu_aot

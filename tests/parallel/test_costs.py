@@ -280,6 +280,16 @@ def test_the_forms_of_a_line(line, sent):
     assert len(found.by_kind) == (sent is not None)
 
 
+def test_an_operation_in_two_halves_is_counted_once():
+    """Both name the computation that they run."""
+    text = LOOP.replace(
+        "fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2",
+        "async-start(%x), calls=%all-reduce-scatter.2\n"
+        "  %done = bf16[4,64]{1,0} async-done(%fusion), calls=%all-reduce-scatter.2",
+    )
+    assert collective_traffic(text) == collective_traffic(LOOP)
+
+
 def test_groups_in_an_unknown_form_are_named_and_not_guessed():
     line = "f32[8] all-gather(%x), replica_groups=others, dimensions={0}"
     found = collective_traffic(f"{HEAD}ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %r = {line}\n}}\n")

@@ -246,15 +246,15 @@ def _shortened(text: str, length: int = 90) -> str:
 
 
 def _suggestion(rows: "list[Row]") -> str:
-    """The row that fits with the lowest bound; of equal ones, that which sends least, then the smallest."""
+    """The row that fits with the lowest bound; of equal ones, that whose other bounds are low, too."""
     fitting = [row for row in rows if row["fits"]]
     if not fitting:
         return "No mesh fits; use more chips, a smaller batch_size, or smaller rows (data.row)."
-    best = min(fitting, key=lambda row: (row["bound_seconds"], row["collective_bytes"], row["peak_bytes"]))
+    best = min(fitting, key=lambda row: (row["bound_seconds"], sum(row["bound_parts"].values())))
     sizes = " ".join(f"--config.mesh.{name}={size}" for name, size in best["mesh"].items())
     return (
         f"The lowest bound that fits: {sizes} --config.model.remat={best['remat']} "
-        f"({best['bound_seconds']:.3g} s, {best['peak_bytes'] / 1e9:.2f} GB)."
+        f"({best['bound_seconds']:.3g} s, {_number(best['peak_bytes'], 1e9)} GB)."
     )
 
 

@@ -13,6 +13,7 @@ from gaze_jax.commands import topology_rows as table
 from gaze_jax.errors import UserError
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.parallel import topology
+from gaze_jax.parallel.costs import count_flops
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.step import put_batch
 from tests.helpers.commands import ROOT
@@ -215,14 +216,15 @@ def test_a_sweep_has_every_mesh_with_and_without_remat():
 
 
 def test_a_sweep_suggests_the_lowest_bound_that_fits(on_cpus, monkeypatch, capsys, tmp_path):
-    """What does not fit, is refused, or is slower is shown and not suggested."""
-    bounds = {(1, 8, True): 3.0, (2, 4, True): 2.0, (2, 4, False): 1.0, (4, 2, True): 2.5}
+    """What does not fit, is refused, or is slower is shown and not suggested; nor what sends more."""
+    bounds = {(1, 8, True): 2.0, (2, 4, True): 2.0, (2, 4, False): 1.0, (4, 2, True): 2.5}
 
     def measured(experiment, mesh, chip, program, **options):
         row = table.refused(experiment, chip, "")
         bound = bounds.get((*mesh.shape.values(), experiment.model.remat), 9.0)
         row |= {"bound_seconds": bound, "bound_by": "compute", "collective_bytes": 5, "peak_bytes": 10**9}
-        return row | {"fits": bound > 1, "flops": 10**15, "refused": None}
+        parts = {"compute": bound, "interconnect": bound / mesh.shape["data"]}
+        return row | {"fits": bound > 1, "flops": 10**15, "refused": None, "bound_parts": parts}
 
     def state_bytes(experiment, mesh):
         if experiment.mesh.fsdp == 2:
@@ -303,6 +305,23 @@ def test_another_error_of_the_compiler_is_no_row(on_cpus, monkeypatch):
     monkeypatch.setattr(table, "_compiled", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="it broke"):
         command.main(values_of(TINY, "--topology=v5e:2x4"))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_flops_of_a_decoding_step_are_those_of_a_count_by_hand(dense):
+    """For a token: the matrices of two layers, the head, attention to all four regions and to the text."""
+    experiment, mesh = tiny_experiment(**{"mesh.fsdp": 1}), make_mesh(MeshConfig(data=8))
+    experiment = programs.dense_of(experiment) if dense else experiment
+    call = programs.CALLS["decode"](experiment, mesh)
+    with table._on(mesh):
+        found = count_flops(call.function.trace(*call.arguments).jaxpr)
+    layers, width, heads, mlp, vocabulary = 2, 32, 2 * 16, 48, 144
+    text, slots = call.arguments[1].text_k.shape[3], 4 * 4
+    matrices = 2 * layers * (2 * width * heads + 2 * width * 16 + 3 * width * mlp)
+    attention = 4 * layers * (slots + text) * heads
+    scores = 0 if dense else 2 * layers * 4 * heads
+    by_hand = matrices + 2 * width * vocabulary + attention + scores
+    assert (found.total, found.left_out) == (8 * by_hand, ())
 
 
 def test_arguments_that_a_program_does_not_use_take_no_memory():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.stages import Traced
 
 from gaze_jax.commands.topology_programs import CALLS, Program, chip_bytes
+from gaze_jax.errors import UserError
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.costs import collective_traffic, count_flops, roofline
 from gaze_jax.parallel.topology import Chip, needed_bytes
@@ -146,9 +147,27 @@ def state_bytes(experiment: Experiment, mesh: Mesh) -> int:
     return chip_bytes(abstract_state(experiment, mesh))
 
 
+def effort_options(effort: float) -> dict[str, Any]:
+    """The compiler's option for what it spends, which is a number or, in newer versions of JAX, a level.
+
+    Raises:
+      UserError: this version has levels, and the number is between two.
+    """
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        return {"exec_time_optimization_effort": effort}
+    levels: dict[float, dict[str, Any]] = {
+        -1.0: {"optimization_level": "O0"},
+        0.0: {},
+        1.0: {"optimization_level": "O3"},
+    }
+    if effort not in levels:
+        raise UserError(f"--effort={effort:g} must be -1, 0 or 1 with jax {jax.__version__}.")
+    return levels[effort]
+
+
 def _compiled(traced: Traced, effort: float, name_buffers: bool) -> Row:
     """What the compiled program tells."""
-    options: dict[str, Any] = {"exec_time_optimization_effort": effort}
+    options = effort_options(effort)
     with tempfile.TemporaryDirectory(prefix="gaze-jax-") as folder:
         if name_buffers:
             options["xla_dump_to"] = folder

@@ -44,13 +44,14 @@ class Chip:
     ici_bytes_per_second: float
 
 
-# hbm_bytes: "... of 15.75G hbm" is what libtpu 0.0.42 says of a program that does not fit, its G being 2**30;
-# the rest of a chip's HBM is the runtime's. The other figures: docs.cloud.google.com/tpu/docs/v5e, v5p and
-# v6e, read in November 2026, which give the interconnect in both directions together: 400, 1200 and 800 GB/s.
+# hbm_bytes: "... of 15.75G hbm" is what libtpu 0.0.50 says of a program that does not fit, its G being 2**30
+# (0.0.42 gives v5p and v6e 0.01G more); the rest of a chip's HBM is the runtime's. The other figures:
+# docs.cloud.google.com/tpu/docs/v5e, v5p and v6e, read in November 2026, which give the interconnect in both
+# directions together: 400, 1200 and 800 GB/s.
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 1638e9, 400e9),
+    "v5p": Chip(int(95.73 * _GIB), 459e12, 2765e9, 600e9),
+    "v6e": Chip(int(31.24 * _GIB), 918e12, 1638e9, 400e9),
 }
 """Name of a chip, the first part of a topology's name -> its figures."""
 

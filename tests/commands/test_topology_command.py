@@ -307,6 +307,17 @@ def test_another_error_of_the_compiler_is_no_row(on_cpus, monkeypatch):
         command.main(values_of(TINY, "--topology=v5e:2x4"))
 
 
+def test_the_effort_is_a_number_or_a_level(monkeypatch):
+    """By the version of JAX."""
+    monkeypatch.setattr(type(jax.config), "jax_exec_time_optimization_effort", 0.0, raising=False)
+    assert table.effort_options(-0.5) == {"exec_time_optimization_effort": -0.5}
+    monkeypatch.setattr(table.jax, "config", object())
+    assert table.effort_options(-1.0) == {"optimization_level": "O0"}
+    assert table.effort_options(0.0) == {} and table.effort_options(1.0) == {"optimization_level": "O3"}
+    with pytest.raises(UserError, match=r"--effort=-0\.5 must be -1, 0 or 1 with jax"):
+        table.effort_options(-0.5)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_flops_of_a_decoding_step_are_those_of_a_count_by_hand(dense):
     """For a token: the matrices of two layers, the head, attention to all four regions and to the text."""

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "ask a model about images and videos",
     "convert": "convert checkpoints between Hugging Face directories and gaze_jax",
     "data": "prepare a corpus for training",
+    "topology": "compile a config's programs for TPUs, without a TPU",
     "view": "draw where a model looked, from its gaze traces",
 }
 """Name of a command, which is a module of this package with a function ``run`` -> what it does."""

@@ -25,7 +25,7 @@ from absl import flags as absl_flags
 from gaze_jax.commands.flags import Flags
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "eval", "generate", "convert", "view", "data")
+COMMANDS = ("train", "eval", "generate", "convert", "view", "data", "topology")
 
 FOREIGN = {"cd", "docker", "export", "git", "mkdir", "mkdocs", "mypy", "pip", "pre-commit", "ruff", "source"}
 """Programs that are not of this project; their flags are not checked."""

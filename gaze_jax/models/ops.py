@@ -12,6 +12,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 
@@ -70,7 +71,7 @@ def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
     devices = math.prod(mesh.shape.get(name, 1) for name in rules.RULES["batch"])
     if devices == 1 or images.shape[0] % devices:
         return call(images)
-    spec = nn.logical_to_mesh_axes(("batch",))
+    spec = PartitionSpec(rules.RULES["batch"])
     return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(images)
 
 
@@ -94,11 +95,11 @@ def embed(
         found = jnp.take(table, every, axis=0).astype(dtype)
         return jax.lax.all_to_all(found, axis, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
 
-    batch = nn.logical_to_mesh_axes(("batch",))
+    batch = PartitionSpec(rules.RULES["batch"])
     return jax.shard_map(
         call,
         mesh=mesh,
-        in_specs=(nn.logical_to_mesh_axes((None, "embed")), batch),
+        in_specs=(PartitionSpec(None, axis), batch),
         out_specs=batch,
         check_vma=False,
     )(table, tokens)

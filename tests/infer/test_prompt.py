@@ -13,7 +13,7 @@ from gaze_jax.chat.template import CHATML, template_of
 from gaze_jax.core.streams import Kind
 from gaze_jax.corpora.digits import evaluation_samples
 from gaze_jax.corpora.phrases import FAMILIES
-from gaze_jax.data import processor
+from gaze_jax.data import padding, processor
 from gaze_jax.evaluate import compare
 from gaze_jax.evaluate import run as evaluation
 from gaze_jax.evaluate.prompts import Prompt
@@ -104,7 +104,7 @@ def by_compare(one, picture, question, _):
 def by_evaluation(_, picture, question, folder):
     trained = evaluation.load(directory(RUN))
     (row, *_) = evaluation.evaluation_prompts(trained, 1)
-    short = row | {field: row[field][:TOKENS] for field in processor.ANSWER_PADDING}
+    short = row | {field: row[field][:TOKENS] for field in padding.ANSWER_PADDING}
     evaluation.answer(trained, [short], top_k=None)
 
 
@@ -180,7 +180,7 @@ def test_a_sample_of_the_corpus_is_the_plain_form(family):
         expected = processor.prompt(make_processor(experiment), sample)
         question = sample.parts[1].text.removesuffix("\n")
         got = builder.question(question, sample.images, sample_id=sample.id).arrays
-        assert set(expected) - set(got) == set(processor.ANSWER_PADDING)
+        assert set(expected) - set(got) == set(padding.ANSWER_PADDING)
         for field in set(got) - {"family"}:
             np.testing.assert_array_equal(got[field], expected[field], err_msg=field)
 

@@ -12,6 +12,7 @@ import pytest
 
 from gaze_jax.errors import UserError
 from gaze_jax.parallel import topology
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers.commands import ROOT
 
 
@@ -100,3 +101,14 @@ def test_a_topology_has_a_device_for_each_chip_and_its_memory_is_that_of_the_tab
 def test_a_topology_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="--topology=v5e:3x7 cannot be loaded"):
         topology.load_devices("v5e:3x7")
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("name", "data", "fsdp"), [("v5p:4x4x8", 2, 64), ("v5p:4x4x8", 64, 2), ("v6e:16x16", 4, 64)]
+)
+def test_a_mesh_axis_may_take_a_part_of_a_side(name, data, fsdp):
+    devices = topology.load_devices(name)
+    mesh = make_mesh(MeshConfig(data, fsdp), devices)
+    assert mesh.devices.shape == (data, fsdp)
+    assert len({device.id for device in mesh.devices.flat}) == len(devices)

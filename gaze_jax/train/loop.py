@@ -190,7 +190,8 @@ def _steps(
     asked: threading.Event,
 ) -> bool:
     experiment = run.experiment
-    batch = put_batch(next(batches), run.mesh)
+    progress = metrics.Progress(first, experiment.steps, jax.process_count())
+    batch = put_batch(progress.take(batches), run.mesh)
     state, window = (run.fresh(batch), []) if restored is None else restored
     for line in rules.moved(run.mesh, boxed_params(experiment.model)):
         print_once(f"not split as usual, since the mesh does not divide it: {line}")
@@ -199,7 +200,6 @@ def _steps(
         f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"
     )
     steps: dict[Shapes, StepFunction] = {}
-    progress = metrics.Progress(first, experiment.steps)
     # Metrics still on the device: fetching them would block every step.
     pending: list[dict[str, jax.Array]] = []
     for step in range(first + 1, experiment.steps + 1):
@@ -227,7 +227,7 @@ def _steps(
             )
             return False
         if not last:
-            batch = put_batch(next(batches), run.mesh)
+            batch = put_batch(progress.take(batches), run.mesh)
     if summary := batches.summary():
         print_once(summary)
     return True

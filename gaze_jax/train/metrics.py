@@ -6,7 +6,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from gaze_jax.data.placement import Arrays
 from gaze_jax.errors import UserError
+from gaze_jax.train.pipeline import Batches
 from gaze_jax.writing import write_text
 
 FILE = "metrics.jsonl"
@@ -70,18 +74,38 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """Speed and remaining time of a run, measured since this process started."""
+    """Speed and remaining time of a run, measured since this process started.
 
-    def __init__(self, step: int, steps: int):
-        self._began, self._first, self._steps = time.monotonic(), step, steps
+    Tokens, padding and waiting are of the time since the line before.
+    """
+
+    def __init__(self, step: int, steps: int, processes: int = 1):
+        self._began, self._first, self._steps, self._processes = time.monotonic(), step, steps, processes
+        self._since, self._tokens, self._slots, self._waited = self._began, 0, 0, 0.0
+
+    def take(self, batches: Batches) -> Arrays:
+        """The next batch of this process; notes how long it took, and how much of it is tokens."""
+        start = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - start
+        for name in ("visual_src", "text_segment"):
+            self._tokens += int(np.count_nonzero(np.asarray(batch[name]) >= 0))
+            self._slots += batch[name].size
+        return batch
 
     def line(self, step: int, row: Row, regions: int | None) -> str:
         """Format the progress line at ``step``; ``regions``: of every sample, None if they differ."""
         of = "" if regions is None else f" of {regions}"
-        speed = (step - self._first) / max(time.monotonic() - self._began, 1e-9)
+        now = time.monotonic()
+        speed = (step - self._first) / max(now - self._began, 1e-9)
+        elapsed = max(now - self._since, 1e-9)
+        tokens = self._tokens * self._processes / elapsed
+        padding, waiting = 1 - self._tokens / max(self._slots, 1), self._waited / elapsed
+        self._since, self._tokens, self._slots, self._waited = now, 0, 0, 0.0
         return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}  "
             f"accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  top_k {row['top_k']:.1f}{of}  "
-            f"visual entries {row['visual_entries']:.1f}  {speed:.2f} steps/s  "
+            f"visual entries {row['visual_entries']:.1f}  {speed:.2f} steps/s  {tokens:,.0f} tokens/s  "
+            f"padding {padding:.0%}  waiting for data {waiting:.0%}  "
             f"ETA {_clock((self._steps - step) / speed)}"
         )

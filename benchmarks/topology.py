@@ -30,7 +30,7 @@ def run(case: tuple[str, str, int, int, int, str], folder: Path) -> list[dict[st
     """The rows of one command, which prints its table."""
     config, topology, data, fsdp, batch, flag = case
     path = folder / "rows.json"
-    command = [sys.executable, "-m", "gaze_jax.commands", "topology", f"--config={config}"]
+    command = [sys.executable, "-m", "gaze_jax", "topology", f"--config={config}"]
     command += [f"--topology={topology}", f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
     command += [f"--config.batch_size={batch}", f"--json={path}", *([flag] if flag else [])]
     status = subprocess.run(command, check=False).returncode

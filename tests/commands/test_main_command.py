@@ -61,9 +61,10 @@ def test_the_recorded_command_line_can_be_run_again(monkeypatch):
     assert cli.command_line() == "python eval.py --workdir=a"
 
 
-def test_the_module_is_the_command_too():
-    _, err = finish(start("-m", "gaze_jax", "train", "--no_such_flag"), status=2)
-    assert err == "python -m gaze_jax train: Unknown command line flag 'no_such_flag'\n"
+@pytest.mark.parametrize("module", ["gaze_jax", "gaze_jax.commands"])
+def test_the_module_is_the_command_too(module):
+    _, err = finish(start("-m", module, "train", "--no_such_flag"), status=2)
+    assert err == f"python -m {module} train: Unknown command line flag 'no_such_flag'\n"
 
 
 def test_the_script_is_declared():

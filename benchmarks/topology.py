@@ -16,12 +16,12 @@ from typing import Any
 from benchmarks import timing
 
 CASES = (
-    ("cambrian_video:4b", "v5e:16x16", 4, 64, 256, ""),
-    ("cambrian_video:4b", "v5p:4x4x8", 2, 64, 128, "--nodense_row"),
-    ("cambrian_video:4b", "v6e:16x16", 4, 64, 256, "--nodense_row"),
-    ("cambrian_video:4b", "v5e:2x4", 1, 8, 8, "--nodense_row"),
-    ("cambrian_video:7b", "v5e:16x16", 4, 64, 256, "--nodense_row"),
-    ("cambrian_image:4b", "v5e:16x16", 4, 64, 256, "--nodense_row"),
+    ("configs/cambrian_video.py:4b", "v5e:16x16", 4, 64, 256, ""),
+    ("configs/cambrian_video.py:4b", "v5p:4x4x8", 2, 64, 128, "--nodense_row"),
+    ("configs/cambrian_video.py:4b", "v6e:16x16", 4, 64, 256, "--nodense_row"),
+    ("configs/cambrian_video.py:4b", "v5e:2x4", 1, 8, 8, "--nodense_row"),
+    ("configs/cambrian_video.py:7b", "v5e:16x16", 4, 64, 256, "--nodense_row"),
+    ("configs/cambrian_image.py:4b", "v5e:16x16", 4, 64, 256, "--nodense_row"),
 )
 """Config, topology, mesh.data, mesh.fsdp, batch_size, and another flag."""
 

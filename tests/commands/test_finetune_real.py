@@ -1,8 +1,8 @@
 """Fine-tuning on real pictures and films, at the size of a small language model.
 
 It took 15 minutes 31 seconds on two cores of an Intel Xeon at 2.5 GHz, with a compilation beside it
-(2026-11-28), and 7 GiB of memory. Rows are given, since those that the plan chooses for this corpus, of 11,000
-tokens, need much more.
+(2026-11-28), and 7 GiB of memory. Rows are given, since those that the plan chooses for this corpus, of
+11,000 tokens, need much more.
 """
 
 import contextlib

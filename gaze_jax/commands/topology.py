@@ -125,7 +125,8 @@ def swept(experiment: "Experiment", devices: int) -> "Iterator[Experiment]":
     for fsdp in (size for size in range(devices, 0, -1) if devices % size == 0):
         mesh = dataclasses.replace(experiment.mesh, data=devices // fsdp, fsdp=fsdp)
         for remat in (True, False):
-            model = dataclasses.replace(experiment.model, remat=remat)
+            policy = experiment.model.remat_policy if remat else "nothing"
+            model = dataclasses.replace(experiment.model, remat=remat, remat_policy=policy)
             yield dataclasses.replace(experiment, mesh=mesh, model=model)
 
 

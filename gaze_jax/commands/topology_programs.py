@@ -4,7 +4,6 @@ Nothing is read but the config, and nothing is computed: every array is a shape.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,14 +24,13 @@ from gaze_jax.families import MODELS, get_family
 from gaze_jax.infer.gaze_options import selection_capacity
 from gaze_jax.infer.programs import free_slots_for, prefill_step
 from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
-from gaze_jax.models.cache import constrained
+from gaze_jax.models.cache import by_axes, constrained
 from gaze_jax.models.parameters import abstract_params, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import AXES, make_mesh
 from gaze_jax.train.config import Experiment, parse, resolve
-from gaze_jax.train.step import BATCH_FIELDS, abstract_state, shardings_of, step_function
+from gaze_jax.train.step import BATCH_FIELDS, abstract_state, check_rows, shardings_of, step_function
 from pallas_kernels import dispatch
-from pallas_kernels.gaze_decode import api
 
 Program = Literal["train", "prefill", "decode"]
 
@@ -109,14 +107,8 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
       UserError: the config leaves sizes to its corpus, or the devices do not divide the batch.
     """
     text, regions, images = _row_sizes(experiment)
+    check_rows(experiment, mesh)
     sharding, batch = rules.batch_sharding(mesh), experiment.batch_size
-    parts = math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])
-    if batch % parts:
-        written = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        raise UserError(
-            f"batch_size={batch} cannot be split into {parts} parts over the mesh {written}; give "
-            "--config.batch_size a multiple."
-        )
     layout = experiment.model.layout
     views = get_family(layout.views.style).views
     shapes: dict[str, tuple[int, ...]] = {
@@ -186,7 +178,8 @@ def _scalar(mesh: Mesh) -> Any:
 
 
 def _prefill(experiment: Experiment, mesh: Mesh) -> _Call:
-    batch: dict[str, Any] = {**abstract_batch(experiment, mesh)}
+    # Only training takes a batch in parts.
+    batch: dict[str, Any] = {**abstract_batch(dataclasses.replace(experiment, accumulate=1), mesh)}
     model = experiment.model
     budget: Any = None if model.gaze.top_k is None else _scalar(mesh)
     streams = Streams(**{name: a for name, a in batch.items() if name not in ("images", "sample_id")})
@@ -225,19 +218,11 @@ def _decode(experiment: Experiment, mesh: Mesh) -> _Call:
 def _sharded(cache: Cache, mesh: Mesh) -> Cache:
     """A cache of shapes, sharded as :func:`gaze_jax.models.cache.constrained` shards it."""
 
-    def split(tree: Any, names: tuple[str | None, ...]) -> Any:
+    def split(tree: Any, names: tuple[str, ...]) -> Any:
         sharding = NamedSharding(mesh, rules.partition_spec(names, "the cache"))
         return with_shardings(tree, jax.tree.map(lambda _: sharding, tree))
 
-    stack = ("layers", "batch", "kv_heads")
-    return Cache(
-        visual=split(cache.visual, api.cache_axes(cache.visual)),
-        descriptors=split(cache.descriptors, stack),
-        text_k=split(cache.text_k, stack),
-        text_v=split(cache.text_v, stack),
-        visual_order=split(cache.visual_order, ("batch",)),
-        text_order=split(cache.text_order, ("batch",)),
-    )
+    return by_axes(cache, split)
 
 
 CALLS: Mapping[str, Callable[[Experiment, Mesh], _Call]] = {

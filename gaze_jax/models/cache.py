@@ -4,6 +4,7 @@ Nothing is evicted. The cache is stacked over layers; every layer gets all of it
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -230,6 +231,11 @@ def constrained(cache: Cache) -> Cache:
             lambda a: nn.with_logical_constraint(a, (*names, *(None,) * (a.ndim - len(names)))), tree
         )
 
+    return by_axes(cache, split)
+
+
+def by_axes(cache: Cache, split: Callable[[ArrayTree, tuple[str, ...]], ArrayTree]) -> Cache:
+    """``split`` of each part of a cache, with the logical axes of its leading dimensions."""
     stack = ("layers", "batch", "kv_heads")
     return Cache(
         visual=split(cache.visual, api.cache_axes(cache.visual)),

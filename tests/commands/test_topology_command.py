@@ -119,8 +119,12 @@ def test_a_row_without_sizes_is_refused(row, message):
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="batch_size=12 cannot be split into 8 parts over the mesh data=4 x"):
-        programs.abstract_batch(tiny_experiment(batch_size=12), make_mesh(MeshConfig(4, 2)))
+    mesh = make_mesh(MeshConfig(4, 2))
+    with pytest.raises(UserError, match="batch_size=12 must be a multiple of the 8 devices"):
+        programs.abstract_batch(tiny_experiment(batch_size=12), mesh)
+    # Each part of a training batch is shared by all devices.
+    with pytest.raises(UserError, match="batch_size=8 / accumulate=2 must be a multiple of the 8 devices"):
+        programs.abstract_batch(tiny_experiment(batch_size=8, accumulate=2), mesh)
 
 
 def test_the_abstract_batch_is_that_of_training():
@@ -213,6 +217,9 @@ def test_a_sweep_has_every_mesh_with_and_without_remat():
     assert sizes == [
         (data, fsdp, remat) for data, fsdp in ((1, 8), (2, 4), (4, 2), (8, 1)) for remat in (True, False)
     ]
+    kept = tiny_experiment(**{"model.remat": True, "model.remat_policy": "dots"})
+    policies = [each.model.remat_policy for each in command.swept(kept, 1)]
+    assert policies == ["dots", "nothing"]  # a policy without remat is no config
 
 
 def test_a_sweep_suggests_the_lowest_bound_that_fits(on_cpus, monkeypatch, capsys, tmp_path):

@@ -69,7 +69,8 @@ def _named_if_full(workdir: Path) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(
                 f"A device has too little memory ({first_line(error)}); use fewer or smaller rows "
-                "(batch_size, data.row, data.max_frames), set model.remat=True or accumulate, or use more devices."
+                "(batch_size, data.row, data.max_frames), set model.remat=True or accumulate, or "
+                "use more devices."
             ) from error
         raise
 

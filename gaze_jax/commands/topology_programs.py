@@ -30,6 +30,7 @@ from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import AXES, make_mesh
 from gaze_jax.train.config import Experiment, parse, resolve
 from gaze_jax.train.step import BATCH_FIELDS, abstract_state, check_rows, shardings_of, step_function
+from gaze_jax.train.teacher import abstract_teacher
 from pallas_kernels import dispatch
 
 Program = Literal["train", "prefill", "decode"]
@@ -75,7 +76,9 @@ def dense_of(experiment: Experiment) -> Experiment | None:
     """The same experiment with dense attention and the same context tokens; None if it is dense already."""
     if experiment.model.gaze.top_k is None:
         return None
-    return resolve(dataclasses.replace(experiment, arm="dense_context"))
+    # Dense attention scores no region.
+    objective = dataclasses.replace(experiment.objective, region_weight=0.0)
+    return resolve(dataclasses.replace(experiment, arm="dense_context", objective=objective))
 
 
 def _row_sizes(experiment: Experiment) -> tuple[int, int, int]:
@@ -166,11 +169,15 @@ def _train(experiment: Experiment, mesh: Mesh) -> _Call:
         donate_argnums=0,
         out_shardings=(shardings_of(state), rules.replicated(mesh)),
     )
+    distills = experiment.objective.name == "distill"
     frozen = experiment.optimizer.frozen
     trained = {part: tree for part, tree in state.params.items() if part not in frozen}
     read = _read_bytes(experiment, state.params) if "decoder" in frozen else chip_bytes(state.params)
     memory = read + chip_bytes(trained) + 2 * chip_bytes(state.opt_state)
-    return _Call(step, (state, abstract_batch(experiment, mesh)), memory)
+    taught = abstract_teacher(experiment, _model_of(str(experiment.init_from)), mesh) if distills else None
+    if taught is not None:  # an objective reads its teacher once, forward
+        memory += chip_bytes(taught.params)
+    return _Call(step, (state, abstract_batch(experiment, mesh), taught), memory)
 
 
 def _scalar(mesh: Mesh) -> Any:

@@ -71,7 +71,11 @@ def main(values: Values) -> None:
     from gaze_jax.train.loop import train
 
     config = config_of(values)
-    start = open_start(named, Path(values.workdir)) if (named := config.get("init_from")) else None
+    start = None
+    if named := config.get("init_from"):
+        # A resumed run needs only what it kept, unless the checkpoint is its teacher.
+        distills = config.get("objective", {}).get("name") == "distill"
+        start = open_start(named, None if distills else Path(values.workdir))
     experiment = parse(config, None if start is None else start.config)
     finished = train(experiment, values.workdir, start, progress_bar)
     if finished and isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:

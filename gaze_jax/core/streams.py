@@ -109,6 +109,51 @@ class Streams:
         """[B, R, P] bool: the slot holds a token."""
         return jnp.asarray(self.visual_src) >= 0
 
+    @property
+    def positions(self) -> Int32[AnyArray, "B N"]:
+        """[B, R * P + S] RoPE positions of both streams, visual tokens first."""
+        visual = self.visual_positions.reshape(self.visual_positions.shape[0], -1)
+        return jnp.concatenate([visual, self.text_positions], axis=1)
+
+    def without_context(self) -> "Streams":
+        """The streams of the same samples for a model without context tokens.
+
+        The slots of context tokens become padding, and the positions of what follows them close the gap.
+        """
+        context = jnp.asarray(self.kind) == Kind.CONTEXT
+
+        def closed(
+            positions: Int32[AnyArray, "B N"], order: Int32[AnyArray, "B N"], segment: Int32[AnyArray, "B N"]
+        ) -> Int32[Array, "B N"]:
+            before = (
+                context[:, None, :]
+                & (segment[:, :, None] == self.text_segment[:, None, :])
+                & (self.text_order[:, None, :] < order[:, :, None])
+            )
+            return positions - jnp.sum(before, axis=-1, dtype=jnp.int32)
+
+        batch, regions, slots = self.visual_src.shape
+        visual = closed(
+            self.visual_positions.reshape(batch, -1),
+            self.visual_order.reshape(batch, -1),
+            jnp.repeat(self.region_segment, slots, axis=1),
+        )
+
+        def emptied(field: Int32[AnyArray, "B S"], value: int) -> Int32[Array, "B S"]:
+            return jnp.where(context, jnp.int32(value), field)
+
+        return dataclasses.replace(
+            self,
+            visual_positions=visual.reshape(batch, regions, slots),
+            tokens=emptied(self.tokens, 0),
+            kind=emptied(self.kind, Kind.PAD),
+            text_order=emptied(self.text_order, EMPTY),
+            text_positions=emptied(closed(self.text_positions, self.text_order, self.text_segment), 0),
+            text_segment=emptied(self.text_segment, EMPTY),
+            text_view=emptied(self.text_view, EMPTY),
+            targets=emptied(self.targets, IGNORE),
+        )
+
 
 def text_streams(tokens: Int[AnyArray, "B S"], valid: Bool[AnyArray, "B S"]) -> Streams:
     """Text-only streams, one sample per row.

@@ -17,6 +17,12 @@ from gaze_jax.models.layers import RMSNorm, apply_rope, dense
 Angles = tuple[Float32[Array, "#B N half"], Float32[Array, "#B N half"]]
 Out = TypeVar("Out")
 
+Attend = Callable[
+    [Float[Array, "B N H D"], Float[Array, "B N K D"], Float[Array, "B N K D"]],
+    tuple[Float[Array, "B N H D"], Out],
+]
+"""Attention between the projections of a block, and whatever else it returns."""
+
 
 class Attention(nn.Module):
     """Projections around the attention; the attention itself is a function."""
@@ -82,12 +88,20 @@ class Block(nn.Module):
         self.post_attention_norm = RMSNorm(eps, **kinds)
         self.mlp = GatedMLP(self.config)
 
-    def _around(
+    def around(
         self,
         x: Float[Array, "B N M"],
         angles: Angles,
-        attend: Callable[[Array, Array, Array], tuple[Array, Out]],
+        attend: Attend[Out],
     ) -> tuple[Float[Array, "B N M"], Out]:
+        """[B, N, M] -> [B, N, M] around any attention.
+
+        Args:
+          x: [B, N, M].
+          angles: of RoPE.
+          attend: takes post-RoPE queries [B, N, H, D] and keys and values [B, N, K, D]; returns [B, N, H, D]
+            and anything, which is returned too.
+        """
         q, k, v = self.self_attn.qkv(self.input_norm(x), angles)
         heads, out = attend(q, k, v)
         x = x + self.self_attn.merge(heads)
@@ -111,11 +125,11 @@ class Block(nn.Module):
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, NamedArrays]:
             return gaze_attention(q, k, v, metadata, selection, spec, gaze=gaze, layer=layer, past=past)
 
-        return self._around(x, angles, attend)
+        return self.around(x, angles, attend)
 
     def init_forward(self, x: Float[Array, "B N M"], angles: Angles) -> Float[Array, "B N M"]:
         """[B, N, M] -> [B, N, M] without attention, which has no parameters."""
-        return self._around(x, angles, lambda q, k, v: (q, None))[0]
+        return self.around(x, angles, lambda q, k, v: (q, None))[0]
 
     def decode(
         self,
@@ -137,5 +151,5 @@ class Block(nn.Module):
             heads, out = decode_attention(q, new_cache, masks, selection, spec, gaze=gaze, layer=layer)
             return heads, (new_cache, out)
 
-        x, (new_cache, out) = self._around(x, angles, attend)
+        x, (new_cache, out) = self.around(x, angles, attend)
         return (x, new_cache), out

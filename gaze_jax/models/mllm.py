@@ -50,6 +50,10 @@ class MLLM(nn.Module):
 
         Images are float32 in [-1, 1], or uint8 and normalised here.
         """
+        return self.projector(self.tower(images))
+
+    def tower(self, images: Images) -> Float[Array, "B N channels"]:
+        """:meth:`encode` before the projector, [B, N * grid * grid, width of the tower]."""
         batch, views = images.shape[:2]
         if images.dtype == jnp.uint8:
             images = normalised(images)
@@ -57,8 +61,12 @@ class MLLM(nn.Module):
         flat = nn.with_logical_constraint(
             images.reshape(batch * views, *images.shape[2:]), ("batch", None, None, None)
         )
-        features = self.projector(self.vision(flat))
+        features = self.vision(flat)
         return features.reshape(batch, views * features.shape[1], features.shape[2])
+
+    def project(self, features: Float[Array, "B N channels"]) -> Float[Array, "B N M"]:
+        """The rest of :meth:`encode`: what :meth:`tower` returns to [B, N, M]."""
+        return self.projector(features)
 
     def _embed_text(self, streams: Streams) -> Float[Array, "B S M"]:
         """Embed text from the table, newlines and context tokens from their parameters; padding is 0."""
@@ -75,20 +83,32 @@ class MLLM(nn.Module):
             x = jnp.where(is_context[..., None], self.context.astype(dtype)[which], x)
         return x
 
-    def _embed_visual(self, images: Images | None, streams: Streams) -> Float[Array, "B N M"]:
-        """Tower output in region-major order, [B, R * P, M]; a model without a tower has none."""
+    def _embed_visual(
+        self, features: Float[Array, "B N M"] | None, streams: Streams
+    ) -> Float[Array, "B tokens M"]:
+        """Projected features in region-major order, [B, R * P, M]; without an image there are none."""
         batch, regions, slots = streams.visual_src.shape
         width = self.config.decoder.width
-        if self.config.vision is None or images is None:
+        if features is None:
             if regions * slots:
                 raise ValueError("The batch has visual tokens but there is no image, or no tower to read it.")
             return jnp.zeros((batch, 0, width), DTYPES[self.config.dtype])
-        features = self.encode(images)
         if streams.pool_indices is None or streams.pool_weights is None:
             visual = to_regions(features, streams.visual_src)
         else:
             visual = pool_to_regions(features, streams.pool_indices, streams.pool_weights, self.newline)
         return visual.reshape(batch, regions * slots, width)
+
+    def embed_streams(
+        self, features: Float[Array, "B N M"] | None, streams: Streams
+    ) -> Float[Array, "B tokens M"]:
+        """What the decoder reads: [B, R * P + S, M], visual tokens first.
+
+        Args:
+          features: [B, N, M] from :meth:`encode`; None for text alone.
+          streams: the batch.
+        """
+        return jnp.concatenate([self._embed_visual(features, streams), self._embed_text(streams)], axis=1)
 
     def init_forward(self, images: Images | None) -> Float32[Array, "1 1 V"]:
         """Use every parameter once, to create them.
@@ -123,17 +143,13 @@ class MLLM(nn.Module):
         Returns:
           [B, S, M] for :meth:`Decoder.logits`, and a dict of the requested arrays, stacked over layers.
         """
-        visual = self._embed_visual(images, streams)
-        batch, size = visual.shape[:2]
-        x = jnp.concatenate([visual, self._embed_text(streams)], axis=1)
-        positions = jnp.concatenate(
-            [streams.visual_positions.reshape(batch, -1), streams.text_positions], axis=1
-        )
+        features = None if images is None or self.config.vision is None else self.encode(images)
+        x = self.embed_streams(features, streams)
         before = None if past is None else (past.visual_order, past.text_order)
         metadata = make_metadata(streams, self.config.gaze, sample_id, before)
         hidden, out = self.decoder.forward(
             x,
-            positions,
+            streams.positions,
             metadata,
             selection,
             spec,
@@ -141,7 +157,7 @@ class MLLM(nn.Module):
             keep_kv=keep_kv,
             keep_hidden=keep_hidden,
         )
-        return hidden[:, size:], out
+        return hidden[:, -streams.tokens.shape[1] :], out
 
     def __call__(
         self,
@@ -169,21 +185,13 @@ class MLLM(nn.Module):
         hidden, out = self.hidden(images, streams, selection, spec, sample_id=sample_id)
         return self.decoder.logits(hidden), out
 
-    def features(
-        self,
-        images: Images | None,
-        streams: Streams,
-        selection: Selection,
-        spec: SelectionSpec = SelectionSpec(),
-        *,
-        sample_id: SampleId | None = None,
-    ) -> tuple[Float[Array, "B S M"], Float[Array, "V M"], NamedArrays]:
-        """:meth:`__call__` before the head: the text stream [B, S, M], the head [V, M], and the same dict.
+    def head(self) -> Float[Array, "V M"]:
+        """The table [V, M] whose products with :meth:`hidden`, in float32, are the logits."""
+        return self.decoder.head
 
-        Logits of all tokens may not fit; ``hidden @ head.T`` in float32 are those of some.
-        """
-        hidden, out = self.hidden(images, streams, selection, spec, sample_id=sample_id)
-        return hidden, self.decoder.head, out
+    def final_norm(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
+        """The decoder's norm after its last block."""
+        return self.decoder.norm(x)
 
     def stages(
         self, images: Images | None, streams: Streams

@@ -19,6 +19,7 @@ from gaze_jax.models import MLLMConfig
 from gaze_jax.models.dummy import DUMMY
 from gaze_jax.parallel.mesh import MeshConfig
 from gaze_jax.train.changes import ModelChanges, changed
+from gaze_jax.train.objective import ObjectiveConfig
 from gaze_jax.train.optimizer import OptimizerConfig, warmup_of
 
 ARMS = ("gaze", "dense_context", "dense", "sparse_start")
@@ -55,6 +56,7 @@ class Experiment:
       batch_size: samples per step, over all devices.
       accumulate: parts of a batch whose gradients are summed one after the other, to save memory; the step
         is that of the whole batch.
+      objective: what is learned.
       optimizer: how parameters are updated.
       schedule: fraction of the regions to keep, from all down to ``top_k``.
       mesh: sizes of the device mesh.
@@ -73,6 +75,7 @@ class Experiment:
     steps: int = 3000
     batch_size: int = 32
     accumulate: int = 1
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = Schedule()
     mesh: MeshConfig = MeshConfig()
@@ -221,6 +224,7 @@ def resolve(experiment: Experiment) -> Experiment:
             gaze.top_k is None or gaze.top_k <= layout.regions,
             f"model.gaze.top_k={gaze.top_k} must be at most {layout.regions}, the regions of one image.",
         )
+    _check_objective(experiment)
     if isinstance(experiment.data, CorpusConfig):
         _check_corpus(experiment, experiment.data)
     else:
@@ -228,6 +232,19 @@ def resolve(experiment: Experiment) -> Experiment:
     if experiment.steps:
         check_steps(experiment)
     return experiment
+
+
+def _check_objective(experiment: Experiment) -> None:
+    objective = experiment.objective
+    require(
+        objective.name != "distill" or experiment.init_from is not None,
+        "objective.name='distill' needs init_from, the dense checkpoint to learn from.",
+    )
+    require(
+        not objective.region_weight or experiment.model.gaze.top_k is not None,
+        f"objective.region_weight={objective.region_weight} has no effect with dense attention (arm="
+        f"{experiment.arm!r}), which scores no region; set it to 0.",
+    )
 
 
 def check_steps(experiment: Experiment) -> None:

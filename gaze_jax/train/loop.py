@@ -19,17 +19,17 @@ from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import checkpoint, metrics
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.corpus import Progress, no_progress
+from gaze_jax.train.losses import Batch, Metrics
 from gaze_jax.train.pipeline import Batches, RunData, open_data
 from gaze_jax.train.start import Start, check_start, initial_params
 from gaze_jax.train.step import (
-    Batch,
-    Metrics,
     TrainState,
     check_rows,
     compile_step,
     init_state,
     put_batch,
 )
+from gaze_jax.train.teacher import Teacher, check_same, make_teacher
 from gaze_jax.writing import full_disk
 
 
@@ -86,6 +86,7 @@ class _Run:
 
     data: RunData
     start: Start | None
+    teacher: Teacher | None
     workdir: Path
     mesh: Mesh
     manager: ocp.CheckpointManager
@@ -155,7 +156,8 @@ def train(
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,
         _sigterm() as asked,
     ):
-        run = _Run(data, start, workdir, mesh, manager)
+        teacher = _teacher(data.experiment, start, workdir, mesh)
+        run = _Run(data, start, teacher, workdir, mesh, manager)
         if start is not None and jax.process_index() == 0:
             start.keep(workdir)
         for line in data.lines:
@@ -171,6 +173,17 @@ def train(
             return _steps(run, batches, restored, first, asked)
 
 
+def _teacher(experiment: Experiment, start: Start | None, workdir: Path, mesh: Mesh) -> Teacher | None:
+    """The teacher of a distillation, which is the one that the run began with."""
+    if experiment.objective.name != "distill":
+        return None
+    assert start is not None, "a distillation starts from a checkpoint"
+    teacher = make_teacher(experiment, start.config, start.load(mesh), mesh)
+    digests = {name: leaf["digest"] for name, leaf in checkpoint.describe(teacher.params).items()}
+    check_same(digests, workdir, start.name)
+    return teacher
+
+
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -179,7 +192,7 @@ def _compiled(steps: dict[Shapes, StepFunction], run: _Run, batch: Batch) -> Ste
     """The step for batches of this shape; the plan of a corpus has one shape for each of its buckets."""
     shapes = tuple(batch[name].shape for name in sorted(batch))
     if shapes not in steps:
-        steps[shapes] = compile_step(run.experiment, run.mesh, batch)
+        steps[shapes] = compile_step(run.experiment, run.mesh, batch, run.teacher)
     return steps[shapes]
 
 

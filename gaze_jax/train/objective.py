@@ -1,10 +1,11 @@
-"""The next-token objective: cross entropy of every token, without logits of all tokens at once.
+"""Losses of every token, without logits of all tokens at once: cross entropy, and KL to a teacher.
 
 Logits exist for one chunk of tokens at a time, in both passes. On a mesh, the devices that share one copy of
 the parameters each compute the logits of a part of the vocabulary, for the tokens of all of them: so none
 ever holds the whole table or its gradient. Only activations and sums per token are exchanged.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,8 +20,36 @@ from gaze_jax.core.streams import IGNORE
 from gaze_jax.core.types import Array
 from gaze_jax.parallel import rules
 
+OBJECTIVES = ("next_token", "distill")
+
 LOGIT_BYTES = 128 * 2**20
 """Most bytes of float32 logits, and of the hidden vectors they are made of, that a device holds at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned.
+
+    Attributes:
+      name: "next_token" (the paper): cross entropy of the next tokens. "distill": the distributions of
+        ``init_from``, attended to densely and without context tokens, whatever the next tokens are.
+      region_weight: of "distill", the weight of a second loss: how far the region scores are from the
+        teacher's attention to the regions.
+    """
+
+    name: str = "next_token"
+    region_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"objective.name={self.name!r} must be one of {OBJECTIVES}.")
+        if not 0 <= self.region_weight < math.inf:
+            raise ValueError(f"objective.region_weight={self.region_weight} must be a number of at least 0.")
+        if self.region_weight and self.name != "distill":
+            raise ValueError(
+                f"objective.region_weight={self.region_weight} has an effect only with "
+                "objective.name='distill'."
+            )
 
 
 class TokenLosses(NamedTuple):
@@ -29,86 +58,116 @@ class TokenLosses(NamedTuple):
     Attributes:
       loss: float32 [B, S], cross entropy in nats.
       correct: bool [B, S], the target has the largest logit.
+      kl: float32 [B, S], KL divergence of the distribution from the teacher's, in nats; None without one.
     """
 
     loss: Float32[Array, "B S"]
     correct: Bool[Array, "B S"]
+    kl: Float32[Array, "B S"] | None = None
 
 
-def token_losses(
-    hidden: Float[Array, "B S M"], table: Float[Array, "V M"], targets: Int[Array, "B S"]
-) -> TokenLosses:
-    """Cross entropy of the logits ``hidden @ table.T``, which are float32.
+class Logits(NamedTuple):
+    """Logits as the product of what the trainer has: ``hidden @ table.T``, float32.
 
-    Args:
+    Attributes:
       hidden: [B, S, M] after the final norm.
       table: [V, M], the head; on a mesh it is split over M.
+    """
+
+    hidden: Float[Array, "B S M"]
+    table: Float[Array, "V M"]
+
+
+def token_losses(logits: Logits, targets: Int[Array, "B S"], teacher: Logits | None = None) -> TokenLosses:
+    """Losses of every token.
+
+    Args:
+      logits: the model's.
       targets: int32 [B, S].
+      teacher: those of a teacher with the same vocabulary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     (axis,) = rules.RULES["embed"]
     parts = mesh.shape.get(axis, 1)
-    if parts == 1 or table.shape[1] % parts:
-        return TokenLosses(*_losses(hidden, table, targets, axis=None, parts=1))
+    all_logits = (logits,) if teacher is None else (logits, teacher)
+    if parts == 1 or any(given.table.shape[1] % parts for given in all_logits):
+        return TokenLosses(*_losses(all_logits, targets, axis=None, parts=1))
     batch = PartitionSpec(rules.RULES["batch"])
-    out: tuple[Array, Array] = jax.shard_map(
+    given_specs = tuple((batch, PartitionSpec(None, axis)) for _ in all_logits)
+    out: tuple[Array, ...] = jax.shard_map(
         functools.partial(_losses, axis=axis, parts=parts),
         mesh=mesh,
-        in_specs=(batch, PartitionSpec(None, axis), batch),
-        out_specs=(batch, batch),
+        in_specs=(tuple(Logits._make(specs) for specs in given_specs), batch),
+        out_specs=batch,
         check_vma=False,
-    )(hidden, table, targets)
+    )(all_logits, targets)
     return TokenLosses(*out)
 
 
 def _losses(
-    hidden: Float[Array, "B S M"],
-    table: Float[Array, "V M"],
-    targets: Int[Array, "B S"],
-    *,
-    axis: str | None,
-    parts: int,
-) -> tuple[Float32[Array, "B S"], Bool[Array, "B S"]]:
-    """:func:`token_losses` of a device's rows; ``table`` is one of ``parts`` parts along M."""
+    all_logits: tuple[Logits, ...], targets: Int[Array, "B S"], *, axis: str | None, parts: int
+) -> tuple[Array, ...]:
+    """:func:`token_losses` of a device's rows; the tables are one of ``parts`` parts along M."""
     batch, length = targets.shape
-    vocab = table.shape[0]
-    table = table.astype(hidden.dtype)
+    vocab = all_logits[0].table.shape[0]
+    tables = [given.table.astype(given.hidden.dtype) for given in all_logits]
     first = jnp.zeros((), jnp.int32)
     if axis is not None:
-        table = jnp.pad(table, ((0, -vocab % parts), (0, 0)))
-        table = jax.lax.all_to_all(table, axis, split_axis=0, concat_axis=1, tiled=True)
-        first = jax.lax.axis_index(axis) * table.shape[0]
-    ids = first + jnp.arange(table.shape[0])
+        tables = [jnp.pad(table, ((0, -vocab % parts), (0, 0))) for table in tables]
+        tables = [
+            jax.lax.all_to_all(table, axis, split_axis=0, concat_axis=1, tiled=True) for table in tables
+        ]
+        first = jax.lax.axis_index(axis) * tables[0].shape[0]
+    ids = first + jnp.arange(tables[0].shape[0])
 
-    def chunk(h: Float[Array, "B C M"], t: Int[Array, "B C"]) -> tuple[Array, Array]:
+    def chunk(hidden: tuple[Array, ...], t: Int[Array, "B C"]) -> tuple[Array, ...]:
         if axis is not None:
-            h, t = (jax.lax.all_gather(a, axis, tiled=True) for a in (h, t))
-        logits = jnp.einsum("BCM,VM->BCV", h, table, preferred_element_type=jnp.float32)
-        logits = jnp.where(ids < vocab, logits, -jnp.inf)
-        here = jax.lax.stop_gradient(logits)
+            hidden, t = jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), (hidden, t))
+        logits = [_logits(h, table, ids < vocab) for h, table in zip(hidden, tables, strict=True)]
+        log_total = [_log_total(values, axis) for values in logits]
+        here = jax.lax.stop_gradient(logits[0])
         top = _across(jax.lax.pmax, jnp.max(here, axis=-1), axis)
-        total = _across(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis)
-        wanted = jnp.where(ids == t[..., None], logits, 0.0)
-        loss = jnp.log(total) + top - _across(jax.lax.psum, jnp.sum(wanted, axis=-1), axis)
+        wanted = jnp.where(ids == t[..., None], logits[0], 0.0)
+        loss = log_total[0] - _across(jax.lax.psum, jnp.sum(wanted, axis=-1), axis)
         best = jnp.where(jnp.max(here, axis=-1) == top, first + jnp.argmax(here, axis=-1), vocab)
-        correct = _across(jax.lax.pmin, best, axis) == t
+        out = [loss, _across(jax.lax.pmin, best, axis) == t]
+        if len(logits) > 1:
+            ours, theirs = (values - total[..., None] for values, total in zip(logits, log_total))
+            ratio = jnp.where(ids < vocab, theirs - ours, 0.0)
+            out.append(_across(jax.lax.psum, jnp.sum(jnp.exp(theirs) * ratio, axis=-1), axis))
         if axis is not None:
             row = jax.lax.axis_index(axis) * batch
-            loss, correct = (jax.lax.dynamic_slice_in_dim(a, row, batch) for a in (loss, correct))
-        return loss, correct
+            out = [jax.lax.dynamic_slice_in_dim(a, row, batch) for a in out]
+        return tuple(out)
 
     # Of a token: its logits of this part for every row, and its hidden vectors of all devices.
-    token = batch * max(4 * vocab, parts * hidden.shape[2] * hidden.dtype.itemsize)
+    widths = [parts * given.hidden.shape[2] * given.hidden.dtype.itemsize for given in all_logits]
+    token = batch * max(4 * vocab * len(all_logits), *widths)
     count = min(length, math.ceil(length * token / LOGIT_BYTES))
+    hidden = tuple(given.hidden for given in all_logits)
     if count <= 1:
         return chunk(hidden, targets)
     size = -(-length // count)
     more = count * size - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
+    hidden = tuple(jnp.pad(h, ((0, 0), (0, more), (0, 0))) for h in hidden)
     targets = jnp.pad(targets, ((0, 0), (0, more)), constant_values=IGNORE)
-    chunks = (_blocks(hidden, count), _blocks(targets, count))
+    chunks = jax.tree.map(lambda a: _blocks(a, count), (hidden, targets))
     out = jax.lax.map(jax.checkpoint(lambda xs: chunk(*xs)), chunks)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(batch, -1)[:, :length], out)
+
+
+def _logits(
+    hidden: Float[Array, "B C M"], table: Float[Array, "V M"], real: Bool[Array, " V"]
+) -> Float32[Array, "B C V"]:
+    """Logits of a part of the vocabulary; -inf where a row of the table only pads it."""
+    logits = jnp.einsum("BCM,VM->BCV", hidden, table, preferred_element_type=jnp.float32)
+    return jnp.where(real, logits, -jnp.inf)
+
+
+def _log_total(logits: Float32[Array, "B C V"], axis: str | None) -> Float32[Array, "B C"]:
+    """Logarithm of the sum of the exponentials over the whole vocabulary."""
+    top = _across(jax.lax.pmax, jnp.max(jax.lax.stop_gradient(logits), axis=-1), axis)
+    return top + jnp.log(_across(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis))
 
 
 def _blocks(a: Array, count: int) -> Array:

@@ -16,7 +16,8 @@ from gaze_jax.errors import UserError
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.config import PARAM_DTYPES
 from gaze_jax.models.parameters import abstract_params
-from gaze_jax.train.step import Batch, shardings_of
+from gaze_jax.train.losses import Batch
+from gaze_jax.train.step import shardings_of
 
 CONTEXT = "context"
 """The one parameter that a checkpoint may lack: the context tokens of a model that was trained without."""

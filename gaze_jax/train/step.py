@@ -1,9 +1,8 @@
-"""The train state, the loss and the training step."""
+"""The train state and the training step."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import flax.linen as nn
 import jax
@@ -13,22 +12,16 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from gaze_jax.core.budget import budget_from_keep
-from gaze_jax.core.selection import Selection, SelectionSpec
-from gaze_jax.core.streams import IGNORE, POOL_FIELDS, Streams
-from gaze_jax.core.types import NamedArrays
+from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.errors import UserError
-from gaze_jax.models import MLLM, MLLMConfig
-from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train.config import Experiment
-from gaze_jax.train.objective import token_losses
+from gaze_jax.train.losses import Batch, Metrics, count_supervised, distillation_loss, next_token_loss
 from gaze_jax.train.optimizer import make_optimizer, without_frozen
+from gaze_jax.train.teacher import Teacher
 
 Array = jax.Array
-Batch = Mapping[str, Array]
-Metrics = dict[str, Array]
 
 BATCH_FIELDS = (*(field.name for field in dataclasses.fields(Streams)), "images", "sample_id")
 """Batch fields that a step reads, plus ``streams.POOL_FIELDS`` if present; a batch may hold more."""
@@ -132,70 +125,6 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     }
 
 
-def loss_and_metrics(
-    params: PyTree,
-    batch: Batch,
-    keep: Array | None,
-    config: MLLMConfig,
-    supervised_tokens: Array | None = None,
-) -> tuple[Array, Metrics]:
-    """Teacher-forced cross entropy, averaged over the supervised tokens of the whole batch.
-
-    Args:
-      params: the model's parameters.
-      batch: fields :data:`BATCH_FIELDS`, the streams int32, images float32 or uint8
-        [B, N, height, width, 3].
-      keep: float32 scalar, fraction of the visible regions that a query selects; None is dense attention.
-      config: the model's config.
-      supervised_tokens: int32 scalar to divide sums by, if ``batch`` is a part of a batch with so many: the
-        results of its parts add up to those of the batch.
-
-    Returns:
-      float32 loss and metrics, averaged over supervised queries: "loss", "accuracy", "top_k" (regions that
-      a query selects) and "visual_entries" (visual keys that it attends to, mean over layers and heads).
-    """
-    streams = Streams.from_batch(batch)
-    sample = batch["sample_id"]
-    visible = make_metadata(streams, config.gaze, sample).routed.visible
-    top_k = None if keep is None else budget_from_keep(keep, visible)
-    features = MLLM(config).apply(
-        {"params": params},
-        batch["images"],
-        streams,
-        Selection(top_k),
-        SelectionSpec(return_entries=True),
-        sample_id=sample,
-        method="features",
-    )
-    hidden, head, out = cast(tuple[Array, Array, NamedArrays], features)
-    supervised = streams.targets != IGNORE
-    count = count_supervised(batch) if supervised_tokens is None else supervised_tokens
-    tokens = token_losses(hidden, head, streams.targets)
-
-    def mean(values: Array) -> Array:
-        total = jnp.sum(jnp.where(supervised, values.astype(jnp.float32), 0.0))
-        return total / jnp.maximum(count, 1).astype(jnp.float32)
-
-    if "entries" in out:
-        entries = jnp.mean(out["entries"], axis=0)
-    else:  # no query is routed: every visible key is attended to
-        region_tokens = jnp.sum(streams.visual_valid, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-        entries = jnp.einsum("BSR,BR->BS", visible.astype(jnp.float32), region_tokens)
-    visible_regions = jnp.sum(visible, axis=-1, dtype=jnp.int32)
-    loss = mean(tokens.loss)
-    return loss, {
-        "loss": loss,
-        "accuracy": mean(tokens.correct),
-        "top_k": mean(visible_regions if top_k is None else jnp.minimum(top_k, visible_regions)),
-        "visual_entries": mean(entries),
-    }
-
-
-def count_supervised(batch: Batch) -> Array:
-    """Supervised tokens of a batch, int32 scalar."""
-    return jnp.sum(batch["targets"] != IGNORE, dtype=jnp.int32)
-
-
 def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
     """Fraction of the visible regions that a query selects at ``step``; None for dense arms.
 
@@ -210,22 +139,25 @@ def keep_fraction(experiment: Experiment, step: Array) -> Array | None:
     return experiment.schedule.keep(progress, final)
 
 
-def step_function(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Make the optimizer step, to be jitted: (state, batch) -> (state, metrics).
+def step_function(experiment: Experiment) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Make the optimizer step, to be jitted: (state, batch, teacher=None) -> (state, metrics).
 
-    Metrics are float32 scalars: those of :func:`loss_and_metrics`, "grad_norm" before clipping,
-    "param_norm" after the update (finite if and only if the new parameters are), and "lr".
+    Metrics are float32 scalars: those of the objective (:mod:`gaze_jax.train.losses`), "grad_norm" before
+    clipping, "param_norm" after the update (finite if and only if the new parameters are), and "lr".
     """
     optimizer, schedule = make_optimizer(experiment.optimizer, experiment.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, teacher: Teacher | None = None) -> tuple[TrainState, Metrics]:
         keep = keep_fraction(experiment, state.step)
-
         count = count_supervised(batch)
 
         def loss(params: PyTree, part: Batch) -> tuple[Array, Metrics]:
             params = without_frozen(params, experiment.optimizer)
-            return loss_and_metrics(params, part, keep, experiment.model, count)
+            if teacher is None:
+                return next_token_loss(params, part, keep, experiment.model, count)
+            return distillation_loss(
+                params, part, keep, experiment.model, teacher, experiment.objective.region_weight, count
+            )
 
         grads, metrics = _accumulated(
             jax.grad(loss, has_aux=True), state.params, batch, experiment.accumulate
@@ -262,7 +194,7 @@ def _accumulated(
 
 
 def compile_step(
-    experiment: Experiment, mesh: Mesh, batch: Batch
+    experiment: Experiment, mesh: Mesh, batch: Batch, teacher: Teacher | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile :func:`step_function` once, for batches with the shapes of ``batch``.
 
@@ -279,7 +211,7 @@ def compile_step(
         out_shardings=(shardings_of(abstract), rules.replicated(mesh)),
     )
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
-        compiled = step.lower(abstract, batch).compile()
+        compiled = step.lower(abstract, batch, teacher).compile()
     wanted = {name: (array.shape, array.dtype) for name, array in batch.items()}
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -290,6 +222,6 @@ def compile_step(
                     f"Batch field {name} is {array.dtype}{list(array.shape)} but the step was compiled for "
                     f"{dtype}{list(shape)}; pad every batch to the same sizes."
                 )
-        return compiled(state, batch)
+        return compiled(state, batch, teacher)
 
     return run

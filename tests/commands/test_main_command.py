@@ -108,7 +108,7 @@ def test_a_name_that_is_no_config_is_refused_with_the_names():
     values, _ = cli.parse(train.define_flags, "", ["train", "--config=digit"])
     with pytest.raises(
         UserError,
-        match=r"digit cannot be loaded.*shipped config \(cambrian_align, .*digits, digits_24, finetune\)",
+        match=r"digit cannot be loaded.*shipped config \(cambrian_align, .*digits_24, finetune, gazify\)",
     ):
         train.config_of(values)
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from gaze_jax.commands import cli
@@ -101,6 +102,22 @@ def test_a_config_without_a_model_takes_a_published_one():
     experiment = programs.read_experiment(config_of(*named))
     assert experiment.model.views.style == "llava_onevision" and experiment.model.gaze.top_k == 4
     assert experiment.model.param_dtype == "float32"
+
+
+def test_a_distillation_has_a_teacher_of_what_it_trains():
+    """In bfloat16, without the frozen tower; and a dense form beside it."""
+    words = ["--config=gazify", "--config.data.row.text=64", "--config.model.dtype=bfloat16"]
+    experiment = programs.read_experiment(
+        config_of(*words, "--config.init_from=llava-onevision-qwen2-0.5b", "--config.mesh.fsdp=2")
+    )
+    mesh = make_mesh(experiment.mesh)
+    _, _, teacher = programs.CALLS["train"](experiment, mesh).arguments
+    assert sorted(teacher.params) == ["decoder", "newline", "projector"]
+    table = teacher.params["decoder"]["embedding"]
+    assert table.dtype == jnp.bfloat16 and table.sharding.shard_shape(table.shape) == (152000, 448)
+    assert teacher.config.gaze.top_k is None and teacher.config.gaze.context_tokens == 0
+    dense = programs.dense_of(experiment)
+    assert dense.objective.name == "distill" and dense.objective.region_weight == 0
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,41 @@ def test_toy_prefix_keeps_whole_views():
     assert cut["text_order"].max() == 35 and (cut["kind"] == Kind.TEXT).sum() == 7
     with pytest.raises(ValueError, match="whole views"):
         prefix(row, 10)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_streams_without_context_are_those_that_never_had_any(context):
+    """Packed, padded and shuffled: tokens and RoPE positions, in an order that has gaps.
+
+    A target after a view is the last newline's without context tokens, and that of the last of them with.
+    """
+    samples = [[PlacedView(2, 2), Text(1)], PARTS, [Text(2)]]
+
+    def built(context):
+        rows = [sample(parts, seed=seed, context=context) for seed, parts in enumerate(samples)]
+        return batch([shuffle(pad(pack(rows), regions=25, slots=6, text=60), seed=1)])
+
+    plain, found = built(0), built(context).without_context()
+
+    def listed(streams, names, order, segment):
+        at = np.flatnonzero(segment >= 0)
+        at = at[np.lexsort((order[at], segment[at]))]
+        fields = {name: np.asarray(getattr(streams, name)).reshape(-1)[at] for name in names}
+        return fields | {"segment": segment[at]}
+
+    def text(streams):
+        names = ("tokens", "kind", "text_positions", "text_view")
+        return listed(streams, names, *(np.asarray(a[0]) for a in (streams.text_order, streams.text_segment)))
+
+    def visual(streams):
+        segment = np.repeat(np.asarray(streams.region_segment[0]), streams.visual_src.shape[2])
+        order = np.asarray(streams.visual_order[0]).reshape(-1)
+        names = ("visual_src", "visual_positions", "visual_view")
+        return listed(streams, names, order, np.where(order >= 0, segment, -1))
+
+    for fields in (text, visual):
+        mine, theirs = fields(found), fields(plain)
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(mine[name], value, err_msg=name)
+    assert not (np.asarray(found.kind) == Kind.CONTEXT).any()
+    np.testing.assert_array_equal(found.positions[:, -60:], found.text_positions)

@@ -83,8 +83,10 @@ def _compiled(experiment: Experiment, mesh: Mesh) -> Any:
     return compile_step(experiment, mesh, put_batch(batch, mesh))
 
 
-def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None) -> Any:
+def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None, teacher: Any = None) -> Any:
     """``compile_step``, once for all experiments that the same program serves."""
+    if teacher is not None:
+        return compile_step(experiment, mesh, batch, teacher)
     # These change no shape and no number; the mesh is an argument of its own.
     same = {"mesh": MeshConfig(), "checkpoint_every": 0, "log_every": 1, "num_workers": 0}
     return _compiled(dataclasses.replace(experiment, **same), mesh)
@@ -98,7 +100,7 @@ def reused_programs() -> Iterator[None]:
         yield
 
 
-def _random_state(experiment: Experiment) -> TrainState:
+def random_state(experiment: Experiment) -> TrainState:
     """A state of step 0 with random parameters, without the seconds of compiling their initialisers."""
     rng = np.random.default_rng(experiment.seed)
 
@@ -118,5 +120,5 @@ def save_untrained(experiment: Experiment, workdir: Path) -> None:
     """A checkpoint of step 0: what reads checkpoints needs no training."""
     data = data_of(experiment)
     with checkpoint.open_manager(workdir, 1) as manager:
-        state = _random_state(experiment)
+        state = random_state(experiment)
         checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])

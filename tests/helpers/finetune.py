@@ -44,7 +44,9 @@ def stop_after(step):
 append, compile_step, programs = metrics.append, loop.compile_step, {}
 
 
-def compiled(experiment, mesh, batch):
+def compiled(experiment, mesh, batch, teacher):
+    if teacher is not None:
+        return compile_step(experiment, mesh, batch, teacher)
     key = experiment, mesh, tuple(sorted((name, leaf.shape) for name, leaf in batch.items()))
     if key not in programs:
         programs[key] = compile_step(experiment, mesh, batch)

@@ -25,7 +25,8 @@ def inputs(vocab):
     return hidden, table, targets
 
 
-def plain(hidden, table, targets):
+def plain(given, targets):
+    hidden, table = given
     logits = jnp.einsum("BSM,VM->BSV", hidden, table)
     wanted = jnp.where(targets == IGNORE, 0, targets)
     return optax.softmax_cross_entropy_with_integer_labels(logits, wanted), jnp.argmax(logits, -1) == targets
@@ -36,15 +37,48 @@ def loss_of(function, targets):
     weights = np.where(targets == IGNORE, 0, np.arange(targets.size).reshape(targets.shape)).astype(
         np.float32
     )
-    return lambda hidden, table: jnp.sum(function(hidden, table, targets)[0] * weights)
+    return lambda hidden, table: jnp.sum(function(objective.Logits(hidden, table), targets)[0] * weights)
+
+
+def plain_kl(given, targets, teacher):
+    """The same for the divergence from a teacher."""
+    ours, theirs = (
+        jax.nn.log_softmax(jnp.einsum("BSM,VM->BSV", hidden, table)) for hidden, table in (given, teacher)
+    )
+    return (jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1),)
+
+
+def compare_kl(vocab, mesh):
+    """Divergence from a teacher of another width, and its gradient."""
+    hidden, table, targets = inputs(vocab)
+    rng = np.random.default_rng(1)
+    teacher = objective.Logits(
+        rng.normal(size=(BATCH, LENGTH, 2 * WIDTH)).astype(np.float32),
+        rng.normal(size=(vocab, 2 * WIDTH)).astype(np.float32),
+    )
+
+    def found(given, targets):
+        return (objective.token_losses(given, targets, teacher).kl,)
+
+    def wanted(given, targets):
+        return plain_kl(given, targets, teacher)
+
+    expected = jax.grad(loss_of(wanted, targets), argnums=(0, 1))(hidden, table)
+    with jax.set_mesh(mesh):
+        kl = jax.jit(objective.token_losses)(objective.Logits(hidden, table), targets, teacher).kl
+        gradients = jax.jit(jax.grad(loss_of(found, targets), argnums=(0, 1)))(hidden, table)
+    np.testing.assert_allclose(kl, wanted((hidden, table), targets)[0], rtol=1e-5, atol=1e-5)
+    assert float(kl.min()) > 0.1
+    for mine, theirs in zip(gradients, expected):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def compare(vocab, mesh):
     hidden, table, targets = inputs(vocab)
-    loss, correct = plain(hidden, table, targets)
+    loss, correct = plain((hidden, table), targets)
     expected = jax.grad(loss_of(plain, targets), argnums=(0, 1))(hidden, table)
     with jax.set_mesh(mesh):
-        found = jax.jit(objective.token_losses)(hidden, table, targets)
+        found = jax.jit(objective.token_losses)(objective.Logits(hidden, table), targets)
         gradients = jax.jit(jax.grad(loss_of(objective.token_losses, targets), argnums=(0, 1)))(hidden, table)
     some = targets != IGNORE
     np.testing.assert_allclose(found.loss[some], loss[some], rtol=1e-5, atol=1e-5)
@@ -62,6 +96,12 @@ def test_losses_and_gradients_are_those_of_plain_logits(vocab, mesh, kilobytes, 
     """Chunks, parts of the vocabulary, and a vocabulary that the parts do not divide change nothing."""
     monkeypatch.setattr(objective, "LOGIT_BYTES", kilobytes * 1024)
     compare(vocab, make_mesh(mesh or MeshConfig(1, 1), None if mesh else jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(("mesh", "kilobytes"), [(MeshConfig(2, 4), 1), (None, 64)])
+def test_the_divergence_from_a_teacher_is_that_of_plain_logits(mesh, kilobytes, monkeypatch):
+    monkeypatch.setattr(objective, "LOGIT_BYTES", kilobytes * 1024)
+    compare_kl(37, make_mesh(mesh or MeshConfig(1, 1), None if mesh else jax.devices()[:1]))
 
 
 def test_no_logits_of_all_tokens_and_no_whole_table_exist(monkeypatch):

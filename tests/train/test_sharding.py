@@ -16,11 +16,11 @@ from gaze_jax.errors import UserError
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import objective
+from gaze_jax.train.losses import next_token_loss
 from gaze_jax.train.step import (
     abstract_state,
     check_rows,
     init_state,
-    loss_and_metrics,
     put_batch,
     shardings_of,
     step_function,
@@ -50,7 +50,7 @@ def gradient(mesh, batch):
 
     params = jax.device_put(jax.tree_util.tree_map_with_path(stirred, params), shardings)
     run = jax.jit(
-        jax.grad(lambda p, b: loss_and_metrics(p, b, jnp.float32(0.25), experiment.model), has_aux=True),
+        jax.grad(lambda p, b: next_token_loss(p, b, jnp.float32(0.25), experiment.model), has_aux=True),
         out_shardings=(shardings, rules.replicated(mesh)),
     )
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):

@@ -160,10 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     for top_k, teacher, objective in itertools.product(args.top_ks, args.teachers, OBJECTIVES):
         experiment = experiment_of(teacher, objective, top_k, args)
         measured = train(experiment, open_start(str(teacher)), args)
-        print(
-            f"{objective} from {teacher}, {top_k} regions: {json.dumps(measured[experiment.steps])}",
-            flush=True,
-        )
+        print(objective, teacher, f"{top_k} regions", json.dumps(measured[experiment.steps]), flush=True)
         found.setdefault((objective, top_k), []).append(measured)
     rows = gather(found)
     show(rows)

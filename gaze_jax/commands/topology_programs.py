@@ -173,7 +173,7 @@ def _train(experiment: Experiment, mesh: Mesh) -> _Call:
     frozen = experiment.optimizer.frozen
     trained = {part: tree for part, tree in state.params.items() if part not in frozen}
     read = _read_bytes(experiment, state.params) if "decoder" in frozen else chip_bytes(state.params)
-    memory = read + chip_bytes(trained) + 2 * chip_bytes(state.opt_state)
+    memory = read + chip_bytes(trained) + 2 * chip_bytes((state.opt_state, state.average))
     taught = abstract_teacher(experiment, _model_of(str(experiment.init_from)), mesh) if distills else None
     if taught is not None:  # an objective reads its teacher once, forward
         memory += chip_bytes(taught.params)

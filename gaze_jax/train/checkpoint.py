@@ -1,9 +1,10 @@
 """Checkpoints: parameters, optimizer state and config, committed together by Orbax.
 
-One step is ``WORKDIR/checkpoints/STEP`` with three items: ``params``, ``train`` (step and optimizer state)
-and ``meta`` (JSON: format, config, data fingerprint, tokenizer, and a name, dtype, shape and digest of every
-leaf). The step says which batch is next. Orbax writes to a temporary folder and renames it, so a step is
-complete or absent. It casts silently and does not notice a flipped bit, so this module checks ``meta``.
+One step is ``WORKDIR/checkpoints/STEP`` with the items ``params``, ``train`` (step and optimizer state),
+``average`` if the run keeps a moving average of its parameters, and ``meta`` (JSON: format, config, data
+fingerprint, tokenizer, and a name, dtype, shape and digest of every leaf). The step says which batch is next.
+Orbax writes to a temporary folder and renames it, so a step is complete or absent. It casts silently and does
+not notice a flipped bit, so this module checks ``meta``.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError, first_line
+from gaze_jax.models.config import PARAM_DTYPES
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train.config import Experiment, parse
@@ -70,7 +72,8 @@ def _named(tree: PyTree) -> dict[str, Leaf]:
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
-    return {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state}}
+    items = {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state}}
+    return items if state.average is None else items | {"average": state.average}
 
 
 class LeafRecord(TypedDict):
@@ -250,7 +253,8 @@ def restore(
     compare_fingerprints(meta["data"], fingerprint)
     trees = _read_trees(manager, step, meta, _items(abstract_state(experiment, mesh)))
     train = trees["train"]
-    return Restored(TrainState(train["step"], trees["params"], train["opt_state"]), meta["window"])
+    state = TrainState(train["step"], trees["params"], train["opt_state"], trees.get("average"))
+    return Restored(state, meta["window"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +263,7 @@ class Trained:
 
     Attributes:
       experiment: the run's experiment.
-      params: the model's parameters.
+      params: the model's parameters; of a run that keeps a moving average, that, in the parameters' dtype.
       tokenizer: the tokenizer that the model was trained with.
       step: number of steps done.
     """
@@ -314,5 +318,11 @@ def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
     with _newest(workdir) as (manager, step, meta):
         experiment = parse(meta["config"])
         abstract = {"params": abstract_params(experiment.model, mesh)}
-        params = _read_trees(manager, step, meta, abstract)["params"]
+        if experiment.average_decay is not None:
+            abstract["average"] = abstract_state(experiment, mesh).average
+        trees = _read_trees(manager, step, meta, abstract)
+        params = trees["params"]
+        if "average" in trees:
+            dtype = PARAM_DTYPES[experiment.model.param_dtype]
+            params |= jax.tree.map(lambda leaf: leaf.astype(dtype), trees["average"])
     return Trained(experiment, params, Tokenizer(meta["tokenizer"]), step)

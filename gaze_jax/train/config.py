@@ -58,6 +58,8 @@ class Experiment:
         is that of the whole batch.
       objective: what is learned.
       optimizer: how parameters are updated.
+      average_decay: decay of an exponential moving average of the trained parameters (EMA), which inference,
+        evaluation and export then use; None keeps none. 0.999 averages over the last thousand steps or so.
       schedule: fraction of the regions to keep, from all down to ``top_k``.
       mesh: sizes of the device mesh.
       checkpoint_every: steps between checkpoints; 0 writes one only at the end.
@@ -77,6 +79,7 @@ class Experiment:
     accumulate: int = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    average_decay: float | None = None
     schedule: Schedule = Schedule()
     mesh: MeshConfig = MeshConfig()
     checkpoint_every: int = 0
@@ -224,6 +227,11 @@ def resolve(experiment: Experiment) -> Experiment:
             gaze.top_k is None or gaze.top_k <= layout.regions,
             f"model.gaze.top_k={gaze.top_k} must be at most {layout.regions}, the regions of one image.",
         )
+    decay = experiment.average_decay
+    require(
+        decay is None or 0 < decay < 1,
+        f"average_decay={decay} must lie between 0 and 1; leave it out for none.",
+    )
     _check_objective(experiment)
     if isinstance(experiment.data, CorpusConfig):
         _check_corpus(experiment, experiment.data)

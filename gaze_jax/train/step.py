@@ -36,17 +36,47 @@ class TrainState:
       step: int32 scalar, number of steps done.
       params: the model's parameters.
       opt_state: the optimizer's state.
+      average: float32 moving average of the trained parts of ``params``; None if the run keeps none.
     """
 
     step: Array
     params: PyTree
     opt_state: PyTree
+    average: PyTree | None = None
+
+
+def _begin(experiment: Experiment, params: PyTree) -> TrainState:
+    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
+    average = None
+    if experiment.average_decay is not None:
+        average = _in_float32(_trained(experiment, params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def _init(experiment: Experiment, seed: Array) -> TrainState:
-    params = nn.meta.unbox(init_variables(experiment.model, jax.random.key(seed)))
-    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return _begin(experiment, nn.meta.unbox(init_variables(experiment.model, jax.random.key(seed))))
+
+
+def _trained(experiment: Experiment, params: PyTree) -> PyTree:
+    """The parts of a model that are not frozen."""
+    return {part: tree for part, tree in params.items() if part not in experiment.optimizer.frozen}
+
+
+def _in_float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _averaged(experiment: Experiment, state: TrainState, params: PyTree) -> PyTree | None:
+    """The moving average after a step.
+
+    Its decay grows with the steps, as (1 + n) / (10 + n), so that it forgets where the run began.
+    """
+    if experiment.average_decay is None:
+        return None
+    done = state.step.astype(jnp.float32) + 1.0
+    decay = jnp.minimum(jnp.float32(experiment.average_decay), (1.0 + done) / (10.0 + done))
+    new = _in_float32(_trained(experiment, params))
+    return optax.incremental_update(new, state.average, 1.0 - decay)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
@@ -69,7 +99,8 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
-    shardings: PyTree = TrainState(whole, params, opt_state)  # type: ignore[arg-type]  # of shardings
+    average = None if shapes.average is None else _trained(experiment, params)
+    shardings: PyTree = TrainState(whole, params, opt_state, average)  # type: ignore[arg-type]
     return with_shardings(shapes, shardings)
 
 
@@ -88,12 +119,7 @@ def init_state(experiment: Experiment, mesh: Mesh, params: PyTree | None = None)
     """
     shardings = shardings_of(abstract_state(experiment, mesh))
     if params is not None:
-        optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
-        start = jax.jit(
-            lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
-            out_shardings=shardings,
-            donate_argnums=0,
-        )
+        start = jax.jit(lambda params: _begin(experiment, params), out_shardings=shardings, donate_argnums=0)
         return start(params)
     make = jax.jit(lambda seed: _init(experiment, seed), out_shardings=shardings)
     return make(np.uint32(experiment.seed))
@@ -169,7 +195,8 @@ def step_function(experiment: Experiment) -> Callable[..., tuple[TrainState, Met
             "param_norm": optax.tree.norm(params),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        average = _averaged(experiment, state, params)
+        return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return step
 

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -199,13 +199,18 @@ def _number(value: float | None, scale: float) -> str:
     return "-" if value is None else f"{value / scale:.3g}" if value < scale else f"{value / scale:.2f}"
 
 
+def _sizes(mesh: Mapping[str, int]) -> list[str]:
+    """The sizes of a mesh; those of data and fsdp, and of other axes that have more than one device."""
+    return [f"{name}={size}" for name, size in mesh.items() if name in ("data", "fsdp") or size > 1]
+
+
 def cells(row: "Row") -> list[str]:
     """A row of the table, in the order of its columns."""
     size, flops = math.prod(row["mesh"].values()), row["flops"]
     reason = row.get("refused") or ("" if row["fits"] else "does not fit")
     return [
         "dense" if row["dense"] else "gaze",
-        " ".join(f"{name}={parts}" for name, parts in row["mesh"].items()),
+        " ".join(_sizes(row["mesh"])),
         "on" if row["remat"] else "off",
         _number(row["peak_bytes"], 1e9),
         _number(row["argument_bytes"], 1e9),
@@ -252,7 +257,7 @@ def _suggestion(rows: "list[Row]") -> str:
     if not fitting:
         return "No mesh fits; use more chips, a smaller batch_size, or smaller rows (data.row)."
     best = min(fitting, key=lambda row: (row["bound_seconds"], sum(row["bound_parts"].values())))
-    sizes = " ".join(f"--config.mesh.{name}={size}" for name, size in best["mesh"].items())
+    sizes = " ".join(f"--config.mesh.{size}" for size in _sizes(best["mesh"]))
     return (
         f"The lowest bound that fits: {sizes} --config.model.remat={best['remat']} "
         f"({best['bound_seconds']:.3g} s, {_number(best['peak_bytes'], 1e9)} GB)."

@@ -29,7 +29,7 @@ from gaze_jax.models.parameters import abstract_params, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import AXES, make_mesh
 from gaze_jax.train.config import Experiment, parse, resolve
-from gaze_jax.train.step import BATCH_FIELDS, abstract_state, check_rows, shardings_of, step_function
+from gaze_jax.train.step import BATCH_FIELDS, abstract_state, check_mesh, shardings_of, step_function
 from gaze_jax.train.teacher import abstract_teacher
 from pallas_kernels import dispatch
 
@@ -110,7 +110,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
       UserError: the config leaves sizes to its corpus, or the devices do not divide the batch.
     """
     text, regions, images = _row_sizes(experiment)
-    check_rows(experiment, mesh)
+    check_mesh(experiment, mesh)
     sharding, batch = rules.batch_sharding(mesh), experiment.batch_size
     layout = experiment.model.layout
     views = get_family(layout.views.style).views
@@ -249,7 +249,8 @@ def mesh_of(experiment: Experiment, devices: Any, topology: str, program: Progra
     sizes = dataclasses.asdict(experiment.mesh)
     if program != "train" and any(sizes[name] not in (1, -1) for name in AXES if name != "data"):
         raise UserError(
-            f"--program={program} splits only sequences, over the axis data; leave out --config.mesh.fsdp."
+            f"--program={program} splits only sequences, over the axis data; leave out the other sizes of "
+            "--config.mesh."
         )
     try:
         return make_mesh(experiment.mesh, devices)

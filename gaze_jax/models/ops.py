@@ -6,7 +6,6 @@ device on its part of the batch and of the kv heads. They need no communication:
 independent.
 """
 
-import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -68,7 +67,7 @@ def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
         return jnp.take(jnp.asarray(LEVELS), images.astype(jnp.int32), axis=0)
 
     mesh = jax.sharding.get_abstract_mesh()
-    devices = math.prod(mesh.shape.get(name, 1) for name in rules.RULES["batch"])
+    _, devices = rules.split_sizes(mesh, "batch")
     if devices == 1 or images.shape[0] % devices:
         return call(images)
     spec = PartitionSpec(rules.RULES["batch"])
@@ -78,28 +77,32 @@ def normalised(images: UInt8[AnyArray, "*shape"]) -> Float32[Array, "*shape"]:
 def embed(
     table: Float[Array, "V M"], tokens: Int[AnyArray, "*lead"], dtype: DTypeLike
 ) -> Float[Array, "*lead M"]:
-    """Rows of a table that is split over M, for tokens that are split over B: int32 [B, ...] to [B, ..., M].
+    """Rows of a table that is split over V and M, for tokens that are split over B.
 
-    Each device looks up its columns for the tokens of all devices that share the table, and sends them to
-    where they belong. Left to XLA, every device would hold the whole table's float32 gradient.
+    int32 [B, ...] to [B, ..., M]. Each device looks up its part of the rows and columns for the tokens of all
+    devices that share the table, and sends them to where they belong. Left to XLA, every device would hold
+    the whole table's float32 gradient.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    (axis,) = rules.RULES["embed"]
-    parts = mesh.shape.get(axis, 1)
-    rows = math.prod(mesh.shape.get(name, 1) for name in rules.RULES["batch"])
-    if parts == 1 or table.shape[1] % parts or tokens.shape[0] % rows:
+    (width_axes, columns), (vocab_axes, rows) = (rules.split_sizes(mesh, name) for name in ("embed", "vocab"))
+    _, batches = rules.split_sizes(mesh, "batch")
+    vocab, width = table.shape
+    if rows * columns == 1 or vocab % rows or width % columns or tokens.shape[0] % batches:
         return jnp.take(table, tokens, axis=0).astype(dtype)
 
-    def call(table: Float[Array, "V columns"], tokens: Int[Array, "*lead"]) -> Float[Array, "*lead M"]:
-        every = jax.lax.all_gather(tokens, axis, tiled=True)
-        found = jnp.take(table, every, axis=0).astype(dtype)
-        return jax.lax.all_to_all(found, axis, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
+    def call(table: Float[Array, "rows columns"], tokens: Int[Array, "*lead"]) -> Float[Array, "*lead M"]:
+        every = jax.lax.all_gather(tokens, width_axes, tiled=True)
+        local = every - jax.lax.axis_index(vocab_axes) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        found = jnp.take(table, jnp.where(here, local, 0), axis=0)
+        found = jax.lax.psum(jnp.where(here[..., None], found, 0).astype(dtype), vocab_axes)
+        return jax.lax.all_to_all(found, width_axes, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
 
     batch = PartitionSpec(rules.RULES["batch"])
     return jax.shard_map(
         call,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, axis), batch),
+        in_specs=(rules.partition_spec(("vocab", "embed")), batch),
         out_specs=batch,
         check_vma=False,
     )(table, tokens)
@@ -151,7 +154,8 @@ def gaze_prefill(
         return prefill_api.gaze_prefill(*arguments, spec=spec, implementation=implementation)
 
     arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
-    if implementation not in dispatch.KERNELS:
+    _, parts = rules.split_sizes(jax.sharding.get_abstract_mesh(), "kv_heads")
+    if implementation not in dispatch.KERNELS and parts == 1:
         return call(*arguments)
     keys = ("batch", "kv_heads")
     rows = ("batch", None, "heads")

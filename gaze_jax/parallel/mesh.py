@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from gaze_jax.errors import UserError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,13 @@ class MeshConfig:
         leaves.
       fsdp: number of devices that share one copy of the parameters; the batch is split over them too. -1:
         all devices that ``data`` leaves.
+      tensor: number of devices that share every layer's work on the same tokens: attention by heads, the
+        MLP by its hidden channels, embedding and logits by the vocabulary. It must divide the kv heads.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

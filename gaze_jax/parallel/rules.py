@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
@@ -16,10 +16,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "tokens": (),
     "width": (),
-    "heads": (),
-    "kv_heads": (),
-    "mlp": (),
-    "vocab": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
     "norm": (),
     "layers": (),
 }
@@ -82,8 +82,7 @@ def fitted_spec(
       ValueError: see :func:`partition_spec`.
       UserError: a larger array cannot be split.
     """
-    # PartitionSpec replaces a tuple of one name by the name.
-    spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(names, label)]
+    spec = _by_table(mesh, names, label)
     for dim, axes in enumerate(spec):
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if not shape[dim] % parts:
@@ -102,13 +101,20 @@ def fitted_spec(
     return PartitionSpec(*(axes or None for axes in spec))
 
 
+def _by_table(mesh: Mesh, names: Sequence[str | None], label: str = "array") -> list[tuple[str, ...]]:
+    """The mesh axes of more than one device that split each axis of an array, by the table."""
+    # PartitionSpec replaces a tuple of one name by the name.
+    spec = [(e,) if isinstance(e, str) else e or () for e in partition_spec(names, label)]
+    return [tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in spec]
+
+
 def moved(mesh: Mesh, abstract_boxed: PyTree) -> list[str]:
     """A line for every parameter that :func:`fitted_spec` splits otherwise than the table says."""
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_boxed, is_leaf=_is_boxed):
         shape = leaf.value.shape
         spec = fitted_spec(mesh, shape, leaf.names, leaf.value.dtype.itemsize, _name(path))
-        if spec != partition_spec(leaf.names):
+        if spec != PartitionSpec(*(axes or None for axes in _by_table(mesh, leaf.names))):
             where = [f"{entry} over axis {dim}" for dim, entry in enumerate(spec) if entry]
             lines.append(f"{_name(path)} {list(shape)}: {' and '.join(where) or 'replicated'}")
     return lines
@@ -145,6 +151,12 @@ def param_shardings(mesh: Mesh, abstract_boxed: PyTree) -> PyTree:
         return NamedSharding(mesh, fitted_spec(mesh, value.shape, leaf.names, value.dtype.itemsize, label))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_boxed, is_leaf=_is_boxed)
+
+
+def split_sizes(mesh: Mesh | AbstractMesh, name: str) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that split a logical axis, and into how many parts; a mesh without them has one."""
+    axes = tuple(axis for axis in RULES[name] if axis in mesh.shape)
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

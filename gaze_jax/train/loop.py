@@ -24,7 +24,7 @@ from gaze_jax.train.pipeline import Batches, RunData, open_data
 from gaze_jax.train.start import Start, check_start, initial_params
 from gaze_jax.train.step import (
     TrainState,
-    check_rows,
+    check_mesh,
     compile_step,
     init_state,
     put_batch,
@@ -147,7 +147,7 @@ def train(
     """
     workdir = Path(workdir)
     mesh = make_mesh(experiment.mesh)
-    check_rows(experiment, mesh)
+    check_mesh(experiment, mesh)
     if start is not None:
         check_start(start, experiment.model)
     data = open_data(experiment, start, workdir, progress)

@@ -26,6 +26,9 @@ LOGIT_BYTES = 128 * 2**20
 """Most bytes of float32 logits, and of the hidden vectors they are made of, that a device holds at once."""
 
 
+_NO_TOKEN = jnp.iinfo(jnp.int32).max
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """What is learned.
@@ -87,61 +90,84 @@ def token_losses(logits: Logits, targets: Int[Array, "B S"], teacher: Logits | N
       teacher: those of a teacher with the same vocabulary.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    (axis,) = rules.RULES["embed"]
-    parts = mesh.shape.get(axis, 1)
+    (width_axes, columns), (vocab_axes, rows) = (rules.split_sizes(mesh, name) for name in ("embed", "vocab"))
     all_logits = (logits,) if teacher is None else (logits, teacher)
-    if parts == 1 or any(given.table.shape[1] % parts for given in all_logits):
-        return TokenLosses(*_losses(all_logits, targets, axis=None, parts=1))
+    shapes = [given.table.shape for given in all_logits]
+    if rows * columns == 1 or any(vocab % rows or width % columns for vocab, width in shapes):
+        return TokenLosses(*_losses(all_logits, targets, _Parts()))
     batch = PartitionSpec(rules.RULES["batch"])
-    given_specs = tuple((batch, PartitionSpec(None, axis)) for _ in all_logits)
+    specs = Logits(batch, rules.partition_spec(("vocab", "embed")))  # type: ignore[arg-type]
     out: tuple[Array, ...] = jax.shard_map(
-        functools.partial(_losses, axis=axis, parts=parts),
+        functools.partial(_losses, parts=_Parts(width_axes, columns, vocab_axes)),
         mesh=mesh,
-        in_specs=(tuple(Logits._make(specs) for specs in given_specs), batch),
+        in_specs=((specs,) * len(all_logits), batch),
         out_specs=batch,
         check_vma=False,
     )(all_logits, targets)
     return TokenLosses(*out)
 
 
-def _losses(
-    all_logits: tuple[Logits, ...], targets: Int[Array, "B S"], *, axis: str | None, parts: int
-) -> tuple[Array, ...]:
-    """:func:`token_losses` of a device's rows; the tables are one of ``parts`` parts along M."""
+class _Parts(NamedTuple):
+    """How the head is split over a mesh; by default it is whole.
+
+    Attributes:
+      width: mesh axes over which M is split, whose devices have different tokens too.
+      columns: their number of devices.
+      vocab: mesh axes over which V is split, whose devices have the same tokens.
+    """
+
+    width: tuple[str, ...] = ()
+    columns: int = 1
+    vocab: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The axes over which logits are split."""
+        return (*self.vocab, *self.width)
+
+
+def _losses(all_logits: tuple[Logits, ...], targets: Int[Array, "B S"], parts: _Parts) -> tuple[Array, ...]:
+    """:func:`token_losses` of a device's rows and its part of the tables."""
     batch, length = targets.shape
     vocab = all_logits[0].table.shape[0]
     tables = [given.table.astype(given.hidden.dtype) for given in all_logits]
-    first = jnp.zeros((), jnp.int32)
-    if axis is not None:
-        tables = [jnp.pad(table, ((0, -vocab % parts), (0, 0))) for table in tables]
+    first, end = jnp.zeros((), jnp.int32), jnp.int32(vocab)
+    if parts.vocab:
+        first = jax.lax.axis_index(parts.vocab) * vocab
+        end = first + vocab
+    if parts.width:
+        # From a part of the columns of every row to all columns of a part of the rows.
+        tables = [jnp.pad(table, ((0, -vocab % parts.columns), (0, 0))) for table in tables]
         tables = [
-            jax.lax.all_to_all(table, axis, split_axis=0, concat_axis=1, tiled=True) for table in tables
+            jax.lax.all_to_all(table, parts.width, split_axis=0, concat_axis=1, tiled=True)
+            for table in tables
         ]
-        first = jax.lax.axis_index(axis) * tables[0].shape[0]
+        first = first + jax.lax.axis_index(parts.width) * tables[0].shape[0]
     ids = first + jnp.arange(tables[0].shape[0])
 
     def chunk(hidden: tuple[Array, ...], t: Int[Array, "B C"]) -> tuple[Array, ...]:
-        if axis is not None:
-            hidden, t = jax.tree.map(lambda a: jax.lax.all_gather(a, axis, tiled=True), (hidden, t))
-        logits = [_logits(h, table, ids < vocab) for h, table in zip(hidden, tables, strict=True)]
-        log_total = [_log_total(values, axis) for values in logits]
+        if parts.width:
+            hidden, t = jax.tree.map(lambda a: jax.lax.all_gather(a, parts.width, tiled=True), (hidden, t))
+        logits = [_logits(h, table, ids < end) for h, table in zip(hidden, tables, strict=True)]
+        log_total = [_log_total(values, parts.all) for values in logits]
         here = jax.lax.stop_gradient(logits[0])
-        top = _across(jax.lax.pmax, jnp.max(here, axis=-1), axis)
-        wanted = jnp.where(ids == t[..., None], logits[0], 0.0)
-        loss = log_total[0] - _across(jax.lax.psum, jnp.sum(wanted, axis=-1), axis)
-        best = jnp.where(jnp.max(here, axis=-1) == top, first + jnp.argmax(here, axis=-1), vocab)
-        out = [loss, _across(jax.lax.pmin, best, axis) == t]
+        top = _across(jax.lax.pmax, jnp.max(here, axis=-1), parts.all)
+        # A row that only pads a part has the number of the next part's first token.
+        wanted = jnp.where((ids == t[..., None]) & (ids < end), logits[0], 0.0)
+        loss = log_total[0] - _across(jax.lax.psum, jnp.sum(wanted, axis=-1), parts.all)
+        best = jnp.where(jnp.max(here, axis=-1) == top, first + jnp.argmax(here, axis=-1), _NO_TOKEN)
+        out = [loss, _across(jax.lax.pmin, best, parts.all) == t]
         if len(logits) > 1:
             ours, theirs = (values - total[..., None] for values, total in zip(logits, log_total))
-            ratio = jnp.where(ids < vocab, theirs - ours, 0.0)
-            out.append(_across(jax.lax.psum, jnp.sum(jnp.exp(theirs) * ratio, axis=-1), axis))
-        if axis is not None:
-            row = jax.lax.axis_index(axis) * batch
+            ratio = jnp.where(ids < end, theirs - ours, 0.0)
+            out.append(_across(jax.lax.psum, jnp.sum(jnp.exp(theirs) * ratio, axis=-1), parts.all))
+        if parts.width:
+            row = jax.lax.axis_index(parts.width) * batch
             out = [jax.lax.dynamic_slice_in_dim(a, row, batch) for a in out]
         return tuple(out)
 
     # Of a token: its logits of this part for every row, and its hidden vectors of all devices.
-    widths = [parts * given.hidden.shape[2] * given.hidden.dtype.itemsize for given in all_logits]
+    widths = [parts.columns * given.hidden.shape[2] * given.hidden.dtype.itemsize for given in all_logits]
     token = batch * max(4 * vocab * len(all_logits), *widths)
     count = min(length, math.ceil(length * token / LOGIT_BYTES))
     hidden = tuple(given.hidden for given in all_logits)
@@ -164,10 +190,10 @@ def _logits(
     return jnp.where(real, logits, -jnp.inf)
 
 
-def _log_total(logits: Float32[Array, "B C V"], axis: str | None) -> Float32[Array, "B C"]:
+def _log_total(logits: Float32[Array, "B C V"], axes: tuple[str, ...]) -> Float32[Array, "B C"]:
     """Logarithm of the sum of the exponentials over the whole vocabulary."""
-    top = _across(jax.lax.pmax, jnp.max(jax.lax.stop_gradient(logits), axis=-1), axis)
-    return top + jnp.log(_across(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axis))
+    top = _across(jax.lax.pmax, jnp.max(jax.lax.stop_gradient(logits), axis=-1), axes)
+    return top + jnp.log(_across(jax.lax.psum, jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), axes))
 
 
 def _blocks(a: Array, count: int) -> Array:
@@ -175,6 +201,6 @@ def _blocks(a: Array, count: int) -> Array:
     return jnp.moveaxis(a.reshape(a.shape[0], count, -1, *a.shape[2:]), 1, 0)
 
 
-def _across(reduce: Callable[[Array, str], Array], a: Array, axis: str | None) -> Array:
-    """``a`` reduced over the devices of a mesh axis, if there is one."""
-    return a if axis is None else reduce(a, axis)
+def _across(reduce: Callable[[Array, tuple[str, ...]], Array], a: Array, axes: tuple[str, ...]) -> Array:
+    """``a`` reduced over the devices of mesh axes, if there are any."""
+    return reduce(a, axes) if axes else a

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.errors import UserError
+from gaze_jax.models import MLLMConfig
 from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train.config import Experiment
@@ -125,13 +126,14 @@ def init_state(experiment: Experiment, mesh: Mesh, params: PyTree | None = None)
     return make(np.uint32(experiment.seed))
 
 
-def check_rows(experiment: Experiment, mesh: Mesh) -> None:
-    """Check that the devices of a mesh can share the rows of a batch.
+def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+    """Check that the devices of a mesh can share the rows of a batch and the heads of the model.
 
     Raises:
       UserError: they cannot.
     """
-    devices = math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])
+    check_heads(experiment.model, mesh)
+    _, devices = rules.split_sizes(mesh, "batch")
     rows = experiment.batch_size // experiment.accumulate
     if rows % devices:
         parts = f" / accumulate={experiment.accumulate}" if experiment.accumulate > 1 else ""
@@ -139,6 +141,26 @@ def check_rows(experiment: Experiment, mesh: Mesh) -> None:
             f"batch_size={experiment.batch_size}{parts} must be a multiple of the {devices} devices that "
             "share the rows (mesh.data * mesh.fsdp)."
         )
+
+
+def check_heads(model: MLLMConfig, mesh: Mesh) -> None:
+    """Check that ``mesh.tensor`` devices can share the heads of a model.
+
+    Raises:
+      UserError: they cannot; the message names the sizes that can.
+    """
+    _, parts = rules.split_sizes(mesh, "kv_heads")
+    heads = {"decoder.num_kv_heads": model.decoder.num_kv_heads}
+    if model.vision is not None:
+        heads["vision.num_heads"] = model.vision.num_heads
+    for name, count in heads.items():
+        if count % parts:
+            common = math.gcd(*heads.values())
+            fitting = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+            raise UserError(
+                f"mesh.tensor={parts} does not divide {name}={count}, which the devices share; it can be "
+                f"{fitting}."
+            )
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

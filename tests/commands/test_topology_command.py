@@ -170,8 +170,9 @@ def test_pooled_views_have_pooling_indices():
 
 def test_inference_is_split_over_sequences_only():
     experiment = tiny_experiment()
-    assert programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "train").shape == {"data": 4, "fsdp": 2}
-    with pytest.raises(UserError, match=r"--program=decode splits only sequences.*--config\.mesh\.fsdp"):
+    sizes = {"data": 4, "fsdp": 2, "tensor": 1}
+    assert programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "train").shape == sizes
+    with pytest.raises(UserError, match=r"--program=decode splits only sequences.*sizes of --config\.mesh"):
         programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "decode")
 
 
@@ -180,7 +181,7 @@ def test_a_mesh_that_jax_cannot_arrange_is_one_sentence(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1\nmore")
 
     monkeypatch.setattr(programs, "make_mesh", refuse)
-    with pytest.raises(UserError, match=r"mesh.data=-1, mesh.fsdp=2 on v5p:4x4x8; choose"):
+    with pytest.raises(UserError, match=r"mesh.fsdp=2, mesh.tensor=1 on v5p:4x4x8; choose"):
         programs.mesh_of(tiny_experiment(), jax.devices(), "v5p:4x4x8", "train")
 
 
@@ -245,7 +246,7 @@ def test_a_sweep_suggests_the_lowest_bound_that_fits(on_cpus, monkeypatch, capsy
 
     def measured(experiment, mesh, chip, program, **options):
         row = table.refused(experiment, chip, "")
-        bound = bounds.get((*mesh.shape.values(), experiment.model.remat), 9.0)
+        bound = bounds.get((mesh.shape["data"], mesh.shape["fsdp"], experiment.model.remat), 9.0)
         row |= {"bound_seconds": bound, "bound_by": "compute", "collective_bytes": 5, "peak_bytes": 10**9}
         parts = {"compute": bound, "interconnect": bound / mesh.shape["data"]}
         return row | {"fits": bound > 1, "flops": 10**15, "refused": None, "bound_parts": parts}
@@ -295,7 +296,11 @@ def test_the_step_of_a_config_is_compiled_and_described(on_cpus, monkeypatch, ca
     assert (gaze["dense"], dense["dense"]) == (False, True)
     for row in report["rows"]:
         assert (row["config"], row["topology"], row["program"]) == ("tiny_config", "v5e:2x4", "train")
-        assert row["mesh"] == {"data": 4, "fsdp": 2} and row["fits"] and row["hbm_bytes"] == V5E.hbm_bytes
+        assert (
+            row["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+            and row["fits"]
+            and row["hbm_bytes"] == V5E.hbm_bytes
+        )
         assert row["flops"] > 3e7 and row["flops_left_out"] == row["collectives_left_out"] == []
         # Half of the parameters are gathered at least once, and their gradients reduced.
         assert row["collective_bytes"] > row["memory_bytes"] / 10 > 0

@@ -7,19 +7,26 @@ from gaze_jax.parallel.mesh import AXES, MeshConfig, axis_sizes, make_mesh
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "devices", "expected"),
-    [(-1, 1, 8, (8, 1)), (-1, 4, 8, (2, 4)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (-1, 1, 1, (1, 1))],
+    ("sizes", "devices", "expected"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((-1, 4, 1), 8, (2, 4, 1)),
+        ((2, -1, 2), 8, (2, 2, 2)),
+        ((2, 1, -1), 8, (2, 1, 4)),
+        ((2, 4, 1), 8, (2, 4, 1)),
+        ((-1, 1, 1), 1, (1, 1, 1)),
+    ],
 )
-def test_minus_one_is_what_the_other_axis_leaves(data, fsdp, devices, expected):
-    assert tuple(axis_sizes(MeshConfig(data, fsdp), devices).values()) == expected
+def test_minus_one_is_what_the_other_axes_leave(sizes, devices, expected):
+    assert tuple(axis_sizes(MeshConfig(*sizes), devices).values()) == expected
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp"), [(3, 1), (-1, 3), (-1, -1), (0, 8), (-2, 1), (8, 2)], ids=lambda size: str(size)
+    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-2, 1, 1), (8, 2, 1), (8, 1, 2)], ids=str
 )
-def test_sizes_that_do_not_fit_the_devices_are_named(data, fsdp):
-    with pytest.raises(UserError, match=f"mesh.data={data}, mesh.fsdp={fsdp}"):
-        axis_sizes(MeshConfig(data, fsdp), 8)
+def test_sizes_that_do_not_fit_the_devices_are_named(sizes):
+    with pytest.raises(UserError, match="mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)):
+        axis_sizes(MeshConfig(*sizes), 8)
 
 
 def test_the_mesh_has_every_device_once_and_leaves_placing_to_the_compiler():

@@ -110,5 +110,5 @@ def test_a_topology_that_does_not_exist_is_refused():
 def test_a_mesh_axis_may_take_a_part_of_a_side(name, data, fsdp):
     devices = topology.load_devices(name)
     mesh = make_mesh(MeshConfig(data, fsdp), devices)
-    assert mesh.devices.shape == (data, fsdp)
+    assert mesh.devices.shape == (data, fsdp, 1)
     assert len({device.id for device in mesh.devices.flat}) == len(devices)

@@ -150,7 +150,7 @@ def _row(experiment: "Experiment", devices: "Sequence[jax.Device]", values: Valu
 
 
 def _progress(experiment: "Experiment", number: int, total: int) -> None:
-    sizes = " ".join(f"{name}={size}" for name, size in dataclasses.asdict(experiment.mesh).items())
+    sizes = " ".join(_sizes(dataclasses.asdict(experiment.mesh)))
     kind = "dense" if experiment.model.gaze.top_k is None else "gaze"
     remat = "on" if experiment.model.remat else "off"
     print(f"compiling {number} of {total}: {kind} {sizes} remat {remat}", file=sys.stderr, flush=True)

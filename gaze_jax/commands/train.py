@@ -69,11 +69,12 @@ def main(values: Values) -> None:
     from gaze_jax.infer.progress import progress_bar
     from gaze_jax.train.config import parse
     from gaze_jax.train.loop import train
+    from gaze_jax.viewer.training import draw_evaluation
 
     config = config_of(values)
     start = open_start(named, Path(values.workdir)) if (named := config.get("init_from")) else None
     experiment = parse(config, None if start is None else start.config)
-    finished = train(experiment, values.workdir, start, progress_bar)
+    finished = train(experiment, values.workdir, start, progress_bar, draw_evaluation)
     if finished and isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
         evaluate(values.workdir)
 

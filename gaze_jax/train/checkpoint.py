@@ -34,7 +34,17 @@ Leaf = Array | jax.ShapeDtypeStruct
 
 FOLDER = "checkpoints"
 
-MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "num_workers", "eval")
+MAY_CHANGE = (
+    "mesh",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "eval_every",
+    "tensorboard",
+    "profile_steps",
+    "num_workers",
+    "eval",
+)
 """Fields of an experiment that a resumed run may change: they do not affect training."""
 
 

@@ -72,7 +72,7 @@ def experiment_of(sizes: Sizes, *, quick: bool = False) -> Experiment:
     config.steps, config.log_every, config.checkpoint_every = sizes.steps, 25, 50
     config.optimizer.warmup_steps = 1
     if quick:
-        config.optimizer.name, config.optimizer.adam_learning_rate, config.batch_size = "adamw", None, 4
+        config.optimizer.name, config.optimizer.adam_learning_rate, config.batch_size = "adamw", None, 8
         config.model.decoder.depth = config.model.vision.depth = 1
         config.log_every = config.checkpoint_every = 2
     return parse(config)
@@ -253,7 +253,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args(argv)
-    jax.config.update("jax_numpy_dtype_promotion", "standard")  # optax relies on it
     if args.child:
         act, megabytes, folder = args.child.split("/", 2)
         print(json.dumps(child(act, int(megabytes), Path(folder))))

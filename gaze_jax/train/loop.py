@@ -263,8 +263,9 @@ def _began(
     watch: timing.Stopwatch,
 ) -> tuple[Batch, TrainState, list[metrics.Row]]:
     """The first batch, the state before it, and the metrics that no row has yet."""
-    batch = put_batch(watch.take(batches), run.mesh)
     with watch.part("start"):
+        # The first batch takes long, since what makes them starts; no device waits for it.
+        batch = put_batch(watch.take(batches, lambda: True), run.mesh)
         state, window = (run.fresh(batch), []) if restored is None else restored
         jax.block_until_ready(state.step)
     for line in rules.moved(run.mesh, boxed_params(run.experiment.model)):

@@ -43,7 +43,7 @@ FOLDER = "evaluation"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Looked:
+class SampleTrace:
     """Which regions one held-out sample's queries selected, to draw.
 
     Attributes:
@@ -70,13 +70,13 @@ class Evaluated:
       step: steps done.
       row: of evaluation.jsonl: "step", "tokens" (supervised ones) and, for "gaze" (if the model is not dense)
         and "dense", "loss", "accuracy", "top_k" and "visual_entries", means over these tokens.
-      looked: None if the model is dense or the sample has no image.
+      trace: None if the model is dense or the sample has no image.
     """
 
     workdir: Path
     step: int
     row: Mapping[str, Any]
-    looked: Looked | None
+    trace: SampleTrace | None
 
 
 OnEvaluation = Callable[[Evaluated], None]
@@ -98,10 +98,10 @@ def measure_function(experiment: Experiment) -> Callable[[PyTree, Batch], dict[s
     return measure
 
 
-def look_function(experiment: Experiment, at: np.ndarray) -> Callable[[PyTree, Batch], Array]:
+def trace_function(experiment: Experiment, at: np.ndarray) -> Callable[[PyTree, Batch], Array]:
     """Make (params, batch) -> bool [L, T, Hs, R]: what queries ``at`` int64 [T] of the first row selected."""
 
-    def look(params: PyTree, batch: Batch) -> Array:
+    def trace(params: PyTree, batch: Batch) -> Array:
         streams, sample = Streams.from_batch(batch), batch["sample_id"]
         final = keep_fraction(experiment, jnp.asarray(experiment.steps, jnp.int32))
         assert final is not None, "a dense model selects nothing"
@@ -118,7 +118,7 @@ def look_function(experiment: Experiment, at: np.ndarray) -> Callable[[PyTree, B
         out: NamedArrays = cast(tuple[Array, Array, NamedArrays], features)[2]
         return out["selected"][:, 0, at]
 
-    return look
+    return trace
 
 
 def _compiled(function: Callable[..., Any], experiment: Experiment, mesh: Mesh, batch: Batch) -> Any:
@@ -136,7 +136,7 @@ class Evaluator:
         with contextlib.closing(held_out.batches()) as batches:
             batch = put_batch(next(batches), mesh)
         self._measure = _compiled(measure_function(experiment), experiment, mesh, batch)
-        self._look: Any = None
+        self._trace: Any = None
         sample = held_out.sample()
         arrays, views = process_with_views(held_out.processor, sample)
         at = np.flatnonzero(arrays["targets"] != IGNORE)
@@ -147,7 +147,7 @@ class Evaluator:
         devices = math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])
         row = pad_to(arrays, **dataclasses.asdict(held_out.bucket))
         self._row = put_batch(_repeated(row, devices // jax.process_count()), mesh)
-        self._look = _compiled(look_function(experiment, at), experiment, mesh, self._row)
+        self._trace = _compiled(trace_function(experiment, at), experiment, mesh, self._row)
         pieces = tuple(tokenizer.decode([token]) for token in arrays["targets"][at].tolist())
         self._regions = len(arrays["region_segment"])
         boxes = tuple(tuple(box) if box[0] >= 0 else None for box in arrays["target_box"][at].tolist())
@@ -168,12 +168,12 @@ class Evaluator:
         ways = [way for way in ("gaze", "dense") if way in found[0]]
         return {"tokens": tokens} | {way: {name: mean(way, name) for name in found[0][way]} for way in ways}
 
-    def look(self, params: PyTree) -> Looked | None:
+    def trace(self, params: PyTree) -> SampleTrace | None:
         """Which regions the queries of the sample that is drawn select."""
-        if self._look is None:
+        if self._trace is None:
             return None
-        selected = np.asarray(self._look(params, self._row))
-        return Looked(*self._shown, np.moveaxis(selected, 0, 1)[..., : self._regions])
+        selected = np.asarray(self._trace(params, self._row))
+        return SampleTrace(*self._shown, np.moveaxis(selected, 0, 1)[..., : self._regions])
 
 
 def _repeated(row: Arrays, times: int) -> Arrays:

@@ -118,25 +118,25 @@ class _Run:
             self.manager, state, self.experiment, self.data.fingerprint, self.data.tokenizer, window
         )
 
-    def log(self, step: int, window: list[metrics.Row], watch: timing.Stopwatch) -> None:
+    def log(self, step: int, window: list[metrics.Row], stopwatch: timing.Stopwatch) -> None:
         row = metrics.mean(window)
         if jax.process_index() == 0:
             metrics.append(self.workdir / metrics.FILE, {"step": step, **row})
         if self.events is not None:
             self.events.training({"step": step, **row})
         alike = isinstance(self.experiment.data, DigitsConfig)
-        print_once(watch.line(step, row, self.experiment.model.layout.regions if alike else None))
+        print_once(stopwatch.line(step, row, self.experiment.model.layout.regions if alike else None))
 
     def evaluate(self, evaluator: Evaluator, step: int, state: TrainState) -> None:
         """Evaluate the state after ``step``, and let it be drawn."""
         row = {"step": step, **evaluator.measure(state.params)}
-        looked = evaluator.look(state.params)
+        trace = evaluator.trace(state.params)
         print_once(evaluation.line(step, row))
         if jax.process_index() == 0:
             metrics.append(self.workdir / evaluation.FILE, row)
             if self.events is not None:
                 self.events.evaluation(row)
-            self.on_evaluation(Evaluated(self.workdir, step, row, looked))
+            self.on_evaluation(Evaluated(self.workdir, step, row, trace))
 
 
 def train(
@@ -193,7 +193,7 @@ def train(
         if first >= data.experiment.steps:
             print_once(f"All {first} steps are done.")
             return True
-        watch = timing.Stopwatch(
+        stopwatch = timing.Stopwatch(
             workdir / timing.FILE if jax.process_index() == 0 else None,
             first,
             data.experiment.steps,
@@ -209,7 +209,7 @@ def train(
             if experiment.tensorboard and jax.process_index() == 0:
                 events = stack.enter_context(contextlib.closing(tensorboard.Events(workdir)))
                 run = dataclasses.replace(run, events=events)
-            return _steps(run, batches, restored, watch, asked, profile)
+            return _steps(run, batches, restored, stopwatch, asked, profile)
 
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -221,7 +221,7 @@ class _Steps:
     """The compiled steps: the plan of a corpus has one shape of batches for each of its buckets."""
 
     run: _Run
-    watch: timing.Stopwatch
+    stopwatch: timing.Stopwatch
     found: dict[Shapes, tuple[StepFunction, float | None]] = dataclasses.field(default_factory=dict)
 
     def of(self, batch: Batch) -> tuple[StepFunction, float | None]:
@@ -229,7 +229,7 @@ class _Steps:
         shapes = tuple(batch[name].shape for name in sorted(batch))
         if shapes not in self.found:
             start = time.monotonic()
-            with self.watch.part("compile"):
+            with self.stopwatch.part("compile"):
                 compiled = compile_step(self.run.experiment, self.run.mesh, batch)
                 known = peak_of(self.run.mesh) is not None
                 flops = float(model_flops(self.run.experiment, self.run.mesh, batch)) if known else None
@@ -238,15 +238,15 @@ class _Steps:
         return self.found[shapes]
 
 
-def _evaluator(run: _Run, watch: timing.Stopwatch, first: int, state: TrainState) -> Evaluator | None:
+def _evaluator(run: _Run, stopwatch: timing.Stopwatch, first: int, state: TrainState) -> Evaluator | None:
     """What evaluates during the run, if anything does; it evaluates ``state`` if step ``first`` is due."""
     data, every = run.data, run.experiment.eval_every
     if data.held_out is None:
         return None
-    with watch.part("compile"):
+    with stopwatch.part("compile"):
         evaluator = Evaluator(data.experiment, run.mesh, data.held_out, data.tokenizer)
     if first % every == 0:
-        with watch.part("evaluate"):
+        with stopwatch.part("evaluate"):
             run.evaluate(evaluator, first, state)
     return evaluator
 
@@ -260,12 +260,12 @@ def _began(
     run: _Run,
     batches: Batches,
     restored: tuple[TrainState, list[metrics.Row]] | None,
-    watch: timing.Stopwatch,
+    stopwatch: timing.Stopwatch,
 ) -> tuple[Batch, TrainState, list[metrics.Row]]:
     """The first batch, the state before it, and the metrics that no row has yet."""
-    with watch.part("start"):
+    with stopwatch.part("start"):
         # The first batch takes long, since what makes them starts; no device waits for it.
-        batch = put_batch(watch.take(batches, lambda: True), run.mesh)
+        batch = put_batch(stopwatch.take(batches, lambda: True), run.mesh)
         state, window = (run.fresh(batch), []) if restored is None else restored
         jax.block_until_ready(state.step)
     for line in rules.moved(run.mesh, boxed_params(run.experiment.model)):
@@ -281,14 +281,14 @@ def _steps(
     run: _Run,
     batches: Batches,
     restored: tuple[TrainState, list[metrics.Row]] | None,
-    watch: timing.Stopwatch,
+    stopwatch: timing.Stopwatch,
     asked: threading.Event,
     profile: profiling.Profile,
 ) -> bool:
     experiment = run.experiment
-    batch, state, window = _began(run, batches, restored, watch)
-    compiled, first = _Steps(run, watch), int(state.step)
-    evaluator = _evaluator(run, watch, first, state)
+    batch, state, window = _began(run, batches, restored, stopwatch)
+    compiled, first = _Steps(run, stopwatch), int(state.step)
+    evaluator = _evaluator(run, stopwatch, first, state)
     # Metrics still on the device: fetching them would block every step.
     pending: list[Metrics] = []
     for step in range(first + 1, experiment.steps + 1):
@@ -297,7 +297,7 @@ def _steps(
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):
             state, measured = step_once(state, batch)
-        watch.count(flops)
+        stopwatch.count(flops)
         if pending:  # a device holds the batches of two steps, never those of a whole row of metrics
             jax.block_until_ready(pending[-1])
         pending.append(measured)
@@ -313,27 +313,27 @@ def _steps(
             fetched = [{k: float(v) for k, v in row.items()} for row in jax.device_get(pending)]
             metrics.check_finite(fetched, step, run.workdir)
             window, pending = window + fetched, []
-            spent = watch.row(step)
+            spent = stopwatch.row(step)
             if run.events is not None:
                 run.events.timing(spent)
         if log:
-            run.log(step, window, watch)
+            run.log(step, window, stopwatch)
             window = []
         if evaluator and judged:
-            with watch.part("evaluate"):
+            with stopwatch.part("evaluate"):
                 run.evaluate(evaluator, step, state)
         if due:
-            with watch.part("save"):
+            with stopwatch.part("save"):
                 run.save(state, window)
         if stop and not last:
-            watch.row(step)
+            stopwatch.row(step)
             print_once(
                 f"Stopped by SIGTERM after step {step}, which is saved; run the same command to continue."
             )
             return False
         if not last:
-            batch = put_batch(watch.take(batches, _busy(measured)), run.mesh)
-    watch.row(experiment.steps)
+            batch = put_batch(stopwatch.take(batches, _busy(measured)), run.mesh)
+    stopwatch.row(experiment.steps)
     if summary := batches.summary():
         print_once(summary)
     return True

@@ -12,7 +12,7 @@ from PIL import Image
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.data.sample import Sample
 from gaze_jax.train import evaluation, metrics
-from gaze_jax.train.evaluation import Evaluated, Looked
+from gaze_jax.train.evaluation import Evaluated, SampleTrace
 from gaze_jax.viewer.answer_sheet import view_sheets
 from gaze_jax.viewer.contact_sheet import INK, MUTED, PAPER, SELECTED, TARGET, Colour
 from gaze_jax.writing import replacing, write_text
@@ -44,9 +44,9 @@ def draw_evaluation(evaluated: Evaluated) -> None:
     folder = evaluated.workdir
     trained, held_out = (metrics.read(folder / name) for name in (metrics.FILE, evaluation.FILE))
     write_text(folder / CURVES, curves(trained, held_out))
-    if evaluated.looked is None:
+    if evaluated.trace is None:
         return
-    sheet = evaluation_sheet(evaluated.looked, evaluated.step, evaluated.row["gaze"]["top_k"])
+    sheet = evaluation_sheet(evaluated.trace, evaluated.step, evaluated.row["gaze"]["top_k"])
     path = folder / evaluation.FOLDER / f"step-{evaluated.step:06}.png"
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as part:
@@ -56,31 +56,31 @@ def draw_evaluation(evaluated: Evaluated) -> None:
 # -- Where a sample's queries look -------------------------------------------------------------------------
 
 
-def evaluation_sheet(looked: Looked, step: int, top_k: float) -> Image.Image:
+def evaluation_sheet(trace: SampleTrace, step: int, top_k: float) -> Image.Image:
     """Draw what the queries of supervised tokens selected, in all layers and heads together.
 
     Args:
-      looked: the sample; of many views four are drawn, evenly spread and always the same ones, and of many
+      trace: the sample; of many views four are drawn, evenly spread and always the same ones, and of many
         tokens the first 32.
       step: steps done, for the heading.
       top_k: regions per query, a mean over the evaluation, for the heading.
     """
-    views = looked.views[:: -(-len(looked.views) // _VIEWS)]
-    tokens, layers, heads, regions = looked.selected[:_TOKENS].shape
+    views = trace.views[:: -(-len(trace.views) // _VIEWS)]
+    tokens, layers, heads, regions = trace.selected[:_TOKENS].shape
     titles = [f"{_name(view)} of a held-out sample" for view in views]
     titles[0] = (
         f"Step {step}: {titles[0]}\nThe supervised tokens; {top_k:.3g} of {regions} regions per query, "
         f"{layers} layers and {heads} heads together"
     )
     return view_sheets(
-        [_pixels(looked.sample, view) for view in views],
+        [_pixels(trace.sample, view) for view in views],
         views,
-        looked.pieces[:_TOKENS],
-        looked.selected[:_TOKENS].reshape(tokens, layers * heads, regions),
+        trace.pieces[:_TOKENS],
+        trace.selected[:_TOKENS].reshape(tokens, layers * heads, regions),
         titles=titles,
         panel=128,
         columns=8,
-        boxes=looked.boxes[:_TOKENS] if len(looked.views) == 1 else None,
+        boxes=trace.boxes[:_TOKENS] if len(trace.views) == 1 else None,
         clearest=1.0,  # not that of this picture, so that those of two steps can be compared
     )
 

@@ -132,12 +132,12 @@ def test_sums_over_batches_are_the_means_of_the_whole_and_what_is_drawn_is_what_
             want = jax.jit(lambda p, b, keep=keep: loss_and_metrics(p, b, keep, experiment.model)[1])
             for name, value in want(params, batch).items():
                 assert row[way][name] == pytest.approx(float(value), rel=1e-5)
-    looked = evaluator.look(params)
-    tokens, layers, heads, regions = looked.selected.shape
-    assert (layers, heads, regions) == (2, 2, 4) and tokens == len(looked.pieces) > 0
-    assert (looked.selected.sum(axis=-1) == 1).all() and any(looked.boxes)
-    answers = "".join(part.text for part in looked.sample.parts[1:] if part.supervised)
-    assert "".join(looked.pieces) == answers
+    trace = evaluator.trace(params)
+    tokens, layers, heads, regions = trace.selected.shape
+    assert (layers, heads, regions) == (2, 2, 4) and tokens == len(trace.pieces) > 0
+    assert (trace.selected.sum(axis=-1) == 1).all() and any(trace.boxes)
+    answers = "".join(part.text for part in trace.sample.parts[1:] if part.supervised)
+    assert "".join(trace.pieces) == answers
 
 
 def test_a_dense_run_has_no_gaze(tmp_path):
@@ -145,7 +145,7 @@ def test_a_dense_run_has_no_gaze(tmp_path):
     experiment = tiny_experiment(**EVALUATED, arm="dense", steps=3)
     assert loop.train(experiment, tmp_path, on_evaluation=drawn.append)
     assert [set(row) for row in rows_of(tmp_path)] == [{"step", "tokens", "dense"}] * 2
-    assert drawn[0].looked is None
+    assert drawn[0].trace is None
 
 
 def test_settings_that_evaluate_nothing_are_refused():

@@ -50,16 +50,16 @@ def batches(clock, *made):
 
 
 def test_the_progress_line_says_how_long_it_will_take(clock):
-    watch = timing.Stopwatch(None, 10, 3610, processes=4, peak=1e12)
+    stopwatch = timing.Stopwatch(None, 10, 3610, processes=4, peak=1e12)
     taken = batches(clock, batch(30), batch(10))
-    watch.take(taken), watch.take(taken)
-    with watch.part("compile"):
+    stopwatch.take(taken), stopwatch.take(taken)
+    with stopwatch.part("compile"):
         clock.now += 50.0
     clock.now += 17.0
     for _ in range(100):
-        watch.count(3e10)
-    watch.row(110)
-    line = watch.line(110, ROW, 16)
+        stopwatch.count(3e10)
+    stopwatch.row(110)
+    line = stopwatch.line(110, ROW, 16)
     assert "step  110/3610" in line
     assert "5.00 steps/s" in line
     assert "ETA 11:40" in line  # 3500 steps at 5 a second
@@ -68,8 +68,8 @@ def test_the_progress_line_says_how_long_it_will_take(clock):
     # Of each of 4 processes, in 20 s: 40 tokens of 120, in the rows of 3 samples. 17 s of the 70 are steps.
     assert "  0.6 samples/s  8 tokens/s  MFU 15.0%  padding 67%  waiting for data 15%  goodput 24%  " in line
     clock.now += 20.0
-    watch.row(210)
-    line = watch.line(210, ROW, 16)
+    stopwatch.row(210)
+    line = stopwatch.line(210, ROW, 16)
     assert "0 tokens/s  MFU 0.0%  padding 100%  waiting for data 0%  goodput 41%" in line
     assert "MFU" not in timing.Stopwatch(None, 210, 3610)._speeds({"steps": 1.0, "flops": 1.0} | SUMS)
 
@@ -79,23 +79,23 @@ SUMS = {"step_s": 1.0, "wait_s": 0.0, "save_s": 0.0, "samples": 1.0, "tokens": 1
 
 def test_rows_split_the_time_and_a_batch_that_comes_while_devices_compute_costs_none(clock, tmp_path):
     path = tmp_path / timing.FILE
-    watch = timing.Stopwatch(path, 0, 10)
-    with watch.part("start"):
+    stopwatch = timing.Stopwatch(path, 0, 10)
+    with stopwatch.part("start"):
         clock.now += 3.0
-    watch.take(batches(clock, batch(20, 4)), lambda: True)
+    stopwatch.take(batches(clock, batch(20, 4)), lambda: True)
     clock.now += 2.5
-    with watch.part("evaluate"):
+    with stopwatch.part("evaluate"):
         clock.now += 7.0
-    watch.take(batches(clock, batch(20, 1)), lambda: False)
-    found = watch.row(2)
+    stopwatch.take(batches(clock, batch(20, 1)), lambda: False)
+    found = stopwatch.row(2)
     assert found == json.loads(path.read_text().splitlines()[-1])
     parts = {name: found[f"{name}_s"] for name in ("step", *timing.PARTS)}
     assert parts == {"step": 4.0, "start": 3.0, "compile": 0.0, "wait": 1.5, "save": 0.0, "evaluate": 7.0}
     assert found["samples_per_s"] == 5 / 5.5 and found["tokens_per_s"] == 40 / 5.5
     assert found["waiting"] == 1.5 / 5.5 and found["goodput"] == 4.0 / 15.5
-    with watch.part("save"):
+    with stopwatch.part("save"):
         clock.now += 1.0
-    rest = watch.row(2)
+    rest = stopwatch.row(2)
     assert rest["save_s"] == 1.0 and "steps_per_s" not in rest
 
 

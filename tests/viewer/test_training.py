@@ -11,7 +11,7 @@ from PIL import Image
 from gaze_jax.data.placement import PlacedView
 from gaze_jax.data.sample import Image as ImagePart
 from gaze_jax.data.sample import Sample
-from gaze_jax.train.evaluation import Evaluated, Looked
+from gaze_jax.train.evaluation import Evaluated, SampleTrace
 from gaze_jax.viewer.contact_sheet import TARGET
 from gaze_jax.viewer.training import curves, draw_evaluation, evaluation_sheet, log_ticks, ticks
 
@@ -62,7 +62,7 @@ def test_ticks_are_round():
     assert log_ticks(1e-4, 30) == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1, 10])
 
 
-def looked(views=1, tokens=3):
+def trace(views=1, tokens=3):
     """Views of 2 x 2 tokens, a region each; every query of both heads selects the first region of all."""
     images = tuple(np.full((20, 20, 3), 200, np.uint8) for _ in range(views))
     sample = Sample(0, images, tuple(ImagePart(i) for i in range(views)), "record")
@@ -73,11 +73,11 @@ def looked(views=1, tokens=3):
     selected = np.zeros((tokens, 1, 2, 4 * views), bool)
     selected[..., 0] = True
     boxes = ((2.0, 2.0, 8.0, 8.0), *[None] * (tokens - 1))
-    return Looked(sample, placed, tuple(f" {i}" for i in range(tokens)), boxes, selected)
+    return SampleTrace(sample, placed, tuple(f" {i}" for i in range(tokens)), boxes, selected)
 
 
 def test_a_sheet_shows_the_selected_region_clear_and_the_others_veiled():
-    pixels = np.asarray(evaluation_sheet(looked(), 7, 1.0))
+    pixels = np.asarray(evaluation_sheet(trace(), 7, 1.0))
     clear = (pixels == 200).all(axis=-1)
     # A quarter of each panel of 120 pixels; in the first one the outline of what its token refers to.
     outline = (pixels == TARGET).all(axis=-1)
@@ -86,16 +86,16 @@ def test_a_sheet_shows_the_selected_region_clear_and_the_others_veiled():
 
 
 def test_of_many_views_and_tokens_some_are_drawn():
-    few, many = (evaluation_sheet(looked(views, 32), 7, 1.0) for views in (4, 13))
+    few, many = (evaluation_sheet(trace(views, 32), 7, 1.0) for views in (4, 13))
     assert many.size == few.size
-    assert evaluation_sheet(looked(1, 60), 7, 1.0).size == evaluation_sheet(looked(1, 32), 7, 1.0).size
+    assert evaluation_sheet(trace(1, 60), 7, 1.0).size == evaluation_sheet(trace(1, 32), 7, 1.0).size
 
 
 def test_both_pictures_are_written_into_the_runs_folder(tmp_path):
     lines = [json.dumps(each) for each in HELD_OUT]
     (tmp_path / "evaluation.jsonl").write_text("\n".join(lines) + "\n")
     shown = HELD_OUT[1] | {"gaze": HELD_OUT[1]["gaze"] | {"top_k": 1.0}}
-    draw_evaluation(Evaluated(tmp_path, 20, shown, looked()))
+    draw_evaluation(Evaluated(tmp_path, 20, shown, trace()))
     with Image.open(tmp_path / "evaluation" / "step-000020.png") as sheet:
         assert sheet.format == "PNG"
     assert (tmp_path / "curves.svg").read_text() == curves([], HELD_OUT)

@@ -69,6 +69,7 @@ def main(values: Values) -> None:
     from gaze_jax.infer.progress import progress_bar
     from gaze_jax.train.config import parse
     from gaze_jax.train.loop import train
+    from gaze_jax.viewer.training import draw_evaluation
 
     config = config_of(values)
     start = None
@@ -77,7 +78,7 @@ def main(values: Values) -> None:
         distills = config.get("objective", {}).get("name") == "distill"
         start = open_start(named, None if distills else Path(values.workdir))
     experiment = parse(config, None if start is None else start.config)
-    finished = train(experiment, values.workdir, start, progress_bar)
+    finished = train(experiment, values.workdir, start, progress_bar, draw_evaluation)
     if finished and isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
         evaluate(values.workdir)
 

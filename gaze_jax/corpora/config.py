@@ -54,6 +54,9 @@ class CorpusConfig:
       max_tokens: most tokens of a sample, visual and text; None: no limit.
       too_long: what happens to a longer sample. "error": the run does not start. "truncate": its last turns
         are left out, never a part of one. "skip": it is left out.
+      holdout: fraction of the records, of at least 0 and less than 1, that are never trained on but evaluated
+        every ``eval_every`` steps. Chosen by a hash of a record's index in its source, so that appending
+        records changes nothing for those that were there.
       pack: put several samples into one row.
       row: sizes of a row.
       epochs: how often training takes the corpus if ``steps`` is 0.
@@ -74,6 +77,7 @@ class CorpusConfig:
     max_frames: int | None = None
     max_tokens: int | None = None
     too_long: str = "error"
+    holdout: float = 0.0
     pack: bool = True
     row: RowConfig = RowConfig()
     epochs: float | None = None
@@ -115,6 +119,7 @@ class CorpusConfig:
             ),
             (min(sizes) >= 0, "row", sizes, "sizes of 0 or more"),
             (self.epochs is None or 0 < self.epochs < math.inf, "epochs", self.epochs, "positive"),
+            (0 <= self.holdout < 1, "holdout", self.holdout, "a fraction of at least 0 and less than 1"),
             (self.buckets >= 1, "buckets", self.buckets, "at least 1"),
             (self.bad in BAD, "bad", self.bad, f"one of {BAD}"),
             (0 <= self.max_bad <= 1, "max_bad", self.max_bad, "between 0 and 1"),

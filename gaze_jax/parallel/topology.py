@@ -55,6 +55,23 @@ CHIPS: Mapping[str, Chip] = {
 }
 """Name of a chip, the first part of a topology's name -> its figures."""
 
+_KINDS: Mapping[str, float] = {
+    **{f"TPU {name}": CHIPS["v5e"].flops_per_second for name in ("v5 lite", "v5e")},
+    **{f"TPU {name}": CHIPS["v5p"].flops_per_second for name in ("v5", "v5p")},
+    **{f"TPU {name}": CHIPS["v6e"].flops_per_second for name in ("v6 lite", "v6e")},
+    # NVIDIA's data sheets, without sparsity: 312 TFLOPS, and half of the 1,979 that they give with it.
+    **{f"NVIDIA A100-SXM4-{memory}GB": 312e12 for memory in (40, 80)},
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+}
+"""``device_kind`` -> peak of bfloat16 matrix products, as the maker states it."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOPs per second that a chip reaches at most in bfloat16; None if it is not known, as of a CPU."""
+    return _KINDS.get(device_kind)
+
+
 EXAMPLES = "v5e:16x16, v5p:4x4x8 or v6e:16x16"
 
 

@@ -25,18 +25,27 @@ from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError, first_line
-from gaze_jax.models.config import PARAM_DTYPES
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train.config import Experiment, parse
-from gaze_jax.train.step import TrainState, abstract_state
+from gaze_jax.train.step import TrainState, abstract_state, averaged_params
 
 Array = jax.Array
 Leaf = Array | jax.ShapeDtypeStruct
 
 FOLDER = "checkpoints"
 
-MAY_CHANGE = ("mesh", "checkpoint_every", "keep_checkpoints", "log_every", "num_workers", "eval")
+MAY_CHANGE = (
+    "mesh",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "eval_every",
+    "tensorboard",
+    "profile_steps",
+    "num_workers",
+    "eval",
+)
 """Fields of an experiment that a resumed run may change: they do not affect training."""
 
 
@@ -321,8 +330,5 @@ def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
         if experiment.average_decay is not None:
             abstract["average"] = abstract_state(experiment, mesh).average
         trees = _read_trees(manager, step, meta, abstract)
-        params = trees["params"]
-        if "average" in trees:
-            dtype = PARAM_DTYPES[experiment.model.param_dtype]
-            params |= jax.tree.map(lambda leaf: leaf.astype(dtype), trees["average"])
+    params = averaged_params(trees["params"], trees.get("average"))
     return Trained(experiment, params, Tokenizer(meta["tokenizer"]), step)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,15 +28,17 @@ ARMS = ("gaze", "dense_context", "dense", "sparse_start")
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation after training.
+    """Evaluation: after training on digit scenes, and every ``eval_every`` steps of any training.
 
     Attributes:
-      samples: number of samples per family of questions.
-      batch_size: samples answered at once.
+      samples: after training: number of samples per family of questions.
+      batch_size: after training: samples answered at once.
+      held_out: during training: most samples of the held-out part that are read each time.
     """
 
     samples: int = 256
     batch_size: int = 32
+    held_out: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,13 @@ class Experiment:
       checkpoint_every: steps between checkpoints; 0 writes one only at the end.
       keep_checkpoints: how many of the newest checkpoints to keep.
       log_every: steps per progress line and row of metrics.jsonl.
+      eval_every: steps between evaluations of held-out data; the first is before training, the last after it.
+        Held out are ``data.holdout`` of a corpus, or scenes of digits that training does not draw. 0: none.
+      tensorboard: also write the rows of metrics, evaluations and times as events for TensorBoard.
+      profile_steps: first and last of the steps that are traced with JAX's profiler, such as "10:15"; empty:
+        none.
       num_workers: processes that make batches; 0 uses the training process.
-      eval: evaluation after training on digit scenes.
+      eval: how much is evaluated.
     """
 
     model: MLLMConfig
@@ -85,6 +93,9 @@ class Experiment:
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     log_every: int = 50
+    eval_every: int = 0
+    tensorboard: bool = False
+    profile_steps: str = ""
     num_workers: int = 0
     eval: EvalConfig = EvalConfig()
 
@@ -210,10 +221,10 @@ def resolve(experiment: Experiment) -> Experiment:
         experiment.batch_size % experiment.accumulate == 0,
         f"batch_size={experiment.batch_size} must be a multiple of accumulate={experiment.accumulate}.",
     )
-    for name, least in (("samples", 2), ("batch_size", 1)):
+    for name, least in (("samples", 2), ("batch_size", 1), ("held_out", 1)):
         value = getattr(experiment.eval, name)
         require(value >= least, f"eval.{name}={value} must be at least {least}.")
-    for name in ("steps", "checkpoint_every", "num_workers", "seed"):
+    for name in ("steps", "checkpoint_every", "eval_every", "num_workers", "seed"):
         value = getattr(experiment, name)
         require(value >= 0, f"{name}={value} must not be negative.")
     require(experiment.seed < 2**32, f"seed={experiment.seed} must be less than 2**32.")
@@ -237,6 +248,7 @@ def resolve(experiment: Experiment) -> Experiment:
         _check_corpus(experiment, experiment.data)
     else:
         _check_digits(experiment, experiment.data)
+    profiled(experiment.profile_steps)
     if experiment.steps:
         check_steps(experiment)
     return experiment
@@ -259,13 +271,36 @@ def check_steps(experiment: Experiment) -> None:
     """Check the number of steps, once it is known.
 
     Raises:
-      UserError: the warmup takes all of them.
+      UserError: the warmup takes all of them, or steps after the last are to be traced.
     """
     warmup = warmup_of(experiment.optimizer, experiment.steps)
     require(
         warmup < experiment.steps,
         f"optimizer.warmup_steps={warmup} must be less than steps={experiment.steps}.",
     )
+    if traced := profiled(experiment.profile_steps):
+        require(
+            traced[1] <= experiment.steps,
+            f"profile_steps={experiment.profile_steps!r} must end at steps={experiment.steps} or before.",
+        )
+
+
+def profiled(steps: str) -> tuple[int, int] | None:
+    """First and last of the steps that "10:15" names; None of an empty text.
+
+    Raises:
+      UserError: it is neither.
+    """
+    if not steps:
+        return None
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", steps)
+    require(
+        match is not None and int(match[1]) <= int(match[2]),
+        f"profile_steps={steps!r} must be the first and the last step to trace, counted from 1, such as "
+        "'10:15', or empty.",
+    )
+    assert match is not None
+    return int(match[1]), int(match[2])
 
 
 def _check_corpus(experiment: Experiment, data: CorpusConfig) -> None:
@@ -277,6 +312,11 @@ def _check_corpus(experiment: Experiment, data: CorpusConfig) -> None:
     require(
         experiment.steps > 0 or data.epochs is not None,
         "steps=0 takes as many steps as data.epochs need; give one of them.",
+    )
+    require(
+        not experiment.eval_every or data.holdout > 0,
+        f"eval_every={experiment.eval_every} evaluates what is held out, and data.holdout=0 holds out "
+        "nothing; set it to a fraction such as 0.01.",
     )
 
 

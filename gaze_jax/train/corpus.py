@@ -31,6 +31,7 @@ from gaze_jax.data.placement import Arrays
 from gaze_jax.data.plan import Limits, RowPlan, make_plan
 from gaze_jax.errors import UserError, renamed
 from gaze_jax.train.config import Experiment
+from gaze_jax.train.holdout import held_out, lowest
 from gaze_jax.train.start import Start
 
 SKIPPED = "skipped.jsonl"
@@ -53,6 +54,7 @@ class TrainingCorpus:
       measurement: their lengths, and why some cannot be used.
       plan: which samples each row of a batch holds.
       order: which rows each batch holds.
+      held_out: int64 [n], records that are not in the plan, for evaluation.
     """
 
     config: CorpusConfig
@@ -61,6 +63,7 @@ class TrainingCorpus:
     measurement: Measurement
     plan: RowPlan
     order: BatchOrder
+    held_out: np.ndarray
 
     def steps(self) -> int:
         """Steps that ``data.epochs`` take."""
@@ -69,7 +72,8 @@ class TrainingCorpus:
     def fingerprint(self) -> dict[str, object]:
         """Everything that decides the batches, as JSON-ready values; long ones as digests."""
         parts = self.conversations.fingerprint()
-        return {
+        held = {"holdout": self.config.holdout} if self.config.holdout else {}
+        return held | {
             "corpus": _digest(self.corpus.fingerprint()),
             "records": len(self.corpus),
             **parts,
@@ -80,6 +84,21 @@ class TrainingCorpus:
             "seed": self.order.seed,
         }
 
+    def evaluation(self, samples: int) -> "TrainingCorpus":
+        """The part that is evaluated: at most ``samples`` of the held-out records, in one shape of row.
+
+        Raises:
+          UserError: none can be read.
+        """
+        entries = lowest(self.held_out, samples)
+        if not len(entries):
+            raise UserError(
+                f"data.holdout={self.config.holdout:g} holds out none of the {len(self.corpus)} records; "
+                "raise it, or set eval_every=0."
+            )
+        plan = _planned(self.config, self.measurement, entries, seed=0, buckets=1)
+        return dataclasses.replace(self, plan=plan, order=BatchOrder(plan, self.order.batch_size, 0))
+
     def summary(self) -> list[str]:
         """Lines for the start of a run: how many records, in which rows, and how full these are."""
         used, all_of_them = len(np.unique(self.plan.samples)), len(self.corpus)
@@ -87,6 +106,8 @@ class TrainingCorpus:
             f"{used:,} of {all_of_them:,} records in {len(self.plan):,} rows; an epoch is "
             f"{self.order.epoch_batches:,} batches"
         ]
+        if self.config.holdout:
+            lines.append(f"  {len(self.held_out):,} records are held out for evaluation")
         causes = Counter(error.cause for error in self.measurement.failures.values())
         if causes:
             counts = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
@@ -178,22 +199,31 @@ def open_training_corpus(
             f"and data.bad=skip leaves them out. The first: {first}"
         )
     _check_rate(len(failures), len(corpus), config)
+    held = held_out(_source_sizes(corpus, config), config.holdout)
+    held[list(found.failures)] = False
     entries = _entries(corpus, config, experiment.seed)
-    entries = entries[~np.isin(entries, list(found.failures))]
+    entries = entries[~np.isin(entries, list(found.failures)) & ~held[entries]]
     if not len(entries):
         raise UserError(f"None of the {len(corpus)} records can be trained on; run gaze-jax data check.")
+    plan = _planned(config, found, entries, seed=experiment.seed, buckets=config.buckets)
+    order = BatchOrder(plan, experiment.batch_size, experiment.seed)
+    return TrainingCorpus(config, corpus, conversations, found, plan, order, np.flatnonzero(held))
+
+
+def _planned(
+    config: CorpusConfig, found: Measurement, entries: np.ndarray, *, seed: int, buckets: int
+) -> RowPlan:
+    """Which of the records ``entries`` share a row."""
     sizes = dataclasses.asdict(config.row)
     with renamed({f"limits.{name}": f"data.row.{name}" for name in sizes}):
-        plan = make_plan(
+        return make_plan(
             found.lengths,
             entries,
             pack=config.pack,
             limits=Limits(**{name: size or None for name, size in sizes.items()}),
-            buckets=config.buckets,
-            seed=experiment.seed,
+            buckets=buckets,
+            seed=seed,
         )
-    order = BatchOrder(plan, experiment.batch_size, experiment.seed)
-    return TrainingCorpus(config, corpus, conversations, found, plan, order)
 
 
 def _without_long(found: Measurement, config: CorpusConfig) -> Measurement:
@@ -218,9 +248,17 @@ def _without_long(found: Measurement, config: CorpusConfig) -> Measurement:
     return Measurement(found.numbers, dict(sorted(failures.items())))
 
 
+def _source_sizes(corpus: Corpus, config: CorpusConfig) -> list[int]:
+    """Records of each source; one source may itself be several files."""
+    if len(config.parts) == 1:
+        return [len(corpus)]
+    assert isinstance(corpus, Joined), "several sources are joined"
+    return [len(part) for part in corpus.parts]
+
+
 def _entries(corpus: Corpus, config: CorpusConfig, seed: int) -> np.ndarray:
     """int64 [n]: the records of an epoch, each as often as the weight of its source says."""
-    sizes = [len(part) for part in corpus.parts] if isinstance(corpus, Joined) else [len(corpus)]
+    sizes = _source_sizes(corpus, config)
     out, first = [], 0
     for number, (size, source) in enumerate(zip(sizes, config.parts, strict=True)):
         times, rest = divmod(source.weight, 1)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,20 +17,23 @@ from gaze_jax.errors import UserError, first_line
 from gaze_jax.models.parameters import boxed_params
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import make_mesh
-from gaze_jax.train import checkpoint, metrics
-from gaze_jax.train.config import Experiment
+from gaze_jax.train import checkpoint, evaluation, metrics, profiling, tensorboard, timing
+from gaze_jax.train.config import Experiment, profiled
 from gaze_jax.train.corpus import Progress, no_progress
+from gaze_jax.train.evaluation import Evaluated, Evaluator, OnEvaluation
 from gaze_jax.train.losses import Batch, Metrics
 from gaze_jax.train.pipeline import Batches, RunData, open_data
 from gaze_jax.train.start import Start, check_start, initial_params
 from gaze_jax.train.step import (
     TrainState,
+    averaged_params,
     check_mesh,
     compile_step,
     init_state,
     put_batch,
 )
 from gaze_jax.train.teacher import Teacher, check_same, make_teacher
+from gaze_jax.train.utilisation import model_flops, peak_of
 from gaze_jax.writing import full_disk
 
 
@@ -90,6 +94,8 @@ class _Run:
     workdir: Path
     mesh: Mesh
     manager: ocp.CheckpointManager
+    on_evaluation: OnEvaluation
+    events: tensorboard.Events | None = None
 
     @property
     def experiment(self) -> Experiment:
@@ -114,12 +120,26 @@ class _Run:
             self.manager, state, self.experiment, self.data.fingerprint, self.data.tokenizer, window
         )
 
-    def log(self, step: int, window: list[metrics.Row], progress: metrics.Progress) -> None:
+    def log(self, step: int, window: list[metrics.Row], stopwatch: timing.Stopwatch) -> None:
         row = metrics.mean(window)
         if jax.process_index() == 0:
             metrics.append(self.workdir / metrics.FILE, {"step": step, **row})
+        if self.events is not None:
+            self.events.training({"step": step, **row})
         alike = isinstance(self.experiment.data, DigitsConfig)
-        print_once(progress.line(step, row, self.experiment.model.layout.regions if alike else None))
+        print_once(stopwatch.line(step, row, self.experiment.model.layout.regions if alike else None))
+
+    def evaluate(self, evaluator: Evaluator, step: int, state: TrainState) -> None:
+        """Evaluate the state after ``step``, and let it be drawn."""
+        params = averaged_params(state.params, state.average)
+        row = {"step": step, **evaluator.measure(params)}
+        trace = evaluator.trace(params)
+        print_once(evaluation.line(step, row))
+        if jax.process_index() == 0:
+            metrics.append(self.workdir / evaluation.FILE, row)
+            if self.events is not None:
+                self.events.evaluation(row)
+            self.on_evaluation(Evaluated(self.workdir, step, row, trace))
 
 
 def train(
@@ -127,6 +147,7 @@ def train(
     workdir: str | Path,
     start: Start | None = None,
     progress: Progress = no_progress,
+    on_evaluation: OnEvaluation = lambda evaluated: None,
 ) -> bool:
     """Train to the end, starting from the newest checkpoint in ``workdir`` if there is one.
 
@@ -134,9 +155,11 @@ def train(
 
     Args:
       experiment: from :func:`gaze_jax.train.config.parse`.
-      workdir: gets ``checkpoints/`` and ``metrics.jsonl``, and what ``start`` keeps.
+      workdir: gets ``checkpoints/``, ``metrics.jsonl``, ``timing.jsonl`` and ``evaluation.jsonl``, and what
+        ``start`` keeps.
       start: the checkpoint that ``experiment.init_from`` names.
       progress: shows how many records of a corpus are measured.
+      on_evaluation: called after each evaluation, by the first process.
 
     Returns:
       True if all steps are done; False if SIGTERM stopped the run, after saving.
@@ -145,9 +168,11 @@ def train(
       UserError: the workdir holds a checkpoint of another config, its disk is full, the data cannot be used,
         or the loss is not finite.
     """
-    workdir = Path(workdir)
+    began, workdir = time.time(), Path(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
+    if experiment.tensorboard:
+        tensorboard.check()
     if start is not None:
         check_start(start, experiment.model)
     data = open_data(experiment, start, workdir, progress)
@@ -157,7 +182,7 @@ def train(
         _sigterm() as asked,
     ):
         teacher = _teacher(data.experiment, start, workdir, mesh)
-        run = _Run(data, start, teacher, workdir, mesh, manager)
+        run = _Run(data, start, teacher, workdir, mesh, manager, on_evaluation)
         if start is not None and jax.process_index() == 0:
             start.keep(workdir)
         for line in data.lines:
@@ -166,11 +191,29 @@ def train(
         first = 0 if restored is None else int(restored[0].step)
         if jax.process_index() == 0:
             metrics.keep_until(workdir / metrics.FILE, first)
+            # The evaluation of this step, which a stop may have left out, is made again.
+            done = first >= data.experiment.steps
+            metrics.keep_until(workdir / evaluation.FILE, first if done else first - 1)
         if first >= data.experiment.steps:
             print_once(f"All {first} steps are done.")
             return True
-        with contextlib.closing(data.batches_from(first)) as batches:
-            return _steps(run, batches, restored, first, asked)
+        stopwatch = timing.Stopwatch(
+            workdir / timing.FILE if jax.process_index() == 0 else None,
+            first,
+            data.experiment.steps,
+            processes=jax.process_count(),
+            peak=peak_of(mesh),
+            began=began,
+        )
+        with (
+            contextlib.closing(data.batches_from(first)) as batches,
+            contextlib.closing(profiling.Profile(workdir, profiled(experiment.profile_steps))) as profile,
+            contextlib.ExitStack() as stack,
+        ):
+            if experiment.tensorboard and jax.process_index() == 0:
+                events = stack.enter_context(contextlib.closing(tensorboard.Events(workdir)))
+                run = dataclasses.replace(run, events=events)
+            return _steps(run, batches, restored, stopwatch, asked, profile)
 
 
 def _teacher(experiment: Experiment, start: Start | None, workdir: Path, mesh: Mesh) -> Teacher | None:
@@ -188,60 +231,125 @@ StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Shapes = tuple[tuple[int, ...], ...]
 
 
-def _compiled(steps: dict[Shapes, StepFunction], run: _Run, batch: Batch) -> StepFunction:
-    """The step for batches of this shape; the plan of a corpus has one shape for each of its buckets."""
-    shapes = tuple(batch[name].shape for name in sorted(batch))
-    if shapes not in steps:
-        steps[shapes] = compile_step(run.experiment, run.mesh, batch, run.teacher)
-    return steps[shapes]
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The compiled steps: the plan of a corpus has one shape of batches for each of its buckets."""
+
+    run: _Run
+    stopwatch: timing.Stopwatch
+    found: dict[Shapes, tuple[StepFunction, float | None]] = dataclasses.field(default_factory=dict)
+
+    def of(self, batch: Batch) -> tuple[StepFunction, float | None]:
+        """The step for batches of this shape, and its model FLOPs, if the chips' peak is known."""
+        shapes = tuple(batch[name].shape for name in sorted(batch))
+        if shapes not in self.found:
+            start = time.monotonic()
+            with self.stopwatch.part("compile"):
+                run = self.run
+                compiled = compile_step(run.experiment, run.mesh, batch, run.teacher)
+                known = peak_of(run.mesh) is not None
+                flops = float(model_flops(run.experiment, run.mesh, batch, run.teacher)) if known else None
+            print_once(f"compiled the step in {time.monotonic() - start:.1f} s")
+            self.found[shapes] = compiled, flops
+        return self.found[shapes]
+
+
+def _evaluator(run: _Run, stopwatch: timing.Stopwatch, first: int, state: TrainState) -> Evaluator | None:
+    """What evaluates during the run, if anything does; it evaluates ``state`` if step ``first`` is due."""
+    data, every = run.data, run.experiment.eval_every
+    if data.held_out is None:
+        return None
+    with stopwatch.part("compile"):
+        evaluator = Evaluator(data.experiment, run.mesh, data.held_out, data.tokenizer)
+    if first % every == 0:
+        with stopwatch.part("evaluate"):
+            run.evaluate(evaluator, first, state)
+    return evaluator
+
+
+def _busy(measured: Metrics) -> Callable[[], bool]:
+    """Whether the devices have not yet finished the step that gives these metrics."""
+    return lambda: not all(value.is_ready() for value in measured.values())  # type: ignore[attr-defined]
+
+
+def _began(
+    run: _Run,
+    batches: Batches,
+    restored: tuple[TrainState, list[metrics.Row]] | None,
+    stopwatch: timing.Stopwatch,
+) -> tuple[Batch, TrainState, list[metrics.Row]]:
+    """The first batch, the state before it, and the metrics that no row has yet."""
+    with stopwatch.part("start"):
+        # The first batch takes long, since what makes them starts; no device waits for it.
+        batch = put_batch(stopwatch.take(batches, lambda: True), run.mesh)
+        state, window = (run.fresh(batch), []) if restored is None else restored
+        jax.block_until_ready(state.step)
+    for line in rules.moved(run.mesh, boxed_params(run.experiment.model)):
+        print_once(f"not split as usual, since the mesh does not divide it: {line}")
+    print_once(
+        f"{run.experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {int(state.step)}"
+    )
+    return batch, state, window
 
 
 def _steps(
     run: _Run,
     batches: Batches,
     restored: tuple[TrainState, list[metrics.Row]] | None,
-    first: int,
+    stopwatch: timing.Stopwatch,
     asked: threading.Event,
+    profile: profiling.Profile,
 ) -> bool:
     experiment = run.experiment
-    progress = metrics.Progress(first, experiment.steps, jax.process_count())
-    batch = put_batch(progress.take(batches), run.mesh)
-    state, window = (run.fresh(batch), []) if restored is None else restored
-    for line in rules.moved(run.mesh, boxed_params(experiment.model)):
-        print_once(f"not split as usual, since the mesh does not divide it: {line}")
-    print_once(
-        f"{experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {first}"
-    )
-    steps: dict[Shapes, StepFunction] = {}
+    batch, state, window = _began(run, batches, restored, stopwatch)
+    compiled, first = _Steps(run, stopwatch), int(state.step)
+    evaluator = _evaluator(run, stopwatch, first, state)
     # Metrics still on the device: fetching them would block every step.
-    pending: list[dict[str, jax.Array]] = []
+    pending: list[Metrics] = []
     for step in range(first + 1, experiment.steps + 1):
-        step_once = _compiled(steps, run, batch)
+        step_once, flops = compiled.of(batch)
+        profile.before(step, state)
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):
             state, measured = step_once(state, batch)
+        stopwatch.count(flops)
+        if pending:  # a device holds the batches of two steps, never those of a whole row of metrics
+            jax.block_until_ready(pending[-1])
         pending.append(measured)
+        if profile.after(step, state):
+            print_once(f"steps {experiment.profile_steps} are traced: {run.workdir / profiling.FOLDER}")
         last = step == experiment.steps
         stop = _must_stop(run.manager, step, asked)
         log = last or step % experiment.log_every == 0
         due = last or stop or (experiment.checkpoint_every and step % experiment.checkpoint_every == 0)
-        if log or due:
+        # A stop does not wait for it; the run that goes on makes up for it.
+        judged = evaluator and not (stop and not last) and (last or step % experiment.eval_every == 0)
+        if log or due or judged:
             fetched = [{k: float(v) for k, v in row.items()} for row in jax.device_get(pending)]
             metrics.check_finite(fetched, step, run.workdir)
             window, pending = window + fetched, []
+            spent = stopwatch.row(step)
+            if run.events is not None:
+                run.events.timing(spent)
         if log:
-            run.log(step, window, progress)
+            run.log(step, window, stopwatch)
             window = []
+        if evaluator and judged:
+            with stopwatch.part("evaluate"):
+                run.evaluate(evaluator, step, state)
         if due:
-            run.save(state, window)
+            with stopwatch.part("save"):
+                run.save(state, window)
         if stop and not last:
+            stopwatch.row(step)
             print_once(
                 f"Stopped by SIGTERM after step {step}, which is saved; run the same command to continue."
             )
             return False
         if not last:
-            batch = put_batch(progress.take(batches), run.mesh)
+            batch = put_batch(stopwatch.take(batches, _busy(measured)), run.mesh)
+    stopwatch.row(experiment.steps)
     if summary := batches.summary():
         print_once(summary)
     return True

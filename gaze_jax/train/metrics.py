@@ -1,16 +1,12 @@
-"""Metrics of a run: rows of metrics.jsonl, which a resumed run continues, and the progress line."""
+"""Metrics of a run: rows of metrics.jsonl, which a resumed run continues."""
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from gaze_jax.data.placement import Arrays
 from gaze_jax.errors import UserError
-from gaze_jax.train.pipeline import Batches
 from gaze_jax.writing import write_text
 
 FILE = "metrics.jsonl"
@@ -32,6 +28,13 @@ def keep_until(path: Path, step: int) -> None:
             break
         kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of one JSON value per line; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
@@ -65,47 +68,3 @@ def check_finite(rows: list[Row], last_step: int, workdir: Path) -> None:
                     f"the checkpoints in {workdir} are sound; lower optimizer.learning_rate, set "
                     "optimizer.clip_norm, or lengthen optimizer.warmup_steps."
                 )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class Progress:
-    """Speed and remaining time of a run, measured since this process started.
-
-    Tokens, padding and waiting are of the time since the line before.
-    """
-
-    def __init__(self, step: int, steps: int, processes: int = 1):
-        self._began, self._first, self._steps, self._processes = time.monotonic(), step, steps, processes
-        self._since, self._tokens, self._slots, self._waited = self._began, 0, 0, 0.0
-
-    def take(self, batches: Batches) -> Arrays:
-        """The next batch of this process; notes how long it took, and how much of it is tokens."""
-        start = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - start
-        for name in ("visual_src", "text_segment"):
-            self._tokens += int(np.count_nonzero(np.asarray(batch[name]) >= 0))
-            self._slots += batch[name].size
-        return batch
-
-    def line(self, step: int, row: Row, regions: int | None) -> str:
-        """Format the progress line at ``step``; ``regions``: of every sample, None if they differ."""
-        of = "" if regions is None else f" of {regions}"
-        now = time.monotonic()
-        speed = (step - self._first) / max(now - self._began, 1e-9)
-        elapsed = max(now - self._since, 1e-9)
-        tokens = self._tokens * self._processes / elapsed
-        padding, waiting = 1 - self._tokens / max(self._slots, 1), self._waited / elapsed
-        self._since, self._tokens, self._slots, self._waited = now, 0, 0, 0.0
-        return (
-            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}  "
-            f"accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  top_k {row['top_k']:.1f}{of}  "
-            f"visual entries {row['visual_entries']:.1f}  {speed:.2f} steps/s  {tokens:,.0f} tokens/s  "
-            f"padding {padding:.0%}  waiting for data {waiting:.0%}  "
-            f"ETA {_clock((self._steps - step) / speed)}"
-        )

@@ -8,16 +8,25 @@ from typing import Protocol
 import grain
 import jax
 
-from gaze_jax.corpora.digits import DigitScenes, DigitsConfig, sequence_lengths
+from gaze_jax.corpora.digits import DigitScenes, DigitsConfig, make_sample, sequence_lengths
+from gaze_jax.corpora.measure import read
 from gaze_jax.corpora.phrases import FAMILIES, build_tokenizer
 from gaze_jax.data import pipeline
 from gaze_jax.data.placement import Arrays
 from gaze_jax.data.processor import Processor
+from gaze_jax.data.sample import Sample
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families import get_family
 from gaze_jax.train.config import Experiment, check_steps
-from gaze_jax.train.corpus import SKIPPED, CorpusBatches, Progress, no_progress, open_training_corpus
+from gaze_jax.train.corpus import (
+    SKIPPED,
+    CorpusBatches,
+    Progress,
+    TrainingCorpus,
+    no_progress,
+    open_training_corpus,
+)
 from gaze_jax.train.start import Start
 
 
@@ -53,6 +62,24 @@ class _DigitBatches:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Data that a run evaluates and never trains on.
+
+    Attributes:
+      count: number of batches, all of one shape.
+      batches: makes this process's part of them.
+      sample: one of the samples, to draw; it may have no image.
+      processor, bucket: turn it into a row of such a batch.
+    """
+
+    count: int
+    batches: Callable[[], Batches]
+    sample: Callable[[], Sample]
+    processor: Processor
+    bucket: pipeline.Bucket
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class RunData:
     """The data of a run.
 
@@ -62,6 +89,7 @@ class RunData:
       fingerprint: everything that the batches depend on.
       lines: for the start of the run.
       batches_from: makes the batches, from that of step ``first`` + 1 to the last.
+      held_out: what is evaluated during training; None if nothing is.
     """
 
     experiment: Experiment
@@ -69,6 +97,12 @@ class RunData:
     fingerprint: dict[str, object]
     lines: list[str]
     batches_from: Callable[[int], Batches]
+    held_out: HeldOut | None = None
+
+
+# Other scenes than those of eval.json, with digit images that training does not draw. Every run and arm is
+# evaluated on the same ones.
+_HELD_OUT_SEED = 20_260_103
 
 
 def make_processor(experiment: Experiment) -> Processor:
@@ -116,7 +150,25 @@ def open_data(
             log=workdir / name,
         )
 
-    return RunData(experiment, start.tokenizer, training.fingerprint(), training.summary(), batches_from)
+    held_out = _held_out_records(training, experiment) if experiment.eval_every else None
+    return RunData(
+        experiment, start.tokenizer, training.fingerprint(), training.summary(), batches_from, held_out
+    )
+
+
+def _held_out_records(training: TrainingCorpus, experiment: Experiment) -> HeldOut:
+    part = training.evaluation(experiment.eval.held_out)
+    count = part.order.epoch_batches
+    # A record with an image shows more than one without.
+    images = part.measurement.lengths[:, 2]
+    number = next((each for each in part.plan.samples.tolist() if images[each]), int(part.plan.samples[0]))
+    return HeldOut(
+        count,
+        lambda: CorpusBatches(part, first=0, stop=count, num_workers=0),
+        lambda: part.conversations.sample(read(part.corpus, number), number),
+        part.conversations.processor,
+        part.order.rows(0)[0],
+    )
 
 
 def _digits(experiment: Experiment, data: DigitsConfig, start: Start | None) -> RunData:
@@ -145,4 +197,31 @@ def _digits(experiment: Experiment, data: DigitsConfig, start: Start | None) -> 
             )
         )
 
-    return RunData(experiment, tokenizer, pipeline.fingerprint(source, processor, config), [], batches_from)
+    fingerprint = pipeline.fingerprint(source, processor, config)
+    held_out = _held_out_scenes(experiment, data, processor, config) if experiment.eval_every else None
+    return RunData(experiment, tokenizer, fingerprint, [], batches_from, held_out)
+
+
+def _held_out_scenes(
+    experiment: Experiment, data: DigitsConfig, processor: Processor, config: pipeline.PipelineConfig
+) -> HeldOut:
+    count = -(-experiment.eval.held_out // experiment.batch_size)
+    scenes = dataclasses.replace(data, train_scenes=count * experiment.batch_size)
+    source = DigitScenes(scenes, _HELD_OUT_SEED, "test")
+    asked = next(family for family, weight in zip(FAMILIES, data.families, strict=True) if weight)
+    return HeldOut(
+        count,
+        lambda: _DigitBatches(
+            pipeline.training_iterator(
+                source,
+                processor,
+                dataclasses.replace(config, seed=0),
+                stop=count,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        ),
+        lambda: make_sample(data, _HELD_OUT_SEED, "test", 0, asked),
+        processor,
+        config.bucket,
+    )

@@ -58,6 +58,17 @@ def _init(experiment: Experiment, seed: Array) -> TrainState:
     return _begin(experiment, nn.meta.unbox(init_variables(experiment.model, jax.random.key(seed))))
 
 
+def averaged_params(params: PyTree, average: PyTree | None) -> PyTree:
+    """The parameters that a run is read with: ``params``, the averaged parts replaced, each in its dtype."""
+    if average is None:
+        return params
+    in_dtype = {
+        part: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, params[part])
+        for part, tree in average.items()
+    }
+    return params | in_dtype
+
+
 def _trained(experiment: Experiment, params: PyTree) -> PyTree:
     """The parts of a model that are not frozen."""
     return {part: tree for part, tree in params.items() if part not in experiment.optimizer.frozen}

@@ -21,7 +21,7 @@ INK: Colour = (33, 35, 40)
 MUTED: Colour = (120, 124, 132)
 # Blue and vermilion, near the Okabe-Ito palette: distinct for all colour vision, on light and on dark.
 SELECTED: Colour = (0, 133, 202)
-_TARGET: Colour = (230, 97, 0)
+TARGET: Colour = (230, 97, 0)
 
 _MARGIN = 28
 _GAP = 18
@@ -230,7 +230,7 @@ def _draw_target(draw: ImageDraw.ImageDraw, at: tuple[int, int], box: Box, facto
     # A box that covers less than a pixel of the panel still gets a mark.
     x1, y1 = max(x0, at[0] + round(box[2] * factor) - 1), max(y0, at[1] + round(box[3] * factor) - 1)
     draw.rectangle((x0 - 4, y0 - 4, x1 + 4, y1 + 4), outline=PAPER, width=4)
-    draw.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), outline=_TARGET, width=2)
+    draw.rectangle((x0 - 3, y0 - 3, x1 + 3, y1 + 3), outline=TARGET, width=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +342,7 @@ def _legend(boolean: bool, clearest: float, targets: bool, fonts: Fonts) -> list
             draw.line((x + offset, y, x + offset, y + last), (red, green, blue))
 
     def boxed(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-        draw.rectangle((x, y, x + last, y + last), None, _TARGET, 2)
+        draw.rectangle((x, y, x + last, y + last), None, TARGET, 2)
 
     def percent(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
         draw.text((x, y + last - 2), "%", MUTED, fonts.small, anchor="ls")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gaze_jax.data.placement import Arrays
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
-from gaze_jax.train.config import Experiment, complete, parse
+from gaze_jax.train.config import EvalConfig, Experiment, complete, parse
 from gaze_jax.train.pipeline import RunData, open_data
 from gaze_jax.train.step import TrainState, abstract_state, compile_step, put_batch
 
@@ -88,7 +88,8 @@ def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None, teacher: Any
     if teacher is not None:
         return compile_step(experiment, mesh, batch, teacher)
     # These change no shape and no number; the mesh is an argument of its own.
-    same = {"mesh": MeshConfig(), "checkpoint_every": 0, "log_every": 1, "num_workers": 0}
+    same: dict[str, Any] = {"mesh": MeshConfig(), "checkpoint_every": 0, "log_every": 1, "num_workers": 0}
+    same |= {"eval_every": 0, "eval": EvalConfig(), "tensorboard": False, "profile_steps": ""}
     return _compiled(dataclasses.replace(experiment, **same), mesh)
 
 

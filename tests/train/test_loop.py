@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
-from gaze_jax.train import checkpoint, loop
+from gaze_jax.train import checkpoint, loop, metrics, timing
 from gaze_jax.train.checkpoint import load_for_inference
 from gaze_jax.train.step import init_state, put_batch, shardings_of
 from tests.helpers.experiments import batches_of, compiled, data_of, reused_programs, tiny_experiment
@@ -142,6 +143,32 @@ def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     batch["tokens"] = batch["tokens"][:, :-1]
     with pytest.raises(ValueError, match="Batch field tokens is int32"):
         compiled(experiment, mesh)(init_state(experiment, mesh), batch)
+
+
+def test_times_are_in_a_file_of_their_own_with_compiling_apart(tmp_path, monkeypatch, capsys):
+    compile_step = loop.compile_step
+
+    def slowly(*args):
+        time.sleep(0.5)
+        return compile_step(*args)
+
+    monkeypatch.setattr(loop, "compile_step", slowly)
+    assert loop.train(tiny_experiment(checkpoint_every=3), tmp_path)
+    assert "compiled the step in " in capsys.readouterr().out
+    start, *rows, rest = metrics.read(tmp_path / timing.FILE)
+    assert start["start"] == 0 and [row["step"] for row in rows] == [2, 3, 4, 6]
+    assert [row["steps"] for row in rows] == [2, 1, 1, 2] and rest["steps"] == 0
+    first, *others = rows
+    assert first["compile_s"] >= 0.5 and first["start_s"] > 0
+    assert all(row["compile_s"] == row["start_s"] == 0 for row in others)
+    assert [row["save_s"] > 0 for row in (*rows, rest)] == [False, False, True, False, True]
+    for row in rows:
+        seconds = row["step_s"] + row["wait_s"] + row["save_s"]
+        assert row["steps_per_s"] == pytest.approx(row["steps"] / seconds)
+        assert row["samples_per_s"] == pytest.approx(8 * row["steps_per_s"])
+    # Half a second and more of this run was no step.
+    assert sum(row["step_s"] for row in rows) < rest["time"] - start["time"] - 0.5
+    assert 0 < rows[-1]["goodput"] < 1 and "mfu" not in rows[-1]
 
 
 def test_a_device_without_memory_is_one_sentence(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 
 from gaze_jax.errors import UserError
@@ -36,34 +35,3 @@ def test_the_first_step_that_is_not_finite_is_named(name, value, tmp_path):
     with pytest.raises(UserError, match=f"stopped at step 9: {name} is {value}"):
         metrics.check_finite(rows, 10, tmp_path)
     metrics.check_finite(rows[:2], 8, tmp_path)
-
-
-def test_the_progress_line_says_how_long_it_will_take(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(step=10, steps=3610, processes=4)
-
-    def batches():
-        for tokens in (30, 10):
-            now[0] += 1.5
-            segment = np.arange(40).reshape(2, 20)
-            yield {
-                "text_segment": np.where(segment < tokens, segment, -1),
-                "visual_src": np.full((2, 2, 5), -1),
-            }
-
-    taken = batches()
-    progress.take(taken), progress.take(taken)
-    now[0] += 17.0
-    row = ROW | {"accuracy": 0.25, "top_k": 2.0, "visual_entries": 8.0}
-    line = progress.line(110, row, 16)
-    assert "step  110/3610" in line
-    assert "5.00 steps/s" in line
-    assert "ETA 11:40" in line  # 3500 steps at 5 a second
-    assert "top_k 2.0 of 16" in line
-    assert "visual entries 8.0" in line
-    assert (
-        "8 tokens/s  padding 67%  waiting for data 15%" in line
-    )  # 40 of 120, of each of 4 processes, in 20 s
-    now[0] += 20.0
-    assert "0 tokens/s  padding 100%  waiting for data 0%" in progress.line(210, row, 16)

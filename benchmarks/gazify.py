@@ -78,11 +78,11 @@ def measure_of(experiment: Experiment, teacher: Teacher, batches: list[Batch]) -
     """A function that measures parameters on test scenes."""
     model = experiment.model
     assert model.gaze.top_k is not None, "a student selects"
-    share = jnp.float32(model.gaze.top_k / model.layout.regions)
+    fraction = jnp.float32(model.gaze.top_k / model.layout.regions)
 
     @jax.jit
     def both(params: Any, batch: Batch, teacher: Teacher) -> tuple[Metrics, Metrics]:
-        routed = distillation_loss(params, batch, share, model, teacher, 1.0)[1]
+        routed = distillation_loss(params, batch, fraction, model, teacher, 1.0)[1]
         return routed, next_token_loss(params, batch, None, model)[1]
 
     def measure(state: TrainState) -> dict[str, float]:

@@ -12,8 +12,8 @@ import pytest
 from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
-from gaze_jax.train.step import init_state, put_batch
-from tests.helpers.experiments import batches_of, compiled, data_of, reused_programs, tiny_experiment
+from gaze_jax.train.step import put_batch
+from tests.helpers.experiments import batches_of, begun, compiled, data_of, reused_programs, tiny_experiment
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -118,7 +118,7 @@ def test_a_cut_off_file_is_one_sentence_with_the_path(run, tmp_path):
 @functools.cache
 def _fresh():
     experiment = tiny_experiment()
-    return init_state(experiment, make_mesh(experiment.mesh))
+    return begun(experiment, make_mesh(experiment.mesh))
 
 
 def _rewrite(to, change):
@@ -152,7 +152,7 @@ def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
     data = data_of(experiment)
     batch = put_batch(batches_of(experiment)[0], mesh)
     step_once = compiled(experiment, mesh)
-    state = init_state(experiment, mesh)
+    state = begun(experiment, mesh)
     with checkpoint.open_manager(tmp_path, 9) as manager:
         for _ in range(3):
             state, _ = step_once(state, batch)

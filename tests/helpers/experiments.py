@@ -109,7 +109,7 @@ def begun(experiment: Experiment, mesh: Mesh, params: Any = None) -> TrainState:
 
 
 @contextlib.contextmanager
-def _whole_arrays() -> Iterator[None]:
+def whole_arrays() -> Iterator[None]:
     """Orbax writes an array that several devices hold as a whole, without a program for a slice of each.
 
     That is private to it: where it has moved, nothing changes.
@@ -124,7 +124,7 @@ def _whole_arrays() -> Iterator[None]:
 def reused_programs() -> Iterator[None]:
     """Training runs in this context compile once, and under the promotion that optax needs."""
     standard = jax.numpy_dtype_promotion("standard")
-    with pytest.MonkeyPatch.context() as patch, standard, _whole_arrays():
+    with pytest.MonkeyPatch.context() as patch, standard, whole_arrays():
         patch.setattr(loop, "compile_step", compiled)
         patch.setattr(loop, "init_state", begun)
         yield
@@ -149,6 +149,6 @@ def _random_state(experiment: Experiment) -> TrainState:
 def save_untrained(experiment: Experiment, workdir: Path) -> None:
     """A checkpoint of step 0: what reads checkpoints needs no training."""
     data = data_of(experiment)
-    with checkpoint.open_manager(workdir, 1) as manager, _whole_arrays():
+    with checkpoint.open_manager(workdir, 1) as manager, whole_arrays():
         state = _random_state(experiment)
         checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])

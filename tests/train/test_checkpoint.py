@@ -13,7 +13,15 @@ from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.step import put_batch
-from tests.helpers.experiments import batches_of, begun, compiled, data_of, reused_programs, tiny_experiment
+from tests.helpers.experiments import (
+    batches_of,
+    begun,
+    compiled,
+    data_of,
+    reused_programs,
+    tiny_experiment,
+    whole_arrays,
+)
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -125,7 +133,7 @@ def _rewrite(to, change):
     """A checkpoint of the same config with other arrays."""
     experiment, state = tiny_experiment(), _fresh()
     data = data_of(experiment)
-    with checkpoint.open_manager(to, 2) as manager:
+    with checkpoint.open_manager(to, 2) as manager, whole_arrays():
         state = dataclasses.replace(state, step=jnp.asarray(6, jnp.int32), params=change(state.params))
         checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])
 
@@ -153,7 +161,7 @@ def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
     batch = put_batch(batches_of(experiment)[0], mesh)
     step_once = compiled(experiment, mesh)
     state = begun(experiment, mesh)
-    with checkpoint.open_manager(tmp_path, 9) as manager:
+    with checkpoint.open_manager(tmp_path, 9) as manager, whole_arrays():
         for _ in range(3):
             state, _ = step_once(state, batch)
             checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])

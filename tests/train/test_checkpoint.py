@@ -1,8 +1,10 @@
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,10 +168,15 @@ def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
             state, _ = step_once(state, batch)
             checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])
         manager.wait_until_finished()
+        saved = []
         for step in (1, 2, 3):
             meta = checkpoint._meta(manager, step)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.params)
-            checkpoint._read_trees(manager, step, meta, {"params": abstract})  # compares digests
+            saved.append(checkpoint._read_trees(manager, step, meta, {"params": abstract})["params"])
+            assert checkpoint.describe(saved[-1]) == meta["leaves"]["params"]
+    chex.assert_trees_all_equal(saved[-1], state.params, strict=True)
+    for before, after in itertools.pairwise(saved):
+        assert checkpoint.describe(before) != checkpoint.describe(after), "each step moved the parameters"
 
 
 def test_inference_needs_a_checkpoint(tmp_path):

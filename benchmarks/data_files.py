@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 
 from gaze_jax.chat.template import CHATML
+from gaze_jax.corpora import bundled
 from gaze_jax.corpora.config import CorpusConfig
 from gaze_jax.corpora.stand_in import byte_tokenizer
 from gaze_jax.models.config import GazeConfig, VisionConfig
@@ -24,9 +25,7 @@ QUALITY = 90
 
 def photographs() -> list[np.ndarray]:
     """scikit-learn's two photographs, uint8 [427, 640, 3] each."""
-    from sklearn.datasets import load_sample_images
-
-    return list(load_sample_images().images)
+    return list(map(bundled.photo, bundled.PHOTOS))
 
 
 def picture(rng: np.random.Generator, sources: list[np.ndarray], size: tuple[int, int]) -> PIL.Image.Image:

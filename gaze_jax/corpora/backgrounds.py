@@ -5,6 +5,8 @@ import functools
 import numpy as np
 import PIL.Image
 
+from gaze_jax.corpora import bundled
+
 TEXTURES = 16
 KINDS = ("texture", "photo")
 PHOTO_CREDIT = "Photographs: danielbuechele and vultilion, Flickr, CC BY 2.0; cropped and darkened."
@@ -55,10 +57,8 @@ def photo_pool(side: int) -> tuple[np.ndarray, ...]:
 
     Sizes too small for a scene of ``side`` pixels are left out; if all are, the photographs are enlarged.
     """
-    from sklearn.datasets import load_sample_images
-
     pool = []
-    for pixels in load_sample_images().images:
+    for pixels in map(bundled.photo, bundled.PHOTOS):
         shortest = min(pixels.shape[:2])
         scales = [s for s in _SCALES if int(shortest * s) >= side] or [1.2 * side / shortest]
         for scale in scales:

@@ -6,6 +6,8 @@ import functools
 import numpy as np
 import PIL.Image
 
+from gaze_jax.corpora import bundled
+
 NATIVE = 8
 """Side in pixels of the original digit images."""
 
@@ -36,10 +38,8 @@ class Glyphs:
 @functools.cache
 def _originals() -> tuple[np.ndarray, np.ndarray]:
     """The images, uint8 [1797, 8, 8] in 0..255, and their labels, int64 [1797]."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+    images, labels = bundled.digits()
+    return np.round(images * (255 / 16)).astype(np.uint8), labels
 
 
 def split_indices(split: str, test_fraction: float) -> np.ndarray:

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 
+from gaze_jax.corpora import bundled
 from gaze_jax.errors import UserError
 from gaze_jax.media.images import read_image
 from gaze_jax.media.jsonl import media_path, parse_object, read_lines
@@ -40,10 +41,8 @@ class Prompt:
 
 def default_prompts() -> tuple[Prompt, ...]:
     """Three questions about each of scikit-learn's two photographs (credited in NOTICE)."""
-    from sklearn.datasets import load_sample_image
-
     return tuple(
-        Prompt(name, np.asarray(load_sample_image(name)), question)
+        Prompt(name, bundled.photo(name), question)
         for name, questions in _QUESTIONS.items()
         for question in questions
     )

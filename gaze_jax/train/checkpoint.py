@@ -60,7 +60,7 @@ def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> oc
     return ocp.CheckpointManager(Path(workdir).resolve() / FOLDER, options=options)  # it takes no ".."
 
 
-@jax.jit  # traced once for all leaves of a shape: the optimizer's state repeats those of the parameters
+@jax.jit  # one program for all leaves of a shape: the optimizer's state repeats those of the parameters
 def _digest(leaf: Array) -> Array:
     """uint32 sum of the leaf's bits, each mixed with its index: the same on every mesh."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
@@ -69,10 +69,6 @@ def _digest(leaf: Array) -> Array:
     for axis in range(leaf.ndim):
         place = avalanche(place ^ jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis))
     return jnp.sum(avalanche(words ^ place), dtype=jnp.uint32)
-
-
-# One program for all leaves: a CPU mesh stalls when many small collectives run at once.
-_digests = jax.jit(lambda leaves: jnp.stack([_digest(leaf) for leaf in leaves]))
 
 
 def _named(tree: PyTree) -> dict[str, Leaf]:
@@ -106,11 +102,10 @@ class Meta(TypedDict):
 
 def describe(tree: PyTree) -> dict[str, LeafRecord]:
     """Name -> dtype, shape and digest of every leaf, JSON-ready."""
-    named = _named(tree)
-    digests = jax.device_get(_digests(list(named.values())))
+    # One after the other, waiting for each: a CPU mesh stalls when many small collectives run at once.
     return {
-        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(digest):08x}"}
-        for (name, leaf), digest in zip(named.items(), digests, strict=True)
+        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(_digest(leaf)):08x}"}
+        for name, leaf in _named(tree).items()
     }
 
 

@@ -15,7 +15,7 @@ from absl import logging as absl_logging
 from gaze_jax.commands import cli, quiet
 from gaze_jax.errors import UserError
 from gaze_jax.infer import compile_cache
-from tests.helpers.commands import finish, refusals, start
+from tests.helpers.commands import call, refusals
 
 
 def raised(error, cause=None):
@@ -141,7 +141,7 @@ def main(values):
 cli.run(main, lambda flags: None, "A command.")
 """
     (tmp_path / "command.py").write_text(code)
-    _, err = finish(start(tmp_path / "command.py", TMPDIR=str(tmp_path)), status)
+    _, err = call(tmp_path / "command.py", status=status, TMPDIR=str(tmp_path))
     assert match in err and "Traceback" not in err
 
 

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from tests.helpers.checkpoints import CAMBRIAN, QWEN, SIGLIP, checkpoint
-from tests.helpers.commands import finish, refusals, start
+from tests.helpers.commands import call, finish, refusals, start
 
 pytestmark = pytest.mark.xdist_group("commands")
 
@@ -48,7 +48,7 @@ def test_what_is_new_is_said_and_progress_is_shown(joined):
 
 def test_the_way_back(joined):
     where, _, _ = joined
-    out, _ = finish(start("convert.py", f"--from={where / 'gaze'}", f"--to={where / 'back'}", "--format=hf"))
+    out, _ = call("convert.py", f"--from={where / 'gaze'}", f"--to={where / 'back'}", "--format=hf")
     assert "written for transformers" in out
     for part, original in (("decoder", "llm"), ("vision", "tower")):
         for path in (where / original).iterdir():
@@ -66,7 +66,7 @@ def test_a_whole_model_and_its_tower(joined, tmp_path):
     where, _, _ = joined
     source = checkpoint(tmp_path / "cambrian", CAMBRIAN, without_tower)
     both = (f"--from={source}", f"--vision={where / 'tower'}")
-    out, _ = finish(start("convert.py", *both, f"--to={tmp_path / 'gaze'}"))
+    out, _ = call("convert.py", *both, f"--to={tmp_path / 'gaze'}")
     assert "model: cambrian_qwen" in out and "vision: siglip_vision_model" in out
     assert "1 tensors not converted: nfp_head" in out
     to = f"--to={tmp_path / 'new'}"
@@ -85,18 +85,16 @@ def test_gaze_is_compared_with_dense(joined, tmp_path):
     PIL.Image.fromarray(pixels).save(tmp_path / "noise.png")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"image": "noise.png", "question": "What is it?"}) + "\n")
-    out, _ = finish(
-        start(
-            "eval.py",
-            f"--checkpoint={where / 'gaze'}",
-            "--compare=dense",
-            f"--prompts={prompts}",
-            f"--out={tmp_path / 'out'}",
-            f"--gaze_top_ks=1,{GROUPS}",
-            "--gaze_select_per=kv_head",
-            "--gaze_descriptors=mean",
-            "--max_tokens=3",
-        )
+    out, _ = call(
+        "eval.py",
+        f"--checkpoint={where / 'gaze'}",
+        "--compare=dense",
+        f"--prompts={prompts}",
+        f"--out={tmp_path / 'out'}",
+        f"--gaze_top_ks=1,{GROUPS}",
+        "--gaze_select_per=kv_head",
+        "--gaze_descriptors=mean",
+        "--max_tokens=3",
     )
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert "top-1 agreement" in out and report["command"].startswith("python eval.py --checkpoint=")

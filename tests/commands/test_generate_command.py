@@ -9,7 +9,7 @@ from PIL import Image
 from gaze_jax.infer.steer import LookAt, bias_of
 from gaze_jax.infer.trace_file import load
 from tests.helpers import multimodal
-from tests.helpers.commands import finish, refusals, start
+from tests.helpers.commands import call, refusals
 from tests.helpers.videos import write_video
 
 skimage_data = pytest.importorskip("skimage.data")
@@ -64,7 +64,7 @@ def test_answers_about_a_photograph_and_a_film(family, media, tmp_path):
     flags += ["--look_at=0,0,50,50", "--look_at_layers=1", "--look_at_bias=2", "--gaze_full_layers=2"]
     flags += [f"--compilation_cache={tmp_path / 'programs'}"]
     checkpoint = multimodal.write(family, tmp_path / "checkpoint")
-    out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
+    out, err = call("generate.py", f"--checkpoint={checkpoint}", *flags)
     assert not err
     assert out.count("\n") >= 2 and len(out.strip()) > 0
     assert any((tmp_path / "programs").iterdir()), "compiled programs are kept"
@@ -96,7 +96,7 @@ def test_answers_a_file_of_questions(media, tmp_path):
     flags = [f"--questions={questions}", f"--answers={answers}", f"--traces={tmp_path / 'looked'}"]
     flags += ["--gaze_top_k=2", "--max_tokens=3", "--offload", "--compilation_cache="]
     flags += ["--look_at=0,0,9,9", "--gaze_full_layers=2"]
-    out, err = finish(start("generate.py", f"--checkpoint={checkpoint}", *flags))
+    out, err = call("generate.py", f"--checkpoint={checkpoint}", *flags)
     assert not err and not out
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["id"] for line in found] == ["1", "two", "3"]

@@ -1,7 +1,5 @@
 """python -m gaze_jax.viewer as a process."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,12 +7,12 @@ from PIL import Image
 from gaze_jax.infer.trace_file import load, save
 from gaze_jax.viewer.answer_sheet import sheet
 from gaze_jax.viewer.html import viewer_page
-from tests.helpers.commands import finish, start
+from tests.helpers.commands import call, finish, refusals, start
 from tests.helpers.traces import make_trace
 
 
 def run(*arguments, status=0):
-    return finish(start("-m", "gaze_jax.viewer", *arguments), status)
+    return call("-m", "gaze_jax.viewer", *arguments, status=status)
 
 
 @pytest.fixture(scope="module")
@@ -68,40 +66,23 @@ MISTAKES = {
     "Unknown command line flag 'colour'": ["ONE", "--colour=red"],
 }
 
-EACH = """
-import json, sys
-from gaze_jax.commands import view
-
-for arguments in json.loads(sys.argv[1]):
-    sys.argv[1:] = arguments
-    try:
-        view.run()
-    except SystemExit as end:
-        assert end.code in (None, 2), end.code
-"""
-
 
 def test_mistakes_are_one_sentence_each(traces, tmp_path):
-    """With status 2, no traceback and nothing written; one trace alone writes its page and no index.
-
-    All in one process, because one starts slowly.
-    """
+    """With status 2, no traceback and nothing written; one trace alone writes its page and no index."""
     calls = [
         [word.replace("OUT", str(tmp_path)).replace("ONE", str(traces / "one.gaze")) for word in arguments]
         for arguments in MISTAKES.values()
     ]
-    (tmp_path / "right").mkdir()
-    calls.append([str(traces / "one.gaze"), f"--out={tmp_path / 'right'}"])
-    out, err = finish(start("-c", EACH, json.dumps(calls)))
-    lines = err.splitlines()
-    assert [path.name for path in tmp_path.rglob("*")] == ["right", "one.html"]
-    assert out.split() == [str(tmp_path / "right" / "one.html")]
-    assert len(lines) == len(MISTAKES), err
-    for sentence, line in zip(MISTAKES, lines):
+    lines = refusals(["-m", "gaze_jax.viewer", *arguments] for arguments in calls)
+    for sentence, line in zip(MISTAKES, lines, strict=True):
         assert sentence in line
+    (tmp_path / "right").mkdir()
+    out, err = run(traces / "one.gaze", f"--out={tmp_path / 'right'}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["right", "one.html"]
+    assert (out.split(), err) == ([str(tmp_path / "right" / "one.html")], "")
 
 
 def test_a_mistake_names_the_command(tmp_path):
     """As it was started, not as Python names its file."""
-    out, err = run("absent.gaze", f"--out={tmp_path}", status=2)
+    out, err = finish(start("-m", "gaze_jax.viewer", "absent.gaze", f"--out={tmp_path}"), status=2)
     assert err.startswith("python -m gaze_jax.viewer: Trace 'absent.gaze' cannot be read") and out == ""

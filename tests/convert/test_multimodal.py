@@ -2,8 +2,6 @@
 
 import functools
 import json
-import tempfile
-from pathlib import Path
 
 import chex
 import jax
@@ -24,7 +22,7 @@ from gaze_jax.errors import UserError
 from gaze_jax.families import conversion_of, siglip
 from gaze_jax.models import MLLM
 from gaze_jax.models.config import VisionConfig
-from tests.helpers import hf
+from tests.helpers import hf, layouts
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -32,92 +30,21 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group("parity")
 
 NFP = "nfp_head, which predicts the next frame in training and has no part in answers"
-TOWER = VisionConfig(24, 4, 48, depth=2, num_heads=4, mlp_dim=80)
-
-keep: list[tempfile.TemporaryDirectory] = []
 
 
-@functools.cache
-def tower(tied: bool = False) -> Path:
-    """The whole tower of the models that the other two layouts are made of."""
-    keep.append(where := tempfile.TemporaryDirectory())
-    name = "llava_onevision_penultimate" + ("_tied" if tied else "")
-    return hf.save_tower(name, Path(where.name) / "tower")
-
-
-def hub_layout(directory, **options):
-    return hf.rename(hf.save("llava_onevision_tied", directory, **options), hf.hub_name)
-
-
-def memory_layout(directory, **options):
-    return hf.rename(hf.save("llava_onevision", directory, **options), hf.memory_name)
-
-
-def wrapped_cambrian(directory, **options):
-    return hf.rename(
-        hf.save_cambrian(directory, **options), lambda name: name.replace("model.", "model._orig_module.", 1)
-    )
-
-
-LAYOUTS = {  # how it is written, and whether a second directory has the tower
-    "transformers 5": (functools.partial(hf.save, "llava_onevision"), False),
-    "transformers 5, tied": (functools.partial(hf.save, "llava_onevision_tied"), False),
-    "transformers 5, a layer early": (functools.partial(hf.save, "llava_onevision_penultimate"), False),
-    "transformers 5, odd grid": (functools.partial(hf.save, "llava_onevision_odd"), False),
-    "transformers 4": (hub_layout, False),
-    "in memory": (memory_layout, False),
-    "LLaVA-NeXT": (hf.save_llava_next, True),
-    "LLaVA-NeXT, tied": (functools.partial(hf.save_llava_next, tied=True), True),
-    "Cambrian-S": (hf.save_cambrian, True),
-    "Cambrian-S, tied, no tower": (functools.partial(hf.save_cambrian, tied=True, tower=False), True),
-    "Cambrian-S, no tower": (functools.partial(hf.save_cambrian, tower=False), True),
-    "Cambrian-S, wrapped": (wrapped_cambrian, True),
-}
-
-
-def original(layout: str):
-    """The model of transformers that a layout holds."""
-    if layout.startswith("transformers 5, odd"):
-        return hf.model("llava_onevision_odd")
-    name = "llava_onevision"
-    if "early" in layout or not layout.startswith(("transformers", "in memory")):
-        name += "_penultimate"
-    return hf.model(name + ("_tied" if "tied" in layout or layout == "transformers 4" else ""))
-
-
-@functools.cache
-def converted(layout: str) -> tuple[Path, Path]:
-    """The source of a layout and what it was converted to."""
-    keep.append(where := tempfile.TemporaryDirectory())
-    source, target = Path(where.name) / "source", Path(where.name) / "gaze"
-    write, elsewhere = LAYOUTS[layout]
-    write(source)
-    (source / "tokenizer.json").write_text('{"kept": "as it is"}')
-    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    (source / "chat_template.jinja").write_text("{{ messages }}")
-    run.write_plan(run.plan_directory(source, vision=tower("tied" in layout) if elsewhere else None), target)
-    return source, target
-
-
-def same_files(first, second):
-    names = {path.name for path in first.iterdir()}
-    assert names <= {path.name for path in second.iterdir()}
-    for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    return names
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_every_file_comes_back_byte_for_byte(tmp_path, layout):
     """Weights, configs, tokenizer, chat template and processor settings; a separate tower too."""
-    source, gaze = converted(layout)
+    source, gaze = layouts.converted(layout)
     run.convert_back(gaze, tmp_path / "back")
-    assert {"model.safetensors", "preprocessor_config.json"} <= same_files(source, tmp_path / "back")
+    assert {"model.safetensors", "preprocessor_config.json"} <= layouts.same_files(source, tmp_path / "back")
     found = manifest.read(gaze)
     unstacked = "no tower" in layout
     assert set(found.sources) == ({"model", "vision"} if unstacked else {"model"}) and not found.new
     if unstacked:
-        assert "model.safetensors" in same_files(tower("tied" in layout), tmp_path / "back" / "vision")
+        assert "model.safetensors" in layouts.same_files(
+            layouts.tower("tied" in layout), tmp_path / "back" / "vision"
+        )
     again = run.plan_directory(tmp_path / "back")  # gaze.json knows what config.json does not
     assert again.config == found.model
     assert {name: pending.leaf for name, pending in again.leaves.items()} == found.leaves
@@ -127,14 +54,14 @@ def test_every_file_comes_back_byte_for_byte(tmp_path, layout):
 @pytest.mark.parametrize("layout", ["transformers 4", "LLaVA-NeXT", "Cambrian-S"])
 def test_published_dtypes_come_back_byte_for_byte(tmp_path, layout, dtype):
     """LLaVA-OneVision is published in float16, Cambrian-S in bfloat16."""
-    write, elsewhere = LAYOUTS[layout]
+    write, elsewhere = layouts.LAYOUTS[layout]
     source = write(tmp_path / "hf", dtype=dtype)
-    plan = run.plan_directory(source, vision=tower() if elsewhere else None)
+    plan = run.plan_directory(source, vision=layouts.tower() if elsewhere else None)
     assert plan.config.param_dtype == dtype
     assert plan.config.dtype == ("float32" if dtype == "float16" else dtype)
     run.write_plan(plan, tmp_path / "gaze")
     run.convert_back(tmp_path / "gaze", tmp_path / "back")
-    same_files(source, tmp_path / "back")
+    layouts.same_files(source, tmp_path / "back")
 
 
 def logits(model, tokens, valid):
@@ -147,16 +74,16 @@ def text_logits(config):
     return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, Selection())[0])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_text_through_the_whole_model(layout):
     """Logits of a text prompt, one row padded, are transformers'; the tokenizer and its files are found."""
-    source, gaze = converted(layout)
+    source, gaze = layouts.converted(layout)
     found = load(gaze, one_device())
     assert found.tokenizer == (source / "tokenizer.json").read_text()
     assert (found.files / "chat_template.jinja").read_text() == "{{ messages }}"
     tokens = np.random.default_rng(1).integers(0, hf.TEXT["vocab_size"], (2, 20))
     valid = np.arange(20) < np.array([[20], [11]])
-    theirs = logits(original(layout), tokens, valid)
+    theirs = logits(layouts.original(layout), tokens, valid)
     streams = text_streams(jnp.asarray(tokens), jnp.asarray(valid))
     ours = np.asarray(text_logits(found.config)(found.params, streams))
     np.testing.assert_allclose(ours[valid], theirs[valid], atol=1e-4, rtol=0)
@@ -175,8 +102,10 @@ def test_text_through_the_whole_model(layout):
 )
 def test_verify_reports_every_stage(layout):
     """Tower, projector, newline and every layer of the decoder, against the original's own tensors."""
-    source, gaze = converted(layout)
-    originals = {"model": source} | ({"vision": tower("tied" in layout)} if "no tower" in layout else {})
+    source, gaze = layouts.converted(layout)
+    originals = {"model": source} | (
+        {"vision": layouts.tower("tied" in layout)} if "no tower" in layout else {}
+    )
     stages = verify.verify(gaze, originals)
     names = ["image tower", "projector", "newline", *(f"decoder layer {i}" for i in range(3)), "logits"]
     assert [stage.name for stage in stages] == names
@@ -199,11 +128,11 @@ def test_verify_reports_every_stage(layout):
 )
 def test_verify_finds_one_wrong_tensor(tmp_path, layout, tensor, stage):
     """A tensor of the original is changed after conversion: its stage, and none before it, says so."""
-    _, gaze = converted(layout)
-    write, _ = LAYOUTS[layout]
+    _, gaze = layouts.converted(layout)
+    write, _ = layouts.LAYOUTS[layout]
     other = write(tmp_path / "other")
     hf.edit_tensors(other, lambda tensors: tensors | {tensor: tensors[tensor] + 0.01})
-    originals = {"model": other} | ({"vision": tower()} if "no tower" in layout else {})
+    originals = {"model": other} | ({"vision": layouts.tower()} if "no tower" in layout else {})
     stages = verify.verify(gaze, originals)
     with pytest.raises(UserError, match="The models differ"):
         verify.require_equal(stages)
@@ -218,7 +147,7 @@ def test_a_file_that_kept_the_towers_last_layer_is_verified_too(tmp_path):
     whole = hf.model("llava_onevision_penultimate").state_dict()
     last = {theirs + n.removeprefix(mine): t.numpy() for n, t in whole.items() if n.startswith(mine)}
     hf.edit_tensors(source, lambda tensors: last | tensors)
-    run.write_plan(run.plan_directory(source, vision=tower()), tmp_path / "gaze")
+    run.write_plan(run.plan_directory(source, vision=layouts.tower()), tmp_path / "gaze")
     assert any("encoder.layers.2." in name for name in load_file(source / "model.safetensors"))
     verify.require_equal(verify.verify(tmp_path / "gaze", {"model": source}))
 
@@ -260,15 +189,15 @@ def test_views_of_the_small_models(tmp_path):
     """What the processors will be told, of each layout."""
     four = tuple(map(tuple, hf.pinpoints()))
     llava = ViewConfig("llava_onevision", four, max_tiles=9, frame_side=3)
-    assert manifest.read(converted("transformers 4")[1]).model.views == llava
-    assert manifest.read(converted("LLaVA-NeXT")[1]).model.views.max_tiles == 9
+    assert manifest.read(layouts.converted("transformers 4")[1]).model.views == llava
+    assert manifest.read(layouts.converted("LLaVA-NeXT")[1]).model.views.max_tiles == 9
     odd = run.plan_directory(hf.save("llava_onevision_odd", tmp_path / "odd")).config
     assert odd.views.canvases[1] == (20, 40) and odd.views.frame_side == 3 and odd.gaze.region == (5, 5)
     shrunk = run.plan_directory(hf.save("llava_onevision_max_1", tmp_path / "one")).config
     assert shrunk.views.max_tiles == 1
     tiles = tuple((h * 24, w * 24) for w in range(1, 5) for h in range(1, 5) if h * w <= 4)
     cambrian = ViewConfig("cambrian_s", tiles, image_side=6, frame_side=3)
-    assert manifest.read(converted("Cambrian-S")[1]).model.views == cambrian
+    assert manifest.read(layouts.converted("Cambrian-S")[1]).model.views == cambrian
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -278,7 +207,7 @@ def test_the_next_frame_head_is_left_out_and_said_so(tmp_path, capsys, shards):
     before = load_file(source / "model.safetensors")
     if shards > 1:
         hf.shard(source, lambda name: 2 if "nfp_head" in name else int("layers.2" in name))
-    plan = run.plan_directory(source, vision=tower())
+    plan = run.plan_directory(source, vision=layouts.tower())
     assert f"4 tensors not converted: {NFP}" in run.summary(plan)
     run.write_plan(plan, tmp_path / "gaze")
     run.convert_back(tmp_path / "gaze", tmp_path / "back")
@@ -303,30 +232,8 @@ def test_shards_keep_their_places(tmp_path):
     source = hf.save("llava_onevision", tmp_path / "hf", shard="200KB")
     run.write_plan(run.plan_directory(source), tmp_path / "gaze")
     run.convert_back(tmp_path / "gaze", tmp_path / "back")
-    names = same_files(source, tmp_path / "back")
+    names = layouts.same_files(source, tmp_path / "back")
     assert INDEX in names and sum(name.startswith("model-") for name in names) > 2
-
-
-@pytest.mark.parametrize("write", [hf.save_cambrian, hf.save_llava_next])
-def test_a_tower_that_is_elsewhere_must_be_named(tmp_path, monkeypatch, write):
-    """One sentence names the field and the flag, whether the tower's sizes are known or not."""
-    source = write(tmp_path / "hf")
-    vision = conversion_of(json.loads((source / "config.json").read_text()), "x").names.vision
-    field = "mm_vision_tower_aux_list" if write is hf.save_cambrian else "mm_vision_tower"
-    with pytest.raises(UserError, match=r"does not describe its image tower 'tiny/siglip.*with --vision"):
-        run.plan_directory(source)
-    hf.edit_tensors(source, lambda t: {name: v for name, v in t.items() if not name.startswith(vision)})
-    for name in ("siglip", "siglip2"):
-        monkeypatch.setitem(siglip.TOWERS, name, TOWER)
-    for read in (run.plan_directory, lambda directory: load(directory, one_device())):
-        with pytest.raises(UserError, match=rf"holds no image tower; its {field} names .*with --vision"):
-            read(source)
-    plan = run.plan_directory(source, vision=tower())
-    assert set(plan.opened) == {"model", "vision"} and plan.config.vision == TOWER
-    features = np.asarray(place(plan, one_device()).params["vision"]["position_embedding"])
-    np.testing.assert_array_equal(
-        features, load_file(tower() / "model.safetensors")["embeddings.position_embedding.weight"]
-    )
 
 
 def test_a_tower_in_the_file_is_the_one_that_is_used(tmp_path):
@@ -334,7 +241,7 @@ def test_a_tower_in_the_file_is_the_one_that_is_used(tmp_path):
     source = hf.save_llava_next(tmp_path / "hf")
     described = tmp_path / "described"
     described.mkdir()
-    (described / "config.json").write_bytes((tower() / "config.json").read_bytes())
+    (described / "config.json").write_bytes((layouts.tower() / "config.json").read_bytes())
     name = "model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
     hf.edit_tensors(source, lambda tensors: tensors | {name: tensors[name] + 1})
     plan = run.plan_directory(source, vision=described)
@@ -344,91 +251,20 @@ def test_a_tower_in_the_file_is_the_one_that_is_used(tmp_path):
 
 def test_a_published_tower_needs_no_description(tmp_path, monkeypatch):
     """Its sizes are in a table, and every tensor must have them."""
-    monkeypatch.setitem(siglip.TOWERS, "siglip", TOWER)
+    monkeypatch.setitem(siglip.TOWERS, "siglip", layouts.TOWER)
     source = hf.save_llava_next(tmp_path / "hf")
-    assert run.plan_directory(source).config.vision == TOWER
+    assert run.plan_directory(source).config.vision == layouts.TOWER
     found = load(source, one_device())
-    assert found.files == source and found.config.vision == TOWER
+    assert found.files == source and found.config.vision == layouts.TOWER
     monkeypatch.setitem(siglip.TOWERS, "siglip", VisionConfig(28, 4, 48, 2, 4, 80))
     hf.edit_config(source, image_grid_pinpoints="(1x1),...,(2x2)")
     with pytest.raises(UserError, match=r"position_embedding\.weight is \[36, 48\] and should be \[49, 48\]"):
         run.plan_directory(source)
 
 
-def test_vision_where_it_has_no_effect(tmp_path):
-    """A model that has and describes its tower, a language model, and a directory that is no tower."""
-    whole = hf.save("llava_onevision", tmp_path / "whole")
-    with pytest.raises(UserError, match=r"--vision has no effect: .* with its image tower; drop it"):
-        run.plan_directory(whole, vision=tower())
-    llm = hf.save("qwen2_tied", tmp_path / "llm")
-    with pytest.raises(UserError, match=r"--vision has no effect: .* is a language model; drop it"):
-        run.plan_directory(llm, vision=tower())
-    source = hf.save_cambrian(tmp_path / "cambrian")
-    with pytest.raises(UserError, match="is not an image tower; give one with --vision"):
-        run.plan_directory(source, vision=llm)
-    with pytest.raises(UserError, match="is not a directory; give that of an image tower"):
-        run.plan_directory(source, vision=tmp_path / "nothing")
-    exported = tmp_path / "back"
-    run.convert_back(converted("Cambrian-S")[1], exported)
-    with pytest.raises(UserError, match=r"--vision has no effect: .* is an export of this project"):
-        run.plan_directory(exported, vision=tower())
-
-
-@pytest.mark.parametrize("layout", ["transformers 4", "in memory", "LLaVA-NeXT", "Cambrian-S"])
-def test_everything_wrong_is_listed_at_once(tmp_path, layout):
-    """Missing, misshapen and unexpected tensors of every part, by name; nothing is converted."""
-    write, elsewhere = LAYOUTS[layout]
-    source = write(tmp_path / "hf")
-    names = {}
-
-    def break_it(tensors):
-        def find(end):
-            return next(name for name in tensors if name.endswith(end))
-
-        names["missing"] = [find("image_newline"), find("layers.1.layer_norm1.bias"), find("k_proj.bias")]
-        names["wrong"] = [find("position_embedding.weight"), find("layers.2.mlp.up_proj.weight")]
-        for name in names["missing"]:
-            del tensors[name]
-        for name in names["wrong"]:
-            tensors[name] = tensors[name][:-1]
-        return tensors | {"model.vision_resampler.weight": np.zeros(3, np.float32)}
-
-    hf.edit_tensors(source, break_it)
-    with pytest.raises(UserError) as error:
-        run.plan_directory(source, vision=tower() if elsewhere else None)
-    conversion = conversion_of(json.loads((source / "config.json").read_text()), "x")
-    message = str(error.value)
-    for name in names["missing"]:
-        assert f"{conversion.canonical(name)} [" in message and "is missing" in message, name
-    for name in names["wrong"]:
-        assert f"{conversion.canonical(name)} is [" in message and "and should be [" in message, name
-    assert "vision_resampler.weight [3] is unexpected" in message and "Nothing was converted" in message
-
-
-def test_a_tensor_under_two_of_its_names(tmp_path):
-    """The namings may not be mixed for one tensor."""
-    source = hf.save("llava_onevision", tmp_path / "hf")
-    hf.edit_tensors(source, lambda t: t | {"model.image_newline": t["image_newline"]})
-    with pytest.raises(UserError, match="has image_newline under two names"):
-        run.plan_directory(source)
-
-
-def test_a_tied_head_that_was_written_anyway(tmp_path):
-    """It is compared, and written again."""
-    source = hf.save_llava_next(tmp_path / "hf", tied=True)
-    table, head = "model.embed_tokens.weight", "lm_head.weight"
-    hf.edit_tensors(source, lambda tensors: tensors | {head: tensors[table]})
-    run.write_plan(run.plan_directory(source, vision=tower(tied=True)), tmp_path / "gaze")
-    run.convert_back(tmp_path / "gaze", tmp_path / "back")
-    same_files(source, tmp_path / "back")
-    hf.edit_tensors(source, lambda tensors: tensors | {head: tensors[table] + 1})
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        run.plan_directory(source, vision=tower(tied=True))
-
-
 def test_a_cast_on_either_way(tmp_path):
     """--dtype changes every tensor and what config.json says at each level; transformers loads the result."""
-    source = hub_layout(tmp_path / "hf")
+    source = layouts.hub_layout(tmp_path / "hf")
     config = json.loads((source / "config.json").read_text())
     text = config["text_config"] | {"torch_dtype": "float32"}  # as transformers 4 repeated it
     hf.edit_config(source, text_config=text)
@@ -453,7 +289,7 @@ def test_a_cast_on_either_way(tmp_path):
 @pytest.mark.parametrize("layout", ["LLaVA-NeXT", "Cambrian-S, no tower"])
 def test_an_export_is_read_again(tmp_path, layout):
     """With its settings, which may have changed since, and verified against the original."""
-    _, gaze = converted(layout)
+    _, gaze = layouts.converted(layout)
     run.convert_back(gaze, tmp_path / "back")
     settings = json.loads((tmp_path / "back" / "gaze.json").read_text())
     settings["model"]["gaze"]["top_k"] = 3
@@ -464,34 +300,3 @@ def test_an_export_is_read_again(tmp_path, layout):
     for name, values in first.items():
         np.testing.assert_array_equal(np.asarray(values), np.asarray(second[name]), err_msg=name)
     verify.require_equal(verify.verify(gaze, part_directories(tmp_path / "back")))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s["model"]["decoder"].update(rope_theta=1e4), "describes another decoder"),
-        (lambda s: s["model"]["vision"].update(num_heads=2), "describes another vision"),
-        (lambda s: s["model"]["views"].update(max_tiles=4), "describes another views"),
-        (lambda s: s["model"]["gaze"].update(context_tokens=2), r"gaze\.safetensors does not exist"),
-        (lambda s: s["parts"].update(model="elsewhere"), "which is not what was written"),
-    ],
-)
-def test_settings_that_do_not_fit_the_export_are_refused(tmp_path, change, message):
-    """gaze.json cannot make another model of the files beside it."""
-    run.convert_back(converted("transformers 5")[1], tmp_path / "back")
-    path = tmp_path / "back" / "gaze.json"
-    settings = json.loads(path.read_text())
-    change(settings)
-    path.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=message):
-        run.plan_directory(tmp_path / "back")
-
-
-def test_a_damaged_part_is_named(tmp_path):
-    """Files beside a whole model are under checksums like the rest."""
-    source = hf.save("llava_onevision", tmp_path / "hf")
-    run.write_plan(run.plan_directory(source), tmp_path / "gaze")
-    path = tmp_path / "gaze" / "model" / "config.json"
-    path.write_bytes(path.read_bytes().replace(b"anyres_max_9", b"anyres_max_8"))
-    with pytest.raises(UserError, match=r"model/config\.json"):
-        load(tmp_path / "gaze", one_device())

@@ -8,9 +8,9 @@ import tracemalloc
 import numpy as np
 import PIL.Image
 import pytest
-import sklearn.datasets
 
 from gaze_jax.core.layout import ViewConfig
+from gaze_jax.corpora import bundled
 from gaze_jax.data import pixels as module
 from gaze_jax.data.pixels import GREY, normalise, pad, resize, resize_on_square
 from tests.helpers.views import (
@@ -39,7 +39,7 @@ def photographs() -> list[np.ndarray]:
     """Photographs that come with scikit-image and scikit-learn; nothing is downloaded."""
     names = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina")
     scikit_image = [getattr(skimage_data, name)() for name in names]
-    return scikit_image + list(sklearn.datasets.load_sample_images().images)
+    return scikit_image + [bundled.photo(name) for name in bundled.PHOTOS]
 
 
 def cuts(number: int, height: int, width: int) -> list[np.ndarray]:

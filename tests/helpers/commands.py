@@ -1,9 +1,12 @@
 """Commands as processes: started with flags, waited for, judged by status."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -11,7 +14,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def start(command, *flags, **environment):
-    """Start a command on one CPU device; ``environment`` adds variables."""
+    """Start a command on one CPU device; ``environment`` adds variables. :func:`call` is quicker."""
     return subprocess.Popen(
         [sys.executable, command, *map(str, flags)],
         cwd=ROOT,
@@ -29,51 +32,83 @@ def finish(process, status=0):
     return out, err
 
 
-def refusals(calls):
-    """What several calls of commands print that all end with status 2 and one line; returns the lines.
+def call(command, *flags, status=0, **environment):
+    """What a script, or ``-m`` and a module, wrote to stdout and stderr, after asserting its exit status.
 
-    Each call, a command and its flags, is a process, but all are forks of one that has imported what takes
-    seconds to import.
+    It is a process of its own on one CPU device, but a fork of one that has imported what takes seconds to
+    import. ``environment`` adds variables, which come too late for JAX.
     """
-    calls = [[str(word) for word in call] for call in calls]
-    found, _ = finish(start("-W", "ignore", "-c", _FORKS, json.dumps(calls)))
+    words = [str(command), *map(str, flags)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, name) for name in ("out", "err")]
+        server = _server()
+        print(json.dumps([words, files, environment]), file=server.stdin, flush=True)
+        found = int(server.stdout.readline())
+        out, err = (Path(file).read_text(encoding="utf-8") for file in files)
+    assert found == status, f"{words}: status {found}\n{out}\n{err}"
+    return out, err
+
+
+def refusals(calls):
+    """What several calls of commands print that all end with status 2 and one line; returns the lines."""
     lines = []
-    for call, (status, out, err) in zip(calls, json.loads(found), strict=True):
-        assert status == 2, (call, status, err)
-        assert not out and len(err.strip().splitlines()) == 1, (call, out, err)
+    for words in calls:
+        out, err = call(*words, status=2)
+        assert not out and len(err.strip().splitlines()) == 1, (words, out, err)
         lines.append(err.strip())
     return lines
 
 
+@functools.cache
+def _server():
+    """The process that :func:`call` has forks of; it ends with this one."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", _FORKS],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.communicate)
+    return server
+
+
 _FORKS = """
-import json, os, runpy, sys, tempfile
+import json, os, runpy, sys, tempfile, warnings
 import grain, orbax.checkpoint
+import gaze_jax.commands.main, gaze_jax.convert.run, gaze_jax.viewer.html
 import gaze_jax.evaluate.run, gaze_jax.infer.requests, gaze_jax.train.loop
 
-results = []
-for call in json.loads(sys.argv[1]):
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
-    child = os.fork()
+
+def run(words, files, environment):
+    for number, path in enumerate((os.devnull, *files)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+for line in sys.stdin:
+    with warnings.catch_warnings():  # JAX has threads, which a fork has not
+        warnings.simplefilter("ignore")
+        child = os.fork()
     if child == 0:
-        for number, file in enumerate(files, start=1):
-            os.dup2(file.fileno(), number)
-        sys.argv = call
-        status = 0
-        try:
-            runpy.run_path(call[0], run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            status = 1
-            sys.excepthook(*sys.exc_info())
+        status = run(*json.loads(line))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = []
-    for file in files:
-        file.seek(0)
-        texts.append(file.read())
-    results.append([status, *texts])
-print(json.dumps(results))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

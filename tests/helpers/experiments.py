@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
 
@@ -18,7 +19,7 @@ from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.config import EvalConfig, Experiment, complete, parse
 from gaze_jax.train.pipeline import RunData, open_data
-from gaze_jax.train.step import TrainState, abstract_state, compile_step, put_batch
+from gaze_jax.train.step import TrainState, abstract_state, compile_step, init_state, put_batch, shardings_of
 
 
 def tiny(**overrides: Any) -> ml_collections.ConfigDict:
@@ -93,11 +94,42 @@ def compiled(experiment: Experiment, mesh: Mesh, batch: Any = None, teacher: Any
     return _compiled(dataclasses.replace(experiment, **same), mesh)
 
 
+@functools.cache
+def _begun(experiment: Experiment) -> Any:
+    return jax.device_get(init_state(experiment, make_mesh(MeshConfig(1, 1), jax.devices()[:1])))
+
+
+def begun(experiment: Experiment, mesh: Mesh, params: Any = None) -> TrainState:
+    """``init_state``, compiled once for all meshes and for all experiments that begin alike."""
+    if params is not None:
+        return init_state(experiment, mesh, params)
+    same = {"mesh": MeshConfig(), "checkpoint_every": 0, "log_every": 1, "num_workers": 0, "accumulate": 1}
+    same |= {"steps": 1000, "batch_size": 8}
+    host = _begun(dataclasses.replace(experiment, **same))
+    shardings = shardings_of(abstract_state(experiment, mesh))
+    # Copies: what is put may share the memory of what it is put from, and a step gives it away.
+    return jax.tree.map(lambda leaf, sharding: jax.device_put(np.array(leaf), sharding), host, shardings)
+
+
+@contextlib.contextmanager
+def whole_arrays() -> Iterator[None]:
+    """Orbax writes an array that several devices hold as a whole, without a program for a slice of each.
+
+    That is private to it: where it has moved, nothing changes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        handler = ocp.type_handlers.get_type_handler(jax.Array)
+        patch.setattr(handler, "_use_replica_parallel", False, raising=False)
+        yield
+
+
 @contextlib.contextmanager
 def reused_programs() -> Iterator[None]:
     """Training runs in this context compile once, and under the promotion that optax needs."""
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+    standard = jax.numpy_dtype_promotion("standard")
+    with pytest.MonkeyPatch.context() as patch, standard, whole_arrays():
         patch.setattr(loop, "compile_step", compiled)
+        patch.setattr(loop, "init_state", begun)
         yield
 
 
@@ -120,6 +152,6 @@ def random_state(experiment: Experiment) -> TrainState:
 def save_untrained(experiment: Experiment, workdir: Path) -> None:
     """A checkpoint of step 0: what reads checkpoints needs no training."""
     data = data_of(experiment)
-    with checkpoint.open_manager(workdir, 1) as manager:
+    with checkpoint.open_manager(workdir, 1) as manager, whole_arrays():
         state = random_state(experiment)
         checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])

@@ -7,6 +7,7 @@ and runs nothing.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,16 @@ class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
     @pytest.mark.parametrize("select_per", [long("head"), long("kv_head")])
     def test_edge_07_minus_one_and_duplicates(self, select_per):  # the clamped slot of edge 07 has both
         super().test_edge_07_minus_one_and_duplicates(select_per)
+
+    @pytest.mark.parametrize(
+        "sizes", [*map(long, ({"dim": 20, "size": 3}, {"slots": 1}, {"text": 1}, {"slots": 36, "layers": 1}))]
+    )
+    def test_odd_sizes(self, sizes):  # where no block divides, by default: D = 20, three rows, both caches
+        super().test_odd_sizes(sizes)
+
+    @pytest.mark.parametrize("capacity", [3, long(None)])
+    def test_edge_03_no_text_stream(self, capacity):  # a dense read is of one region, too
+        super().test_edge_03_no_text_stream(capacity)
 
     @pytest.mark.parametrize("capacity", [long(1), long(3), long(7), long(9)])
     def test_edge_13_odd_capacities(self, capacity):  # of the TPU kernel by default, which shares the plan
@@ -184,7 +195,7 @@ def _lower(*, group, slots, dim, dtype, select_per, int8=False, text=300, batch=
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-# Every size beside both dtypes and both kinds of visual cache; the kernel itself sees G only as 8 rows.
+# Every size, by turns beside each dtype and kind of visual cache; the kernel itself sees G only as 8 rows.
 LOWERED = [
     pytest.param(
         {
@@ -197,8 +208,7 @@ LOWERED = [
             "text": text,
         },
         id=f"{group}-{slots}-{dim}-{dtype.__name__}-{select_per}-{int8}-{text}",
-        # By turns: of each size, bfloat16 without int8 and float32 with it, or the other two.
-        marks=[] if (dtype == jnp.float32) ^ int8 ^ number % 2 == 0 else [pytest.mark.long],
+        marks=[] if kind == number % 4 else [pytest.mark.long],
     )
     for number, (group, slots, dim, select_per, text) in enumerate(
         [
@@ -209,8 +219,7 @@ LOWERED = [
             (5, 1, 64, "kv_head", 1000),
         ]
     )
-    for dtype in (jnp.bfloat16, jnp.float32)
-    for int8 in (False, True)
+    for kind, (dtype, int8) in enumerate(itertools.product((jnp.bfloat16, jnp.float32), (False, True)))
 ]
 
 

@@ -1,8 +1,10 @@
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,16 @@ import pytest
 from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
-from gaze_jax.train.step import init_state, put_batch
-from tests.helpers.experiments import batches_of, compiled, data_of, reused_programs, tiny_experiment
+from gaze_jax.train.step import put_batch
+from tests.helpers.experiments import (
+    batches_of,
+    begun,
+    compiled,
+    data_of,
+    reused_programs,
+    tiny_experiment,
+    whole_arrays,
+)
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -118,14 +128,14 @@ def test_a_cut_off_file_is_one_sentence_with_the_path(run, tmp_path):
 @functools.cache
 def _fresh():
     experiment = tiny_experiment()
-    return init_state(experiment, make_mesh(experiment.mesh))
+    return begun(experiment, make_mesh(experiment.mesh))
 
 
 def _rewrite(to, change):
     """A checkpoint of the same config with other arrays."""
     experiment, state = tiny_experiment(), _fresh()
     data = data_of(experiment)
-    with checkpoint.open_manager(to, 2) as manager:
+    with checkpoint.open_manager(to, 2) as manager, whole_arrays():
         state = dataclasses.replace(state, step=jnp.asarray(6, jnp.int32), params=change(state.params))
         checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])
 
@@ -152,16 +162,21 @@ def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
     data = data_of(experiment)
     batch = put_batch(batches_of(experiment)[0], mesh)
     step_once = compiled(experiment, mesh)
-    state = init_state(experiment, mesh)
-    with checkpoint.open_manager(tmp_path, 9) as manager:
+    state = begun(experiment, mesh)
+    with checkpoint.open_manager(tmp_path, 9) as manager, whole_arrays():
         for _ in range(3):
             state, _ = step_once(state, batch)
             checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])
         manager.wait_until_finished()
+        saved = []
         for step in (1, 2, 3):
             meta = checkpoint._meta(manager, step)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.params)
-            checkpoint._read_trees(manager, step, meta, {"params": abstract})  # compares digests
+            saved.append(checkpoint._read_trees(manager, step, meta, {"params": abstract})["params"])
+            assert checkpoint.describe(saved[-1]) == meta["leaves"]["params"]
+    chex.assert_trees_all_equal(saved[-1], state.params, strict=True)
+    for before, after in itertools.pairwise(saved):
+        assert checkpoint.describe(before) != checkpoint.describe(after), "each step moved the parameters"
 
 
 def test_inference_needs_a_checkpoint(tmp_path):

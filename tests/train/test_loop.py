@@ -16,8 +16,8 @@ from gaze_jax.errors import UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop, metrics, timing
 from gaze_jax.train.checkpoint import load_for_inference
-from gaze_jax.train.step import init_state, put_batch, shardings_of
-from tests.helpers.experiments import batches_of, compiled, data_of, reused_programs, tiny_experiment
+from gaze_jax.train.step import put_batch, shardings_of
+from tests.helpers.experiments import batches_of, begun, compiled, data_of, reused_programs, tiny_experiment
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
@@ -142,7 +142,7 @@ def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     batch = put_batch(batches_of(experiment)[0], mesh)
     batch["tokens"] = batch["tokens"][:, :-1]
     with pytest.raises(ValueError, match="Batch field tokens is int32"):
-        compiled(experiment, mesh)(init_state(experiment, mesh), batch)
+        compiled(experiment, mesh)(begun(experiment, mesh), batch)
 
 
 def test_times_are_in_a_file_of_their_own_with_compiling_apart(tmp_path, monkeypatch, capsys):

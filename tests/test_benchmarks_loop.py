@@ -21,6 +21,7 @@ def test_the_loop_is_compared_with_the_bare_step(tmp_path):
         assert row["bare_step_seconds"] > 0 and row["steps"] == 4 and row["checkpoint_every"] == 2
 
 
+@pytest.mark.long  # two processes that make a state of 200 MB
 def test_saving_and_restoring_200_mb_stay_below_the_stated_memory(tmp_path):
     path = tmp_path / "result.json"
     train_loop.main(["--only=memory", "--megabytes=200", f"--json={path}"])

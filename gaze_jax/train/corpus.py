@@ -313,6 +313,7 @@ class CorpusBatches:
             round(config.worker_memory * 1e9),
         )
         numbers = grain.MapDataset.range(first, stop).map(load)
+        self._others = {process.pid for process in multiprocessing.active_children()}
         self._iterator = prefetched(numbers, num_workers, buffer=2)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
@@ -362,10 +363,12 @@ class CorpusBatches:
         return f", while workers read {', '.join(found)}" if found else ""
 
     def _kill_workers(self) -> None:
-        """End the workers, of which one hangs: grain would wait for it."""
-        pids = {path.name for path in Path(self._folder.name).iterdir()}
+        """End the workers, of which one hangs: grain would wait for it.
+
+        They are the processes that were started since: one may hang before it notes what it reads.
+        """
         for process in multiprocessing.active_children():
-            if str(process.pid) in pids:
+            if process.pid not in self._others:
                 process.kill()
 
     def _name(self, number: int) -> str:

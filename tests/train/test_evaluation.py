@@ -13,7 +13,7 @@ from gaze_jax.core.streams import IGNORE
 from gaze_jax.corpora.measure import COLUMNS
 from gaze_jax.errors import UserError
 from gaze_jax.parallel import rules
-from gaze_jax.parallel.mesh import make_mesh
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import evaluation, loop
 from gaze_jax.train.config import resolve
 from gaze_jax.train.evaluation import Evaluator
@@ -21,6 +21,7 @@ from gaze_jax.train.holdout import held_out, lowest
 from gaze_jax.train.losses import next_token_loss
 from gaze_jax.train.pipeline import open_data
 from gaze_jax.train.step import init_state, put_batch
+from gaze_jax.viewer.training import evaluation_sheet
 from tests.helpers.experiments import data_of, reused_programs, tiny_experiment
 from tests.train.test_loop import during_step, terminate
 
@@ -158,7 +159,7 @@ def test_settings_that_evaluate_nothing_are_refused():
 
 def test_a_corpus_never_trains_on_what_it_holds_out(tmp_path):
     from tests.helpers.corpora import turns, write_lines, write_picture
-    from tests.train.test_corpus import START, experiment, opened
+    from tests.train.test_corpus import MODEL, START, experiment, opened
 
     for part in range(2):  # a folder of two files is one source
         folder = tmp_path / "corpus"
@@ -184,6 +185,17 @@ def test_a_corpus_never_trains_on_what_it_holds_out(tmp_path):
         targets = sum(int((next(batches)["targets"] != IGNORE).sum()) for _ in range(part.count))
     assert targets == int(some.measurement.numbers[sorted(held), COLUMNS.index("targets")].sum())
     assert part.sample().id in held and part.sample().images
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    params = init_state(run, mesh).params
+    evaluator = Evaluator(run, mesh, part, START.tokenizer)
+    row = evaluator.measure(params)
+    assert row["tokens"] == targets and row["gaze"]["top_k"] < row["dense"]["top_k"]
+    trace = evaluator.trace(params)
+    assert trace.sample.id == part.sample().id and "Noise." in "".join(trace.pieces)
+    regions = np.unique(np.concatenate([view.regions.ravel() for view in trace.views]))
+    assert trace.selected.shape == (len(trace.pieces), 1, MODEL.decoder.num_heads, len(regions))
+    assert trace.selected.any(axis=-1).all() and not trace.selected.all()
+    assert evaluation_sheet(trace, 0, 2.0).width > 300
     with pytest.raises(UserError, match=r"data.holdout=0 holds out nothing; set it to a fraction"):
         resolve(dataclasses.replace(experiment(folder), eval_every=2))
     with pytest.raises(UserError, match=r"data.holdout=1e-09 holds out none of the 80 records; raise it"):

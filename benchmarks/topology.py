@@ -6,6 +6,8 @@ Needs the extra tpu-aot. A program takes one to three minutes; the file is writt
 """
 
 import argparse
+import dataclasses
+import datetime
 import json
 import subprocess
 import sys
@@ -15,44 +17,81 @@ from typing import Any
 
 from benchmarks import timing
 
+VIDEO, IMAGE = "configs/cambrian_video.py", "configs/cambrian_image.py"
+FRAMES_128 = ("row.regions=2048", "row.images=128", "max_frames=128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One command.
+
+    Attributes:
+      config, topology: its flags.
+      mesh: sizes of data, fsdp and tensor.
+      batch_size: rows of a step.
+      data: changes of the config's data.
+      flags: other flags.
+    """
+
+    config: str
+    topology: str
+    mesh: tuple[int, int, int]
+    batch_size: int
+    data: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ("--nodense_row",)
+
+    @property
+    def command(self) -> list[str]:
+        """The words after ``gaze-jax topology``."""
+        sizes = zip(("data", "fsdp", "tensor"), self.mesh, strict=True)
+        words = [f"--config={self.config}", f"--topology={self.topology}"]
+        words += [f"--config.mesh.{name}={size}" for name, size in sizes]
+        words += [f"--config.batch_size={self.batch_size}", *(f"--config.data.{each}" for each in self.data)]
+        return [*words, *self.flags]
+
+
 CASES = (
-    ("configs/cambrian_video.py:4b", "v5e:16x16", 4, 64, 256, ""),
-    ("configs/cambrian_video.py:4b", "v5p:4x4x8", 2, 64, 128, "--nodense_row"),
-    ("configs/cambrian_video.py:4b", "v6e:16x16", 4, 64, 256, "--nodense_row"),
-    ("configs/cambrian_video.py:4b", "v5e:2x4", 1, 8, 8, "--nodense_row"),
-    ("configs/cambrian_video.py:7b", "v5e:16x16", 4, 64, 256, "--nodense_row"),
-    ("configs/cambrian_image.py:4b", "v5e:16x16", 4, 64, 256, "--nodense_row"),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1), 256, flags=()),
+    Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1), 128),
+    Case(f"{VIDEO}:4b", "v6e:16x16", (4, 64, 1), 256),
+    Case(f"{VIDEO}:4b", "v5e:2x4", (1, 8, 1), 8),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (8, 32, 1), 256),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 16, 4), 64),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1), 256, flags=("--nodense_row", "--effort=0")),
+    Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1), 128, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v5e:16x16", (4, 64, 1), 256),
+    Case(f"{IMAGE}:4b", "v5e:16x16", (4, 64, 1), 256),
 )
-"""Config, topology, mesh.data, mesh.fsdp, batch_size, and another flag."""
 
 
-def run(case: tuple[str, str, int, int, int, str], folder: Path) -> list[dict[str, Any]]:
+def run(case: Case, folder: Path) -> list[dict[str, Any]]:
     """The rows of one command, which prints its table."""
-    config, topology, data, fsdp, batch, flag = case
     path = folder / "rows.json"
-    command = [sys.executable, "-m", "gaze_jax", "topology", f"--config={config}"]
-    command += [f"--topology={topology}", f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"]
-    command += [f"--config.batch_size={batch}", f"--json={path}", *([flag] if flag else [])]
-    status = subprocess.run(command, check=False).returncode
+    command = [sys.executable, "-m", "gaze_jax", "topology", *case.command]
+    status = subprocess.run([*command, f"--json={path}"], check=False).returncode
     if status > 1:
         raise SystemExit(f"{' '.join(command)} ended with status {status}.")
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return rows
+    today = datetime.date.today().isoformat()
+    return [row | {"flags": case.command, "date": today} for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose config or topology has this in it")
-    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--only", default="", help="cases whose flags have this in them; other rows stay")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
+    old: list[dict[str, Any]] = []
+    if args.only and args.json is not None and args.json.exists():
+        old = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
-            if args.only in f"{case[0]} {case[1]}":
-                rows += run(case, Path(folder))
-                timing.write(args.json, timing.report("benchmarks.topology", argv, rows))
+            if args.only in " ".join(case.command):
+                old = [row for row in old if row["flags"] != case.command] + run(case, Path(folder))
+                report = timing.report("benchmarks.topology", argv, old)
+                timing.write(None if args.json is None else str(args.json), report)
 
 
 if __name__ == "__main__":

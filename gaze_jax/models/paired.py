@@ -232,5 +232,4 @@ def region_kl(
     # Finite, since a query that sees no region would otherwise have a gradient of NaN.
     target = jax.nn.log_softmax(jnp.where(seen & (log_mass > _NONE), log_mass, _NONE))
     found = jax.nn.log_softmax(jnp.where(seen, logits, _NONE))
-    terms = jnp.where(seen, jnp.exp(target) * (target - found), 0.0)
-    return jnp.mean(jnp.sum(terms, axis=-1), axis=-1)
+    return jnp.mean(jnp.sum(jnp.exp(target) * (target - found), axis=-1), axis=-1)

@@ -334,6 +334,15 @@ def test_a_worker_that_hangs_or_dies_ends_the_run_by_name(folder, dies):
         taken(training, training.order.epoch_batches, workers=1)
 
 
+def test_a_worker_that_hangs_before_it_says_what_it_reads_is_ended_too(folder):
+    """The limit is over before the worker has started; what closes it would wait for its record."""
+    training = opened(folder / "all.jsonl", timeout=0.05)
+    fatal = Fatal(training.corpus, int(training.plan.row(0)[0]), False, os.getpid())
+    training = dataclasses.replace(training, corpus=fatal)
+    with pytest.raises(UserError, match=r"No batch for 0.05 seconds \(data.timeout\)"):
+        taken(training, training.order.epoch_batches, workers=1)
+
+
 @pytest.mark.long
 def test_a_worker_that_needs_too_much_memory_names_the_record(tmp_path):
     """192 MB of pixels, in a process that may allocate 100 MB."""

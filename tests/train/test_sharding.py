@@ -62,7 +62,16 @@ def gradient(mesh, batch, **overrides):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "overrides"), [(SHARDED, {}), (MeshConfig(2, 2, 2), HEADS)], ids=["fsdp", "tensor"]
+    ("mesh", "overrides"),
+    [
+        (SHARDED, {}),
+        (MeshConfig(2, 2, 2), HEADS),
+        *(
+            pytest.param(mesh, HEADS, marks=pytest.mark.long)
+            for mesh in (MeshConfig(8), MeshConfig(1, 8), MeshConfig(4, 1, 2), MeshConfig(1, 4, 2))
+        ),
+    ],
+    ids=str,
 )
 def test_gradients_and_metrics_are_those_of_one_device(batch, mesh, overrides):
     one, measured = gradient(make_mesh(MeshConfig(data=1), jax.devices()[:1]), batch, **overrides)
@@ -178,15 +187,16 @@ def test_rows_that_the_devices_cannot_share_are_refused(rows, parts):
         check_mesh(experiment, make_mesh(SHARDED))
 
 
-def test_a_step_leaves_every_array_where_it_belongs(batch):
-    experiment = tiny_experiment()
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_step_leaves_every_array_where_it_belongs(batch, tensor):
+    experiment = tiny_experiment(**{"mesh.tensor": tensor, **HEADS} if tensor > 1 else {})
     mesh = make_mesh(experiment.mesh)
     assert dict(mesh.shape)["fsdp"] == 2
     state, _ = compiled(experiment, mesh)(init_state(experiment, mesh), put_batch(batch, mesh))
     wanted = shardings_of(abstract_state(experiment, mesh))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
     kernel = state.params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 2, 48)}
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 32 // 2, 48 // tensor)}
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
     assert len(moments) == 4  # two of this kernel and two of gate_proj
     assert all(leaf.sharding == kernel.sharding for leaf in moments)

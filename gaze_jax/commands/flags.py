@@ -147,8 +147,8 @@ class Flags:
         flags.DEFINE_multi_string(name, [], text, flag_values=self.values)
         self.listed(name, meta, f"{text} May be given again.")
 
-    def boolean(self, name: str, default: bool, text: str) -> None:
-        """``--NAME`` or ``--noNAME``."""
+    def boolean(self, name: str, default: bool | None, text: str) -> None:
+        """``--NAME`` or ``--noNAME``; None is neither."""
         flags.DEFINE_bool(name, default, text, flag_values=self.values)
         self.listed(name, "", text)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.errors import UserError
+from gaze_jax.parallel.distributed import HEARTBEAT, ProcessConfig
+from gaze_jax.parallel.distributed import start as start_processes
 
 if typing.TYPE_CHECKING:
     import ml_collections
@@ -22,6 +24,19 @@ def define_flags(flags: Flags) -> None:
     flags.group("The run")
     define_config(flags)
     flags.string("workdir", None, "Where checkpoints, metrics and results go.", "FOLDER")
+    flags.group("Several processes")
+    flags.boolean(
+        "distributed",
+        None,
+        "The run has several processes, which find each other on Cloud TPU, SLURM and Open MPI; if srun or "
+        "mpirun has started several, that is the default.",
+    )
+    flags.string("coordinator", None, "Where the first process can be reached.", "HOST:PORT")
+    flags.integer("num_processes", None, "How many processes there are, with --coordinator.")
+    flags.integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
+    flags.integer(
+        "heartbeat_seconds", HEARTBEAT, "After how long without a sign of life a process counts as dead."
+    )
 
 
 def define_config(flags: Flags) -> None:
@@ -62,6 +77,16 @@ def main(values: Values) -> None:
     if values.workdir is None:
         raise UserError("Give --workdir, the folder for checkpoints, metrics and results.")
     import jax
+
+    start_processes(
+        ProcessConfig(
+            values.distributed,
+            values.coordinator,
+            values.num_processes,
+            values.process_id,
+            values.heartbeat_seconds,
+        )
+    )
 
     from gaze_jax.convert.origin import open_start
     from gaze_jax.corpora.digits import DigitsConfig

@@ -147,6 +147,7 @@ def gradient(dense, mesh):
         return gradients, metrics, run(downhill, batch, taught)[1]
 
 
+@pytest.mark.long
 def test_a_mesh_changes_neither_losses_nor_gradients(dense):
     one, measured, downhill = gradient(dense, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     many, measured_many, _ = gradient(dense, make_mesh(MeshConfig(data=2, fsdp=4)))

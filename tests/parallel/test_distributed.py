@@ -1,0 +1,135 @@
+"""Runs of several processes: they compute what one computes, and flags that contradict are refused."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from gaze_jax.errors import UserError
+from gaze_jax.parallel import distributed
+from gaze_jax.parallel.distributed import ProcessConfig
+from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.train import loop
+from gaze_jax.train.checkpoint import FOLDER, load_for_inference
+from tests.helpers.commands import finish, start
+from tests.helpers.experiments import reused_programs, tiny_experiment
+
+MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+RUN = {"steps": 4, "checkpoint_every": 2, "log_every": 1, "model.decoder.num_kv_heads": 2, **MESH}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """A run of two processes with four devices each, whose mesh has all three axes."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    settings = [f"--config.{name}={value}" for name, value in RUN.items()]
+    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *settings]
+    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--heartbeat_seconds=120"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    processes = [
+        start("-m", "gaze_jax", *command, f"--process_id={number}", JAX_NUM_CPU_DEVICES="4", XLA_FLAGS=flags)
+        for number in range(2)
+    ]
+    outs = [finish(process)[0] for process in processes]
+    assert "step 4/4" in outs[0] and "on 8 cpu device(s)" in outs[0]
+    # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in both.
+    assert all(line.startswith("[Gloo]") for line in outs[1].splitlines())
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    with reused_programs():
+        assert loop.train(tiny_experiment(**RUN), workdir)
+    return workdir
+
+
+def close(mine, theirs):
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for one, other in zip(mine, theirs, strict=True):
+        for name, value in other.items():
+            np.testing.assert_allclose(one[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.long  # two processes that compile a step each
+@pytest.mark.standard_promotion
+@pytest.mark.xdist_group("train")
+class TestTwoProcesses:
+    def test_they_compute_what_one_computes(self, by_two, by_one):
+        close(rows(by_two), rows(by_one))
+        one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        mine, theirs = (load_for_inference(folder, one).params for folder in (by_two, by_one))
+        for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
+
+    def test_one_process_goes_on_from_them(self, by_two, by_one, tmp_path):
+        """On another mesh: the same global batches, so the same rows."""
+        workdir = shutil.copytree(by_two, tmp_path / "run")
+        shutil.rmtree(workdir / FOLDER / "4")
+        experiment = tiny_experiment(**RUN | {"mesh.data": 4, "mesh.tensor": 1})
+        with reused_programs():
+            assert loop.train(experiment, workdir)
+        close(rows(workdir), rows(by_one))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"coordinator": "a:1", "process_id": 0}, "--num_processes must be given too"),
+        ({"num_processes": 2}, "--coordinator and --process_id must be given too"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id=2 must be .* less than"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "--coordinator=a must be HOST:PORT"),
+        (
+            {"coordinator": "a:1", "num_processes": 1, "process_id": 0, "distributed": False},
+            "--nodistributed contradicts",
+        ),
+        ({"heartbeat_seconds": 1}, "--heartbeat_seconds=1 must be at least 10"),
+    ],
+)
+def test_flags_that_contradict_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(ProcessConfig(**flags))
+
+
+def test_several_processes_are_joined_if_a_launcher_says_so_or_the_user_does(monkeypatch):
+    """One that a launcher has started alone, or that is told not to, joins nobody."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *words, **more: calls.append((words, more)))
+    for name in distributed._COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.start(ProcessConfig()) and not calls
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not distributed.start(ProcessConfig()) and not calls
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert not distributed.start(ProcessConfig(distributed=False)) and not calls
+    distributed.start(ProcessConfig())
+    distributed.start(dataclasses.replace(ProcessConfig(), distributed=True, heartbeat_seconds=60))
+    told = ProcessConfig(coordinator="host:1", num_processes=4, process_id=3)
+    distributed.start(told)
+    assert [words for words, _ in calls] == [(None, None, None)] * 2 + [("host:1", 4, 3)]
+    assert [more["heartbeat_timeout_seconds"] for _, more in calls] == [600, 60, 600]
+
+
+def test_processes_that_find_nobody_say_what_to_give(monkeypatch):
+    def fail(*words, **more):
+        raise ValueError("coordinator_address should be defined.\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(UserError, match=r"did not find each other \(coordinator_address .*give --coord"):
+        distributed.start(ProcessConfig(distributed=True))

@@ -27,7 +27,8 @@ from gaze_jax.commands.flags import Flags
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("train", "eval", "generate", "convert", "view", "data", "topology")
 
-FOREIGN = set("cd docker export git mkdir mkdocs mypy pip pre-commit ruff source srun".split())
+FOREIGN = {"cd", "docker", "export", "git", "mkdir", "mkdocs", "mypy", "pip", "pre-commit", "ruff", "source"}
+FOREIGN |= {"srun"}
 """Programs that are not of this project; their flags are not checked."""
 
 FOREIGN_MODULES = {"build", "mypy", "pip", "ruff", "venv"}

@@ -20,7 +20,7 @@ from gaze_jax.train.checkpoint import load_for_inference
 from gaze_jax.train.config import parse
 from gaze_jax.train.evaluation import measure_function
 from gaze_jax.train.losses import distillation_loss, next_token_loss
-from gaze_jax.train.step import abstract_state, put_batch, shardings_of
+from gaze_jax.train.step import abstract_state, put_batch, shardings_of, step_function
 from gaze_jax.train.teacher import Teacher, make_teacher
 from tests.helpers.experiments import (
     batches_of,
@@ -130,6 +130,24 @@ def test_a_mesh_splits_adapters_like_kernels_and_changes_no_gradient(host):
     spec = jax.sharding.PartitionSpec
     assert parts["q_proj"] == {"a": spec(None, "fsdp", None), "b": spec(None, None, "tensor")}
     assert parts["down_proj"] == {"a": spec(None, "tensor", None), "b": spec(None, None, "fsdp")}
+
+
+def test_parts_of_a_batch_add_up_no_gradient_of_the_decoder(host):
+    """One would be as large as the decoder, and in memory for the whole step."""
+    experiment = tiny_experiment(**RANK | {"accumulate": 2})
+    state = abstract_state(experiment, one_device())
+    batch = put_batch(host, one_device())
+    traced = jax.jit(step_function(experiment)).trace(state, batch).jaxpr.eqns
+    (sums,) = (
+        eqn.outvars[: eqn.params["num_carry"]]
+        for eqn in traced
+        if eqn.primitive.name == "scan" and eqn.params["length"] == 2 and len(eqn.outvars) > 20
+    )
+    shapes = [leaf.aval.shape for leaf in sums]
+    for part, tree in state.params.items():
+        for name, leaf in leaves(tree).items():
+            if leaf.ndim > 2:  # the shapes of the others are not one part's alone
+                assert (leaf.shape in shapes) == (part != "decoder"), (part, name)
 
 
 @pytest.fixture(scope="module")

@@ -192,8 +192,8 @@ def make_optimizer(
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
     if frozen:
 
-        def are(still: bool) -> Callable[[PyTree], dict[str, bool]]:
-            return lambda params: {part: (part in frozen) == still for part in params}
+        def are(fixed: bool) -> Callable[[PyTree], dict[str, bool]]:
+            return lambda params: {part: (part in frozen) == fixed for part in params}
 
         update = optax.chain(optax.masked(update, are(False)), optax.masked(optax.set_to_zero(), are(True)))
     return update, schedule

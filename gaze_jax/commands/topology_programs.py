@@ -170,7 +170,7 @@ def _train(experiment: Experiment, mesh: Mesh) -> _Call:
         out_shardings=(shardings_of(state), rules.replicated(mesh)),
     )
     distills = experiment.objective.name == "distill"
-    frozen = experiment.optimizer.frozen
+    frozen = experiment.frozen
     trained = {part: tree for part, tree in state.params.items() if part not in frozen}
     read = _read_bytes(experiment, state.params) if "decoder" in frozen else chip_bytes(state.params)
     memory = read + chip_bytes(trained) + 2 * chip_bytes((state.opt_state, state.average))

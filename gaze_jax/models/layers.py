@@ -47,6 +47,23 @@ def _matmul(
     return out.reshape(*x.shape[:-1], kernel.shape[1])
 
 
+ADAPTERS = ("lora_a", "lora_b")
+"""Parameters beside a kernel [in, out] whose product is added to it: [in, rank] and [rank, out]."""
+
+
+class Dense(nn.Dense):
+    """``nn.Dense``; if its parameters hold :data:`ADAPTERS`, their product is added to the kernel's."""
+
+    def __call__(self, inputs: Float[Array, "*lead M"]) -> Float[Array, "*lead out"]:
+        """[..., M] -> [..., out] in ``dtype``."""
+        out = super().__call__(inputs)
+        if not self.has_variable("params", ADAPTERS[0]):
+            return out
+        a, b = (jnp.asarray(self.get_variable("params", name), out.dtype) for name in ADAPTERS)
+        inner = _matmul(inputs.astype(out.dtype), a, None, precision=self.precision)
+        return out + _matmul(inner, b, None, precision=self.precision)
+
+
 def dense(
     features: int,
     names: tuple[str, str],
@@ -56,7 +73,7 @@ def dense(
     param_dtype: DTypeLike,
     name: str,
     ends_branch: bool = False,
-) -> nn.Dense:
+) -> Dense:
     """A linear layer [..., names[0]] -> [..., names[1]] with LeCun-normal weights and zero bias.
 
     With ``ends_branch``, the last layer of a residual branch starts at zero, so that an untrained block is
@@ -64,7 +81,7 @@ def dense(
     1901.09321).
     """
     init = nn.initializers.zeros_init() if ends_branch else nn.initializers.lecun_normal()
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,

@@ -25,8 +25,8 @@ from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError, first_line
-from gaze_jax.models.parameters import abstract_params
 from gaze_jax.stored import NEWEST, check_version, upgrade
+from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment, parse
 from gaze_jax.train.step import TrainState, abstract_state, averaged_params
 
@@ -268,6 +268,7 @@ class Trained:
     Attributes:
       experiment: the run's experiment.
       params: the model's parameters; of a run that keeps a moving average, that, in the parameters' dtype.
+        Adapters are added to their kernels.
       tokenizer: the tokenizer that the model was trained with.
       step: number of steps done.
     """
@@ -321,9 +322,9 @@ def load_for_inference(workdir: str | os.PathLike[str], mesh: Mesh) -> Trained:
     """
     with _newest(workdir) as (manager, step, meta):
         experiment = parse(meta["config"])
-        abstract = {"params": abstract_params(experiment.model, mesh)}
+        abstract = {"params": lora.abstract_params(experiment.model, experiment.lora, mesh)}
         if experiment.average_decay is not None:
             abstract["average"] = abstract_state(experiment, mesh).average
         trees = _read_trees(manager, step, meta, abstract)
     params = averaged_params(trees["params"], trees.get("average"))
-    return Trained(experiment, params, Tokenizer(meta["tokenizer"]), step)
+    return Trained(experiment, lora.merged(params, experiment.lora), Tokenizer(meta["tokenizer"]), step)

@@ -20,6 +20,7 @@ from gaze_jax.models import MLLMConfig
 from gaze_jax.models.dummy import DUMMY
 from gaze_jax.parallel.mesh import MeshConfig
 from gaze_jax.train.changes import ModelChanges, changed
+from gaze_jax.train.lora import LoraConfig
 from gaze_jax.train.objective import ObjectiveConfig
 from gaze_jax.train.optimizer import OptimizerConfig, warmup_of
 
@@ -61,6 +62,7 @@ class Experiment:
         is that of the whole batch.
       objective: what is learned.
       optimizer: how parameters are updated.
+      lora: low-rank adapters that are trained in place of the decoder, which is frozen then.
       average_decay: decay of an exponential moving average of the trained parameters (EMA), which inference,
         evaluation and export then use; None keeps none. 0.999 averages over the last thousand steps or so.
       schedule: fraction of the regions to keep, from all down to ``top_k``.
@@ -87,6 +89,7 @@ class Experiment:
     accumulate: int = 1
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     average_decay: float | None = None
     schedule: Schedule = Schedule()
     mesh: MeshConfig = MeshConfig()
@@ -98,6 +101,11 @@ class Experiment:
     profile_steps: str = ""
     num_workers: int = 0
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts of the model that are not trained: with adapters, the decoder too."""
+        return (*self.optimizer.frozen, "decoder") if self.lora.rank else self.optimizer.frozen
 
 
 def complete(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -244,6 +252,7 @@ def resolve(experiment: Experiment) -> Experiment:
         f"average_decay={decay} must lie between 0 and 1; leave it out for none.",
     )
     _check_objective(experiment)
+    _check_lora(experiment)
     if isinstance(experiment.data, CorpusConfig):
         _check_corpus(experiment, experiment.data)
     else:
@@ -264,6 +273,23 @@ def _check_objective(experiment: Experiment) -> None:
         not objective.region_weight or experiment.model.gaze.top_k is not None,
         f"objective.region_weight={objective.region_weight} has no effect with dense attention (arm="
         f"{experiment.arm!r}), which scores no region; set it to 0.",
+    )
+
+
+def _check_lora(experiment: Experiment) -> None:
+    lora = experiment.lora
+    if not lora.rank:
+        changed = [name for name in ("alpha", "modules") if getattr(lora, name) != getattr(LoraConfig, name)]
+        require(not changed, f"lora.{''.join(changed[:1])} has no effect with lora.rank=0; set the rank.")
+        return
+    require(
+        experiment.init_from is not None,
+        f"lora.rank={lora.rank} needs init_from, the checkpoint that the adapters adapt.",
+    )
+    require(
+        "decoder" not in experiment.optimizer.frozen,
+        f"optimizer.frozen names decoder, which lora.rank={lora.rank} freezes but for its adapters; leave it "
+        "out, or set the rank to 0.",
     )
 
 

@@ -29,8 +29,8 @@ from gaze_jax.data.sample import Corners, Sample
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.models import MLLM
 from gaze_jax.models.attention import make_metadata
-from gaze_jax.models.parameters import abstract_params
 from gaze_jax.parallel import rules
+from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.losses import Batch, Metrics, count_supervised, next_token_loss
 from gaze_jax.train.pipeline import HeldOut
@@ -87,6 +87,7 @@ def measure_function(experiment: Experiment) -> Callable[[PyTree, Batch], dict[s
     """Make (params, batch) -> {"tokens": int32 scalar, "gaze" and "dense": sums over supervised tokens}."""
 
     def measure(params: PyTree, batch: Batch) -> dict[str, Any]:
+        params = lora.joined(params, experiment.lora)
         one = jnp.ones((), jnp.int32)
 
         def sums(keep: Array | None) -> Metrics:
@@ -108,7 +109,7 @@ def trace_function(experiment: Experiment, at: np.ndarray) -> Callable[[PyTree, 
         assert final is not None, "a dense model selects nothing"
         visible = make_metadata(streams, experiment.model.gaze, sample).routed.visible
         passed = MLLM(experiment.model).apply(
-            {"params": params},
+            {"params": lora.joined(params, experiment.lora)},
             batch["images"],
             streams,
             Selection(budget_from_keep(final, visible)),
@@ -123,7 +124,7 @@ def trace_function(experiment: Experiment, at: np.ndarray) -> Callable[[PyTree, 
 
 
 def _compiled(function: Callable[..., Any], experiment: Experiment, mesh: Mesh, batch: Batch) -> Any:
-    params = abstract_params(experiment.model, mesh)
+    params = lora.abstract_params(experiment.model, experiment.lora, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
         return jax.jit(function, out_shardings=rules.replicated(mesh)).lower(params, batch).compile()
 

@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 
 from gaze_jax.corpora.digits import DigitsConfig
 from gaze_jax.errors import UserError, first_line
-from gaze_jax.models.parameters import boxed_params
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import make_mesh
-from gaze_jax.train import checkpoint, evaluation, metrics, profiling, tensorboard, timing
+from gaze_jax.train import checkpoint, evaluation, lora, metrics, profiling, tensorboard, timing
 from gaze_jax.train.config import Experiment, profiled
 from gaze_jax.train.corpus import Progress, no_progress
 from gaze_jax.train.evaluation import Evaluated, Evaluator, OnEvaluation
@@ -284,7 +283,7 @@ def _began(
         batch = put_batch(stopwatch.take(batches, lambda: True), run.mesh)
         state, window = (run.fresh(batch), []) if restored is None else restored
         jax.block_until_ready(state.step)
-    for line in rules.moved(run.mesh, boxed_params(run.experiment.model)):
+    for line in rules.moved(run.mesh, lora.boxed_params(run.experiment.model, run.experiment.lora)):
         print_once(f"not split as usual, since the mesh does not divide it: {line}")
     print_once(
         f"{run.experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "

@@ -16,6 +16,7 @@ from gaze_jax.core.types import Array, NamedArrays
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.paired import Side, paired_features
+from gaze_jax.train import lora
 from gaze_jax.train.objective import Logits, token_losses
 from gaze_jax.train.teacher import Teacher
 
@@ -38,7 +39,7 @@ def next_token_loss(
     """Teacher-forced cross entropy, averaged over the supervised tokens of the whole batch.
 
     Args:
-      params: the model's parameters.
+      params: the model's parameters, adapters beside their kernels.
       batch: fields :data:`gaze_jax.train.step.BATCH_FIELDS`, the streams int32, images float32 or uint8
         [B, N, height, width, 3].
       keep: float32 scalar, fraction of the visible regions that a query selects; None is dense attention.
@@ -90,7 +91,7 @@ def distillation_loss(
 
     Args:
       params, batch, keep, config, supervised_tokens: as in :func:`next_token_loss`.
-      teacher: the model to learn from.
+      teacher: the model to learn from; what it shares with ``params`` it reads without adapters.
       region_weight: weight of the divergence of the softmax of the region scores from the teacher's
         attention to the regions.
 
@@ -102,7 +103,7 @@ def distillation_loss(
     visible, top_k = _budget(batch, streams, keep, config)
     both = paired_features(
         Side(config, params),
-        Side(teacher.config, params | teacher.params),
+        Side(teacher.config, lora.without(params) | teacher.params),
         batch["images"],
         streams,
         Selection(top_k),

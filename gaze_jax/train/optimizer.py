@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import optax
 from jax.tree_util import DictKey
 from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
+
+from gaze_jax.train.lora import PART
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
@@ -27,7 +29,8 @@ _MUON_RMS = 0.2
 class PartRates:
     """Learning rate of each part of a model, as a multiple of the run's; its decay is multiplied too.
 
-    LLaVA-OneVision trains its tower at a fifth of the rate of the rest, for example.
+    LLaVA-OneVision trains its tower at a fifth of the rate of the rest, for example. The decoder's is also
+    that of its adapters.
     """
 
     vision: float = 1.0
@@ -43,7 +46,8 @@ class OptimizerConfig:
 
     Attributes:
       name: "muon" orthogonalises the updates of hidden weight matrices and leaves the rest (embeddings,
-        head, norms, biases, positions, context tokens, patches) to Adam; "adamw" is AdamW throughout.
+        head, norms, biases, positions, context tokens, patches, adapters) to Adam; "adamw" is AdamW
+        throughout.
       learning_rate: peak learning rate.
       adam_learning_rate: peak learning rate of the parameters that "muon" leaves to Adam; None means
         ``learning_rate``.
@@ -157,9 +161,16 @@ def learning_rate(peak: float, config: OptimizerConfig, steps: int) -> optax.Sch
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int
+    config: OptimizerConfig, steps: int, frozen: Collection[str] | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Return the update rule, and the learning rate of the hidden matrices as a function of the step."""
+    """Return the update rule, and the learning rate of the hidden matrices as a function of the step.
+
+    Args:
+      config: how parameters are updated.
+      steps: of the run.
+      frozen: parts that are not trained; None: ``config.frozen``.
+    """
+    frozen = config.frozen if frozen is None else frozen
     schedule = learning_rate(config.learning_rate, config, steps)
     if config.name == "muon":
         rest = config.learning_rate if config.adam_learning_rate is None else config.adam_learning_rate
@@ -174,14 +185,15 @@ def make_optimizer(
     else:
         update = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=hidden_matrices)
     rates = dataclasses.asdict(config.part_rates)
+    rates[PART] = config.part_rates.decoder
     if set(rates.values()) != {1.0}:  # the optimizer's state would have another structure
         update = optax.chain(update, optax.stateless(lambda updates, _: _scaled(updates, rates)))
     if config.clip_norm is not None:
         update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-    if config.frozen:
+    if frozen:
 
-        def are(frozen: bool) -> Callable[[PyTree], dict[str, bool]]:
-            return lambda params: {part: (part in config.frozen) == frozen for part in params}
+        def are(fixed: bool) -> Callable[[PyTree], dict[str, bool]]:
+            return lambda params: {part: (part in frozen) == fixed for part in params}
 
         update = optax.chain(optax.masked(update, are(False)), optax.masked(optax.set_to_zero(), are(True)))
     return update, schedule
@@ -191,11 +203,4 @@ def _scaled(updates: dict[str, PyTree], rates: dict[str, float]) -> dict[str, Py
     """The updates of each part times its rate; a masked part has none."""
     return {
         part: jax.tree.map(lambda leaf, rate=rates[part]: leaf * rate, tree) for part, tree in updates.items()
-    }
-
-
-def without_frozen(params: PyTree, config: OptimizerConfig) -> PyTree:
-    """``params`` of which the frozen parts have no gradient, so that none is computed."""
-    return {
-        part: jax.lax.stop_gradient(tree) if part in config.frozen else tree for part, tree in params.items()
     }

@@ -15,11 +15,12 @@ from jaxtyping import PyTree
 from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
-from gaze_jax.models.parameters import abstract_params, init_variables, with_shardings
+from gaze_jax.models.parameters import init_variables, with_shardings
 from gaze_jax.parallel import rules
+from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.losses import Batch, Metrics, count_supervised, distillation_loss, next_token_loss
-from gaze_jax.train.optimizer import make_optimizer, without_frozen
+from gaze_jax.train.optimizer import make_optimizer
 from gaze_jax.train.teacher import Teacher
 
 Array = jax.Array
@@ -35,7 +36,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, number of steps done.
-      params: the model's parameters.
+      params: the model's parameters, and those of its adapters if the run has any.
       opt_state: the optimizer's state.
       average: float32 moving average of the trained parts of ``params``; None if the run keeps none.
     """
@@ -46,8 +47,13 @@ class TrainState:
     average: PyTree | None = None
 
 
+def _optimizer(experiment: Experiment) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    return make_optimizer(experiment.optimizer, experiment.steps, experiment.frozen)
+
+
 def _begin(experiment: Experiment, params: PyTree) -> TrainState:
-    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
+    optimizer, _ = _optimizer(experiment)
+    params = lora.with_new(params, experiment.lora, experiment.seed)
     average = None
     if experiment.average_decay is not None:
         average = _in_float32(_trained(experiment, params))
@@ -71,7 +77,7 @@ def averaged_params(params: PyTree, average: PyTree | None) -> PyTree:
 
 def _trained(experiment: Experiment, params: PyTree) -> PyTree:
     """The parts of a model that are not frozen."""
-    return {part: tree for part, tree in params.items() if part not in experiment.optimizer.frozen}
+    return {part: tree for part, tree in params.items() if part not in experiment.frozen}
 
 
 def _in_float32(tree: PyTree) -> PyTree:
@@ -99,8 +105,8 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     """
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     shapes = jax.eval_shape(lambda seed: _init(experiment, seed), seed)
-    params = shardings_of(abstract_params(experiment.model, mesh))
-    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps)
+    params = shardings_of(lora.abstract_params(experiment.model, experiment.lora, mesh))
+    optimizer, _ = _optimizer(experiment)
     whole = rules.replicated(mesh)
     # Moments are sharded like their parameters; counters are replicated. Muon masks what it leaves to Adam.
     opt_state = optax.tree_map_params(
@@ -204,25 +210,32 @@ def step_function(experiment: Experiment) -> Callable[..., tuple[TrainState, Met
     Metrics are float32 scalars: those of the objective (:mod:`gaze_jax.train.losses`), "grad_norm" before
     clipping, "param_norm" after the update (finite if and only if the new parameters are), and "lr".
     """
-    optimizer, schedule = make_optimizer(experiment.optimizer, experiment.steps)
+    optimizer, schedule = _optimizer(experiment)
 
     def step(state: TrainState, batch: Batch, teacher: Teacher | None = None) -> tuple[TrainState, Metrics]:
         keep = keep_fraction(experiment, state.step)
         count = count_supervised(batch)
 
-        def loss(params: PyTree, part: Batch) -> tuple[Array, Metrics]:
-            params = without_frozen(params, experiment.optimizer)
+        trained = _trained(experiment, state.params)
+
+        def loss(trained: PyTree, part: Batch) -> tuple[Array, Metrics]:
+            params = lora.joined(state.params | trained, experiment.lora)
             if teacher is None:
                 return next_token_loss(params, part, keep, experiment.model, count)
             return distillation_loss(
                 params, part, keep, experiment.model, teacher, experiment.objective.region_weight, count
             )
 
-        grads, metrics = _accumulated(
-            jax.grad(loss, has_aux=True), state.params, batch, experiment.accumulate
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grads, metrics = _accumulated(jax.grad(loss, has_aux=True), trained, batch, experiment.accumulate)
+        # The optimizer wants a leaf for each parameter; of frozen parts it reads none.
+        none = {
+            part: jax.tree.map(jnp.zeros_like, tree)
+            for part, tree in state.params.items()
+            if part in experiment.frozen
+        }
+        updates, opt_state = optimizer.update(none | grads, state.opt_state, state.params)
+        updates = _trained(experiment, updates)
+        params = state.params | optax.apply_updates(trained, updates)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),

@@ -69,7 +69,7 @@ def abstract_teacher(experiment: Experiment, start: MLLMConfig, mesh: Mesh) -> T
     params = {
         part: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree)
         for part, tree in abstract_params(config, mesh).items()
-        if part not in experiment.optimizer.frozen
+        if part not in experiment.frozen
     }
     return Teacher(config, params)
 

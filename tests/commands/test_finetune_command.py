@@ -3,10 +3,18 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import gaze_jax
-from tests.helpers import multimodal
+from gaze_jax.convert.load import load, one_device
+from gaze_jax.core.selection import Selection
+from gaze_jax.core.streams import text_streams
+from gaze_jax.models import MLLM
+from tests.helpers import hf, multimodal
 from tests.helpers.checkpoints import QWEN, checkpoint
 from tests.helpers.finetune import Commands, write_generated
 
@@ -125,6 +133,61 @@ def test_a_run_and_its_export_answer_alike(gaze, runs, exported, where):
     assert of_run.strip() and of_run == of_export
 
 
+LORA = (
+    "--config.lora.rank=4",
+    "--config.lora.alpha=16.0",
+    "--config.lora.modules=('q_proj','o_proj','up_proj')",
+    "--config.average_decay=0.9",
+    "--config.optimizer.part_rates.projector=0.5",
+    "--config.optimizer.part_rates.newline=0.25",
+    "--config.optimizer.part_rates.decoder=4.0",
+)
+
+
+@pytest.fixture(scope="module")
+def adapted(gaze, where, source, corpus):
+    """A run that trains adapters and was stopped, and its export."""
+    run, export = where / "adapters", where / "adapted"
+    command = ("train", "--config=finetune", *flags(source, corpus), *TRAIN, *LORA, "--config.steps=3")
+    outs = gaze.together(
+        ((*command, f"--workdir={run}"), 2),
+        ((*command, f"--workdir={run}"), 0),
+        (("convert", f"--from={run}", f"--to={export}", "--format=hf"), 0),
+    )
+    (first, _), (second, _), (last, _) = outs
+    assert "Stopped by SIGTERM after step 2" in first and "from step 2\n" in second
+    assert "written for transformers" in last
+    return run, export
+
+
+def test_adapters_are_exported_in_their_kernels(adapted, source):
+    """Of a run with three learning rates and an average; transformers gives the same logits of a text."""
+    run, export = adapted
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, export))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(moved) == 3 * hf.TEXT["num_hidden_layers"] + 4 + 1
+    for name in moved:
+        modules = ("self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight")
+        kernel = "language_model" in name and name.endswith(modules)
+        assert kernel or "multi_modal_projector" in name or "image_newline" in name, name
+    found, tokens = load(run, one_device()), np.arange(40).reshape(2, 20) * 7
+    streams = text_streams(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
+    ours = jax.jit(lambda p: MLLM(found.config).apply({"params": p}, None, streams, Selection())[0])
+    theirs = []
+    for folder in (export, source):
+        model = hf.transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(folder)
+        with hf.torch.no_grad():
+            theirs.append(model(hf.torch.tensor(tokens)).logits.numpy())
+    np.testing.assert_allclose(ours(found.params), theirs[0], rtol=0, atol=1e-4)
+    assert np.abs(theirs[0] - theirs[1]).max() > 0.01, "adapters change the answer"
+
+
+@pytest.mark.long  # both sides run with images
+def test_adapters_are_verified_stage_by_stage(gaze, adapted, tmp_path):
+    out, _ = gaze("convert", f"--from={adapted[0]}", f"--to={tmp_path / 'hf'}", "--format=hf", "--verify")
+    assert "logits" in out and "written for transformers" in out
+
+
 @pytest.mark.long  # a minute of compiling
 def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
     """Cambrian-S, whose tower lies elsewhere."""
@@ -135,8 +198,6 @@ def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
     out, _ = gaze("train", "--config=finetune", *flags(source, corpus), *TRAIN, context, *steps)
     assert f"from {source}; new: context\n" in out
     gaze("convert", f"--from={run}", f"--to={export}", "--format=hf")
-    from safetensors.numpy import load_file
-
     tensors = load_file(export / "gaze.safetensors")
     (name,) = (name for name in tensors if "context" in name)
     assert tensors[name].shape == (2, 64) and tensors[name].any()

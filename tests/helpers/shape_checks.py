@@ -68,7 +68,10 @@ def _fields(cls):
     if not (dataclasses.is_dataclass(cls) and cls.__module__.startswith(PACKAGES)):
         return {}
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: _taker(hints[field.name]) for field in dataclasses.fields(cls)}
+    # What a class of Flax declares is Flax's: a protocol that cannot be checked at run time, for example.
+    bases = [base for base in cls.__mro__ if base.__module__.startswith(PACKAGES)]
+    own = {name for base in bases for name in vars(base).get("__annotations__", ())}
+    return {field.name: _taker(hints[field.name]) for field in dataclasses.fields(cls) if field.name in own}
 
 
 def _taker(hint):

@@ -101,9 +101,9 @@ def test_adams_own_rate_needs_muon():
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("frozen", [(), ("projector",)])
 def test_a_part_is_updated_at_its_rate(frozen):
-    """Its decay too; the others as before, and what is frozen not at all."""
+    """Its decay too; adapters as the decoder, the others as before, and what is frozen not at all."""
     rng = np.random.default_rng(0)
-    parts = ("vision", "projector", "decoder")
+    parts = ("vision", "projector", "decoder", "lora")
     params = {part: {"kernel": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)} for part in parts}
     grads = jax.tree.map(lambda leaf: jnp.cos(leaf), params)
     config = OptimizerConfig(name="adamw", warmup_steps=0, weight_decay=0.1, frozen=frozen)
@@ -111,7 +111,7 @@ def test_a_part_is_updated_at_its_rate(frozen):
     for rates in (PartRates(), PartRates(vision=0.2, decoder=2.0)):
         update, _ = make_optimizer(dataclasses.replace(config, part_rates=rates), 10)
         found.append(update.update(grads, update.init(params), params)[0])
-    for part, rate in {"vision": 0.2, "projector": 1.0, "decoder": 2.0}.items():
+    for part, rate in {"vision": 0.2, "projector": 1.0, "decoder": 2.0, "lora": 2.0}.items():
         expected = 0.0 if part in frozen else rate * found[0][part]["kernel"]
         np.testing.assert_allclose(found[1][part]["kernel"], np.broadcast_to(expected, (4, 4)), rtol=1e-6)
         assert part in frozen or np.abs(expected).min() > 0

@@ -14,7 +14,7 @@ from gaze_jax.models import MLLM
 from gaze_jax.models.config import GazeConfig, VisionConfig
 from gaze_jax.models.dummy import DUMMY
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
-from gaze_jax.train.optimizer import OptimizerConfig, make_optimizer, warmup_of, without_frozen
+from gaze_jax.train.optimizer import OptimizerConfig, make_optimizer, warmup_of
 from gaze_jax.train.start import Start, check_start, initial_params
 from tests.helpers.models import parameters
 
@@ -83,14 +83,9 @@ def test_another_model_is_refused_by_its_part(part, other):
         check_start(start(), dataclasses.replace(PLAIN, **{part: other}))
 
 
-def test_what_is_frozen_has_no_gradient_no_state_and_keeps_its_bits():
+def test_what_is_frozen_has_no_state_and_is_not_updated():
     config = OptimizerConfig(name="muon", warmup_steps=0, learning_rate=0.1, frozen=("vision", "decoder"))
     params = parameters(PLAIN)["params"]
-    grads = jax.grad(lambda p: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(without_frozen(p, config))))(
-        params
-    )
-    for part, tree in grads.items():
-        assert all((np.asarray(leaf) == 0).all() == (part in config.frozen) for leaf in jax.tree.leaves(tree))
     optimizer, _ = make_optimizer(config, 10)
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(params)

@@ -7,8 +7,6 @@ processes find each other, on Cloud TPUs if they are asked to (``--distributed``
 import dataclasses
 import os
 
-import jax
-
 from gaze_jax.errors import UserError, first_line
 
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -82,6 +80,8 @@ def start(config: ProcessConfig) -> bool:
     told = config.coordinator is not None
     if not (told or config.distributed or (config.distributed is None and _launched())):
         return False
+    import jax  # here, since flags are defined and explained without it
+
     try:
         jax.distributed.initialize(
             config.coordinator,

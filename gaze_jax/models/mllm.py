@@ -157,7 +157,8 @@ class MLLM(nn.Module):
             keep_kv=keep_kv,
             keep_hidden=keep_hidden,
         )
-        return hidden[:, -streams.tokens.shape[1] :], out
+        # Counted from the start: there may be no text at all.
+        return hidden[:, x.shape[1] - streams.tokens.shape[1] :], out
 
     def __call__(
         self,

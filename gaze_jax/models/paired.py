@@ -101,9 +101,9 @@ def paired_features(
         (x, jax.lax.stop_gradient(taught)),
         (jnp.arange(depth, dtype=jnp.int32), selection.over_layers(depth), *blocks),
     )
-    length = streams.tokens.shape[1]
+    visual = x.shape[1] - streams.tokens.shape[1]
     hidden, teacher_hidden = (
-        _call(side, "final_norm", values[:, -length:]) for side, values in ((student, x), (teacher, taught))
+        _call(side, "final_norm", values[:, visual:]) for side, values in ((student, x), (teacher, taught))
     )
     means = [None if leaf is None else jnp.mean(leaf, axis=0) for leaf in sums]
     return PairedFeatures(
@@ -179,7 +179,7 @@ class _Layers(NamedTuple):
         metadata, gaze = self.teacher_metadata, self.config.gaze
         visual_k, text_k = split_streams(k, *metadata.valid.shape[1:])
         return routing.oracle_scores(
-            q[:, -metadata.text.segment.shape[1] :],
+            q[:, metadata.valid.shape[1] * metadata.valid.shape[2] :],
             visual_k,
             text_k,
             *masks.visible_keys(metadata.text, metadata.places),
@@ -198,7 +198,7 @@ class _Layers(NamedTuple):
         visual_k, _ = split_streams(k, *metadata.valid.shape[1:])
         descriptors = regions.describe(visual_k, metadata.valid, gaze.descriptor)
         scores = routing.descriptor_scores(
-            routing.query_features(q[:, -log_mass.shape[1] :], gaze.descriptor),
+            routing.query_features(q[:, q.shape[1] - log_mass.shape[1] :], gaze.descriptor),
             descriptors,
             select_per=gaze.select_per,
         )

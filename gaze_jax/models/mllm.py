@@ -203,7 +203,8 @@ class MLLM(nn.Module):
           [L, B, S, M], the text stream after each block, and float32 logits [B, S, V].
         """
         last, out = self.hidden(images, streams, Selection(), keep_hidden=True)
-        return out["hidden"][:, :, -streams.tokens.shape[1] :], self.decoder.logits(last)
+        blocks = out["hidden"]
+        return blocks[:, :, blocks.shape[2] - streams.tokens.shape[1] :], self.decoder.logits(last)
 
     def prefill(
         self,

@@ -9,6 +9,7 @@ from benchmarks import train_loop
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("benchmarks")]
 
 
+@pytest.mark.long
 def test_the_loop_is_compared_with_the_bare_step(tmp_path):
     """By two clocks, in rounds; the run behind a ratio has its checkpoints and rows."""
     path = tmp_path / "result.json"

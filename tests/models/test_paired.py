@@ -75,7 +75,7 @@ def test_both_are_what_they_are_alone():
         models.close(found[row][kept & np.asarray(streams.kind[row] > 0)], expected[row][there])
 
 
-@pytest.mark.parametrize("select_per", ["head", "kv_head"])
+@pytest.mark.parametrize("select_per", [pytest.param("head", marks=pytest.mark.long), "kv_head"])
 def test_the_divergence_is_between_attention_to_the_regions_and_their_scores(select_per):
     """Against the scores of a trace, and the masses by which strategy "oracle" selects."""
     student = models.changed(DUMMY, gaze={"select_per": select_per})

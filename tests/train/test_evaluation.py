@@ -142,6 +142,7 @@ def test_sums_over_batches_are_the_means_of_the_whole_and_what_is_drawn_is_what_
     assert "".join(trace.pieces) == answers
 
 
+@pytest.mark.long
 def test_a_dense_run_has_no_gaze(tmp_path):
     drawn = []
     experiment = tiny_experiment(**EVALUATED, arm="dense", steps=3)

@@ -111,6 +111,7 @@ def gradient(mesh, host, experiment):
         return run(trained, params, put_batch(host, mesh))
 
 
+@pytest.mark.long
 def test_a_mesh_splits_adapters_like_kernels_and_changes_no_gradient(host):
     experiment = tiny_experiment(**RANK | HEADS | {"optimizer.frozen": ("vision",)})
     mesh = make_mesh(MeshConfig(2, 2, 2))

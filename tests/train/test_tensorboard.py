@@ -37,6 +37,7 @@ def events(workdir):
     return found
 
 
+@pytest.mark.long
 def test_a_stopped_run_has_each_row_once(tmp_path, monkeypatch):
     experiment = tiny_experiment(tensorboard=True, eval_every=3, **{"eval.held_out": 8})
     with monkeypatch.context() as patch:

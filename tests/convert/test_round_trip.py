@@ -17,19 +17,12 @@ from gaze_jax.convert.shards import INDEX
 from gaze_jax.errors import UserError
 from gaze_jax.models.config import GazeConfig, MLLMConfig
 from tests.helpers import hf
+from tests.helpers.layouts import same_files
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.xdist_group("parity")
-
-
-def same_files(first, second):
-    names = {path.name for path in first.iterdir()}
-    assert names <= {path.name for path in second.iterdir()}
-    for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    return names
 
 
 def there_and_back(source, tmp_path, **options):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target, without_gradient
 from pallas_kernels.gaze_decode import cpu, gpu, grow, offload, reference, tpu, xla
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 IMPLEMENTATIONS = MappingProxyType(
@@ -164,6 +165,24 @@ def gaze_decode(
     spec: GazeSpec,
     implementation: str,
 ) -> jax.Array:
+    """The output of :func:`gaze_decode_with_lse`, [B, H, D]."""
+    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
+    return gaze_decode_with_lse(*arguments, spec=spec, implementation=implementation)[0]
+
+
+def gaze_decode_with_lse(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    indices: jax.Array | None,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    *,
+    spec: GazeSpec,
+    implementation: str,
+) -> WithLse:
     """Attend to the listed regions and to the text stream.
 
     Args:
@@ -178,7 +197,9 @@ def gaze_decode(
       implementation: the key of ``IMPLEMENTATIONS`` that packed ``visual``.
 
     Returns:
-      [B, H, D] in ``q.dtype``; 0 for a query that sees nothing.
+      [B, H, D] in ``q.dtype``; 0 for a query that sees nothing. And the log-sum-exp of each head's logits,
+      float32 [B, H], by which the outputs of several calls over different keys are joined; -inf for a query
+      that sees nothing.
 
     Raises:
       ValueError: a shape does not fit, or the implementation's name is unknown.
@@ -203,7 +224,7 @@ def gaze_decode(
         expected = (batch, shared, indices.shape[-1])
         check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
     if q.size == 0:
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
     instead = "differentiate implementation 'xla', or gaze_prefill, which trains."
     if implementation in KERNELS:
         reason = f"{op} implementation {implementation!r} has no gradient; {instead}"
@@ -211,9 +232,10 @@ def gaze_decode(
     elif implementation == "offload":
         reason = f"{op} implementation 'offload' has no gradient for a visual cache on the host; {instead}"
         visual = without_gradient(visual, reason)
-    out = module.gaze_decode(q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, spec=spec)
+    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
+    out, lse = module.gaze_decode(*arguments, spec=spec)
     if indices is None or spec.select_per == "kv_head" or heads == kv_heads:
-        return out  # all heads of a group read the same
+        return out, lse  # all heads of a group read the same
     grouped = out.reshape(batch, kv_heads, -1)
     finite = jnp.isfinite(grouped).all(-1, keepdims=True)
-    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape)
+    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape), lse

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gaze_decode.plan import first_mention, mentioned
+from pallas_kernels.softmax import WithLse, finished
 
 Array = jax.Array
 Arguments = tuple[Array, Array, Array, Array, Array | None, Array, Array]
@@ -62,7 +63,7 @@ def gaze_decode(
     text_seen: Array,
     *,
     scale: float,
-) -> Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
     rest = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
     branches = [functools.partial(_resident, both, scale=scale) for both in visual.layers]
@@ -70,7 +71,7 @@ def gaze_decode(
 
 
 @functools.partial(jax.jit, static_argnames="scale")  # traced for one layer, whatever their number
-def _resident(both: tuple[Side, Side], *arguments: *Arguments, scale: float) -> Array:
+def _resident(both: tuple[Side, Side], *arguments: *Arguments, scale: float) -> WithLse:
     """Attention in one layer; its visual keys and values are [B, K, R, P, D]."""
 
     def listed(at: Array) -> Callable[[Array, Array, Array], tuple[Side, Side]]:
@@ -95,7 +96,7 @@ def attend(
     text_seen: Array,
     *,
     scale: float,
-) -> Array:
+) -> WithLse:
     """Attention in one layer, wherever its visual cache is stored.
 
     Args:
@@ -151,7 +152,8 @@ def attend(
     text_seen = jnp.broadcast_to(text_seen[:, None, None], (batch, kv_heads, 1, text_seen.shape[-1]))
     text = jax.vmap(jax.vmap(part))(rows, Side(dk), Side(dv), text_seen)
     visual = jax.tree.map(lambda a, like: a.reshape(like.shape), visual, text)
-    return _merge(visual, text).reshape(q.shape).astype(q.dtype)
+    out, lse = _merge(visual, text)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)
 
 
 class Part(NamedTuple):
@@ -162,13 +164,13 @@ class Part(NamedTuple):
     total: Array
 
 
-def _merge(a: Part, b: Part) -> Array:
-    """Join two partial softmaxes and divide by the sum: [..., G, D], 0 where no key is seen."""
+def _merge(a: Part, b: Part) -> WithLse:
+    """Join two partial softmaxes: [..., G, D] and [..., G]; see :func:`pallas_kernels.softmax.finished`."""
     top = jnp.maximum(a.top, b.top)
     shares = [jnp.exp(part.top - jnp.where(jnp.isfinite(top), top, 0.0)) for part in (a, b)]
     total = a.total * shares[0] + b.total * shares[1]
     out = a.values * shares[0][..., None] + b.values * shares[1][..., None]
-    return out / jnp.where(total > 0, total, 1.0)[..., None]
+    return finished(out, top, total)
 
 
 def _whole(part: Callable[..., Part], rows: Array, keys: Side, values: Side, seen: Array) -> Part:

@@ -33,6 +33,7 @@ from pallas_kernels.gaze_decode import grow
 from pallas_kernels.gaze_decode.gpu_kernel import DIMS, ROWS, Operands, Shape, Tiles, launch
 from pallas_kernels.gaze_decode.plan import Union, everything, union
 from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.softmax import WithLse, finished
 from pallas_kernels.spec import GazeSpec
 
 # A text stream shorter than a chunk's tile is padded at every call; a longer one is not.
@@ -233,14 +234,15 @@ def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
     return jnp.stack(found, axis=2).reshape(-1, dim)
 
 
-def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> jax.Array:
-    """Join the partial softmaxes in the order of the splits: float32 [B, K, G, D]."""
+def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> WithLse:
+    """Join the partial softmaxes in the order of the splits: float32 [B, K, G, D] and [B, K, G]."""
     values, top, total = (a[:, :, :, :group] for a in partials)
     best = jnp.max(top, axis=2, keepdims=True)
     weights = jnp.exp2(top - jnp.where(jnp.isfinite(best), best, 0.0))
     total = jnp.sum(weights * total, axis=2)
     out = jnp.sum(weights[..., None] * values[..., :dim], axis=2)
-    return out / jnp.where(total > 0, total, 1.0)[..., None]
+    # The kernel's logits are in powers of two.
+    return finished(out, best[:, :, 0] / _LOG2E, total)
 
 
 def _splits(tiles: Tiles, rows: int, chunks: int) -> int:
@@ -302,7 +304,7 @@ def gaze_decode(
     text_seen: jax.Array,
     *,
     spec: GazeSpec,
-) -> jax.Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`.
 
     Raises:
@@ -317,7 +319,7 @@ def gaze_decode(
     plan = _plan(indices, batch, kv_heads, group, regions)
     listed = plan.regions.shape[-1]
     if not listed and not keys:
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
 
     _, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
     dtypes = (q.dtype, visual.k.dtype, text_k.dtype)
@@ -342,4 +344,5 @@ def gaze_decode(
         scale=spec.scale * _LOG2E,
     )
     partials = launch(shape, batch, kv_heads, operands, interpret=spec.interpret)
-    return _merge(partials, group, dim).reshape(q.shape).astype(q.dtype)
+    out, lse = _merge(partials, group, dim)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)

@@ -29,6 +29,7 @@ from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
 from pallas_kernels.gaze_decode import cpu, grow, xla
 from pallas_kernels.gaze_decode.cpu import Arguments, Side
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 Array = jax.Array
@@ -216,7 +217,7 @@ def gaze_decode(
     text_seen: Array,
     *,
     spec: GazeSpec,
-) -> Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
     rest = (q, text_k, text_v, layer, indices, visual_seen, text_seen)
     fetch = functools.partial(_fetch, visual, layer)
@@ -226,12 +227,14 @@ def gaze_decode(
 
     # The resident form is a branch of a conditional, so this is one too: otherwise the compiler could fuse it
     # with the surrounding code and round differently.
-    def attend(*rest: *Arguments) -> Array:
+    def attend(*rest: *Arguments) -> WithLse:
         def listed(at: Array) -> Callable[[Array, Array, Array], tuple[Side, Side]]:
             both = fetch(at)
             return lambda b, h, n: jax.tree.map(lambda a: a[b, h, n], both)
 
         return cpu.attend(listed, everything, *rest, scale=spec.scale)
 
-    layers = visual.rows.shape[0]
-    return jax.lax.cond(_valid(layer, layers), attend, lambda q, *_: jnp.zeros_like(q), *rest)
+    def nothing(q: Array, *_: Array | None) -> WithLse:
+        return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+
+    return jax.lax.cond(_valid(layer, visual.rows.shape[0]), attend, nothing, *rest)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantize import dequantize, quantize
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[jax.Array, jax.Array]
@@ -57,7 +58,7 @@ def gaze_decode(
     text_seen: jax.Array,
     *,
     spec: GazeSpec,
-) -> jax.Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
     batch, heads, dim = q.shape
     per_kv = heads // text_k.shape[2]
@@ -66,7 +67,7 @@ def gaze_decode(
     # gradient sums in the dtype that is indexed.
     keys, values, text_k, text_v = (a.astype(jnp.float32) for a in (*visual, text_k, text_v))
 
-    def one(b: jax.Array, h: jax.Array) -> jax.Array:
+    def one(b: jax.Array, h: jax.Array) -> WithLse:
         kv = h // per_kv
         seen = visual_seen[b]
         if indices is not None:
@@ -79,8 +80,11 @@ def gaze_decode(
         v = jnp.where(seen[:, None], v, 0.0)
         logits = jnp.dot(k, q[b, h].astype(jnp.float32), precision="highest") * spec.scale
         some = jnp.any(seen)
-        weights = jax.nn.softmax(jnp.where(some, jnp.where(seen, logits, -jnp.inf), 0.0))
-        return jnp.dot(jnp.where(some, weights, 0.0), v, precision="highest")
+        logits = jnp.where(some, jnp.where(seen, logits, -jnp.inf), 0.0)
+        weights = jnp.where(some, jax.nn.softmax(logits), 0.0)
+        lse = jnp.where(some, jax.nn.logsumexp(logits), -jnp.inf)
+        return jnp.dot(weights, v, precision="highest"), lse
 
     b, h = jnp.indices((batch, heads)).reshape(2, -1)
-    return jax.vmap(one)(b, h).reshape(q.shape).astype(q.dtype)
+    out, lse = jax.vmap(one)(b, h)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)

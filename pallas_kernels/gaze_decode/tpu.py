@@ -17,6 +17,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import plan, tpu_kernel, tpu_layout
 from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalar, Scalars, Static
 from pallas_kernels.gaze_decode.tpu_layout import LANES, Packed
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 # XLA stores a text stream of another size in a layout of its own, and copies it for the kernel.
@@ -162,7 +163,7 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
       tile: E, keys of the text stream per grid step; at most S.
 
     Returns:
-      ``visual`` float32 [B * K, G, 128] and ``text`` float32 [B * K, G, D].
+      ``visual`` and ``lse`` float32 [B * K, G, 128] and ``text`` float32 [B * K, G, D].
     """
     rows, group, dim = inputs.text_q.shape
     places = inputs.words.shape[-2]
@@ -181,7 +182,8 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
         text_v=text,
         text_seen=pl.BlockSpec((1, 1, tile), grid.text_seen),
     )
-    out_specs = Outputs(*(pl.BlockSpec((1, group, width), grid.row) for width in (LANES, dim)))
+    widths = (LANES, dim, LANES)
+    out_specs = Outputs(*(pl.BlockSpec((1, group, width), grid.row) for width in widths))
     buffers = tpu_kernel.Buffers(
         words=pltpu.VMEM((2, static.chunk * static.word_rows, places, LANES), inputs.words.dtype),
         side=pltpu.VMEM((2, *inputs.side.shape[2:]), jnp.float32),
@@ -203,7 +205,7 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
             scratch_shapes=[buffers, softmax],
         ),
         out_shape=[
-            Outputs(*(jax.ShapeDtypeStruct((rows, group, width), jnp.float32) for width in (LANES, dim)))
+            Outputs(*(jax.ShapeDtypeStruct((rows, group, width), jnp.float32) for width in widths))
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=dispatch.interpreter() if static.interpret else False,
@@ -236,7 +238,7 @@ def gaze_decode(
     text_seen: jax.Array,
     *,
     spec: GazeSpec,
-) -> jax.Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`.
 
     Raises:
@@ -285,4 +287,5 @@ def gaze_decode(
     )
     out = _call(static, scalars, inputs, tile)
     first = LANES // 2 if visual.joint else 0
-    return (out.visual[..., first : first + dim] + out.text).reshape(q.shape).astype(q.dtype)
+    heads_out = (out.visual[..., first : first + dim] + out.text).reshape(q.shape).astype(q.dtype)
+    return heads_out, out.lse[..., 0].reshape(batch, heads)

@@ -61,10 +61,14 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Outputs: the two parts of the attention output, normalised together. The op returns their sum."""
+    """Outputs: the two parts of the attention output, normalised together, and their normaliser.
+
+    The op returns the sum of the two.
+    """
 
     visual: Ref  # VMEM float32 [1, G, 128]: in the lanes that hold V in a word row
     text: Ref  # VMEM float32 [1, G, D]
+    lse: Ref  # VMEM float32 [1, G, 128]: log-sum-exp of the logits, the same in all lanes
 
 
 class Buffers(NamedTuple):
@@ -399,3 +403,4 @@ def _finish(softmax: Softmax, outputs: Outputs) -> None:
     select_per = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
     outputs.visual[0] = softmax.visual_sum[...] * select_per
     outputs.text[0] = softmax.text_sum[...] * select_per
+    outputs.lse[0] = softmax.top[...] + jnp.log(softmax.total[...])

@@ -17,6 +17,7 @@ from pallas_kernels.dispatch import target
 from pallas_kernels.gaze_decode import cpu, grow
 from pallas_kernels.gaze_decode.cpu import Layered, Side
 from pallas_kernels.gaze_decode.plan import first_mention, mentioned
+from pallas_kernels.softmax import WithLse, finished
 from pallas_kernels.spec import GazeSpec
 
 Packed = tuple[Side, Side] | Layered
@@ -118,7 +119,7 @@ def gaze_decode(
     text_seen: jax.Array,
     *,
     spec: GazeSpec,
-) -> jax.Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`."""
     rest = (text_k, text_v, layer, indices, visual_seen, text_seen)
     if isinstance(visual, Layered):
@@ -149,7 +150,7 @@ def attend(
     text_seen: jax.Array,
     *,
     scale: float,
-) -> jax.Array:
+) -> WithLse:
     """Attention in one layer, wherever its visual cache is stored.
 
     Args:
@@ -194,4 +195,5 @@ def attend(
         weights = jnp.where(seen, weights * values.scales[:, :, :, None], 0.0)
     out = product("BKNGA,BKNAD->BKNGD", weights, values.values).reshape(grouped.shape)
     out += product("BKGS,BKSD->BKGD", text, dv)
-    return (out / jnp.where(total > 0, total, 1.0)[..., None]).reshape(q.shape).astype(q.dtype)
+    out, lse = finished(out, top, total)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)

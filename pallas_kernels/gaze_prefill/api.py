@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import check_shape, find, pick
 from pallas_kernels.gaze_prefill import reference, tpu, xla
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
 IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": tpu})
@@ -38,6 +39,24 @@ def gaze_prefill(
     spec: GazeSpec,
     implementation: str,
 ) -> jax.Array:
+    """The output of :func:`gaze_prefill_with_lse`, [B, T, H, D]."""
+    arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
+    return gaze_prefill_with_lse(*arguments, spec=spec, implementation=implementation)[0]
+
+
+def gaze_prefill_with_lse(
+    q: jax.Array,
+    visual_k: jax.Array,
+    visual_v: jax.Array,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    queries: Windows,
+    places: KeyPlaces,
+    selected: jax.Array | None,
+    *,
+    spec: GazeSpec,
+    implementation: str,
+) -> WithLse:
     """Attend to windows of both streams; of the visual keys, routed queries see only selected regions.
 
     Args:
@@ -51,7 +70,9 @@ def gaze_prefill(
       implementation: a key of ``IMPLEMENTATIONS``.
 
     Returns:
-      [B, T, H, D] in ``q.dtype``; the softmax is computed in float32.
+      [B, T, H, D] in ``q.dtype``; the softmax is computed in float32. And the log-sum-exp of each query's
+      logits, float32 [B, T, H], by which the outputs of several calls over different keys are joined; -inf
+      for a query that sees nothing.
 
     Raises:
       ValueError: a shape does not fit, or the implementation's name is unknown.
@@ -79,5 +100,5 @@ def gaze_prefill(
         expected = (batch, length, shared, regions)
         check_shape(op, f"selected (select_per {spec.select_per!r})", selected, expected)
     if q.size == 0:
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     return module.gaze_prefill(q, visual_k, visual_v, text_k, text_v, queries, places, selected, spec=spec)

@@ -11,6 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.softmax import WithLse, finished
+
 Array = jax.Array
 
 CHUNK = 512
@@ -85,7 +87,13 @@ def queries_of(rows: Array, q: Array) -> Array:
     return jnp.moveaxis(rows, 3, 1).reshape(q.shape).astype(q.dtype)
 
 
-def attend(q: Array, streams: list[tuple[Keys, Array]], scale: float) -> Array:
+def by_query(rows: Array, q: Array) -> Array:
+    """:func:`queries_of` for a number per row: [B, K, G * T] to [B, T, H]."""
+    batch, length, heads, _ = q.shape
+    return jnp.moveaxis(rows.reshape(batch, heads, length), 1, 2)
+
+
+def attend(q: Array, streams: list[tuple[Keys, Array]], scale: float) -> WithLse:
     """Attend with one softmax over several streams of keys.
 
     Args:
@@ -94,7 +102,7 @@ def attend(q: Array, streams: list[tuple[Keys, Array]], scale: float) -> Array:
       scale: factor of the logits.
 
     Returns:
-      [B, T, H, D] in the dtype of ``q``; 0 where a query sees nothing.
+      [B, T, H, D] in the dtype of ``q`` and float32 [B, T, H]; see :data:`pallas_kernels.softmax.WithLse`.
     """
     rows = rows_of(q, streams[0][0].k.shape[2])
     state = (
@@ -107,8 +115,9 @@ def attend(q: Array, streams: list[tuple[Keys, Array]], scale: float) -> Array:
             state, _ = jax.lax.scan(
                 lambda state, xs: (_add(state, rows, *xs, scale), None), state, (chunks, _cut(seen, 3))
             )
-    _, total, out = state
-    return queries_of(out / jnp.where(total > 0, total, 1.0), q)
+    top, total, out = state
+    out, lse = finished(out, top[..., 0], total[..., 0])
+    return queries_of(out, q), by_query(lse, q)
 
 
 State = tuple[Array, Array, Array]

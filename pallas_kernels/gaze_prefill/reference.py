@@ -6,6 +6,7 @@ The expected result in the shared test suite. It deliberately shares no code wit
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
 
@@ -26,7 +27,7 @@ def gaze_prefill(
     selected: jax.Array | None,
     *,
     spec: GazeSpec,
-) -> jax.Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`."""
     heads = q.shape[2]
     kv_heads, regions, slots, dim = visual_k.shape[1:]
@@ -42,16 +43,19 @@ def gaze_prefill(
         k: jax.Array,
         v: jax.Array,
         seen: jax.Array,
-    ) -> jax.Array:
+    ) -> WithLse:
         """One query [D] over keys [N, D], of which those marked in ``seen`` [N] count."""
         k = jnp.where(seen[:, None], k, 0.0)
         v = jnp.where(seen[:, None], v, 0.0)
         logits = jnp.dot(k, q, precision="highest") * spec.scale
         logits = jnp.where(seen, logits, -jnp.inf)
-        weights = jnp.where(jnp.any(seen), jax.nn.softmax(jnp.where(jnp.any(seen), logits, 0.0)), 0.0)
-        return jnp.dot(weights, v, precision="highest")
+        some = jnp.any(seen)
+        logits = jnp.where(some, logits, 0.0)
+        weights = jnp.where(some, jax.nn.softmax(logits), 0.0)
+        lse = jnp.where(some, jax.nn.logsumexp(logits), -jnp.inf)
+        return jnp.dot(weights, v, precision="highest"), lse
 
-    def row(b: int, t: int, h: int) -> jax.Array:
+    def row(b: int, t: int, h: int) -> WithLse:
         w = jax.tree.map(lambda a: a[b, t], queries)
         order, segment = places.visual_order[b], places.region_segment[b][:, None]
         seen = (order >= 0) & (segment == w.segment) & (w.segment >= 0)
@@ -71,5 +75,5 @@ def gaze_prefill(
         )
 
     index = jnp.indices(q.shape[:3]).reshape(3, -1)
-    out = jax.vmap(row)(*index)
-    return out.reshape(q.shape).astype(dtype)
+    out, lse = jax.vmap(row)(*index)
+    return out.reshape(q.shape).astype(dtype), lse.reshape(q.shape[:3])

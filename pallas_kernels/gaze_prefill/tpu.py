@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import needs
 from pallas_kernels.gaze_prefill import tpu_backward, tpu_common, tpu_forward
 from pallas_kernels.gaze_prefill.tpu_common import LANES, Plan
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
 Array = jax.Array
@@ -275,7 +276,9 @@ _Residuals = tuple[Array, Array, Array, Array, Queries, Array, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries) -> Array:
+def _attend(
+    plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
+) -> WithLse:
     """Attention of all tiles.
 
     Args:
@@ -287,7 +290,8 @@ def _attend(plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Arra
         None.
 
     Returns:
-      [tiles, B, K, rows, D] in ``q.dtype``.
+      [tiles, B, K, rows, D] in ``q.dtype``, and the log-sum-exp of the logits, float32 [tiles, B, K, rows]; a
+      large negative number where a row sees nothing.
     """
     return _forward(plan, tiles, q, k, v, places, queries)[0]
 
@@ -299,7 +303,7 @@ def _movable(plan: Plan, a: Array) -> Array:
 
 def _forward(
     plan: Plan, tiles: Tiles, q: Array, k: Array, v: Array, places: Array, queries: Queries
-) -> tuple[Array, _Residuals]:
+) -> tuple[WithLse, _Residuals]:
     def one(xs: tuple[Array, Queries]) -> tuple[Array, Array]:
         table, facts = _tile_arrays(plan, tiles, places, xs[1])
         inputs = tpu_forward.Inputs(table, places, _movable(plan, xs[0]), facts, k, v)
@@ -307,19 +311,20 @@ def _forward(
         return out.astype(q.dtype), lse
 
     out, lse = jax.lax.map(one, (q, queries))
-    return out, (q, k, v, places, queries, out, lse)
+    return (out, lse), (q, k, v, places, queries, out, lse)
 
 
 def _backward(
-    plan: Plan, tiles: Tiles, residuals: _Residuals, d_out: Array
+    plan: Plan, tiles: Tiles, residuals: _Residuals, cotangents: WithLse
 ) -> tuple[Array, Array, Array, None, None]:
     q, k, v, places, queries, out, lse = residuals
 
     def one(
-        sums: tuple[Array, Array], xs: tuple[Array, Queries, Array, Array, Array]
+        sums: tuple[Array, Array], xs: tuple[Array, Queries, Array, Array, Array, Array]
     ) -> tuple[tuple[Array, Array], Array]:
-        q, queries, out, lse, d_out = xs
-        delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+        q, queries, out, lse, d_out, d_lse = xs
+        # d logit = weight * (d weight - delta), and the log-sum-exp adds weight * d_lse.
+        delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
         table, facts = _tile_arrays(plan, tiles, places, queries, lse, delta)
         q_rows, d_rows = _movable(plan, q), _movable(plan, d_out)
         inputs = tpu_backward.Inputs(table, places, q_rows, d_rows, facts, k, v, *sums)
@@ -327,7 +332,7 @@ def _backward(
         return (d_k, d_v), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    (d_k, d_v), d_q = jax.lax.scan(one, (zeros, zeros), (q, queries, out, lse, d_out))
+    (d_k, d_v), d_q = jax.lax.scan(one, (zeros, zeros), (q, queries, out, lse, *cotangents))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
@@ -345,7 +350,7 @@ def gaze_prefill(
     selected: Array | None,
     *,
     spec: GazeSpec,
-) -> Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`.
 
     A query that sees a key or value with a component that is not finite outputs NaN in all components.
@@ -380,7 +385,12 @@ def gaze_prefill(
     k, finite_k = _key_blocks(plan, visual_k, text_k)
     v, finite_v = _key_blocks(plan, visual_v, text_v)
     keys = _key_places(plan, places, finite_k & finite_v)
-    out = _attend(plan, tiles, rows, k, v, keys, (windows, opened))
-    out = jnp.moveaxis(out.reshape(count, batch, kv_heads, plan.tile, plan.group, -1), 2, 3)
-    out = jnp.moveaxis(out[..., :group, :dim], 0, 1).reshape(batch, count * plan.tile, heads, dim)
-    return out[:, :length]
+    out, lse = _attend(plan, tiles, rows, k, v, keys, (windows, opened))
+
+    def by_query(a: Array) -> Array:
+        """[tiles, B, K, rows, X] to [B, T, H, X]."""
+        a = jnp.moveaxis(a.reshape(count, batch, kv_heads, plan.tile, plan.group, -1), 2, 3)[..., :group, :]
+        return jnp.moveaxis(a, 0, 1).reshape(batch, count * plan.tile, heads, -1)[:, :length]
+
+    lse = by_query(lse)[..., 0]
+    return by_query(out)[..., :dim], jnp.where(lse <= 0.5 * tpu_common.NEVER, -jnp.inf, lse)

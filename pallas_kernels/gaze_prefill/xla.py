@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target
 from pallas_kernels.gaze_prefill import cpu
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
 _Tree = TypeVar("_Tree")
@@ -62,7 +63,7 @@ def _attend(
     visual_seen: jax.Array,
     text_seen: jax.Array,
     scale: float,
-) -> jax.Array:
+) -> WithLse:
     """One softmax over both streams for one block of queries, under the masks."""
     batch, length, heads = q.shape[:3]
     kv_heads, tokens = visual.k.shape[1:3]
@@ -88,7 +89,10 @@ def _attend(
     top = jax.lax.stop_gradient(jnp.max(both, axis=-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(both - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+    none = total == 0
+    divisor = jnp.where(none, 1.0, total)
+    lse = jnp.where(none, -jnp.inf, top + jnp.log(divisor)).reshape(batch, kv_heads, -1)
+    weights = (weights / divisor).astype(q.dtype)
 
     def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
         weights = weights.reshape(batch, kv_heads, group * length, values.shape[2])
@@ -96,7 +100,8 @@ def _attend(
             "BKMN,BKND->BKMD", weights, values, precision=_EXACT, preferred_element_type=jnp.float32
         )
 
-    return cpu.queries_of(weigh(weights[..., :tokens], visual.v) + weigh(weights[..., tokens:], text.v), q)
+    out = weigh(weights[..., :tokens], visual.v) + weigh(weights[..., tokens:], text.v)
+    return cpu.queries_of(out, q), cpu.by_query(lse, q)
 
 
 def _blocked(tree: _Tree, count: int, block: int) -> _Tree:
@@ -122,7 +127,7 @@ def gaze_prefill(
     selected: jax.Array | None,
     *,
     spec: GazeSpec,
-) -> jax.Array:
+) -> WithLse:
     """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`."""
     batch, length, heads, dim = q.shape
     kv_heads, regions, slots = visual_k.shape[1:4]
@@ -153,7 +158,7 @@ def gaze_prefill(
     text = cpu.keys_of(text_k, text_v)
     streams = [cpu.chunked(visual), cpu.chunked(text)] if chunked else []
 
-    def attend(xs: tuple[jax.Array, Windows, jax.Array | None]) -> jax.Array:
+    def attend(xs: tuple[jax.Array, Windows, jax.Array | None]) -> WithLse:
         seen = masks(xs[1], xs[2])
         if chunked:
             return cpu.attend(xs[0], list(zip(streams, seen)), spec.scale)
@@ -162,5 +167,8 @@ def gaze_prefill(
     if blocks is None:
         return attend((q, queries, selected))
 
-    out = jax.lax.map(jax.checkpoint(attend), blocks)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, dim)[:, :length]
+    def joined(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a, 0, 1).reshape(batch, count * block, *a.shape[3:])[:, :length]
+
+    out, lse = jax.lax.map(jax.checkpoint(attend), blocks)
+    return joined(out), joined(lse)

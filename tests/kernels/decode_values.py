@@ -8,16 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gaze_decode
 from pallas_kernels.gaze_decode import api
+from pallas_kernels.softmax import joined
 from tests.helpers import cases, rounding
 
 
 def call(case, implementation):
     """Pack the case's cache and decode."""
+    return call_with_lse(case, implementation)[0]
+
+
+def call_with_lse(case, implementation):
+    """:func:`call`, and the log-sum-exp of the logits."""
     spec = cases.runnable(case.spec)
     packed = api.pack(case.k, case.v, spec=spec, implementation=implementation)
-    return gaze_decode(
+    return api.gaze_decode_with_lse(
         case.q,
         packed,
         case.text_k,
@@ -87,6 +92,32 @@ class DecodeValues:
         """``indices=None`` reads every region."""
         case = cases.decode(capacity=None)
         _close(self.run(case), self.expected(case), self.tolerance)
+
+    @pytest.mark.parametrize("select_per", ["head", "kv_head"])
+    def test_parts_are_joined(self, select_per):
+        """The first two listed regions, then the others and the text stream: joined by their log-sum-exp they
+        are the whole; a part without any key changes nothing."""
+        case = cases.decode(select_per=select_per)
+        at = jnp.arange(case.indices.shape[-1])
+        nothing = jnp.zeros_like(case.text_seen)
+
+        def part(listed, text_seen):
+            indices = jnp.where(listed, case.indices, -1)
+            return dataclasses.replace(case, indices=indices, text_seen=text_seen)
+
+        program = jax.jit(lambda case: call_with_lse(case, self.implementation))
+        parts = [
+            program(part(*which))
+            for which in ((at < 2, nothing), (at >= 2, case.text_seen), (at < 0, nothing))
+        ]
+        assert (np.asarray(parts[2][0]) == 0).all() and (np.asarray(parts[2][1]) == -np.inf).all()
+        whole = program(case)
+        got = joined(joined(parts[2], parts[0]), parts[1])
+        for mine, theirs in zip(got, whole, strict=True):
+            _close(mine, theirs, self.tolerance)
+        expected = call_with_lse(case, "reference")[1]
+        assert np.isfinite(expected).all()
+        _close(whole[1], expected, self.tolerance)
 
     def test_every_layer_is_reached_by_its_index(self):
         """The layer is traced: one program, another result for each layer."""

@@ -8,13 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gaze_prefill
+from pallas_kernels.gaze_prefill import api
+from pallas_kernels.softmax import joined
 from tests.helpers import cases, oracle, rounding
 from tests.helpers.streams import PlacedView, Text, sample
 
 
 def _call(case, implementation):
-    return gaze_prefill(
+    return _call_with_lse(case, implementation)[0]
+
+
+def _call_with_lse(case, implementation):
+    return api.gaze_prefill_with_lse(
         *case.arrays(),
         case.queries,
         case.places,
@@ -171,6 +176,44 @@ class PrefillValues:
         for mine, exact, squares in zip((out, *got), *rounding.prefill(case, _cotangent(case)), strict=True):
             assert mine.dtype == jnp.bfloat16
             rounding.within(mine, exact, squares)
+
+    def test_parts_are_joined(self):
+        """Even regions, then the others and the text stream: joined by their log-sum-exp they are the whole,
+        forward and gradients."""
+        case = cases.prefill(_rows())
+        even = jnp.arange(case.visual_k.shape[2]) % 2 == 0
+
+        def part(case, regions, text):
+            places = dataclasses.replace(
+                case.places,
+                visual_order=jnp.where(regions[None, :, None], case.places.visual_order, -1),
+                text_order=jnp.where(text, case.places.text_order, -1),
+            )
+            return _call_with_lse(dataclasses.replace(case, places=places), self.implementation)
+
+        def in_parts(arrays):
+            split = case.with_arrays(arrays)
+            return joined(part(split, even, False), part(split, ~even, True))
+
+        def loss(call):
+            def total(arrays):
+                out, lse = call(arrays)
+                seen = jnp.where(lse == -jnp.inf, 0.0, lse)
+                return jnp.sum(out * _cotangent(case)) + jnp.sum(jnp.sin(seen)), (out, lse)
+
+            return jax.jit(jax.grad(total, has_aux=True))
+
+        got, (out, lse) = loss(in_parts)(case.arrays())
+        whole = loss(lambda arrays: _call_with_lse(case.with_arrays(arrays), "reference"))
+        expected, (expected_out, expected_lse) = whole(case.arrays())
+        _close(out, expected_out, self.tolerance)
+        none = np.asarray(expected_lse) == -np.inf
+        np.testing.assert_array_equal(np.asarray(lse) == -np.inf, none)
+        assert none.any() and not none.all()
+        _close(np.where(none, 0, lse), np.where(none, 0, expected_lse), self.tolerance)
+        for name, mine, theirs in zip(cases.ARRAYS, got, expected, strict=True):
+            assert np.abs(theirs).max() > 0, name
+            _close(mine, theirs, self.tolerance)
 
     def test_large_logits(self):
         """Logits of +-10,000 neither overflow nor lose the maximum."""

@@ -1,0 +1,42 @@
+"""Softmax over keys in several places: each place's output, and the number by which they are joined."""
+
+import jax
+import jax.numpy as jnp
+
+WithLse = tuple[jax.Array, jax.Array]
+"""What attention returns: its output [..., D], and the log-sum-exp of each query's logits, float32 [...].
+
+Where a query sees no key they are 0 and -inf."""
+
+
+def finished(out: jax.Array, top: jax.Array, total: jax.Array) -> WithLse:
+    """Divide an online softmax's output by its sum.
+
+    Args:
+      out: float32 [..., D], sum of exp(logit - top) * value.
+      top: float32 [...], the largest logit, or any number where no key is seen.
+      total: float32 [...], sum of exp(logit - top); 0 where no key is seen.
+    """
+    # A sum of NaN is no sum of 0: the output of a query that sees NaN is not that of one that sees no key.
+    none = total == 0
+    divisor = jnp.where(none, 1.0, total)
+    return out / divisor[..., None], jnp.where(none, -jnp.inf, top + jnp.log(divisor))
+
+
+def share(lse: jax.Array, top: jax.Array) -> jax.Array:
+    """The weight exp(lse - top) of a part, 0 if it saw no key; ``top`` is the largest of all parts' ``lse``.
+
+    Gradients flow through ``lse``. Where it is -inf they are 0, and not inf - inf.
+    """
+    none = lse == -jnp.inf
+    base = jnp.where(top == -jnp.inf, 0.0, top)
+    return jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse - base)))
+
+
+def joined(a: WithLse, b: WithLse) -> WithLse:
+    """Attention to the keys of both parts; the output is in the dtype of ``a``'s."""
+    top = jax.lax.stop_gradient(jnp.maximum(a[1], b[1]))
+    shares = [share(lse, top) for _, lse in (a, b)]
+    values = [out.astype(jnp.float32) * weight[..., None] for (out, _), weight in zip((a, b), shares)]
+    out, lse = finished(values[0] + values[1], top, shares[0] + shares[1])
+    return out.astype(a[0].dtype), lse

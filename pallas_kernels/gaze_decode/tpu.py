@@ -204,9 +204,7 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
             out_specs=[out_specs],
             scratch_shapes=[buffers, softmax],
         ),
-        out_shape=[
-            Outputs(*(jax.ShapeDtypeStruct((rows, group, width), jnp.float32) for width in widths))
-        ],
+        out_shape=[Outputs(*(jax.ShapeDtypeStruct((rows, group, width), jnp.float32) for width in widths))],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=dispatch.interpreter() if static.interpret else False,
         name="gaze_decode",

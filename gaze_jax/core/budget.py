@@ -7,7 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Float, Int, Int32
 
 from gaze_jax.core.types import AnyArray, Array
 
@@ -36,8 +36,8 @@ class Keep:
     most: Int[AnyArray, "..."] | int = ALL_REGIONS
 
 
-def count(top_k: PerQuery | Keep, visible: Bool[Array, "B T R"]) -> PerQuery:
-    """A budget as a count, int32 broadcastable to [B, T]; ``visible`` is bool [B, T, R]."""
+def count(top_k: PerQuery | Keep, visible: Int[Array, "B T"]) -> PerQuery:
+    """A budget as a count, int32 broadcastable to [B, T], of ``visible`` regions, int32 [B, T]."""
     if not isinstance(top_k, Keep):
         return top_k
     return jnp.minimum(budget_from_keep(top_k.fraction, visible), top_k.most)
@@ -45,17 +45,16 @@ def count(top_k: PerQuery | Keep, visible: Bool[Array, "B T R"]) -> PerQuery:
 
 def budget_from_keep(
     keep: Float[Array, ""] | Float[Array, " #T"] | Float[Array, "#B #T"] | float,
-    visible: Bool[Array, "B T R"],
+    visible: Int[Array, "B T"],
 ) -> Int32[Array, "B T"]:
     """Turn a fraction of the visible regions into a count.
 
     Args:
       keep: float, broadcastable to [B, T]; 1 keeps everything.
-      visible: bool [B, T, R].
+      visible: int32 [B, T], number of regions that a query may select.
 
     Returns:
       int32 [B, T]: round(keep * visible regions), but at least 1.
     """
-    count = jnp.sum(visible, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-    wanted = jnp.round(jnp.asarray(keep, jnp.float32) * count).astype(jnp.int32)
+    wanted = jnp.round(jnp.asarray(keep, jnp.float32) * visible.astype(jnp.float32)).astype(jnp.int32)
     return jnp.maximum(wanted, 1)

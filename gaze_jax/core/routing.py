@@ -20,8 +20,10 @@ from gaze_jax.core.budget import PerQuery
 from gaze_jax.core.types import Array
 
 STRATEGIES = ("descriptor", "oracle", "random", "forced")
-_UNSEEN = jnp.iinfo(jnp.int32).min
-_NAN = _UNSEEN + 1
+UNSEEN = jnp.iinfo(jnp.int32).min
+"""What :func:`sortable` gives a region that may not be selected."""
+
+_NAN = UNSEEN + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +206,14 @@ def attention_shares(
       Two float32 [B, H, R]: the share of each head's softmax given to each region, and the share that dense
       attention gives it.
     """
-    batch, heads, _ = q.shape
-    regions, text = log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale)
+    return shares_of(*log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale), selected)
+
+
+def shares_of(
+    regions: Float32[Array, "B K G R"], text: Float32[Array, "B K G"], selected: Bool[Array, "B Hs R"] | None
+) -> tuple[Float32[Array, "B K*G R"], Float32[Array, "B K*G R"]]:
+    """:func:`attention_shares` from :func:`log_masses`."""
+    batch, heads = regions.shape[0], regions.shape[1] * regions.shape[2]
     dense = jnp.exp(_normalised(regions, text))
     shares = dense
     if selected is not None:
@@ -269,6 +277,7 @@ def random_scores(
     layer: Int[Array, ""] | int,
     heads: int,
     region_first: Int[Array, "B R"],
+    first_head: Int[Array, ""] | int = 0,
 ) -> Float32[Array, "B T {heads} R"]:
     """Scores that depend only on seed, sample, query, layer, head and region.
 
@@ -281,6 +290,7 @@ def random_scores(
       layer: int32 scalar.
       heads: Hs.
       region_first: int32 [B, R], the order of each region's first token.
+      first_head: the number of the first selector, where a device has a part of them.
 
     Returns:
       float32 [B, T, Hs, R], uniform in [0, 1) on a grid of 2**-24.
@@ -291,7 +301,7 @@ def random_scores(
         jnp.broadcast_to(sample, (batch, queries))[:, :, None, None],
         order[:, :, None, None],
         jnp.asarray(layer, jnp.int32).reshape(1, 1, 1, 1),
-        jnp.arange(heads, dtype=jnp.int32)[None, None, :, None],
+        (jnp.arange(heads, dtype=jnp.int32) + first_head)[None, None, :, None],
         region_first[:, None, None, :],
     )
     for value in identity:
@@ -317,7 +327,7 @@ def forced_scores(
     return -place.astype(jnp.float32), listed
 
 
-def _sortable(
+def sortable(
     scores: Float32[Array, "B T Hs R"], visible: Bool[Array, "#B #T #Hs R"]
 ) -> Int32[Array, "B T Hs R"]:
     """Map float32 scores to int32 keys of the same order: unseen < NaN < -inf < ... < inf."""
@@ -326,7 +336,7 @@ def _sortable(
     # Flip the magnitude of negatives so that integer order is float order.
     keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
     keys = jnp.where(jnp.isnan(scores), _NAN, keys)
-    return jnp.where(visible, keys, _UNSEEN)
+    return jnp.where(visible, keys, UNSEEN)
 
 
 def tie_permutation(region_first: Int[Array, "B R"]) -> Int32[Array, "B R"]:
@@ -339,7 +349,7 @@ def _permuted(
     visible: Bool[Array, "#B #T #Hs R"],
     permutation: Int[Array, "B R"],
 ) -> Int32[Array, "B T Hs R"]:
-    keys = _sortable(jax.lax.stop_gradient(scores), visible)
+    keys = sortable(jax.lax.stop_gradient(scores), visible)
     return jnp.take_along_axis(keys, permutation[:, None, None, :], axis=-1)
 
 
@@ -370,7 +380,7 @@ def select_mask(
     ties = keys == cut
     free = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
     chosen = above | (ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= free))
-    chosen &= (keys > _UNSEEN) & (budget >= 1)
+    chosen &= (keys > UNSEEN) & (budget >= 1)
     inverse = jnp.argsort(permutation, axis=-1).astype(jnp.int32)
     return jnp.take_along_axis(chosen, inverse[:, None, None, :], axis=-1)
 
@@ -404,6 +414,6 @@ def select_indices(
         jnp.broadcast_to(permutation[:, None, None, :], scores.shape), places, axis=-1
     )
     budget = jnp.broadcast_to(top_k, (batch, queries))[:, :, None, None]
-    keep = (keys > _UNSEEN) & (jnp.arange(width, dtype=jnp.int32) < budget)
+    keep = (keys > UNSEEN) & (jnp.arange(width, dtype=jnp.int32) < budget)
     indices = jnp.where(keep, indices, -1)
     return jnp.pad(indices, ((0, 0),) * 3 + ((0, capacity - width),), constant_values=-1)

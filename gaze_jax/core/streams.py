@@ -109,12 +109,6 @@ class Streams:
         """[B, R, P] bool: the slot holds a token."""
         return jnp.asarray(self.visual_src) >= 0
 
-    @property
-    def positions(self) -> Int32[AnyArray, "B N"]:
-        """[B, R * P + S] RoPE positions of both streams, visual tokens first."""
-        visual = self.visual_positions.reshape(self.visual_positions.shape[0], -1)
-        return jnp.concatenate([visual, self.text_positions], axis=1)
-
     def without_context(self) -> "Streams":
         """The streams of the same samples for a model without context tokens.
 

@@ -5,8 +5,10 @@ with N = R * P + S, visual tokens first. ``decode.py`` is the counterpart for on
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int, Int32
@@ -17,9 +19,12 @@ from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, Streams
 from gaze_jax.core.types import AnyArray, Array, NamedArrays
+from gaze_jax.models import context
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_prefill
 from pallas_kernels import GazeSpec, KeyPlaces, Windows
+from pallas_kernels.gaze_prefill.api import gaze_prefill_with_lse
+from pallas_kernels.softmax import WithLse
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +35,7 @@ class RoutedQueries:
     Attributes:
       visible: bool [B, T, R] regions that a query may select, cached regions first; False for queries that
         are not routed.
+      count: int32 [B, T] how many regions those are.
       order: int32 [B, T] order of the queries.
       sample: int32 [B, T] or [B, 1] sample id, for random routing.
       first: int32 [B, R] order of each region's first token.
@@ -37,6 +43,7 @@ class RoutedQueries:
     """
 
     visible: Bool[Array, "B T R"]
+    count: Int32[Array, "B T"]
     order: Int32[AnyArray, "B T"]
     sample: Int32[AnyArray, " B #T"]
     first: Int32[Array, "B R"]
@@ -52,6 +59,7 @@ class AttentionMetadata:
       visual, text: windows of the visual [B, R * P] and the text-stream [B, S] queries.
       places: order and segment of the keys, cached keys first.
       valid: bool [B, R, P] slots of the batch that hold a token.
+      tokens: int32 [B, R] number of tokens of each region, cached regions first.
       routed: the text-stream queries [B, S] that select regions.
     """
 
@@ -59,6 +67,7 @@ class AttentionMetadata:
     text: Windows
     places: KeyPlaces
     valid: Bool[Array, "B R P"]
+    tokens: Int32[Array, "B R"]
     routed: RoutedQueries
 
 
@@ -101,7 +110,7 @@ def make_metadata(
     if past is not None:
 
         def after(before: Int[Array, "B ..."], now: Int[AnyArray, "B ..."]) -> Int[Array, "B ..."]:
-            return jnp.concatenate([before, now], axis=1)
+            return context.concatenate(before, now, 1)
 
         def segment(order: Int[Array, "B N"]) -> Int32[Array, "B N"]:
             return jnp.where(order >= 0, 0, EMPTY).astype(jnp.int32)
@@ -112,15 +121,26 @@ def make_metadata(
             text_order=after(past[1], order),
             text_segment=after(segment(past[1]), places.text_segment),
         )
-    first, last = regions.region_span(places.visual_order)
+    # Every query is compared with every region, wherever on a mesh the region is.
+    first, last, tokens = (
+        nn.with_logical_constraint(a, ("batch", None))
+        for a in (
+            *regions.region_span(places.visual_order),
+            jnp.sum(places.visual_order >= 0, axis=-1, dtype=jnp.int32),
+        )
+    )
+    visible = masks.visible_regions(text, places, first, last) & text.routed[:, :, None]
+    visible = nn.with_logical_constraint(visible, ("batch", "tokens", None))
     batch = streams.tokens.shape[0]
     return AttentionMetadata(
         visual=visual,
         text=text,
         places=places,
         valid=streams.visual_valid,
+        tokens=tokens,
         routed=RoutedQueries(
-            visible=masks.visible_regions(text, places, first, last) & text.routed[:, :, None],
+            visible=visible,
+            count=jnp.sum(visible, axis=-1, dtype=jnp.int32),
             order=order,
             sample=jnp.zeros((batch, 1), jnp.int32) if sample is None else sample.reshape(batch, -1),
             first=first,
@@ -131,49 +151,58 @@ def make_metadata(
 
 def region_scores(
     q: Float[Array, "B T H D"],
-    descriptors: Float[Array, "B K R E"],
+    kv_heads: int,
     routed: RoutedQueries,
     selection: Selection,
     *,
     gaze: GazeConfig,
     strategy: Routing,
     layer: Int[Array, ""],
+    described: Callable[[Float[Array, "B T H E"]], Float32[Array, "B T Hs R"]],
     oracle: Callable[[], Float32[Array, "B T Hs R"]],
+    first_head: Int[Array, ""] | int = 0,
 ) -> tuple[Float32[Array, "B T Hs R"], Bool[Array, "#B #T #Hs R"]]:
     """Scores of every region and whether it may be selected, for any strategy.
 
     Args:
       q: [B, T, H, D].
-      descriptors: [B, K, R, E].
+      kv_heads: K.
       routed: the T queries.
       selection: this layer's selection, without the axis L: ``forced`` int32 [B, T, Hs, J], broadcastable in
         T and Hs; ``bias`` float32 [B, R].
       gaze: the model's gaze settings.
       strategy: where scores come from.
       layer: int32 scalar.
+      described: computes scores from descriptors; takes :func:`gaze_jax.core.routing.query_features`.
       oracle: computes the scores of strategy "oracle", which needs every key; see
         :func:`gaze_jax.core.routing.oracle_scores`.
+      first_head: the number of the first selector, where a device has a part of them.
 
     Returns:
       float32 [B, T, Hs, R] and bool, broadcastable to it.
     """
     batch, queries = routed.order.shape
-    heads = q.shape[2] if gaze.select_per == "head" else descriptors.shape[1]
+    heads = q.shape[2] if gaze.select_per == "head" else kv_heads
     seen = routed.visible[:, :, None, :]
     if strategy.strategy == "random":
-        scores = routing.random_scores(strategy.seed, routed.sample, routed.order, layer, heads, routed.first)
-        return scores, seen
+        who = (routed.sample, routed.order, layer, heads, routed.first, first_head)
+        return routing.random_scores(strategy.seed, *who), seen
     if strategy.strategy == "oracle":
         return oracle(), seen
     if selection.forced is not None:
         forced = jnp.broadcast_to(selection.forced, (batch, queries, heads, selection.forced.shape[-1]))
-        scores, listed = routing.forced_scores(forced, descriptors.shape[2])
+        scores, listed = routing.forced_scores(forced, routed.visible.shape[2])
         return scores, seen & listed
-    features = routing.query_features(q, gaze.descriptor)
-    scores = routing.descriptor_scores(features, descriptors, select_per=gaze.select_per)
+    scores = described(routing.query_features(q, gaze.descriptor))
     if selection.bias is None:
         return scores, seen
     return routing.steer(scores, seen, selection.bias, heads=q.shape[2], dim=q.shape[3])
+
+
+def first_head(q: Float[Array, "B T H D"], kv_heads: int, select_per: str) -> Int[Array, ""] | int:
+    """The number of the first selector of queries [B, T, H, D]; not 0 where a device has a part of them."""
+    heads = q.shape[2] if select_per == "head" else kv_heads
+    return 0 if context.ranks() == 1 else context.first_head_across(heads)
 
 
 def split_streams(
@@ -231,6 +260,50 @@ def gaze_attention(
       ``spec.return_entries`` and a budget also "entries", float32 [B, S]: visual keys that a query attends
       to, mean over heads.
     """
+    call = functools.partial(_attention, spec=spec, gaze=gaze)
+    if context.ranks() == 1:
+        return call(q, k, v, metadata, selection, layer, past)
+    context.check(spec.routing)
+    rows = ("batch", "tokens", "heads")
+    keys = ("batch", "kv_heads", "regions")
+    one = ("batch", "tokens")
+    out_names: dict[str, context.Names] = {field.name: keys for field in dataclasses.fields(Past)}
+    if selection.budget is not None:
+        out_names |= {"scores": rows, "selected": rows} if spec.return_trace else {}
+        out_names |= {"entries": one} if spec.return_entries else {}
+    names = (rows, rows, rows, METADATA_AXES, SELECTION_AXES, (), keys)
+    return context.on_ranks(call, (q, k, v, metadata, selection, layer, past), names, (rows, out_names))
+
+
+METADATA_AXES = context.axes_of(
+    AttentionMetadata,
+    *[("batch", "tokens")] * 2,
+    context.axes_of(KeyPlaces, *[("batch", "regions")] * 2, *[("batch", "tokens")] * 2),
+    ("batch", "regions"),
+    ("batch", None),
+    context.axes_of(RoutedQueries, *[("batch", "tokens")] * 4, *[("batch", None)] * 2),
+)
+"""Logical axes of a batch's metadata on a mesh whose axis "context" splits sequences."""
+
+SELECTION_AXES = context.axes_of(
+    Selection, ("batch", "tokens"), ("batch", None), ("batch", "tokens", "heads"), ()
+)
+"""The same for a layer's selection."""
+
+
+def _attention(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K D"],
+    metadata: AttentionMetadata,
+    selection: Selection,
+    layer: Int[Array, ""],
+    past: Past | None,
+    *,
+    spec: SelectionSpec,
+    gaze: GazeConfig,
+) -> tuple[Float[Array, "B N H D"], NamedArrays]:
+    """:func:`gaze_attention`; if sequences are split, of one rank's tokens."""
     num_regions, slots = metadata.valid.shape[1:]
     tokens = num_regions * slots
     (visual_k, text_k), (visual_v, text_v) = (split_streams(a, num_regions, slots) for a in (k, v))
@@ -248,18 +321,16 @@ def gaze_attention(
     def attend(
         q: Float[Array, "B T H D"], queries: Windows, selected: Bool[Array, "B T Hs R"] | None
     ) -> Float[Array, "B T H D"]:
-        return gaze_prefill(
-            q,
-            keys.visual_k,
-            keys.visual_v,
-            keys.text_k,
-            keys.text_v,
-            queries,
-            metadata.places,
-            selected,
-            spec=op,
-            implementation=gaze.prefill_implementation,
-        )
+        stored = (keys.visual_k, keys.visual_v, keys.text_k, keys.text_v)
+        name = gaze.prefill_implementation
+        if context.ranks() == 1:
+            return gaze_prefill(q, *stored, queries, metadata.places, selected, spec=op, implementation=name)
+
+        def here(q: Array, queries: Windows, selected: Array | None) -> WithLse:
+            asked = (queries, metadata.places, selected)
+            return gaze_prefill_with_lse(q, *stored, *asked, spec=op, implementation=name)
+
+        return context.attend_across(here, q, queries, selected, most=gaze.query_block)
 
     if selection.budget is None or keys.descriptors.shape[2] == 0:
         queries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), metadata.visual, metadata.text)
@@ -270,7 +341,7 @@ def gaze_attention(
     if spec.return_trace:
         out |= {"scores": jax.lax.stop_gradient(scores), "selected": selected}
     if spec.return_entries:
-        out["entries"] = _entries(selected, metadata.places)
+        out["entries"] = _entries(selected, metadata.tokens)
     text_out = attend(q[:, tokens:], metadata.text, selected)
     if tokens == 0:
         return text_out, out
@@ -278,10 +349,10 @@ def gaze_attention(
     return jnp.concatenate([visual_out, text_out], axis=1), out
 
 
-def _entries(selected: Bool[Array, "B S Hs R"], places: KeyPlaces) -> Float32[Array, "B S"]:
-    size = jnp.sum(places.visual_order >= 0, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+def _entries(selected: Bool[Array, "B S Hs R"], tokens: Int32[Array, "B R"]) -> Float32[Array, "B S"]:
     heads = jnp.sum(selected, axis=2, dtype=jnp.int32).astype(jnp.float32) / selected.shape[2]
-    return jnp.einsum("BSR,BR->BS", heads, size)
+    entries = jnp.einsum("BSR,BR->BS", heads, tokens.astype(jnp.float32))
+    return entries if context.ranks() == 1 else context.mean_over_heads_across(entries)
 
 
 def _select(
@@ -308,10 +379,25 @@ def _select(
             query_block=gaze.query_block,
         )
 
+    def described(features: Float[Array, "B S H E"]) -> Float32[Array, "B S Hs R"]:
+        score = functools.partial(
+            routing.descriptor_scores, descriptors=keys.descriptors, select_per=gaze.select_per
+        )
+        return score(features) if context.ranks() == 1 else context.scores_across(score, features)
+
     routed = metadata.routed
     assert selection.budget is not None, "dense attention selects nothing"
     scores, seen = region_scores(
-        q, keys.descriptors, routed, selection, gaze=gaze, strategy=strategy, layer=layer, oracle=oracle
+        q,
+        keys.descriptors.shape[1],
+        routed,
+        selection,
+        gaze=gaze,
+        strategy=strategy,
+        layer=layer,
+        described=described,
+        oracle=oracle,
+        first_head=first_head(q, keys.descriptors.shape[1], gaze.select_per),
     )
-    budget = count(selection.budget, routed.visible)
+    budget = count(selection.budget, routed.count)
     return scores, routing.select_mask(scores, seen, budget, routed.permutation)

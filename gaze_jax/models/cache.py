@@ -4,7 +4,9 @@ Nothing is evicted. The cache is stacked over layers; every layer gets all of it
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -14,10 +16,13 @@ from jaxtyping import Float, Int, Int32
 from gaze_jax.core import regions
 from gaze_jax.core.streams import EMPTY, Streams
 from gaze_jax.core.types import Array, ArrayTree, NamedArrays
+from gaze_jax.models import context
 from gaze_jax.models.attention import Past
 from gaze_jax.models.config import GazeConfig
 from pallas_kernels import GazeSpec
 from pallas_kernels.gaze_decode import api
+
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -109,13 +114,13 @@ def build_cache(
 
 def with_free_slots(cache: Cache, gaze: GazeConfig, free_slots: int) -> Cache:
     """The cache with ``free_slots`` more text-stream slots, rounded up to the implementation's tiles of S."""
-    free_slots += -(cache.text_order.shape[1] + free_slots) % api.text_multiple(gaze.decode_implementation)
-    pad = ((0, 0),) * 3 + ((0, free_slots), (0, 0))
+    multiple = api.text_multiple(gaze.decode_implementation) * context.ranks()
+    free_slots += -(cache.text_order.shape[1] + free_slots) % multiple
     return dataclasses.replace(
         cache,
-        text_k=jnp.pad(cache.text_k, pad),
-        text_v=jnp.pad(cache.text_v, pad),
-        text_order=jnp.pad(cache.text_order, ((0, 0), (0, free_slots)), constant_values=EMPTY),
+        text_k=context.pad(cache.text_k, 3, free_slots),
+        text_v=context.pad(cache.text_v, 3, free_slots),
+        text_order=context.pad(cache.text_order, 1, free_slots, EMPTY),
     )
 
 
@@ -123,19 +128,30 @@ def with_regions(cache: Cache, gaze: GazeConfig, head_dim: int, *, regions: int,
     """The cache with ``regions`` more free regions, each of at least ``slots`` token slots."""
     spec = decode_spec(gaze, head_dim)
     wider = max(slots - cache.visual_order.shape[2], 0)
-    pad = ((0, 0), (0, regions), (0, wider))
+    reserve = functools.partial(
+        api.reserve,
+        regions=regions // context.ranks(),
+        slots=cache.visual_order.shape[2] + wider,
+        spec=spec,
+        implementation=gaze.decode_implementation,
+    )
+    axes = api.cache_axes(cache.visual)
+    visual_order = jnp.pad(cache.visual_order, ((0, 0), (0, 0), (0, wider)), constant_values=EMPTY)
     return dataclasses.replace(
         cache,
-        visual=api.reserve(
-            cache.visual,
-            regions,
-            slots=cache.visual_order.shape[2] + wider,
-            spec=spec,
-            implementation=gaze.decode_implementation,
-        ),
-        descriptors=jnp.pad(cache.descriptors, ((0, 0),) * 3 + ((0, regions), (0, 0))),
-        visual_order=jnp.pad(cache.visual_order, pad, constant_values=EMPTY),
+        visual=_on_each(reserve, (cache.visual,), (axes,), axes),
+        descriptors=context.pad(cache.descriptors, 3, regions),
+        visual_order=context.pad(visual_order, 1, regions, EMPTY),
     )
+
+
+def _on_each(
+    function: Callable[..., Tree], arguments: tuple[Any, ...], names: tuple[Any, ...], out: Any
+) -> Tree:
+    """Call ``function``, if sequences are split on each rank's part; see :func:`context.on_ranks`."""
+    if context.ranks() == 1:
+        return function(*arguments)
+    return context.on_ranks(function, arguments, names, out)
 
 
 def append(
@@ -153,8 +169,34 @@ def append(
       cache: the cache. The caller must make sure that the tokens fit; otherwise they overwrite others.
       layers, streams: as in :func:`build_cache`.
       gaze: the model's gaze settings.
-      region, write_index: int32 scalars, the first free region and text-stream slot, the same in every row.
+      region, write_index: int32 scalars, the first free region and text-stream slot, the same in every row;
+        multiples of the number of ranks.
     """
+    visual_order = jnp.where(streams.visual_valid, streams.visual_order, EMPTY)
+    slots = cache.visual_order.shape[2] - visual_order.shape[2]
+    visual_order = jnp.pad(visual_order, ((0, 0), (0, 0), (0, slots)), constant_values=EMPTY)
+    text_order = jnp.where(streams.text_segment >= 0, streams.text_order, EMPTY)
+    kept = {name: layers[name] for name in ("visual_k", "visual_v", "descriptors", "text_k", "text_v")}
+    parts = context.ranks()
+    axes, keys = cache_axes(cache), ("layers", "batch", "kv_heads", "regions")
+    return _on_each(
+        functools.partial(_append, gaze=gaze),
+        (cache, kept, visual_order, text_order, region // parts, write_index // parts),
+        (axes, keys, axes.visual_order, axes.text_order, (), ()),
+        axes,
+    )
+
+
+def _append(
+    cache: Cache,
+    layers: dict[str, ArrayTree],
+    visual_order: Int32[Array, "B R P"],
+    text_order: Int32[Array, "B S"],
+    region: Int[Array, ""],
+    write_index: Int[Array, ""],
+    *,
+    gaze: GazeConfig,
+) -> Cache:
     spec = decode_spec(gaze, cache.text_k.shape[-1])
     zero = jnp.zeros((), jnp.int32)
 
@@ -165,10 +207,6 @@ def append(
         at = (zero, zero, zero, start, zero)
         return jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype), at)
 
-    visual_order = jnp.where(streams.visual_valid, streams.visual_order, EMPTY)
-    slots = cache.visual_order.shape[2] - visual_order.shape[2]
-    visual_order = jnp.pad(visual_order, ((0, 0), (0, 0), (0, slots)), constant_values=EMPTY)
-    text_order = jnp.where(streams.text_segment >= 0, streams.text_order, EMPTY)
     extended = cache
     if visual_order.shape[1]:
         extended = dataclasses.replace(
@@ -236,12 +274,14 @@ def constrained(cache: Cache) -> Cache:
 
 def by_axes(cache: Cache, split: Callable[[ArrayTree, tuple[str, ...]], ArrayTree]) -> Cache:
     """``split`` of each part of a cache, with the logical axes of its leading dimensions."""
+    axes = cache_axes(cache)
+    names = [field.name for field in dataclasses.fields(Cache)]
+    return Cache(**{name: split(getattr(cache, name), getattr(axes, name)) for name in names})
+
+
+def cache_axes(cache: Cache) -> Cache:
+    """The logical axes of the leading dimensions of each part of a cache; those of ``visual``'s arrays."""
     stack = ("layers", "batch", "kv_heads")
-    return Cache(
-        visual=split(cache.visual, api.cache_axes(cache.visual)),
-        descriptors=split(cache.descriptors, stack),
-        text_k=split(cache.text_k, stack),
-        text_v=split(cache.text_v, stack),
-        visual_order=split(cache.visual_order, ("batch",)),
-        text_order=split(cache.text_order, ("batch",)),
-    )
+    text = (*stack, "tokens")
+    orders = ("batch", "regions"), ("batch", "tokens")
+    return context.axes_of(Cache, api.cache_axes(cache.visual), (*stack, "regions"), text, text, *orders)

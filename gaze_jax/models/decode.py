@@ -4,6 +4,7 @@ Pure functions without parameters; ``attention.py`` is the counterpart for all t
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,16 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 from gaze_jax.core import routing
 from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.budget import count
+from gaze_jax.core.candidates import candidates
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.types import Array, NamedArrays
-from gaze_jax.models.attention import RoutedQueries, region_scores
-from gaze_jax.models.cache import Cache, decode_spec, layer_keys
+from gaze_jax.models import context
+from gaze_jax.models.attention import RoutedQueries, first_head, region_scores
+from gaze_jax.models.cache import Cache, cache_axes, decode_spec, layer_keys
 from gaze_jax.models.config import GazeConfig
 from gaze_jax.models.ops import gaze_decode
+from pallas_kernels.gaze_decode.api import gaze_decode_with_lse
+from pallas_kernels.softmax import WithLse
 
 
 @jax.tree_util.register_dataclass
@@ -56,15 +61,19 @@ def decode_masks(cache: Cache, position: DecodePosition) -> DecodeMasks:
     """The masks of a decoding step; ``cache.text_order`` must already include its tokens."""
     order = position.order[:, None]
     first, last = cache.first, cache.last
+    visible = ((last >= 0) & (last <= order))[:, None, :]
+    # On a mesh every rank sorts its own regions.
+    by_rank = first.reshape(first.shape[0] * context.ranks(), -1)
     return DecodeMasks(
         visual=(cache.visual_order >= 0) & (cache.visual_order <= order[:, :, None]),
         text=(cache.text_order >= 0) & (cache.text_order <= order),
         routed=RoutedQueries(
-            visible=((last >= 0) & (last <= order))[:, None, :],
+            visible=visible,
+            count=jnp.sum(visible, axis=-1, dtype=jnp.int32),
             order=order,
             sample=position.sample[:, None],
             first=first,
-            permutation=routing.tie_permutation(first),
+            permutation=routing.tie_permutation(by_rank).reshape(first.shape),
         ),
     )
 
@@ -77,13 +86,32 @@ def append_token(
     write_index: Int[Array, ""],
 ) -> Cache:
     """Write one token's key and value [B, 1, K, D] in place."""
+    zero = jnp.zeros((), jnp.int32)
 
-    def write(stack: Float[Array, "L B K S D"], new: Float[Array, "B 1 K D"]) -> Float[Array, "L B K S D"]:
+    def write(
+        stack: Float[Array, "L B K S D"],
+        new: Float[Array, "B 1 K D"],
+        layer: Int[Array, ""],
+        slot: Int[Array, ""],
+        mine: Bool[Array, "1"] | None,
+    ) -> Float[Array, "L B K S D"]:
         new = jnp.moveaxis(new, 1, 2)[None].astype(stack.dtype)
-        zero = jnp.zeros((), jnp.int32)
-        return jax.lax.dynamic_update_slice(stack, new, (layer, zero, zero, write_index, zero))
+        at = (layer, zero, zero, slot, zero)
+        if mine is not None:
+            new = jnp.where(mine, new, jax.lax.dynamic_slice(stack, at, new.shape))
+        return jax.lax.dynamic_update_slice(stack, new, at)
 
-    return dataclasses.replace(cache, text_k=write(cache.text_k, k), text_v=write(cache.text_v, v))
+    if context.ranks() == 1:
+        stacks = [write(*pair, layer, write_index, None) for pair in ((cache.text_k, k), (cache.text_v, v))]
+    else:
+        rank, slot = write_index % context.ranks(), write_index // context.ranks()
+        mine = jnp.arange(context.ranks(), dtype=jnp.int32) == rank
+        names = (cache_axes(cache).text_k, ("batch", None, "kv_heads"), (), (), ("tokens",))
+        stacks = [
+            context.on_ranks(write, (*pair, layer, slot, mine), names, names[0])
+            for pair in ((cache.text_k, k), (cache.text_v, v))
+        ]
+    return dataclasses.replace(cache, text_k=stacks[0], text_v=stacks[1])
 
 
 def decode_attention(
@@ -110,44 +138,94 @@ def decode_attention(
     Returns:
       [B, 1, H, D], and a dict: with a budget "indices" int32 [B, Hs, J] and "scores" float32 [B, Hs, R];
       with ``spec.return_trace`` also "selected" bool [B, Hs, R] (with a budget), "attention" and "dense",
-      both float32 [B, H, R], see :func:`gaze_jax.core.routing.attention_shares`.
+      both float32 [B, H, R], see :func:`gaze_jax.core.routing.attention_shares`. If sequences are split over
+      ranks, with a budget also "rank_regions" and "rank_passes" int32 [B, ranks], see
+      :func:`gaze_jax.models.context.work_across`.
     """
+    call = functools.partial(_decode, spec=spec, gaze=gaze)
+    if context.ranks() == 1:
+        return call(q, cache, masks, selection, layer)
+    context.check(spec.routing, gaze.decode_implementation)
+    heads = ("batch", "heads")
+    out_names: dict[str, context.Names] = {}
+    if selection.budget is not None:
+        by_rank = ("batch", "regions")
+        out_names = {"indices": heads, "scores": (*heads, "regions")}
+        out_names |= {"rank_regions": by_rank, "rank_passes": by_rank}
+        out_names |= {"selected": heads} if spec.return_trace else {}
+    if spec.return_trace:
+        out_names |= {"attention": heads, "dense": heads}
+    rows = ("batch", None, "heads")
+    names = (rows, cache_axes(cache), MASK_AXES, SELECTION_AXES, ())
+    return context.on_ranks(call, (q, cache, masks, selection, layer), names, (rows, out_names))
+
+
+MASK_AXES = context.axes_of(
+    DecodeMasks,
+    ("batch", "regions"),
+    ("batch", "tokens"),
+    context.axes_of(
+        RoutedQueries, ("batch", None, "regions"), *[("batch",)] * 3, *[("batch", "regions")] * 2
+    ),
+)
+"""Logical axes of a step's masks on a mesh whose axis "context" splits sequences."""
+
+SELECTION_AXES = context.axes_of(Selection, ("batch",), ("batch", "regions"), ("batch", None, "heads"), ())
+"""The same for a layer's selection."""
+
+
+def _decode(
+    q: Float[Array, "B 1 H D"],
+    cache: Cache,
+    masks: DecodeMasks,
+    selection: Selection,
+    layer: Int[Array, ""],
+    *,
+    spec: SelectionSpec,
+    gaze: GazeConfig,
+) -> tuple[Float[Array, "B 1 H D"], NamedArrays]:
+    """:func:`decode_attention`; if sequences are split, of one rank's part of the cache."""
     dim, num_regions = q.shape[3], cache.visual_order.shape[1]
     op = decode_spec(gaze, dim)
     indices, out = None, {}
     if selection.budget is not None and num_regions > 0:
         indices, scores = _select(q, cache, masks, selection, spec, gaze=gaze, layer=layer)
         out = {"indices": indices, "scores": scores}
+        if context.ranks() > 1:
+            out |= context.work_across(indices, masks.routed.visible, selection.full_layers)
 
     def attend(indices: Int32[Array, "B Hs J"] | None) -> Float[Array, "B H D"]:
-        return gaze_decode(
-            q[:, 0],
-            cache.visual,
-            cache.text_k,
-            cache.text_v,
-            layer,
-            indices,
-            masks.visual,
-            masks.text,
-            spec=op,
-            implementation=gaze.decode_implementation,
-        )
+        stored = (cache.visual, cache.text_k, cache.text_v, layer)
+        name = gaze.decode_implementation
+        if context.ranks() == 1:
+            seen = (masks.visual, masks.text)
+            return gaze_decode(q[:, 0], *stored, indices, *seen, spec=op, implementation=name)
+
+        def here(listed: Int32[Array, "B Hs A"] | None, with_text: bool) -> WithLse:
+            seen = (masks.visual, masks.text if with_text else jnp.zeros_like(masks.text))
+            return gaze_decode_with_lse(q[:, 0], *stored, listed, *seen, spec=op, implementation=name)
+
+        if indices is None:
+            return context.join_across(here(None, True))
+        return context.join_across(context.attend_in_passes(here, indices, num_regions))
 
     if indices is None or selection.full_layers is None:
         heads = attend(indices)
     else:
         heads = jax.lax.cond(selection.full_layers, lambda: attend(None), lambda: attend(indices))
     if spec.return_trace and num_regions > 0:
+        visible = masks.routed.visible
+        keys = layer_keys(cache, layer, gaze, dim)
+        masses = routing.log_masses(q[:, 0], *keys, masks.visual, masks.text, scale=op.scale)
+        if context.ranks() > 1:
+            visible, masses = context.gathered_across(visible, 2), context.masses_across(*masses)
         selected = None
         if indices is not None:
-            selected = mask_from_indices(indices, num_regions)
+            selected = mask_from_indices(indices, visible.shape[2])
             if selection.full_layers is not None:
-                selected |= selection.full_layers & masks.routed.visible
+                selected |= selection.full_layers & visible
             out["selected"] = selected
-        keys = layer_keys(cache, layer, gaze, dim)
-        out["attention"], out["dense"] = routing.attention_shares(
-            q[:, 0], *keys, masks.visual, masks.text, selected, scale=op.scale
-        )
+        out["attention"], out["dense"] = routing.shares_of(*masses, selected)
     return heads[:, None], out
 
 
@@ -161,7 +239,11 @@ def _select(
     gaze: GazeConfig,
     layer: Int[Array, ""],
 ) -> tuple[Int32[Array, "B Hs J"], Float32[Array, "B Hs R"]]:
-    """The selected regions int32 [B, Hs, J], best first, and all scores float32 [B, Hs, R]."""
+    """The selected regions int32 [B, Hs, J], best first, and all scores float32 [B, Hs, R].
+
+    If sequences are split, the regions are those of all ranks, by their number in the whole cache, and the
+    scores those of this rank.
+    """
     dim = q.shape[3]
 
     def oracle() -> Float32[Array, "B 1 Hs R"]:
@@ -177,11 +259,35 @@ def _select(
 
     routed = masks.routed
     assert selection.budget is not None, "dense attention selects nothing"
+    budget = count(selection.budget, routed.count)
     descriptors = jax.lax.dynamic_index_in_dim(cache.descriptors, layer, keepdims=False)
+    num_regions = descriptors.shape[2]
+
+    def described(features: Float[Array, "B 1 H E"]) -> Float32[Array, "B 1 Hs R"]:
+        return routing.descriptor_scores(features, descriptors, select_per=gaze.select_per)
+
+    start: Array | int = 0 if context.ranks() == 1 else context.start_across(num_regions)
+    if selection.forced is not None and context.ranks() > 1:
+        # Of another rank's regions none is listed here.
+        local = selection.forced - start
+        mine = (local >= 0) & (local < num_regions)
+        selection = dataclasses.replace(selection, forced=jnp.where(mine, local, -1))
     scores, seen = region_scores(
-        q, descriptors, routed, selection, gaze=gaze, strategy=spec.routing, layer=layer, oracle=oracle
+        q,
+        descriptors.shape[1],
+        routed,
+        selection,
+        gaze=gaze,
+        strategy=spec.routing,
+        layer=layer,
+        described=described,
+        oracle=oracle,
+        first_head=first_head(q, descriptors.shape[1], gaze.select_per),
     )
-    budget = count(selection.budget, routed.visible)
-    capacity = descriptors.shape[2] if spec.capacity is None else spec.capacity
-    indices = routing.select_indices(scores, seen, budget, capacity, routed.permutation)
-    return indices[:, 0], scores[:, 0]
+    capacity = num_regions * context.ranks() if spec.capacity is None else spec.capacity
+    if context.ranks() == 1:
+        indices = routing.select_indices(scores, seen, budget, capacity, routed.permutation)[:, 0]
+    else:
+        found = candidates(scores, seen, capacity, routed.permutation, routed.first, start)
+        indices = context.best_across(found, budget, capacity)
+    return indices, scores[:, 0]

@@ -10,6 +10,7 @@ from gaze_jax.core.regions import pool_to_regions, to_regions
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Kind, Streams
 from gaze_jax.core.types import AnyArray, Array, ArrayTree, NamedArrays
+from gaze_jax.models import context
 from gaze_jax.models.attention import make_metadata
 from gaze_jax.models.cache import Cache, append, build_cache
 from gaze_jax.models.config import DTYPES, MLLMConfig
@@ -21,6 +22,12 @@ from gaze_jax.models.vision import Projector, VisionTower
 
 Images = Float[AnyArray, "B images height width 3"] | UInt8[AnyArray, "B images height width 3"]
 SampleId = Int[AnyArray, " B"] | Int[AnyArray, "B S"]
+
+
+def joined_positions(streams: Streams) -> Int[Array, "B N"]:
+    """RoPE positions of both streams, int32 [B, R * P + S], as :meth:`MLLM.embed_streams` orders them."""
+    visual = jnp.reshape(streams.visual_positions, (streams.visual_positions.shape[0], -1))
+    return context.concatenate(visual, streams.text_positions, 1)
 
 
 class MLLM(nn.Module):
@@ -57,12 +64,9 @@ class MLLM(nn.Module):
         batch, views = images.shape[:2]
         if images.dtype == jnp.uint8:
             images = normalised(images)
-        # Each device encodes the images of its own rows; merging the axes would lose their sharding.
-        flat = nn.with_logical_constraint(
-            images.reshape(batch * views, *images.shape[2:]), ("batch", None, None, None)
-        )
-        features = self.vision(flat)
-        return features.reshape(batch, views * features.shape[1], features.shape[2])
+        flat, restore = context.merged_rows(images)
+        features = restore(self.vision(flat))
+        return features.reshape(batch, views * features.shape[2], features.shape[3])
 
     def project(self, features: Float[Array, "B N channels"]) -> Float[Array, "B N M"]:
         """The rest of :meth:`encode`: what :meth:`tower` returns to [B, N, M]."""
@@ -108,7 +112,7 @@ class MLLM(nn.Module):
           features: [B, N, M] from :meth:`encode`; None for text alone.
           streams: the batch.
         """
-        return jnp.concatenate([self._embed_visual(features, streams), self._embed_text(streams)], axis=1)
+        return context.concatenate(self._embed_visual(features, streams), self._embed_text(streams), 1)
 
     def init_forward(self, images: Images | None) -> Float32[Array, "1 1 V"]:
         """Use every parameter once, to create them.
@@ -149,7 +153,7 @@ class MLLM(nn.Module):
         metadata = make_metadata(streams, self.config.gaze, sample_id, before)
         hidden, out = self.decoder.forward(
             x,
-            streams.positions,
+            joined_positions(streams),
             metadata,
             selection,
             spec,
@@ -157,8 +161,7 @@ class MLLM(nn.Module):
             keep_kv=keep_kv,
             keep_hidden=keep_hidden,
         )
-        # Counted from the start: there may be no text at all.
-        return hidden[:, x.shape[1] - streams.tokens.shape[1] :], out
+        return context.split(hidden, x.shape[1] - streams.tokens.shape[1], 1)[1], out
 
     def __call__(
         self,

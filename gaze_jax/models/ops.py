@@ -98,7 +98,8 @@ def embed(
         found = jax.lax.psum(jnp.where(here[..., None], found, 0).astype(dtype), vocab_axes)
         return jax.lax.all_to_all(found, width_axes, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
 
-    batch = PartitionSpec(rules.RULES["batch"])
+    # Tokens of a decoding step, one per row, are the same on all devices of "context".
+    batch = rules.partition_spec(("batch", "tokens")[: tokens.ndim])
     return jax.shard_map(
         call,
         mesh=mesh,

@@ -19,7 +19,7 @@ from gaze_jax.models.attention import AttentionMetadata, gaze_attention, make_me
 from gaze_jax.models.block import Angles, Attend, Block
 from gaze_jax.models.config import REMAT_POLICIES, MLLMConfig
 from gaze_jax.models.layers import rope_angles
-from gaze_jax.models.mllm import MLLM, Images, SampleId
+from gaze_jax.models.mllm import MLLM, Images, SampleId, joined_positions
 
 Out = TypeVar("Out")
 
@@ -116,7 +116,7 @@ def _call(side: Side, method: str, *arguments: object) -> Array:
 
 
 def _angles(config: MLLMConfig, streams: Streams) -> Angles:
-    return rope_angles(streams.positions, config.decoder.head_dim, config.decoder.rope_theta)
+    return rope_angles(joined_positions(streams), config.decoder.head_dim, config.decoder.rope_theta)
 
 
 class _Layers(NamedTuple):

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from gaze_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,14 @@ class MeshConfig:
         all devices that ``data`` leaves.
       tensor: number of devices that share every layer's work on the same tokens: attention by heads, the
         MLP by its hidden channels, embedding and logits by the vocabulary. It must divide the kv heads.
+      context: number of devices that share each sequence: its regions, its text and, in decoding, its cache.
+        They share a copy of the parameters as those of ``fsdp`` do.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:

@@ -13,8 +13,10 @@ from gaze_jax.errors import UserError
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
-    "tokens": (),
+    "images": ("data", "fsdp", "context"),
+    "embed": ("fsdp", "context"),
+    "tokens": ("context",),
+    "regions": ("context",),
     "width": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -160,8 +162,31 @@ def split_sizes(mesh: Mesh | AbstractMesh, name: str) -> tuple[tuple[str, ...], 
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of batch arrays: the first axis over all devices, the others not split."""
+    """Sharding of arrays with a leading axis of rows, which is split over devices with different rows."""
     return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def rows_of_process(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process reads, and into how many parts the processes divide them.
+
+    Processes whose devices share rows, because the mesh splits heads or sequences over them, read the same.
+
+    Raises:
+      UserError: the processes' rows overlap only in part.
+    """
+    _, blocks = split_sizes(mesh, "batch")
+    by_process: dict[int, set[int]] = {}
+    for place, device in enumerate(mesh.devices.reshape(blocks, -1)):
+        for each in device:
+            by_process.setdefault(each.process_index, set()).add(place)
+    parts = sorted({tuple(sorted(found)) for found in by_process.values()})
+    each = len(parts[0])
+    if [place for part in parts for place in part] != list(range(blocks)) or blocks != each * len(parts):
+        raise UserError(
+            f"The mesh {dict(mesh.shape)} gives processes rows that overlap in part; choose mesh.data and "
+            "mesh.fsdp so that each process has as many rows as every other, or the same."
+        )
+    return parts.index(tuple(sorted(by_process[jax.process_index()]))), len(parts)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

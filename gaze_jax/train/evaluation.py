@@ -107,7 +107,7 @@ def trace_function(experiment: Experiment, at: np.ndarray) -> Callable[[PyTree, 
         streams, sample = Streams.from_batch(batch), batch["sample_id"]
         final = keep_fraction(experiment, jnp.asarray(experiment.steps, jnp.int32))
         assert final is not None, "a dense model selects nothing"
-        visible = make_metadata(streams, experiment.model.gaze, sample).routed.visible
+        visible = make_metadata(streams, experiment.model.gaze, sample).routed.count
         passed = MLLM(experiment.model).apply(
             {"params": lora.joined(params, experiment.lora)},
             batch["images"],

@@ -133,8 +133,8 @@ def _budget(
     batch: Batch, streams: Streams, keep: Array | None, config: MLLMConfig
 ) -> tuple[Bool[Array, "B S R"], Int[Array, "B S"] | None]:
     """The regions that each query may select, and how many it does."""
-    visible = make_metadata(streams, config.gaze, batch["sample_id"]).routed.visible
-    return visible, None if keep is None else budget_from_keep(keep, visible)
+    routed = make_metadata(streams, config.gaze, batch["sample_id"]).routed
+    return routed.visible, None if keep is None else budget_from_keep(keep, routed.count)
 
 
 Mean = Callable[[Array], Array]

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Float32, Int
 
 from gaze_jax.core.streams import IGNORE
@@ -95,7 +94,8 @@ def token_losses(logits: Logits, targets: Int[Array, "B S"], teacher: Logits | N
     shapes = [given.table.shape for given in all_logits]
     if rows * columns == 1 or any(vocab % rows or width % columns for vocab, width in shapes):
         return TokenLosses(*_losses(all_logits, targets, _Parts()))
-    batch = PartitionSpec(rules.RULES["batch"])
+    # The devices of "context" share the columns too, and each has other tokens of the same rows.
+    batch = rules.partition_spec(("batch", "tokens"))
     specs = Logits(batch, rules.partition_spec(("vocab", "embed")))  # type: ignore[arg-type]
     out: tuple[Array, ...] = jax.shard_map(
         functools.partial(_losses, parts=_Parts(width_axes, columns, vocab_axes)),

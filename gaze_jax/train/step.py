@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from gaze_jax.core.streams import POOL_FIELDS, Streams
+from gaze_jax.data.dealing import dealt_batch
+from gaze_jax.data.padding import PADDING
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
 from gaze_jax.models.parameters import init_variables, with_shardings
@@ -181,13 +183,28 @@ def check_heads(model: MLLMConfig, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Put this process's rows of a batch onto the mesh; fields that a step does not read are dropped."""
-    sharding = rules.batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(batch[name]))
-        for name in BATCH_FIELDS
-        if name in batch or name not in POOL_FIELDS
-    }
+    """Put this process's rows of a batch onto the mesh; fields that a step does not read are dropped.
+
+    Where the devices of several processes share rows, each of these processes has all of them.
+    """
+    _, ranks = rules.split_sizes(mesh, "tokens")
+    _, groups = rules.rows_of_process(mesh)
+    arrays = dealt_batch({name: np.asarray(batch[name]) for name in BATCH_FIELDS if name in batch}, ranks)
+
+    def put(name: str) -> Array:
+        values = arrays[name]
+        sharding = batch_sharding(mesh, name)
+        shape = (values.shape[0] * groups, *values.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, values, shape)
+
+    return {name: put(name) for name in BATCH_FIELDS if name in batch or name not in POOL_FIELDS}
+
+
+def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    """The sharding of a batch's field: its rows, and where sequences are split its regions or tokens."""
+    axis, _ = PADDING.get(name, ("", 0))
+    names = {"regions": ("batch", "regions"), "text": ("batch", "tokens")}.get(axis, ("batch",))
+    return NamedSharding(mesh, rules.partition_spec(names))
 
 
 def keep_fraction(experiment: Experiment, step: Array) -> Array | None:

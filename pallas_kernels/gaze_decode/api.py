@@ -47,7 +47,8 @@ def compiler_splits(implementation: str) -> bool:
 
 def cache_axes(visual: Packed) -> tuple[str, ...]:
     """Names of the leading axes of every array in a packed cache."""
-    return ("batch", "kv_heads") if isinstance(visual, cpu.Layered) else ("layers", "batch", "kv_heads")
+    axes = ("batch", "kv_heads", "regions")
+    return axes if isinstance(visual, cpu.Layered) else ("layers", *axes)
 
 
 def one_layer(visual: Packed, layer: jax.Array) -> Packed:

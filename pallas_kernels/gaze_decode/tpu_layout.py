@@ -36,13 +36,19 @@ class Packed:
 
     Attributes:
       words: [L, B, K, R, W, n, 128] in the cache's dtype; R and W are at least 1.
-      regions, slots, dim: R, P and D before padding.
+      empty: there is no region, and the one in ``words`` holds nothing.
+      slots, dim: P and D before padding.
     """
 
     words: jax.Array
-    regions: int = dataclasses.field(metadata={"static": True})
+    empty: bool = dataclasses.field(metadata={"static": True})
     slots: int = dataclasses.field(metadata={"static": True})
     dim: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def regions(self) -> int:
+        """R; of a device's part of a cache that is split over a mesh, its own."""
+        return 0 if self.empty else self.words.shape[-4]
 
     @property
     def joint(self) -> bool:
@@ -100,7 +106,7 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
     words = jnp.concatenate([cut(k), cut(v)], axis=-1 if joint else -2)
     if scales is not None:
         words = jnp.concatenate([words, _scale_rows(*scales, max(1, regions))], axis=-3)
-    return Packed(words, regions, slots, dim)
+    return Packed(words, regions == 0, slots, dim)
 
 
 def _scale_rows(k_scale: jax.Array, v_scale: jax.Array, regions: int) -> jax.Array:
@@ -139,12 +145,12 @@ def reserve(packed: Packed, regions: int, slots: int) -> Packed:
     rows = _rows(slots, packed.per_row)
     tokens = grow.fill(packed.words[..., : packed.rows, :, :], {3: max(1, regions), 4: rows})
     if not packed.scaled:
-        return Packed(tokens, regions, slots, packed.dim)
+        return Packed(tokens, regions == 0, slots, packed.dim)
     # The scales of the values directly follow those of the keys, so a larger P moves them.
     scales = scales_of(packed.words[..., packed.rows :, :, :], packed.slots)
     k_scale, v_scale = (grow.fill(a, {-1: slots}) for a in scales)
     words = jnp.concatenate([tokens, _scale_rows(k_scale, v_scale, max(1, regions))], axis=-3)
-    return Packed(words, regions, slots, packed.dim)
+    return Packed(words, regions == 0, slots, packed.dim)
 
 
 def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:

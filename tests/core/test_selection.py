@@ -227,15 +227,14 @@ def test_edge_17_selection_twice_is_bitwise_equal():
 )
 def test_budget_from_keep(keep, visible, expected):
     """round(keep * regions in sight), at least 1: a 7-region image and a 555-region video share a setting."""
-    seen = jnp.arange(555)[None, None] < visible
-    budget = budget_from_keep(keep, seen)
+    budget = budget_from_keep(keep, jnp.full((1, 1), visible, jnp.int32))
     assert budget.dtype == jnp.int32
     assert budget.tolist() == [[expected]]
 
 
 def test_budget_from_keep_is_per_query():
     """Unequal samples and queries in a batch get unequal budgets from one traced fraction."""
-    seen = jnp.arange(20)[None, None] < jnp.array([[4, 8], [20, 0]])[:, :, None]
+    seen = jnp.array([[4, 8], [20, 0]], jnp.int32)
     assert jax.jit(budget_from_keep)(jnp.float32(0.5), seen).tolist() == [[2, 4], [10, 1]]
     per_sample = budget_from_keep(jnp.array([[0.25], [1.0]]), seen)
     assert per_sample.tolist() == [[1, 2], [20, 1]]
@@ -249,12 +248,13 @@ def test_a_fraction_of_all_with_a_limit_is_a_count(top_k):
     visible = np.arange(R) < rng.integers(0, R + 1, size=(B, T, 1))
     visible[0, 0] = False
     permutation = routing.tie_permutation(jnp.asarray(FIRST))
-    both = count(Keep(jnp.ones(()), jnp.int32(top_k)), jnp.asarray(visible))
+    in_sight = jnp.sum(jnp.asarray(visible), axis=-1, dtype=jnp.int32)
+    both = count(Keep(jnp.ones(()), jnp.int32(top_k)), in_sight)
     seen = jnp.asarray(visible)[:, :, None]
     for select, more in ((select_mask, ()), (select_indices, (4,))):
         found, wanted = (
             select(scores, seen, budget, *more, permutation) for budget in (both, jnp.int32(top_k))
         )
         np.testing.assert_array_equal(found, wanted)
-    assert count(Keep(0.5, 2), jnp.ones((1, 1, 7), bool)).item() == 2
-    assert count(Keep(0.1, 2), jnp.ones((1, 1, 7), bool)).item() == 1
+    assert count(Keep(0.5, 2), jnp.full((1, 1), 7, jnp.int32)).item() == 2
+    assert count(Keep(0.1, 2), jnp.full((1, 1), 7, jnp.int32)).item() == 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core.streams import IGNORE, Kind, Streams
+from gaze_jax.models.mllm import joined_positions
 from tests.helpers.streams import Newline, PlacedView, Text, batch, find, pack, pad, prefix, sample, shuffle
 
 PARTS = [Text(3), PlacedView(3, 5, newlines=True), Text(2), Newline(), PlacedView(2, 3), Text(4)]
@@ -116,4 +117,4 @@ def test_streams_without_context_are_those_that_never_had_any(context):
         for name, value in theirs.items():
             np.testing.assert_array_equal(mine[name], value, err_msg=name)
     assert not (np.asarray(found.kind) == Kind.CONTEXT).any()
-    np.testing.assert_array_equal(found.positions[:, -60:], found.text_positions)
+    np.testing.assert_array_equal(joined_positions(found)[:, -60:], found.text_positions)

@@ -47,7 +47,7 @@ def test_what_is_no_budget_is_refused(fields, sentence):
 def test_a_fraction_is_headed_as_the_device_counts_it(regions):
     """And the capacity is enough for every number of regions in sight."""
     for keep in np.linspace(0.01, 1, 67).tolist():
-        found = budget_from_keep(keep, jnp.ones((1, 1, regions), bool)).item()
+        found = budget_from_keep(keep, jnp.full((1, 1), regions, jnp.int32)).item()
         assert budget_count(keep, regions) == found
         assert selection_capacity([keep], regions) >= found
 

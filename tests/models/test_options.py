@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.core import routing
 from gaze_jax.core.layout import ViewConfig
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.schedule import Schedule
@@ -229,6 +230,7 @@ def _scores(route):
     order, first = jnp.arange(3, dtype=jnp.int32)[None] + 20, jnp.arange(5, dtype=jnp.int32)[None]
     routed = RoutedQueries(
         visible=jnp.ones((1, 3, 5), bool),
+        count=jnp.full((1, 3), 5, jnp.int32),
         order=order,
         sample=jnp.zeros((1, 1), jnp.int32),
         first=first,
@@ -236,12 +238,13 @@ def _scores(route):
     )
     scores, _ = region_scores(
         q,
-        keys,
+        2,
         routed,
         Selection(jnp.int32(2)),
         gaze=DUMMY.gaze,
         strategy=route,
         layer=jnp.int32(0),
+        described=lambda q: routing.descriptor_scores(q, keys, select_per="head"),
         oracle=lambda: jnp.zeros((1, 3, 4, 5)),
     )
     return np.asarray(scores)

@@ -361,7 +361,7 @@ def losses_of(batches):
     @jax.jit
     def nll(batch):
         streams = Streams.from_batch(batch)
-        visible = make_metadata(streams, MODEL.gaze, batch["sample_id"]).routed.visible
+        visible = make_metadata(streams, MODEL.gaze, batch["sample_id"]).routed.count
         selection = Selection(budget_from_keep(jnp.float32(0.5), visible))
         logits, _ = MLLM(MODEL).apply(params, batch["images"], streams, selection)
         at = jnp.maximum(streams.targets, 0)[..., None]

@@ -1,0 +1,353 @@
+"""Sequences that are split over devices: the mesh axis "context", whose devices are called ranks.
+
+A rank holds a part of the regions and of the text stream, dealt to the ranks in turn, in training, in prefill
+and in the cache. No key or value ever leaves its rank. Queries are sent to all ranks, each attends to its own
+keys, and the results are joined by the log-sum-exp of their logits. What is selected is decided from the
+scores of all ranks, so it is the same as on one device.
+
+Arrays of N tokens hold, rank after rank, its visual and then its text-stream tokens, so that every rank's
+tokens are one block. With one rank these are the visual tokens, then the text stream.
+
+Functions whose names end in ``across`` run inside ``jax.shard_map``, on one rank's arrays.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int32, Shaped
+
+from gaze_jax.core.budget import PerQuery
+from gaze_jax.core.candidates import Candidates, best
+from gaze_jax.core.routing import Routing
+from gaze_jax.core.types import AnyArray, Array
+from gaze_jax.parallel import rules
+from pallas_kernels import Windows
+from pallas_kernels.softmax import WithLse, joined, share
+
+AXIS = "context"
+
+Tree = TypeVar("Tree")
+Bundle = TypeVar("Bundle")
+Names = tuple[str | None, ...]
+
+
+def ranks() -> int:
+    """The number of devices that share a sequence, on the mesh in use; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
+
+
+def check(strategy: Routing, decode_implementation: str | None = None) -> None:
+    """Refuse what needs all keys in one place.
+
+    Raises:
+      ValueError: the strategy or the implementation does.
+    """
+    if decode_implementation == "offload":
+        raise ValueError(
+            "decode_implementation='offload' keeps a sequence's visual cache in the memory of one host, "
+            f"and mesh.context={ranks()} splits it; use one of the two."
+        )
+    if strategy.strategy == "oracle":
+        raise ValueError(
+            "Routing(strategy='oracle') compares all keys of a sequence, which "
+            f"mesh.context={ranks()} splits; use it with mesh.context=1."
+        )
+
+
+def concatenate(
+    first: Shaped[AnyArray, "..."], second: Shaped[AnyArray, "..."], axis: int
+) -> Shaped[Array, "..."]:
+    """Join two arrays along ``axis``, on each rank its parts."""
+    parts = ranks()
+    if parts == 1:
+        return jnp.concatenate([first, second], axis=axis)
+    both = jnp.concatenate([_by_rank(a, axis, parts) for a in (first, second)], axis=axis + 1)
+    return both.reshape(*first.shape[:axis], -1, *first.shape[axis + 1 :])
+
+
+def split(
+    both: Shaped[Array, "..."], size: int, axis: int
+) -> tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+    """Undo :func:`concatenate`; ``size`` is that of the first array."""
+    parts = ranks()
+    if parts == 1:
+        cut = jax.lax.slice_in_dim
+        return cut(both, 0, size, axis=axis), cut(both, size, both.shape[axis], axis=axis)
+    first, second = jnp.split(_by_rank(both, axis, parts), [size // parts], axis=axis + 1)
+
+    def flat(a: Array) -> Array:
+        return a.reshape(*both.shape[:axis], -1, *both.shape[axis + 1 :])
+
+    return flat(first), flat(second)
+
+
+def pad(a: Shaped[Array, "..."], axis: int, more: int, value: int = 0) -> Shaped[Array, "..."]:
+    """``a`` with ``more`` entries after the others, the same number on each rank."""
+    return concatenate(a, jnp.full((*a.shape[:axis], more, *a.shape[axis + 1 :]), value, a.dtype), axis)
+
+
+def _by_rank(a: Shaped[AnyArray, "..."], axis: int, parts: int) -> Shaped[Array, "..."]:
+    return jnp.reshape(a, (*a.shape[:axis], parts, a.shape[axis] // parts, *a.shape[axis + 1 :]))
+
+
+def merged_rows(
+    images: Shaped[AnyArray, "B N ..."],
+) -> tuple[Shaped[Array, "rows ..."], Callable[[Array], Array]]:
+    """Images of all rows as one axis, so that each device has those of its own rows, and its share of each.
+
+    Args:
+      images: [B, N, ...].
+
+    Returns:
+      [B * N, ...], with more rows of zeros if the ranks do not divide N, and a function that takes an array
+      with these rows to [B, N, ...].
+    """
+    parts, count = ranks(), images.shape[1]
+    _, groups = rules.split_sizes(jax.sharding.get_abstract_mesh(), "batch")
+    batch = images.shape[0]
+    groups = groups if batch % groups == 0 else 1
+    more = -count % parts
+    each = (count + more) // parts
+
+    def flat(a: Array) -> Array:
+        # Rows of a group of devices, then the images of a rank: the order of the devices that hold them.
+        a = jnp.pad(a, ((0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)))
+        a = jnp.moveaxis(a.reshape(groups, batch // groups, parts, each, *a.shape[2:]), 2, 1)
+        return nn.with_logical_constraint(
+            a.reshape(batch * parts * each, *a.shape[4:]), ("images", *[None] * (a.ndim - 4))
+        )
+
+    def restore(a: Array) -> Array:
+        a = jnp.moveaxis(a.reshape(groups, parts, batch // groups, each, *a.shape[1:]), 1, 2)
+        return a.reshape(batch, parts * each, *a.shape[4:])[:, :count]
+
+    return flat(jnp.asarray(images)), restore
+
+
+def axes_of(kind: Callable[..., Bundle], *names: Any) -> Bundle:
+    """A dataclass of arrays with the logical axes of each instead, for :func:`on_ranks`."""
+    return kind(*names)
+
+
+def on_ranks(
+    function: Callable[..., Any], arguments: tuple[Any, ...], names: tuple[Any, ...], out: Any
+) -> Any:
+    """Call ``function`` on each device's part of the arguments.
+
+    Args:
+      function: takes ``arguments``, trees of arrays.
+      arguments: its arguments; None stays None.
+      names: for each argument the logical axes of its arrays' leading dimensions, as one tuple for all of
+        them or as a tree. An axis of size 1 is not split.
+      out: the same for the result.
+    """
+
+    def spec(names: Names, a: Array | None = None) -> PartitionSpec:
+        if a is not None:
+            names = tuple(None if size == 1 else name for name, size in zip(names, a.shape))
+        return nn.logical_to_mesh_axes(names) or PartitionSpec()
+
+    def of(tree: Any, given: Any) -> Any:
+        """The specs of a tree of arrays; one tuple of names stands for all of them."""
+        if _is_names(given):
+            return jax.tree.map(functools.partial(spec, given), tree)
+        return jax.tree.map(lambda names, part: of(part, names), given, tree, is_leaf=_is_names)
+
+    return jax.shard_map(
+        function,
+        mesh=jax.sharding.get_abstract_mesh(),
+        in_specs=tuple(of(a, n) for a, n in zip(arguments, names, strict=True)),
+        out_specs=jax.tree.map(spec, out, is_leaf=_is_names),
+        check_vma=False,
+    )(*arguments)
+
+
+def _is_names(given: object) -> bool:
+    return isinstance(given, tuple) and all(name is None or isinstance(name, str) for name in given)
+
+
+def start_across(size: int) -> Array:
+    """The number of this rank's first region (or slot), of ``size`` per rank."""
+    return jax.lax.axis_index(AXIS) * size
+
+
+def gathered_across(tree: Tree, axis: int) -> Tree:
+    """All ranks' arrays, one after the other along ``axis``."""
+    return jax.tree.map(lambda a: jax.lax.all_gather(a, AXIS, axis=axis, tiled=True), tree)
+
+
+def scores_across(
+    score: Callable[[Float[Array, "B every H E"]], Float32[Array, "B every Hs R"]],
+    queries: Float[Array, "B T H E"],
+) -> Float32[Array, "B T Hs regions"]:
+    """Scores of all ranks' regions for this rank's queries.
+
+    Args:
+      score: scores of this rank's regions.
+      queries: [B, T, H, E].
+    """
+    scores = score(gathered_across(queries, 1))
+    return jax.lax.all_to_all(scores, AXIS, split_axis=1, concat_axis=3, tiled=True)
+
+
+def attend_across(
+    attend: Callable[[Array, Windows, Array | None], WithLse],
+    q: Float[Array, "B T H D"],
+    queries: Windows,
+    selected: Bool[Array, "B T Hs R"] | None,
+    *,
+    most: int,
+) -> Float[Array, "B T H D"]:
+    """Attention of this rank's queries to the keys of all ranks.
+
+    Args:
+      attend: attention of any number of queries to this rank's keys; takes queries [B, T, H, D], their
+        windows and, of this rank's regions, which are selected.
+      q: [B, T, H, D].
+      queries: their windows [B, T].
+      selected: bool [B, T, Hs, R], of all ranks' regions; None: no query is routed.
+      most: queries that each rank sends at once.
+    """
+
+    def block(given: tuple[Array, Windows, Array | None]) -> Array:
+        q, queries, selected = given
+        if selected is not None:
+            selected = jax.lax.all_to_all(selected, AXIS, split_axis=3, concat_axis=1, tiled=True)
+        out, lse = attend(*gathered_across((q, queries), 1), selected)
+        top = jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS)
+        weight = share(lse, top)
+        mine = functools.partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=1, tiled=True)
+        values, total = mine(out.astype(jnp.float32) * weight[..., None]), mine(weight)
+        return (values / jnp.where(total == 0, 1.0, total)[..., None]).astype(q.dtype)
+
+    length = q.shape[1]
+    if length <= most:
+        return block((q, queries, selected))
+    count = math.ceil(length / most)
+    size = math.ceil(length / count)
+
+    def cut(a: Array) -> Array:
+        # A query of segment -1 sees nothing; other fields of padding are not read.
+        wide = [(0, 0), (0, count * size - length), *[(0, 0)] * (a.ndim - 2)]
+        a = jnp.pad(a, wide, constant_values=-1 if a.dtype == jnp.int32 else 0)
+        return jnp.moveaxis(a.reshape(a.shape[0], count, size, *a.shape[2:]), 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(block), jax.tree.map(cut, (q, queries, selected)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
+
+
+def best_across(found: Candidates, budget: PerQuery, capacity: int) -> Int32[Array, "B Hs {capacity}"]:
+    """The Top-K of all ranks' candidates, the same on every rank; see :func:`candidates.best`."""
+    return best(gathered_across(found, 2), budget, capacity)
+
+
+def per_pass(capacity: int, regions: int) -> int:
+    """Regions that a rank attends to in one pass: its share of ``capacity`` and two standard deviations.
+
+    The regions are dealt in turn, so it seldom needs a second pass; at worst it has all ``capacity``.
+
+    Args:
+      capacity: J.
+      regions: regions of a rank.
+    """
+    even = capacity / ranks()
+    return min(capacity, regions, math.ceil(even) + math.ceil(2 * math.sqrt(even)))
+
+
+def attend_in_passes(
+    attend: Callable[[Int32[Array, "B Hs A"], bool], WithLse],
+    indices: Int32[Array, "B Hs J"],
+    regions: int,
+) -> WithLse:
+    """Attention to this rank's regions among those that are selected.
+
+    Args:
+      attend: takes regions int32 [B, Hs, A], numbered from this rank's first, -1 in unused slots, and whether
+        the text stream is attended to as well.
+      indices: int32 [B, Hs, J] selected regions of all ranks.
+      regions: regions of a rank.
+
+    Returns:
+      What ``attend`` returns, of all passes.
+    """
+    local, here = _local(indices, regions)
+    # This rank's regions first; their order does not matter.
+    _, mine = jax.lax.sort((~here, local), dimension=-1, num_keys=1)
+    size = per_pass(indices.shape[-1], regions)
+    _, passes = _counts(here, size)
+    mine = jnp.pad(mine, ((0, 0), (0, 0), (0, -mine.shape[-1] % size)), constant_values=-1)
+
+    def another(number: Array, so_far: WithLse) -> WithLse:
+        listed = jax.lax.dynamic_slice_in_dim(mine, number * size, size, axis=-1)
+        return joined(so_far, attend(listed, False))
+
+    return jax.lax.fori_loop(1, passes, another, attend(mine[..., :size], True))
+
+
+def work_across(
+    indices: Int32[Array, "B Hs J"], visible: Bool[Array, "B 1 R"], full: Bool[Array, ""] | None
+) -> dict[str, Int32[Array, "B 1"]]:
+    """What this rank does in a layer: the most regions that a selector has here, and the number of passes.
+
+    Args:
+      indices: selected regions of all ranks.
+      visible: this rank's regions that may be selected.
+      full: whether the layer reads every region; None: no.
+    """
+    regions = visible.shape[2]
+    _, here = _local(indices, regions)
+    count, passes = _counts(here, per_pass(indices.shape[-1], regions))
+    passes = jnp.broadcast_to(passes, count.shape)
+    if full is not None:
+        count = jnp.where(full, jnp.sum(visible, axis=2, dtype=jnp.int32), count)
+        passes = jnp.where(full, 1, passes)
+    return {"rank_regions": count, "rank_passes": passes}
+
+
+def _local(
+    indices: Int32[Array, "B Hs J"], regions: int
+) -> tuple[Int32[Array, "B Hs J"], Bool[Array, "B Hs J"]]:
+    """Regions by their number on this rank, -1 for those of others, and which are here."""
+    local = indices - start_across(regions)
+    here = (indices >= 0) & (local >= 0) & (local < regions)
+    return jnp.where(here, local, -1), here
+
+
+def _counts(here: Bool[Array, "B Hs J"], size: int) -> tuple[Int32[Array, "B 1"], Int32[Array, ""]]:
+    """The most regions of a row's selectors, and the passes of ``size`` that all rows need."""
+    count = jnp.max(jnp.sum(here, axis=-1, dtype=jnp.int32), axis=-1, keepdims=True)
+    return count, jnp.maximum(jnp.max(-(-count // size)), 1)
+
+
+def masses_across(
+    regions: Float32[Array, "B K G R"], text: Float32[Array, "B K G"]
+) -> tuple[Float32[Array, "B K G every"], Float32[Array, "B K G"]]:
+    """:func:`gaze_jax.core.routing.log_masses` of all ranks' keys, from each rank's."""
+    return gathered_across(regions, 3), jax.nn.logsumexp(jax.lax.all_gather(text, AXIS), axis=0)
+
+
+def join_across(part: WithLse) -> Float[Array, "B H D"]:
+    """The attention to the keys of all ranks, from each rank's."""
+    out, lse = part
+    weight = share(lse, jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS))
+    values = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], AXIS)
+    total = jax.lax.psum(weight, AXIS)
+    return (values / jnp.where(total == 0, 1.0, total)[..., None]).astype(out.dtype)
+
+
+def first_head_across(heads: int) -> Array | int:
+    """The number of this device's first head, of ``heads`` per device; another mesh axis splits them."""
+    axes, devices = rules.split_sizes(jax.sharding.get_abstract_mesh(), "heads")
+    return jax.lax.axis_index(axes) * heads if devices > 1 else 0
+
+
+def mean_over_heads_across(values: Float32[Array, "B S"]) -> Float32[Array, "B S"]:
+    """The mean of the devices that have different heads of the same queries."""
+    axes, devices = rules.split_sizes(jax.sharding.get_abstract_mesh(), "heads")
+    return jax.lax.pmean(values, axes) if devices > 1 else values

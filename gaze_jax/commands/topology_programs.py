@@ -4,7 +4,7 @@ Nothing is read but the config, and nothing is computed: every array is a shape.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,7 +225,7 @@ def _decode(experiment: Experiment, mesh: Mesh) -> _Call:
 def _sharded(cache: Cache, mesh: Mesh) -> Cache:
     """A cache of shapes, sharded as :func:`gaze_jax.models.cache.constrained` shards it."""
 
-    def split(tree: Any, names: tuple[str, ...]) -> Any:
+    def split(tree: Any, names: Sequence[str | None]) -> Any:
         sharding = NamedSharding(mesh, rules.partition_spec(names, "the cache"))
         return with_shardings(tree, jax.tree.map(lambda _: sharding, tree))
 

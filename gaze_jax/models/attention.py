@@ -59,7 +59,7 @@ class AttentionMetadata:
       visual, text: windows of the visual [B, R * P] and the text-stream [B, S] queries.
       places: order and segment of the keys, cached keys first.
       valid: bool [B, R, P] slots of the batch that hold a token.
-      tokens: int32 [B, R] number of tokens of each region, cached regions first.
+      tokens: int32 [B, every] tokens of each region, cached regions first and those of all devices.
       routed: the text-stream queries [B, S] that select regions.
     """
 
@@ -67,7 +67,7 @@ class AttentionMetadata:
     text: Windows
     places: KeyPlaces
     valid: Bool[Array, "B R P"]
-    tokens: Int32[Array, "B R"]
+    tokens: Int32[Array, "B every"]
     routed: RoutedQueries
 
 
@@ -264,30 +264,44 @@ def gaze_attention(
     if context.ranks() == 1:
         return call(q, k, v, metadata, selection, layer, past)
     context.check(spec.routing)
-    rows = ("batch", "tokens", "heads")
-    keys = ("batch", "kv_heads", "regions")
-    one = ("batch", "tokens")
-    out_names: dict[str, context.Names] = {field.name: keys for field in dataclasses.fields(Past)}
+    rows, keys = (*_TOKENS, "heads"), ("batch", "kv_heads", "regions")
+    found: dict[str, context.Names] = {field.name: keys for field in dataclasses.fields(Past)}
     if selection.budget is not None:
-        out_names |= {"scores": rows, "selected": rows} if spec.return_trace else {}
-        out_names |= {"entries": one} if spec.return_entries else {}
-    names = (rows, rows, rows, METADATA_AXES, SELECTION_AXES, (), keys)
-    return context.on_ranks(call, (q, k, v, metadata, selection, layer, past), names, (rows, out_names))
+        found |= {"scores": rows, "selected": rows} if spec.return_trace else {}
+        found |= {"entries": _TOKENS} if spec.return_entries else {}
+    return context.on_ranks(
+        call,
+        (q, k, v, metadata, selection, layer, past),
+        (rows, rows, rows, METADATA_AXES, SELECTION_AXES, (), keys),
+        (context.spec(rows), {name: context.spec(names) for name, names in found.items()}),
+    )
 
 
-METADATA_AXES = context.axes_of(
-    AttentionMetadata,
-    *[("batch", "tokens")] * 2,
-    context.axes_of(KeyPlaces, *[("batch", "regions")] * 2, *[("batch", "tokens")] * 2),
-    ("batch", "regions"),
-    ("batch", None),
-    context.axes_of(RoutedQueries, *[("batch", "tokens")] * 4, *[("batch", None)] * 2),
-)
-"""Logical axes of a batch's metadata on a mesh whose axis "context" splits sequences."""
+_TOKENS, _REGIONS = ("batch", "tokens"), ("batch", "regions")
+METADATA_AXES: context.Axes = {
+    "visual": _TOKENS,
+    "text": _TOKENS,
+    "places": {
+        "visual_order": _REGIONS,
+        "region_segment": _REGIONS,
+        "text_order": _TOKENS,
+        "text_segment": _TOKENS,
+    },
+    "valid": _REGIONS,
+    "tokens": ("batch",),
+    "routed": {
+        **dict.fromkeys(("visible", "count", "order", "sample"), _TOKENS),
+        **dict.fromkeys(("first", "permutation"), ("batch",)),
+    },
+}
+"""Logical axes of a batch's metadata, where sequences are split."""
 
-SELECTION_AXES = context.axes_of(
-    Selection, ("batch", "tokens"), ("batch", None), ("batch", "tokens", "heads"), ()
-)
+SELECTION_AXES: context.Axes = {
+    "budget": _TOKENS,
+    "bias": ("batch",),
+    "forced": (*_TOKENS, "heads"),
+    "full_layers": (),
+}
 """The same for a layer's selection."""
 
 

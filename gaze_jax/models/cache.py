@@ -6,7 +6,6 @@ Nothing is evicted. The cache is stacked over layers; every layer gets all of it
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -21,8 +20,6 @@ from gaze_jax.models.attention import Past
 from gaze_jax.models.config import GazeConfig
 from pallas_kernels import GazeSpec
 from pallas_kernels.gaze_decode import api
-
-Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -139,19 +136,12 @@ def with_regions(cache: Cache, gaze: GazeConfig, head_dim: int, *, regions: int,
     visual_order = jnp.pad(cache.visual_order, ((0, 0), (0, 0), (0, wider)), constant_values=EMPTY)
     return dataclasses.replace(
         cache,
-        visual=_on_each(reserve, (cache.visual,), (axes,), axes),
+        visual=reserve(cache.visual)
+        if context.ranks() == 1
+        else context.on_ranks(reserve, (cache.visual,), (axes,), context.spec(axes)),
         descriptors=context.pad(cache.descriptors, 3, regions),
         visual_order=context.pad(visual_order, 1, regions, EMPTY),
     )
-
-
-def _on_each(
-    function: Callable[..., Tree], arguments: tuple[Any, ...], names: tuple[Any, ...], out: Any
-) -> Tree:
-    """Call ``function``, if sequences are split on each rank's part; see :func:`context.on_ranks`."""
-    if context.ranks() == 1:
-        return function(*arguments)
-    return context.on_ranks(function, arguments, names, out)
 
 
 def append(
@@ -177,13 +167,17 @@ def append(
     visual_order = jnp.pad(visual_order, ((0, 0), (0, 0), (0, slots)), constant_values=EMPTY)
     text_order = jnp.where(streams.text_segment >= 0, streams.text_order, EMPTY)
     kept = {name: layers[name] for name in ("visual_k", "visual_v", "descriptors", "text_k", "text_v")}
+    write = functools.partial(_append, gaze=gaze)
     parts = context.ranks()
+    arguments = (cache, kept, visual_order, text_order, region // parts, write_index // parts)
+    if parts == 1:
+        return write(*arguments)
     axes, keys = cache_axes(cache), ("layers", "batch", "kv_heads", "regions")
-    return _on_each(
-        functools.partial(_append, gaze=gaze),
-        (cache, kept, visual_order, text_order, region // parts, write_index // parts),
-        (axes, keys, axes.visual_order, axes.text_order, (), ()),
-        axes,
+    return context.on_ranks(
+        write,
+        arguments,
+        (axes, keys, axes["visual_order"], axes["text_order"], (), ()),
+        jax.tree_util.tree_map_with_path(functools.partial(context.spec_at, axes), cache),
     )
 
 
@@ -264,7 +258,7 @@ def past_of(cache: Cache, layer: Int[Array, ""], gaze: GazeConfig, head_dim: int
 def constrained(cache: Cache) -> Cache:
     """The cache, sharded by its logical axes; unchanged without a mesh."""
 
-    def split(tree: ArrayTree, names: tuple[str, ...]) -> ArrayTree:
+    def split(tree: ArrayTree, names: context.Names) -> ArrayTree:
         return jax.tree.map(
             lambda a: nn.with_logical_constraint(a, (*names, *(None,) * (a.ndim - len(names)))), tree
         )
@@ -272,16 +266,19 @@ def constrained(cache: Cache) -> Cache:
     return by_axes(cache, split)
 
 
-def by_axes(cache: Cache, split: Callable[[ArrayTree, tuple[str, ...]], ArrayTree]) -> Cache:
+def by_axes(cache: Cache, split: Callable[[ArrayTree, context.Names], ArrayTree]) -> Cache:
     """``split`` of each part of a cache, with the logical axes of its leading dimensions."""
-    axes = cache_axes(cache)
-    names = [field.name for field in dataclasses.fields(Cache)]
-    return Cache(**{name: split(getattr(cache, name), getattr(axes, name)) for name in names})
+    return Cache(**{name: split(getattr(cache, name), axes) for name, axes in cache_axes(cache).items()})
 
 
-def cache_axes(cache: Cache) -> Cache:
+def cache_axes(cache: Cache) -> dict[str, context.Names]:
     """The logical axes of the leading dimensions of each part of a cache; those of ``visual``'s arrays."""
     stack = ("layers", "batch", "kv_heads")
-    text = (*stack, "tokens")
-    orders = ("batch", "regions"), ("batch", "tokens")
-    return context.axes_of(Cache, api.cache_axes(cache.visual), (*stack, "regions"), text, text, *orders)
+    return {
+        "visual": api.cache_axes(cache.visual),
+        "descriptors": (*stack, "regions"),
+        "text_k": (*stack, "tokens"),
+        "text_v": (*stack, "tokens"),
+        "visual_order": ("batch", "regions"),
+        "text_order": ("batch", "tokens"),
+    }

@@ -13,14 +13,15 @@ Functions whose names end in ``across`` run inside ``jax.shard_map``, on one ran
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, Float32, Int32, Shaped
+from jax.tree_util import KeyPath
+from jaxtyping import Bool, Float, Float32, Int, Int32, Shaped
 
 from gaze_jax.core.budget import PerQuery
 from gaze_jax.core.candidates import Candidates, best
@@ -33,7 +34,6 @@ from pallas_kernels.softmax import WithLse, joined, share
 AXIS = "context"
 
 Tree = TypeVar("Tree")
-Bundle = TypeVar("Bundle")
 Names = tuple[str | None, ...]
 
 
@@ -58,6 +58,11 @@ def check(strategy: Routing, decode_implementation: str | None = None) -> None:
             "Routing(strategy='oracle') compares all keys of a sequence, which "
             f"mesh.context={ranks()} splits; use it with mesh.context=1."
         )
+
+
+def stored_at(number: Int[Array, ""], size: int) -> Int[Array, ""]:
+    """Where an array of ``size`` regions or slots holds the one with a number: it is dealt to the ranks."""
+    return number % ranks() * (size // ranks()) + number // ranks()
 
 
 def concatenate(
@@ -130,46 +135,46 @@ def merged_rows(
     return flat(jnp.asarray(images)), restore
 
 
-def axes_of(kind: Callable[..., Bundle], *names: Any) -> Bundle:
-    """A dataclass of arrays with the logical axes of each instead, for :func:`on_ranks`."""
-    return kind(*names)
+Axes = Names | Mapping[str, Any]
+"""Logical axes of the leading dimensions of all arrays of a tree, or by name those of each field."""
+
+
+def spec(names: Names) -> PartitionSpec:
+    """How an array with these logical axes is split over the mesh in use."""
+    return nn.logical_to_mesh_axes(names) or PartitionSpec()
+
+
+def spec_at(axes: Axes, path: KeyPath, a: Array) -> PartitionSpec:
+    """:func:`spec` of an array at ``path`` in a tree with these axes; an axis of size 1 is not split."""
+    for key in path:
+        if not isinstance(axes, Mapping):
+            break
+        axes = axes[jax.tree_util.keystr((key,), simple=True)]
+    assert isinstance(axes, tuple), f"no axes of {jax.tree_util.keystr(path)}"
+    return spec(tuple(None if size == 1 else name for name, size in zip(axes, a.shape)))
 
 
 def on_ranks(
-    function: Callable[..., Any], arguments: tuple[Any, ...], names: tuple[Any, ...], out: Any
+    function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Axes, ...], out: Any
 ) -> Any:
     """Call ``function`` on each device's part of the arguments.
 
     Args:
-      function: takes ``arguments``, trees of arrays.
-      arguments: its arguments; None stays None.
-      names: for each argument the logical axes of its arrays' leading dimensions, as one tuple for all of
-        them or as a tree. An axis of size 1 is not split.
-      out: the same for the result.
+      function: takes ``arguments``, trees of arrays; None stays None.
+      arguments: its arguments.
+      axes: the logical axes of each.
+      out: partition specs of the result.
     """
-
-    def spec(names: Names, a: Array | None = None) -> PartitionSpec:
-        if a is not None:
-            names = tuple(None if size == 1 else name for name, size in zip(names, a.shape))
-        return nn.logical_to_mesh_axes(names) or PartitionSpec()
-
-    def of(tree: Any, given: Any) -> Any:
-        """The specs of a tree of arrays; one tuple of names stands for all of them."""
-        if _is_names(given):
-            return jax.tree.map(functools.partial(spec, given), tree)
-        return jax.tree.map(lambda names, part: of(part, names), given, tree, is_leaf=_is_names)
-
     return jax.shard_map(
         function,
         mesh=jax.sharding.get_abstract_mesh(),
-        in_specs=tuple(of(a, n) for a, n in zip(arguments, names, strict=True)),
-        out_specs=jax.tree.map(spec, out, is_leaf=_is_names),
+        in_specs=tuple(
+            jax.tree_util.tree_map_with_path(functools.partial(spec_at, names), a)
+            for a, names in zip(arguments, axes, strict=True)
+        ),
+        out_specs=out,
         check_vma=False,
     )(*arguments)
-
-
-def _is_names(given: object) -> bool:
-    return isinstance(given, tuple) and all(name is None or isinstance(name, str) for name in given)
 
 
 def start_across(size: int) -> Array:

@@ -106,9 +106,10 @@ def append_token(
     else:
         rank, slot = write_index % context.ranks(), write_index // context.ranks()
         mine = jnp.arange(context.ranks(), dtype=jnp.int32) == rank
-        names = (cache_axes(cache).text_k, ("batch", None, "kv_heads"), (), (), ("tokens",))
+        names = ("layers", "batch", "kv_heads", "tokens")
+        axes = (names, ("batch", None, "kv_heads"), (), (), ("tokens",))
         stacks = [
-            context.on_ranks(write, (*pair, layer, slot, mine), names, names[0])
+            context.on_ranks(write, (*pair, layer, slot, mine), axes, context.spec(names))
             for pair in ((cache.text_k, k), (cache.text_v, v))
         ]
     return dataclasses.replace(cache, text_k=stacks[0], text_v=stacks[1])
@@ -146,31 +147,40 @@ def decode_attention(
     if context.ranks() == 1:
         return call(q, cache, masks, selection, layer)
     context.check(spec.routing, gaze.decode_implementation)
-    heads = ("batch", "heads")
-    out_names: dict[str, context.Names] = {}
+    heads, by_rank = ("batch", "heads"), ("batch", "regions")
+    found: dict[str, context.Names] = {}
     if selection.budget is not None:
-        by_rank = ("batch", "regions")
-        out_names = {"indices": heads, "scores": (*heads, "regions")}
-        out_names |= {"rank_regions": by_rank, "rank_passes": by_rank}
-        out_names |= {"selected": heads} if spec.return_trace else {}
+        found = {"indices": heads, "scores": (*heads, "regions")}
+        found |= {"rank_regions": by_rank, "rank_passes": by_rank}
+        found |= {"selected": heads} if spec.return_trace else {}
     if spec.return_trace:
-        out_names |= {"attention": heads, "dense": heads}
+        found |= {"attention": heads, "dense": heads}
     rows = ("batch", None, "heads")
-    names = (rows, cache_axes(cache), MASK_AXES, SELECTION_AXES, ())
-    return context.on_ranks(call, (q, cache, masks, selection, layer), names, (rows, out_names))
+    return context.on_ranks(
+        call,
+        (q, cache, masks, selection, layer),
+        (rows, cache_axes(cache), MASK_AXES, SELECTION_AXES, ()),
+        (context.spec(rows), {name: context.spec(names) for name, names in found.items()}),
+    )
 
 
-MASK_AXES = context.axes_of(
-    DecodeMasks,
-    ("batch", "regions"),
-    ("batch", "tokens"),
-    context.axes_of(
-        RoutedQueries, ("batch", None, "regions"), *[("batch",)] * 3, *[("batch", "regions")] * 2
-    ),
-)
-"""Logical axes of a step's masks on a mesh whose axis "context" splits sequences."""
+MASK_AXES: context.Axes = {
+    "visual": ("batch", "regions"),
+    "text": ("batch", "tokens"),
+    "routed": {
+        "visible": ("batch", None, "regions"),
+        **dict.fromkeys(("count", "order", "sample"), ("batch",)),
+        **dict.fromkeys(("first", "permutation"), ("batch", "regions")),
+    },
+}
+"""Logical axes of a step's masks, where sequences are split."""
 
-SELECTION_AXES = context.axes_of(Selection, ("batch",), ("batch", "regions"), ("batch", None, "heads"), ())
+SELECTION_AXES: context.Axes = {
+    "budget": ("batch",),
+    "bias": ("batch", "regions"),
+    "forced": ("batch", None, "heads"),
+    "full_layers": (),
+}
 """The same for a layer's selection."""
 
 

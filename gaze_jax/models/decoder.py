@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int
 
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.types import AnyArray, Array, ArrayTree, NamedArrays
-from gaze_jax.models import ops, unstacked
+from gaze_jax.models import context, ops, unstacked
 from gaze_jax.models.attention import AttentionMetadata
 from gaze_jax.models.block import Block
 from gaze_jax.models.cache import Cache, packed_layer, past_of
@@ -183,8 +183,7 @@ class Decoder(nn.Module):
         selection.check(spec.routing)
         c = self.config.decoder
         angles = rope_angles(positions[:, None], c.head_dim, c.rope_theta)
-        zero = jnp.zeros((), jnp.int32)
-        at = (zero, position.write_index)
+        at = (jnp.zeros((), jnp.int32), context.stored_at(position.write_index, cache.text_order.shape[1]))
         text_order = jax.lax.dynamic_update_slice(cache.text_order, position.order[:, None], at)
         cache = dataclasses.replace(cache, text_order=text_order)
         layers = jnp.arange(c.depth, dtype=jnp.int32)

@@ -9,12 +9,13 @@ from gaze_jax.parallel.mesh import AXES, MeshConfig, axis_sizes, make_mesh
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ((-1, 1, 1), 8, (8, 1, 1)),
-        ((-1, 4, 1), 8, (2, 4, 1)),
-        ((2, -1, 2), 8, (2, 2, 2)),
-        ((2, 1, -1), 8, (2, 1, 4)),
-        ((2, 4, 1), 8, (2, 4, 1)),
-        ((-1, 1, 1), 1, (1, 1, 1)),
+        ((-1, 1, 1, 1), 8, (8, 1, 1, 1)),
+        ((-1, 4, 1, 1), 8, (2, 4, 1, 1)),
+        ((2, -1, 2, 1), 8, (2, 2, 2, 1)),
+        ((2, 1, -1, 2), 8, (2, 1, 2, 2)),
+        ((1, 2, 1, -1), 8, (1, 2, 1, 4)),
+        ((2, 4, 1, 1), 8, (2, 4, 1, 1)),
+        ((-1, 1, 1, 1), 1, (1, 1, 1, 1)),
     ],
 )
 def test_minus_one_is_what_the_other_axes_leave(sizes, devices, expected):
@@ -22,10 +23,16 @@ def test_minus_one_is_what_the_other_axes_leave(sizes, devices, expected):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-2, 1, 1), (8, 2, 1), (8, 1, 2)], ids=str
+    "sizes",
+    [
+        *[(3, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (0, 8, 1, 1), (-2, 1, 1, 1)],
+        *[(8, 2, 1, 1), (8, 1, 2, 1), (8, 1, 1, 2), (-1, 1, 1, -1)],
+    ],
+    ids=str,
 )
 def test_sizes_that_do_not_fit_the_devices_are_named(sizes):
-    with pytest.raises(UserError, match="mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*sizes)):
+    written = "mesh.data={}, mesh.fsdp={}, mesh.tensor={}, mesh.context={}".format(*sizes)
+    with pytest.raises(UserError, match=written):
         axis_sizes(MeshConfig(*sizes), 8)
 
 

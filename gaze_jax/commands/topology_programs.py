@@ -18,6 +18,7 @@ from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.corpora.config import CorpusConfig
 from gaze_jax.corpora.digits import sequence_lengths
 from gaze_jax.corpora.phrases import build_tokenizer
+from gaze_jax.data.dealing import field_sharding
 from gaze_jax.data.padding import PADDING
 from gaze_jax.errors import UserError
 from gaze_jax.families import MODELS, get_family
@@ -27,7 +28,7 @@ from gaze_jax.models import MLLM, Cache, DecodePosition, MLLMConfig
 from gaze_jax.models.cache import by_axes, constrained
 from gaze_jax.models.parameters import abstract_params, with_shardings
 from gaze_jax.parallel import rules
-from gaze_jax.parallel.mesh import AXES, make_mesh
+from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train.config import Experiment, parse, resolve
 from gaze_jax.train.step import BATCH_FIELDS, abstract_state, check_mesh, shardings_of, step_function
 from gaze_jax.train.teacher import abstract_teacher
@@ -111,7 +112,9 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
     """
     text, regions, images = _row_sizes(experiment)
     check_mesh(experiment, mesh)
-    sharding, batch = rules.batch_sharding(mesh), experiment.batch_size
+    _, ranks = rules.split_sizes(mesh, "tokens")
+    text, regions = (-(-size // ranks) * ranks for size in (text, regions))
+    batch = experiment.batch_size
     layout = experiment.model.layout
     views = get_family(layout.views.style).views
     shapes: dict[str, tuple[int, ...]] = {
@@ -128,7 +131,9 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
     pixels = jnp.uint8 if isinstance(experiment.data, CorpusConfig) else jnp.float32
     dtypes = {"images": pixels, "pool_weights": jnp.float32}
     return {
-        name: jax.ShapeDtypeStruct((batch, *shapes[name]), dtypes.get(name, jnp.int32), sharding=sharding)
+        name: jax.ShapeDtypeStruct(
+            (batch, *shapes[name]), dtypes.get(name, jnp.int32), sharding=field_sharding(mesh, name)
+        )
         for name in BATCH_FIELDS
         if name not in POOL_FIELDS or not views.tower_tokens
     }
@@ -247,10 +252,10 @@ def mesh_of(experiment: Experiment, devices: Any, topology: str, program: Progra
       UserError: its sizes do not fit them, or the chips cannot be arranged so.
     """
     sizes = dataclasses.asdict(experiment.mesh)
-    if program != "train" and any(sizes[name] not in (1, -1) for name in AXES if name != "data"):
+    if program != "train" and any(sizes[name] not in (1, -1) for name in ("fsdp", "tensor")):
         raise UserError(
-            f"--program={program} splits only sequences, over the axis data; leave out the other sizes of "
-            "--config.mesh."
+            f"--program={program} splits batches over the axis data and sequences over context; leave out "
+            "--config.mesh.fsdp and --config.mesh.tensor."
         )
     try:
         return make_mesh(experiment.mesh, devices)

@@ -6,12 +6,22 @@ An array holds the ranks' parts one after the other; the order of storage means 
 """
 
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Shaped
 
 from gaze_jax.data.padding import PADDING
 from gaze_jax.data.placement import Arrays
+from gaze_jax.parallel import rules
 
-_SPLIT = ("regions", "text")
+_SPLIT = {"regions": "regions", "text": "tokens"}
+"""The axes of padded fields that are dealt, and their logical axes."""
+
+
+def field_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    """The sharding of a batch's field: of its rows, and of its regions or tokens if sequences are split."""
+    axis, _ = PADDING.get(name, ("", 0))
+    names = ("batch", _SPLIT[axis]) if axis in _SPLIT else ("batch",)
+    return NamedSharding(mesh, rules.partition_spec(names))
 
 
 def dealt(

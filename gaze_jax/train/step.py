@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from gaze_jax.core.streams import POOL_FIELDS, Streams
-from gaze_jax.data.dealing import dealt_batch
-from gaze_jax.data.padding import PADDING
+from gaze_jax.data.dealing import dealt_batch, field_sharding
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
 from gaze_jax.models.parameters import init_variables, with_shardings
@@ -149,9 +148,15 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     """Check that the devices of a mesh can share the rows of a batch and the heads of the model.
 
     Raises:
-      UserError: they cannot.
+      UserError: they cannot, or they split sequences and the objective cannot.
     """
     check_heads(experiment.model, mesh)
+    _, ranks = rules.split_sizes(mesh, "tokens")
+    if ranks > 1 and experiment.objective.name == "distill":
+        raise UserError(
+            f"mesh.context={ranks} splits sequences, and objective.name='distill' compares whole ones; use "
+            "mesh.fsdp or mesh.tensor to share memory."
+        )
     _, devices = rules.split_sizes(mesh, "batch")
     rows = experiment.batch_size // experiment.accumulate
     if rows % devices:
@@ -193,18 +198,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
 
     def put(name: str) -> Array:
         values = arrays[name]
-        sharding = batch_sharding(mesh, name)
+        sharding = field_sharding(mesh, name)
         shape = (values.shape[0] * groups, *values.shape[1:])
         return jax.make_array_from_process_local_data(sharding, values, shape)
 
     return {name: put(name) for name in BATCH_FIELDS if name in batch or name not in POOL_FIELDS}
-
-
-def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
-    """The sharding of a batch's field: its rows, and where sequences are split its regions or tokens."""
-    axis, _ = PADDING.get(name, ("", 0))
-    names = {"regions": ("batch", "regions"), "text": ("batch", "tokens")}.get(axis, ("batch",))
-    return NamedSharding(mesh, rules.partition_spec(names))
 
 
 def keep_fraction(experiment: Experiment, step: Array) -> Array | None:

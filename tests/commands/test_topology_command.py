@@ -172,7 +172,7 @@ def test_inference_is_split_over_sequences_only():
     experiment = tiny_experiment()
     sizes = {"data": 4, "fsdp": 2, "tensor": 1}
     assert programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "train").shape == sizes
-    with pytest.raises(UserError, match=r"--program=decode splits only sequences.*sizes of --config\.mesh"):
+    with pytest.raises(UserError, match=r"--program=decode splits batches.*leave out --config\.mesh\.fsdp"):
         programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "decode")
 
 

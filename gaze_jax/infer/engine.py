@@ -21,6 +21,7 @@ from gaze_jax.core.budget import ALL_REGIONS, Keep
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import EMPTY, IGNORE, Kind, Streams
+from gaze_jax.data.dealing import collected, dealt, dealt_batch, field_sharding, joined, up
 from gaze_jax.data.padding import pad_to
 from gaze_jax.data.pipeline import prompt_length, stack
 from gaze_jax.infer.programs import (
@@ -37,7 +38,7 @@ from gaze_jax.infer.programs import (
 )
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
-from gaze_jax.parallel.rules import batch_sharding, flax_rules
+from gaze_jax.parallel.rules import batch_sharding, flax_rules, split_sizes
 
 Array = jax.Array
 Arrays = Mapping[str, np.ndarray]
@@ -55,7 +56,8 @@ class Engine:
       selection: called before every prefill and decode; returns what queries may select, with arrays of
         ``batch`` rows.
       routing: where region scores come from.
-      mesh: devices that the rows are split over; None means one device.
+      mesh: devices that the rows are split over, and each row's sequence if it has an axis "context"; None
+        means one device.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Engine:
         self._model, self._params = model, params
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.rows = len(rows)
-        devices = 1 if self._mesh is None else self._mesh.size
+        devices, self._ranks = 1, 1
+        if self._mesh is not None:
+            devices, self._ranks = (split_sizes(self._mesh, name)[1] for name in ("batch", "regions"))
         self.batch = bucket(-(-len(rows) // devices)) * devices
         blank = np.zeros(self.batch, np.int32)
         names = [int(row["sample_id"]) for row in rows]
@@ -81,7 +85,7 @@ class Engine:
         self._held = np.zeros(len(rows), bool)
         self._ends: frozenset[int] = frozenset()
         read = self._hold(rows)
-        sizes = _sizes(read)
+        sizes = _sizes(read, self._ranks)
         self.slots = sizes["slots"]
         self.capacity = sizes["regions"]
         self.regions = max(len(row["visual_src"]) for row in read)
@@ -142,9 +146,17 @@ class Engine:
         padded = [pad_to(_trim_slots(row, sizes["slots"]), **sizes) for row in rows]
         return stack(padded + [padded[0]] * (self.batch - len(padded)))
 
-    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[Array | None, Streams, Array]:
-        images = batch["images"] if batch["images"].shape[1] else None
-        return self._put(images), self._put(Streams.from_batch(batch)), self._put(self._state.sample)
+    def _inputs(
+        self, batch: dict[str, np.ndarray], region: int = 0, slot: int = 0
+    ) -> tuple[Array | None, Streams, Array]:
+        """Arguments of a program; ``region`` and ``slot`` are the numbers of the first ones in the cache."""
+        if self._mesh is not None:
+            dealt = dealt_batch(batch, self._ranks, region=region, slot=slot)
+            put = {name: jax.device_put(a, field_sharding(self._mesh, name)) for name, a in dealt.items()}
+        else:
+            put = {name: jnp.asarray(a) for name, a in batch.items()}
+        images = put["images"] if put["images"].shape[1] else None
+        return images, Streams.from_batch(put), self._put(self._state.sample)
 
     def _record_kinds(self, rows: Sequence[Arrays], write_index: int) -> None:
         """Record the kind of each text-stream slot that was written, and advance the write index."""
@@ -156,7 +168,7 @@ class Engine:
         self._state = dataclasses.replace(self._state, write_index=np.int32(write_index + longest))
 
     def _kinds(self, slots: int) -> np.ndarray:
-        """int32 [B, slots], the kind of token in each slot; decoded tokens and free slots are TEXT."""
+        """int32 [B, slots], the kind of token by slot number; decoded tokens and free slots are TEXT."""
         return np.pad(self._kind, ((0, 0), (0, slots - self._kind.shape[1])), constant_values=Kind.TEXT)
 
     @property
@@ -181,11 +193,11 @@ class Engine:
             return chosen
         bias = np.asarray(chosen.bias)
         # In NumPy: each number of regions would be another program for JAX.
-        padded = np.zeros((*bias.shape[:2], self.capacity + more), np.float32)
-        after = bias[..., self.regions :]
-        padded[..., : min(self.regions, bias.shape[2])] = bias[..., : self.regions]
-        padded[..., self.capacity : self.capacity + after.shape[2]] = after
-        return dataclasses.replace(chosen, bias=jnp.asarray(padded))
+        cached, new = (np.zeros((*bias.shape[:2], size), np.float32) for size in (self.capacity, more))
+        before, after = bias[..., : self.regions], bias[..., self.regions :]
+        cached[..., : before.shape[2]], new[..., : after.shape[2]] = before, after
+        cached, new = dealt(cached, 2, self._ranks), dealt(new, 2, self._ranks, start=self.regions)
+        return dataclasses.replace(chosen, bias=jnp.asarray(joined(cached, new, 2, self._ranks)))
 
     def fits(self, *, text: int, regions: int, slots: int) -> bool:
         """Whether ``text`` tokens and ``regions`` regions of ``slots`` fit without growing the cache."""
@@ -198,7 +210,7 @@ class Engine:
         missing = text - self.free_slots
         free_slots = bucket(slots_now + max(missing, slots_now // 2)) - slots_now if missing > 0 else 0
         wanted = self.regions + regions
-        more = bucket(wanted) - self.capacity if wanted > self.capacity else 0
+        more = up(bucket(wanted), self._ranks) - self.capacity if wanted > self.capacity else 0
         wider = max(slots, self.slots)
         if free_slots or more or wider > self.slots:
             with self._devices():
@@ -221,15 +233,18 @@ class Engine:
         read = self._hold(rows)
         if not any(len(row["kind"]) or len(row["visual_src"]) for row in read):
             return
-        sizes = _sizes(read)
-        self.reserve(text=sizes["text"] + 1, regions=sizes["regions"], slots=sizes["slots"])
+        sizes = _sizes(read, self._ranks)
+        # Where a rank's part of the new ones begins, it may leave a place that another rank fills.
+        apart = self._ranks - 1
+        text, regions = sizes["text"] + 1 + apart, sizes["regions"] and sizes["regions"] + apart
+        self.reserve(text=text, regions=regions, slots=sizes["slots"])
         sizes["slots"] = self.slots
         write_index = int(self._state.write_index)
         with self._devices():
             self._cache = extend_step(
                 self._model,
                 self._params,
-                *self._inputs(self._batch(read, sizes)),
+                *self._inputs(self._batch(read, sizes), self.regions, write_index),
                 self._cache,
                 _as_budgets(self.selection(sizes["regions"])),
                 np.int32(self.regions),
@@ -301,12 +316,13 @@ class Engine:
                     self._put(_padded(sampling, self.batch)),
                     last,
                     np.int32(steps),
-                    self._put(self._kinds(self._cache.text_order.shape[1])),
+                    self._put(dealt(self._kinds(self._cache.text_order.shape[1]), 1, self._ranks)),
                     spec=dataclasses.replace(self._spec, capacity=capacity),
                     returns=returns,
                 )
             self._cache = dataclasses.replace(cache, **updated)
             found, after = jax.device_get((found, after))
+            found |= {name: collected(found[name], -1, self._ranks) for name in _BY_REGION if name in found}
             ran = int(after.write_index - state.write_index)
             state = self._state = after
             generated += ran
@@ -325,6 +341,9 @@ class Engine:
         placed = self._put(dataclasses.replace(state, write_index=None))
         return dataclasses.replace(placed, write_index=np.int32(state.write_index))
 
+
+_BY_REGION = ("selected", "scores", "attention", "dense")
+"""Outputs of decoding with a last axis R."""
 
 _TEXT_FIELDS = (
     "tokens",
@@ -352,15 +371,15 @@ def _trim_slots(row: Arrays, slots: int) -> dict[str, np.ndarray]:
     return {name: a[:, :slots] if name.startswith(("visual_", "pool_")) else a for name, a in row.items()}
 
 
-def _sizes(rows: Sequence[Arrays]) -> dict[str, int]:
-    """The smallest bucket that holds all rows."""
+def _sizes(rows: Sequence[Arrays], ranks: int) -> dict[str, int]:
+    """The smallest bucket that holds all rows and that ``ranks`` devices can share."""
 
     def most(name: str, axis: int = 0) -> int:
         return max(row[name].shape[axis] for row in rows)
 
     return {
-        "regions": bucket(most("visual_src")),
-        "text": prompt_length(max(most("kind"), 1)),
+        "regions": up(bucket(most("visual_src")), ranks),
+        "text": up(prompt_length(max(most("kind"), 1)), ranks),
         "images": bucket(most("images")),
         # Rows without media do not count: their number of slots is only the layout's maximum.
         "slots": max((row["visual_src"].shape[1] for row in rows if len(row["visual_src"])), default=1),

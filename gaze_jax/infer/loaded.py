@@ -33,6 +33,7 @@ from gaze_jax.infer.prompt import FAMILY, PLAIN, PromptBuilder
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.config import GazeConfig, VisionConfig
 from gaze_jax.models.unstacked import split_layers
+from gaze_jax.parallel.rules import split_sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -198,9 +199,11 @@ class LoadedModel:
             )
         if fits:
             return
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices, ranks = 1, 1
+        if self.mesh is not None:
+            devices, ranks = (split_sizes(self.mesh, name)[1] for name in ("batch", "regions"))
         device = jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        sizes = -(-count // devices), regions, slots, text
+        sizes = -(-count // devices), -(-regions // ranks), slots, -(-text // ranks)
         needed = cache_bytes(self.config, *sizes, on_host=device.platform == "cpu")
         free = free_bytes(device)
         if free is not None and needed > free:

@@ -159,8 +159,8 @@ def append(
       cache: the cache. The caller must make sure that the tokens fit; otherwise they overwrite others.
       layers, streams: as in :func:`build_cache`.
       gaze: the model's gaze settings.
-      region, write_index: int32 scalars, the first free region and text-stream slot, the same in every row;
-        multiples of the number of ranks.
+      region, write_index: int32 scalars, the first free region and text-stream slot, the same in every row.
+        Ranks that share sequences must have free as many as the tokens, and one more.
     """
     visual_order = jnp.where(streams.visual_valid, streams.visual_order, EMPTY)
     slots = cache.visual_order.shape[2] - visual_order.shape[2]
@@ -168,9 +168,8 @@ def append(
     text_order = jnp.where(streams.text_segment >= 0, streams.text_order, EMPTY)
     kept = {name: layers[name] for name in ("visual_k", "visual_v", "descriptors", "text_k", "text_v")}
     write = functools.partial(_append, gaze=gaze)
-    parts = context.ranks()
-    arguments = (cache, kept, visual_order, text_order, region // parts, write_index // parts)
-    if parts == 1:
+    arguments = (cache, kept, visual_order, text_order, region, write_index)
+    if context.ranks() == 1:
         return write(*arguments)
     axes, keys = cache_axes(cache), ("layers", "batch", "kv_heads", "regions")
     return context.on_ranks(
@@ -193,6 +192,8 @@ def _append(
 ) -> Cache:
     spec = decode_spec(gaze, cache.text_k.shape[-1])
     zero = jnp.zeros((), jnp.int32)
+    if context.ranks() > 1:
+        region, write_index = (context.first_across(number) for number in (region, write_index))
 
     def write(
         stack: Float[Array, "L B K space D"], new: Float[Array, "L B K N D"], start: Int[Array, ""]

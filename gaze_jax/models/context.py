@@ -182,6 +182,11 @@ def start_across(size: int) -> Array:
     return jax.lax.axis_index(AXIS) * size
 
 
+def first_across(number: Int[Array, ""]) -> Int[Array, ""]:
+    """Where this rank holds the first of its regions or slots whose number is at least ``number``."""
+    return (number + (jax.lax.axis_index(AXIS) - number) % ranks()) // ranks()
+
+
 def gathered_across(tree: Tree, axis: int) -> Tree:
     """All ranks' arrays, one after the other along ``axis``."""
     return jax.tree.map(lambda a: jax.lax.all_gather(a, AXIS, axis=axis, tiled=True), tree)

@@ -82,8 +82,7 @@ def training_iterator(
     first: int = 0,
     stop: int | None = None,
     num_workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """This process's share of a shuffled stream of batches, which is endless without ``stop``.
 
@@ -98,24 +97,23 @@ def training_iterator(
       stop: number of the batch after the last; workers make none that nobody takes.
       num_workers: worker processes that prepare batches; 0 uses threads of this process. The batches
         are the same.
-      process_index, process_count: index of this process and number of processes.
+      rows: which part of a batch's rows this process reads, and into how many parts they are divided.
 
     Returns:
-      An iterator of dicts of numpy arrays with a leading axis of batch_size / process_count: the rows of the
-      batch that follow those of the processes before this one.
+      An iterator of dicts of numpy arrays with a leading axis of the rows of the part, which follow those of
+      the parts before it.
 
     Raises:
-      ValueError: the batch size is not a multiple of the processes, or the source is smaller than a batch.
+      ValueError: the batch size is not a multiple of the parts, or the source is smaller than a batch.
     """
-    if config.batch_size % process_count:
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of the {process_count} processes."
-        )
+    part, parts = rows
+    if config.batch_size % parts:
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {parts} processes.")
     if len(source) < config.batch_size:
         raise ValueError(f"{source!r} has {len(source)} samples, fewer than batch_size={config.batch_size}.")
     dataset = grain.MapDataset.source(source).shuffle(seed=config.seed).repeat()[:_ENDLESS]
     dataset = dataset.map(_ProcessAndPad(processor, config.bucket))
-    dataset = dataset.batch(config.batch_size // process_count)[process_index::process_count][first:stop]
+    dataset = dataset.batch(config.batch_size // parts)[part::parts][first:stop]
     # One thread: making a sample is Python code, and the training step needs the cores.
     return prefetched(dataset, num_workers, buffer=4)
 

@@ -124,12 +124,14 @@ def merged_rows(
         # Rows of a group of devices, then the images of a rank: the order of the devices that hold them.
         a = jnp.pad(a, ((0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)))
         a = jnp.moveaxis(a.reshape(groups, batch // groups, parts, each, *a.shape[2:]), 2, 1)
-        return nn.with_logical_constraint(
-            a.reshape(batch * parts * each, *a.shape[4:]), ("images", *[None] * (a.ndim - 4))
-        )
+        return split_rows(a.reshape(batch * parts * each, *a.shape[4:]))
+
+    def split_rows(a: Array) -> Array:
+        return nn.with_logical_constraint(a, ("images", *[None] * (a.ndim - 1)))
 
     def restore(a: Array) -> Array:
-        a = jnp.moveaxis(a.reshape(groups, parts, batch // groups, each, *a.shape[1:]), 1, 2)
+        a = split_rows(a).reshape(groups, parts, batch // groups, each, *a.shape[1:])
+        a = jnp.moveaxis(a, 1, 2)
         return a.reshape(batch, parts * each, *a.shape[4:])[:, :count]
 
     return flat(jnp.asarray(images)), restore
@@ -145,13 +147,18 @@ def spec(names: Names) -> PartitionSpec:
 
 
 def spec_at(axes: Axes, path: KeyPath, a: Array) -> PartitionSpec:
-    """:func:`spec` of an array at ``path`` in a tree with these axes; an axis of size 1 is not split."""
+    """:func:`spec` of an array at ``path`` in a tree with these axes; one of size 1 stays whole."""
     for key in path:
         if not isinstance(axes, Mapping):
             break
         axes = axes[jax.tree_util.keystr((key,), simple=True)]
     assert isinstance(axes, tuple), f"no axes of {jax.tree_util.keystr(path)}"
-    return spec(tuple(None if size == 1 else name for name, size in zip(axes, a.shape)))
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(name: str | None, size: int) -> bool:
+        return name is not None and (size > 1 or rules.split_sizes(mesh, name)[1] == 1)
+
+    return spec(tuple(name if split(name, size) else None for name, size in zip(axes, a.shape)))
 
 
 def on_ranks(

@@ -46,7 +46,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
         """[B, N, M] -> [B, N, M]."""
         c, kinds = self.config, self.numerics.kinds
-        x = nn.with_logical_constraint(x, ("batch", "tokens", "width"))
+        x = nn.with_logical_constraint(x, ("images", None, "width"))
 
         def project(x: Float[Array, "B N M"], name: str) -> Float[Array, "B N M"]:
             return dense(c.width, ("embed", "heads"), use_bias=True, name=name, **kinds)(x)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from gaze_jax.corpora.batches import BatchOrder, LoadBatch, LoadedBatch
@@ -289,11 +288,13 @@ class CorpusBatches:
         *,
         first: int,
         stop: int = _ENDLESS,
+        rows: tuple[int, int] = (0, 1),
         num_workers: int,
         log: Path | None = None,
     ) -> None:
         """Make batches ``first`` to ``stop``, exclusive; ``log`` is a file for what is skipped.
 
+        ``rows`` is which part of their rows, of how many.
         With a known end, workers make no batch that nobody takes.
         """
         config = training.config
@@ -308,7 +309,7 @@ class CorpusBatches:
             training.conversations,
             training.order,
             training.measurement.lengths,
-            (jax.process_index(), jax.process_count()),
+            rows,
             self._folder.name,
             round(config.worker_memory * 1e9),
         )

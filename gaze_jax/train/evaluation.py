@@ -22,6 +22,7 @@ from gaze_jax.core.budget import budget_from_keep
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import IGNORE, Streams
 from gaze_jax.core.types import NamedArrays
+from gaze_jax.data.dealing import collected
 from gaze_jax.data.padding import pad_to
 from gaze_jax.data.placement import Arrays, PlacedView
 from gaze_jax.data.processor import process_with_views
@@ -148,8 +149,11 @@ class Evaluator:
         # The devices that share the rows of a batch get one each, all the same.
         devices = math.prod(mesh.shape[axis] for axis in rules.RULES["batch"])
         row = pad_to(arrays, **dataclasses.asdict(held_out.bucket))
-        self._row = put_batch(_repeated(row, devices // jax.process_count()), mesh)
-        self._trace = _compiled(trace_function(experiment, at), experiment, mesh, self._row)
+        self._row = put_batch(_repeated(row, devices // rules.rows_of_process(mesh)[1]), mesh)
+        _, self._ranks = rules.split_sizes(mesh, "tokens")
+        slots = self._row["targets"].shape[1]
+        stored = collected(np.arange(slots), 0, self._ranks)[at]
+        self._trace = _compiled(trace_function(experiment, stored), experiment, mesh, self._row)
         pieces = tuple(tokenizer.decode([token]) for token in arrays["targets"][at].tolist())
         self._regions = len(arrays["region_segment"])
         boxes = tuple(tuple(box) if box[0] >= 0 else None for box in arrays["target_box"][at].tolist())
@@ -175,7 +179,8 @@ class Evaluator:
         if self._trace is None:
             return None
         selected = np.asarray(self._trace(params, self._row))
-        return SampleTrace(*self._shown, np.moveaxis(selected, 0, 1)[..., : self._regions])
+        by_token = np.moveaxis(collected(selected, -1, self._ranks), 0, 1)
+        return SampleTrace(*self._shown, by_token[..., : self._regions])
 
 
 def _repeated(row: Arrays, times: int) -> Arrays:

@@ -18,6 +18,8 @@ from gaze_jax.data.sample import Sample
 from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.families import get_family
+from gaze_jax.parallel import rules
+from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train.config import Experiment, check_steps
 from gaze_jax.train.corpus import (
     SKIPPED,
@@ -135,10 +137,9 @@ def open_data(
     if not experiment.steps:
         experiment = dataclasses.replace(experiment, steps=training.steps())
         check_steps(experiment)
-    if experiment.batch_size % jax.process_count():
-        raise UserError(
-            f"batch_size={experiment.batch_size} must be a multiple of the {jax.process_count()} processes."
-        )
+    rows = _rows(experiment)
+    if experiment.batch_size % rows[1]:
+        raise UserError(f"batch_size={experiment.batch_size} must be a multiple of the {rows[1]} processes.")
     name = SKIPPED if jax.process_index() == 0 else f"{jax.process_index()}-{SKIPPED}"
 
     def batches_from(first: int) -> Batches:
@@ -146,6 +147,7 @@ def open_data(
             training,
             first=first,
             stop=experiment.steps,
+            rows=rows,
             num_workers=experiment.num_workers,
             log=workdir / name,
         )
@@ -156,6 +158,11 @@ def open_data(
     )
 
 
+def _rows(experiment: Experiment) -> tuple[int, int]:
+    """Which part of a batch's rows this process reads, of how many; see ``rules.rows_of_process``."""
+    return (0, 1) if jax.process_count() == 1 else rules.rows_of_process(make_mesh(experiment.mesh))
+
+
 def _held_out_records(training: TrainingCorpus, experiment: Experiment) -> HeldOut:
     part = training.evaluation(experiment.eval.held_out)
     count = part.order.epoch_batches
@@ -164,7 +171,7 @@ def _held_out_records(training: TrainingCorpus, experiment: Experiment) -> HeldO
     number = next((each for each in part.plan.samples.tolist() if images[each]), int(part.plan.samples[0]))
     return HeldOut(
         count,
-        lambda: CorpusBatches(part, first=0, stop=count, num_workers=0),
+        lambda: CorpusBatches(part, first=0, stop=count, rows=_rows(experiment), num_workers=0),
         lambda: part.conversations.sample(read(part.corpus, number), number),
         part.conversations.processor,
         part.order.rows(0)[0],
@@ -192,8 +199,7 @@ def _digits(experiment: Experiment, data: DigitsConfig, start: Start | None) -> 
                 first=first,
                 stop=experiment.steps,
                 num_workers=experiment.num_workers,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=_rows(experiment),
             )
         )
 
@@ -217,8 +223,7 @@ def _held_out_scenes(
                 processor,
                 dataclasses.replace(config, seed=0),
                 stop=count,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=_rows(experiment),
             )
         ),
         lambda: make_sample(data, _HELD_OUT_SEED, "test", 0, asked),

@@ -97,7 +97,7 @@ def test_workers_change_nothing(start):
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_shares_of_all_processes_make_the_batches_of_one(start, count):
     """In the order of the processes, so that the global batch is the same array."""
-    shares = [take(start(process_index=index, process_count=count), 11) for index in range(count)]
+    shares = [take(start(rows=(index, count)), 11) for index in range(count)]
     joined = [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*shares, strict=True)
@@ -107,8 +107,8 @@ def test_the_shares_of_all_processes_make_the_batches_of_one(start, count):
 
 def test_a_share_resumes_on_another_number_of_processes(start):
     """Two processes, then four, then one: the batches of one."""
-    parts = [take(start(process_index=index, process_count=2), 2) for index in range(2)]
-    parts += [take(start(process_index=index, process_count=4, first=2), 2) for index in range(4)]
+    parts = [take(start(rows=(index, 2)), 2) for index in range(2)]
+    parts += [take(start(rows=(index, 4), first=2), 2) for index in range(4)]
     numbers_of = [*zip(*parts[:2]), *zip(*parts[2:])]
     seen = [[int(n) for part in batch for n in part["sample_id"]] for batch in numbers_of]
     seen += [[int(n) for n in batch["sample_id"]] for batch in take(start(first=4), 2)]
@@ -118,7 +118,7 @@ def test_a_share_resumes_on_another_number_of_processes(start):
 @pytest.mark.parametrize("count", [3, 8])
 def test_a_batch_that_the_processes_cannot_share_is_refused(count):
     with pytest.raises(ValueError, match=f"batch_size=4 must be a multiple of the {count} processes"):
-        training_iterator(SOURCE, PROCESSOR, CONFIG, process_count=count)
+        training_iterator(SOURCE, PROCESSOR, CONFIG, rows=(0, count))
 
 
 def test_a_source_smaller_than_a_batch_is_refused(start):

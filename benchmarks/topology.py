@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
+from gaze_jax.parallel.mesh import AXES
 
 VIDEO, IMAGE = "configs/cambrian_video.py", "configs/cambrian_image.py"
+FRAMES_64 = ("row.regions=1024", "row.images=64", "max_frames=64")
 FRAMES_128 = ("row.regions=2048", "row.images=128", "max_frames=128")
+# 1,050,624 visual tokens; the text stream holds eight context tokens of each frame and the conversation.
+FRAMES_1824 = ("row.regions=29184", "row.images=1824", "max_frames=1824", "row.text=16384")
+DECODE = ("--nodense_row", "--program=decode", "--config.model.gaze.decode_implementation=tpu")
+DECODE += ("--config.model.param_dtype=bfloat16",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Case:
 
     Attributes:
       config, topology: its flags.
-      mesh: sizes of data, fsdp and tensor.
+      mesh: sizes of data, fsdp, tensor and context.
       batch_size: rows of a step.
       data: changes of the config's data.
       flags: other flags.
@@ -35,7 +41,7 @@ class Case:
 
     config: str
     topology: str
-    mesh: tuple[int, int, int]
+    mesh: tuple[int, int, int, int]
     batch_size: int
     data: tuple[str, ...] = ()
     flags: tuple[str, ...] = ("--nodense_row",)
@@ -43,24 +49,37 @@ class Case:
     @property
     def command(self) -> list[str]:
         """The words after ``gaze-jax topology``."""
-        sizes = zip(("data", "fsdp", "tensor"), self.mesh, strict=True)
+        sizes = zip(AXES, self.mesh, strict=True)
         words = [f"--config={self.config}", f"--topology={self.topology}"]
-        words += [f"--config.mesh.{name}={size}" for name, size in sizes]
+        words += [f"--config.mesh.{name}={size}" for name, size in sizes if size > 1 or name != "context"]
         words += [f"--config.batch_size={self.batch_size}", *(f"--config.data.{each}" for each in self.data)]
         return [*words, *self.flags]
 
 
 CASES = (
-    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1), 256, flags=()),
-    Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1), 128),
-    Case(f"{VIDEO}:4b", "v6e:16x16", (4, 64, 1), 256),
-    Case(f"{VIDEO}:4b", "v5e:2x4", (1, 8, 1), 8),
-    Case(f"{VIDEO}:4b", "v5e:16x16", (8, 32, 1), 256),
-    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 16, 4), 64),
-    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1), 256, flags=("--nodense_row", "--effort=0")),
-    Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1), 128, FRAMES_128),
-    Case(f"{VIDEO}:7b", "v5e:16x16", (4, 64, 1), 256),
-    Case(f"{IMAGE}:4b", "v5e:16x16", (4, 64, 1), 256),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256, flags=()),
+    Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1, 1), 128),
+    Case(f"{VIDEO}:4b", "v6e:16x16", (4, 64, 1, 1), 256),
+    Case(f"{VIDEO}:4b", "v5e:2x4", (1, 8, 1, 1), 8),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (8, 32, 1, 1), 256),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 16, 4, 1), 64),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256, flags=("--nodense_row", "--effort=0")),
+    Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1, 1), 128, FRAMES_128),
+    Case(f"{VIDEO}:4b", "v5e:4x4", (1, 1, 1, 16), 1, FRAMES_64),
+    Case(f"{VIDEO}:4b", "v5e:4x4", (1, 16, 1, 1), 16, FRAMES_64),
+    Case(f"{VIDEO}:4b", "v5p:4x4x4", (1, 1, 1, 64), 1, FRAMES_64),
+    Case(f"{VIDEO}:4b", "v5p:4x4x4", (1, 64, 1, 1), 64, FRAMES_64),
+    Case(f"{VIDEO}:4b", "v5e:4x4", (1, 1, 1, 16), 1, FRAMES_1824, DECODE),
+    Case(
+        f"{VIDEO}:4b",
+        "v5e:2x4",
+        (1, 1, 1, 8),
+        1,
+        FRAMES_1824,
+        (*DECODE, "--config.model.gaze.visual_dtype=int8"),
+    ),
+    Case(f"{VIDEO}:7b", "v5e:16x16", (4, 64, 1, 1), 256),
+    Case(f"{IMAGE}:4b", "v5e:16x16", (4, 64, 1, 1), 256),
 )
 
 

@@ -97,11 +97,14 @@ def _programs(config, route, capacity, trace):
     return jax.jit(prefill), jax.jit(decode)
 
 
-def steps(mesh, selection, *, ranks, config=DUMMY, route=Routing(), capacity=4, trace=False, count=2):
+def steps(
+    mesh, selection, *, ranks, config=DUMMY, route=Routing(), capacity=4, trace=False, ties=False, count=2
+):
     """Prefill, then ``count`` decoding steps: the logits and outputs of each, and the last cache."""
     images, streams = toy(ranks)
     prefill, decode = _programs(config, route, capacity, trace)
     variables, size = models.parameters(config), streams.tokens.shape[1]
+    variables = models.indifferent(variables) if ties else variables
     found = []
     with on(mesh) if mesh else contextlib.nullcontext():
         cache = prefill(variables, images, streams, selection)
@@ -149,13 +152,14 @@ def test_prefill_and_decode(mesh):
     [
         ({}, Selection()),
         ({}, Selection(jnp.int32(4), bias=jnp.linspace(-9, 9, 18)[None])),
+        ({"ties": True}, Selection(jnp.int32(3))),
         ({"capacity": 20}, Selection(jnp.int32(20), full_layers=jnp.array([True, False, False]))),
         ({"route": Routing("random", 3)}, Selection(jnp.int32(2))),
         ({"config": models.changed(DUMMY, gaze={"select_per": "kv_head"})}, Selection(jnp.int32(2))),
         ({"config": models.changed(DUMMY, gaze={"visual_dtype": "int8"})}, Selection(jnp.int32(2))),
         ({"config": models.changed(DUMMY, gaze={"descriptor": "minmax"})}, Selection(jnp.int32(2))),
     ],
-    ids=["dense", "bias", "full layers", "random", "kv_head", "int8", "minmax"],
+    ids=["dense", "bias", "ties", "full layers", "random", "kv_head", "int8", "minmax"],
 )
 def test_every_kind_of_selection(options, selection):
     expected, _ = steps(None, selection, ranks=2, **options)

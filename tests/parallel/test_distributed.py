@@ -21,6 +21,8 @@ from tests.helpers.experiments import reused_programs, tiny_experiment
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 RUN = {"steps": 4, "checkpoint_every": 2, "log_every": 1, "model.decoder.num_kv_heads": 2, **MESH}
+SPLIT = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 1, "mesh.context": 4}
+"""Every sequence is on devices of more than one process."""
 
 
 def free_port():
@@ -33,23 +35,28 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def by_two(tmp_path_factory):
-    """A run of two processes with four devices each, whose mesh has all three axes."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    settings = [f"--config.{name}={value}" for name, value in RUN.items()]
-    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *settings]
-    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--heartbeat_seconds=120"]
+def run_of_processes(workdir, count, settings):
+    """A run of ``count`` processes that have eight devices together."""
+    words = [f"--config.{name}={value}" for name, value in settings.items()]
+    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *words]
+    command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+    command += ["--heartbeat_seconds=120"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    environment = {"JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
     processes = [
-        start("-m", "gaze_jax", *command, f"--process_id={number}", JAX_NUM_CPU_DEVICES="4", XLA_FLAGS=flags)
-        for number in range(2)
+        start("-m", "gaze_jax", *command, f"--process_id={number}", **environment) for number in range(count)
     ]
     outs = [finish(process)[0] for process in processes]
     assert "step 4/4" in outs[0] and "on 8 cpu device(s)" in outs[0]
-    # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in both.
-    assert all(line.startswith("[Gloo]") for line in outs[1].splitlines())
+    # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in all.
+    assert all(line.startswith("[Gloo]") for out in outs[1:] for line in out.splitlines())
     return workdir
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """A run of two processes with four devices each, whose rows are split over them."""
+    return run_of_processes(tmp_path_factory.mktemp("two") / "run", 2, RUN)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,16 @@ class TestTwoProcesses:
         close(rows(by_two), rows(by_one))
         one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
         mine, theirs = (load_for_inference(folder, one).params for folder in (by_two, by_one))
+        for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_they_share_sequences(self, tmp_path, by_one, count):
+        """Of two processes each has two of four ranks, and both read the same rows; of four, one."""
+        split = run_of_processes(tmp_path / "run", count, RUN | SPLIT)
+        close(rows(split), rows(by_one))
+        one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        mine, theirs = (load_for_inference(folder, one).params for folder in (split, by_one))
         for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
 

@@ -64,11 +64,14 @@ def gradient(mesh, batch, **overrides):
 @pytest.mark.parametrize(
     ("mesh", "overrides"),
     [
-        (MeshConfig(2, 2, 2), HEADS),
+        (MeshConfig(1, 2, 2, 2), HEADS),
         pytest.param(SHARDED, {}, marks=pytest.mark.long),
         *(
             pytest.param(mesh, HEADS, marks=pytest.mark.long)
-            for mesh in (MeshConfig(8), MeshConfig(1, 8), MeshConfig(4, 1, 2), MeshConfig(1, 4, 2))
+            for mesh in (
+                *(MeshConfig(8), MeshConfig(1, 8), MeshConfig(4, 1, 2), MeshConfig(1, 4, 2)),
+                *(MeshConfig(2, 2, 2), MeshConfig(1, 1, 1, 8), MeshConfig(2, 1, 1, 4)),
+            )
         ),
     ],
     ids=str,

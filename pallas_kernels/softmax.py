@@ -33,10 +33,19 @@ def share(lse: jax.Array, top: jax.Array) -> jax.Array:
     return jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse - base)))
 
 
-def joined(a: WithLse, b: WithLse) -> WithLse:
-    """Attention to the keys of both parts; the output is in the dtype of ``a``'s."""
-    top = jax.lax.stop_gradient(jnp.maximum(a[1], b[1]))
-    shares = [share(lse, top) for _, lse in (a, b)]
-    values = [out.astype(jnp.float32) * weight[..., None] for (out, _), weight in zip((a, b), shares)]
-    out, lse = finished(values[0] + values[1], top, shares[0] + shares[1])
-    return out.astype(a[0].dtype), lse
+def joined(out: jax.Array, lse: jax.Array, axis: int) -> WithLse:
+    """Attention to the keys of all parts, from the attention to those of each.
+
+    Args:
+      out: [..., D] with an axis of parts.
+      lse: float32 [...] with the same.
+      axis: the axis of parts, counted from the front.
+
+    Returns:
+      Both without the axis; the output in the dtype of ``out``.
+    """
+    top = jax.lax.stop_gradient(jnp.max(lse, axis=axis, keepdims=True))
+    weights = share(lse, top)
+    values = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=axis)
+    values, total = finished(values, jnp.squeeze(top, axis), jnp.sum(weights, axis=axis))
+    return values.astype(out.dtype), total

@@ -237,11 +237,14 @@ def attend_across(
         if selected is not None:
             selected = jax.lax.all_to_all(selected, AXIS, split_axis=3, concat_axis=1, tiled=True)
         out, lse = attend(*gathered_across((q, queries), 1), selected)
-        top = jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS)
-        weight = share(lse, top)
-        mine = functools.partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=1, tiled=True)
-        values, total = mine(out.astype(jnp.float32) * weight[..., None]), mine(weight)
-        return (values / jnp.where(total == 0, 1.0, total)[..., None]).astype(q.dtype)
+
+        def returned(a: Array) -> Array:
+            """Every rank's part of the results of this rank's queries, [B, ranks, T, ...]."""
+            a = a.reshape(a.shape[0], ranks(), -1, *a.shape[2:])
+            return jax.lax.all_to_all(a, AXIS, split_axis=1, concat_axis=1, tiled=True)
+
+        # Summed here in float32, where a reduction over the ranks would send float32 too.
+        return joined(returned(out), returned(lse), axis=1)[0]
 
     length = q.shape[1]
     if length <= most:
@@ -302,7 +305,8 @@ def attend_in_passes(
 
     def another(number: Array, so_far: WithLse) -> WithLse:
         listed = jax.lax.dynamic_slice_in_dim(mine, number * size, size, axis=-1)
-        return joined(so_far, attend(listed, False))
+        out, lse = map(jnp.stack, zip(so_far, attend(listed, False)))
+        return joined(out, lse, 0)
 
     return jax.lax.fori_loop(1, passes, another, attend(mine[..., :size], True))
 

@@ -193,7 +193,8 @@ class PrefillValues:
 
         def in_parts(arrays):
             split = case.with_arrays(arrays)
-            return joined(part(split, even, False), part(split, ~even, True))
+            parts = part(split, even, False), part(split, ~even, True)
+            return joined(*map(jnp.stack, zip(*parts)), 0)
 
         def loss(call):
             def total(arrays):

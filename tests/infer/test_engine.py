@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import IGNORE
 from gaze_jax.data.sample import Video
 from gaze_jax.infer.compiles import compiles
@@ -231,6 +232,47 @@ def test_a_mesh_changes_where_rows_are_and_not_what_they_say():
     with jax.set_mesh(mesh):
         got = logits(spread)
     np.testing.assert_allclose(got, logits(alone), atol=1e-4)
+
+
+def test_ranks_that_share_a_conversation_say_what_one_device_says():
+    """Turns that begin on any rank, and a cache that grows: the same tokens and regions, by number."""
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+    frames = [np.array(image) for image in IMAGES]
+    video = [Video(0, start, stop, False) for start, stop in ((0, 1), (1, 3))]
+    said = {}
+    for name, where in (("one", None), ("ranks", mesh)):
+        # Five slots free: the first answer makes the cache grow.
+        engine = make_engine(*[row(MORE, 0, ASK)] * 2, free_slots=5, mesh=where)
+        said[name] = [decode(engine, 6)]
+        for shown, returns in zip(video, ("tokens", "trace"), strict=True):
+            orders = [int(order) + 1 for order in engine.order]
+            engine.prefill([row(ASK, shown, ASK, order=order, videos=[frames]) for order in orders])
+            said[name].append(decode(engine, 3, returns=returns))
+        assert engine.regions == 16
+    for mine, theirs in zip(said["ranks"], said["one"], strict=True):
+        assert set(mine) == set(theirs)
+        for name, values in theirs.items():
+            size = min(mine[name].shape[-1], values.shape[-1])  # free regions differ in number
+            got, wanted = (a[..., :size] if a.ndim > 4 else a for a in (mine[name], values))
+            if got.dtype == np.float32:
+                np.testing.assert_allclose(got, wanted, atol=2e-4, err_msg=name)
+            else:
+                np.testing.assert_array_equal(got, wanted, err_msg=name)
+
+
+def test_a_box_leads_to_the_same_regions_on_ranks():
+    """A bias by the number of a region, of the first image and of one that follows."""
+    found = {}
+    for name, where in (("one", None), ("ranks", make_mesh(MeshConfig(data=2, context=4)))):
+        bias = np.zeros((1, 2, 8), np.float32)
+        bias[:, :, [1, 6]] = 1e3
+        engine = make_engine(*[row(0, ASK)] * 2, mesh=where)
+        engine._selection = lambda _, bias=bias: Selection(np.full((1, 1, 1), 2, np.int32), bias=bias)
+        engine.prefill([row(1, MORE, order=int(order) + 1) for order in engine.order])
+        found[name] = decode(engine, 2, returns="selection")
+        assert found[name]["selected"][..., [1, 6]].all()
+    np.testing.assert_array_equal(found["ranks"]["tokens"], found["one"]["tokens"])
+    np.testing.assert_array_equal(found["ranks"]["entries"], found["one"]["entries"])
 
 
 @pytest.mark.long  # tests/models/test_options.py and the kernels' suites have int8

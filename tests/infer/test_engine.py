@@ -236,7 +236,7 @@ def test_a_mesh_changes_where_rows_are_and_not_what_they_say():
 
 def test_ranks_that_share_a_conversation_say_what_one_device_says():
     """Turns that begin on any rank, and a cache that grows: the same tokens and regions, by number."""
-    mesh = make_mesh(MeshConfig(data=2, context=4))
+    mesh = make_mesh(MeshConfig(data=1, context=8))
     frames = [np.array(image) for image in IMAGES]
     video = [Video(0, start, stop, False) for start, stop in ((0, 1), (1, 3))]
     said = {}
@@ -263,16 +263,17 @@ def test_ranks_that_share_a_conversation_say_what_one_device_says():
 def test_a_box_leads_to_the_same_regions_on_ranks():
     """A bias by the number of a region, of the first image and of one that follows."""
     found = {}
-    for name, where in (("one", None), ("ranks", make_mesh(MeshConfig(data=2, context=4)))):
+    for name, where in (("one", None), ("ranks", make_mesh(MeshConfig(data=1, context=8)))):
         bias = np.zeros((1, 2, 8), np.float32)
         bias[:, :, [1, 6]] = 1e3
         engine = make_engine(*[row(0, ASK)] * 2, mesh=where)
         engine._selection = lambda _, bias=bias: Selection(np.full((1, 1, 1), 2, np.int32), bias=bias)
         engine.prefill([row(1, MORE, order=int(order) + 1) for order in engine.order])
-        found[name] = decode(engine, 2, returns="selection")
+        found[name] = decode(engine, 2, returns="trace")
         assert found[name]["selected"][..., [1, 6]].all()
     np.testing.assert_array_equal(found["ranks"]["tokens"], found["one"]["tokens"])
-    np.testing.assert_array_equal(found["ranks"]["entries"], found["one"]["entries"])
+    for name in ("probability", "attention"):  # what was selected in the prefill of the second image, too
+        np.testing.assert_allclose(found["ranks"][name][..., :8], found["one"][name][..., :8], rtol=1e-4)
 
 
 @pytest.mark.long  # tests/models/test_options.py and the kernels' suites have int8

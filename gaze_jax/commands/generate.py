@@ -63,6 +63,7 @@ def define_flags(flags: Flags) -> None:
     flags.group("Devices and memory")
     flags.boolean("all_devices", False, "Split batches over all devices, not one.")
     flags.integer("fsdp", None, _text("Devices that share one copy of the parameters", "fsdp"))
+    flags.integer("context", None, _text("Devices that share each sequence and its cache", "context"))
     flags.integer("cache_tokens", None, "Most tokens in the cache; default: what fits.")
     flags.string(
         "compilation_cache",

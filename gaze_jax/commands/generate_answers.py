@@ -28,7 +28,8 @@ def _open_videos(options: GenerateOptions, style: str) -> list[Clip]:
 def make_sampler(options: GenerateOptions) -> Sampler:
     """The checkpoint, loaded on the devices that the options name."""
     devices = options.devices
-    mesh = make_mesh(MeshConfig(fsdp=options.value("fsdp"))) if devices.all_devices else None
+    sizes = {name: options.value(name) for name in ("fsdp", "context")}
+    mesh = make_mesh(MeshConfig(**sizes)) if devices.all_devices else None
     sampler = load(options.checkpoint or "", mesh=mesh, **options.selection.config)
     config = sampler.config
     options.check_checkpoint(top_k=config.gaze.top_k, depth=config.decoder.depth, resizes=sampler.resize)

@@ -23,6 +23,7 @@ DEFAULTS: dict[str, float] = {
     "views": 8,
     "batch_size": 8,
     "fsdp": 1,
+    "context": 1,
 }
 """Defaults of fields that are None if the option was not given."""
 
@@ -233,17 +234,19 @@ class DeviceOptions:
     Attributes:
       all_devices: split batches over all devices instead of using one.
       fsdp: devices that share one copy of the parameters.
+      context: devices that share each sequence and its cache.
       cache_tokens: maximum number of tokens in the cache; None: what fits.
       compilation_cache: folder for compiled programs; empty for none.
     """
 
     all_devices: bool = False
     fsdp: int | None = None
+    context: int | None = None
     cache_tokens: int | None = None
     compilation_cache: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("fsdp", "cache_tokens"):
+        for name in ("fsdp", "context", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name}={value} must be at least 1.")

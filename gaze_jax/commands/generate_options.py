@@ -245,6 +245,7 @@ RULES = (
         "drop one of them",
     ),
     Rule(("fsdp",), one_device, "has no effect without --all_devices"),
+    Rule(("context",), one_device, "has no effect without --all_devices"),
 )
 """Rules that need no checkpoint; the first that applies is reported."""
 

@@ -44,7 +44,7 @@ VALUES = {
     "look_at_layers": (1,), "look_at_bias": 1.0, "layer": 1, "sample_top_k": 5, "top_p": 1.0, "seed": 0,
     "gaze_select_per": "head", "gaze_region": (3, 3), "gaze_video_region": (1, 3, 3), "gaze_newlines": "text",
     "gaze_visual_dtype": "int8", "offload": True, "gaze_top_k": 1, "gaze_keep": 0.5, "gaze_dense": True,
-    "gaze_full_layers": (0,), "look_at": ("0,0,1,1",), "resize": True, "fsdp": 1,
+    "gaze_full_layers": (0,), "look_at": ("0,0,1,1",), "resize": True, "fsdp": 1, "context": 1,
 }  # fmt: skip
 
 
@@ -116,6 +116,8 @@ def test_an_option_without_effect_on_a_checkpoint_is_refused(rule, option, tmp_p
         (PHOTO | {"stop": ("",)}, "A --stop string is empty"),
         (PHOTO | {"cache_tokens": 0}, "--cache_tokens=0 must be at least 1"),
         (PHOTO | {"all_devices": True, "fsdp": 0}, "--fsdp=0 must be at least 1"),
+        (PHOTO | {"all_devices": True, "context": 0}, "--context=0 must be at least 1"),
+        (PHOTO | {"context": 2}, "--context=2 has no effect without --all_devices"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_in_one_sentence(given, sentence, tmp_path, monkeypatch):

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gaze_jax.core.regions import describe
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Streams
 from gaze_jax.data.dealing import collected, dealt, dealt_batch
 from gaze_jax.models import DUMMY, MLLM, context
-from gaze_jax.models.cache import constrained
+from gaze_jax.models.cache import Cache, constrained, decode_spec
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from pallas_kernels.gaze_decode import api
 from tests.helpers import models
 
 FOUR = MeshConfig(data=2, context=4)
@@ -193,6 +195,43 @@ def test_oracle_and_offload_need_all_keys_in_one_place():
     config = models.changed(DUMMY, gaze={"decode_implementation": "offload"})
     with pytest.raises(ValueError, match=r"mesh.context=4 splits it; use one of the two"):
         steps(FOUR, Selection(jnp.int32(2)), ranks=4, config=config)
+
+
+def test_a_video_of_65536_tokens(capsys):
+    """Two layers, 4,096 regions on eight ranks, a tenth selected: as on one device, and evenly shared."""
+    config = models.changed(DUMMY, decoder={"depth": 2}, gaze={"context_tokens": 0})
+    regions, slots, kept = 4096, 16, 410
+    kv_heads, dim = config.decoder.num_kv_heads, config.decoder.head_dim
+    rng = np.random.default_rng(0)
+    # Frames change slowly, so that what a query selects is near in time.
+    drift = np.cumsum(rng.normal(size=(2, 1, kv_heads, regions, 1, dim)), axis=3) / 40
+    keys = drift + rng.normal(size=(2, 1, kv_heads, regions, slots, dim)) / 4
+    values = rng.normal(size=keys.shape)
+    order = dealt(np.arange(regions * slots, dtype=np.int32).reshape(1, regions, slots), 1, 8)
+    k, v = (jnp.asarray(dealt(a, 3, 8), jnp.float32) for a in (keys, values))
+    text = jnp.asarray(rng.normal(size=(2, 1, kv_heads, 16, dim)), jnp.float32)
+    begun = np.full((1, 16), -1, np.int32)
+
+    def build(k, v):
+        packed = api.pack(k, v, spec=decode_spec(config.gaze, dim), implementation="xla")
+        valid = jnp.ones((1, regions, slots), bool)
+        described = jnp.stack([describe(layer, valid, "mean") for layer in k])
+        return constrained(Cache(packed, described, text, text, jnp.asarray(order), jnp.asarray(begun)))
+
+    _, decode = _programs(config, Routing(), kept, False)
+    found = []
+    for mesh in (None, MeshConfig(data=1, context=8)):
+        with on(mesh) if mesh else contextlib.nullcontext():
+            cache = jax.jit(build)(k, v)
+            at = jnp.array([regions * slots])
+            step = (jnp.array([1]), at, cache, jnp.int32(0), Selection(jnp.int32(kept)))
+            logits, _, out = decode(models.parameters(config), *step)
+        found.append((logits, out))
+    same(found[1:], found[:1])
+    counts, passes = (np.asarray(found[1][1][name]) for name in ("rank_regions", "rank_passes"))
+    with capsys.disabled():
+        print(f"regions per rank {counts.tolist()}, passes {passes.tolist()}")
+    assert counts.max() <= 1.2 * kept / 8 and (passes == 1).all()
 
 
 @pytest.mark.parametrize(

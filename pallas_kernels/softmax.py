@@ -23,7 +23,7 @@ def finished(out: jax.Array, top: jax.Array, total: jax.Array) -> WithLse:
     return out / divisor[..., None], jnp.where(none, -jnp.inf, top + jnp.log(divisor))
 
 
-def share(lse: jax.Array, top: jax.Array) -> jax.Array:
+def part_weight(lse: jax.Array, top: jax.Array) -> jax.Array:
     """The weight exp(lse - top) of a part, 0 if it saw no key; ``top`` is the largest of all parts' ``lse``.
 
     Gradients flow through ``lse``. Where it is -inf they are 0, and not inf - inf.
@@ -45,7 +45,7 @@ def joined(out: jax.Array, lse: jax.Array, axis: int) -> WithLse:
       Both without the axis; the output in the dtype of ``out``.
     """
     top = jax.lax.stop_gradient(jnp.max(lse, axis=axis, keepdims=True))
-    weights = share(lse, top)
+    weights = part_weight(lse, top)
     values = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=axis)
     values, total = finished(values, jnp.squeeze(top, axis), jnp.sum(weights, axis=axis))
     return values.astype(out.dtype), total

@@ -75,15 +75,15 @@ def _parts(values: np.ndarray, axis: int, parts: int) -> np.ndarray:
     return np.swapaxes(values.reshape(*lead, -1, parts, *tail), axis, axis + 1)
 
 
-def dealt_batch(batch: Arrays, ranks: int, *, region: int = 0, slot: int = 0) -> Arrays:
+def dealt_batch(batch: Arrays, ranks: int, *, region: int = 0, write_index: int = 0) -> Arrays:
     """The arrays of a batch, [B, R, ...] and [B, S, ...], dealt to the ranks; others are unchanged.
 
     Args:
       batch: arrays by field.
       ranks: n.
-      region, slot: the numbers of the first region and of the first text-stream slot.
+      region, write_index: the numbers of the first region and of the first text-stream slot.
     """
-    starts = {"regions": region, "text": slot}
+    starts = {"regions": region, "text": write_index}
 
     def of(name: str, values: np.ndarray) -> np.ndarray:
         axis, fill = PADDING.get(name, ("", 0))

@@ -147,11 +147,11 @@ class Engine:
         return stack(padded + [padded[0]] * (self.batch - len(padded)))
 
     def _inputs(
-        self, batch: dict[str, np.ndarray], region: int = 0, slot: int = 0
+        self, batch: dict[str, np.ndarray], region: int = 0, write_index: int = 0
     ) -> tuple[Array | None, Streams, Array]:
-        """Arguments of a program; ``region`` and ``slot`` are the numbers of the first ones in the cache."""
+        """Arguments of a program; ``region`` and ``write_index`` are the first ones in the cache."""
         if self._mesh is not None:
-            dealt = dealt_batch(batch, self._ranks, region=region, slot=slot)
+            dealt = dealt_batch(batch, self._ranks, region=region, write_index=write_index)
             put = {name: jax.device_put(a, field_sharding(self._mesh, name)) for name, a in dealt.items()}
         else:
             put = {name: jnp.asarray(a) for name, a in batch.items()}
@@ -235,8 +235,8 @@ class Engine:
             return
         sizes = _sizes(read, self._ranks)
         # Where a rank's part of the new ones begins, it may leave a place that another rank fills.
-        apart = self._ranks - 1
-        text, regions = sizes["text"] + 1 + apart, sizes["regions"] and sizes["regions"] + apart
+        gap = self._ranks - 1
+        text, regions = sizes["text"] + 1 + gap, sizes["regions"] and sizes["regions"] + gap
         self.reserve(text=text, regions=regions, slots=sizes["slots"])
         sizes["slots"] = self.slots
         write_index = int(self._state.write_index)
@@ -299,7 +299,6 @@ class Engine:
             self._state, done=np.arange(self.batch) >= self.rows, index=np.zeros(self.batch, np.int32)
         )
         selection = self.selection()
-        depth = self._model.config.decoder.depth
         last = np.asarray(sorted(ends) or [-1], np.int32)
         generated = 0
         while generated < max_tokens and not state.done.all():
@@ -330,7 +329,7 @@ class Engine:
             flat = ("tokens", "visual_tokens", "probability")
             out = {name: a[:ran, rows] if name in flat else a[:ran, :, rows] for name, a in found.items()}
             if returns != "tokens" and out["entries"].shape[1] == 1:
-                out["entries"] = np.repeat(out["entries"], depth, axis=1)
+                out["entries"] = np.repeat(out["entries"], self._model.config.decoder.depth, axis=1)
             yield out
             if stopped is not None:
                 done = state.done.copy()

@@ -29,12 +29,16 @@ from gaze_jax.core.routing import Routing
 from gaze_jax.core.types import AnyArray, Array
 from gaze_jax.parallel import rules
 from pallas_kernels import Windows
-from pallas_kernels.softmax import WithLse, joined, share
+from pallas_kernels.softmax import WithLse, joined, part_weight
 
 AXIS = "context"
 
 Tree = TypeVar("Tree")
 Names = tuple[str | None, ...]
+
+
+HeadsWithLse = tuple[Float[Array, "B H D"], Float32[Array, "B H"]]
+"""One query's attention to some of its keys, and the log-sum-exp of their logits."""
 
 
 def ranks() -> int:
@@ -103,7 +107,7 @@ def _by_rank(a: Shaped[AnyArray, "..."], axis: int, parts: int) -> Shaped[Array,
 
 def merged_rows(
     images: Shaped[AnyArray, "B N ..."],
-) -> tuple[Shaped[Array, "rows ..."], Callable[[Array], Array]]:
+) -> tuple[Shaped[Array, "rows ..."], Callable[[Shaped[Array, "rows ..."]], Shaped[Array, "B N ..."]]]:
     """Images of all rows as one axis, so that each device has those of its own rows, and its share of each.
 
     Args:
@@ -146,7 +150,7 @@ def spec(names: Names) -> PartitionSpec:
     return nn.logical_to_mesh_axes(names) or PartitionSpec()
 
 
-def spec_at(axes: Axes, path: KeyPath, a: Array) -> PartitionSpec:
+def spec_at(axes: Axes, path: KeyPath, a: Shaped[AnyArray, "..."]) -> PartitionSpec:
     """:func:`spec` of an array at ``path`` in a tree with these axes; one of size 1 stays whole."""
     for key in path:
         if not isinstance(axes, Mapping):
@@ -184,7 +188,7 @@ def on_ranks(
     )(*arguments)
 
 
-def start_across(size: int) -> Array:
+def start_across(size: int) -> Int32[Array, ""]:
     """The number of this rank's first region (or slot), of ``size`` per rank."""
     return jax.lax.axis_index(AXIS) * size
 
@@ -214,7 +218,10 @@ def scores_across(
 
 
 def attend_across(
-    attend: Callable[[Array, Windows, Array | None], WithLse],
+    attend: Callable[
+        [Float[Array, "B every H D"], Windows, Bool[Array, "B every Hs regions"] | None],
+        tuple[Float[Array, "B every H D"], Float32[Array, "B every H"]],
+    ],
     q: Float[Array, "B T H D"],
     queries: Windows,
     selected: Bool[Array, "B T Hs R"] | None,
@@ -281,10 +288,10 @@ def per_pass(capacity: int, regions: int) -> int:
 
 
 def attend_in_passes(
-    attend: Callable[[Int32[Array, "B Hs A"], bool], WithLse],
+    attend: Callable[[Int32[Array, "B Hs A"], bool], HeadsWithLse],
     indices: Int32[Array, "B Hs J"],
     regions: int,
-) -> WithLse:
+) -> HeadsWithLse:
     """Attention to this rank's regions among those that are selected.
 
     Args:
@@ -353,16 +360,16 @@ def masses_across(
     return gathered_across(regions, 3), jax.nn.logsumexp(jax.lax.all_gather(text, AXIS), axis=0)
 
 
-def join_across(part: WithLse) -> Float[Array, "B H D"]:
+def join_across(part: HeadsWithLse) -> Float[Array, "B H D"]:
     """The attention to the keys of all ranks, from each rank's."""
     out, lse = part
-    weight = share(lse, jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS))
+    weight = part_weight(lse, jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS))
     values = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], AXIS)
     total = jax.lax.psum(weight, AXIS)
     return (values / jnp.where(total == 0, 1.0, total)[..., None]).astype(out.dtype)
 
 
-def first_head_across(heads: int) -> Array | int:
+def first_head_across(heads: int) -> Int32[Array, ""] | int:
     """The number of this device's first head, of ``heads`` per device; another mesh axis splits them."""
     axes, devices = rules.split_sizes(jax.sharding.get_abstract_mesh(), "heads")
     return jax.lax.axis_index(axes) * heads if devices > 1 else 0

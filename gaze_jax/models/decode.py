@@ -92,11 +92,11 @@ def append_token(
         stack: Float[Array, "L B K S D"],
         new: Float[Array, "B 1 K D"],
         layer: Int[Array, ""],
-        slot: Int[Array, ""],
+        at_slot: Int[Array, ""],
         mine: Bool[Array, "1"] | None,
     ) -> Float[Array, "L B K S D"]:
         new = jnp.moveaxis(new, 1, 2)[None].astype(stack.dtype)
-        at = (layer, zero, zero, slot, zero)
+        at = (layer, zero, zero, at_slot, zero)
         if mine is not None:
             new = jnp.where(mine, new, jax.lax.dynamic_slice(stack, at, new.shape))
         return jax.lax.dynamic_update_slice(stack, new, at)
@@ -104,12 +104,12 @@ def append_token(
     if context.ranks() == 1:
         stacks = [write(*pair, layer, write_index, None) for pair in ((cache.text_k, k), (cache.text_v, v))]
     else:
-        rank, slot = write_index % context.ranks(), write_index // context.ranks()
+        rank, at_slot = write_index % context.ranks(), write_index // context.ranks()
         mine = jnp.arange(context.ranks(), dtype=jnp.int32) == rank
         names = ("layers", "batch", "kv_heads", "tokens")
         axes = (names, ("batch", None, "kv_heads"), (), (), ("tokens",))
         stacks = [
-            context.on_ranks(write, (*pair, layer, slot, mine), axes, context.spec(names))
+            context.on_ranks(write, (*pair, layer, at_slot, mine), axes, context.spec(names))
             for pair in ((cache.text_k, k), (cache.text_v, v))
         ]
     return dataclasses.replace(cache, text_k=stacks[0], text_v=stacks[1])

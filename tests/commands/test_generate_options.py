@@ -117,7 +117,7 @@ def test_an_option_without_effect_on_a_checkpoint_is_refused(rule, option, tmp_p
         (PHOTO | {"cache_tokens": 0}, "--cache_tokens=0 must be at least 1"),
         (PHOTO | {"all_devices": True, "fsdp": 0}, "--fsdp=0 must be at least 1"),
         (PHOTO | {"all_devices": True, "context": 0}, "--context=0 must be at least 1"),
-        (PHOTO | {"context": 2}, "--context=2 has no effect without --all_devices"),
+        (PHOTO | {"context": 2}, "--context has no effect without --all_devices"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_in_one_sentence(given, sentence, tmp_path, monkeypatch):

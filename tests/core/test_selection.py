@@ -248,8 +248,8 @@ def test_a_fraction_of_all_with_a_limit_is_a_count(top_k):
     visible = np.arange(R) < rng.integers(0, R + 1, size=(B, T, 1))
     visible[0, 0] = False
     permutation = routing.tie_permutation(jnp.asarray(FIRST))
-    in_sight = jnp.sum(jnp.asarray(visible), axis=-1, dtype=jnp.int32)
-    both = count(Keep(jnp.ones(()), jnp.int32(top_k)), in_sight)
+    visible_count = jnp.sum(jnp.asarray(visible), axis=-1, dtype=jnp.int32)
+    both = count(Keep(jnp.ones(()), jnp.int32(top_k)), visible_count)
     seen = jnp.asarray(visible)[:, :, None]
     for select, more in ((select_mask, ()), (select_indices, (4,))):
         found, wanted = (

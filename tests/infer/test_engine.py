@@ -239,17 +239,17 @@ def test_ranks_that_share_a_conversation_say_what_one_device_says():
     mesh = make_mesh(MeshConfig(data=1, context=8))
     frames = [np.array(image) for image in IMAGES]
     video = [Video(0, start, stop, False) for start, stop in ((0, 1), (1, 3))]
-    said = {}
+    answers = {}
     for name, where in (("one", None), ("ranks", mesh)):
         # Five slots free: the first answer makes the cache grow.
         engine = make_engine(*[row(MORE, 0, ASK)] * 2, free_slots=5, mesh=where)
-        said[name] = [decode(engine, 6)]
+        answers[name] = [decode(engine, 6)]
         for shown, returns in zip(video, ("tokens", "trace"), strict=True):
             orders = [int(order) + 1 for order in engine.order]
             engine.prefill([row(ASK, shown, ASK, order=order, videos=[frames]) for order in orders])
-            said[name].append(decode(engine, 3, returns=returns))
+            answers[name].append(decode(engine, 3, returns=returns))
         assert engine.regions == 16
-    for mine, theirs in zip(said["ranks"], said["one"], strict=True):
+    for mine, theirs in zip(answers["ranks"], answers["one"], strict=True):
         assert set(mine) == set(theirs)
         for name, values in theirs.items():
             size = min(mine[name].shape[-1], values.shape[-1])  # free regions differ in number

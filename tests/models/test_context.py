@@ -91,8 +91,8 @@ def _programs(config, route, capacity, trace):
         passed = model.apply(variables, images, streams, selection, spec, free_slots=8, method="prefill")
         return constrained(passed[1])
 
-    def decode(variables, tokens, order, cache, slot, selection):
-        position = dataclasses.replace(models.step(order, 0), write_index=slot)
+    def decode(variables, tokens, order, cache, write_index, selection):
+        position = dataclasses.replace(models.step(order, 0), write_index=write_index)
         spec = SelectionSpec(route, capacity, return_trace=trace)
         return model.apply(variables, tokens, order, cache, position, selection, spec, method="decode")
 

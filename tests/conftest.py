@@ -100,9 +100,9 @@ def _promotion(request):
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """Keeps together what shares programs, leaves to ``-m long`` what the class of a shared suite names in
-    ``long``, and skips what cannot run here, saying what would run it."""
+    ``left``, and skips what cannot run here, saying what would run it."""
     for item in items:
-        named = getattr(item.cls, "long", ()) if item.cls else ()
+        named = getattr(item.cls, "left", ()) if item.cls else ()
         if item.name in named or item.originalname in named:
             item.add_marker(pytest.mark.long)
         if item.get_closest_marker("xdist_group") is None:

@@ -2,7 +2,7 @@
 
 
 class TestTogether:
-    long = ("test_left",)
+    left = ("test_left",)
 
     def test_a_class_is_a_group_before_workers_are_told_of_it(self, request):
         """pytest-xdist reads groups in the hook in which conftest.py makes them."""

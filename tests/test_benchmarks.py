@@ -128,7 +128,8 @@ def test_dense_forms_compute_the_same_attention():
         np.testing.assert_allclose(out, outs["kv_head op"], atol=1e-5, err_msg=label)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.long  # tests/kernels/test_decode_gpu.py lowers the kernel
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_decode_programs_of_the_gpu_kernel_lower_for_cuda(dtype):
     """What benchmarks/gpu.sh measures compiles as far as a machine without a GPU can tell."""
     problem = decode.Problem(timing.Shape(71, 2, 2), timing.HEADS["qwen3-4b"], 1, dtype, 2)
@@ -374,10 +375,10 @@ def test_data_pipeline_compares_with_a_bare_loop_and_measures_memory(tmp_path, m
     """A rate of each, whose ratio has a target; memory is read several times."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "result.json"
-    data_pipeline.main(["--quick", "--samples=100", "--only=images,memory", f"--json={path}"])
+    data_pipeline.main(["--quick", "--samples=40", "--only=images,memory", f"--json={path}"])
     packed, padded, memory = json.loads(path.read_text())["rows"]
     for row in (packed, padded):
         assert row["value"] > 1 and row["baseline"] > 1 and len(row["ratios"]) == 2
         assert row["met"] == (row["ratio"] >= 0.85)
-    assert [passed for passed, _ in memory["resident_mb"]] == [50, 100]
+    assert [passed for passed, _ in memory["resident_mb"]] == [20, 40]
     assert all(size > 50 for _, size in memory["resident_mb"])

@@ -96,9 +96,7 @@ def test_edge_11_bf16_inputs_are_scored_in_float32(select_per):
     descriptors = mean_keys(keys, jnp.ones((B, R, 4), bool))
     got = descriptor_scores(q, descriptors, select_per=select_per)
     assert got.dtype == jnp.float32
-    wide = descriptor_scores(
-        q.astype(jnp.float32), descriptors.astype(jnp.float32), select_per=select_per
-    )
+    wide = descriptor_scores(q.astype(jnp.float32), descriptors.astype(jnp.float32), select_per=select_per)
     np.testing.assert_allclose(got, wide, rtol=1e-6, atol=1e-6)
 
 

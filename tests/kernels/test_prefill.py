@@ -29,7 +29,10 @@ class TestReference(PrefillSuite):
     left += ("test_edge_12_group_sizes[4-kv_head]", "test_edge_12_group_sizes[5-head]")
     left += ("test_edge_12_group_sizes[8-head]", "test_edge_03_empty_axes[regions]")
     # It has no blocks of queries.
-    left += ("test_edge_13_query_blocks_with_remainders", "test_query_blocks_ignore_unseen_nan_and_equal_dense")
+    left += (
+        "test_edge_13_query_blocks_with_remainders",
+        "test_query_blocks_ignore_unseen_nan_and_equal_dense",
+    )
 
     def expected(self, case):
         return oracle.prefill(case)

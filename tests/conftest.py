@@ -41,7 +41,7 @@ from benchmarks.screenshots import CHROMIUM, DRIVER
 from tests.helpers import interpreting, lowering, shape_checks
 
 interpreting.shorten_callbacks()
-lowering.share_contexts()
+lowering.reuse_contexts()
 # Before the first import of these packages. Processes that tests start check nothing.
 jaxtyping.install_import_hook(shape_checks.PACKAGES, "tests.helpers.shape_checks.checked")
 

@@ -5,7 +5,7 @@ import functools
 _contexts = None
 
 
-def share_contexts():
+def reuse_contexts():
     """Keeps JAX's MLIR context until :func:`drop_context`.
 
     The function is private to jax: where it has moved, nothing changes.

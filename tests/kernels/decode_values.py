@@ -223,14 +223,14 @@ class DecodeValues:
 
         # Programs of some steps each: one for every operation takes three times as long to compile.
         @jax.jit
-        def begin(k, v):
+        def first(k, v):
             packed = api.reserve(api.pack(k, v, **options), 2, **options)
             return api.reserve(packed, 3, slots=slots, **options)
 
         pack, unpack, append = (
             jax.jit(functools.partial(step, **options)) for step in (api.pack, api.unpack, api.append)
         )
-        packed = begin(k[:, :, :, :2, :3], v[:, :, :, :2, :3])
+        packed = first(k[:, :, :, :2, :3], v[:, :, :, :2, :3])
         packed = append(packed, k[:, :, :, 5:], v[:, :, :, 5:], jnp.int32(5))
         packed = append(packed, k[:, :, :, 2:5, :4], v[:, :, :, 2:5, :4], jnp.int32(2))
         expected = pack(k, v)

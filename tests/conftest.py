@@ -38,22 +38,25 @@ import jaxtyping
 import pytest
 
 from benchmarks.screenshots import CHROMIUM, DRIVER
-from tests.helpers import interpreting, shape_checks
+from tests.helpers import interpreting, lowering, shape_checks
 
 interpreting.shorten_callbacks()
+lowering.reuse_contexts()
 # Before the first import of these packages. Processes that tests start check nothing.
 jaxtyping.install_import_hook(shape_checks.PACKAGES, "tests.helpers.shape_checks.checked")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A test that passes because yesterday's program was still on disk has tested yesterday's program.
 jax.config.update("jax_enable_compilation_cache", False)
+# Where in the code each operation of a program was traced: nothing here reads it, and it takes time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 hypothesis.settings.register_profile("gaze", derandomize=True, max_examples=15, deadline=None)
 hypothesis.settings.load_profile("gaze")
 
 pytest_plugins = ["tests.helpers.skips"]
 
-CHECKED = ("tests/core/", "tests/models/", "tests/train/")
+CHECKED = ("tests/core/", "tests/models/")
 """Folders whose tests check the shapes in type annotations."""
 SHARING = ("tests/models/",)
 """Folders in which files share compiled programs: those of tests/helpers/models.py."""
@@ -71,6 +74,7 @@ def _programs():
     """Drops compiled programs before they are too many: each maps memory, Linux allows a process 65,530 maps,
     and XLA's compiler crashes where it gets no more."""
     yield
+    lowering.drop_context()
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 35_000:
         jax.clear_caches()
@@ -93,9 +97,14 @@ def _promotion(request):
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Keeps together what shares programs, and skips what cannot run here, saying what would run it."""
+    """Keeps together what shares programs, leaves to ``-m long`` what the class of a shared suite names in
+    ``left``, and skips what cannot run here, saying what would run it."""
     for item in items:
+        named = getattr(item.cls, "left", ()) if item.cls else ()
+        if item.name in named or item.originalname in named:
+            item.add_marker(pytest.mark.long)
         if item.get_closest_marker("xdist_group") is None:
             # One worker for a class, for the functions of a file, or for a folder whose files share programs:
             # the other would compile the same again.

@@ -128,7 +128,8 @@ def test_dense_forms_compute_the_same_attention():
         np.testing.assert_allclose(out, outs["kv_head op"], atol=1e-5, err_msg=label)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.long  # tests/kernels/test_decode_gpu.py lowers the kernel
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_decode_programs_of_the_gpu_kernel_lower_for_cuda(dtype):
     """What benchmarks/gpu.sh measures compiles as far as a machine without a GPU can tell."""
     problem = decode.Problem(timing.Shape(71, 2, 2), timing.HEADS["qwen3-4b"], 1, dtype, 2)

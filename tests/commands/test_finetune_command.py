@@ -125,6 +125,7 @@ def test_an_export_has_the_files_of_its_source(exported, source):
     assert (exported / weights).read_bytes() != (source / weights).read_bytes(), "it was trained"
 
 
+@pytest.mark.long  # tests/convert/test_runs.py has exports of a run, test_generate_command.py answers
 def test_a_run_and_its_export_answer_alike(gaze, runs, exported, where):
     picture = f"--image={where / 'corpus' / '5.png'}"
     of_run, of_export = (
@@ -160,6 +161,7 @@ def adapted(gaze, where, source, corpus):
     return run, export
 
 
+@pytest.mark.long  # tests/train/test_lora.py has a run that is resumed, and what is read of it
 def test_adapters_are_exported_in_their_kernels(adapted, source):
     """Of a run with three learning rates and an average; transformers gives the same logits of a text."""
     run, export = adapted

@@ -50,8 +50,15 @@ def test_every_file_comes_back_byte_for_byte(tmp_path, layout):
     assert {name: pending.leaf for name, pending in again.leaves.items()} == found.leaves
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("layout", ["transformers 4", "LLaVA-NeXT", "Cambrian-S"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        *(("transformers 4", "float16"), ("LLaVA-NeXT", "float16"), ("Cambrian-S", "bfloat16")),
+        pytest.param("transformers 4", "bfloat16", marks=pytest.mark.long),
+        pytest.param("LLaVA-NeXT", "bfloat16", marks=pytest.mark.long),
+        pytest.param("Cambrian-S", "float16", marks=pytest.mark.long),
+    ],
+)
 def test_published_dtypes_come_back_byte_for_byte(tmp_path, layout, dtype):
     """LLaVA-OneVision is published in float16, Cambrian-S in bfloat16."""
     write, elsewhere = layouts.LAYOUTS[layout]
@@ -74,7 +81,14 @@ def text_logits(config):
     return jax.jit(lambda params, s: MLLM(config).apply({"params": params}, None, s, Selection())[0])
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+# Of the others the files come back, and test_verify_reports_every_stage runs some.
+OTHER_LAYOUTS = ("transformers 5, tied", "in memory", "LLaVA-NeXT", "Cambrian-S, tied, no tower")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(n, marks=pytest.mark.long) if n in OTHER_LAYOUTS else n for n in layouts.LAYOUTS],
+)
 def test_text_through_the_whole_model(layout):
     """Logits of a text prompt, one row padded, are transformers'; the tokenizer and its files are found."""
     source, gaze = layouts.converted(layout)

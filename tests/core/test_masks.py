@@ -4,6 +4,7 @@ Rows are queries and columns keys, both in sequence order whatever the storage o
 is seen if its region is selected, ``.`` is not seen. ``|`` separates packed samples in the captions.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,18 +13,23 @@ from gaze_jax.core.regions import region_span
 from gaze_jax.core.streams import Kind
 from tests.helpers.streams import Newline, PlacedView, Text, batch, pack, pad, sample, shuffle
 
+# As programs: one for every operation takes three times as long to compile.
+windows = jax.jit(masks.windows, static_argnames=("visual_scope", "visual_causal"))
+key_places, view_spans = jax.jit(masks.key_places), jax.jit(masks.view_spans)
+span, visible_regions = jax.jit(region_span), jax.jit(masks.visible_regions)
+
 
 def picture(streams, scope="all", causal=True):
     """Expand the windows of row 0 to a picture, with nothing of the implementation but the intervals."""
-    visual, text = masks.windows(streams, visual_scope=scope, visual_causal=causal)
-    places = masks.key_places(streams)
-    visible = np.asarray(masks.visible_regions(text, places, *region_span(places.visual_order)))[0]
+    visual, text = windows(streams, visual_scope=scope, visual_causal=causal)
+    places = key_places(streams)
+    visible = np.asarray(visible_regions(text, places, *span(places.visual_order)))[0]
     regions, slots = places.visual_order.shape[1:]
     queries = []
-    for windows, order in ((visual, streams.visual_order.reshape(1, -1)), (text, streams.text_order)):
+    for each, order in ((visual, streams.visual_order.reshape(1, -1)), (text, streams.text_order)):
         for t in range(order.shape[1]):
-            w = {name: int(np.asarray(getattr(windows, name))[0, t]) for name in windows.__dataclass_fields__}
-            queries.append(((w["segment"], int(order[0, t])), w, visible[t] if windows is text else None))
+            w = {name: int(np.asarray(getattr(each, name))[0, t]) for name in each.__dataclass_fields__}
+            queries.append(((w["segment"], int(order[0, t])), w, visible[t] if each is text else None))
     keys = []
     for r, p in np.ndindex(regions, slots):
         place = int(places.region_segment[0, r]), int(places.visual_order[0, r, p])
@@ -206,7 +212,7 @@ def test_edge_09_packed_samples_do_not_see_each_other(shuffled):
 def test_edge_08_a_query_inside_an_image_sees_no_later_key():
     """Causal visual queries never see a later order, and none of them is routed to an unfinished region."""
     streams = batch([sample([Text(2), PlacedView(3, 5, newlines=True), Text(1), PlacedView(2, 3), Text(2)])])
-    visual, _ = masks.windows(streams, visual_scope="all", visual_causal=True)
+    visual, _ = windows(streams, visual_scope="all", visual_causal=True)
     order = np.asarray(streams.visual_order).reshape(1, -1)
     valid = order >= 0
     assert (np.asarray(visual.visual_hi) <= order)[valid].all()
@@ -217,24 +223,24 @@ def test_edge_08_a_query_inside_an_image_sees_no_later_key():
 def test_a_region_becomes_visible_with_its_last_token():
     """A routed query may choose a region only when the region's last valid token is earlier."""
     streams = batch([sample([Text(1), PlacedView(3, 3), Text(2)], region=(2, 2), context=0)])
-    _, text = masks.windows(streams, visual_scope="all", visual_causal=True)
-    places = masks.key_places(streams)
+    _, text = windows(streams, visual_scope="all", visual_causal=True)
+    places = key_places(streams)
     first, last = region_span(places.visual_order)
     assert np.asarray(last)[0].tolist() == [5, 6, 8, 9]
-    seen = np.asarray(masks.visible_regions(text, places, first, last))[0]
+    seen = np.asarray(visible_regions(text, places, first, last))[0]
     assert seen.tolist() == [[False] * 4, [True] * 4, [True] * 4]
     cut = text.__class__(**{**vars(text), "visual_hi": text.visual_hi * 0 + 8})
-    seen = np.asarray(masks.visible_regions(cut, places, first, last))[0]
+    seen = np.asarray(visible_regions(cut, places, first, last))[0]
     assert seen[1].tolist() == [True, True, True, False]
     cut = text.__class__(**{**vars(text), "visual_lo": text.visual_lo * 0 + 2})
-    seen = np.asarray(masks.visible_regions(cut, places, first, last))[0]
+    seen = np.asarray(visible_regions(cut, places, first, last))[0]
     assert seen[1].tolist() == [False, True, True, True]
 
 
 def test_routed_queries_are_text_and_newlines_outside_of_views():
     """``routed`` follows the table: never visual, context, in-view newline or padding."""
     row = pad(sample(NEWLINES, region=(1, 2), context=1), text=9)
-    _, text = masks.windows(batch([row]), visual_scope="all", visual_causal=True)
+    _, text = windows(batch([row]), visual_scope="all", visual_causal=True)
     kinds, view = row["kind"], row["text_view"]
     expected = (kinds == Kind.TEXT) | ((kinds == Kind.NEWLINE) & (view < 0))
     assert np.asarray(text.routed)[0].tolist() == expected.tolist()
@@ -246,7 +252,7 @@ def test_view_spans_of_packed_rows():
     row = shuffle(
         pack([sample(TWO, region=(1, 2), context=1), sample(DOCSTRING, region=(1, 2), context=2)]), seed=1
     )
-    first, last = (np.asarray(a)[0] for a in masks.view_spans(batch([row])))
+    first, last = (np.asarray(a)[0] for a in view_spans(batch([row])))
     assert list(zip(first[:3].tolist(), last[:3].tolist())) == [(0, 1), (4, 5), (1, 4)]
     assert (first[3:] > last[3:]).all()
 

@@ -14,6 +14,16 @@ from tests.helpers import cases, oracle
 
 B, T, K, R, D = 2, 5, 2, 6, 16
 
+# As programs: one for every operation takes three times as long to compile.
+descriptor_scores = jax.jit(routing.descriptor_scores, static_argnames="select_per")
+oracle_scores = jax.jit(routing.oracle_scores, static_argnames=("scale", "select_per", "query_block"))
+forced_scores = jax.jit(routing.forced_scores, static_argnums=1)
+query_features = jax.jit(routing.query_features, static_argnums=1)
+select_mask = jax.jit(routing.select_mask)
+select_indices = jax.jit(routing.select_indices, static_argnums=3)
+mean_keys, minmax_keys = jax.jit(regions.mean_keys), jax.jit(regions.minmax_keys)
+visible_keys = jax.jit(masks.visible_keys)
+
 
 def _queries_and_keys(group, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
@@ -27,8 +37,8 @@ def _queries_and_keys(group, dtype=np.float32, seed=0):
 def test_edge_12_descriptor_scores_map_query_heads_to_their_kv_head(group, select_per):
     """Head h scores with kv head h // G; "kv_head" is the sum of its heads' scores (any G)."""
     q, keys = _queries_and_keys(group)
-    descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
-    got = np.asarray(routing.descriptor_scores(q, descriptors, select_per=select_per))
+    descriptors = mean_keys(keys, jnp.ones((B, R, 4), bool))
+    got = np.asarray(descriptor_scores(q, descriptors, select_per=select_per))
     q64, d64 = np.asarray(q, np.float64), np.asarray(descriptors, np.float64)
     expected = np.stack(
         [np.einsum("btd,brd->btr", q64[:, :, h], d64[:, h // group]) for h in range(K * group)], 2
@@ -42,7 +52,7 @@ def test_edge_12_descriptor_scores_map_query_heads_to_their_kv_head(group, selec
 def test_a_descriptor_score_is_the_regions_mean_logit():
     """q . mean(k) equals the mean of the region's logits, for every head."""
     q, keys = _queries_and_keys(4)
-    got = routing.descriptor_scores(q, regions.mean_keys(keys, jnp.ones((B, R, 4), bool)), select_per="head")
+    got = descriptor_scores(q, mean_keys(keys, jnp.ones((B, R, 4), bool)), select_per="head")
     logits = np.einsum("btkgd,bkrpd->btkgrp", np.asarray(q, np.float64).reshape(B, T, K, 4, D), keys)
     np.testing.assert_allclose(got, logits.mean(-1).reshape(B, T, 4 * K, R), rtol=2e-5, atol=2e-5)
 
@@ -51,8 +61,8 @@ def test_a_descriptor_score_is_the_regions_mean_logit():
 def test_minmax_scores_are_the_sum_of_each_channels_larger_product(select_per):
     """sum_d max(q_d * min_d, q_d * max_d), one channel at a time; "kv_head" adds its heads' bounds."""
     q, keys = _queries_and_keys(3)
-    box = regions.minmax_keys(keys, jnp.ones((B, R, 4), bool))
-    got = routing.descriptor_scores(routing.query_features(q, "minmax"), box, select_per=select_per)
+    box = minmax_keys(keys, jnp.ones((B, R, 4), bool))
+    got = descriptor_scores(query_features(q, "minmax"), box, select_per=select_per)
     q64, box64 = np.asarray(q, np.float64), np.asarray(box, np.float64)
     expected = np.zeros((B, T, K * 3, R))
     for b, t, h, r in np.ndindex(*expected.shape):
@@ -71,8 +81,8 @@ def test_a_minmax_score_bounds_every_logit_of_its_region(seed, scale):
     keys = keys * scale
     valid = np.random.default_rng(seed).random((B, R, 4)) < 0.7
     valid[:, 0] = np.arange(4) == 1
-    box = regions.minmax_keys(jnp.where(valid[:, None, :, :, None], keys, jnp.nan), jnp.asarray(valid))
-    scores = routing.descriptor_scores(routing.query_features(q, "minmax"), box, select_per="head")
+    box = minmax_keys(jnp.where(valid[:, None, :, :, None], keys, jnp.nan), jnp.asarray(valid))
+    scores = descriptor_scores(query_features(q, "minmax"), box, select_per="head")
     logits = np.einsum("btkgd,bkrpd->btkgrp", np.asarray(q, np.float64).reshape(B, T, K, 2, D), keys)
     largest = np.where(valid[:, None, None, None], logits, -np.inf).max(-1).reshape(B, T, 2 * K, R)
     assert (np.asarray(scores) >= largest - 2e-5 * scale).all()
@@ -83,12 +93,10 @@ def test_a_minmax_score_bounds_every_logit_of_its_region(seed, scale):
 def test_edge_11_bf16_inputs_are_scored_in_float32(select_per):
     """bf16 queries and descriptors: scores are those of the same values in float32, and float32."""
     q, keys = _queries_and_keys(4, jnp.bfloat16)
-    descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
-    got = routing.descriptor_scores(q, descriptors, select_per=select_per)
+    descriptors = mean_keys(keys, jnp.ones((B, R, 4), bool))
+    got = descriptor_scores(q, descriptors, select_per=select_per)
     assert got.dtype == jnp.float32
-    wide = routing.descriptor_scores(
-        q.astype(jnp.float32), descriptors.astype(jnp.float32), select_per=select_per
-    )
+    wide = descriptor_scores(q.astype(jnp.float32), descriptors.astype(jnp.float32), select_per=select_per)
     np.testing.assert_allclose(got, wide, rtol=1e-6, atol=1e-6)
 
 
@@ -100,9 +108,9 @@ def test_edge_11_selection_overlap_of_bf16_caches_is_counted():
     descriptors = jnp.asarray(rng.normal(size=(B, K, count, D)), jnp.float32)
     picks = []
     for dtype in (jnp.float32, jnp.bfloat16):
-        scores = routing.descriptor_scores(q.astype(dtype), descriptors.astype(dtype), select_per="head")
+        scores = descriptor_scores(q.astype(dtype), descriptors.astype(dtype), select_per="head")
         permutation = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (B, count))
-        picks.append(np.asarray(routing.select_mask(scores, jnp.ones_like(scores, bool), top_k, permutation)))
+        picks.append(np.asarray(select_mask(scores, jnp.ones_like(scores, bool), top_k, permutation)))
     overlap = (picks[0] & picks[1]).sum() / picks[0].sum()
     assert picks[0].sum() == B * T * K * group * top_k
     assert 0.95 < overlap <= 1.0, f"overlap {overlap:.4f}"
@@ -111,11 +119,11 @@ def test_edge_11_selection_overlap_of_bf16_caches_is_counted():
 def test_edge_16_the_softmax_scale_never_reaches_the_scores():
     """Scores are q . d without a scale: scaling q by 2 doubles them and selects the same regions."""
     q, keys = _queries_and_keys(4)
-    descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
-    once, twice = (routing.descriptor_scores(q * s, descriptors, select_per="head") for s in (1, 2))
+    descriptors = mean_keys(keys, jnp.ones((B, R, 4), bool))
+    once, twice = (descriptor_scores(q * s, descriptors, select_per="head") for s in (1, 2))
     np.testing.assert_array_equal(np.asarray(once) * 2, twice)
     permutation = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (B, R))
-    masks = [routing.select_mask(s, jnp.ones_like(s, bool), 2, permutation) for s in (once, twice)]
+    masks = [select_mask(s, jnp.ones_like(s, bool), 2, permutation) for s in (once, twice)]
     np.testing.assert_array_equal(*masks)
 
 
@@ -146,9 +154,9 @@ def test_oracle_scores_are_the_softmax_mass_of_dense_attention(select_per, block
     # From order 0 or from below: order -1 is no key.
     low = {name: getattr(case.queries, name) - 1 for name in ("visual_lo", "text_lo")}
     below = dataclasses.replace(case.queries, **{n: jnp.where(v < 0, v, v + 1) for n, v in low.items()})
-    visual_seen, text_seen = masks.visible_keys(below, case.places)
+    visual_seen, text_seen = visible_keys(below, case.places)
     empty = np.asarray(case.places.visual_order) < 0
-    got = routing.oracle_scores(
+    got = oracle_scores(
         case.q,
         jnp.where(empty[:, None, :, :, None], jnp.nan, case.visual_k),
         case.text_k,
@@ -168,7 +176,7 @@ def test_oracle_scores_are_the_softmax_mass_of_dense_attention(select_per, block
 def test_small_oracle_masses_stay_distinct():
     """Regions that all lie 200 below the largest logit are still ranked."""
     keys = jnp.array([0.0, -200.0, -201.0, -202.0]).reshape(1, 1, 4, 1, 1)
-    got = routing.oracle_scores(
+    got = oracle_scores(
         jnp.ones((1, 1, 1, 1)),
         keys,
         jnp.zeros((1, 1, 0, 1)),
@@ -218,7 +226,7 @@ def test_random_scores_are_keyed_by_every_name():
 def test_random_scores_do_not_depend_on_storage_batch_or_number_of_queries():
     """A query's scores are the same alone, decoded, in another batch, and with regions stored otherwise."""
     base = _random()
-    alone = routing.random_scores(
+    alone = random_scores(
         0, NAMES["sample"][1:], NAMES["order"][1:, 3:4], NAMES["layer"], 4, NAMES["region_first"][1:]
     )
     np.testing.assert_array_equal(alone[0, 0], base[1, 3])
@@ -233,7 +241,7 @@ def test_random_scores_are_uniform():
     """Mean 1/2, variance 1/12, inside [0, 1), no two orders correlated: 40,000 draws."""
     order = jnp.arange(100, dtype=jnp.int32)[None]
     first = jnp.arange(100, dtype=jnp.int32)[None]
-    scores = np.asarray(routing.random_scores(3, jnp.int32(0), order, jnp.int32(0), 4, first))[0]
+    scores = np.asarray(random_scores(3, jnp.int32(0), order, jnp.int32(0), 4, first))[0]
     assert scores.min() >= 0 and scores.max() < 1
     assert abs(scores.mean() - 0.5) < 0.01 and abs(scores.var() - 1 / 12) < 0.003
     neighbours = np.corrcoef(scores[:-1].ravel(), scores[1:].ravel())[0, 1]
@@ -242,7 +250,7 @@ def test_random_scores_are_uniform():
 
 
 def _forced(rows):
-    scores, listed = routing.forced_scores(jnp.asarray(rows, jnp.int32)[None, None, None], R)
+    scores, listed = forced_scores(jnp.asarray(rows, jnp.int32)[None, None, None], R)
     return np.asarray(scores)[0, 0, 0], np.asarray(listed)[0, 0, 0]
 
 
@@ -260,11 +268,11 @@ def test_edge_07_forced_regions_with_duplicates_and_minus_one():
 @pytest.mark.parametrize(("top_k", "expected"), [(1, [4]), (2, [4, 2]), (9, [4, 2, 0])])
 def test_forced_selection_keeps_the_first_listed(top_k, expected):
     """A budget below the list's length keeps its head; a larger one adds nothing that is not listed."""
-    scores, listed = routing.forced_scores(jnp.array([[[[4, -1, 2, 4, 0]]]], jnp.int32), R)
+    scores, listed = forced_scores(jnp.array([[[[4, -1, 2, 4, 0]]]], jnp.int32), R)
     permutation = jnp.arange(R, dtype=jnp.int32)[None]
-    indices = routing.select_indices(scores, listed, top_k, R, permutation)[0, 0, 0]
+    indices = select_indices(scores, listed, top_k, R, permutation)[0, 0, 0]
     assert indices.tolist() == expected + [-1] * (R - len(expected))
-    mask = routing.select_mask(scores, listed, top_k, permutation)[0, 0, 0]
+    mask = select_mask(scores, listed, top_k, permutation)[0, 0, 0]
     assert np.flatnonzero(mask).tolist() == sorted(expected)
 
 
@@ -279,7 +287,7 @@ def test_edge_15_scores_and_indices_sharded_over_kv_heads_equal_unsharded(select
     """Heads split over two devices: bitwise the same scores, the same indices, and split as asked."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
     q, keys = _queries_and_keys(4)
-    descriptors = regions.mean_keys(keys, jnp.ones((B, R, 4), bool))
+    descriptors = mean_keys(keys, jnp.ones((B, R, 4), bool))
     permutation = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (B, R))
 
     def route(q, descriptors):

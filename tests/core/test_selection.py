@@ -14,6 +14,7 @@ B, T, H, R = 2, 3, 2, 7
 FIRST = np.array([[0, 4, 8, 12, 16, 20, 24], [30, 5, 25, 10, 20, 15, 0]], np.int32)
 select_mask = jax.jit(routing.select_mask)
 select_indices = jax.jit(routing.select_indices, static_argnums=3)
+tie_permutation = jax.jit(routing.tie_permutation)
 
 
 def by_sorting(scores, visible, top_k, first):
@@ -32,7 +33,7 @@ def by_sorting(scores, visible, top_k, first):
 
 def select(scores, visible, top_k, first=FIRST, capacity=R):
     """Mask and indices of the implementation, as numpy."""
-    permutation = routing.tie_permutation(jnp.asarray(first))
+    permutation = tie_permutation(jnp.asarray(first))
     arrays = jnp.asarray(scores, jnp.float32), jnp.asarray(visible), jnp.asarray(top_k, jnp.int32)
     return (
         np.asarray(select_mask(*arrays, permutation)),
@@ -160,7 +161,7 @@ def test_top_k_is_traced_and_may_differ_per_query():
     mask_of = jax.jit(lambda *args: routing.select_mask(*args))
     indices_of = jax.jit(lambda s, v, k, p: routing.select_indices(s, v, k, R, p))
     scores, visible = (jnp.asarray(a) for a in _everything(1.0))
-    scores, permutation = scores.astype(jnp.float32), routing.tie_permutation(jnp.asarray(FIRST))
+    scores, permutation = scores.astype(jnp.float32), tie_permutation(jnp.asarray(FIRST))
     for top_k in range(R + 3):
         budget = (jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) + top_k) % (R + 1)
         mask = mask_of(scores, visible, budget, permutation)
@@ -188,11 +189,11 @@ def test_storage_order_does_not_change_the_selection(permutation, seed):
 def test_edge_10_no_gradient_goes_through_the_selection():
     """The descriptors' scores get a gradient of exactly 0 from anything selected by them."""
     scores, visible = (jnp.asarray(a) for a in _everything(1.0))
-    permutation = routing.tie_permutation(jnp.asarray(FIRST))
+    permutation = tie_permutation(jnp.asarray(FIRST))
 
     def loss(scores):
-        mask = routing.select_mask(scores, visible, jnp.full((B, T), 3), permutation)
-        picked = routing.select_indices(scores, visible, jnp.full((B, T), 3), 3, permutation)
+        mask = select_mask(scores, visible, jnp.full((B, T), 3), permutation)
+        picked = select_indices(scores, visible, jnp.full((B, T), 3), 3, permutation)
         return jnp.sum(mask.astype(jnp.float32)) + jnp.sum(picked.astype(jnp.float32))
 
     grad = jax.jit(jax.grad(loss))(scores.astype(jnp.float32) * jnp.arange(R, dtype=jnp.float32))
@@ -204,10 +205,10 @@ def test_edge_03_no_region_and_a_single_region(regions):
     """R = 0 selects nothing and R = 1 selects the one region, by mask and by index."""
     scores = jnp.zeros((1, 2, 2, regions))
     visible = jnp.ones((1, 2, 1, regions), bool)
-    permutation = routing.tie_permutation(jnp.zeros((1, regions), jnp.int32))
+    permutation = tie_permutation(jnp.zeros((1, regions), jnp.int32))
     top_k = jnp.ones((1, 1), jnp.int32)
-    mask = routing.select_mask(scores, visible, top_k, permutation)
-    indices = routing.select_indices(scores, visible, top_k, 2, permutation)
+    mask = select_mask(scores, visible, top_k, permutation)
+    indices = select_indices(scores, visible, top_k, 2, permutation)
     assert mask.shape == (1, 2, 2, regions) and bool(mask.all())
     assert (np.asarray(indices) == ([-1, -1] if regions == 0 else [0, -1])).all()
 
@@ -247,7 +248,7 @@ def test_a_fraction_of_all_with_a_limit_is_a_count(top_k):
     scores = rng.normal(size=(B, T, H, R)).astype(np.float32)
     visible = np.arange(R) < rng.integers(0, R + 1, size=(B, T, 1))
     visible[0, 0] = False
-    permutation = routing.tie_permutation(jnp.asarray(FIRST))
+    permutation = tie_permutation(jnp.asarray(FIRST))
     visible_count = jnp.sum(jnp.asarray(visible), axis=-1, dtype=jnp.int32)
     both = count(Keep(jnp.ones(()), jnp.int32(top_k)), visible_count)
     seen = jnp.asarray(visible)[:, :, None]

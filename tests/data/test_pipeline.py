@@ -89,6 +89,7 @@ def test_a_batch_is_its_number_whatever_was_read_before(start, first):
     equal(take(start(first=first), 6), take(start(), first + 6)[first:])
 
 
+@pytest.mark.long  # tests/train/test_corpus.py has the same workers
 def test_workers_change_nothing(start):
     """Two workers start at an odd batch, so that the first one is the second worker's."""
     equal(take(start(num_workers=2, first=5), 6), take(start(), 11)[5:])

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from gaze_jax.data.placement import Arrays
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
-from gaze_jax.train import checkpoint, loop
+from gaze_jax.train import checkpoint, evaluation, loop
 from gaze_jax.train.config import EvalConfig, Experiment, complete, parse
 from gaze_jax.train.pipeline import RunData, open_data
 from gaze_jax.train.step import TrainState, abstract_state, compile_step, init_state, put_batch, shardings_of
@@ -123,6 +124,20 @@ def whole_arrays() -> Iterator[None]:
         yield
 
 
+_evaluations: dict[Any, Any] = {}
+_compile_evaluation = evaluation._compiled
+
+
+def _evaluation(function: Callable[..., Any], experiment: Experiment, mesh: Mesh, batch: Any) -> Any:
+    """What an evaluation runs, compiled once for each function of it and what that depends on."""
+    at = inspect.getclosurevars(function).nonlocals.get("at")  # the queries of a trace
+    shapes = tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
+    key = function.__name__, None if at is None else tuple(at.tolist()), experiment, mesh, shapes
+    if key not in _evaluations:
+        _evaluations[key] = _compile_evaluation(function, experiment, mesh, batch)
+    return _evaluations[key]
+
+
 @contextlib.contextmanager
 def reused_programs() -> Iterator[None]:
     """Training runs in this context compile once, and under the promotion that optax needs."""
@@ -130,6 +145,7 @@ def reused_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, standard, whole_arrays():
         patch.setattr(loop, "compile_step", compiled)
         patch.setattr(loop, "init_state", begun)
+        patch.setattr(evaluation, "_compiled", _evaluation)
         yield
 
 

@@ -249,18 +249,25 @@ class DecodeValues:
         case = cases.decode(slots=slots, dim=dim, dtype=jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
         spec = dataclasses.replace(case.spec, visual_dtype="int8" if kind == "int8" else None)
         options = {"spec": cases.runnable(spec), "implementation": self.implementation}
-        cut = np.arange(slots) < np.array([3, 3, 4, 4, 4, slots, slots])[:, None]
-        k, v = (jnp.where(cut[..., None], a, jnp.zeros((), a.dtype)) for a in (case.k, case.v))
-        packed = api.pack(k[:, :, :, :2, :3], v[:, :, :, :2, :3], **options)
-        packed = api.reserve(packed, 2, **options)
-        packed = api.reserve(packed, 3, slots=slots, **options)
-        append = jax.jit(functools.partial(api.append, **options))
+        cut = (np.arange(slots) < np.array([3, 3, 4, 4, 4, slots, slots])[:, None])[..., None]
+        k, v = (np.where(cut, a, np.zeros((), a.dtype)) for a in (case.k, case.v))
+
+        # Programs of some steps each: one for every operation takes three times as long to compile.
+        @jax.jit
+        def first(k, v):
+            packed = api.reserve(api.pack(k, v, **options), 2, **options)
+            return api.reserve(packed, 3, slots=slots, **options)
+
+        pack, unpack, append = (
+            jax.jit(functools.partial(step, **options)) for step in (api.pack, api.unpack, api.append)
+        )
+        packed = first(k[:, :, :, :2, :3], v[:, :, :, :2, :3])
         packed = append(packed, k[:, :, :, 5:], v[:, :, :, 5:], jnp.int32(5))
         packed = append(packed, k[:, :, :, 2:5, :4], v[:, :, :, 2:5, :4], jnp.int32(2))
-        expected = api.pack(k, v, **options)
+        expected = pack(k, v)
         for got, whole in zip(jax.tree.leaves(packed), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(got, whole)
-        for got, whole in zip(api.unpack(packed, **options), api.unpack(expected, **options), strict=True):
+        for got, whole in zip(unpack(packed), unpack(expected), strict=True):
             np.testing.assert_array_equal(got, whole)
 
     def test_append_writes_in_place(self):

@@ -38,6 +38,9 @@ class TestCopiesAndIndicesInterpreted(InterpretedDecodeSuite):
 
     implementation = "gpu"
     shards_heads = False  # a Mosaic kernel is partitioned by shard_map, not by the compiler
+    # What int8 and edge 12 do with lists per kv head; the kernel reads V like K.
+    left = ("test_values[0-kv_head]", "test_edge_05_nan_in_a_region_reaches_the_heads_of_its_group[v-4]")
+    left += ("test_dense_without_indices",)  # edge 03 has no list either
 
     @pytest.mark.parametrize(
         ("slots", "select_per"),

@@ -43,18 +43,29 @@ def test_words_split_alike_in_the_kernel_and_interpreted(dtype):
     np.testing.assert_array_equal(jnp.stack(tpu_kernel.split_values(values)), got)
 
 
-@pytest.mark.parametrize("visual_dtype", [None, "int8"])
-@pytest.mark.parametrize(("dim", "slots"), [(128, 36), (64, 36), (64, 5), (20, 3), (100, 7)])
+@pytest.mark.parametrize(
+    ("dim", "slots", "visual_dtype"),
+    [
+        *((128, 36, None), (64, 36, "int8"), (64, 5, None), (20, 3, "int8"), (100, 7, None)),
+        *(long(*case) for case in ((128, 36, "int8"), (64, 36, None), (64, 5, "int8"))),
+        *(long(*case) for case in ((20, 3, None), (100, 7, "int8"))),
+    ],
+)
 def test_slots_are_ordered_as_the_kernel_meets_them(dim, slots, visual_dtype):
     """by_row names, for every key that the kernel cuts from C regions, the token slot that it is."""
     key = jnp.arange(4 * slots, dtype=jnp.float32).reshape(1, 1, 1, 4, slots, 1) + 1
     k = jnp.broadcast_to(key, (1, 1, 1, 4, slots, dim))
     spec = GazeSpec(scale=1.0, visual_dtype=visual_dtype)
-    packed = tpu_layout.pack(k, k, spec=spec)
-    words = packed.words[0, 0, 0, :, : packed.rows].reshape(-1, *packed.words.shape[-2:])
-    split = tpu_kernel.split_values(words)
-    keys = jnp.concatenate(split[: len(split) // (1 if packed.joint else 2)])
-    order = tpu_layout.by_row(packed, key[0, 0, 0, ..., 0])
+
+    @jax.jit
+    def keys_and_order(k):
+        packed = tpu_layout.pack(k, k, spec=spec)
+        words = packed.words[0, 0, 0, :, : packed.rows].reshape(-1, *packed.words.shape[-2:])
+        split = tpu_kernel.split_values(words)
+        keys = jnp.concatenate(split[: len(split) // (1 if packed.joint else 2)])
+        return keys, tpu_layout.by_row(packed, key[0, 0, 0, ..., 0])
+
+    keys, order = keys_and_order(k)
     seen = np.asarray(order) > 0
     assert seen.sum() == 4 * slots
     if visual_dtype is None:

@@ -69,10 +69,10 @@ def test_both_are_what_they_are_alone():
         models.parameters(TEACHER, seed=1), models.images(2, 2), plain, None
     )
     found = jnp.einsum("BSM,VM->BSV", both.teacher_hidden, both.teacher_head)
+    kinds, plain_kinds = np.asarray(streams.kind), np.asarray(plain.kind)
     for row in range(2):
-        kept = np.asarray(streams.kind[row] != 3)
-        there = np.asarray(plain.kind[row] > 0)
-        models.close(found[row][kept & np.asarray(streams.kind[row] > 0)], expected[row][there])
+        kept = (kinds[row] != 3) & (kinds[row] > 0)
+        models.close(np.asarray(found)[row][kept], np.asarray(expected)[row][plain_kinds[row] > 0])
 
 
 @pytest.mark.parametrize("select_per", [pytest.param("head", marks=pytest.mark.long), "kv_head"])
@@ -87,12 +87,14 @@ def test_the_divergence_is_between_attention_to_the_regions_and_their_scores(sel
     _, masses = models.forward(oracle, Routing("oracle"), collect=True)(
         models.parameters(TEACHER, seed=1), models.images(2, 2), plain, streams.visual_src.shape[1]
     )
-    visible = np.asarray(make_metadata(streams, student.gaze).routed.visible)
+    visible = np.asarray(jax.jit(lambda s: make_metadata(s, student.gaze).routed.visible)(streams))
+    kinds, plain_kinds = np.asarray(streams.kind), np.asarray(plain.kind)
+    divergence = np.asarray(both.region_kl)
     heads_per_selector = student.decoder.num_heads // trace["scores"].shape[3]
     logits = np.asarray(trace["scores"], np.float64) / (student.decoder.head_dim**0.5 * heads_per_selector)
     for row in range(2):
-        places = np.flatnonzero(np.asarray(streams.kind[row] != 3) & np.asarray(streams.kind[row] > 0))
-        for mine, theirs in zip(places, np.flatnonzero(np.asarray(plain.kind[row] > 0)), strict=True):
+        places = np.flatnonzero((kinds[row] != 3) & (kinds[row] > 0))
+        for mine, theirs in zip(places, np.flatnonzero(plain_kinds[row] > 0), strict=True):
             seen = visible[row, mine]
             expected = 0.0
             if seen.any():
@@ -102,7 +104,7 @@ def test_the_divergence_is_between_attention_to_the_regions_and_their_scores(sel
                 found /= found.sum(-1, keepdims=True)
                 expected = (target * np.log(target / found)).sum(-1).mean()
                 assert expected > 1e-3
-            np.testing.assert_allclose(both.region_kl[row, mine], expected, rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(divergence[row, mine], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_only_the_student_has_a_gradient_and_scores_have_one():
@@ -170,7 +172,8 @@ def test_what_is_not_seen_counts_neither_in_the_divergence_nor_in_its_gradient()
     visible = np.array([[[True, True, False, False], [False] * 4]])
     logits[..., 3], mass[..., 2:] = np.nan, -np.inf
     mine = jnp.asarray(mass), jnp.asarray(visible)
-    found, gradient = jax.value_and_grad(lambda x: jnp.sum(region_kl(x, *mine)))(jnp.asarray(logits))
+    kl = jax.jit(jax.value_and_grad(lambda x: jnp.sum(region_kl(x, *mine))))
+    found, gradient = kl(jnp.asarray(logits))
     p, q = (np.exp(a[0, 0, :, :2]) / np.exp(a[0, 0, :, :2]).sum(-1, keepdims=True) for a in (mass, logits))
     np.testing.assert_allclose(found, (p * np.log(p / q)).sum(-1).mean(), rtol=1e-5)
     assert np.isfinite(gradient).all() and not np.any(gradient[..., 2:]) and not np.any(gradient[0, 1])

@@ -9,7 +9,7 @@ from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint
 from gaze_jax.train.checkpoint import load_for_inference
 from gaze_jax.train.step import abstract_state, compile_step, init_state, put_batch, shardings_of
-from tests.helpers.experiments import batches_of, data_of, random_state, tiny_experiment
+from tests.helpers.experiments import batches_of, data_of, random_state, tiny_experiment, whole_arrays
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
@@ -62,7 +62,7 @@ def test_it_is_sharded_restored_bit_by_bit_and_what_inference_reads(steps, tmp_p
     wanted = abstract_state(experiment, mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings_of(wanted)
     data = data_of(experiment)
-    with checkpoint.open_manager(tmp_path, 1) as manager:
+    with checkpoint.open_manager(tmp_path, 1) as manager, whole_arrays():
         checkpoint.save(manager, state, experiment, data.fingerprint, data.tokenizer, [])
         manager.wait_until_finished()
         found = checkpoint.restore(manager, experiment, mesh, data.fingerprint)

@@ -323,7 +323,9 @@ class Fatal:
         return self.corpus.fingerprint()
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["hangs", "dies"])
+@pytest.mark.parametrize(
+    "dies", [pytest.param(False, marks=pytest.mark.long), True], ids=["hangs", "dies"]
+)  # one that hangs earlier, by default, and one that hangs in data check
 def test_a_worker_that_hangs_or_dies_ends_the_run_by_name(folder, dies):
     training = opened(folder / "all.jsonl", timeout=15.0)
     fatal = Fatal(training.corpus, int(training.plan.row(0)[0]), dies, os.getpid())

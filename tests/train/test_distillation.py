@@ -19,7 +19,14 @@ from gaze_jax.train.checkpoint import load_for_inference
 from gaze_jax.train.config import parse
 from gaze_jax.train.losses import distillation_loss
 from gaze_jax.train.step import abstract_state, compile_step, put_batch, shardings_of
-from tests.helpers.experiments import batches_of, random_state, save_untrained, tiny, tiny_experiment
+from tests.helpers.experiments import (
+    batches_of,
+    random_state,
+    save_untrained,
+    tiny,
+    tiny_experiment,
+    whole_arrays,
+)
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("train")]
 
@@ -49,7 +56,7 @@ def runs(dense, tmp_path_factory):
             programs["step"] = compile_step(experiment, mesh, batch, teacher)
         return programs["step"]
 
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), whole_arrays():
         patch.setattr(loop, "compile_step", once)
         start = open_start(str(dense))
         assert loop.train(experiment, folder / "whole", start)

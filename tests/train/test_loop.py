@@ -96,7 +96,7 @@ def test_a_finished_run_is_left_alone(whole, capsys):
     assert content(whole) == before
 
 
-@pytest.mark.long  # tests/data/test_pipeline.py compares the batches
+@pytest.mark.long  # tests/train/test_corpus.py compares the batches
 def test_workers_of_the_pipeline_change_nothing(whole, tmp_path):
     assert loop.train(tiny_experiment(num_workers=1), tmp_path)
     assert content(tmp_path)[1] == content(whole)[1]

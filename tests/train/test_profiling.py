@@ -54,7 +54,7 @@ def test_the_steps_that_are_asked_for_are_traced(tmp_path, monkeypatch, capsys):
     assert f"steps 3:4 are traced: {tmp_path / 'profile'}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("act", [terminate, spoil])
+@pytest.mark.parametrize("act", [pytest.param(terminate, marks=pytest.mark.long), spoil])
 def test_a_run_that_ends_within_them_keeps_its_trace(act, tmp_path, monkeypatch):
     experiment = tiny_experiment(profile_steps="2:5")
     during_step(monkeypatch, 3, act)

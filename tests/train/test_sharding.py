@@ -101,7 +101,10 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused():
 
 @pytest.mark.parametrize(
     "shape",
-    [MeshConfig(2, 4), MeshConfig(1, 4, 2), pytest.param(MeshConfig(1, 8), marks=pytest.mark.long)],
+    [
+        MeshConfig(2, 4),
+        *(pytest.param(shape, marks=pytest.mark.long) for shape in (MeshConfig(1, 4, 2), MeshConfig(1, 8))),
+    ],
     ids=str,
 )
 def test_no_device_does_or_holds_more_than_its_share(shape):

@@ -47,7 +47,8 @@ def test_new_context_tokens_begin_near_the_mean_of_the_features():
     config = with_context(4, param_dtype="bfloat16")
     assert check_start(start(), config) == ("context",)
     params = initial_params(start(), config, one_device(), 0, batch())
-    features = MLLM(PLAIN).apply({"params": parameters(PLAIN)["params"]}, batch()["images"], method="encode")
+    encode = jax.jit(lambda params, images: MLLM(PLAIN).apply({"params": params}, images, method="encode"))
+    features = encode(parameters(PLAIN)["params"], batch()["images"])
     shown = np.asarray(features).reshape(2, 3, -1, 32)[[0, 0, 0, 1, 1], [0, 1, 2, 0, 1]].reshape(-1, 32)
     mean, spread = shown.mean(axis=0), shown.std(axis=0)
     away = (np.asarray(params["context"], np.float32) - mean) / spread
@@ -88,8 +89,8 @@ def test_what_is_frozen_has_no_state_and_is_not_updated():
     params = parameters(PLAIN)["params"]
     optimizer, _ = make_optimizer(config, 10)
     with jax.numpy_dtype_promotion("standard"):
-        state = optimizer.init(params)
-        updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        state = jax.jit(optimizer.init)(params)
+        updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), state, params)
     assert not any("decoder" in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
     for part, tree in updates.items():
         moved = [bool((np.asarray(leaf) != 0).any()) for leaf in jax.tree.leaves(tree)]

@@ -70,7 +70,7 @@ def test_a_stopped_run_has_each_row_once(tmp_path, monkeypatch):
 
 
 def test_no_events_unless_asked_for(tmp_path):
-    assert loop.train(tiny_experiment(steps=3), tmp_path)
+    assert loop.train(tiny_experiment(), tmp_path)
     assert not (tmp_path / tensorboard.FOLDER).exists()
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 
 from gaze_jax.errors import UserError, first_line
+from gaze_jax.parallel import peers
 
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 """Environment variables in which srun and mpirun say how many processes they have started."""
@@ -99,4 +100,7 @@ def start(config: ProcessConfig) -> bool:
         raise UserError(
             f"The processes of the run did not find each other ({first_line(error)}); {hint}"
         ) from error
-    return jax.process_count() > 1
+    if jax.process_count() == 1:
+        return False
+    peers.joined()
+    return True

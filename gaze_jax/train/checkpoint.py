@@ -24,7 +24,7 @@ from gaze_jax.config import to_dict
 from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
-from gaze_jax.errors import UserError, first_line
+from gaze_jax.errors import NotFiniteError, UserError, first_line
 from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment, parse
@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "mesh",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_skipped",
     "log_every",
     "eval_every",
     "tensorboard",
@@ -71,6 +72,11 @@ def _digest(leaf: Array) -> Array:
     return jnp.sum(avalanche(words ^ place), dtype=jnp.uint32)
 
 
+@jax.jit
+def _digest_and_finite(leaf: Array) -> tuple[Array, Array]:
+    return _digest(leaf), jnp.all(jnp.isfinite(leaf))
+
+
 def _named(tree: PyTree) -> dict[str, Leaf]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -98,15 +104,23 @@ class Meta(TypedDict):
     tokenizer: str
     leaves: dict[str, dict[str, LeafRecord]]
     window: list[dict[str, float]]
+    skipped_in_a_row: int
 
 
-def describe(tree: PyTree) -> dict[str, LeafRecord]:
-    """Name -> dtype, shape and digest of every leaf, JSON-ready."""
+def describe(tree: PyTree, *, finite: bool = False) -> dict[str, LeafRecord]:
+    """Name -> dtype, shape and digest of every leaf, JSON-ready.
+
+    Raises:
+      NotFiniteError: a leaf has a value that is not finite, and ``finite`` asks for it.
+    """
+    found: dict[str, LeafRecord] = {}
     # One after the other, waiting for each: a CPU mesh stalls when many small collectives run at once.
-    return {
-        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(_digest(leaf)):08x}"}
-        for name, leaf in _named(tree).items()
-    }
+    for name, leaf in _named(tree).items():
+        digest, sound = jax.device_get(_digest_and_finite(leaf))
+        if finite and not sound:
+            raise NotFiniteError(name)
+        found[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(digest):08x}"}
+    return found
 
 
 def save(
@@ -116,6 +130,7 @@ def save(
     fingerprint: Mapping[str, object],
     tokenizer: Tokenizer,
     window: list[dict[str, float]],
+    skipped_in_a_row: int = 0,
 ) -> None:
     """Commit the state after a step, in the background; every process must call it.
 
@@ -124,15 +139,28 @@ def save(
       state: the run's state; it may be donated as soon as this returns.
       experiment, fingerprint, tokenizer: saved as ``meta``, to interpret the state.
       window: metrics of the steps since the last row of metrics.jsonl.
+      skipped_in_a_row: steps whose update was left out since the last that was made.
+
+    Raises:
+      NotFiniteError: the state has a value that is not finite; nothing is written.
     """
     items = _items(state)
+    try:
+        leaves = {name: describe(item, finite=True) for name, item in items.items()}
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"After step {int(state.step)} {error} is not finite, so it is not saved; the checkpoints in "
+            f"{manager.directory} are sound, but starting again comes to the same: in a new workdir, lower "
+            "optimizer.learning_rate, set optimizer.clip_norm, or lengthen optimizer.warmup_steps."
+        ) from None
     meta: Meta = {
         "format_version": NEWEST["run"],
         "config": to_dict(experiment),
         "data": dict(fingerprint),
         "tokenizer": tokenizer.json,
-        "leaves": {name: describe(item) for name, item in items.items()},
+        "leaves": leaves,
         "window": window,
+        "skipped_in_a_row": skipped_in_a_row,
     }
     manager.save(
         int(state.step),
@@ -216,10 +244,11 @@ def _differences(saved: Mapping[str, object], now: Mapping[str, object], prefix:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run to continue: its state, and the metrics since the last row of metrics.jsonl."""
+    """A run to continue: its state, and what :func:`save` was given beside it."""
 
     state: TrainState
     window: list[dict[str, float]]
+    skipped_in_a_row: int
 
 
 def restore(
@@ -258,7 +287,7 @@ def restore(
     trees = _read_trees(manager, step, meta, _items(abstract_state(experiment, mesh)))
     train = trees["train"]
     state = TrainState(train["step"], trees["params"], train["opt_state"], trees.get("average"))
-    return Restored(state, meta["window"])
+    return Restored(state, meta["window"], meta["skipped_in_a_row"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gaze_jax.errors import UserError
+from gaze_jax.errors import NotFiniteError, UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop
 from gaze_jax.train.step import put_batch
@@ -177,6 +177,20 @@ def test_saving_holds_the_values_though_the_state_is_donated_at_once(tmp_path):
     chex.assert_trees_all_equal(saved[-1], state.params, strict=True)
     for before, after in itertools.pairwise(saved):
         assert checkpoint.describe(before) != checkpoint.describe(after), "each step moved the parameters"
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_a_state_that_is_not_finite_is_never_saved(value, tmp_path):
+    """Of the optimizer too, whose values no metric shows."""
+    experiment, state, data = tiny_experiment(), _fresh(), data_of(tiny_experiment())
+    leaves, tree = jax.tree.flatten(state.opt_state)
+    at = next(number for number, leaf in enumerate(leaves) if leaf.shape == (144, 32))
+    leaves[at] = leaves[at].at[5, 7].set(value)
+    bad = dataclasses.replace(state, opt_state=jax.tree.unflatten(tree, leaves))
+    message = r"After step 0 opt_state\S*/mu/decoder/embedding is not finite, so it is not saved;"
+    with checkpoint.open_manager(tmp_path, 2) as manager, pytest.raises(NotFiniteError, match=message):
+        checkpoint.save(manager, bad, experiment, data.fingerprint, data.tokenizer, [])
+    assert resume(tmp_path, experiment) is None
 
 
 def test_inference_needs_a_checkpoint(tmp_path):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaze_jax.errors import UserError
+from gaze_jax.errors import NotFiniteError, UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop, metrics, timing
 from gaze_jax.train.checkpoint import load_for_inference
@@ -127,7 +127,8 @@ def test_another_mesh_restores_the_same_values(whole):
 
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
     experiment = tiny_experiment(checkpoint_every=1)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"stopped at step 4: .* is nan"):
+    message = r"stopped at step 4: param_norm is nan\. .* the checkpoints in .* are sound"
+    with monkeypatch.context() as patch, pytest.raises(NotFiniteError, match=message):
         during_step(patch, 4, spoil)
         loop.train(experiment, tmp_path)
     trained = load_for_inference(tmp_path, make_mesh(MeshConfig(data=1), jax.devices()[:1]))

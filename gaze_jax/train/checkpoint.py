@@ -10,6 +10,7 @@ not notice a flipped bit, so this module checks ``meta``.
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
@@ -34,6 +35,8 @@ Array = jax.Array
 Leaf = Array | jax.ShapeDtypeStruct
 
 FOLDER = "checkpoints"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""How the name of a checkpoint ends that was not written to its end; it is never read."""
 
 MAY_CHANGE = (
     "mesh",
@@ -59,6 +62,18 @@ def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> oc
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
     return ocp.CheckpointManager(Path(workdir).resolve() / FOLDER, options=options)  # it takes no ".."
+
+
+def remove_unfinished(workdir: str | os.PathLike[str]) -> list[str]:
+    """Delete what a killed run left of the checkpoints that it was writing; one process calls this.
+
+    Returns:
+      Names of the folders.
+    """
+    found = sorted((Path(workdir) / FOLDER).glob(f"*{UNFINISHED}*"))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
 
 
 @jax.jit  # one program for all leaves of a shape: the optimizer's state repeats those of the parameters

@@ -152,6 +152,9 @@ def train(
     if start is not None:
         check_start(start, experiment.model)
     data = open_data(experiment, start, workdir, progress)
+    if jax.process_index() == 0:
+        for name in checkpoint.remove_unfinished(workdir):
+            print_once(f"removed {name}, which a run did not write to its end")
     with (
         stopping.named(workdir),
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,

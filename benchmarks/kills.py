@@ -34,8 +34,8 @@ COMMAND = ["-m", "gaze_jax", "train", "--config=tests/helpers/tiny_config.py", "
 COMMAND += ["--config.checkpoint_every=1", "--config.log_every=4", "--config.eval.samples=2"]
 KEPT = 2
 PARTS = ("no save", "writing", "commit", "deletion")
-"""What a kill can hit: nothing of a save; files of it that are not all there; all there, and the folder without
-its name; or an older checkpoint that is being deleted."""
+"""What a kill can hit: nothing of a save; its files, not all there; all of them there,
+and the folder without its name; or an older checkpoint that is being deleted."""
 AIMS = (None, "writing", None, "commit", None, "deletion")
 """When a kill is sent, in turn: at a random moment, or when that part is seen on the disk."""
 LOOKING = 10.0
@@ -85,7 +85,8 @@ def hit(workdir: Path, whole: Mapping[str, int]) -> str:
     for path in folder.iterdir():
         if path.name.endswith(checkpoint.UNFINISHED):
             there = files(path)
-            return "writing" if any(there.get(name, 0) < count for name, count in whole.items()) else "commit"
+            missing = (there.get(name, 0) < count for name, count in whole.items() if name)
+            return "writing" if any(missing) else "commit"
     steps = [path for path in folder.iterdir() if path.name.isdecimal()]
     damaged = any(files(path) != whole for path in steps)
     return "deletion" if damaged or len(steps) > KEPT else "no save"

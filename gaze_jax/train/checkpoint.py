@@ -10,10 +10,11 @@ not notice a flipped bit, so this module checks ``meta``.
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -186,20 +187,33 @@ def save(
     )
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.CheckpointArgs) -> ocp.args.Composite:
-    """Restore items; any error about a damaged file becomes a one-sentence UserError."""
+def _reason(error: BaseException) -> str:
+    """Which array an error of Orbax is about, and why, from what TensorStore says in many lines."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).partition(" [tensorstore_spec")[0]
+        if arrays := re.findall(r'(?:Error reading|Metadata at) "([\w.]+)/[\w.]*"', text):
+            files = re.findall(r'local file "([^"]+[^/"])"', text)
+            where = f", file {Path(files[-1]).name}" if files else ""
+            return f"array {arrays[-1].replace('.', '/')}{where}: {text.split(': ')[-1]}"
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error) if isinstance(error, Exception) else str(error)
+
+
+def _read(manager: ocp.CheckpointManager, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+    """Restore an item; any error about a damaged file becomes a one-sentence UserError that names it."""
     try:
-        return manager.restore(step, args=ocp.args.Composite(**args))
+        return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # Orbax and TensorStore each raise their own types
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} cannot be read ({first_line(error)}); it is damaged "
-            "or not of this program: move it away to continue from the one before it."
+            f"Checkpoint {manager.directory / str(step)} cannot be read ({item}: {_reason(error)}); it is "
+            "damaged or not of this program: move it away to continue from the one before it."
         ) from error
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> Meta:
     """What the checkpoint says of itself, under today's names."""
-    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    meta = _read(manager, step, "meta", ocp.args.JsonRestore())
     where = f"Checkpoint {manager.directory / str(step)}"
     version = check_version("run", meta, where)
     try:
@@ -233,17 +247,17 @@ def _read_trees(
     where = f"Checkpoint {manager.directory / str(step)}"
     for item, tree in abstract.items():
         _check_leaves(meta["leaves"][item], tree, where)
-    restored = _read(
-        manager, step, **{item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
-    )
-    for item in abstract:
-        for name, leaf in describe(restored[item]).items():
+    restored = {
+        item: _read(manager, step, item, ocp.args.StandardRestore(tree)) for item, tree in abstract.items()
+    }
+    for item, tree in restored.items():
+        for name, leaf in describe(tree).items():
             if leaf["digest"] != meta["leaves"][item][name]["digest"]:
                 raise UserError(
                     f"{where} is damaged: {name} is not what was saved; move it away to continue from the "
                     "one before it."
                 )
-    return {item: restored[item] for item in abstract}
+    return restored
 
 
 def _differences(saved: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:

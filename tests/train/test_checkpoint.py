@@ -110,19 +110,9 @@ def test_the_digest_is_the_same_on_every_mesh():
 def test_a_missing_item_is_one_sentence_with_the_path(run, item, tmp_path):
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / "6" / item)
-    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read") as error:
+    with pytest.raises(UserError, match=rf"checkpoints/6 cannot be read \({item}: ") as error:
         resume(tmp_path, tiny_experiment())
     assert "\n" not in str(error.value)
-
-
-def test_a_cut_off_file_is_one_sentence_with_the_path(run, tmp_path):
-    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    parts = [file for file in (tmp_path / "checkpoints" / "6" / "params").rglob("d/*") if file.is_file()]
-    assert parts
-    for part in parts:
-        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/6 cannot be read"):
-        resume(tmp_path, tiny_experiment())
 
 
 @functools.cache

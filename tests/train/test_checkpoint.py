@@ -66,6 +66,17 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_field_that_differs(run
         resume(run, tiny_experiment(**change))
 
 
+@pytest.mark.parametrize(("part", "value"), [("tokenizer", "another"), ("length", 63)])
+def test_a_checkpoint_of_other_data_is_refused_by_what_differs(part, value, run):
+    experiment = tiny_experiment()
+    now = data_of(experiment).fingerprint | {part: value}
+    message = (
+        rf"data pipeline differs: {part} was \S+ and is {value!r}\. Restore the old setting, or start in"
+    )
+    with checkpoint.open_manager(run, 2) as manager, pytest.raises(UserError, match=message):
+        checkpoint.restore(manager, experiment, make_mesh(experiment.mesh), now)
+
+
 def test_what_changes_no_result_may_change(run):
     change = {"checkpoint_every": 1, "keep_checkpoints": 5, "log_every": 1}
     found = resume(run, tiny_experiment(**change, **{"mesh.fsdp": 4, "eval.samples": 2}))

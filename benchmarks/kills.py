@@ -38,7 +38,7 @@ PARTS = ("no save", "writing", "commit", "deletion")
 and the folder without its name; or an older checkpoint that is being deleted."""
 AIMS = (None, "writing", None, "commit", None, "deletion")
 """When a kill is sent, in turn: at a random moment, or when that part is seen on the disk."""
-LOOKING = 10.0
+PATIENCE_FOR_A_PART = 10.0
 """Seconds after which a part that is not seen is hit no more, and the kill is sent."""
 PATIENCE = 300.0
 
@@ -61,7 +61,7 @@ def start(workdir: Path, steps: int, cache: Path) -> "subprocess.Popen[str]":
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> None:
+def complete(process: "subprocess.Popen[str]") -> None:
     out, _ = process.communicate(timeout=PATIENCE)
     if process.returncode:
         raise RuntimeError(f"the run ended with status {process.returncode}:\n{out}")
@@ -151,7 +151,7 @@ def kill(
         time.sleep(0.002)
     if aim is None:
         time.sleep(delay)
-    deadline = time.monotonic() + LOOKING
+    deadline = time.monotonic() + PATIENCE_FOR_A_PART
     while aim and seen_part(workdir, whole) != aim and time.monotonic() < deadline:
         pass
     seen = committed(workdir)
@@ -168,7 +168,7 @@ def measure(kills: int, steps: int, seed: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, cache = (Path(folder) / name for name in ("whole", "killed", "cache"))
         started = time.monotonic()
-        finish(start(whole, steps, cache))
+        complete(start(whole, steps, cache))
         print(f"{steps} steps without a kill: {time.monotonic() - started:.1f} s", flush=True)
         parts = files(whole / checkpoint.FOLDER / str(steps))
         for number in range(1, kills + 1):
@@ -189,7 +189,7 @@ def measure(kills: int, steps: int, seed: int) -> list[dict[str, Any]]:
             print(f"kill {number:3}  at {row['aim']:9} hit {part:9} newest {newest:4}  {kept}", flush=True)
             if done:
                 raise RuntimeError(f"the run was done after {number} kills; give it more --steps")
-        finish(start(killed, steps, cache))
+        complete(start(killed, steps, cache))
         same = content(killed) == content(whole)
         rows.append({"kill": "none", "newest": committed(killed), "same_bits": same})
     print("the end is that of the run without a kill" if same else "THE END DIFFERS", flush=True)

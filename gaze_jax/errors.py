@@ -21,6 +21,12 @@ class UserError(ValueError):
     status = 2
 
 
+class NotTogetherError(UserError):
+    """The processes of a run did not find each other, perhaps since some start later."""
+
+    status = AGAIN
+
+
 class NotFiniteError(UserError):
     """The numbers of a run went wrong: started again, it would come to the same."""
 

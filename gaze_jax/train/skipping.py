@@ -58,7 +58,7 @@ class SkippedSteps:
         self,
         experiment: Experiment,
         workdir: Path,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         done: int,
         in_a_row: int,
     ):
@@ -67,12 +67,12 @@ class SkippedSteps:
         Args:
           experiment: of the run, which says how many in a row end it.
           workdir: for the message.
-          say: takes a line for each step that is left out.
+          report: takes a line for each step that is left out.
           done: steps that are done.
           in_a_row: of these, how many of the last ones were left out.
         """
         self._limit, self._parts = experiment.max_skipped, experiment.accumulate
-        self._workdir, self._say = workdir, say
+        self._workdir, self._report = workdir, report
         self._judged, self.in_a_row = done, in_a_row
         self._samples: dict[int, Array] = {}
         self._found: list[str] = []
@@ -106,7 +106,7 @@ class SkippedSteps:
         ids = multihost_utils.process_allgather(samples, tiled=True)
         self._found.append(f"step {step}, {what} ({_named(np.asarray(ids), found - 1, self._parts)})")
         if self.in_a_row < self._limit:
-            self._say(f"{self._found[-1]}; left out, as {self.in_a_row} in a row")
+            self._report(f"{self._found[-1]}; left out, as {self.in_a_row} in a row")
             return
         raise NotFiniteError(self._sentence(newest()))
 

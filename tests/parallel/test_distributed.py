@@ -126,10 +126,22 @@ def test_several_processes_are_joined_if_a_launcher_says_so_or_the_user_does(mon
     assert [more["heartbeat_timeout_seconds"] for _, more in calls] == [600, 60, 600]
 
 
-def test_processes_that_find_nobody_say_what_to_give(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("coordinator_address should be defined.\nmore"), 2),
+        (RuntimeError("DEADLINE_EXCEEDED"), 75),
+    ],
+    ids=["nothing says where", "too late"],
+)
+def test_processes_that_find_nobody_say_what_to_give(error, status, monkeypatch):
+    """Those that came too late may be there at the next start."""
+
     def fail(*words, **more):
-        raise ValueError("coordinator_address should be defined.\nmore")
+        raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match=r"did not find each other \(coordinator_address .*give --coord"):
+    message = r"did not find each other \((coordinator_address|DEADLINE).*give --coord"
+    with pytest.raises(UserError, match=message) as found:
         distributed.start(ProcessConfig(distributed=True))
+    assert found.value.status == status

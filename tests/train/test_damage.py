@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.standard_promotion,
     pytest.mark.xdist_group("train"),
     # When one array cannot be read, Orbax closes its event loop on the reads of the others.
-    pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 

@@ -29,6 +29,7 @@ from gaze_jax.train.corpus import Progress, no_progress
 from gaze_jax.train.evaluation import Evaluated, Evaluator, OnEvaluation
 from gaze_jax.train.losses import Batch, Metrics
 from gaze_jax.train.pipeline import Batches, RunData, open_data
+from gaze_jax.train.recompiles import Recompiles
 from gaze_jax.train.skipping import SkippedSteps
 from gaze_jax.train.start import Start, check_start, initial_params
 from gaze_jax.train.step import (
@@ -287,10 +288,12 @@ def _steps(
     compiled, first = _Steps(run, stopwatch), int(state.step)
     skipped = SkippedSteps(experiment, run.workdir, print_once, first, begun.skipped_in_a_row)
     evaluator = _evaluator(run, stopwatch, first, state)
+    recompiles = Recompiles(print_once)
     # Metrics still on the device: fetching them would block every step.
     pending: list[Metrics] = []
     for step in range(first + 1, experiment.steps + 1):
-        step_once, flops = compiled.of(batch)
+        with recompiles.allowed():
+            step_once, flops = compiled.of(batch)
         profile.before(step, state)
         skipped.reads(step, batch)
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
@@ -321,11 +324,12 @@ def _steps(
             run.log(step, window, stopwatch)
             window = []
         if evaluator and judged:
-            with stopwatch.part("evaluate"):
+            with stopwatch.part("evaluate"), recompiles.allowed():
                 run.evaluate(evaluator, step, state)
         if due:
-            with stopwatch.part("save"):
+            with stopwatch.part("save"), recompiles.allowed():
                 run.save(state, window, skipped.in_a_row)
+        recompiles.check(step)
         if stop and not last:
             stopwatch.row(step)
             print_once(

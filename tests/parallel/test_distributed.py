@@ -20,7 +20,8 @@ from tests.helpers.commands import finish, start
 from tests.helpers.experiments import reused_programs, tiny_experiment
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-RUN = {"steps": 4, "checkpoint_every": 2, "log_every": 1, "model.decoder.num_kv_heads": 2, **MESH}
+RUN = {"steps": 4, "checkpoint_every": 1, "log_every": 1, "model.decoder.num_kv_heads": 2, **MESH}
+RUN["keep_checkpoints"] = 4
 
 
 def free_port():
@@ -33,22 +34,29 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def train_by(count, workdir, run):
+    """Train to the end in ``count`` processes that have eight devices together; what the first one prints."""
+    settings = [f"--config.{name}={value}" for name, value in run.items()]
+    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *settings]
+    command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+    command += ["--heartbeat_seconds=120"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    devices = {"JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
+    processes = [
+        start("-m", "gaze_jax", *command, f"--process_id={number}", **devices) for number in range(count)
+    ]
+    first, *others = [finish(process)[0] for process in processes]
+    assert "step 4/4" in first and "on 8 cpu device(s)" in first
+    # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in all.
+    assert all(line.startswith("[Gloo]") for out in others for line in out.splitlines())
+    return first
+
+
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
     """A run of two processes with four devices each, whose mesh has all three axes."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    settings = [f"--config.{name}={value}" for name, value in RUN.items()]
-    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *settings]
-    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--heartbeat_seconds=120"]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    processes = [
-        start("-m", "gaze_jax", *command, f"--process_id={number}", JAX_NUM_CPU_DEVICES="4", XLA_FLAGS=flags)
-        for number in range(2)
-    ]
-    outs = [finish(process)[0] for process in processes]
-    assert "step 4/4" in outs[0] and "on 8 cpu device(s)" in outs[0]
-    # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in both.
-    assert all(line.startswith("[Gloo]") for line in outs[1].splitlines())
+    train_by(2, workdir, RUN)
     return workdir
 
 
@@ -78,9 +86,15 @@ class TestTwoProcesses:
         for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
 
-    def test_one_process_goes_on_from_them(self, by_two, by_one, tmp_path):
-        """On another mesh: the same global batches, so the same rows."""
+    def test_four_processes_and_then_one_go_on_from_them(self, by_two, by_one, tmp_path):
+        """On other meshes: the same global batches, so the same rows."""
         workdir = shutil.copytree(by_two, tmp_path / "run")
+        for step in ("3", "4"):
+            shutil.rmtree(workdir / FOLDER / step)
+        assert "from step 2\n" in train_by(
+            4, workdir, RUN | {"mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 1}
+        )
+        close(rows(workdir), rows(by_one))
         shutil.rmtree(workdir / FOLDER / "4")
         experiment = tiny_experiment(**RUN | {"mesh.data": 4, "mesh.tensor": 1})
         with reused_programs():

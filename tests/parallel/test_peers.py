@@ -139,27 +139,31 @@ def ends(processes):
     return [process.returncode for process in processes], ["".join(each) for each in out]
 
 
+STEPS = 24
+
+
+def content(workdir):
+    with checkpoint.open_manager(workdir) as manager:
+        step = manager.latest_step()
+        leaves = checkpoint._meta(manager, step)["leaves"]
+    return step, leaves, rows(workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """What a run of two processes has come to that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("whole")
+    statuses, out = ends(launch(workdir, steps=STEPS))
+    assert statuses == [0, 0], out
+    return content(workdir)
+
+
 @pytest.mark.long
 @pytest.mark.standard_promotion
 class TestTwoProcesses:
-    STEPS = 24
-
-    @pytest.fixture(scope="class")
-    def whole(self, launch, tmp_path_factory):
-        workdir = tmp_path_factory.mktemp("whole")
-        statuses, out = ends(launch(workdir, steps=self.STEPS))
-        assert statuses == [0, 0], out
-        return self.content(workdir)
-
-    def content(self, workdir):
-        with checkpoint.open_manager(workdir) as manager:
-            step = manager.latest_step()
-            leaves = checkpoint._meta(manager, step)["leaves"]
-        return step, leaves, rows(workdir)
-
     @pytest.mark.parametrize("asked", [0, 1])
     def test_sigterm_to_one_stops_both_at_one_step_and_saves(self, asked, whole, launch, tmp_path):
-        processes = launch(tmp_path, steps=self.STEPS)
+        processes = launch(tmp_path, steps=STEPS)
         wait_for_step(tmp_path, 7, processes)
         processes[asked].terminate()
         statuses, out = ends(processes)
@@ -167,15 +171,15 @@ class TestTwoProcesses:
         assert "Stopped by SIGTERM after step" in out[0]
         with checkpoint.open_manager(tmp_path) as manager:
             assert manager.latest_step() >= 7
-        statuses, out = ends(launch(tmp_path, steps=self.STEPS))
+        statuses, out = ends(launch(tmp_path, steps=STEPS))
         assert statuses == [0, 0], out
-        assert self.content(tmp_path) == whole
+        assert content(tmp_path) == whole
 
     @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
     @pytest.mark.parametrize("victim", [0, 1])
     def test_a_lost_process_ends_the_other_within_the_heartbeat(self, victim, how, whole, launch, tmp_path):
         """Killed, as by its machine; or silent, as without a network, which only the heartbeat shows."""
-        processes = launch(tmp_path, steps=self.STEPS)
+        processes = launch(tmp_path, steps=STEPS)
         wait_for_step(tmp_path, 7, processes)
         processes[victim].send_signal(signal.Signals[how])
         lost = time.monotonic()
@@ -189,6 +193,6 @@ class TestTwoProcesses:
         processes[victim].communicate()
         with checkpoint.open_manager(tmp_path) as manager:
             assert manager.latest_step() >= 5
-        statuses, out = ends(launch(tmp_path, steps=self.STEPS))
+        statuses, out = ends(launch(tmp_path, steps=STEPS))
         assert statuses == [0, 0], out
-        assert self.content(tmp_path) == whole
+        assert content(tmp_path) == whole

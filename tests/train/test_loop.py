@@ -146,6 +146,30 @@ def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
         compiled(experiment, mesh)(begun(experiment, mesh), batch)
 
 
+def test_a_program_that_is_compiled_between_steps_is_reported(tmp_path, monkeypatch, capsys):
+    """Once, with its step; what an evaluation, a save and a first batch compile is not."""
+    compiled_at = 4
+
+    def compile_something(state):
+        with jax.transfer_guard("allow"):
+            jax.jit(lambda a: a * compiled_at + time.monotonic())(np.float32(1)).block_until_ready()
+        return state
+
+    during_step(monkeypatch, compiled_at, compile_something)
+    assert loop.train(tiny_experiment(checkpoint_every=2, eval_every=3), tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "compiled where none" in line]
+    assert len(lines) == 1 and lines[0].startswith("step 4: ")
+
+
+def test_an_array_that_is_moved_within_a_step_ends_the_run(tmp_path, monkeypatch):
+    def move(state):
+        return dataclasses.replace(state, step=state.step + np.int32(0))
+
+    during_step(monkeypatch, 2, move)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.train(tiny_experiment(), tmp_path)
+
+
 def test_times_are_in_a_file_of_their_own_with_compiling_apart(tmp_path, monkeypatch, capsys):
     compile_step = loop.compile_step
 

@@ -4,13 +4,33 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 
+AGAIN = 75
+"""Exit status of a command that another start goes on with, what is done being saved: EX_TEMPFAIL."""
+
 
 class UserError(ValueError):
     """An error that the user can fix, such as a wrong config value, path or checkpoint.
 
     The message is one sentence that says what is wrong and how to fix it. Commands print it without a
     traceback; every other exception is a bug in the program and keeps its traceback.
+
+    Attributes:
+      status: the exit status of a command that ends with it.
     """
+
+    status = 2
+
+
+class NotTogetherError(UserError):
+    """The processes of a run did not find each other, perhaps since some start later."""
+
+    status = AGAIN
+
+
+class NotFiniteError(UserError):
+    """The numbers of a run went wrong: started again, it would come to the same."""
+
+    status = 4
 
 
 def first_line(error: Exception) -> str:

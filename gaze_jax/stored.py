@@ -22,6 +22,9 @@ list since then, a number for each layer.
 Version 3 of a run dropped ``data.process_count``, and Orbax's item ``data``, the state of grain's iterator:
 the number of the step says which batch is next, on any number of processes and workers.
 
+Version 4 of a run added ``skipped_in_a_row``, steps whose update was left out since the last that was made.
+Before, no run went on after one.
+
 Old names in files that people write are refused in a sentence with the new ones: config files (names and
 values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).
 
@@ -45,7 +48,7 @@ from typing import Any
 
 from gaze_jax.errors import UserError
 
-NEWEST = {"manifest": 2, "export": 2, "run": 3, "trace": 3}
+NEWEST = {"manifest": 2, "export": 2, "run": 4, "trace": 3}
 """Kind of file -> the version that is written. All earlier ones are read."""
 
 _VERSION_KEYS = {"trace": ("version",), "run": ("format_version", "format")}
@@ -172,6 +175,7 @@ CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added | Dropped, ...]]] = {
             Renamed("data.source", "source", _source),
         ),
         3: (Dropped("data.process_count"),),
+        4: (Added("skipped_in_a_row", int),),
     },
     "trace": {
         2: (

@@ -63,6 +63,7 @@ WRONG = {
     "```sh\npython -m benchmarks.digits --fast\n```": "line 2: benchmarks/digits.py has no flag --fast",
     "```sh\npython examples/steer.py ckpt\n```": "line 2: the following arguments are required: image",
     "```sh\nscripts/nothing.sh\n```": "line 2: scripts/nothing.sh is no program",
+    "```sh\nscripts/pods/tpu_vm.sh strat\n```": "line 2: scripts/pods/tpu_vm.sh has no strat",
     "```sh\nscripts/digits.sh out --config.stepz=3\n```": "line 2: gaze-jax train: ",
     "```sh\nscripts/test.sh tests/nothing\n```": "line 2: pytest: tests/nothing does not exist",
     "```sh\npytest --fast\n```": "line 2: pytest: --fast is not in PYTEST_FLAGS",

@@ -153,14 +153,21 @@ def test_a_run_of_before_version_3_counts_no_processes():
     """The number of processes no longer decides the order of the data."""
     assert "process_count" in CONTENT["run"]["data"]
     assert "process_count" not in upgrade("run", CONTENT["run"], 1)["data"]
-    assert upgrade("run", {"data": {"process_count": 4, "length": 9}}, 2) == {"data": {"length": 9}}
-    assert upgrade("run", {"data": {"process_count": 4}}, 3) == {"data": {"process_count": 4}}
+    assert upgrade("run", {"data": {"process_count": 4, "length": 9}}, 2)["data"] == {"length": 9}
+    assert upgrade("run", {"data": {"process_count": 4}}, 3)["data"] == {"process_count": 4}
 
 
-READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1, 2 and 3", "trace": "1, 2 and 3"}
+def test_a_run_of_before_version_4_left_no_step_out():
+    assert upgrade("run", CONTENT["run"], 1)["skipped_in_a_row"] == 0
+    assert upgrade("run", {"skipped_in_a_row": 2}, 4) == {"skipped_in_a_row": 2}
+    with pytest.raises(ValueError, match="'skipped_in_a_row' has no place in a file of version 3"):
+        upgrade("run", {"skipped_in_a_row": 2}, 3)
 
 
-@pytest.mark.parametrize("version", [None, 0, 4, True, 1.0, "1"])
+READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1, 2, 3 and 4", "trace": "1, 2 and 3"}
+
+
+@pytest.mark.parametrize("version", [None, 0, 5, True, 1.0, "1"])
 def test_an_unknown_version_is_refused(version):
     names = {"manifest": "format_version", "export": "format_version", "run": "format", "trace": "version"}
     for kind, name in names.items():
@@ -366,7 +373,7 @@ def test_files_of_a_later_version_are_refused(tmp_path):
         where = shutil.copytree(V1 / name, tmp_path / name)
         newest = NEWEST["run" if name == "run" else "manifest"]
         _with_json(where / path, **{field: newest + 1})
-        known = "1 and 2" if newest == 2 else "1, 2 and 3"
+        known = "1 and 2" if newest == 2 else READ["run"]
         with pytest.raises(UserError, match=message.format(newest + 1, known)):
             gaze_jax.load(where)
     arrays, meta = stored_trace(V1 / "answer.gaze")

@@ -14,7 +14,7 @@ COMMANDS = ("train.py", "eval.py", "generate.py", "convert.py")
 # From the bottom up. A package may import those of the rows before its own, and itself.
 ROWS = (
     ("pallas_kernels",),
-    ("errors", "stored", "config", "writing", "cache_folder"),
+    ("errors", "stored", "config", "writing", "cache_folder", "compiles"),
     ("core",),
     ("parallel",),
     ("data", "chat", "media", "models"),

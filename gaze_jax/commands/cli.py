@@ -1,7 +1,8 @@
 """Shared by all commands: parse flags, set the exit status, report what the user can fix in one sentence.
 
-The exit status is 0 for success, 2 for what the user can fix, 3 if some of many questions have no answer, 130
-after Ctrl-C, and 1 otherwise: the reader of a pipe left, or the program has a bug.
+The exit status is 0 for success, 2 for what the user can fix, 3 if some of many questions have no answer, 4
+if the numbers of a run went wrong, 75 if the same command goes on with what is saved, 130 after Ctrl-C, and 1
+otherwise: the reader of a pipe left, or the program has a bug. docs/reliability.md tells supervisors more.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from absl import app, flags, logging
 from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
 from gaze_jax.commands.quiet import leave_out_full_disks
 from gaze_jax.errors import UserError
+from gaze_jax.parallel.peers import leave
 from gaze_jax.writing import full_disk
 
 PARTLY, STOPPED = 3, 130
@@ -136,8 +138,8 @@ def run(
 ) -> None:
     """Parse the flags and call ``main`` with their values.
 
-    A :class:`UserError` ends the program with status 2 and its message. The traceback of any other exception
-    goes to a file, which the message names.
+    A :class:`UserError` ends the program with its status and its message. The traceback of any other
+    exception goes to a file, which the message names.
 
     Args:
       main: takes the values and, with ``arguments``, the list of arguments that are not flags.
@@ -162,14 +164,14 @@ def run(
                 main(values, *([rest] if arguments else []))
         except UserError as error:
             print(f"{program()}: {error}", file=sys.stderr)
-            sys.exit(2)
+            leave(error.status)
         except KeyboardInterrupt:
             print(f"\n{program()}: stopped.", file=sys.stderr)
-            sys.exit(STOPPED)
+            leave(STOPPED)
         except Exception as error:
             status, message = _unexpected(error)
             print(f"{program()}: {message}", file=sys.stderr)
-            sys.exit(status)
+            leave(status)
 
     # absl passes on what its parser returns.
     parser: Any = lambda argv: parse(define, doc or "", argv)  # noqa: E731

@@ -3,15 +3,16 @@
 gaze-jax train --config=digits --workdir=runs/digits [--config.FIELD=VALUE ...]
 gaze-jax train --config=finetune --config.init_from=ckpt/llava --config.data.path=my.jsonl --workdir=runs/my
 
-The same command continues a run that was stopped or killed.
+The same command continues a run that was stopped or killed. Exit status 75 asks for that.
 """
 
+import sys
 import typing
 from pathlib import Path
 
 from gaze_jax.commands import cli
 from gaze_jax.commands.flags import Flags, Values
-from gaze_jax.errors import UserError
+from gaze_jax.errors import AGAIN, UserError
 from gaze_jax.parallel.distributed import HEARTBEAT, ProcessConfig
 from gaze_jax.parallel.distributed import start as start_processes
 
@@ -104,7 +105,9 @@ def main(values: Values) -> None:
         start = open_start(named, None if distills else Path(values.workdir))
     experiment = parse(config, None if start is None else start.config)
     finished = train(experiment, values.workdir, start, progress_bar, draw_evaluation)
-    if finished and isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
+    if not finished:
+        sys.exit(AGAIN)
+    if isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
         evaluate(values.workdir)
 
 

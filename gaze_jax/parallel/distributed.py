@@ -7,7 +7,8 @@ processes find each other, on Cloud TPUs if they are asked to (``--distributed``
 import dataclasses
 import os
 
-from gaze_jax.errors import UserError, first_line
+from gaze_jax.errors import NotTogetherError, UserError, first_line
+from gaze_jax.parallel import peers
 
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 """Environment variables in which srun and mpirun say how many processes they have started."""
@@ -74,7 +75,8 @@ def start(config: ProcessConfig) -> bool:
       Whether the run has several processes.
 
     Raises:
-      UserError: the flags contradict each other, or the processes do not find each other.
+      UserError: the flags contradict each other, or nothing says where the other processes are.
+      NotTogetherError: the others were not there in time.
     """
     _check(config)
     told = config.coordinator is not None
@@ -96,7 +98,11 @@ def start(config: ProcessConfig) -> bool:
             else "where neither Cloud TPU nor SLURM nor Open MPI starts the processes, give --coordinator, "
             "--num_processes and --process_id."
         )
-        raise UserError(
+        late = isinstance(error, RuntimeError)
+        raise (NotTogetherError if late else UserError)(
             f"The processes of the run did not find each other ({first_line(error)}); {hint}"
         ) from error
-    return jax.process_count() > 1
+    if jax.process_count() == 1:
+        return False
+    peers.joined()
+    return True

@@ -10,9 +10,11 @@ not notice a flipped bit, so this module checks ``meta``.
 import contextlib
 import dataclasses
 import os
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from gaze_jax.config import to_dict
 from gaze_jax.core.routing import avalanche
 from gaze_jax.data.pipeline import compare_fingerprints
 from gaze_jax.data.tokenizer import Tokenizer
-from gaze_jax.errors import UserError, first_line
+from gaze_jax.errors import NotFiniteError, UserError, first_line
 from gaze_jax.stored import NEWEST, check_version, upgrade
 from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment, parse
@@ -34,11 +36,14 @@ Array = jax.Array
 Leaf = Array | jax.ShapeDtypeStruct
 
 FOLDER = "checkpoints"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""How the name of a checkpoint ends that was not written to its end; it is never read."""
 
 MAY_CHANGE = (
     "mesh",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_skipped",
     "log_every",
     "eval_every",
     "tensorboard",
@@ -60,6 +65,18 @@ def open_manager(workdir: str | os.PathLike[str], keep: int | None = None) -> oc
     return ocp.CheckpointManager(Path(workdir).resolve() / FOLDER, options=options)  # it takes no ".."
 
 
+def remove_unfinished(workdir: str | os.PathLike[str]) -> list[str]:
+    """Delete what a killed run left of the checkpoints that it was writing; one process calls this.
+
+    Returns:
+      Names of the folders.
+    """
+    found = sorted((Path(workdir) / FOLDER).glob(f"*{UNFINISHED}*"))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
+
+
 @jax.jit  # one program for all leaves of a shape: the optimizer's state repeats those of the parameters
 def _digest(leaf: Array) -> Array:
     """uint32 sum of the leaf's bits, each mixed with its index: the same on every mesh."""
@@ -69,6 +86,11 @@ def _digest(leaf: Array) -> Array:
     for axis in range(leaf.ndim):
         place = avalanche(place ^ jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis))
     return jnp.sum(avalanche(words ^ place), dtype=jnp.uint32)
+
+
+@jax.jit
+def _digest_and_finite(leaf: Array) -> tuple[Array, Array]:
+    return _digest(leaf), jnp.all(jnp.isfinite(leaf))
 
 
 def _named(tree: PyTree) -> dict[str, Leaf]:
@@ -98,15 +120,23 @@ class Meta(TypedDict):
     tokenizer: str
     leaves: dict[str, dict[str, LeafRecord]]
     window: list[dict[str, float]]
+    skipped_in_a_row: int
 
 
-def describe(tree: PyTree) -> dict[str, LeafRecord]:
-    """Name -> dtype, shape and digest of every leaf, JSON-ready."""
+def describe(tree: PyTree, *, finite: bool = False) -> dict[str, LeafRecord]:
+    """Name -> dtype, shape and digest of every leaf, JSON-ready.
+
+    Raises:
+      NotFiniteError: a leaf has a value that is not finite, and ``finite`` asks for it.
+    """
+    found: dict[str, LeafRecord] = {}
     # One after the other, waiting for each: a CPU mesh stalls when many small collectives run at once.
-    return {
-        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(_digest(leaf)):08x}"}
-        for name, leaf in _named(tree).items()
-    }
+    for name, leaf in _named(tree).items():
+        digest, sound = jax.device_get(_digest_and_finite(leaf))
+        if finite and not sound:
+            raise NotFiniteError(name)
+        found[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "digest": f"{int(digest):08x}"}
+    return found
 
 
 def save(
@@ -116,6 +146,7 @@ def save(
     fingerprint: Mapping[str, object],
     tokenizer: Tokenizer,
     window: list[dict[str, float]],
+    skipped_in_a_row: int = 0,
 ) -> None:
     """Commit the state after a step, in the background; every process must call it.
 
@@ -124,15 +155,28 @@ def save(
       state: the run's state; it may be donated as soon as this returns.
       experiment, fingerprint, tokenizer: saved as ``meta``, to interpret the state.
       window: metrics of the steps since the last row of metrics.jsonl.
+      skipped_in_a_row: steps whose update was left out since the last that was made.
+
+    Raises:
+      NotFiniteError: the state has a value that is not finite; nothing is written.
     """
     items = _items(state)
+    try:
+        leaves = {name: describe(item, finite=True) for name, item in items.items()}
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"After step {int(state.step)} {error} is not finite, so it is not saved; the checkpoints in "
+            f"{manager.directory} are sound, but starting again comes to the same: in a new workdir, lower "
+            "optimizer.learning_rate, set optimizer.clip_norm, or lengthen optimizer.warmup_steps."
+        ) from None
     meta: Meta = {
         "format_version": NEWEST["run"],
         "config": to_dict(experiment),
         "data": dict(fingerprint),
         "tokenizer": tokenizer.json,
-        "leaves": {name: describe(item) for name, item in items.items()},
+        "leaves": leaves,
         "window": window,
+        "skipped_in_a_row": skipped_in_a_row,
     }
     manager.save(
         int(state.step),
@@ -143,20 +187,33 @@ def save(
     )
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **args: ocp.args.CheckpointArgs) -> ocp.args.Composite:
-    """Restore items; any error about a damaged file becomes a one-sentence UserError."""
+def _reason(error: BaseException) -> str:
+    """Which array an error of Orbax is about, and why, from what TensorStore says in many lines."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).partition(" [tensorstore_spec")[0]
+        if arrays := re.findall(r'(?:Error reading|Metadata at) "([\w.]+)/[\w.]*"', text):
+            files = re.findall(r'local file "([^"]+[^/"])"', text)
+            where = f", file {Path(files[-1]).name}" if files else ""
+            return f"array {arrays[-1].replace('.', '/')}{where}: {text.split(': ')[-1]}"
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error) if isinstance(error, Exception) else str(error)
+
+
+def _read(manager: ocp.CheckpointManager, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+    """Restore an item; any error about a damaged file becomes a one-sentence UserError that names it."""
     try:
-        return manager.restore(step, args=ocp.args.Composite(**args))
+        return manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # Orbax and TensorStore each raise their own types
         raise UserError(
-            f"Checkpoint {manager.directory / str(step)} cannot be read ({first_line(error)}); it is damaged "
-            "or not of this program: move it away to continue from the one before it."
+            f"Checkpoint {manager.directory / str(step)} cannot be read ({item}: {_reason(error)}); it is "
+            "damaged or not of this program: move it away to continue from the one before it."
         ) from error
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> Meta:
     """What the checkpoint says of itself, under today's names."""
-    meta = _read(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    meta = _read(manager, step, "meta", ocp.args.JsonRestore())
     where = f"Checkpoint {manager.directory / str(step)}"
     version = check_version("run", meta, where)
     try:
@@ -190,17 +247,17 @@ def _read_trees(
     where = f"Checkpoint {manager.directory / str(step)}"
     for item, tree in abstract.items():
         _check_leaves(meta["leaves"][item], tree, where)
-    restored = _read(
-        manager, step, **{item: ocp.args.StandardRestore(tree) for item, tree in abstract.items()}
-    )
-    for item in abstract:
-        for name, leaf in describe(restored[item]).items():
+    restored = {
+        item: _read(manager, step, item, ocp.args.StandardRestore(tree)) for item, tree in abstract.items()
+    }
+    for item, tree in restored.items():
+        for name, leaf in describe(tree).items():
             if leaf["digest"] != meta["leaves"][item][name]["digest"]:
                 raise UserError(
                     f"{where} is damaged: {name} is not what was saved; move it away to continue from the "
                     "one before it."
                 )
-    return {item: restored[item] for item in abstract}
+    return restored
 
 
 def _differences(saved: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:
@@ -216,10 +273,11 @@ def _differences(saved: Mapping[str, object], now: Mapping[str, object], prefix:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run to continue: its state, and the metrics since the last row of metrics.jsonl."""
+    """A run to continue: its state, and what :func:`save` was given beside it."""
 
     state: TrainState
     window: list[dict[str, float]]
+    skipped_in_a_row: int
 
 
 def restore(
@@ -258,7 +316,7 @@ def restore(
     trees = _read_trees(manager, step, meta, _items(abstract_state(experiment, mesh)))
     train = trees["train"]
     state = TrainState(train["step"], trees["params"], train["opt_state"], trees.get("average"))
-    return Restored(state, meta["window"])
+    return Restored(state, meta["window"], meta["skipped_in_a_row"])
 
 
 @dataclasses.dataclass(frozen=True)

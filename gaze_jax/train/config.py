@@ -69,6 +69,8 @@ class Experiment:
       mesh: sizes of the device mesh.
       checkpoint_every: steps between checkpoints; 0 writes one only at the end.
       keep_checkpoints: how many of the newest checkpoints to keep.
+      max_skipped: as many steps in a row whose loss or gradient is not finite end the run. Such a step
+        changes neither parameters nor optimizer.
       log_every: steps per progress line and row of metrics.jsonl.
       eval_every: steps between evaluations of held-out data; the first is before training, the last after it.
         Held out are ``data.holdout`` of a corpus, or scenes of digits that training does not draw. 0: none.
@@ -95,6 +97,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    max_skipped: int = 3
     log_every: int = 50
     eval_every: int = 0
     tensorboard: bool = False
@@ -222,7 +225,7 @@ def resolve(experiment: Experiment) -> Experiment:
     require(experiment.arm in ARMS, f"arm={experiment.arm!r} must be one of {ARMS}.")
     require(experiment.model.vision is not None, "model.vision is empty; training needs an image tower.")
     experiment = _apply_arm(experiment)
-    for name in ("batch_size", "accumulate", "keep_checkpoints", "log_every"):
+    for name in ("batch_size", "accumulate", "keep_checkpoints", "max_skipped", "log_every"):
         value = getattr(experiment, name)
         require(value >= 1, f"{name}={value} must be at least 1.")
     require(

@@ -33,7 +33,7 @@ from gaze_jax.models.attention import make_metadata
 from gaze_jax.parallel import rules
 from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment
-from gaze_jax.train.losses import Batch, Metrics, count_supervised, next_token_loss
+from gaze_jax.train.losses import ROW_LOSSES, Batch, Metrics, count_supervised, next_token_loss
 from gaze_jax.train.pipeline import HeldOut
 from gaze_jax.train.step import keep_fraction, put_batch
 
@@ -92,7 +92,8 @@ def measure_function(experiment: Experiment) -> Callable[[PyTree, Batch], dict[s
         one = jnp.ones((), jnp.int32)
 
         def sums(keep: Array | None) -> Metrics:
-            return next_token_loss(params, batch, keep, experiment.model, one)[1]
+            found = next_token_loss(params, batch, keep, experiment.model, one)[1]
+            return {name: value for name, value in found.items() if name != ROW_LOSSES}
 
         final = keep_fraction(experiment, jnp.asarray(experiment.steps, jnp.int32))
         found: dict[str, Any] = {} if final is None else {"gaze": sums(final)}

@@ -2,26 +2,35 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from gaze_jax.corpora.digits import DigitsConfig
-from gaze_jax.errors import UserError, first_line
 from gaze_jax.parallel import rules
 from gaze_jax.parallel.mesh import make_mesh
-from gaze_jax.train import checkpoint, evaluation, lora, metrics, profiling, tensorboard, timing
+from gaze_jax.train import (
+    checkpoint,
+    evaluation,
+    lora,
+    metrics,
+    profiling,
+    stopping,
+    tensorboard,
+    timing,
+)
 from gaze_jax.train.config import Experiment, profiled
 from gaze_jax.train.corpus import Progress, no_progress
 from gaze_jax.train.evaluation import Evaluated, Evaluator, OnEvaluation
 from gaze_jax.train.losses import Batch, Metrics
 from gaze_jax.train.pipeline import Batches, RunData, open_data
+from gaze_jax.train.recompiles import Recompiles
+from gaze_jax.train.skipping import SkippedSteps
 from gaze_jax.train.start import Start, check_start, initial_params
 from gaze_jax.train.step import (
     TrainState,
@@ -33,54 +42,12 @@ from gaze_jax.train.step import (
 )
 from gaze_jax.train.teacher import Teacher, check_same, make_teacher
 from gaze_jax.train.utilisation import model_flops, peak_of
-from gaze_jax.writing import full_disk
 
 
 def print_once(text: str) -> None:
     """Print from the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Set an event on SIGTERM, so that a preempted run can save. Works only in the main thread."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _named_if_full(workdir: Path) -> Iterator[None]:
-    """Say whether a disk is full, or a device; Orbax raises its errors with the next save, or at the end."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if reason := full_disk(error):
-            raise UserError(
-                f"{workdir} cannot be written ({reason}); free space and run the same command to go on from "
-                "its newest checkpoint."
-            ) from error
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(
-                f"A device has too little memory ({first_line(error)}); use fewer or smaller rows "
-                "(batch_size, data.row, data.max_frames), set model.remat=True or accumulate, or "
-                "use more devices."
-            ) from error
-        raise
-
-
-def _must_stop(manager: ocp.CheckpointManager, step: int, asked: threading.Event) -> bool:
-    # All processes must stop at the same step; JAX's preemption service makes them agree on one.
-    return asked.is_set() if jax.process_count() == 1 else manager.reached_preemption(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +67,9 @@ class _Run:
     def experiment(self) -> Experiment:
         return self.data.experiment
 
-    def restored(self) -> tuple[TrainState, list[metrics.Row]] | None:
-        """The newest checkpoint's state and unlogged metrics; None if there is none."""
-        found = checkpoint.restore(self.manager, self.experiment, self.mesh, self.data.fingerprint)
-        return None if found is None else (found.state, found.window)
+    def restored(self) -> checkpoint.Restored | None:
+        """The newest checkpoint; None if there is none."""
+        return checkpoint.restore(self.manager, self.experiment, self.mesh, self.data.fingerprint)
 
     def fresh(self, batch: Batch) -> TrainState:
         """The state before the first step, whose batch may show where new parameters begin."""
@@ -114,9 +80,21 @@ class _Run:
         params = initial_params(self.start, self.experiment.model, self.mesh, self.experiment.seed, batch)
         return init_state(self.experiment, self.mesh, params)
 
-    def save(self, state: TrainState, window: list[metrics.Row]) -> None:
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is whole."""
+        self.manager.wait_until_finished()
+        return cast(int | None, self.manager.latest_step())
+
+    def save(self, state: TrainState, window: list[metrics.Row], skipped_in_a_row: int) -> None:
+        data = self.data
         checkpoint.save(
-            self.manager, state, self.experiment, self.data.fingerprint, self.data.tokenizer, window
+            self.manager,
+            state,
+            self.experiment,
+            data.fingerprint,
+            data.tokenizer,
+            window,
+            skipped_in_a_row,
         )
 
     def log(self, step: int, window: list[metrics.Row], stopwatch: timing.Stopwatch) -> None:
@@ -175,10 +153,14 @@ def train(
     if start is not None:
         check_start(start, experiment.model)
     data = open_data(experiment, start, workdir, progress)
+    if jax.process_index() == 0:
+        for name in checkpoint.remove_unfinished(workdir):
+            print_once(f"removed {name}, which a run did not write to its end")
     with (
-        _named_if_full(workdir),
+        stopping.named(workdir),
         checkpoint.open_manager(workdir, experiment.keep_checkpoints) as manager,
-        _sigterm() as asked,
+        stopping.sigterm() as must_stop,
+        stopping.without_lost_peers(),
     ):
         teacher = _teacher(data.experiment, start, workdir, mesh)
         run = _Run(data, start, teacher, workdir, mesh, manager, on_evaluation)
@@ -187,7 +169,7 @@ def train(
         for line in data.lines:
             print_once(line)
         restored = run.restored()
-        first = 0 if restored is None else int(restored[0].step)
+        first = 0 if restored is None else int(restored.state.step)
         if jax.process_index() == 0:
             metrics.keep_until(workdir / metrics.FILE, first)
             # The evaluation of this step, which a stop may have left out, is made again.
@@ -212,7 +194,7 @@ def train(
             if experiment.tensorboard and jax.process_index() == 0:
                 events = stack.enter_context(contextlib.closing(tensorboard.Events(workdir)))
                 run = dataclasses.replace(run, events=events)
-            return _steps(run, batches, restored, stopwatch, asked, profile)
+            return _steps(run, batches, restored, stopwatch, must_stop, profile)
 
 
 def _teacher(experiment: Experiment, start: Start | None, workdir: Path, mesh: Mesh) -> Teacher | None:
@@ -274,58 +256,65 @@ def _busy(measured: Metrics) -> Callable[[], bool]:
 def _began(
     run: _Run,
     batches: Batches,
-    restored: tuple[TrainState, list[metrics.Row]] | None,
+    restored: checkpoint.Restored | None,
     stopwatch: timing.Stopwatch,
-) -> tuple[Batch, TrainState, list[metrics.Row]]:
-    """The first batch, the state before it, and the metrics that no row has yet."""
+) -> tuple[Batch, checkpoint.Restored]:
+    """The first batch, and the state before it."""
     with stopwatch.part("start"):
         # The first batch takes long, since what makes them starts; no device waits for it.
         batch = put_batch(stopwatch.take(batches, lambda: True), run.mesh)
-        state, window = (run.fresh(batch), []) if restored is None else restored
-        jax.block_until_ready(state.step)
+        begun = checkpoint.Restored(run.fresh(batch), [], 0) if restored is None else restored
+        jax.block_until_ready(begun.state.step)
     for line in rules.moved(run.mesh, lora.boxed_params(run.experiment.model, run.experiment.lora)):
         print_once(f"not split as usual, since the mesh does not divide it: {line}")
     print_once(
-        f"{run.experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters on "
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s), from step {int(state.step)}"
+        f"{run.experiment.arm}: {sum(leaf.size for leaf in jax.tree.leaves(begun.state.params)):,} parameters"
+        f" on {jax.device_count()} {jax.devices()[0].platform} device(s), from step {int(begun.state.step)}"
     )
-    return batch, state, window
+    return batch, begun
 
 
 def _steps(
     run: _Run,
     batches: Batches,
-    restored: tuple[TrainState, list[metrics.Row]] | None,
+    restored: checkpoint.Restored | None,
     stopwatch: timing.Stopwatch,
-    asked: threading.Event,
+    must_stop: stopping.MustStop,
     profile: profiling.Profile,
 ) -> bool:
     experiment = run.experiment
-    batch, state, window = _began(run, batches, restored, stopwatch)
+    batch, begun = _began(run, batches, restored, stopwatch)
+    state, window = begun.state, begun.window
     compiled, first = _Steps(run, stopwatch), int(state.step)
+    skipped = SkippedSteps(experiment, run.workdir, print_once, first, begun.skipped_in_a_row)
     evaluator = _evaluator(run, stopwatch, first, state)
+    recompiles = Recompiles(print_once)
     # Metrics still on the device: fetching them would block every step.
     pending: list[Metrics] = []
     for step in range(first + 1, experiment.steps + 1):
-        step_once, flops = compiled.of(batch)
+        with recompiles.allowed():
+            step_once, flops = compiled.of(batch)
         profile.before(step, state)
+        skipped.reads(step, batch)
         # All arrays are on their devices already; an implicit transfer inside the step would be a bug.
         with jax.transfer_guard("disallow"):
             state, measured = step_once(state, batch)
         stopwatch.count(flops)
         if pending:  # a device holds the batches of two steps, never those of a whole row of metrics
             jax.block_until_ready(pending[-1])
+            skipped.judge(step - 1, pending[-1], run.newest)
         pending.append(measured)
         if profile.after(step, state):
             print_once(f"steps {experiment.profile_steps} are traced: {run.workdir / profiling.FOLDER}")
         last = step == experiment.steps
-        stop = _must_stop(run.manager, step, asked)
+        stop = must_stop(step)
         log = last or step % experiment.log_every == 0
         due = last or stop or (experiment.checkpoint_every and step % experiment.checkpoint_every == 0)
         # A stop does not wait for it; the run that goes on makes up for it.
         judged = evaluator and not (stop and not last) and (last or step % experiment.eval_every == 0)
         if log or due or judged:
-            fetched = [{k: float(v) for k, v in row.items()} for row in jax.device_get(pending)]
+            skipped.judge(step, measured, run.newest)
+            fetched = [metrics.of_step(row) for row in jax.device_get(pending)]
             metrics.check_finite(fetched, step, run.workdir)
             window, pending = window + fetched, []
             spent = stopwatch.row(step)
@@ -335,11 +324,12 @@ def _steps(
             run.log(step, window, stopwatch)
             window = []
         if evaluator and judged:
-            with stopwatch.part("evaluate"):
+            with stopwatch.part("evaluate"), recompiles.allowed():
                 run.evaluate(evaluator, step, state)
         if due:
-            with stopwatch.part("save"):
-                run.save(state, window)
+            with stopwatch.part("save"), recompiles.allowed():
+                run.save(state, window, skipped.in_a_row)
+        recompiles.check(step)
         if stop and not last:
             stopwatch.row(step)
             print_once(

@@ -23,6 +23,9 @@ from gaze_jax.train.teacher import Teacher
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 
+ROW_LOSSES = "row_losses"
+"""Among the metrics of a loss, float32 [B]: the sum of each row, by which one that is not finite is found."""
+
 
 def count_supervised(batch: Batch) -> Int[Array, ""]:
     """Supervised tokens of a batch, int32 scalar."""
@@ -49,7 +52,8 @@ def next_token_loss(
 
     Returns:
       float32 loss and metrics, averaged over supervised queries: "loss", "accuracy", "top_k" (regions that
-      a query selects) and "visual_entries" (visual keys that it attends to, mean over layers and heads).
+      a query selects) and "visual_entries" (visual keys that it attends to, mean over layers and heads);
+      and :data:`ROW_LOSSES`.
     """
     streams = Streams.from_batch(batch)
     visible, top_k = _budget(batch, streams, keep, config)
@@ -65,13 +69,14 @@ def next_token_loss(
     hidden, out = cast(tuple[Array, NamedArrays], passed)
     head = cast(Array, MLLM(config).apply({"params": params}, method="head"))
     tokens = token_losses(Logits(hidden, head), streams.targets)
-    mean = _mean_over_supervised(batch, supervised_tokens)
+    mean, rows = _mean_over_supervised(batch, supervised_tokens), _sums_of_rows(batch)
     entries = jnp.mean(out["entries"], axis=0) if "entries" in out else None
     loss = mean(tokens.loss)
     return loss, {
         "loss": loss,
         "accuracy": mean(tokens.correct),
         **_selected(mean, streams, visible, top_k, entries),
+        ROW_LOSSES: rows(tokens.loss),
     }
 
 
@@ -114,17 +119,20 @@ def distillation_loss(
         Logits(both.hidden, both.head), streams.targets, Logits(both.teacher_hidden, both.teacher_head)
     )
     assert tokens.kl is not None
-    mean = _mean_over_supervised(batch, supervised_tokens)
-    kl = mean(jnp.where(streams.kind == Kind.CONTEXT, tokens.loss, tokens.kl))
+    mean, rows = _mean_over_supervised(batch, supervised_tokens), _sums_of_rows(batch)
+    losses = jnp.where(streams.kind == Kind.CONTEXT, tokens.loss, tokens.kl)
+    kl = mean(losses)
     metrics = {
         "kl": kl,
         "cross_entropy": mean(tokens.loss),
         "accuracy": mean(tokens.correct),
         **_selected(mean, streams, visible, top_k, both.entries),
+        ROW_LOSSES: rows(losses),
     }
     if both.region_kl is None:
         return kl, {"loss": kl, **metrics}
     region_kl = mean(both.region_kl)
+    metrics[ROW_LOSSES] += rows(both.region_kl)
     loss = kl + jnp.float32(region_weight) * region_kl
     return loss, {"loss": loss, "region_kl": region_kl, **metrics}
 
@@ -150,6 +158,16 @@ def _mean_over_supervised(batch: Batch, supervised_tokens: Array | None) -> Mean
         return total / jnp.maximum(count, 1).astype(jnp.float32)
 
     return mean
+
+
+def _sums_of_rows(batch: Batch) -> Callable[[Array], Array]:
+    """A function that sums values [B, S] over the supervised tokens of each row."""
+    supervised = batch["targets"] != IGNORE
+
+    def rows(values: Array) -> Float32[Array, " B"]:
+        return jnp.sum(jnp.where(supervised, values.astype(jnp.float32), 0.0), axis=1)
+
+    return rows
 
 
 def _selected(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gaze_jax.errors import UserError
+from gaze_jax.errors import NotFiniteError
 from gaze_jax.writing import write_text
 
 FILE = "metrics.jsonl"
@@ -43,14 +43,25 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def of_step(measured: Mapping[str, Any]) -> Row:
+    """What a step measured, as numbers; of one whose update was left out, that and the learning rate."""
+    row = {name: float(value) for name, value in measured.items()}
+    return {"skipped": 1.0, "lr": row["lr"]} if row.pop("skipped") else row
+
+
 def mean(rows: list[Row]) -> Row:
-    """Mean of each metric over steps; for "lr", the last value."""
-    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return means | {"lr": rows[-1]["lr"]}
+    """Mean of each metric over steps; for "lr", the last value; "skipped" counts steps, if there are any.
+
+    Steps that were left out count for nothing else; if all of them were, the row has nothing else.
+    """
+    done = [row for row in rows if "skipped" not in row]
+    means = {name: math.fsum(row[name] for row in done) / len(done) for name in done[0]} if done else {}
+    skipped = {"skipped": float(len(rows) - len(done))} if len(done) < len(rows) else {}
+    return means | {"lr": rows[-1]["lr"]} | skipped
 
 
 def check_finite(rows: list[Row], last_step: int, workdir: Path) -> None:
-    """Stop at the first step whose loss, gradient or new parameters are not finite.
+    """Stop at the first step whose update made parameters that are not finite, though its gradient was.
 
     Args:
       rows: metrics of consecutive steps.
@@ -58,13 +69,12 @@ def check_finite(rows: list[Row], last_step: int, workdir: Path) -> None:
       workdir: named in the error message.
 
     Raises:
-      UserError: a metric is not finite; the message names the step and what to try.
+      NotFiniteError: the message names the step and what to try.
     """
     for step, row in enumerate(rows, last_step - len(rows) + 1):
-        for name in ("loss", "grad_norm", "param_norm"):
-            if not math.isfinite(row[name]):
-                raise UserError(
-                    f"Training stopped at step {step}: {name} is {row[name]}. This step was not saved and "
-                    f"the checkpoints in {workdir} are sound; lower optimizer.learning_rate, set "
-                    "optimizer.clip_norm, or lengthen optimizer.warmup_steps."
-                )
+        if not math.isfinite(norm := row.get("param_norm", 0.0)):
+            raise NotFiniteError(
+                f"Training stopped at step {step}: param_norm is {norm}. This step was not saved and "
+                f"the checkpoints in {workdir} are sound; lower optimizer.learning_rate, set "
+                "optimizer.clip_norm, or lengthen optimizer.warmup_steps, in a new workdir."
+            )

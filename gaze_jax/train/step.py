@@ -20,8 +20,16 @@ from gaze_jax.models.parameters import init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment
-from gaze_jax.train.losses import Batch, Metrics, count_supervised, distillation_loss, next_token_loss
+from gaze_jax.train.losses import (
+    ROW_LOSSES,
+    Batch,
+    Metrics,
+    count_supervised,
+    distillation_loss,
+    next_token_loss,
+)
 from gaze_jax.train.optimizer import make_optimizer
+from gaze_jax.train.skipping import kept, updates_done, verdict
 from gaze_jax.train.teacher import Teacher
 
 Array = jax.Array
@@ -223,7 +231,9 @@ def step_function(experiment: Experiment) -> Callable[..., tuple[TrainState, Met
     """Make the optimizer step, to be jitted: (state, batch, teacher=None) -> (state, metrics).
 
     Metrics are float32 scalars: those of the objective (:mod:`gaze_jax.train.losses`), "grad_norm" before
-    clipping, "param_norm" after the update (finite if and only if the new parameters are), and "lr".
+    clipping, "param_norm" after the update (finite if and only if the new parameters are), "lr", and
+    "skipped": 0, or the loss or the gradient was not finite, and nothing of the state changed but the number
+    of the step (:func:`gaze_jax.train.skipping.verdict`).
     """
     optimizer, schedule = _optimizer(experiment)
 
@@ -248,15 +258,21 @@ def step_function(experiment: Experiment) -> Callable[..., tuple[TrainState, Met
             for part, tree in state.params.items()
             if part in experiment.frozen
         }
+        grad_norm = optax.tree.norm(grads)
+        skipped = verdict(metrics["loss"], grad_norm, metrics.pop(ROW_LOSSES))
+        good = skipped == 0
         updates, opt_state = optimizer.update(none | grads, state.opt_state, state.params)
         updates = _trained(experiment, updates)
-        params = state.params | optax.apply_updates(trained, updates)
+        # Decided by the gradient alone, so that the new values take the place of the old ones.
+        params = state.params | kept(good, optax.apply_updates(trained, updates), trained)
+        opt_state = kept(good, opt_state, state.opt_state)
+        average = kept(good, _averaged(experiment, state, params), state.average)
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": jnp.asarray(schedule(updates_done(state.opt_state)), jnp.float32),
+            "skipped": skipped,
         }
-        average = _averaged(experiment, state, params)
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return step

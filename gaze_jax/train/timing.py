@@ -196,12 +196,17 @@ class Stopwatch:
         self._recent = _sums()
         names = ("step_s", "wait_s", "save_s", "evaluate_s")
         each = math.fsum(self._all[name] for name in names) / max(step - self._first, 1)
+        measured = f"  {row['skipped']:.0f} left out" if "skipped" in row else ""
+        if "loss" in row:
+            measured += (
+                f"  loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  "
+                f"top_k {row['top_k']:.1f}{of}  visual entries {row['visual_entries']:.1f}"
+            )
         utilisation = f"  MFU {speeds['mfu']:.1%}" if "mfu" in speeds else ""
         return (
-            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}  "
-            f"accuracy {row['accuracy']:.3f}  lr {row['lr']:.2e}  top_k {row['top_k']:.1f}{of}  "
-            f"visual entries {row['visual_entries']:.1f}  {whole['steps_per_s']:.2f} steps/s  "
-            f"{speeds['samples_per_s']:,.1f} samples/s  {speeds['tokens_per_s']:,.0f} tokens/s{utilisation}  "
+            f"step {step:>{len(str(self._steps))}}/{self._steps}{measured}  "
+            f"{whole['steps_per_s']:.2f} steps/s  {speeds['samples_per_s']:,.1f} samples/s  "
+            f"{speeds['tokens_per_s']:,.0f} tokens/s{utilisation}  "
             f"padding {speeds['padding']:.0%}  waiting for data {speeds['waiting']:.0%}  "
             f"goodput {speeds['goodput']:.0%}  ETA {_clock((self._steps - step) * each)}"
         )

@@ -113,7 +113,7 @@ def curves(trained: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]
     plots = []
     ways = (("dense", "held out, dense", TARGET), ("gaze", "held out, Gaze", SELECTED))
     for number, name in enumerate(("loss", "accuracy")):
-        lines = [Line("training", MUTED, [(row["step"], row[name]) for row in trained], False)]
+        lines = [Line("training", MUTED, [(row["step"], row[name]) for row in trained if name in row], False)]
         for way, title, colour in ways:
             points = [(row["step"], row[way][name]) for row in held_out if way in row]
             lines.append(Line(title, colour, points, True))

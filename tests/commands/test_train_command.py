@@ -2,14 +2,17 @@
 
 import functools
 import json
-import signal
+import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from gaze_jax.commands import train
+from gaze_jax.errors import NotFiniteError, UserError
 from gaze_jax.train import checkpoint
 from tests.helpers import commands
 from tests.helpers.commands import finish, refusals
@@ -37,40 +40,6 @@ def last_row(workdir):
     return json.loads(rows[-1])["step"] if rows else 0
 
 
-def content(workdir):
-    """Digests of the newest checkpoint's arrays, the data's position, the metrics and the results."""
-    with checkpoint.open_manager(workdir) as manager:
-        step = manager.latest_step()
-        leaves = checkpoint._meta(manager, step)["leaves"]
-    (position,) = (workdir / "checkpoints" / str(step) / "data").glob("process_*.json")
-    files = [position, *(workdir / name for name in ("metrics.jsonl", "eval.json", "gaze.png"))]
-    return step, leaves, [file.read_bytes() for file in files]
-
-
-@pytest.mark.long  # test_loop.py stops runs by SIGTERM; this one takes a minute for each kill
-@pytest.mark.parametrize("kills", [1, 3])
-def test_a_run_that_was_killed_ends_in_the_same_bits(kills, start, tmp_path):
-    # Rows and checkpoints fall on different steps, so that a kill leaves rows behind its checkpoint.
-    flags = [CONFIG, ONE_DEVICE, "--config.steps=60", "--config.checkpoint_every=6", "--config.log_every=4"]
-    flags.append("--config.eval.samples=2")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    out, _ = finish(start("train.py", *flags, f"--workdir={whole}"))
-    assert "step 60/60" in out and "random routing" in out
-
-    rng = np.random.default_rng(time.time_ns())
-    moments = np.sort(rng.integers(1, 50, size=kills))
-    for moment in moments:
-        process = start("train.py", *flags, f"--workdir={killed}")
-        while last_row(killed) < moment:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        finish(process, status=-signal.SIGKILL)
-    finish(start("train.py", *flags, f"--workdir={killed}"))
-    assert content(killed) == content(whole), f"killed after steps {moments}"
-
-
 @pytest.mark.long  # tests/train/test_loop.py has the signal and the bits
 def test_sigterm_saves_and_ends_well(start, tmp_path):
     process = start("train.py", CONFIG, ONE_DEVICE, "--config.steps=100000", f"--workdir={tmp_path}")
@@ -78,7 +47,7 @@ def test_sigterm_saves_and_ends_well(start, tmp_path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.terminate()
-    out, _ = finish(process)
+    out, _ = finish(process, status=75)
     assert "Stopped by SIGTERM after step" in out
     with checkpoint.open_manager(tmp_path) as manager:
         assert manager.latest_step() >= 4
@@ -134,6 +103,33 @@ def test_mistakes_end_in_one_sentence_that_says_how_to_mend_them(run, tmp_path):
     for sentence, line in zip(cases, refusals(cases.values()), strict=True):
         assert sentence in line
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # by which ml_collections reads a config file
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        (lambda *_: True, 0),
+        (lambda *_: False, 75),
+        (mock.Mock(side_effect=NotFiniteError("It is NaN.")), 4),
+        (mock.Mock(side_effect=UserError("It is wrong.")), 2),
+        (mock.Mock(side_effect=KeyError("a bug")), 1),
+    ],
+    ids=["done", "stopped", "not finite", "user", "bug"],
+)
+def test_the_status_says_whether_to_start_again(ends, status, tmp_path, monkeypatch, capsys):
+    """docs/reliability.md has the table that supervisors follow."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("gaze_jax.train.loop.train", ends)
+    monkeypatch.setattr("gaze_jax.evaluate.run.run", lambda workdir: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path / 'run'}"])
+    try:
+        train.run()
+        found = 0
+    except SystemExit as end:
+        found = end.code or 0
+    assert found == status
+    assert len(capsys.readouterr().err.splitlines()) == (status in (1, 2, 4))
 
 
 SMALL_FILES = """

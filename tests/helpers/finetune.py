@@ -29,6 +29,7 @@ import json, os, signal, sys
 import grain, orbax.checkpoint
 import gaze_jax.commands.main, gaze_jax.convert.verify, gaze_jax.corpora.check, gaze_jax.corpora.show
 import gaze_jax.evaluate.run, gaze_jax.infer.requests
+from gaze_jax.errors import AGAIN
 from gaze_jax.train import loop, metrics
 
 
@@ -63,6 +64,8 @@ def run(words, step, out, err):
         os.rename(*words[1:]) if words[0] == "rename" else gaze_jax.commands.main.run()
     except SystemExit as end:
         status = end.code or 0
+        if step:  # the run asks to be started again, which the next command does
+            status = 0 if status == AGAIN else 1
     except BaseException:
         status = 1
         sys.excepthook(*sys.exc_info())

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("train", "eval", "generate", "convert", "view", "data", "topology")
 
 FOREIGN = {"cd", "docker", "export", "git", "mkdir", "mkdocs", "mypy", "pip", "pre-commit", "ruff", "source"}
-FOREIGN |= {"srun"}
+FOREIGN |= {"gcloud", "kubectl", "sbatch", "scancel", "squeue", "srun", "xpk"}
 """Programs that are not of this project; their flags are not checked."""
 
 FOREIGN_MODULES = {"build", "mypy", "pip", "ruff", "venv"}
@@ -236,7 +236,7 @@ def _script(script: str, arguments: list[str], complete: bool) -> str | None:
     text = path.read_text(encoding="utf-8")
     for called in re.findall(r"\bscripts/\w+\.sh", text):
         text += (ROOT / called).read_text(encoding="utf-8")
-    arguments = [word for word in arguments if not (word.startswith("--") and _named(word, text))]
+    arguments = [word for word in arguments if not _named(word, text)]
     if script in FORWARDS:
         if script == "scripts/digits.sh" and arguments and not arguments[0].startswith("-"):
             arguments = arguments[1:]  # the workdir

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from gaze_jax.compiles import compiles
 from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import IGNORE
 from gaze_jax.data.sample import Video
-from gaze_jax.infer.compiles import compiles
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.programs import STEPS, bucket
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh

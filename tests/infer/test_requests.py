@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import gaze_jax
+from gaze_jax.compiles import compiles
 from gaze_jax.errors import UserError
 from gaze_jax.infer import memory
-from gaze_jax.infer.compiles import compiles
 from gaze_jax.infer.engine import Engine
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record

@@ -20,7 +20,8 @@ from tests.helpers.commands import finish, start
 from tests.helpers.experiments import reused_programs, tiny_experiment
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-RUN = {"steps": 4, "checkpoint_every": 2, "log_every": 1, "model.decoder.num_kv_heads": 2, **MESH}
+RUN = {"steps": 4, "checkpoint_every": 1, "log_every": 1, "model.decoder.num_kv_heads": 2, **MESH}
+RUN["keep_checkpoints"] = 4
 SPLIT = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 1, "mesh.context": 4}
 """Every sequence is on devices of more than one process."""
 
@@ -35,28 +36,30 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_of_processes(workdir, count, settings):
-    """A run of ``count`` processes that have eight devices together."""
-    words = [f"--config.{name}={value}" for name, value in settings.items()]
-    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *words]
+def train_by(count, workdir, run):
+    """Train to the end in ``count`` processes that have eight devices together; what the first one prints."""
+    settings = [f"--config.{name}={value}" for name, value in run.items()]
+    command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *settings]
     command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
     command += ["--heartbeat_seconds=120"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    environment = {"JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
+    devices = {"JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
     processes = [
-        start("-m", "gaze_jax", *command, f"--process_id={number}", **environment) for number in range(count)
+        start("-m", "gaze_jax", *command, f"--process_id={number}", **devices) for number in range(count)
     ]
-    outs = [finish(process)[0] for process in processes]
-    assert "step 4/4" in outs[0] and "on 8 cpu device(s)" in outs[0]
+    first, *others = [finish(process)[0] for process in processes]
+    assert "step 4/4" in first and "on 8 cpu device(s)" in first
     # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in all.
-    assert all(line.startswith("[Gloo]") for out in outs[1:] for line in out.splitlines())
-    return workdir
+    assert all(line.startswith("[Gloo]") for out in others for line in out.splitlines())
+    return first
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
     """A run of two processes with four devices each, whose rows are split over them."""
-    return run_of_processes(tmp_path_factory.mktemp("two") / "run", 2, RUN)
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    train_by(2, workdir, RUN)
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +91,22 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("count", [2, 4])
     def test_they_share_sequences(self, tmp_path, by_one, count):
         """Of two processes each has two of four ranks, and both read the same rows; of four, one."""
-        split = run_of_processes(tmp_path / "run", count, RUN | SPLIT)
-        close(rows(split), rows(by_one))
+        train_by(count, tmp_path / "run", RUN | SPLIT)
+        close(rows(tmp_path / "run"), rows(by_one))
         one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        mine, theirs = (load_for_inference(folder, one).params for folder in (split, by_one))
+        mine, theirs = (load_for_inference(folder, one).params for folder in (tmp_path / "run", by_one))
         for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
 
-    def test_one_process_goes_on_from_them(self, by_two, by_one, tmp_path):
-        """On another mesh: the same global batches, so the same rows."""
+    def test_four_processes_and_then_one_go_on_from_them(self, by_two, by_one, tmp_path):
+        """On other meshes: the same global batches, so the same rows."""
         workdir = shutil.copytree(by_two, tmp_path / "run")
+        for step in ("3", "4"):
+            shutil.rmtree(workdir / FOLDER / step)
+        assert "from step 2\n" in train_by(
+            4, workdir, RUN | {"mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 1}
+        )
+        close(rows(workdir), rows(by_one))
         shutil.rmtree(workdir / FOLDER / "4")
         experiment = tiny_experiment(**RUN | {"mesh.data": 4, "mesh.tensor": 1})
         with reused_programs():
@@ -143,10 +152,22 @@ def test_several_processes_are_joined_if_a_launcher_says_so_or_the_user_does(mon
     assert [more["heartbeat_timeout_seconds"] for _, more in calls] == [600, 60, 600]
 
 
-def test_processes_that_find_nobody_say_what_to_give(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("coordinator_address should be defined.\nmore"), 2),
+        (RuntimeError("DEADLINE_EXCEEDED"), 75),
+    ],
+    ids=["nothing says where", "too late"],
+)
+def test_processes_that_find_nobody_say_what_to_give(error, status, monkeypatch):
+    """Those that came too late may be there at the next start."""
+
     def fail(*words, **more):
-        raise ValueError("coordinator_address should be defined.\nmore")
+        raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match=r"did not find each other \(coordinator_address .*give --coord"):
+    message = r"did not find each other \((coordinator_address|DEADLINE).*give --coord"
+    with pytest.raises(UserError, match=message) as found:
         distributed.start(ProcessConfig(distributed=True))
+    assert found.value.status == status

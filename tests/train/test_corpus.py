@@ -24,6 +24,8 @@ from gaze_jax.corpora.prepare import prepare
 from gaze_jax.corpora.reading import open_corpus
 from gaze_jax.corpora.stand_in import byte_tokenizer
 from gaze_jax.data import pipeline
+from gaze_jax.data.pipeline import compare_fingerprints
+from gaze_jax.data.tokenizer import Tokenizer
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLM
 from gaze_jax.models.attention import make_metadata
@@ -166,6 +168,26 @@ def test_the_parts_of_all_processes_are_the_batch_of_one(folder, count):
         parts = [load(number, (index, count)) for index in range(count)]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         equal([joined], [load(number, (0, 1))])
+
+
+def test_what_a_run_would_go_on_with_is_told_from_what_it_began_with(folder, tmp_path):
+    """By the names of what differs: other words of as many letters, another tokenizer, template or seed."""
+    before = opened(folder).fingerprint()
+    edited = shutil.copytree(folder, tmp_path / folder.name)
+    lines = edited / "all.jsonl"
+    lines.write_text(lines.read_text().replace("So it is.", "So it us."))
+    other = Tokenizer(json.dumps(json.loads(START.tokenizer.json), indent=1))
+    template = dataclasses.replace(CHATML, source=CHATML.source + " ")
+    changes = {
+        "corpus": opened(edited),
+        "tokenizer": open_training_corpus(experiment(folder), dataclasses.replace(START, tokenizer=other)),
+        "template": open_training_corpus(experiment(folder), dataclasses.replace(START, template=template)),
+        "seed": opened(folder, seed=1),
+    }
+    compare_fingerprints(before, opened(folder).fingerprint())
+    for name, training in changes.items():
+        with pytest.raises(UserError, match=rf"data pipeline differs: (.*; )?{name} was "):
+            compare_fingerprints(before, training.fingerprint())
 
 
 def test_every_container_gives_the_same_batches(folder, tmp_path):

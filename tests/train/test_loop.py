@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaze_jax.errors import UserError
+from gaze_jax.errors import NotFiniteError, UserError
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import checkpoint, loop, metrics, timing
 from gaze_jax.train.checkpoint import load_for_inference
@@ -127,7 +127,8 @@ def test_another_mesh_restores_the_same_values(whole):
 
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch):
     experiment = tiny_experiment(checkpoint_every=1)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"stopped at step 4: .* is nan"):
+    message = r"stopped at step 4: param_norm is nan\. .* the checkpoints in .* are sound"
+    with monkeypatch.context() as patch, pytest.raises(NotFiniteError, match=message):
         during_step(patch, 4, spoil)
         loop.train(experiment, tmp_path)
     trained = load_for_inference(tmp_path, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
@@ -143,6 +144,30 @@ def test_a_batch_of_another_shape_is_refused_rather_than_compiled():
     batch["tokens"] = batch["tokens"][:, :-1]
     with pytest.raises(ValueError, match="Batch field tokens is int32"):
         compiled(experiment, mesh)(begun(experiment, mesh), batch)
+
+
+def test_a_program_that_is_compiled_between_steps_is_reported(tmp_path, monkeypatch, capsys):
+    """Once, with its step; what an evaluation, a save and a first batch compile is not."""
+    compiled_at = 4
+
+    def compile_something(state):
+        with jax.transfer_guard("allow"):
+            jax.jit(lambda a: a * compiled_at + time.monotonic())(np.float32(1)).block_until_ready()
+        return state
+
+    during_step(monkeypatch, compiled_at, compile_something)
+    assert loop.train(tiny_experiment(checkpoint_every=2, eval_every=3), tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "compiled where none" in line]
+    assert len(lines) == 1 and lines[0].startswith("step 4: ")
+
+
+def test_an_array_that_is_moved_within_a_step_ends_the_run(tmp_path, monkeypatch):
+    def move(state):
+        return dataclasses.replace(state, step=state.step + np.int32(0))
+
+    during_step(monkeypatch, 2, move)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.train(tiny_experiment(), tmp_path)
 
 
 def test_times_are_in_a_file_of_their_own_with_compiling_apart(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Names, shapes, dtypes and shardings of a model's parameters, and their initial values."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,11 @@ def _init_tower(config: VisionConfig, key: PRNGKeyArray) -> PyTree:
     return {"vision": VisionTower(config).init(key, image)["params"]}
 
 
+@functools.lru_cache(maxsize=8)  # a run asks again and again, and each answer traces the model
 def boxed_params(config: MLLMConfig | VisionConfig) -> PyTree:
     """Shapes and dtypes of the parameters, each boxed with its logical axis names; nothing is computed.
+
+    The tree is that of other calls, too: it must not be changed.
 
     Args:
       config: configuration of a model, or of an image tower alone, whose tree is ``{"vision": ...}``.

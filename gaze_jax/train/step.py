@@ -16,7 +16,7 @@ from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.data.dealing import dealt_batch, field_sharding
 from gaze_jax.errors import UserError
 from gaze_jax.models import MLLMConfig
-from gaze_jax.models.parameters import init_variables, with_shardings
+from gaze_jax.models.parameters import boxed_params, init_variables, with_shardings
 from gaze_jax.parallel import rules
 from gaze_jax.train import lora
 from gaze_jax.train.config import Experiment
@@ -112,8 +112,8 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     Raises:
       UserError: a parameter is not divisible over the mesh.
     """
-    seed = jax.ShapeDtypeStruct((), jnp.uint32)
-    shapes = jax.eval_shape(lambda seed: _init(experiment, seed), seed)
+    model = nn.meta.unbox(boxed_params(experiment.model))
+    shapes = jax.eval_shape(lambda params: _begin(experiment, params), model)
     params = shardings_of(lora.abstract_params(experiment.model, experiment.lora, mesh))
     optimizer, _ = _optimizer(experiment)
     whole = rules.replicated(mesh)

@@ -212,7 +212,8 @@ def test_a_long_conversation_makes_its_cache_grow(monkeypatch):
     assert [a.text for a in narrow.stream(3)] == [b.text for b in wide.stream(3)]
 
 
-@pytest.mark.parametrize("family", ["cambrian_s", pytest.param("llava_onevision", marks=pytest.mark.long)])
+@pytest.mark.long  # test_engine.py has frames in pieces, examples/stream_video.py questions in between
+@pytest.mark.parametrize("family", ["cambrian_s", "llava_onevision"])
 def test_a_running_video_equals_the_whole_one(family):
     """Frames as they come, in pieces, with a question in between: the logits of the conversation at once."""
     one = sampler(family)

@@ -110,7 +110,6 @@ def test_turns_with_the_cache_equal_one_pass(top_k):
     assert engine.regions == 8 and engine.capacity == 8
 
 
-@pytest.mark.long  # test_chat_session.py has a running video
 def test_frames_appended_piece_by_piece_equal_all_at_once():
     """Cuts of a running video leave no trace in the logits."""
     config = dataclasses.replace(MODEL, gaze=dataclasses.replace(MODEL.gaze, select_per="kv_head"))

@@ -14,7 +14,7 @@ from tests.helpers import compiler, models
 from tests.helpers.streams import Newline, PlacedView, Text, batch, pad, sample
 
 STEPS = 3
-KINDS = [("head", "float32"), pytest.param("kv_head", "bfloat16", marks=pytest.mark.long)]
+KINDS = [("head", "float32"), ("kv_head", "bfloat16")]
 
 
 def _config(select_per, dtype, implementation):
@@ -60,6 +60,7 @@ def _logits(select_per, dtype, implementation, top_k, fed):
     return {a.sharding.memory_kind for a in jax.tree.leaves(visual)}, jax.device_get(found)
 
 
+@pytest.mark.long  # tests/kernels/test_decode.py compares the bits, test_generate_command.py has --offload
 @pytest.mark.parametrize(("select_per", "dtype"), KINDS)
 def test_fetched_regions_give_the_resident_logits(select_per, dtype):
     """2 regions of 12 per query, copied from host memory: equal logits, and the cache stayed there."""

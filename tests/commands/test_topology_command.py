@@ -170,7 +170,7 @@ def test_pooled_views_have_pooling_indices():
 
 def test_inference_is_split_over_sequences_only():
     experiment = tiny_experiment()
-    sizes = {"data": 4, "fsdp": 2, "tensor": 1}
+    sizes = {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
     assert programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "train").shape == sizes
     with pytest.raises(UserError, match=r"--program=decode splits batches.*leave out --config\.mesh\.fsdp"):
         programs.mesh_of(experiment, jax.devices(), "v5e:2x4", "decode")
@@ -181,7 +181,7 @@ def test_a_mesh_that_jax_cannot_arrange_is_one_sentence(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1\nmore")
 
     monkeypatch.setattr(programs, "make_mesh", refuse)
-    with pytest.raises(UserError, match=r"mesh.fsdp=2, mesh.tensor=1 on v5p:4x4x8; choose"):
+    with pytest.raises(UserError, match=r"mesh.fsdp=2, mesh.tensor=1, mesh.context=1 on v5p:4x4x8; choose"):
         programs.mesh_of(tiny_experiment(), jax.devices(), "v5p:4x4x8", "train")
 
 
@@ -297,7 +297,7 @@ def test_the_step_of_a_config_is_compiled_and_described(on_cpus, monkeypatch, ca
     for row in report["rows"]:
         assert (row["config"], row["topology"], row["program"]) == ("tiny_config", "v5e:2x4", "train")
         assert (
-            row["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+            row["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
             and row["fits"]
             and row["hbm_bytes"] == V5E.hbm_bytes
         )

@@ -18,7 +18,7 @@ from gaze_jax.train import evaluation, loop
 from gaze_jax.train.config import resolve
 from gaze_jax.train.evaluation import Evaluator
 from gaze_jax.train.holdout import held_out, lowest
-from gaze_jax.train.losses import next_token_loss
+from gaze_jax.train.losses import ROW_LOSSES, next_token_loss
 from gaze_jax.train.pipeline import open_data
 from gaze_jax.train.step import init_state, put_batch
 from gaze_jax.viewer.training import evaluation_sheet
@@ -132,7 +132,9 @@ def test_sums_over_batches_are_the_means_of_the_whole_and_what_is_drawn_is_what_
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules.flax_rules()):
         for way, keep in (("gaze", 0.25), ("dense", None)):
             want = jax.jit(lambda p, b, keep=keep: next_token_loss(p, b, keep, experiment.model)[1])
-            for name, value in want(params, batch).items():
+            found = want(params, batch)
+            assert set(row[way]) == set(found) - {ROW_LOSSES}
+            for name, value in ((name, found[name]) for name in row[way]):
                 assert row[way][name] == pytest.approx(float(value), rel=1e-5)
     trace = evaluator.trace(params)
     tokens, layers, heads, regions = trace.selected.shape

@@ -76,7 +76,7 @@ def _server():
 
 _FORKS = """
 import json, os, runpy, sys, tempfile, warnings
-import grain, orbax.checkpoint
+import grain, jax, orbax.checkpoint
 import gaze_jax.commands.main, gaze_jax.convert.run, gaze_jax.viewer.html
 import gaze_jax.evaluate.run, gaze_jax.infer.requests, gaze_jax.train.loop
 
@@ -86,6 +86,9 @@ def run(words, files, environment):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
     os.environ.update(environment)
     tempfile.tempdir = None
+    if any(word.startswith("--compilation_cache=") for word in words):
+        # JAX keeps no program that took less than a second: on a fast machine none of a toy.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         if words[0] == "-m":
             sys.argv = words[1:]

@@ -1,5 +1,6 @@
 """What is lost of a checkpoint, by a disk or by who copied it, is named, and no other is read instead."""
 
+import gc
 import shutil
 import time
 
@@ -36,6 +37,13 @@ def flip(path):
 
 
 DAMAGES = (cut, remove, flip)
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers():
+    """Orbax leaves coroutines and callbacks of what it refused: they end here, not in a later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -23,16 +23,6 @@ def finished(out: jax.Array, top: jax.Array, total: jax.Array) -> WithLse:
     return out / divisor[..., None], jnp.where(none, -jnp.inf, top + jnp.log(divisor))
 
 
-def part_weight(lse: jax.Array, top: jax.Array) -> jax.Array:
-    """The weight exp(lse - top) of a part, 0 if it saw no key; ``top`` is the largest of all parts' ``lse``.
-
-    Gradients flow through ``lse``. Where it is -inf they are 0, and not inf - inf.
-    """
-    none = lse == -jnp.inf
-    base = jnp.where(top == -jnp.inf, 0.0, top)
-    return jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse - base)))
-
-
 def joined(out: jax.Array, lse: jax.Array, axis: int) -> WithLse:
     """Attention to the keys of all parts, from the attention to those of each.
 
@@ -45,7 +35,10 @@ def joined(out: jax.Array, lse: jax.Array, axis: int) -> WithLse:
       Both without the axis; the output in the dtype of ``out``.
     """
     top = jax.lax.stop_gradient(jnp.max(lse, axis=axis, keepdims=True))
-    weights = part_weight(lse, top)
+    # A part that saw no key weighs 0 and has a gradient of 0, not of inf - inf.
+    none = lse == -jnp.inf
+    base = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse - base)))
     values = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=axis)
     values, total = finished(values, jnp.squeeze(top, axis), jnp.sum(weights, axis=axis))
     return values.astype(out.dtype), total

@@ -56,7 +56,7 @@ hypothesis.settings.load_profile("gaze")
 
 pytest_plugins = ["tests.helpers.skips"]
 
-CHECKED = ("tests/core/", "tests/models/")
+CHECKED = ("tests/core/", "tests/models/", "tests/train/")
 """Folders whose tests check the shapes in type annotations."""
 SHARING = ("tests/models/",)
 """Folders in which files share compiled programs: those of tests/helpers/models.py."""

@@ -18,7 +18,7 @@ from gaze_jax.core.streams import POOL_FIELDS, Streams
 from gaze_jax.corpora.config import CorpusConfig
 from gaze_jax.corpora.digits import sequence_lengths
 from gaze_jax.corpora.phrases import build_tokenizer
-from gaze_jax.data.dealing import field_sharding
+from gaze_jax.data.dealing import field_sharding, up
 from gaze_jax.data.padding import PADDING
 from gaze_jax.errors import UserError
 from gaze_jax.families import MODELS, get_family
@@ -113,7 +113,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDty
     text, regions, images = _row_sizes(experiment)
     check_mesh(experiment, mesh)
     _, ranks = rules.split_sizes(mesh, "tokens")
-    text, regions = (-(-size // ranks) * ranks for size in (text, regions))
+    text, regions = up(text, ranks), up(regions, ranks)
     batch = experiment.batch_size
     layout = experiment.model.layout
     views = get_family(layout.views.style).views

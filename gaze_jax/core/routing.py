@@ -185,34 +185,18 @@ def _normalised(
 
 
 def attention_shares(
-    q: Float[Array, "B H D"],
-    visual_k: Float[Array, "B K R P D"],
-    text_k: Float[Array, "B K S D"],
-    visual_seen: Bool[Array, "B R P"],
-    text_seen: Bool[Array, "B S"],
-    selected: Bool[Array, "B Hs R"] | None,
-    *,
-    scale: float,
-) -> tuple[Float32[Array, "B H R"], Float32[Array, "B H R"]]:
+    regions: Float32[Array, "B K G R"], text: Float32[Array, "B K G"], selected: Bool[Array, "B Hs R"] | None
+) -> tuple[Float32[Array, "B K*G R"], Float32[Array, "B K*G R"]]:
     """Each region's share of a query's attention, and its share under dense attention.
 
-    It reads every key, so only traces use it.
-
     Args:
-      q, visual_k, text_k, visual_seen, text_seen, scale: as in :func:`log_masses`.
+      regions, text: from :func:`log_masses`, which reads every key: only traces do.
       selected: bool [B, Hs, R], the regions that were attended to; None is dense attention.
 
     Returns:
       Two float32 [B, H, R]: the share of each head's softmax given to each region, and the share that dense
       attention gives it.
     """
-    return shares_of(*log_masses(q, visual_k, text_k, visual_seen, text_seen, scale=scale), selected)
-
-
-def shares_of(
-    regions: Float32[Array, "B K G R"], text: Float32[Array, "B K G"], selected: Bool[Array, "B Hs R"] | None
-) -> tuple[Float32[Array, "B K*G R"], Float32[Array, "B K*G R"]]:
-    """:func:`attention_shares` from :func:`log_masses`."""
     batch, heads = regions.shape[0], regions.shape[1] * regions.shape[2]
     dense = jnp.exp(_normalised(regions, text))
     shares = dense

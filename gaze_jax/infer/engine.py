@@ -37,7 +37,7 @@ from gaze_jax.infer.programs import (
     prefill_step,
 )
 from gaze_jax.infer.sampling import SamplingParams
-from gaze_jax.models import MLLM
+from gaze_jax.models import MLLM, context
 from gaze_jax.parallel.rules import batch_sharding, flax_rules, split_sizes
 
 Array = jax.Array
@@ -58,6 +58,9 @@ class Engine:
       routing: where region scores come from.
       mesh: devices that the rows are split over, and each row's sequence if it has an axis "context"; None
         means one device.
+
+    Raises:
+      UserError: the mesh splits sequences, and the routing or the model's cache needs all keys in one place.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Engine:
         devices, self._ranks = 1, 1
         if self._mesh is not None:
             devices, self._ranks = (split_sizes(self._mesh, name)[1] for name in ("batch", "regions"))
+        context.check(routing, model.config.gaze.decode_implementation, self._ranks)
         self.batch = bucket(-(-len(rows) // devices)) * devices
         blank = np.zeros(self.batch, np.int32)
         names = [int(row["sample_id"]) for row in rows]
@@ -150,11 +154,12 @@ class Engine:
         self, batch: dict[str, np.ndarray], region: int = 0, write_index: int = 0
     ) -> tuple[Array | None, Streams, Array]:
         """Arguments of a program; ``region`` and ``write_index`` are the first ones in the cache."""
-        if self._mesh is not None:
-            dealt = dealt_batch(batch, self._ranks, region=region, write_index=write_index)
-            put = {name: jax.device_put(a, field_sharding(self._mesh, name)) for name, a in dealt.items()}
+        read = {name: batch[name] for name in (*_READ, "images") if name in batch}
+        if self._mesh is None:
+            put = {name: jnp.asarray(a) for name, a in read.items()}
         else:
-            put = {name: jnp.asarray(a) for name, a in batch.items()}
+            dealt = dealt_batch(read, self._ranks, region=region, write_index=write_index)
+            put = {name: jax.device_put(a, field_sharding(self._mesh, name)) for name, a in dealt.items()}
         images = put["images"] if put["images"].shape[1] else None
         return images, Streams.from_batch(put), self._put(self._state.sample)
 
@@ -340,6 +345,9 @@ class Engine:
         placed = self._put(dataclasses.replace(state, write_index=None))
         return dataclasses.replace(placed, write_index=np.int32(state.write_index))
 
+
+_READ = tuple(field.name for field in dataclasses.fields(Streams))
+"""Fields of a batch that a model reads, beside its images."""
 
 _BY_REGION = ("selected", "scores", "attention", "dense")
 """Outputs of decoding with a last axis R."""

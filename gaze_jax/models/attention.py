@@ -263,7 +263,7 @@ def gaze_attention(
     call = functools.partial(_attention, spec=spec, gaze=gaze)
     if context.ranks() == 1:
         return call(q, k, v, metadata, selection, layer, past)
-    context.check(spec.routing)
+    context.check(spec.routing, None, context.ranks())
     rows, keys = (*_TOKENS, "heads"), ("batch", "kv_heads", "regions")
     found: dict[str, context.Names] = {field.name: keys for field in dataclasses.fields(Past)}
     if selection.budget is not None:

@@ -27,15 +27,15 @@ from gaze_jax.core.budget import PerQuery
 from gaze_jax.core.candidates import Candidates, best
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.types import AnyArray, Array
+from gaze_jax.errors import UserError
 from gaze_jax.parallel import rules
 from pallas_kernels import Windows
-from pallas_kernels.softmax import WithLse, joined, part_weight
+from pallas_kernels.softmax import WithLse, joined
 
 AXIS = "context"
 
 Tree = TypeVar("Tree")
 Names = tuple[str | None, ...]
-
 
 HeadsWithLse = tuple[Float[Array, "B H D"], Float32[Array, "B H"]]
 """One query's attention to some of its keys, and the log-sum-exp of their logits."""
@@ -46,21 +46,23 @@ def ranks() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
-def check(strategy: Routing, decode_implementation: str | None = None) -> None:
-    """Refuse what needs all keys in one place.
+def check(strategy: Routing, decode_implementation: str | None, parts: int) -> None:
+    """Refuse what needs all keys in one place, if ``parts`` ranks share them.
 
     Raises:
-      ValueError: the strategy or the implementation does.
+      UserError: the strategy or the implementation does.
     """
+    if parts == 1:
+        return
     if decode_implementation == "offload":
-        raise ValueError(
+        raise UserError(
             "decode_implementation='offload' keeps a sequence's visual cache in the memory of one host, "
-            f"and mesh.context={ranks()} splits it; use one of the two."
+            f"and mesh.context={parts} splits it; use one of the two."
         )
     if strategy.strategy == "oracle":
-        raise ValueError(
+        raise UserError(
             "Routing(strategy='oracle') compares all keys of a sequence, which "
-            f"mesh.context={ranks()} splits; use it with mesh.context=1."
+            f"mesh.context={parts} splits; use it with mesh.context=1."
         )
 
 
@@ -362,11 +364,8 @@ def masses_across(
 
 def join_across(part: HeadsWithLse) -> Float[Array, "B H D"]:
     """The attention to the keys of all ranks, from each rank's."""
-    out, lse = part
-    weight = part_weight(lse, jax.lax.pmax(jax.lax.stop_gradient(lse), AXIS))
-    values = jax.lax.psum(out.astype(jnp.float32) * weight[..., None], AXIS)
-    total = jax.lax.psum(weight, AXIS)
-    return (values / jnp.where(total == 0, 1.0, total)[..., None]).astype(out.dtype)
+    out, lse = (jax.lax.all_gather(a, AXIS) for a in part)
+    return joined(out, lse, axis=0)[0]
 
 
 def first_head_across(heads: int) -> Int32[Array, ""] | int:

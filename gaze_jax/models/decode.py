@@ -146,7 +146,7 @@ def decode_attention(
     call = functools.partial(_decode, spec=spec, gaze=gaze)
     if context.ranks() == 1:
         return call(q, cache, masks, selection, layer)
-    context.check(spec.routing, gaze.decode_implementation)
+    context.check(spec.routing, gaze.decode_implementation, context.ranks())
     heads, by_rank = ("batch", "heads"), ("batch", "regions")
     found: dict[str, context.Names] = {}
     if selection.budget is not None:
@@ -235,7 +235,7 @@ def _decode(
             if selection.full_layers is not None:
                 selected |= selection.full_layers & visible
             out["selected"] = selected
-        out["attention"], out["dense"] = routing.shares_of(*masses, selected)
+        out["attention"], out["dense"] = routing.attention_shares(*masses, selected)
     return heads[:, None], out
 
 

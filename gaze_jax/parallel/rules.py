@@ -1,5 +1,6 @@
 """One strict table from the logical axes of the models to the mesh axes."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -166,6 +167,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
+@functools.lru_cache(maxsize=8)  # every batch asks
 def rows_of_process(mesh: Mesh) -> tuple[int, int]:
     """Which part of a batch's rows this process reads, and into how many parts the processes divide them.
 

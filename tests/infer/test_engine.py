@@ -10,6 +10,7 @@ from gaze_jax.compiles import compiles
 from gaze_jax.core.selection import Selection
 from gaze_jax.core.streams import IGNORE
 from gaze_jax.data.sample import Video
+from gaze_jax.errors import UserError
 from gaze_jax.infer.gaze_options import GazeOptions
 from gaze_jax.infer.programs import STEPS, bucket
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
@@ -257,6 +258,17 @@ def test_ranks_that_share_a_conversation_say_what_one_device_says():
                 np.testing.assert_allclose(got, wanted, atol=2e-4, err_msg=name)
             else:
                 np.testing.assert_array_equal(got, wanted, err_msg=name)
+
+
+def test_a_cache_on_the_host_is_not_split_over_ranks():
+    """Said before anything is compiled."""
+    away = dataclasses.replace(MODEL, gaze=dataclasses.replace(MODEL.gaze, decode_implementation="offload"))
+    before = compiles()
+    with pytest.raises(
+        UserError, match=r"^decode_implementation='offload' keeps .* mesh\.context=8 splits it"
+    ):
+        make_engine(row(0, ASK), config=away, params=PARAMS, mesh=make_mesh(MeshConfig(data=1, context=8)))
+    assert compiles() == before
 
 
 def test_a_box_leads_to_the_same_regions_on_ranks():

@@ -15,6 +15,7 @@ from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.core.streams import Streams
 from gaze_jax.data.dealing import collected, dealt, dealt_batch
+from gaze_jax.errors import UserError
 from gaze_jax.models import DUMMY, MLLM, context
 from gaze_jax.models.cache import Cache, constrained, decode_spec
 from gaze_jax.parallel import rules
@@ -190,14 +191,14 @@ def test_all_selected_regions_on_one_rank(mesh, monkeypatch):
 
 
 def test_oracle_and_offload_need_all_keys_in_one_place():
-    with pytest.raises(ValueError, match=r"mesh.context=4 splits; use it with mesh.context=1"):
+    with pytest.raises(UserError, match=r"mesh.context=4 splits; use it with mesh.context=1"):
         steps(FOUR, Selection(jnp.int32(2)), ranks=4, route=Routing("oracle"))
     config = models.changed(DUMMY, gaze={"decode_implementation": "offload"})
-    with pytest.raises(ValueError, match=r"mesh.context=4 splits it; use one of the two"):
+    with pytest.raises(UserError, match=r"mesh.context=4 splits it; use one of the two"):
         steps(FOUR, Selection(jnp.int32(2)), ranks=4, config=config)
 
 
-def test_a_video_of_65536_tokens(capsys):
+def test_a_video_of_65536_tokens():
     """Two layers, 4,096 regions on eight ranks, a tenth selected: as on one device, and evenly shared."""
     config = models.changed(DUMMY, decoder={"depth": 2}, gaze={"context_tokens": 0})
     regions, slots, kept = 4096, 16, 410
@@ -229,8 +230,6 @@ def test_a_video_of_65536_tokens(capsys):
         found.append((logits, out))
     same(found[1:], found[:1])
     counts, passes = (np.asarray(found[1][1][name]) for name in ("rank_regions", "rank_passes"))
-    with capsys.disabled():
-        print(f"regions per rank {counts.tolist()}, passes {passes.tolist()}")
     assert counts.max() <= 1.2 * kept / 8 and (passes == 1).all()
 
 

@@ -44,7 +44,7 @@ class Case:
     mesh: tuple[int, int, int, int]
     batch_size: int
     data: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ("--nodense_row",)
+    flags: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
@@ -57,13 +57,13 @@ class Case:
 
 
 CASES = (
-    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256, flags=()),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256),
     Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1, 1), 128),
     Case(f"{VIDEO}:4b", "v6e:16x16", (4, 64, 1, 1), 256),
     Case(f"{VIDEO}:4b", "v5e:2x4", (1, 8, 1, 1), 8),
     Case(f"{VIDEO}:4b", "v5e:16x16", (8, 32, 1, 1), 256),
     Case(f"{VIDEO}:4b", "v5e:16x16", (4, 16, 4, 1), 64),
-    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256, flags=("--nodense_row", "--effort=0")),
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256, flags=("--effort=0",)),
     Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1, 1), 128, FRAMES_128),
     Case(f"{VIDEO}:4b", "v5e:4x4", (1, 1, 1, 16), 1, FRAMES_64),
     Case(f"{VIDEO}:4b", "v5e:4x4", (1, 16, 1, 1), 16, FRAMES_64),
@@ -79,7 +79,20 @@ CASES = (
         (*DECODE, "--config.model.gaze.visual_dtype=int8"),
     ),
     Case(f"{VIDEO}:7b", "v5e:16x16", (4, 64, 1, 1), 256),
+    Case(f"{VIDEO}:7b", "v5p:4x4x8", (2, 64, 1, 1), 128),
+    Case(f"{VIDEO}:7b", "v6e:16x16", (4, 64, 1, 1), 256),
     Case(f"{IMAGE}:4b", "v5e:16x16", (4, 64, 1, 1), 256),
+    Case(f"{IMAGE}:4b", "v5p:4x4x8", (2, 64, 1, 1), 128),
+    Case(f"{IMAGE}:4b", "v6e:16x16", (4, 64, 1, 1), 256),
+    Case(f"{IMAGE}:7b", "v5e:16x16", (4, 64, 1, 1), 256),
+    Case(f"{IMAGE}:7b", "v5p:4x4x8", (2, 64, 1, 1), 128),
+    Case(f"{IMAGE}:7b", "v6e:16x16", (4, 64, 1, 1), 256),
+    # The fewest chips of each kind that hold the step.
+    Case(f"{VIDEO}:4b", "v5p:2x2x1", (1, 4, 1, 1), 4),
+    Case(f"{VIDEO}:4b", "v6e:2x2", (1, 4, 1, 1), 4),
+    Case(f"{VIDEO}:7b", "v5e:4x4", (1, 16, 1, 1), 16),
+    Case(f"{VIDEO}:7b", "v5p:2x2x1", (1, 4, 1, 1), 4),
+    Case(f"{VIDEO}:7b", "v6e:2x4", (1, 8, 1, 1), 8),
 )
 
 

@@ -190,6 +190,33 @@ def test_adapters_are_verified_stage_by_stage(gaze, adapted, tmp_path):
     assert "logits" in out and "written for transformers" in out
 
 
+@pytest.mark.long  # tests/train/test_distillation.py has one of a model of digits
+def test_a_converted_checkpoint_is_taught_gaze(gaze, where, source, corpus):
+    """From a Hugging Face directory: converted, distilled, stopped, continued, exported, asked."""
+    converted, whole, stopped = where / "converted", where / "taught", where / "taught_stopped"
+    gaze("convert", f"--from={source}", f"--to={converted}")
+    taught = ("train", "--config=gazify", *flags(converted, corpus), *TRAIN, "--config.steps=4")
+    (first, _), (_, _), (last, _) = gaze.together(
+        ((*taught, f"--workdir={whole}"), 0),
+        ((*taught, f"--workdir={stopped}"), 2),
+        ((*taught, f"--workdir={stopped}"), 0),
+    )
+    assert f"from {converted}; new: context\n" in first and "from step 2\n" in last
+    assert metrics(stopped) == metrics(whole)
+    for step, row in enumerate(map(json.loads, metrics(whole).splitlines()), start=1):
+        assert row["step"] == step and row["kl"] > 0 and row["region_kl"] > 0
+    run, reference = load(whole, one_device()), load(converted, one_device())
+    for part, same in {"vision": True, "decoder": False, "projector": False}.items():
+        pairs = zip(jax.tree.leaves(run.params[part]), jax.tree.leaves(reference.params[part]), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs) == same, part
+    export = where / "taught_export"
+    gaze("convert", f"--from={whole}", f"--to={export}", "--format=hf")
+    hf.transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(export)
+    picture = f"--image={where / 'corpus' / '5.png'}"
+    answers = [gaze("generate", f"--checkpoint={path}", picture, *ASK)[0] for path in (stopped, export)]
+    assert answers[0].strip() and answers[0] == answers[1]
+
+
 @pytest.mark.long  # a minute of compiling
 def test_new_context_tokens_are_said_and_exported(gaze, corpus, tmp_path):
     """Cambrian-S, whose tower lies elsewhere."""

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in the order of its worth, inside MINUTES (25 unless told) on one H100:
+# Everything that wants a GPU, in the order of its worth, inside MINUTES (10 unless told) on one H100:
 #   benchmarks/gpu.sh [--digits [FLAGS OF benchmarks/digits.py ...]]
-# 1. tests of the GPU kernels, compiled      2. tuning of the decode kernel's tiles
-# 3. benchmarks/decode.py                    4. benchmarks/prefill.py
+# 1. tests of the GPU kernels, compiled: 1.5 minutes   2. tuning of the decode kernel's tiles: 2 minutes
+# 3. benchmarks/decode.py: 4 minutes                   4. benchmarks/prefill.py: 1.5 minutes
 # These need jax (0.10.2 or later, with CUDA) and numpy; the tests pytest and hypothesis. With --digits
-# it then trains configs/digits_24.py, all four arms over three seeds, which takes longer than 25 minutes
-# and needs the cuda and dev extras.
-# A part that fails or runs out of time does not stop the next; what a part has measured is kept shape by
-# shape. Logs and single results: runs/gpu. Status 1 if any part failed.
+# it then trains configs/digits_24.py, all four arms over three seeds, which takes longer than the rest
+# of 10 minutes and needs the cuda and dev extras.
+# A stage has its minutes from the last one's end; of other MINUTES each has its part. What fails or runs out
+# of time does not stop the next; what was measured is kept shape by shape. Logs and single results:
+# runs/gpu. Status 1 if any part failed.
 #   GPU_DRY_RUN=1 benchmarks/gpu.sh    the same parts at toy sizes, without a GPU
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-minutes=${MINUTES:-25}
+minutes=${MINUTES:-10}
 dry=${GPU_DRY_RUN:-}
 begun=$SECONDS
 failed=()
@@ -30,9 +31,16 @@ python -c 'import jax, numpy; print("jax", jax.__version__, "numpy", numpy.__ver
 
 importable() { python -c "import $1" 2>/dev/null; }
 
-# part NAME SECONDS COMMAND...: run it with a limit of its own and of what is left; keep its log.
+# stage SECONDS: what follows may take this long, of 600 s in all.
+until=$begun
+stage() {
+  until=$((SECONDS + $1 * minutes / 10))
+  ((until < begun + minutes * 60)) || until=$((begun + minutes * 60))
+}
+
+# part NAME SECONDS COMMAND...: run it with a limit of its own and of what its stage has left; keep its log.
 part() {
-  local name=$1 limit=$2 left=$((minutes * 60 - SECONDS + begun))
+  local name=$1 limit=$2 left=$((until - SECONDS))
   shift 2
   ((left < limit)) && limit=$left
   if ((limit < 10)); then
@@ -75,31 +83,36 @@ bench() {
   done
 }
 
+stage 90
 if ! importable pytest || ! importable hypothesis; then
   echo "== tests: pytest or hypothesis is missing here, so the kernels' tests do not run"
   failed+=("tests (no pytest)")
 elif [[ $dry ]]; then
   part tests 300 env JAX_PLATFORMS=cpu python -m pytest -q tests/kernels/test_decode_gpu.py -k lowers_for_cuda
 else
-  part tests 420 env JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -q -m gpu tests/kernels
+  part tests 90 env JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest -q -m gpu tests/kernels
 fi
 
+stage 120
 tiles=()
 [[ $dry ]] && { cp pallas_kernels/gaze_decode/gpu_tiles.json "$out/tiles.json"; tiles=(--tiles="$out/tiles.json" --seconds=1); }
-part tune 330 python -m benchmarks.tune_decode --json="$results/tune_decode.json" "${tiles[@]}" "${quick[@]}"
+part tune 120 python -m benchmarks.tune_decode --json="$results/tune_decode.json" "${tiles[@]}" "${quick[@]}"
 
 rm -f "$out"/decode_*.json "$out"/prefill_*.json
 if [[ $dry ]]; then
+  stage 240
   bench decode 120 "71/2/1" --impl=xla
+  stage 90
   bench prefill 120 "71/2/1" --impl=xla
 else
-  # The shapes that the claims are about first.
-  few=(--impl=xla,gpu --seconds=20)
-  bench decode 100 "36864/1024/102 4608/128/13 4608/128/20 19980/555/55 36864/1024/20 9216/256/40 147456/4096/410" \
-    --heads=qwen3-4b,qwen2.5-7b --batch=1,8 --dtype=bfloat16 "${few[@]}"
-  bench prefill 150 "36864/1024/102 36864/1024/20" --heads=qwen3-4b --dtype=bfloat16 --seconds=30
-  bench decode 60 "36864/1024/102" --heads=qwen3-4b --batch=1,8 --dtype=int8 --impl=gpu --seconds=20
-  bench decode 60 "1048576/29128/583 1048576/29128/2913" --heads=qwen3-4b --batch=1 --dtype=bfloat16 "${few[@]}"
+  # The shapes that the claims are about first; each has what one before it left.
+  few=(--impl=xla,gpu --seconds=8)
+  stage 240
+  bench decode 60 "147456/4096/410 36864/1024/102 9216/256/40" --heads=qwen3-4b --batch=1,8 --dtype=bfloat16 "${few[@]}"
+  bench decode 45 "147456/4096/410 36864/1024/102" --heads=qwen3-4b --batch=1 --dtype=int8 --impl=gpu --seconds=8
+  bench decode 45 "19980/555/55 4608/128/13 36864/1024/20" --heads=qwen3-4b --batch=1,8 --dtype=bfloat16 "${few[@]}"
+  stage 90
+  bench prefill 60 "36864/1024/102 36864/1024/20" --heads=qwen3-4b --dtype=bfloat16 --seconds=15
 fi
 
 if [[ ${1:-} == --digits ]]; then

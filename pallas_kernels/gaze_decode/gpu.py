@@ -267,15 +267,25 @@ def _tiles(spec: GazeSpec, piece: int, dtype: DTypeLike) -> Tiles:
     return Tiles(pieces, entry["stages"], entry["blocks"])
 
 
-def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[DTypeLike]) -> tuple[Tiles, int]:
-    """Shrink ``tiles`` until they fit a block's shared memory; also return the rows of a chunk's tile.
+def fitted(
+    spec: GazeSpec, slots: int, dim: int, dtypes: tuple[DTypeLike, DTypeLike, DTypeLike]
+) -> tuple[Tiles, int, int]:
+    """The tiles of a call, shrunk until they fit a block's shared memory.
 
     Args:
-      tiles: the wanted tiles.
-      piece: slots of a piece.
+      spec: as of the call.
+      slots: P.
       dim: D, padded.
       dtypes: dtypes of the queries, the visual cache and the text stream.
+
+    Returns:
+      The tiles, the rows of a chunk's tile, and the bytes of shared memory that a block takes.
+
+    Raises:
+      NotImplementedError: nothing fits.
     """
+    _, piece = _pieces(slots, dim, jnp.dtype(dtypes[1]).itemsize)
+    tiles = _tiles(spec, piece, dtypes[1])
     while True:
         rows = -(-tiles.pieces * piece // 64) * 64
         query = _parts(dtypes[0]) * ROWS * dim * 2
@@ -283,8 +293,9 @@ def _fit(tiles: Tiles, piece: int, dim: int, dtypes: Sequence[DTypeLike]) -> tup
             tiles.stages * rows * (2 * dim * jnp.dtype(dtype).itemsize + 12) + _parts(dtype) * rows * dim * 2
             for dtype in dtypes[1:]
         ]
-        if query + max(streams) <= _SHARED_MEMORY and rows <= _MOST_ROWS:
-            return tiles, rows
+        taken = query + max(streams)
+        if taken <= _SHARED_MEMORY and rows <= _MOST_ROWS:
+            return tiles, rows, taken
         if tiles.pieces > 1:
             tiles = tiles._replace(pieces=tiles.pieces // 2)
         elif tiles.stages > 1:
@@ -324,7 +335,7 @@ def gaze_decode(
     _, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
     dtypes = (q.dtype, visual.k.dtype, text_k.dtype)
     query_parts, visual_parts, text_parts = map(_parts, dtypes)
-    tiles, rows = _fit(_tiles(spec, piece, visual.k.dtype), piece, wide, dtypes)
+    tiles, rows, _ = fitted(spec, visual.slots, wide, dtypes)
     operands: Operands = {"q": _queries(q, kv_heads, wide, query_parts)}
     if listed:
         operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)

@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from gaze_jax.commands.flags import RENAMED_FIELDS, Flags, Values
 from gaze_jax.commands.quiet import leave_out_full_disks
 from gaze_jax.errors import UserError
-from gaze_jax.parallel.peers import leave
+from gaze_jax.parallel.peers import end_without, is_lost, leave
 from gaze_jax.writing import full_disk
 
 PARTLY, STOPPED = 3, 130
@@ -112,7 +112,7 @@ def quiet_pipe() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush would fail again
-        sys.exit(1)
+        leave(1)
 
 
 def parse(define: Callable[[Flags], None], doc: str, argv: Sequence[str]) -> tuple[Values, list[str]]:
@@ -169,6 +169,8 @@ def run(
             print(f"\n{program()}: stopped.", file=sys.stderr)
             leave(STOPPED)
         except Exception as error:
+            if is_lost(error):
+                end_without(error)
             status, message = _unexpected(error)
             print(f"{program()}: {message}", file=sys.stderr)
             leave(status)

@@ -5,21 +5,30 @@ gaze-jax eval --workdir=runs/digits [--samples=1024]
 
 gaze-jax eval --checkpoint=ckpt/model --compare=dense [--prompts=prompts.jsonl]
     any checkpoint, without training: how far Gaze changes its dense answers, by top_k, select_per and
-    descriptor
+    descriptor, on one device
 """
 
 import dataclasses
 import json
 
 from gaze_jax.commands import cli
+from gaze_jax.commands.devices import (
+    SIZES,
+    check_sizes,
+    define_mesh,
+    define_processes,
+    mesh_of,
+    start_processes,
+)
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.errors import UserError
+from gaze_jax.parallel import together
 from gaze_jax.writing import write_text
 
 SELECT_PER = ("head", "kv_head")
 DESCRIPTORS = ("mean", "minmax")
 
-_OF_RUNS = ("workdir", "samples")
+_OF_RUNS = ("workdir", "samples", "all_devices", *SIZES)
 _OF_COMPARISONS = (
     "checkpoint",
     "check",
@@ -37,6 +46,8 @@ def define_flags(flags: Flags) -> None:
     flags.group("A run of train.py")
     flags.string("workdir", None, "The workdir of the run.", "FOLDER")
     flags.integer("samples", None, "Questions of each family; default: the config's.")
+    define_mesh(flags)
+    define_processes(flags)
     flags.group("A checkpoint, compared with dense attention")
     flags.choice("compare", None, ["dense"], "Compare Gaze with this way to attend.")
     flags.string("checkpoint", None, "A converted checkpoint, or a Hugging Face directory.", "FOLDER")
@@ -79,11 +90,30 @@ def _compare(values: Values) -> None:
 
 
 def main(values: Values) -> None:
-    """Print the table and write JSON and the picture."""
+    """Print the table and write JSON and the picture; of several processes the first does."""
+    start_processes(values, saves=False)
+    with together.agreed():
+        sizes = _check(values)
     if values.compare is not None:
-        cli.refuse_flags(values, _OF_RUNS, "is of a run's evaluation, not of --compare")
         _compare(values)
         return
+    from gaze_jax.evaluate.run import run as evaluate
+
+    evaluate(values.workdir, values.samples, mesh_of(values.all_devices, sizes))
+
+
+def _check(values: Values) -> dict[str, int | None]:
+    """Check the flags; returns the sizes of the mesh.
+
+    Raises:
+      UserError: a flag has no effect, is missing, or is out of range.
+    """
+    sizes = {name: values[name].value for name in SIZES}
+    if values.compare is not None:
+        cli.refuse_flags(values, _OF_RUNS, "is of a run's evaluation, not of --compare")
+        if together.several():
+            raise UserError("--compare computes on one device; start one process.")
+        return sizes
     cli.refuse_flags(values, _OF_COMPARISONS, "has no effect without --compare=dense")
     if values.workdir is None:
         raise UserError("Name a run with --workdir, or a model with --checkpoint and --compare=dense.")
@@ -91,9 +121,10 @@ def main(values: Values) -> None:
         raise UserError(
             f"--samples={values.samples} must be at least 2: one half chooses the layer to report."
         )
-    from gaze_jax.evaluate.run import run as evaluate
-
-    evaluate(values.workdir, values.samples)
+    if not values.all_devices:
+        cli.refuse_flags(values, SIZES, "has no effect without --all_devices")
+    check_sizes(values.all_devices, sizes)
+    return sizes
 
 
 def run() -> None:

@@ -11,9 +11,11 @@ gaze-jax generate --checkpoint=ckpt/llava --questions=questions.jsonl --answers=
 
 from gaze_jax.cache_folder import cache_folder
 from gaze_jax.commands import cli
+from gaze_jax.commands.devices import define_mesh, define_processes, start_processes
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.commands.generate_groups import DEFAULTS
 from gaze_jax.commands.generate_options import GenerateOptions
+from gaze_jax.parallel import together
 
 SELECT_PER = ("head", "kv_head")
 NEWLINES = ("text", "region")
@@ -61,9 +63,7 @@ def define_flags(flags: Flags) -> None:
     flags.boolean("resume", False, "Keep the answers that the file has; answer the other questions.")
     flags.integer("batch_size", None, _text("Most questions of the file to answer at once", "batch_size"))
     flags.group("Devices and memory")
-    flags.boolean("all_devices", False, "Split batches over all devices, not one.")
-    flags.integer("fsdp", None, _text("Devices that share one copy of the parameters", "fsdp"))
-    flags.integer("context", None, _text("Devices that share each sequence and its cache", "context"))
+    define_mesh(flags)
     flags.integer("cache_tokens", None, "Most tokens in the cache; default: what fits.")
     flags.string(
         "compilation_cache",
@@ -71,6 +71,7 @@ def define_flags(flags: Flags) -> None:
         "Folder that keeps compiled programs; empty for none.",
         "FOLDER",
     )
+    define_processes(flags)
 
 
 def _define_gaze(flags: Flags) -> None:
@@ -115,8 +116,10 @@ def options_of(values: Values) -> GenerateOptions:
 
 
 def main(values: Values) -> None:
-    """Answer one conversation or a file of questions."""
-    options = options_of(values)
+    """Answer one conversation or a file of questions; of several processes the first prints and writes."""
+    start_processes(values, saves=False)
+    with together.agreed():
+        options = options_of(values)
     import jax
 
     from gaze_jax.commands import generate_answers, generate_batch

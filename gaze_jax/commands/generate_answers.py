@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from gaze_jax.commands.devices import mesh_of
 from gaze_jax.commands.generate_groups import GAZE_FLAGS
 from gaze_jax.commands.generate_options import GenerateOptions
 from gaze_jax.errors import renamed
@@ -12,7 +13,7 @@ from gaze_jax.infer.sampler import Sampler, collect_answer, load
 from gaze_jax.infer.trace import Trace
 from gaze_jax.media.images import read_image
 from gaze_jax.media.video import Clip, open_video
-from gaze_jax.parallel.mesh import MeshConfig, make_mesh
+from gaze_jax.parallel import together
 from gaze_jax.viewer.files import write_trace
 
 
@@ -28,11 +29,11 @@ def _open_videos(options: GenerateOptions, style: str) -> list[Clip]:
 def make_sampler(options: GenerateOptions) -> Sampler:
     """The checkpoint, loaded on the devices that the options name."""
     devices = options.devices
-    sizes = {name: options.value(name) for name in ("fsdp", "context")}
-    mesh = make_mesh(MeshConfig(**sizes)) if devices.all_devices else None
-    sampler = load(options.checkpoint or "", mesh=mesh, **options.selection.config)
-    config = sampler.config
-    options.check_checkpoint(top_k=config.gaze.top_k, depth=config.decoder.depth, resizes=sampler.resize)
+    with together.agreed(), renamed({"mesh.tensor": "--tensor"}):
+        mesh = mesh_of(devices.all_devices, devices.sizes)
+        sampler = load(options.checkpoint or "", mesh=mesh, **options.selection.config)
+        config = sampler.config
+        options.check_checkpoint(top_k=config.gaze.top_k, depth=config.decoder.depth, resizes=sampler.resize)
     return dataclasses.replace(
         sampler, resize=sampler.resize or options.shown.resize, cache_tokens=devices.cache_tokens
     )
@@ -45,8 +46,9 @@ def ask(options: GenerateOptions) -> None:
       UserError: media, the checkpoint or a question cannot be read, or a file cannot be written.
     """
     shown, files = options.shown, options.output.out
-    images = [read_image(name) for name in shown.image]
-    _open_videos(options, "square")  # report unreadable videos before loading the checkpoint
+    with together.agreed():
+        images = [read_image(name) for name in shown.image]
+        _open_videos(options, "square")  # report unreadable videos before loading the checkpoint
     sampler = make_sampler(options)
     clips = _open_videos(options, sampler.layout.views.style)
     max_tokens = options.sampling.max_tokens
@@ -57,11 +59,22 @@ def ask(options: GenerateOptions) -> None:
             chat.ask(question, images=images if turn == 1 else (), videos=clips if turn == 1 else ())
         return_trace = bool(files) and turn == len(shown.question)
         steps = chat.stream(max_tokens, return_trace=return_trace, **options.sampling.drawn)
-        answer = collect_answer(chat, steps, lambda text: print(text, end="", flush=True))
-        print(flush=True)
-    if answer is not None and answer.trace is not None:
+        answer = collect_answer(chat, steps, _print)
+        _print("\n")
+    if answer is None or answer.trace is None:
+        return
+    trace = answer.trace
+
+    def show() -> None:
         for name in files:
-            show_trace(answer.trace, Path(name), options)
+            show_trace(trace, Path(name), options)
+
+    together.by_first(show)
+
+
+def _print(text: str) -> None:
+    if together.is_first():
+        print(text, end="", flush=True)
 
 
 def show_trace(trace: Trace, path: Path, options: GenerateOptions) -> None:

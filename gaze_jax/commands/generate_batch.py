@@ -7,6 +7,7 @@ replaced when its first new line is ready, not before.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from gaze_jax.infer.answer import Answer
 from gaze_jax.infer.requests import Request, answer_all, read_requests, record
 from gaze_jax.media.images import check_image
 from gaze_jax.media.video import FrameSampling, open_video
+from gaze_jax.parallel import together
 from gaze_jax.viewer.html import Entry, index_page
 from gaze_jax.writing import write_text
 
@@ -39,12 +41,16 @@ def ask_many(options: GenerateOptions) -> int:
       UserError: no line can be answered, the checkpoint cannot be read, or a file cannot be written.
     """
     path = options.batch.answers or ""
-    cli.check_writable("answers", path)
     wrong: dict[str, str] = {}
-    requests = _read(options, wrong)
-    kept = _kept_answers(path, requests) if options.batch.resume else {}
+    with together.agreed():
+        if together.is_first():
+            cli.check_writable("answers", path)
+        requests = _read(options, wrong)
+        kept = _kept_answers(path, requests) if options.batch.resume and together.is_first() else {}
+    kept = json.loads(together.exchanged(json.dumps(kept))[0])
     asked = [request for request in requests if request.id not in kept]
-    wrong |= _unreadable(asked)
+    for unreadable in together.exchanged(json.dumps(_unreadable(asked))):
+        wrong |= json.loads(unreadable)
     todo = [request for request in asked if request.id not in wrong]
     if not todo and not kept:
         first, *others = wrong.values()
@@ -52,7 +58,7 @@ def ask_many(options: GenerateOptions) -> int:
             f"{first} None of the other {len(others)} lines can be answered." if others else first
         )
     for message in wrong.values():
-        print(message, file=sys.stderr)
+        _complain(message)
     answers = _AnswersFile(path, kept)
     # Loads the checkpoint, before anything is written.
     found = _answer(options, todo, answers) if todo else _nothing()
@@ -60,14 +66,25 @@ def ask_many(options: GenerateOptions) -> int:
         for name, message in wrong.items():
             answers.write({"id": name, "error": message})
         for request, answer in found:
-            if answer.trace is not None and options.batch.traces is not None:
-                page = Path(options.batch.traces, f"{request.id}.html")
-                show_trace(answer.trace, page.with_suffix(".gaze"), options)
-                show_trace(answer.trace, page, options)
+            together.by_first(functools.partial(_show, options, request, answer))
             answers.write(record(request, answer))
-    if options.batch.traces is not None:
-        _write_index(Path(options.batch.traces), requests)
+    traces = options.batch.traces
+    if traces is not None:
+        together.by_first(lambda: _write_index(Path(traces), requests))
     return answers.errors
+
+
+def _show(options: GenerateOptions, request: Request, answer: Answer) -> None:
+    """Write the trace and the page of an answer, if the options ask for them."""
+    if answer.trace is not None and options.batch.traces is not None:
+        page = Path(options.batch.traces, f"{request.id}.html")
+        show_trace(answer.trace, page.with_suffix(".gaze"), options)
+        show_trace(answer.trace, page, options)
+
+
+def _complain(message: str) -> None:
+    if together.is_first():
+        print(message, file=sys.stderr)
 
 
 _Answers = Generator[tuple[Request, Answer]]
@@ -81,7 +98,7 @@ def _answer(options: GenerateOptions, todo: Sequence[Request], answers: "_Answer
     """Answer readable questions; a refused one is written to the answers."""
 
     def failed(request: Request, message: str) -> None:
-        print(f"Question {request.id!r}: {message}", file=sys.stderr)
+        _complain(f"Question {request.id!r}: {message}")
         answers.write({"id": request.id, "question": request.question, "error": message})
 
     return answer_all(
@@ -90,7 +107,7 @@ def _answer(options: GenerateOptions, todo: Sequence[Request], answers: "_Answer
         batch_size=options.value("batch_size"),
         return_trace=options.batch.traces is not None,
         failed=failed,
-        progress=not answers.streamed,
+        progress=together.is_first() and not answers.streamed,
     )
 
 
@@ -103,7 +120,7 @@ def _write_index(folder: Path, requests: Sequence[Request]) -> None:
 
 
 class _AnswersFile:
-    """The file of answers, replaced when its first line is written.
+    """The file of answers, replaced when its first line is written; the first process writes it.
 
     Args:
       path: the file.
@@ -127,6 +144,9 @@ class _AnswersFile:
     def write(self, line: Mapping[str, object]) -> None:
         """Add a line, and hand it to the operating system at once; what has no room is not there in part."""
         self.errors += "error" in line
+        together.by_first(lambda: self._write(line))
+
+    def _write(self, line: Mapping[str, object]) -> None:
         text = json.dumps(line, ensure_ascii=False) + "\n"
         with cli.writing(self._path):
             # Without a buffer, whose rest would be written when the file is closed.
@@ -215,7 +235,8 @@ def _read(options: GenerateOptions, wrong: dict[str, str]) -> list[Request]:
     requests = read_requests(options.batch.questions or "", wrong, **defaults)
     if options.batch.traces is not None:
         _check_names(requests)
-        cli.make_folder("traces", options.batch.traces)
+        if together.is_first():
+            cli.make_folder("traces", options.batch.traces)
     return list(_with_gaze(requests, options, wrong))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gaze_jax.commands import cli
+from gaze_jax.commands.devices import SIZES, check_sizes
 from gaze_jax.errors import UserError, renamed
 
 if typing.TYPE_CHECKING:
@@ -22,8 +23,6 @@ DEFAULTS: dict[str, float] = {
     "seed": 0,
     "views": 8,
     "batch_size": 8,
-    "fsdp": 1,
-    "context": 1,
 }
 """Defaults of fields that are None if the option was not given."""
 
@@ -234,6 +233,7 @@ class DeviceOptions:
     Attributes:
       all_devices: split batches over all devices instead of using one.
       fsdp: devices that share one copy of the parameters.
+      tensor: devices that share every layer's heads and channels.
       context: devices that share each sequence and its cache.
       cache_tokens: maximum number of tokens in the cache; None: what fits.
       compilation_cache: folder for compiled programs; empty for none.
@@ -241,12 +241,17 @@ class DeviceOptions:
 
     all_devices: bool = False
     fsdp: int | None = None
+    tensor: int | None = None
     context: int | None = None
     cache_tokens: int | None = None
     compilation_cache: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("fsdp", "context", "cache_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}={value} must be at least 1.")
+        check_sizes(self.all_devices, self.sizes)
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise UserError(f"--cache_tokens={self.cache_tokens} must be at least 1.")
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes of the mesh that were given."""
+        return {name: getattr(self, name) for name in SIZES}

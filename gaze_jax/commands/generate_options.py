@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
+from gaze_jax.commands.devices import SIZES
 from gaze_jax.commands.generate_groups import (
     GAZE_FLAGS,
     BatchOptions,
@@ -244,8 +245,7 @@ RULES = (
         "as .png or .mp4 shows what was selected, and --gaze_dense selects nothing",
         "drop one of them",
     ),
-    Rule(("fsdp",), one_device, "has no effect without --all_devices"),
-    Rule(("context",), one_device, "has no effect without --all_devices"),
+    Rule(SIZES, one_device, "has no effect without --all_devices"),
 )
 """Rules that need no checkpoint; the first that applies is reported."""
 

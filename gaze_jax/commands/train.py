@@ -11,10 +11,10 @@ import typing
 from pathlib import Path
 
 from gaze_jax.commands import cli
+from gaze_jax.commands.devices import define_processes, start_processes
 from gaze_jax.commands.flags import Flags, Values
 from gaze_jax.errors import AGAIN, UserError
-from gaze_jax.parallel.distributed import HEARTBEAT, ProcessConfig
-from gaze_jax.parallel.distributed import start as start_processes
+from gaze_jax.parallel import together
 
 if typing.TYPE_CHECKING:
     import ml_collections
@@ -25,19 +25,7 @@ def define_flags(flags: Flags) -> None:
     flags.group("The run")
     define_config(flags)
     flags.string("workdir", None, "Where checkpoints, metrics and results go.", "FOLDER")
-    flags.group("Several processes")
-    flags.boolean(
-        "distributed",
-        None,
-        "The run has several processes, which find each other on Cloud TPU, SLURM and Open MPI; if srun or "
-        "mpirun has started several, that is the default.",
-    )
-    flags.string("coordinator", None, "Where the first process can be reached.", "HOST:PORT")
-    flags.integer("num_processes", None, "How many processes there are, with --coordinator.")
-    flags.integer("process_id", None, "Which of them this is, from 0, with --coordinator.")
-    flags.integer(
-        "heartbeat_seconds", HEARTBEAT, "After how long without a sign of life a process counts as dead."
-    )
+    define_processes(flags)
 
 
 def define_config(flags: Flags) -> None:
@@ -72,27 +60,18 @@ def config_of(values: Values) -> "ml_collections.ConfigDict":
 
 
 def main(values: Values) -> None:
-    """Train and, on one process, evaluate."""
+    """Train and evaluate."""
     if not values["config"].present:
         raise UserError("Give --config, a file or the name of a shipped config, such as digits.")
     if values.workdir is None:
         raise UserError("Give --workdir, the folder for checkpoints, metrics and results.")
-    import jax
-
-    start_processes(
-        ProcessConfig(
-            values.distributed,
-            values.coordinator,
-            values.num_processes,
-            values.process_id,
-            values.heartbeat_seconds,
-        )
-    )
+    start_processes(values, saves=True)
 
     from gaze_jax.convert.origin import open_start
     from gaze_jax.corpora.digits import DigitsConfig
     from gaze_jax.evaluate.run import run as evaluate
     from gaze_jax.infer.progress import progress_bar
+    from gaze_jax.parallel.mesh import make_mesh
     from gaze_jax.train.config import parse
     from gaze_jax.train.loop import train
     from gaze_jax.viewer.training import draw_evaluation
@@ -107,8 +86,8 @@ def main(values: Values) -> None:
     finished = train(experiment, values.workdir, start, progress_bar, draw_evaluation)
     if not finished:
         sys.exit(AGAIN)
-    if isinstance(experiment.data, DigitsConfig) and jax.process_count() == 1:
-        evaluate(values.workdir)
+    if isinstance(experiment.data, DigitsConfig):
+        evaluate(values.workdir, mesh=make_mesh(experiment.mesh) if together.several() else None)
 
 
 def run() -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+from jax.sharding import Mesh
 
 from gaze_jax.core.routing import Routing
 from gaze_jax.core.selection import Selection
@@ -32,10 +33,12 @@ from gaze_jax.infer.gaze_options import selection_capacity
 from gaze_jax.infer.programs import free_slots_for
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM
+from gaze_jax.parallel import together
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train.checkpoint import Trained, load_for_inference
 from gaze_jax.train.config import Experiment
 from gaze_jax.train.pipeline import make_processor
+from gaze_jax.train.step import check_heads
 from gaze_jax.viewer.answer_sheet import answer_sheet
 from gaze_jax.writing import replacing, write_text
 
@@ -47,13 +50,17 @@ PICTURE = "gaze.png"
 _TEST_SEED = 20_260_102
 
 
-def load(workdir: str | Path) -> Trained:
-    """Load the newest checkpoint of a run onto one device.
+def load(workdir: str | Path, mesh: Mesh | None = None) -> Trained:
+    """Load the newest checkpoint of a run onto a mesh; None is one device.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: there is none, it is damaged, or the mesh does not divide the model's heads.
     """
-    return load_for_inference(workdir, make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
+    one = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    trained = load_for_inference(workdir, one if mesh is None else mesh)
+    if mesh is not None:
+        check_heads(trained.experiment.model, mesh)
+    return trained
 
 
 def _scenes(experiment: Experiment) -> DigitsConfig:
@@ -108,7 +115,12 @@ class Answers:
 
 
 def answer(
-    trained: Trained, prompts: Sequence[Arrays], *, top_k: int | None, routing: Routing = Routing()
+    trained: Trained,
+    prompts: Sequence[Arrays],
+    *,
+    top_k: int | None,
+    routing: Routing = Routing(),
+    mesh: Mesh | None = None,
 ) -> Answers:
     """Answer every prompt greedily.
 
@@ -117,6 +129,7 @@ def answer(
       prompts: from :func:`evaluation_prompts`.
       top_k: regions per query; None means dense attention.
       routing: where region scores come from.
+      mesh: the mesh that the model is on; None is one device.
     """
     size = trained.experiment.eval.batch_size
     found: dict[str, list[np.ndarray]] = {"tokens": [], "entries": [], "selected": []}
@@ -124,7 +137,7 @@ def answer(
         part = list(prompts[start : start + size])
         # Fill up the last batch with copies of its first row, so that it compiles no other program.
         rows = part + [part[0]] * (min(size, len(prompts)) - len(part))
-        for name, values in _decode(trained, rows, top_k, routing).items():
+        for name, values in _decode(trained, rows, top_k, routing, mesh).items():
             found[name].append(values[: len(part)] if name == "tokens" else values[:, :, : len(part)])
     entries = np.concatenate(found["entries"], axis=2)
     return Answers(
@@ -135,7 +148,7 @@ def answer(
 
 
 def _decode(
-    trained: Trained, rows: Sequence[Arrays], top_k: int | None, routing: Routing
+    trained: Trained, rows: Sequence[Arrays], top_k: int | None, routing: Routing, mesh: Mesh | None
 ) -> dict[str, np.ndarray]:
     """One batch: "tokens" [B, A], "entries" [A, L, B, 4], and, if routed, "selected" [A, L, B, Hs, R]."""
     length = len(rows[0]["answer"])
@@ -146,6 +159,7 @@ def _decode(
         free_slots=free_slots_for(length),
         selection=lambda _: Selection(None if top_k is None else jnp.asarray(top_k, jnp.int32)),
         routing=routing,
+        mesh=mesh,
     )
     steps = list(
         engine.decode(
@@ -201,12 +215,13 @@ class Evaluation:
     answers: Mapping[str, Answers]
 
 
-def evaluate(trained: Trained, samples: int) -> Evaluation:
+def evaluate(trained: Trained, samples: int, mesh: Mesh | None = None) -> Evaluation:
     """Answer unseen questions as trained; a gaze model also answers densely and with random routing.
 
     Args:
       trained: the model.
       samples: number of questions per family.
+      mesh: the mesh that the model is on; None is one device.
 
     Returns:
       The answers, and a report with sections "gaze", "dense" and "random_routing", all with the same weights
@@ -227,7 +242,7 @@ def evaluate(trained: Trained, samples: int) -> Evaluation:
             "random_routing": (top_k, Routing(strategy="random")),
         }
     answers = {
-        name: answer(trained, prompts, top_k=budget, routing=routing)
+        name: answer(trained, prompts, top_k=budget, routing=routing, mesh=mesh)
         for name, (budget, routing) in ways.items()
     }
     report: dict[str, Any] = {
@@ -286,12 +301,15 @@ def draw(trained: Trained, evaluation: Evaluation, workdir: Path) -> None:
         sheet.save(part, format="PNG")
 
 
-def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
+def run(workdir: str | Path, samples: int | None = None, mesh: Mesh | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run: print a table, write ``eval.json``, draw the picture.
+
+    Of several processes that share a mesh, all call it, and the first prints and writes.
 
     Args:
       workdir: the run's directory.
       samples: number of questions per family; None takes the config's.
+      mesh: the devices to evaluate on; None is one device.
 
     Returns:
       The report.
@@ -299,8 +317,14 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
     Raises:
       UserError: there is no checkpoint, it is damaged, or a file cannot be written.
     """
-    trained = load(workdir)
-    evaluation = evaluate(trained, trained.experiment.eval.samples if samples is None else samples)
+    with together.agreed():
+        trained = load(workdir, mesh)
+    evaluation = evaluate(trained, trained.experiment.eval.samples if samples is None else samples, mesh)
+    together.by_first(lambda: _show(trained, evaluation, workdir))
+    return evaluation.report
+
+
+def _show(trained: Trained, evaluation: Evaluation, workdir: str | Path) -> None:
     write_text(Path(workdir, FILE), json.dumps(evaluation.report, indent=2) + "\n")
     print(table(evaluation.report), flush=True)
     if "gaze" in evaluation.answers:
@@ -308,7 +332,6 @@ def run(workdir: str | Path, samples: int | None = None) -> dict[str, Any]:
         print(
             f"{Path(workdir, PICTURE)} shows where the answer to {Path(workdir, SCENE)} looked.", flush=True
         )
-    return evaluation.report
 
 
 def best_layer_of(workdir: str | Path) -> int | None:

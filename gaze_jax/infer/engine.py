@@ -38,7 +38,7 @@ from gaze_jax.infer.programs import (
 )
 from gaze_jax.infer.sampling import SamplingParams
 from gaze_jax.models import MLLM, context
-from gaze_jax.parallel.rules import batch_sharding, flax_rules, split_sizes
+from gaze_jax.parallel.rules import batch_sharding, fetch, flax_rules, put, replicated, split_sizes
 
 Array = jax.Array
 Arrays = Mapping[str, np.ndarray]
@@ -98,7 +98,7 @@ class Engine:
         self._kind = np.zeros((self.batch, 0), np.int32)
         batch = self._batch(read, sizes)
         with self._devices():
-            chosen = _as_budgets(self.selection())
+            chosen = self._put_selection(_as_budgets(self.selection()))
             self._cache = prefill_step(
                 model, params, *self._inputs(batch), chosen, spec=self._spec, free_slots=free_slots
             )
@@ -115,7 +115,13 @@ class Engine:
     def _put(self, tree: PyTree) -> PyTree:
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        return jax.device_put(tree, batch_sharding(self._mesh))
+        return put(tree, batch_sharding(self._mesh))
+
+    def _put_selection(self, selection: Selection) -> Selection:
+        # Processes share no array of one device, as a selection's are.
+        if self._mesh is None or not self._mesh.is_multi_process:
+            return selection
+        return put(selection, replicated(self._mesh))
 
     def _hold(self, rows: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         """Hold back each row's last token if it is text; if the row ends in an image, hold back nothing."""
@@ -156,12 +162,12 @@ class Engine:
         """Arguments of a program; ``region`` and ``write_index`` are the first ones in the cache."""
         read = {name: batch[name] for name in (*_READ, "images") if name in batch}
         if self._mesh is None:
-            put = {name: jnp.asarray(a) for name, a in read.items()}
+            placed = {name: jnp.asarray(a) for name, a in read.items()}
         else:
             dealt = dealt_batch(read, self._ranks, region=region, write_index=write_index)
-            put = {name: jax.device_put(a, field_sharding(self._mesh, name)) for name, a in dealt.items()}
-        images = put["images"] if put["images"].shape[1] else None
-        return images, Streams.from_batch(put), self._put(self._state.sample)
+            placed = {name: put(a, field_sharding(self._mesh, name)) for name, a in dealt.items()}
+        images = placed["images"] if placed["images"].shape[1] else None
+        return images, Streams.from_batch(placed), self._put(self._state.sample)
 
     def _record_kinds(self, rows: Sequence[Arrays], write_index: int) -> None:
         """Record the kind of each text-stream slot that was written, and advance the write index."""
@@ -251,7 +257,7 @@ class Engine:
                 self._params,
                 *self._inputs(self._batch(read, sizes), self.regions, write_index),
                 self._cache,
-                _as_budgets(self.selection(sizes["regions"])),
+                self._put_selection(_as_budgets(self.selection(sizes["regions"]))),
                 np.int32(self.regions),
                 np.int32(write_index),
                 spec=self._spec,
@@ -303,7 +309,7 @@ class Engine:
         state = dataclasses.replace(
             self._state, done=np.arange(self.batch) >= self.rows, index=np.zeros(self.batch, np.int32)
         )
-        selection = self.selection()
+        selection = self._put_selection(self.selection())
         last = np.asarray(sorted(ends) or [-1], np.int32)
         generated = 0
         while generated < max_tokens and not state.done.all():
@@ -325,7 +331,7 @@ class Engine:
                     returns=returns,
                 )
             self._cache = dataclasses.replace(cache, **updated)
-            found, after = jax.device_get((found, after))
+            found, after = fetch((found, after), self._mesh)
             found |= {name: collected(found[name], -1, self._ranks) for name in _BY_REGION if name in found}
             ran = int(after.write_index - state.write_index)
             state = self._state = after

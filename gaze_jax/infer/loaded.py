@@ -33,7 +33,9 @@ from gaze_jax.infer.prompt import FAMILY, PLAIN, PromptBuilder
 from gaze_jax.models import MLLM, MLLMConfig
 from gaze_jax.models.config import GazeConfig, VisionConfig
 from gaze_jax.models.unstacked import split_layers
+from gaze_jax.parallel import together
 from gaze_jax.parallel.rules import split_sizes
+from gaze_jax.train.step import check_heads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,11 +100,14 @@ class LoadedModel:
           check: verify the checksums of a converted checkpoint.
 
         Raises:
-          UserError: it is damaged, has no image tower, or lacks its tokenizer.
+          UserError: it is damaged, has no image tower, lacks its tokenizer, or the mesh does not divide the
+            model's heads.
         """
         path = resolve(os.fspath(directory))
         found = checkpoints.load(path, checkpoints.one_device() if mesh is None else mesh, check=check)
         sampler = dataclasses.replace(cls.of(found, path), mesh=mesh)
+        if mesh is not None:
+            check_heads(sampler.config, mesh)
         if mesh is None and jax.local_devices()[0].platform == "cpu":
             return dataclasses.replace(sampler, params=split_layers(sampler.params))
         return sampler
@@ -202,10 +207,13 @@ class LoadedModel:
         devices, ranks = 1, 1
         if self.mesh is not None:
             devices, ranks = (split_sizes(self.mesh, name)[1] for name in ("batch", "regions"))
-        device = jax.local_devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        device = jax.local_devices()[0] if self.mesh is None else self.mesh.local_devices[0]
         sizes = -(-count // devices), -(-regions // ranks), slots, -(-text // ranks)
         needed = cache_bytes(self.config, *sizes, on_host=device.platform == "cpu")
         free = free_bytes(device)
+        if self.mesh is not None and self.mesh.is_multi_process:  # so that all come to one decision
+            known = map(json.loads, together.exchanged(json.dumps(free)))
+            free = min((each for each in known if each is not None), default=None)
         if free is not None and needed > free:
             raise UserError(
                 f"A cache of {count} x {visual} visual and {text} other tokens takes {format_bytes(needed)} "

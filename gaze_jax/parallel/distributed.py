@@ -66,10 +66,14 @@ def _launched() -> bool:
     return any(count.isdigit() and int(count) > 1 for count in counts)
 
 
-def start(config: ProcessConfig) -> bool:
+def start(config: ProcessConfig, *, saves: bool = True) -> bool:
     """Join the other processes of a run, if there are any; waits for them for at most five minutes.
 
     Must be called before anything else uses a device.
+
+    Args:
+      config: how they find each other.
+      saves: whether SIGTERM is asked about, by JAX's preemption service; otherwise it ends a process.
 
     Returns:
       Whether the run has several processes.
@@ -84,6 +88,7 @@ def start(config: ProcessConfig) -> bool:
         return False
     import jax  # here, since flags are defined and explained without it
 
+    jax.config.update("jax_enable_preemption_service", saves)
     try:
         jax.distributed.initialize(
             config.coordinator,

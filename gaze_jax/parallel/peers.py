@@ -59,8 +59,8 @@ def end_without(peer_error: BaseException) -> typing.NoReturn:
     """End this process because another is gone, with the status that says to start the run again."""
     reason = " ".join(str(peer_error).split())[:200]
     print(
-        f"Another process of the run is gone ({reason}); start all of them again to go on from the newest "
-        "checkpoint.",
+        f"Another process of the run is gone ({reason}); start all of them again to go on from what is "
+        "saved.",
         file=sys.stderr,
     )
     end(AGAIN)

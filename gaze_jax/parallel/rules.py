@@ -2,10 +2,11 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
@@ -194,6 +195,30 @@ def rows_of_process(mesh: Mesh) -> tuple[int, int]:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding that puts the same values on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Put a tree of arrays onto a mesh, whose processes each have the whole values."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def place(leaf: np.ndarray | jax.Array) -> jax.Array:
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """The whole values of a tree of arrays on a mesh, in NumPy, in each of its processes."""
+    if mesh is not None and mesh.is_multi_process:
+        tree = _everywhere(mesh)(tree)
+    return jax.device_get(tree)
+
+
+@functools.lru_cache(maxsize=8)  # a new function is a new program
+def _everywhere(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def bytes_per_device(abstract: PyTree, shardings: PyTree) -> dict[str, int]:

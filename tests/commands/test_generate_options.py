@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gaze_jax.commands import cli, generate
+from gaze_jax.commands.devices import define_processes
 from gaze_jax.commands.generate_groups import DEFAULTS
 from gaze_jax.commands.generate_options import CHECKPOINT_RULES, RULES, GenerateOptions
 from gaze_jax.errors import UserError
@@ -44,7 +45,7 @@ VALUES = {
     "look_at_layers": (1,), "look_at_bias": 1.0, "layer": 1, "sample_top_k": 5, "top_p": 1.0, "seed": 0,
     "gaze_select_per": "head", "gaze_region": (3, 3), "gaze_video_region": (1, 3, 3), "gaze_newlines": "text",
     "gaze_visual_dtype": "int8", "offload": True, "gaze_top_k": 1, "gaze_keep": 0.5, "gaze_dense": True,
-    "gaze_full_layers": (0,), "look_at": ("0,0,1,1",), "resize": True, "fsdp": 1, "context": 1,
+    "gaze_full_layers": (0,), "look_at": ("0,0,1,1",), "resize": True, "fsdp": 1, "tensor": 1, "context": 1,
 }  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def test_every_flag_is_an_option_and_has_its_default():
         f.name for group in groups if dataclasses.is_dataclass(group) for f in dataclasses.fields(group)
     }
     plain, _ = cli.parse(lambda flags: None, "", ["generate.py"])
-    assert set(values) - set(plain) == fields | {"checkpoint"}
+    several, _ = cli.parse(define_processes, "", ["generate.py"])
+    assert set(values) - set(several) == fields | {"checkpoint"} and set(plain) < set(several) < set(values)
     assert dataclasses.replace(options, devices=type(options.devices)()) == GenerateOptions.of(
         ASK | {"question": ("Why?",)}
     )

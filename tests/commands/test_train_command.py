@@ -121,7 +121,7 @@ def test_the_status_says_whether_to_start_again(ends, status, tmp_path, monkeypa
     """docs/reliability.md has the table that supervisors follow."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("gaze_jax.train.loop.train", ends)
-    monkeypatch.setattr("gaze_jax.evaluate.run.run", lambda workdir: None)
+    monkeypatch.setattr("gaze_jax.evaluate.run.run", lambda workdir, mesh: None)
     monkeypatch.setattr(sys, "argv", ["train.py", CONFIG, f"--workdir={tmp_path / 'run'}"])
     try:
         train.run()

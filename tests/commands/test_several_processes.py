@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gaze_jax.infer import trace_file
-from tests.helpers.commands import call, start
+from tests.helpers.commands import call, start, without_gloo
 from tests.helpers.experiments import save_untrained, tiny_experiment
 from tests.parallel.test_distributed import free_port
 
@@ -27,10 +27,7 @@ def both(command, *flags, status=0, devices=4):
     ]
     found = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [status] * 2, found
-    return [
-        ("".join(f"{line}\n" for line in out.splitlines() if not line.startswith("[Gloo]")), err)
-        for out, err in found
-    ]
+    return [("".join(f"{line}\n" for line in without_gloo(out)), err) for out, err in found]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,18 @@ def finish(process, status=0):
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+_GLOO = re.compile(
+    r"\[Gloo\] ?|Rank \d* ?|is connected to \d* ?|peer ranks\. ?|"
+    r"Expected number of connected peer ranks is : ?\d*"
+)
+
+
+def without_gloo(out):
+    """Lines that a process printed, without what Gloo says of connections, in pieces, from several threads."""
+    lines = [(line, _GLOO.sub("", line)) for line in out.splitlines()]
+    return [rest for line, rest in lines if rest.strip("0123456789 ") or line == rest != ""]
 
 
 def call(command, *flags, status=0, **environment):

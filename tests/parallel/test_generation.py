@@ -12,7 +12,7 @@ import pytest
 
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers import ranks
-from tests.helpers.commands import finish, start
+from tests.helpers.commands import finish, start, without_gloo
 from tests.parallel.test_distributed import free_port
 
 MESHES = {
@@ -40,7 +40,7 @@ def in_several(count, module, *words, **environment):
         start("-m", module, coordinator, count, number, *words, **environment) for number in range(count)
     ]
     out = [finish(process)[0] for process in processes]
-    return [[line for line in each.splitlines() if not line.startswith("[Gloo]")] for each in out]
+    return [without_gloo(each) for each in out]
 
 
 def by(count, meshes, devices, folder):

@@ -40,7 +40,7 @@ _GLOO = re.compile(
 
 
 def without_gloo(out):
-    """Lines that a process printed, without what Gloo says of connections, in pieces, from several threads."""
+    """Lines that a process printed, without the pieces in which Gloo's threads tell of connections."""
     lines = [(line, _GLOO.sub("", line)) for line in out.splitlines()]
     return [rest for line, rest in lines if rest.strip("0123456789 ") or line == rest != ""]
 

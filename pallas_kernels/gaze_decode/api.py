@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target, without_gradient
-from pallas_kernels.gaze_decode import cpu, gpu, grow, offload, reference, tpu, xla
+from pallas_kernels.gaze_decode import cpu, gpu, grow, native, offload, reference, tpu, xla
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 IMPLEMENTATIONS = MappingProxyType(
-    {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "offload": offload}
+    {"reference": reference, "xla": xla, "native": native, "tpu": tpu, "gpu": gpu, "offload": offload}
 )
 
 Packed = reference.Packed | xla.Packed | tpu.Packed | gpu.Packed | offload.Packed
@@ -41,7 +41,8 @@ def text_multiple(implementation: str) -> int:
 
 def compiler_splits(implementation: str) -> bool:
     """Whether XLA can partition the op over the devices of a mesh; if not, it needs ``jax.shard_map``."""
-    unsplit = (*KERNELS, "offload")  # XLA does not partition host computations either
+    # XLA does not partition host computations either, nor a library's.
+    unsplit = (*KERNELS, "offload", "native")
     return implementation not in unsplit and not (implementation == "xla" and target() == "cpu")
 
 
@@ -205,7 +206,7 @@ def gaze_decode_with_lse(
     Raises:
       ValueError: a shape does not fit, or the implementation's name is unknown.
       NotImplementedError: the named implementation cannot run this spec here, or it is differentiated and has
-        no gradient: "tpu" and "gpu" have none, "offload" has none for the visual cache.
+        no gradient: "tpu", "gpu" and "native" have none, "offload" has none for the visual cache.
     """
     op = "gaze_decode"
     module = pick(op, IMPLEMENTATIONS, implementation, spec)
@@ -227,7 +228,7 @@ def gaze_decode_with_lse(
     if q.size == 0:
         return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
     instead = "differentiate implementation 'xla', or gaze_prefill, which trains."
-    if implementation in KERNELS:
+    if implementation in (*KERNELS, "native"):
         reason = f"{op} implementation {implementation!r} has no gradient; {instead}"
         q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
     elif implementation == "offload":

@@ -46,6 +46,11 @@ def compiler_splits(implementation: str) -> bool:
     return implementation not in unsplit and not (implementation == "xla" and target() == "cpu")
 
 
+def routes(implementation: str) -> bool:
+    """Whether the implementation has :func:`route_and_decode`."""
+    return hasattr(find("gaze_decode", IMPLEMENTATIONS, implementation), "route_and_decode")
+
+
 def cache_axes(visual: Packed) -> tuple[str, ...]:
     """Names of the leading axes of every array in a packed cache."""
     axes = ("batch", "kv_heads", "regions")
@@ -210,17 +215,9 @@ def gaze_decode_with_lse(
     """
     op = "gaze_decode"
     module = pick(op, IMPLEMENTATIONS, implementation, spec)
-    batch, heads, dim = q.shape
-    layers, _, kv_heads, text = text_k.shape[:4]
-    if heads % kv_heads:
-        raise ValueError(f"{op}: {heads} query heads are not a multiple of {kv_heads} kv heads.")
-    for name, array in (("text_k", text_k), ("text_v", text_v)):
-        check_shape(op, name, array, (layers, batch, kv_heads, text, dim))
-    check_shape(op, "text_seen", text_seen, (batch, text))
-    cached = (layers, batch, kv_heads, *visual_seen.shape[1:], dim)
-    for name, array in zip("kv", jax.eval_shape(module.unpack, visual), strict=True):
-        check_shape(op, f"visual cache {name} (next to visual_seen {visual_seen.shape})", array, cached)
-    check_shape(op, "visual_seen", visual_seen, (batch, *cached[3:5]))
+    _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
+    batch, heads, _ = q.shape
+    kv_heads = text_k.shape[2]
     if indices is not None:
         shared = heads if spec.select_per == "head" else kv_heads
         expected = (batch, shared, indices.shape[-1])
@@ -236,8 +233,102 @@ def gaze_decode_with_lse(
         visual = without_gradient(visual, reason)
     arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
     out, lse = module.gaze_decode(*arguments, spec=spec)
-    if indices is None or spec.select_per == "kv_head" or heads == kv_heads:
+    if indices is None or spec.select_per == "kv_head":
         return out, lse  # all heads of a group read the same
-    grouped = out.reshape(batch, kv_heads, -1)
+    return _not_finite_together(out, kv_heads), lse
+
+
+def route_and_decode(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    features: jax.Array,
+    descriptors: jax.Array,
+    budget: jax.Array,
+    visible: jax.Array,
+    order: jax.Array,
+    *,
+    capacity: int,
+    spec: GazeSpec,
+    implementation: str,
+) -> native.Routed:
+    """Score every region, select the best, and attend to them and to the text stream, in one call.
+
+    Args:
+      q, visual, text_k, text_v, layer, visual_seen, text_seen: as for :func:`gaze_decode_with_lse`.
+      features: [B, H, E], what a descriptor is multiplied with; ``q`` itself where descriptors are mean keys.
+      descriptors: [L, B, K, R, E].
+      budget: int32 [B], regions that a query selects; more than the visible ones means all of those.
+      visible: bool [B, R], regions that may be selected.
+      order: int32 [B, R], the regions by their first token: of equal scores the one named first is selected.
+      capacity: J.
+      spec: static choices; with select_per "kv_head" a kv head's score is the sum of its query heads'.
+      implementation: one of those that :func:`routes` names.
+
+    Returns:
+      A :class:`pallas_kernels.gaze_decode.native.Routed`. Scores are float32 products; a NaN is below every
+      number, -0.0 equals 0.0.
+
+    Raises:
+      ValueError: a shape does not fit, or the implementation's name is unknown.
+      NotImplementedError: the implementation does not route, cannot run this spec here, or is differentiated.
+    """
+    op = "route_and_decode"
+    module = pick("gaze_decode", IMPLEMENTATIONS, implementation, spec)
+    if not routes(implementation):
+        raise NotImplementedError(
+            f"gaze_decode implementation {implementation!r} does not route; use 'native'."
+        )
+    _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
+    (layers, batch, kv_heads), regions = text_k.shape[:3], visual_seen.shape[1]
+    heads, width = q.shape[1], descriptors.shape[-1]
+    check_shape(op, "features", features, (batch, heads, width))
+    check_shape(op, "descriptors", descriptors, (layers, batch, kv_heads, regions, width))
+    check_shape(op, "budget", budget, (batch,))
+    check_shape(op, "visible", visible, (batch, regions))
+    check_shape(op, "order", order, (batch, regions))
+    reason = f"gaze_decode implementation {implementation!r} has no gradient; use 'xla' with indices."
+    q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
+    selecting = (features, descriptors, budget, visible, order)
+    arguments = (q, visual, text_k, text_v, layer, visual_seen, text_seen, *selecting)
+    found = module.route_and_decode(*arguments, capacity=capacity, spec=spec)
+    if spec.select_per == "kv_head":
+        return found
+    return found._replace(out=_not_finite_together(found.out, kv_heads))
+
+
+def _check(
+    module: ModuleType,
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+) -> None:
+    """Raise a ValueError if a shape that all calls have does not fit."""
+    op = "gaze_decode"
+    batch, heads, dim = q.shape
+    layers, _, kv_heads, text = text_k.shape[:4]
+    if heads % kv_heads:
+        raise ValueError(f"{op}: {heads} query heads are not a multiple of {kv_heads} kv heads.")
+    for name, array in (("text_k", text_k), ("text_v", text_v)):
+        check_shape(op, name, array, (layers, batch, kv_heads, text, dim))
+    check_shape(op, "text_seen", text_seen, (batch, text))
+    cached = (layers, batch, kv_heads, *visual_seen.shape[1:], dim)
+    for name, array in zip("kv", jax.eval_shape(module.unpack, visual), strict=True):
+        check_shape(op, f"visual cache {name} (next to visual_seen {visual_seen.shape})", array, cached)
+    check_shape(op, "visual_seen", visual_seen, (batch, *cached[3:5]))
+
+
+def _not_finite_together(out: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, H, D], NaN for all query heads of a kv head if it is not finite for one."""
+    if out.shape[1] == kv_heads:
+        return out
+    grouped = out.reshape(out.shape[0], kv_heads, -1)
     finite = jnp.isfinite(grouped).all(-1, keepdims=True)
-    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape), lse
+    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape)

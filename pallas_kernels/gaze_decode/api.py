@@ -25,30 +25,41 @@ IMPLEMENTATIONS = MappingProxyType(
     {"reference": reference, "xla": xla, "native": native, "tpu": tpu, "gpu": gpu, "offload": offload}
 )
 
+AUTO = "auto"
+"""Stands for "native" on a CPU where its library is built, and for "xla" anywhere else."""
+
 Packed = reference.Packed | xla.Packed | tpu.Packed | gpu.Packed | offload.Packed
 """A packed cache: a pytree of arrays, each implementation its own."""
 
 
+def named(implementation: str) -> str:
+    """The key of :data:`IMPLEMENTATIONS` that a name means here: its own, except for :data:`AUTO`."""
+    if implementation != AUTO:
+        return implementation
+    return "native" if target() == "cpu" and native.library.missing() is None else "xla"
+
+
 def supports(implementation: str, spec: GazeSpec) -> str | None:
     """None if ``implementation`` can run ``spec`` here, else the reason why not."""
-    return find("gaze_decode", IMPLEMENTATIONS, implementation).supports(spec)
+    return find("gaze_decode", IMPLEMENTATIONS, named(implementation)).supports(spec)
 
 
 def text_multiple(implementation: str) -> int:
     """The number that S should be a multiple of; other sizes work, but may be copied at every call."""
-    return find("gaze_decode", IMPLEMENTATIONS, implementation).TEXT_MULTIPLE
+    return find("gaze_decode", IMPLEMENTATIONS, named(implementation)).TEXT_MULTIPLE
 
 
 def compiler_splits(implementation: str) -> bool:
     """Whether XLA can partition the op over the devices of a mesh; if not, it needs ``jax.shard_map``."""
     # XLA does not partition host computations either, nor a library's.
     unsplit = (*KERNELS, "offload", "native")
+    implementation = named(implementation)
     return implementation not in unsplit and not (implementation == "xla" and target() == "cpu")
 
 
 def routes(implementation: str) -> bool:
     """Whether the implementation has :func:`route_and_decode`."""
-    return hasattr(find("gaze_decode", IMPLEMENTATIONS, implementation), "route_and_decode")
+    return hasattr(find("gaze_decode", IMPLEMENTATIONS, named(implementation)), "route_and_decode")
 
 
 def cache_axes(visual: Packed) -> tuple[str, ...]:
@@ -72,17 +83,17 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> 
     Args:
       k, v: [L, B, K, R, P, D].
       spec: static choices.
-      implementation: a key of ``IMPLEMENTATIONS``.
+      implementation: a key of ``IMPLEMENTATIONS``, or :data:`AUTO`, everywhere in this module.
 
     Returns:
       A pytree to pass to :func:`gaze_decode`.
     """
-    return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).pack(k, v, spec=spec)
+    return pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec).pack(k, v, spec=spec)
 
 
 def unpack(packed: Packed, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
     """Invert :func:`pack`: k and v, [L, B, K, R, P, D] each; float32 if they were quantised."""
-    return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).unpack(packed)
+    return pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec).unpack(packed)
 
 
 def _sizes(module: ModuleType, packed: Packed) -> tuple[int, ...]:
@@ -109,7 +120,7 @@ def reserve(
     Raises:
       ValueError: fewer regions or slots than the cache has.
     """
-    module = pick("gaze_decode", IMPLEMENTATIONS, implementation, spec)
+    module = pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec)
     *_, now, least, _ = _sizes(module, packed)
     slots = least if slots is None else slots
     if regions < 0 or slots < least:
@@ -141,7 +152,7 @@ def append(
       ValueError: a shape, a dtype or a known ``start`` does not fit.
     """
     op = "gaze_decode"
-    module = pick(op, IMPLEMENTATIONS, implementation, spec)
+    module = pick(op, IMPLEMENTATIONS, named(implementation), spec)
     *lead, regions, slots, dim = _sizes(module, packed)
     new, given = k.shape[3:5] if k.ndim == 6 else (0, 0)
     for name, array in (("k", k), ("v", v)):
@@ -214,7 +225,7 @@ def gaze_decode_with_lse(
         no gradient: "tpu", "gpu" and "native" have none, "offload" has none for the visual cache.
     """
     op = "gaze_decode"
-    module = pick(op, IMPLEMENTATIONS, implementation, spec)
+    module = pick(op, IMPLEMENTATIONS, named(implementation), spec)
     _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
     batch, heads, _ = q.shape
     kv_heads = text_k.shape[2]
@@ -224,6 +235,7 @@ def gaze_decode_with_lse(
         check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
     if q.size == 0:
         return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
+    implementation = named(implementation)
     instead = "differentiate implementation 'xla', or gaze_prefill, which trains."
     if implementation in (*KERNELS, "native"):
         reason = f"{op} implementation {implementation!r} has no gradient; {instead}"
@@ -278,7 +290,7 @@ def route_and_decode(
       NotImplementedError: the implementation does not route, cannot run this spec here, or is differentiated.
     """
     op = "route_and_decode"
-    module = pick("gaze_decode", IMPLEMENTATIONS, implementation, spec)
+    module = pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec)
     if not routes(implementation):
         raise NotImplementedError(
             f"gaze_decode implementation {implementation!r} does not route; use 'native'."
@@ -286,6 +298,8 @@ def route_and_decode(
     _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
     (layers, batch, kv_heads), regions = text_k.shape[:3], visual_seen.shape[1]
     heads, width = q.shape[1], descriptors.shape[-1]
+    if capacity < 1:
+        raise ValueError(f"{op}: capacity J={capacity} must be at least 1.")
     check_shape(op, "features", features, (batch, heads, width))
     check_shape(op, "descriptors", descriptors, (layers, batch, kv_heads, regions, width))
     check_shape(op, "budget", budget, (batch,))

@@ -331,10 +331,14 @@ def _sanitized(kind, folder):
 def _clean(command, runtime, options):
     """Run with the sanitizer's runtime in front; any report of it fails."""
     compiler = os.environ.get("CXX", "c++").split()
-    name = [*compiler, f"-print-file-name={runtime}"]
-    found = subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip()
+    # Without libstdc++ from the start the sanitizer does not find what throws in jaxlib.
+    names = [[*compiler, f"-print-file-name={name}"] for name in (runtime, "libstdc++.so")]
+    found = [
+        subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names
+    ]
     # Python's own leaks are none of ours; NumPy's threads are not instrumented.
     rules = "detect_leaks=0:halt_on_error=1:exitcode=66"
-    environment = os.environ | {"LD_PRELOAD": found, options: rules, "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | {"LD_PRELOAD": " ".join(found), options: rules}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

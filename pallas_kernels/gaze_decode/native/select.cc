@@ -10,7 +10,7 @@ namespace {
 // Unsigned numbers in the order of the scores: NaN < -inf < ... < inf.
 uint32_t sortable(float score) {
   if (score != score) return 0;
-  if (score == 0.0f) score = 0.0f;  // -0.0
+  if (score == 0.0f) score = 0.0f;  // -0.0, which a sum from 0.0 never is; the order must not rest on that
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof(bits));
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;

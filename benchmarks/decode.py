@@ -6,7 +6,7 @@ A measured call runs the op over all layers of a stacked cache, each layer's que
 output, repeated until the launch time is negligible; times are per layer. The bandwidth of a row's floor is
 that of a large sum measured in the same rounds. Dense attention gets keys and values in its preferred layout:
 an array per layer and form, no mask, both streams in one array. "routing" is scoring and top-k only, "routed"
-is routing and the op in one program.
+is routing and the op in one program, for "native" in one call.
 """
 
 import argparse
@@ -118,6 +118,18 @@ def over_layers(
         def step(i: Array, q: Array) -> Array:
             layer = i % layers
             picks = None if indices is None else indices[layer]
+            if route and attend and api.routes(name):
+                free_slots = top_k or 0
+                selecting = (
+                    q,
+                    descriptors,
+                    jnp.full((batch,), free_slots, jnp.int32),
+                    visible[:, 0, 0],
+                    permutation,
+                )
+                stored = (packed, *text, layer, seen, text_seen)
+                options = {"capacity": free_slots, "spec": spec, "implementation": name}
+                return _chain(q, api.route_and_decode(q, *stored, *selecting, **options).out)
             if route:
                 scores = routing.descriptor_scores(q[:, None], descriptors[layer], select_per=spec.select_per)
                 budget, free_slots = jnp.int32(top_k or 0), top_k or 0

@@ -25,6 +25,9 @@ the number of the step says which batch is next, on any number of processes and 
 Version 4 of a run added ``skipped_in_a_row``, steps whose update was left out since the last that was made.
 Before, no run went on after one.
 
+Version 3 of a manifest and of an export, and version 5 of a run: ``gaze.decode_implementation`` "xla" ->
+"auto". "xla" was the default then, on CPUs too, where there was no other. Who wants it sets it again.
+
 Old names in files that people write are refused in a sentence with the new ones: config files (names and
 values of ``gaze`` above, :func:`renamed_setting`) and lines of questions (:data:`QUESTION_FIELDS`).
 
@@ -48,7 +51,7 @@ from typing import Any
 
 from gaze_jax.errors import UserError
 
-NEWEST = {"manifest": 2, "export": 2, "run": 4, "trace": 3}
+NEWEST = {"manifest": 3, "export": 3, "run": 5, "trace": 3}
 """Kind of file -> the version that is written. All earlier ones are read."""
 
 _VERSION_KEYS = {"trace": ("version",), "run": ("format_version", "format")}
@@ -163,9 +166,15 @@ def _gaze(prefix: str) -> tuple[Renamed, ...]:
     )
 
 
+def _decoding(prefix: str) -> tuple[Renamed, ...]:
+    """The default implementation got a name of its own."""
+    name = "decode_implementation"
+    return (Renamed(f"{prefix}gaze.{name}", name, _words({"xla": "auto"})),)
+
+
 CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added | Dropped, ...]]] = {
-    "manifest": {2: _gaze("model.")},
-    "export": {2: _gaze("model.")},
+    "manifest": {2: _gaze("model."), 3: _decoding("model.")},
+    "export": {2: _gaze("model."), 3: _decoding("model.")},
     "run": {
         2: (
             *_gaze("config.model."),
@@ -176,6 +185,7 @@ CHANGES: Mapping[str, Mapping[int, tuple[Renamed | Added | Dropped, ...]]] = {
         ),
         3: (Dropped("data.process_count"),),
         4: (Added("skipped_in_a_row", int),),
+        5: _decoding("config.model."),
     },
     "trace": {
         2: (

@@ -104,8 +104,9 @@ gaze_environment() {
     return 1
   fi
 
-  # The checkout's place counts too: an editable install points to it.
-  digest="$(cd "$root" && { pwd && cat requirements.txt pyproject.toml constraints*.txt; } | sha256sum | cut -d' ' -f1)"
+  # The checkout's place counts too: an editable install points to it. So do the sources of what it compiles.
+  digest="$(cd "$root" && { pwd && cat requirements.txt pyproject.toml constraints*.txt setup.py \
+    pallas_kernels/gaze_decode/native/{build.py,*.cc,*.h}; } | sha256sum | cut -d' ' -f1)"
   stamp="$venv/.gaze-installed${extra:+-$extra}"
   if [[ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]]; then
     echo "Installing gaze_jax${extra:+[$extra]} into $venv (a few minutes the first time)" >&2

@@ -10,7 +10,10 @@ scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 # Built from a copy: setuptools leaves a build folder behind, whose old files would be in the next wheel.
 mkdir "$scratch/source" "$scratch/elsewhere"
-(cd "$root" && cp -r configs gaze_jax pallas_kernels pyproject.toml requirements.txt README.md LICENSE NOTICE "$scratch/source")
+(cd "$root" && cp -r configs gaze_jax pallas_kernels setup.py pyproject.toml requirements.txt README.md LICENSE NOTICE "$scratch/source")
+
+# A library that was built in place is none of the wheel's sources.
+find "$scratch/source" -name '*.so' -delete
 
 base="$(find_python)"
 "$base" -m venv "$scratch/venv"
@@ -24,6 +27,9 @@ say() {
   echo "== $*"
   "$@"
 }
+if command -v c++ >/dev/null; then
+  say "$bin/python" -c "from pallas_kernels.gaze_decode.native import library; print(library.instruction_set())"
+fi
 say "$bin/gaze-jax" --help
 for command in train eval generate convert view; do
   "$bin/gaze-jax" "$command" -h >"$scratch/help.txt"

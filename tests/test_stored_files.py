@@ -164,10 +164,24 @@ def test_a_run_of_before_version_4_left_no_step_out():
         upgrade("run", {"skipped_in_a_row": 2}, 3)
 
 
-READ = {"manifest": "1 and 2", "export": "1 and 2", "run": "1, 2, 3 and 4", "trace": "1, 2 and 3"}
+@pytest.mark.parametrize(("kind", "place"), [("manifest", ()), ("export", ()), ("run", ("config",))])
+def test_the_default_of_earlier_files_is_the_default(kind, place):
+    """ "xla" was what a file said whose writer chose nothing; other choices and later files stay."""
+
+    def content(implementation):
+        inner = {"model": {"gaze": {"decode_implementation": implementation}}}
+        return {place[0]: inner} if place else inner
+
+    before = NEWEST[kind] - 1
+    assert upgrade(kind, content("xla"), before) == content("auto")
+    assert upgrade(kind, content("tpu"), before) == content("tpu")
+    assert upgrade(kind, content("xla"), NEWEST[kind]) == content("xla")
 
 
-@pytest.mark.parametrize("version", [None, 0, 5, True, 1.0, "1"])
+READ = {"manifest": "1, 2 and 3", "export": "1, 2 and 3", "run": "1, 2, 3, 4 and 5", "trace": "1, 2 and 3"}
+
+
+@pytest.mark.parametrize("version", [None, 0, 6, True, 1.0, "1"])
 def test_an_unknown_version_is_refused(version):
     names = {"manifest": "format_version", "export": "format_version", "run": "format", "trace": "version"}
     for kind, name in names.items():
@@ -323,20 +337,20 @@ def test_a_converted_checkpoint_is_exported_to_the_same_bytes(tmp_path):
     after = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
     settings = json.loads(after.pop("gaze.json"))
     assert settings["model"].pop("remat_policy") == "nothing"  # a later field, with its default
-    assert settings == upgrade("export", json.loads(before.pop("gaze.json")), 1) | {"format_version": 2}
+    assert settings == upgrade("export", json.loads(before.pop("gaze.json")), 1) | {"format_version": 3}
     assert after == before
     run.save(run.plan_directory(tmp_path / "back"), tmp_path / "again")
     first, second = (manifest.read(path) for path in (V1 / "converted", tmp_path / "again"))
-    assert json.loads((tmp_path / "again" / manifest.FILE).read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "again" / manifest.FILE).read_text())["format_version"] == 3
     assert (second.model, second.leaves, second.sources) == (first.model, first.leaves, first.sources)
     leaves = manifest.leaf_files(first)
     assert leaves and all(first.files[path] == second.files[path] for path in leaves)
 
 
-def test_a_manifest_is_written_as_version_2(tmp_path):
+def test_a_manifest_is_written_as_version_3(tmp_path):
     first = manifest.read(V1 / "converted")
     manifest.write(tmp_path, first)
-    assert json.loads((tmp_path / manifest.FILE).read_text())["format_version"] == 2
+    assert json.loads((tmp_path / manifest.FILE).read_text())["format_version"] == 3
     assert manifest.read(tmp_path) == first
 
 
@@ -373,7 +387,7 @@ def test_files_of_a_later_version_are_refused(tmp_path):
         where = shutil.copytree(V1 / name, tmp_path / name)
         newest = NEWEST["run" if name == "run" else "manifest"]
         _with_json(where / path, **{field: newest + 1})
-        known = "1 and 2" if newest == 2 else READ["run"]
+        known = READ["run" if name == "run" else "manifest"]
         with pytest.raises(UserError, match=message.format(newest + 1, known)):
             gaze_jax.load(where)
     arrays, meta = stored_trace(V1 / "answer.gaze")

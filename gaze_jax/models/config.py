@@ -137,7 +137,8 @@ class GazeConfig:
         "view" (prefill linear in frames).
       visual_causal: False lets a visual token also see later tokens of its own view.
       prefill_implementation, decode_implementation: implementations of the attention ops ``gaze_prefill``
-        (training, prefill) and ``gaze_decode``; see ``pallas_kernels``.
+        (training, prefill) and ``gaze_decode``; see ``pallas_kernels``. "auto" decodes by "native" on a CPU
+        where its library is built, by "xla" elsewhere.
       query_block: queries that the XLA prefill handles at once; bounds its memory.
       video_region: (r_t, r_h, r_w) target size of a region of a video, a slab of r_t frames; None is
         one frame and ``region``.
@@ -156,7 +157,7 @@ class GazeConfig:
     visual_scope: str = "all"
     visual_causal: bool = True
     prefill_implementation: str = "xla"
-    decode_implementation: str = "xla"
+    decode_implementation: str = "auto"
     query_block: int = 512
     video_region: tuple[int, int, int] | None = None
     newlines: str = "text"

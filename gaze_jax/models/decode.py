@@ -20,7 +20,8 @@ from gaze_jax.models import context
 from gaze_jax.models.attention import RoutedQueries, first_head, region_scores
 from gaze_jax.models.cache import Cache, cache_axes, decode_spec, layer_keys
 from gaze_jax.models.config import GazeConfig
-from gaze_jax.models.ops import gaze_decode
+from gaze_jax.models.ops import gaze_decode, route_and_decode
+from pallas_kernels.gaze_decode import api
 from pallas_kernels.gaze_decode.api import gaze_decode_with_lse
 from pallas_kernels.softmax import WithLse
 
@@ -197,8 +198,11 @@ def _decode(
     """:func:`decode_attention`; if sequences are split, of one rank's part of the cache."""
     dim, num_regions = q.shape[3], cache.visual_order.shape[1]
     op = decode_spec(gaze, dim)
-    indices, out = None, {}
-    if selection.budget is not None and num_regions > 0:
+    indices, out, heads = None, {}, None
+    if _in_one_call(selection, spec, gaze) and num_regions > 0:
+        heads, indices, scores = _route_and_attend(q, cache, masks, selection, spec, gaze=gaze, layer=layer)
+        out = {"indices": indices, "scores": scores}
+    elif selection.budget is not None and num_regions > 0:
         indices, scores = _select(q, cache, masks, selection, spec, gaze=gaze, layer=layer)
         out = {"indices": indices, "scores": scores}
         if context.ranks() > 1:
@@ -219,9 +223,9 @@ def _decode(
             return context.join_across(here(None, True))
         return context.join_across(context.attend_in_passes(here, indices, num_regions))
 
-    if indices is None or selection.full_layers is None:
+    if heads is None and (indices is None or selection.full_layers is None):
         heads = attend(indices)
-    else:
+    elif heads is None:
         heads = jax.lax.cond(selection.full_layers, lambda: attend(None), lambda: attend(indices))
     if spec.return_trace and num_regions > 0:
         visible = masks.routed.visible
@@ -237,6 +241,39 @@ def _decode(
             out["selected"] = selected
         out["attention"], out["dense"] = routing.attention_shares(*masses, selected)
     return heads[:, None], out
+
+
+def _in_one_call(selection: Selection, spec: SelectionSpec, gaze: GazeConfig) -> bool:
+    """Whether the op selects too: by descriptors alone, where the implementation can."""
+    plain = selection.bias is None and selection.full_layers is None and spec.routing.strategy == "descriptor"
+    here = selection.budget is not None and context.ranks() == 1
+    return plain and here and api.routes(gaze.decode_implementation)
+
+
+def _route_and_attend(
+    q: Float[Array, "B 1 H D"],
+    cache: Cache,
+    masks: DecodeMasks,
+    selection: Selection,
+    spec: SelectionSpec,
+    *,
+    gaze: GazeConfig,
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "B H D"], Int32[Array, "B Hs J"], Float32[Array, "B Hs R"]]:
+    """Attention to the regions that it selects, these, best first, and all scores."""
+    routed, num_regions = masks.routed, cache.visual_order.shape[1]
+    assert selection.budget is not None, "dense attention selects nothing"
+    budget = jnp.broadcast_to(count(selection.budget, routed.count), routed.count.shape)[:, 0]
+    found = route_and_decode(
+        q[:, 0],
+        *(cache.visual, cache.text_k, cache.text_v, layer, masks.visual, masks.text),
+        *(routing.query_features(q[:, 0], gaze.descriptor), cache.descriptors, budget),
+        *(routed.visible[:, 0], routed.permutation),
+        capacity=num_regions if spec.capacity is None else spec.capacity,
+        spec=decode_spec(gaze, q.shape[3]),
+        implementation=gaze.decode_implementation,
+    )
+    return found.out, found.indices, found.scores
 
 
 def _select(

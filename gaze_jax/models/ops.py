@@ -7,6 +7,7 @@ independent.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,31 +21,33 @@ from gaze_jax.core.types import AnyArray, Array, ArrayTree
 from gaze_jax.parallel import rules
 from pallas_kernels import GazeSpec, KeyPlaces, Windows, dispatch
 from pallas_kernels.gaze_decode import api as decode_api
+from pallas_kernels.gaze_decode import native
 from pallas_kernels.gaze_prefill import api as prefill_api
 
 Names = tuple[str | None, ...]
+Out = TypeVar("Out")
 
 
 def _split(
-    function: Callable[..., Array],
+    function: Callable[..., Out],
     arguments: tuple[ArrayTree | None, ...],
     names: tuple[Names, ...],
     out: Names,
-) -> Float[Array, "..."]:
+) -> Out:
     """Call ``function`` on each device's part of the arguments.
 
     Args:
       function: takes ``arguments``, each an array or a tree of arrays.
       arguments: arguments of ``function``; None stays None.
       names: logical axes of each argument's leading dimensions.
-      out: logical axes of the result.
+      out: logical axes of the result, or of every array of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*arguments)
     here = [(a, n) for a, n in zip(arguments, names, strict=True) if a is not None]
 
-    def call(*given: ArrayTree) -> Array:
+    def call(*given: ArrayTree) -> Out:
         rest = iter(given)
         return function(*(None if a is None else next(rest) for a in arguments))
 
@@ -133,6 +136,38 @@ def gaze_decode(
     text = ("layers", "batch", "kv_heads")
     heads = ("batch", "heads")
     names = (heads, decode_api.cache_axes(visual), text, text, (), heads, ("batch",), ("batch",))
+    return _split(call, arguments, names, heads)
+
+
+def route_and_decode(
+    q: Float[Array, "B H D"],
+    visual: ArrayTree,
+    text_k: Float[Array, "L B K S D"],
+    text_v: Float[Array, "L B K S D"],
+    layer: Int[Array, ""],
+    visual_seen: Bool[Array, "B R P"],
+    text_seen: Bool[Array, "B S"],
+    features: Float[Array, "B H E"],
+    descriptors: Float[Array, "L B K R E"],
+    budget: Int[Array, " B"],
+    visible: Bool[Array, "B R"],
+    order: Int[Array, "B R"],
+    *,
+    capacity: int,
+    spec: GazeSpec,
+    implementation: str,
+) -> native.Routed:
+    """:func:`pallas_kernels.gaze_decode.api.route_and_decode`, sharded as :func:`gaze_decode`."""
+
+    def call(*arguments: ArrayTree) -> native.Routed:
+        return decode_api.route_and_decode(
+            *arguments, capacity=capacity, spec=spec, implementation=implementation
+        )
+
+    stored = (visual, text_k, text_v, layer)
+    arguments = (q, *stored, visual_seen, text_seen, features, descriptors, budget, visible, order)
+    text, heads, rows = ("layers", "batch", "kv_heads"), ("batch", "heads"), ("batch",)
+    names = (heads, decode_api.cache_axes(visual), text, text, (), rows, rows, heads, text, rows, rows, rows)
     return _split(call, arguments, names, heads)
 
 

@@ -17,32 +17,49 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target, without_gradient
-from pallas_kernels.gaze_decode import cpu, gpu, grow, offload, reference, tpu, xla
+from pallas_kernels.gaze_decode import cpu, gpu, grow, native, offload, reference, tpu, xla
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 IMPLEMENTATIONS = MappingProxyType(
-    {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu, "offload": offload}
+    {"reference": reference, "xla": xla, "native": native, "tpu": tpu, "gpu": gpu, "offload": offload}
 )
+
+AUTO = "auto"
+"""Stands for "native" on a CPU where its library is built, and for "xla" anywhere else."""
 
 Packed = reference.Packed | xla.Packed | tpu.Packed | gpu.Packed | offload.Packed
 """A packed cache: a pytree of arrays, each implementation its own."""
 
 
+def named(implementation: str) -> str:
+    """The key of :data:`IMPLEMENTATIONS` that a name means here: its own, except for :data:`AUTO`."""
+    if implementation != AUTO:
+        return implementation
+    return "native" if target() == "cpu" and native.library.missing() is None else "xla"
+
+
 def supports(implementation: str, spec: GazeSpec) -> str | None:
     """None if ``implementation`` can run ``spec`` here, else the reason why not."""
-    return find("gaze_decode", IMPLEMENTATIONS, implementation).supports(spec)
+    return find("gaze_decode", IMPLEMENTATIONS, named(implementation)).supports(spec)
 
 
 def text_multiple(implementation: str) -> int:
     """The number that S should be a multiple of; other sizes work, but may be copied at every call."""
-    return find("gaze_decode", IMPLEMENTATIONS, implementation).TEXT_MULTIPLE
+    return find("gaze_decode", IMPLEMENTATIONS, named(implementation)).TEXT_MULTIPLE
 
 
 def compiler_splits(implementation: str) -> bool:
     """Whether XLA can partition the op over the devices of a mesh; if not, it needs ``jax.shard_map``."""
-    unsplit = (*KERNELS, "offload")  # XLA does not partition host computations either
+    # XLA does not partition host computations either, nor a library's.
+    unsplit = (*KERNELS, "offload", "native")
+    implementation = named(implementation)
     return implementation not in unsplit and not (implementation == "xla" and target() == "cpu")
+
+
+def routes(implementation: str) -> bool:
+    """Whether the implementation has :func:`route_and_decode`."""
+    return hasattr(find("gaze_decode", IMPLEMENTATIONS, named(implementation)), "route_and_decode")
 
 
 def cache_axes(visual: Packed) -> tuple[str, ...]:
@@ -66,17 +83,17 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec, implementation: str) -> 
     Args:
       k, v: [L, B, K, R, P, D].
       spec: static choices.
-      implementation: a key of ``IMPLEMENTATIONS``.
+      implementation: a key of ``IMPLEMENTATIONS``, or :data:`AUTO`, everywhere in this module.
 
     Returns:
       A pytree to pass to :func:`gaze_decode`.
     """
-    return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).pack(k, v, spec=spec)
+    return pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec).pack(k, v, spec=spec)
 
 
 def unpack(packed: Packed, *, spec: GazeSpec, implementation: str) -> tuple[jax.Array, jax.Array]:
     """Invert :func:`pack`: k and v, [L, B, K, R, P, D] each; float32 if they were quantised."""
-    return pick("gaze_decode", IMPLEMENTATIONS, implementation, spec).unpack(packed)
+    return pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec).unpack(packed)
 
 
 def _sizes(module: ModuleType, packed: Packed) -> tuple[int, ...]:
@@ -103,7 +120,7 @@ def reserve(
     Raises:
       ValueError: fewer regions or slots than the cache has.
     """
-    module = pick("gaze_decode", IMPLEMENTATIONS, implementation, spec)
+    module = pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec)
     *_, now, least, _ = _sizes(module, packed)
     slots = least if slots is None else slots
     if regions < 0 or slots < least:
@@ -135,7 +152,7 @@ def append(
       ValueError: a shape, a dtype or a known ``start`` does not fit.
     """
     op = "gaze_decode"
-    module = pick(op, IMPLEMENTATIONS, implementation, spec)
+    module = pick(op, IMPLEMENTATIONS, named(implementation), spec)
     *lead, regions, slots, dim = _sizes(module, packed)
     new, given = k.shape[3:5] if k.ndim == 6 else (0, 0)
     for name, array in (("k", k), ("v", v)):
@@ -205,10 +222,110 @@ def gaze_decode_with_lse(
     Raises:
       ValueError: a shape does not fit, or the implementation's name is unknown.
       NotImplementedError: the named implementation cannot run this spec here, or it is differentiated and has
-        no gradient: "tpu" and "gpu" have none, "offload" has none for the visual cache.
+        no gradient: "tpu", "gpu" and "native" have none, "offload" has none for the visual cache.
     """
     op = "gaze_decode"
-    module = pick(op, IMPLEMENTATIONS, implementation, spec)
+    module = pick(op, IMPLEMENTATIONS, named(implementation), spec)
+    _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
+    batch, heads, _ = q.shape
+    kv_heads = text_k.shape[2]
+    if indices is not None:
+        shared = heads if spec.select_per == "head" else kv_heads
+        expected = (batch, shared, indices.shape[-1])
+        check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
+    if q.size == 0:
+        return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
+    implementation = named(implementation)
+    instead = "differentiate implementation 'xla', or gaze_prefill, which trains."
+    if implementation in (*KERNELS, "native"):
+        reason = f"{op} implementation {implementation!r} has no gradient; {instead}"
+        q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
+    elif implementation == "offload":
+        reason = f"{op} implementation 'offload' has no gradient for a visual cache on the host; {instead}"
+        visual = without_gradient(visual, reason)
+    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
+    out, lse = module.gaze_decode(*arguments, spec=spec)
+    if indices is None or spec.select_per == "kv_head":
+        return out, lse  # all heads of a group read the same
+    return _not_finite_together(out, kv_heads), lse
+
+
+def route_and_decode(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    features: jax.Array,
+    descriptors: jax.Array,
+    budget: jax.Array,
+    visible: jax.Array,
+    order: jax.Array,
+    *,
+    capacity: int,
+    spec: GazeSpec,
+    implementation: str,
+) -> native.Routed:
+    """Score every region, select the best, and attend to them and to the text stream, in one call.
+
+    Args:
+      q, visual, text_k, text_v, layer, visual_seen, text_seen: as for :func:`gaze_decode_with_lse`.
+      features: [B, H, E], what a descriptor is multiplied with; ``q`` itself where descriptors are mean keys.
+      descriptors: [L, B, K, R, E].
+      budget: int32 [B], regions that a query selects; more than the visible ones means all of those.
+      visible: bool [B, R], regions that may be selected.
+      order: int32 [B, R], the regions by their first token: of equal scores the one named first is selected.
+      capacity: J.
+      spec: static choices; with select_per "kv_head" a kv head's score is the sum of its query heads'.
+      implementation: one of those that :func:`routes` names.
+
+    Returns:
+      A :class:`pallas_kernels.gaze_decode.native.Routed`. Scores are float32 products; a NaN is below every
+      number, -0.0 equals 0.0.
+
+    Raises:
+      ValueError: a shape does not fit, or the implementation's name is unknown.
+      NotImplementedError: the implementation does not route, cannot run this spec here, or is differentiated.
+    """
+    op = "route_and_decode"
+    module = pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec)
+    if not routes(implementation):
+        raise NotImplementedError(
+            f"gaze_decode implementation {implementation!r} does not route; use 'native'."
+        )
+    _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
+    (layers, batch, kv_heads), regions = text_k.shape[:3], visual_seen.shape[1]
+    heads, width = q.shape[1], descriptors.shape[-1]
+    if capacity < 1:
+        raise ValueError(f"{op}: capacity J={capacity} must be at least 1.")
+    check_shape(op, "features", features, (batch, heads, width))
+    check_shape(op, "descriptors", descriptors, (layers, batch, kv_heads, regions, width))
+    check_shape(op, "budget", budget, (batch,))
+    check_shape(op, "visible", visible, (batch, regions))
+    check_shape(op, "order", order, (batch, regions))
+    reason = f"gaze_decode implementation {implementation!r} has no gradient; use 'xla' with indices."
+    q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
+    selecting = (features, descriptors, budget, visible, order)
+    arguments = (q, visual, text_k, text_v, layer, visual_seen, text_seen, *selecting)
+    found = module.route_and_decode(*arguments, capacity=capacity, spec=spec)
+    if spec.select_per == "kv_head":
+        return found
+    return found._replace(out=_not_finite_together(found.out, kv_heads))
+
+
+def _check(
+    module: ModuleType,
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+) -> None:
+    """Raise a ValueError if a shape that all calls have does not fit."""
+    op = "gaze_decode"
     batch, heads, dim = q.shape
     layers, _, kv_heads, text = text_k.shape[:4]
     if heads % kv_heads:
@@ -220,23 +337,12 @@ def gaze_decode_with_lse(
     for name, array in zip("kv", jax.eval_shape(module.unpack, visual), strict=True):
         check_shape(op, f"visual cache {name} (next to visual_seen {visual_seen.shape})", array, cached)
     check_shape(op, "visual_seen", visual_seen, (batch, *cached[3:5]))
-    if indices is not None:
-        shared = heads if spec.select_per == "head" else kv_heads
-        expected = (batch, shared, indices.shape[-1])
-        check_shape(op, f"indices (select_per {spec.select_per!r})", indices, expected)
-    if q.size == 0:
-        return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
-    instead = "differentiate implementation 'xla', or gaze_prefill, which trains."
-    if implementation in KERNELS:
-        reason = f"{op} implementation {implementation!r} has no gradient; {instead}"
-        q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
-    elif implementation == "offload":
-        reason = f"{op} implementation 'offload' has no gradient for a visual cache on the host; {instead}"
-        visual = without_gradient(visual, reason)
-    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
-    out, lse = module.gaze_decode(*arguments, spec=spec)
-    if indices is None or spec.select_per == "kv_head" or heads == kv_heads:
-        return out, lse  # all heads of a group read the same
-    grouped = out.reshape(batch, kv_heads, -1)
+
+
+def _not_finite_together(out: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, H, D], NaN for all query heads of a kv head if it is not finite for one."""
+    if out.shape[1] == kv_heads:
+        return out
+    grouped = out.reshape(out.shape[0], kv_heads, -1)
     finite = jnp.isfinite(grouped).all(-1, keepdims=True)
-    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape), lse
+    return jnp.where(finite, grouped, jnp.nan).reshape(out.shape)

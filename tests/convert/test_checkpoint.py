@@ -160,7 +160,7 @@ def test_files_beside_the_weights_are_checked_too(victim, name):
             lambda text: text.replace('"rope_theta": 1000000.0', '"rope_theta": 1000001.0'),
             "damaged or edited",
         ),
-        (lambda text: text.replace('"format_version": 2', '"format_version": 3'), "format_version 3"),
+        (lambda text: text.replace('"format_version": 3', '"format_version": 4'), "format_version 4"),
         (lambda text: text[:-40], "is not valid JSON"),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_joined_model_comes_back_from_its_export(joined, tmp_path):
         (lambda s: s["model"]["decoder"].update(rope_theta=1e4), "describes another decoder"),
         (lambda s: s["parts"].update(vision="../../tower"), "which is not what was written"),
         (lambda s: s["model"].update(attention="sparse"), "Unknown config key attention"),
-        (lambda s: s.update(format_version=3), "format_version 3"),
+        (lambda s: s.update(format_version=4), "format_version 4"),
     ],
 )
 def test_settings_that_are_not_what_was_written_are_refused(joined, tmp_path, change, message):

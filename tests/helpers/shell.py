@@ -165,9 +165,11 @@ def _python(arguments: list[str], complete: bool) -> str | None:
             return _own("view", rest)
         if module == "gaze_jax" or module.startswith("gaze_jax.commands"):
             return _gaze_jax([*module.split(".")[2:], *rest])
-        if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
+        files = [module.replace(".", "/") + end for end in (".py", "/__main__.py")]
+        script = next((file for file in files if (ROOT / file).is_file()), None)
+        if script is None:
             return f"there is no module {module}"
-        return _other(module.replace(".", "/") + ".py", rest, complete)
+        return _other(script, rest, complete)
     if not (ROOT / first).is_file():
         return f"there is no script {first}"
     if first.removesuffix(".py") in COMMANDS:

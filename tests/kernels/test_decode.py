@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
 from pallas_kernels.gaze_decode import api, tpu
-from tests.helpers import cases, oracle
+from tests.helpers import cases, native_library, oracle
 from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite
 from tests.kernels.decode_values import call, long
 
@@ -33,6 +33,17 @@ class TestXla(DecodeSuite):
 
     implementation = "xla"
     shards_heads = jax.default_backend() != "cpu"  # a CPU's loop is not split
+
+
+class TestNative(DecodeSuite):
+    """The C++ library, compiled beside its sources."""
+
+    implementation = "native"
+    shards_heads = False  # XLA does not partition a library's function
+
+    @pytest.fixture(autouse=True)
+    def _built(self):
+        native_library.needed()
 
 
 class TestTpu(InterpretedDecodeSuite):

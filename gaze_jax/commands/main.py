@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "prepare a corpus for training",
     "topology": "compile a config's programs for TPUs, without a TPU",
     "view": "draw where a model looked, from its gaze traces",
+    "env": "say what is installed, and which attention implementations run here",
 }
 """Name of a command, which is a module of this package with a function ``run`` -> what it does."""
 

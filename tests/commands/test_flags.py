@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags as absl_flags
 
-from gaze_jax.commands import cli, convert, data, eval, flags, generate, topology, train, view
+from gaze_jax.commands import cli, convert, data, env, eval, flags, generate, topology, train, view
 from gaze_jax.core.layout import NEWLINES
 from gaze_jax.core.regions import DESCRIPTORS
 from gaze_jax.models.config import PARAM_DTYPES
@@ -21,6 +21,7 @@ COMMANDS = {
     "view": view,
     "data": data,
     "topology": topology,
+    "env": env,
 }
 
 

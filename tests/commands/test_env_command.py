@@ -19,7 +19,8 @@ def test_it_names_versions_devices_and_implementations(capsys, monkeypatch, buil
         monkeypatch.setattr(native.library, "missing", lambda: "its library was not built; install g++.")
     env.main(None)
     out = capsys.readouterr().out
-    assert out.startswith(f"gaze_jax {gaze_jax.__version__}, Python 3.") and f"\njax {jax.__version__}, " in out
+    assert out.startswith(f"gaze_jax {gaze_jax.__version__}, Python 3.")
+    assert f"\njax {jax.__version__}, " in out
     assert f"\n{jax.device_count()} device(s): cpu, " in out
     for op in (api, prefill):
         assert all(f"\n  {name}: " in out for name in op.IMPLEMENTATIONS)

@@ -7,13 +7,16 @@ FROM python:3.11-slim
 
 ARG DEVICE=cpu
 
+# g++ compiles the decoding of CPUs, and is not needed afterwards.
 RUN --mount=type=bind,target=/source,rw \
     case "$DEVICE" in \
       cpu) extras=video,plot ;; \
       cuda|tpu) extras=video,plot,"$DEVICE" ;; \
       *) echo "DEVICE=$DEVICE must be cpu, cuda or tpu." >&2; exit 1 ;; \
     esac \
-    && pip install --no-cache-dir --constraint /source/constraints.txt "/source[$extras]"
+    && apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && pip install --no-cache-dir --constraint /source/constraints.txt "/source[$extras]" \
+    && apt-get purge --yes --auto-remove g++ && rm -rf /var/lib/apt/lists/*
 
 # Not as root; --user says who owns what is written into the folder that is mounted here.
 RUN useradd --create-home gaze

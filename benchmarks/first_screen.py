@@ -2,7 +2,7 @@
 
 python -m benchmarks.first_screen
 
-Tokens are panels of docs/images/gaze.png; times are those of benchmarks/results/generate_cpu.json, batch 1.
+Tokens are panels of docs/images/gaze.png; times are those of benchmarks/results/generate_decode_cpu.json, batch 1.
 Needs matplotlib (the plot extra).
 """
 
@@ -132,7 +132,7 @@ def _plot(axes: Any, lines: dict[str, list[Point]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Read the results and the sheet, write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/generate_cpu.json"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/generate_decode_cpu.json"))
     parser.add_argument("--sheet", type=Path, default=Path("docs/images/gaze.png"))
     parser.add_argument("--out", type=Path, default=Path("docs/images/first_screen.png"))
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks import first_screen
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "generate_cpu.json"
+RESULTS = ROOT / "benchmarks" / "results" / "generate_decode_cpu.json"
 SHEET = ROOT / "docs" / "images" / "gaze.png"
 
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.first_screen
 
-Tokens are panels of docs/images/gaze.png; times are those of benchmarks/results/generate_decode_cpu.json, batch 1.
-Needs matplotlib (the plot extra).
+Tokens are panels of docs/images/gaze.png; times are those of batch 1 in
+benchmarks/results/generate_decode_cpu.json. Needs matplotlib (the plot extra).
 """
 
 import argparse
@@ -100,7 +100,18 @@ def draw(report: dict[str, Any], sheet: Image.Image, path: Path) -> None:
         image.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+def spread(values: dict[str, float], least: float) -> dict[str, float]:
+    """Heights of labels near their values, in the same order and at least ``least`` apart."""
+    found: dict[str, float] = {}
+    below = -least
+    for name in sorted(values, key=values.__getitem__):
+        below = found[name] = max(values[name], below + least)
+    return found
+
+
 def _plot(axes: Any, lines: dict[str, list[Point]]) -> None:
+    ends = {name: points[-1][1] for name, points in lines.items()}
+    heights = spread(ends, 0.065 * max(ends.values()))
     for name, points in lines.items():
         label, colour = LINES[name]
         tokens, spent, quartiles = zip(*points, strict=True)
@@ -109,8 +120,8 @@ def _plot(axes: Any, lines: dict[str, list[Point]]) -> None:
         axes.annotate(
             f"{spent[-1]:.0f}  {label}",
             (tokens[-1], spent[-1]),
-            (8, 0),
-            textcoords="offset points",
+            (1.06, heights[name]),
+            textcoords=axes.get_yaxis_transform(),
             color=colour,
             fontweight="bold",
             fontsize=7.5,

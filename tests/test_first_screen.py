@@ -59,3 +59,8 @@ def test_the_figure_is_opaque_and_small(tmp_path):
     assert (tmp_path / "out.png").stat().st_size < 200_000
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (1600, 700) and image.convert("RGBA").getextrema()[3] == (255, 255)
+
+
+def test_labels_keep_their_order_and_their_distance():
+    assert first_screen.spread({"a": 85.0, "b": 77.0, "c": 275.0}, 20.0) == {"b": 77.0, "a": 97.0, "c": 275.0}
+    assert first_screen.spread({"a": 3.0, "b": 3.0, "c": 4.0}, 5.0) == {"a": 3.0, "b": 8.0, "c": 13.0}

@@ -25,7 +25,7 @@ from absl import flags as absl_flags
 from gaze_jax.commands.flags import Flags
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "eval", "generate", "convert", "view", "data", "topology")
+COMMANDS = ("train", "eval", "generate", "convert", "view", "data", "topology", "env")
 
 FOREIGN = {"cd", "docker", "export", "git", "mkdir", "mkdocs", "mypy", "pip", "pre-commit", "ruff", "source"}
 FOREIGN |= {"gcloud", "kubectl", "sbatch", "scancel", "squeue", "srun", "xpk"}

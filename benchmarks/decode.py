@@ -114,26 +114,20 @@ def over_layers(
         layers, batch, _, regions = descriptors.shape[:4]
         visible = jnp.ones((batch, 1, 1, regions), bool)
         permutation = jnp.broadcast_to(jnp.arange(regions, dtype=jnp.int32), (batch, regions))
+        capacity = top_k or 0
+        budget = jnp.full((batch, 1), capacity, jnp.int32)
 
         def step(i: Array, q: Array) -> Array:
             layer = i % layers
             picks = None if indices is None else indices[layer]
             if route and attend and api.routes(name):
-                free_slots = top_k or 0
-                selecting = (
-                    q,
-                    descriptors,
-                    jnp.full((batch,), free_slots, jnp.int32),
-                    visible[:, 0, 0],
-                    permutation,
-                )
+                selecting = (q, descriptors, budget[:, 0], visible[:, 0, 0], permutation)
                 stored = (packed, *text, layer, seen, text_seen)
-                options = {"capacity": free_slots, "spec": spec, "implementation": name}
+                options = {"capacity": capacity, "spec": spec, "implementation": name}
                 return _chain(q, api.route_and_decode(q, *stored, *selecting, **options).out)
             if route:
                 scores = routing.descriptor_scores(q[:, None], descriptors[layer], select_per=spec.select_per)
-                budget, free_slots = jnp.int32(top_k or 0), top_k or 0
-                picks = routing.select_indices(scores, visible, budget, free_slots, permutation)[:, 0]
+                picks = routing.select_indices(scores, visible, budget, capacity, permutation)[:, 0]
             if not attend:
                 assert picks is not None
                 return _chain(q, jnp.sum(picks).astype(q.dtype))

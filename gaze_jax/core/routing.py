@@ -347,7 +347,7 @@ def select_mask(
 
     Bit by bit it finds the K-th key, then among the keys equal to it the last region by tie order that is
     still chosen. Each bit is one pass that compares and counts; nothing of the size of ``scores`` is sorted
-    or gathered: on a CPU that takes a third of the time of a sort.
+    or gathered.
 
     Args:
       scores: float32 [B, T, Hs, R].

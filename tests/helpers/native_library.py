@@ -1,4 +1,4 @@
-"""The C++ library of ``native``: where tests need it, and its C function called from NumPy."""
+"""The C++ library of ``native``, where tests need it."""
 
 import pytest
 

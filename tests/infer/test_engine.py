@@ -261,7 +261,7 @@ def test_ranks_that_share_a_conversation_say_what_one_device_says():
 
 
 def test_a_cache_on_the_host_is_not_split_over_ranks():
-    """Said before anything is compiled."""
+    """Refused before anything is compiled."""
     away = dataclasses.replace(MODEL, gaze=dataclasses.replace(MODEL.gaze, decode_implementation="offload"))
     before = compiles()
     with pytest.raises(

@@ -1,4 +1,4 @@
-// The calls from outside: an XLA FFI handler, and a C function for tests (tests/helpers/native.py).
+// The calls from outside: an XLA FFI handler, and a C function for tests (tests/helpers/native_calls.py).
 #include <algorithm>
 #include <cstring>
 #include <thread>

@@ -14,7 +14,7 @@
 
 namespace gaze {
 
-// Plain data, so that a test fills it from Python (tests/helpers/native.py has the same fields in the same
+// Plain data, so that a test fills it from Python (tests/helpers/native_calls.py has the same fields in the same
 // order).
 struct Call {
   int64_t batch, kv_heads, group, regions, slots, text, dim, capacity, width;

@@ -15,11 +15,14 @@ import numpy as np
 
 from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
-from pallas_kernels.gaze_decode import grow
 from pallas_kernels.gaze_decode.cpu import Side
 from pallas_kernels.gaze_decode.native import library
+from pallas_kernels.gaze_decode.xla import reserve, unpack, write
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
+
+# The stacked cache is that of xla on other devices, and so is what changes it.
+__all__ = ["Routed", "gaze_decode", "pack", "reserve", "route_and_decode", "supports", "unpack", "write"]
 
 Array = jax.Array
 Packed = tuple[Side, Side]
@@ -57,22 +60,6 @@ def pack(k: Array, v: Array, *, spec: GazeSpec) -> Packed:
     if spec.visual_dtype == "int8":
         return Side(*quantize.quantize(k)), Side(*quantize.quantize(v))
     return Side(k), Side(v)
-
-
-def unpack(packed: Packed) -> tuple[Array, Array]:
-    """Return k and v, [L, B, K, R, P, D] each; float32 if they were quantised."""
-    k, v = (a.values if a.scales is None else quantize.dequantize(a.values, a.scales) for a in packed)
-    return k, v
-
-
-def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Pad R and P with zeros to the new sizes."""
-    return jax.tree.map(lambda a: grow.fill(a, {3: regions, 4: slots}), packed)
-
-
-def write(packed: Packed, piece: Packed, start: Array) -> Packed:
-    """Overwrite the regions from ``start`` on with those of ``piece``."""
-    return grow.write(packed, piece, start, 3)
 
 
 def gaze_decode(

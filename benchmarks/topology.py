@@ -66,6 +66,8 @@ CASES = (
     Case(f"{VIDEO}:4b", "v5e:16x16", (4, 64, 1, 1), 256, flags=("--effort=0",)),
     Case(f"{VIDEO}:4b", "v5p:4x4x8", (2, 64, 1, 1), 128, FRAMES_128),
     Case(f"{VIDEO}:4b", "v6e:16x16", (4, 64, 1, 1), 256, FRAMES_128),
+    # A v5e is too small for such a sample: four chips share one.
+    Case(f"{VIDEO}:4b", "v5e:16x16", (4, 16, 1, 4), 64, FRAMES_128),
     Case(f"{VIDEO}:4b", "v5e:4x4", (1, 1, 1, 16), 1, FRAMES_64),
     Case(f"{VIDEO}:4b", "v5e:4x4", (1, 16, 1, 1), 16, FRAMES_64),
     Case(f"{VIDEO}:4b", "v5p:4x4x4", (1, 1, 1, 64), 1, FRAMES_64),
@@ -90,12 +92,19 @@ CASES = (
     Case(f"{IMAGE}:7b", "v6e:16x16", (4, 64, 1, 1), 256),
     # The fewest chips of each kind that hold the step.
     Case(f"{IMAGE}:4b", "v5e:2x4", (1, 8, 1, 1), 8),
+    Case(f"{IMAGE}:4b", "v5p:2x2x1", (1, 4, 1, 1), 4),
+    Case(f"{IMAGE}:4b", "v6e:2x2", (1, 4, 1, 1), 4),
     Case(f"{IMAGE}:7b", "v5e:4x4", (1, 16, 1, 1), 16),
+    Case(f"{IMAGE}:7b", "v5p:2x2x1", (1, 4, 1, 1), 4),
+    Case(f"{IMAGE}:7b", "v6e:2x4", (1, 8, 1, 1), 8),
     Case(f"{VIDEO}:4b", "v5p:2x2x1", (1, 4, 1, 1), 4),
     Case(f"{VIDEO}:4b", "v6e:2x2", (1, 4, 1, 1), 4),
     Case(f"{VIDEO}:7b", "v5e:4x4", (1, 16, 1, 1), 16),
     Case(f"{VIDEO}:7b", "v5p:2x2x1", (1, 4, 1, 1), 4),
     Case(f"{VIDEO}:7b", "v6e:2x4", (1, 8, 1, 1), 8),
+    Case(f"{VIDEO}:4b", "v5e:2x4", (1, 1, 1, 8), 1, FRAMES_128),
+    Case(f"{VIDEO}:4b", "v5p:2x2x1", (1, 4, 1, 1), 4, FRAMES_128),
+    Case(f"{VIDEO}:4b", "v6e:2x4", (1, 2, 1, 4), 2, FRAMES_128),
 )
 
 

@@ -172,12 +172,14 @@ def append(
     if context.ranks() == 1:
         return write(*arguments)
     axes, keys = cache_axes(cache), ("layers", "batch", "kv_heads", "regions")
-    return context.on_ranks(
-        write,
+    leaves, tree = jax.tree_util.tree_flatten_with_path(cache)
+    found = context.on_ranks(
+        lambda *parts: jax.tree.leaves(write(*parts)),
         arguments,
         (axes, keys, axes["visual_order"], axes["text_order"], (), ()),
-        jax.tree_util.tree_map_with_path(functools.partial(context.spec_at, axes), cache),
+        [context.spec_at(axes, path, leaf) for path, leaf in leaves],
     )
+    return tree.unflatten(found)
 
 
 def _append(

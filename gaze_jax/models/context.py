@@ -178,16 +178,20 @@ def on_ranks(
       axes: the logical axes of each.
       out: partition specs of the result.
     """
+    leaves, tree = jax.tree.flatten(arguments)
+    # Trees of specs, made by the arguments' classes, would not be what the classes say that they hold.
+    specs = (
+        spec_at(names, path, leaf)
+        for each, names in zip(arguments, axes, strict=True)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(each)
+    )
     return jax.shard_map(
-        function,
+        lambda *parts: function(*tree.unflatten(parts)),
         mesh=jax.sharding.get_abstract_mesh(),
-        in_specs=tuple(
-            jax.tree_util.tree_map_with_path(functools.partial(spec_at, names), a)
-            for a, names in zip(arguments, axes, strict=True)
-        ),
+        in_specs=tuple(specs),
         out_specs=out,
         check_vma=False,
-    )(*arguments)
+    )(*leaves)
 
 
 def start_across(size: int) -> Int32[Array, ""]:

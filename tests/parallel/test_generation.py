@@ -6,7 +6,6 @@ import os
 import pickle
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -50,12 +49,6 @@ def by(count, meshes, devices, folder):
     in_several(count, "tests.helpers.ranks", folder, json.dumps(meshes), **environment)
     files = {name: [folder / f"{name}-{number}.pickle" for number in range(count)] for name in meshes}
     return {name: [pickle.loads(file.read_bytes()) for file in paths] for name, paths in files.items()}
-
-
-@pytest.fixture(autouse=True)
-def _unchecked():
-    """Shapes are checked elsewhere: a cache of the places of arrays, which ranks have, is none of arrays."""
-    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @functools.cache

@@ -134,6 +134,10 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$"
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|true_computation|false_computation)=\{?([%\w.\-, ]+)")
 
+_STARTS, _PART = 'custom_call_target="AsyncCollectiveStart"', 'frontend_attributes={chain_id='
+"""A TPU runs a collective in parts beside other work: a fusion that starts it, fusions that go on with it, and one
+that waits for its end. Each names the whole collective."""
+
 _Sizes = dict[str, int]
 
 
@@ -166,8 +170,11 @@ def collective_traffic(hlo: str) -> Traffic:
         totals: _Sizes = {}
         # A TPU reduces and scatters in a fusion of this name, which holds an all-reduce and a slice.
         scattered = name.startswith("all-reduce-scatter")
-        for operation in computations.get(name, ()):
-            _add(totals, _sent_by(operation, devices, scattered, left_out))
+        operations = computations.get(name, ())
+        starts = any(_STARTS in operation.rest for operation in operations)
+        for operation in operations:
+            if starts or _PART not in operation.rest:
+                _add(totals, _sent_by(operation, devices, scattered, left_out))
             for called, turns in _calls(operation, computations, sent, left_out):
                 _add(totals, dict(sent(called)), turns)
         return tuple(totals.items())

@@ -290,6 +290,37 @@ def test_an_operation_in_two_halves_is_counted_once():
     assert collective_traffic(text) == collective_traffic(LOOP)
 
 
+def test_a_collective_that_runs_beside_other_work_is_counted_once():
+    """Lines of a TPU program at the default effort, shortened: three fusions name one collective."""
+    gather = (
+        "  %all-gather.{} = bf16[2560,2560]{{0,1}} all-gather(%p), channel_id=54, replica_groups="
+        "mesh['axis_0'=1,'axis_1'=64,'axis_2'=4], device_ids=([4,64]T(1,0)) {{'axis_1'}}, dimensions={{1}}, "
+        'frontend_attributes={{chain_id="21"}}'
+    )
+    text = f"""HloModule jit_step, num_partitions=256
+%start (p: bf16[2560,40]) -> bf16[2560,2560] {{
+{gather.format(1)}
+  ROOT %c = bf16[2560,2560] custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+%step (p: bf16[2560,40]) -> bf16[2560,2560] {{
+{gather.format(2)}
+  ROOT %c = bf16[2560,2560] custom-call(%all-gather.2), custom_call_target="AsyncCollectiveUpdate"
+}}
+%done (p: bf16[2560,40]) -> bf16[2560,2560] {{
+{gather.format(3)}
+  ROOT %c = bf16[2560,2560] custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}}
+ENTRY %main (p: bf16[2560,40]) -> bf16[2560,2560] {{
+  %a = bf16[2560,2560] fusion(%p), kind=kCustom, calls=%start
+  %b = bf16[2560,2560] fusion(%a), kind=kOutput, calls=%step
+  ROOT %c = bf16[2560,2560] fusion(%b), kind=kCustom, calls=%done
+}}
+"""
+    assert collective_traffic(text) == Traffic(
+        2 * 2560 * 2560 * 63 // 64, {"all-gather": 2 * 2560 * 2560 * 63 // 64}
+    )
+
+
 def test_groups_in_an_unknown_form_are_named_and_not_guessed():
     line = "f32[8] all-gather(%x), replica_groups=others, dimensions={0}"
     found = collective_traffic(f"{HEAD}ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %r = {line}\n}}\n")

@@ -179,7 +179,7 @@ def append(
         (axes, keys, axes["visual_order"], axes["text_order"], (), ()),
         [context.spec_at(axes, path, leaf) for path, leaf in leaves],
     )
-    return tree.unflatten(found)
+    return jax.tree.unflatten(tree, found)
 
 
 def _append(

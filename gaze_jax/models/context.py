@@ -11,7 +11,6 @@ tokens are one block. With one rank these are the visual tokens, then the text s
 Functions whose names end in ``across`` run inside ``jax.shard_map``, on one rank's arrays.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -186,7 +185,7 @@ def on_ranks(
         for path, leaf in jax.tree_util.tree_leaves_with_path(each)
     )
     return jax.shard_map(
-        lambda *parts: function(*tree.unflatten(parts)),
+        lambda *parts: function(*jax.tree.unflatten(tree, parts)),
         mesh=jax.sharding.get_abstract_mesh(),
         in_specs=tuple(specs),
         out_specs=out,

@@ -134,9 +134,9 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$"
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations|true_computation|false_computation)=\{?([%\w.\-, ]+)")
 
-_STARTS, _PART = 'custom_call_target="AsyncCollectiveStart"', 'frontend_attributes={chain_id='
-"""A TPU runs a collective in parts beside other work: a fusion that starts it, fusions that go on with it, and one
-that waits for its end. Each names the whole collective."""
+_STARTS, _PART = 'custom_call_target="AsyncCollectiveStart"', "frontend_attributes={chain_id="
+"""A TPU runs a collective in parts beside other work: a fusion that starts it, fusions that go on with it,
+and one that waits for its end. Each names the whole collective."""
 
 _Sizes = dict[str, int]
 

@@ -17,6 +17,7 @@ from gaze_jax.parallel.mesh import make_mesh
 from gaze_jax.train import (
     checkpoint,
     evaluation,
+    lock,
     lora,
     metrics,
     profiling,
@@ -142,8 +143,8 @@ def train(
       True if all steps are done; False if SIGTERM stopped the run, after saving.
 
     Raises:
-      UserError: the workdir holds a checkpoint of another config, its disk is full, the data cannot be used,
-        or the loss is not finite.
+      UserError: another run has the workdir, it holds a checkpoint of another config, its disk is full, the
+        data cannot be used, or the loss is not finite.
     """
     began, workdir = time.time(), Path(workdir)
     mesh = make_mesh(experiment.mesh)
@@ -152,6 +153,20 @@ def train(
         tensorboard.check()
     if start is not None:
         check_start(start, experiment.model)
+    with lock.only_run(workdir, print_once):
+        return _train(experiment, workdir, start, mesh, began, progress, on_evaluation)
+
+
+def _train(
+    experiment: Experiment,
+    workdir: Path,
+    start: Start | None,
+    mesh: Mesh,
+    began: float,
+    progress: Progress,
+    on_evaluation: OnEvaluation,
+) -> bool:
+    """:func:`train`, in a workdir that no other run has."""
     data = open_data(experiment, start, workdir, progress)
     if jax.process_index() == 0:
         for name in checkpoint.remove_unfinished(workdir):

@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from gaze_jax.errors import AGAIN
 from gaze_jax.infer import trace_file
 from tests.helpers.commands import call, start, without_gloo
 from tests.helpers.experiments import save_untrained, tiny_experiment
@@ -16,15 +19,21 @@ from tests.parallel.test_distributed import free_port
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.xdist_group("several")]
 
 
-def both(command, *flags, status=0, devices=4):
-    """What two processes of a command print, which have four devices together."""
-    settings = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--heartbeat_seconds=60"]
+def launch(command, *flags, devices=4, heartbeat=60):
+    """Two processes of a command, which have four devices together."""
+    settings = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    settings += [f"--heartbeat_seconds={heartbeat}"]
     environment = {"JAX_NUM_CPU_DEVICES": str(devices // 2)}
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    processes = [
+    return [
         start("-m", "gaze_jax", command, *flags, *settings, f"--process_id={number}", **environment)
         for number in range(2)
     ]
+
+
+def both(command, *flags, status=0, devices=4):
+    """What two processes of a command print."""
+    processes = launch(command, *flags, devices=devices)
     found = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [status] * 2, found
     return [("".join(f"{line}\n" for line in without_gloo(out)), err) for out, err in found]
@@ -83,6 +92,24 @@ def test_a_conversation_is_printed_once_and_its_page_written_once(run, questions
     first, other = both("generate", *ask, "--all_devices", "--context=4", f"--out={tmp_path / 'a.gaze'}")
     assert first[0] == alone and other == ("", "")
     assert trace_file.load(tmp_path / "a.gaze").question == "Where is the only 8?"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_sigterm_to_one_ends_all_and_resume_asks_the_rest(victim, run, questions, tmp_path):
+    """Answers that are written stay; the others end with the status that asks for a start."""
+    flags = [f"--checkpoint={run}", f"--questions={questions}", "--batch_size=1", "--compilation_cache="]
+    flags += [f"--answers={tmp_path}/a.jsonl", "--all_devices", "--tensor=2"]
+    processes = launch("generate", *flags, heartbeat=10)
+    while not (tmp_path / "a.jsonl").exists():
+        assert processes[victim].poll() is None, processes[victim].communicate()
+        time.sleep(0.02)
+    processes[victim].terminate()
+    found = [process.communicate(timeout=120) for process in processes]
+    assert processes[victim].returncode == -signal.SIGTERM, found
+    assert processes[1 - victim].returncode in (AGAIN, -signal.SIGABRT), found
+    both("generate", *flags, "--resume", status=3)
+    assert {answer["id"] for answer in of(tmp_path / "a.jsonl")} == {"lost", "2", "3", "4"}
 
 
 @pytest.mark.long

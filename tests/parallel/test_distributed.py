@@ -1,10 +1,14 @@
 """Runs of several processes: they compute what one computes, and flags that contradict are refused."""
 
+import base64
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import socket
+from collections import Counter
 
 import jax
 import numpy as np
@@ -16,6 +20,7 @@ from gaze_jax.parallel.distributed import ProcessConfig
 from gaze_jax.parallel.mesh import MeshConfig, make_mesh
 from gaze_jax.train import loop
 from gaze_jax.train.checkpoint import FOLDER, load_for_inference
+from gaze_jax.train.step import abstract_state
 from tests.helpers.commands import finish, start, without_gloo
 from tests.helpers.experiments import reused_programs, tiny_experiment
 
@@ -82,6 +87,27 @@ def same_params(folder, other):
         np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=2e-5)
 
 
+def check_shardings(workdir, run):
+    """The newest checkpoint notes how what the last step returned lay on the devices of all processes."""
+    experiment = tiny_experiment(**run)
+    sizes = dataclasses.asdict(experiment.mesh)
+    mesh = make_mesh(experiment.mesh, jax.devices()[: math.prod(sizes.values())])
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_state(experiment, mesh).params)
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.sharding for path, leaf in leaves}
+    seen = Counter()
+    for item in ("params", "train"):
+        noted = json.loads((workdir / FOLDER / str(run["steps"]) / item / "_sharding").read_text())
+        for name, text in noted.items():
+            found = json.loads(text)
+            assert dict(zip(found["axis_names"], found["shape"], strict=True)) == sizes
+            leaf = re.sub(r"^opt_state\..*\.[mn]u\.", "", base64.b64decode(name).decode())
+            spec = wanted[leaf].spec if leaf in wanted else ()
+            spec = [list(axes) if isinstance(axes, tuple) else axes for axes in spec]
+            assert found["partition_spec"] == spec, leaf
+            seen[leaf] += 1
+    assert all(seen[leaf] == 3 for leaf in wanted), "each parameter and its two moments"
+
+
 def close(mine, theirs):
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
     for one, other in zip(mine, theirs, strict=True):
@@ -96,14 +122,17 @@ class TestTwoProcesses:
     def test_they_compute_what_one_computes(self, by_two, by_one):
         close(rows(by_two), rows(by_one))
         same_params(by_two, by_one)
+        check_shardings(by_two, RUN)
 
     @pytest.mark.parametrize("axis", ONE_AXIS)
     def test_they_share_one_axis(self, tmp_path, by_one, axis):
         """All devices of all processes along it."""
         count, devices = ONE_AXIS[axis]
-        train_by(count, tmp_path / "run", RUN | SINGLE | {f"mesh.{axis}": devices}, devices)
+        run = RUN | SINGLE | {f"mesh.{axis}": devices}
+        train_by(count, tmp_path / "run", run, devices)
         close(rows(tmp_path / "run"), rows(by_one))
         same_params(tmp_path / "run", by_one)
+        check_shardings(tmp_path / "run", run)
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_they_share_sequences(self, tmp_path, by_one, count):
@@ -111,6 +140,7 @@ class TestTwoProcesses:
         train_by(count, tmp_path / "run", RUN | SPLIT)
         close(rows(tmp_path / "run"), rows(by_one))
         same_params(tmp_path / "run", by_one)
+        check_shardings(tmp_path / "run", RUN | SPLIT)
 
     def test_four_processes_and_then_one_go_on_from_them(self, by_two, by_one, tmp_path):
         """On other meshes: the same global batches, so the same rows."""

@@ -196,3 +196,13 @@ class TestTwoProcesses:
         statuses, out = ends(launch(tmp_path, steps=STEPS))
         assert statuses == [0, 0], out
         assert content(tmp_path) == whole
+
+    def test_a_second_run_in_the_same_workdir_is_refused_by_all_of_its_processes(self, launch, tmp_path):
+        """The first goes on: nothing that it was writing is deleted."""
+        first = launch(tmp_path, steps=STEPS)
+        wait_for_step(tmp_path, 3, first)
+        statuses, out = ends(launch(tmp_path, steps=STEPS))
+        assert statuses == [2, 2], out
+        assert all("is in use by a run (process" in each for each in out)
+        statuses, out = ends(first)
+        assert statuses == [0, 0], out

@@ -4,7 +4,8 @@ python -m benchmarks.decode --json=benchmarks/results/decode.json
 
 A measured call runs the op over all layers of a stacked cache, each layer's query computed from the previous
 output, repeated until the launch time is negligible; times are per layer. The bandwidth of a row's floor is
-that of a large sum measured in the same rounds. Dense attention gets keys and values in its preferred layout:
+that of a large sum measured in the same rounds. A row is printed, and in the JSON, after its first round, and
+refined by those that follow. Dense attention gets keys and values in its preferred layout:
 an array per layer and form, no mask, both streams in one array. "routing" is scoring and top-k only, "routed"
 is routing and the op in one program, for "native" in one call.
 """
@@ -23,11 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.decode_rows import columns, line
 from gaze_jax.core import accounting, routing
 from pallas_kernels import GazeSpec
 from pallas_kernels.gaze_decode import api
+from pallas_kernels.gaze_decode.native import library
 
 Array = jax.Array
+Publish = Callable[[list[dict[str, Any]]], None]
+"""Gets rows before they are final."""
 
 SHAPES = (
     "4608/128/13,4608/128/20,4608/128/26,4608/128/64,4608/128/128,4608/128/all,9216/256/40,19980/555/55,"
@@ -270,86 +275,76 @@ def competitors(
 
 def repeats_for(run: Callable[[Any], Any], least: float) -> int:
     """Number of passes over the layers for a call to take ``least`` seconds."""
-    once = min(timing.paired({"run": lambda: run(jnp.int32(1))}, rounds=3)["run"])
+    once = min(timing.paired({"run": lambda: run(jnp.int32(1))}, rounds=1)["run"])
     return max(1, min(1000, math.ceil(least / once)))
 
 
-def measure(problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per ``select_per``."""
+def counted_bytes(name: str, run: Callable[[Any], Any], layers: int) -> float | None:
+    """Bytes that the implementation says it reads per layer; None if it does not count."""
+    if name != "native":
+        return None
+    before = library.bytes_read()
+    jax.block_until_ready(run(jnp.int32(1)))
+    return (library.bytes_read() - before) / layers
+
+
+def measure(
+    problem: Problem, name: str, spec: GazeSpec, args: argparse.Namespace, publish: Publish
+) -> list[dict[str, Any]]:
+    """One row per ``select_per``, published after each round."""
     found, unions = competitors(problem, name, spec, args)
     counts = {label: repeats_for(run, args.least_ms / 1e3) for label, run in found.items()}
     calls = {label: functools.partial(run, jnp.int32(counts[label])) for label, run in found.items()}
     calls["read"] = args.reader
-    raw = timing.paired(calls, rounds=args.rounds, seconds=args.seconds)
-    bandwidth = args.reader.bandwidth(raw.pop("read"))
-    per = {label: [t / (counts[label] * problem.layers) for t in times] for label, times in raw.items()}
-    best = min(EINSUMS, key=lambda form: statistics.median(per[form]))
-    rows = []
-    for select_per, union in unions.items():
-        floor = floor_bytes(problem.shape, problem.heads, problem.batch, problem.dtype, union)
-        rows.append(
-            {"select_per": select_per, "layers": problem.layers}
-            | ({} if problem.layers == LAYERS else {"note": f"{LAYERS} layers do not fit in memory"})
-            | columns(per, select_per, union, floor, bandwidth, best)
+    # The floor has the descriptors in it, so what is counted is the call that reads them, if there is one.
+    call = "op" if problem.shape.top_k is None else "routed"
+    read = {each: counted_bytes(name, found[f"{each} {call}"], problem.layers) for each in unions}
+
+    def rows_of(raw: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+        bandwidth = args.reader.bandwidth(raw["read"])
+        per = {label: [t / (n * problem.layers) for t in raw[label]] for label, n in counts.items()}
+        best = min(EINSUMS, key=lambda form: statistics.median(per[form]))
+        note = {} if problem.layers == LAYERS else {"note": f"{LAYERS} layers do not fit in memory"}
+        base = {"layers": problem.layers, **note}
+        return [
+            {"select_per": each, **base, **columns(per, each, union, floor, read[each], bandwidth, best)}
+            for each, union in unions.items()
+            for floor in [floor_bytes(problem.shape, problem.heads, problem.batch, problem.dtype, union)]
+        ]
+
+    return rows_of(
+        timing.paired(
+            calls,
+            rounds=args.rounds,
+            seconds=args.seconds,
+            least=1,
+            after=lambda raw: publish(rows_of(raw)),
         )
-    return rows
+    )
 
 
-def columns(
-    per: Mapping[str, list[float]],
-    select_per: str,
-    union: float,
-    floor: float,
-    bandwidth: float,
-    einsum_form: str,
-) -> dict[str, Any]:
-    """The results of one ``select_per``: milliseconds per layer, and the speedup over competitors."""
+def benchmark(args: argparse.Namespace, publish: Publish) -> list[dict[str, Any]]:
+    """All rows; a combination that cannot run becomes a row with the reason.
 
-    def ms(label: str) -> dict[str, Any]:
-        return {
-            "median": 1e3 * statistics.median(per[label]),
-            "iqr": [1e3 * t for t in timing.quartiles(per[label])],
-        }
-
-    against = {"einsum": einsum_form} | {
-        label: label for label in ("dot_product_attention", "cudnn", "torch") if label in per
-    }
-    row: dict[str, Any] = {
-        "rounds": len(per[f"{select_per} op"]),
-        "ms": ms(f"{select_per} op"),
-        "union": union,
-        "bandwidth": bandwidth,
-        "floor_bytes": floor,
-        "floor_ms": 1e3 * floor / bandwidth,
-        "times_floor": statistics.median(per[f"{select_per} op"]) * bandwidth / floor,
-        "einsum_form": einsum_form,
-        "dense_ms": {label: ms(source) for label, source in against.items()},
-        "speedup": {
-            label: timing.ratio(per, source, f"{select_per} op") for label, source in against.items()
-        },
-    }
-    if f"{select_per} routed" in per:
-        row["routing_ms"] = ms(f"{select_per} routing")
-        row["routed_ms"] = ms(f"{select_per} routed")
-        row["routed_speedup"] = {
-            label: timing.ratio(per, source, f"{select_per} routed") for label, source in against.items()
-        }
-    return row
-
-
-def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows; a combination that cannot run becomes a row with the reason."""
-    rows = []
+    Args:
+      args: the options.
+      publish: gets all rows that there are, as often as they change.
+    """
+    rows: list[dict[str, Any]] = []
     for text in args.shapes.split(","):
         for model in args.heads:
             for batch in args.batch:
-                rows += one_problem(timing.Shape.parse(text), model, batch, args)
+                found = one_problem(
+                    timing.Shape.parse(text), model, batch, args, lambda new: publish([*rows, *new])
+                )
+                rows.extend(found)
     return rows
 
 
 def one_problem(
-    shape: timing.Shape, model: str, batch: int, args: argparse.Namespace
+    shape: timing.Shape, model: str, batch: int, args: argparse.Namespace, publish: Publish
 ) -> list[dict[str, Any]]:
+    """The rows of one shape, batch and model; each implementation's after its first round, and at the end."""
     heads = timing.HEADS[model]
     base = {
         "tokens": shape.tokens,
@@ -367,39 +362,30 @@ def one_problem(
         return [timing.skipped(base, f"one layer needs {need:.1f} GB in four copies, {free:.1f} GB are free")]
     problem = Problem(shape, heads, batch, args.dtype, layers)
     spec = GazeSpec(problem.scale, visual_dtype="int8" if args.dtype == "int8" else None)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in args.impl:
         this = base | {"implementation": name}
         if (reason := api.supports(name, spec)) is not None:
             rows.append(timing.skipped(this, reason))
             continue
+
+        def refined(new: list[dict[str, Any]], this: dict[str, Any] = this) -> None:
+            new = [this | row for row in new]
+            if new[0]["rounds"] == 1:
+                print("\n".join(map(line, new)), flush=True)
+            publish([*rows, *new])
+
         try:
-            measured = measure(problem, name, spec, args)
+            measured = measure(problem, name, spec, args, refined)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             rows.append(timing.skipped(this | {"layers": layers}, str(error).splitlines()[0]))
             continue
-        rows += [this | row for row in measured]
-        for row in rows[-len(measured) :]:
-            print(line(row), flush=True)
+        rows.extend(this | row for row in measured)
+        if measured[0]["rounds"] > 1:
+            print("\n".join(map(line, rows[-len(measured) :])), flush=True)
     return rows
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """Format a row as text."""
-    top_k = "all" if row["top_k"] is None else row["top_k"]
-    name = f"{row['tokens']}/{row['regions']}/{top_k} B{row['batch']} {row['heads']} {row['dtype']}"
-    text = f"{name:44}{row['implementation']:>10}{row['select_per']:>9}{row['ms']['median']:>9.3f} ms"
-    text += f"{row['times_floor']:>6.2f} x floor (U {row['union']:.0f}, {row['bandwidth'] / 1e9:.1f} GB/s)"
-    text += "".join(
-        f"  {k} {v['median']:.3f} ({row['speedup'][k]['median']:.2f}x)" for k, v in row["dense_ms"].items()
-    )
-    if "routed_ms" in row:
-        text += (
-            f"  routed {row['routed_ms']['median']:.3f} ({row['routed_speedup']['einsum']['median']:.2f}x)"
-        )
-    return text + (f"  [{row['note']}: {row['layers']}]" if "note" in row else "")
 
 
 BARS = {
@@ -421,7 +407,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=120.0, help="time per implementation and shape")
+    parser.add_argument("--seconds", type=float, default=10.0, help="no round begins after that")
     parser.add_argument("--least-ms", type=float, default=20.0, help="minimum duration of a measured call")
     parser.add_argument("--quick", action="store_true", help="a dry run at toy sizes")
     parser.add_argument("--json", help="write the results to this file")
@@ -434,11 +420,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    rows = benchmark(args)
     bars = {"bars": BARS} if jax.default_backend() == "gpu" else {}
-    read = [row["bandwidth"] for row in rows if "bandwidth" in row]
-    bandwidth = statistics.median(read) if read else None
-    timing.write(args.json, timing.report("benchmarks.decode", argv, rows, bandwidth=bandwidth, **bars))
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        read = [row["bandwidth"] for row in rows if "bandwidth" in row]
+        bandwidth = statistics.median(read) if read else None
+        timing.write(args.json, timing.report("benchmarks.decode", argv, rows, bandwidth=bandwidth, **bars))
+
+    write(benchmark(args, write))
 
 
 if __name__ == "__main__":

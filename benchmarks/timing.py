@@ -73,13 +73,24 @@ def listed(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def paired(
-    competitors: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = float("inf")
+    competitors: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float = float("inf"),
+    least: int = 3,
+    after: Callable[[Mapping[str, list[float]]], None] = lambda times: None,
 ) -> dict[str, list[float]]:
     """Seconds of every competitor in every round; each round runs all of them once, in a new random order.
 
     Disturbances of the machine affect calls of a round alike, so compare within rounds. Each measured call
     follows an unmeasured one of the same competitor, because the previous competitor leaves caches and memory
-    in its own state. After ``seconds`` no further round begins, but at least three are run.
+    in its own state.
+
+    Args:
+      competitors: name -> call.
+      rounds: the most rounds.
+      seconds: after that no further round begins, except for the first ``least``.
+      after: called after each round with the times so far.
     """
     names = list(competitors)
     for name in names:
@@ -88,13 +99,14 @@ def paired(
     order = np.random.default_rng(0)
     begun = time.perf_counter()
     for r in range(rounds):
-        if r >= 3 and time.perf_counter() - begun > seconds:
+        if r >= least and time.perf_counter() - begun > seconds:
             break
         for name in order.permutation(names):
             jax.block_until_ready(competitors[name]())
             start = time.perf_counter()
             jax.block_until_ready(competitors[name]())
             times[name].append(time.perf_counter() - start)
+        after(times)
     return times
 
 

@@ -79,6 +79,16 @@ def test_decode_figures_agree_with_each_other(decoded):
         assert row["routing_ms"]["median"] > 0 and row["routed_ms"]["median"] > 0
 
 
+def test_decode_has_a_row_after_its_first_round(monkeypatch):
+    """Whoever stops it keeps that; later rounds refine it."""
+    written = []
+    monkeypatch.setattr(timing, "write", lambda path, report: written.append(report["rows"]))
+    decode.main(["--quick", "--impl=xla", "--shapes=72/2/all,71/2/all", "--select_per=kv_head"])
+    found = [[(row["tokens"], row["rounds"]) for row in rows] for rows in written]
+    assert found[:4] == [[(72, 1)], [(72, 2)], [(72, 3)], [(72, 3), (71, 1)]]
+    assert found[-1] == [(72, 3), (71, 3)]
+
+
 def test_decode_without_a_list_has_no_routing(tmp_path):
     """ "all" reads every region: no descriptors in the floor and nothing to route."""
     (row,) = _run(decode, tmp_path, "--shapes=72/2/all", "--select_per=kv_head")["rows"]
@@ -180,9 +190,10 @@ def test_prefill_writes_a_row_per_implementation_select_per_and_pass(prefilled):
 
 def test_paired_rounds_shuffle_and_stop():
     """Each round runs everybody, warm, in an order of its own; three rounds run however long they take."""
-    log = []
+    log, after = [], []
     calls = {name: lambda name=name: log.append(name) for name in "abc"}
-    times = timing.paired(calls, rounds=9, seconds=0.0)
+    times = timing.paired(calls, rounds=9, seconds=0.0, after=lambda so_far: after.append(len(so_far["a"])))
+    assert after == [1, 2, 3]
     assert "".join(log[:3]) == "abc" and len(log) == 3 + 3 * 6
     assert log[3::2] == log[4::2], "every timed call follows one of its own"
     rounds = ["".join(log[3 + 6 * r : 9 + 6 * r : 2]) for r in range(3)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import decode, timing
 from gaze_jax.core import routing
 from pallas_kernels import GazeSpec, dispatch
 from pallas_kernels.gaze_decode import api
@@ -221,6 +222,14 @@ def test_nothing_of_the_cache_is_copied():
     assert all("dynamic-update-slice" in line for line in large), large
     assert "gaze_route_and_decode" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * kv * text * dim
+
+
+@pytest.mark.usefixtures("_built")
+def test_the_benchmark_prints_what_the_library_counts():
+    """K * (bDR + 2bDPU + 2bDS) of every sequence and layer, and a little for masks and lists."""
+    args = decode.parse(["--quick", "--impl=native", "--select_per=kv_head", "--rounds=1"])
+    (row,) = decode.one_problem(timing.Shape(72, 2, 1), "tiny", 2, args, lambda rows: None)
+    np.testing.assert_allclose(row["read_bytes"], row["floor_bytes"], rtol=0.05)
 
 
 @pytest.mark.usefixtures("_built")

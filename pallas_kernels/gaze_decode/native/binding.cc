@@ -1,5 +1,6 @@
 // The calls from outside: an XLA FFI handler, and a C function for tests (tests/helpers/native_calls.py).
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -33,6 +34,8 @@ const char* best_kernel() {
 namespace {
 
 namespace ffi = xla::ffi;
+
+std::atomic<int64_t> all_bytes_read{0};
 
 bool kind_of(const ffi::AnyBuffer& buffer, Kind* kind) {
   switch (buffer.element_type()) {
@@ -124,6 +127,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs given, ffi::RemainingRe
   share(
       items, helpers, [&pool](auto work) { pool.Schedule(std::move(work)); },
       [&decode](int64_t i) { decode.run(i); });
+  all_bytes_read.fetch_add(decode.bytes_read(), std::memory_order_relaxed);
   return ffi::Error::Success();
 }
 
@@ -157,6 +161,9 @@ GAZE_EXPORT int64_t gaze_call(const gaze::Call* call, int32_t threads, const cha
   for (std::thread& helper : helpers) helper.join();
   return decode.bytes_read();
 }
+
+// Bytes that all calls through XLA have read in this process.
+GAZE_EXPORT int64_t gaze_bytes_read() { return gaze::all_bytes_read.load(std::memory_order_relaxed); }
 
 GAZE_EXPORT const char* gaze_kernel() { return gaze::best_kernel(); }
 GAZE_EXPORT const char* gaze_sources() { return GAZE_SOURCES; }

@@ -23,6 +23,7 @@ def load() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library does not load ({error}); {_HOW}."
     library.gaze_sources.restype = library.gaze_kernel.restype = ctypes.c_char_p
+    library.gaze_bytes_read.restype = ctypes.c_int64
     if library.gaze_sources().decode() != build.digest():
         return f"its library was built from other sources than those beside it; {_HOW}."
     handler = jax.ffi.pycapsule(library.GazeDecode)
@@ -46,3 +47,11 @@ def instruction_set() -> str:
     if isinstance(found, str):
         raise RuntimeError(found)
     return found.gaze_kernel().decode()
+
+
+def bytes_read() -> int:
+    """Bytes of the cache, of descriptors and of the text stream that all calls of this process have read."""
+    found = load()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return int(found.gaze_bytes_read())

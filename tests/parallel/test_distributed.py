@@ -58,8 +58,8 @@ def train_by(count, workdir, run, devices=8):
     first, *others = [finish(process)[0] for process in processes]
     assert "step 4/4" in first and f"on {devices} cpu device(s)" in first
     assert "random routing" in first, "evaluated by all, on the run's mesh"
-    # Only the first process prints.
-    assert not [line for out in others for line in without_gloo(out)]
+    # Only the first process prints; a number alone in its line is Gloo's, whose threads cut each other short.
+    assert not [line for out in others for line in without_gloo(out) if not line.strip().isdecimal()]
     return first
 
 

@@ -121,6 +121,9 @@ def over_layers(
         permutation = jnp.broadcast_to(jnp.arange(regions, dtype=jnp.int32), (batch, regions))
         capacity = top_k or 0
         budget = jnp.full((batch, 1), capacity, jnp.int32)
+        # As in a decoding step, which does this once before its layers.
+        options = {"spec": spec, "implementation": name}
+        options["step"] = api.masks(packed, seen, text_seen, visible[:, 0, 0], permutation, **options)
 
         def step(i: Array, q: Array) -> Array:
             layer = i % layers
@@ -128,18 +131,15 @@ def over_layers(
             if route and attend and api.routes(name):
                 selecting = (q, descriptors, budget[:, 0], visible[:, 0, 0], permutation)
                 stored = (packed, *text, layer, seen, text_seen)
-                options = {"capacity": capacity, "spec": spec, "implementation": name}
-                return _chain(q, api.route_and_decode(q, *stored, *selecting, **options).out)
+                found = api.route_and_decode(q, *stored, *selecting, capacity=capacity, **options)
+                return _chain(q, found.out)
             if route:
                 scores = routing.descriptor_scores(q[:, None], descriptors[layer], select_per=spec.select_per)
                 picks = routing.select_indices(scores, visible, budget, capacity, permutation)[:, 0]
             if not attend:
                 assert picks is not None
                 return _chain(q, jnp.sum(picks).astype(q.dtype))
-            out = api.gaze_decode(
-                q, packed, *text, layer, picks, seen, text_seen, spec=spec, implementation=name
-            )
-            return _chain(q, out)
+            return _chain(q, api.gaze_decode(q, packed, *text, layer, picks, seen, text_seen, **options))
 
         return jax.lax.fori_loop(0, layers * repeats, step, q)
 

@@ -1,11 +1,14 @@
-"""Compile the GPU kernel of gaze_decode to machine code of an H100, without a GPU.
+"""Compile the GPU kernels of gaze_decode to machine code of an H100, without a GPU.
 
     scripts/gpu_aot.sh [--json=FILE] [--only SUBSTRING]
 
-A row for the kernel at each of its real shapes: registers, spilled bytes and shared memory as ptxas reports
-them, and how many blocks fit a multiprocessor. A row for each routed layer: the kernels that it launches,
-scores and selection included. It measures no time. The exit status is 1 if anything is spilled, or if a
-kernel of bfloat16 or int8 lets fewer than two blocks onto a multiprocessor.
+A row for each real shape: registers, spilled bytes and shared memory of the attention kernel as ptxas reports
+them, how many blocks fit a multiprocessor, and registers and spilled bytes of the small kernels beside it. A
+row for each routed layer: the kernels that a step launches in every layer, from the queries to what the heads
+read, scores and selection included; the layer's number and budget are its arguments, and so are the masks
+that the step makes before its layers, which have a row of their own. It measures no time. The exit status is
+1 if a kernel spills, if the attention of bfloat16 or int8 lets fewer than two blocks onto a multiprocessor,
+or if a routed layer launches more than six kernels. float32 may spill and have one block.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.models import GazeConfig
 from gaze_jax.models.attention import RoutedQueries
 from gaze_jax.models.cache import Cache
-from gaze_jax.models.decode import DecodeMasks, decode_attention
+from gaze_jax.models.decode import DecodeMasks, decode_attention, with_step
 from gaze_jax.writing import write_text
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api, gpu, shapes
@@ -44,6 +47,8 @@ THREADS = 128
 """Threads of a block: one warpgroup."""
 BLOCKS = 2
 """Fewest blocks that a multiprocessor shall hold: one computes while the other waits for its copies."""
+KERNELS = 6
+"""Most kernels that a routed layer shall launch."""
 
 # What XLA needs to know of an H100 SXM, as its GpuTargetConfigProto: NVIDIA's figures of the device.
 H100 = """
@@ -110,18 +115,41 @@ def compile_one(
     return compiled.as_text(), report[0]
 
 
-def figures(report: str) -> dict[str, int]:
-    """Registers, spilled bytes and shared memory of the kernel in a report of ptxas.
+def figures(report: str) -> dict[str, dict[str, int]]:
+    """Registers and spilled bytes of each kernel in a report of ptxas, by name."""
+    found = {}
+    for part in report.split("Compiling entry function")[1:]:
+        name = re.match(r" '(\w+?)(?:_mosaic_gpu_kernel)?'", part)
+        used = re.search(r"Used (\d+) registers", part)
+        spilled = re.search(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        if name and used and spilled:
+            stores, loads = map(int, spilled.groups())
+            found[name[1]] = {"registers": int(used[1]), "spilled_bytes": stores + loads}
+    return found
+
+
+def mosaic(text: str, report: str, before: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """The figures of a program's Mosaic kernels, by name.
+
+    ``before`` has those of kernels that this process has compiled, by their hash: an equal kernel is not
+    compiled again.
 
     Raises:
-      ValueError: the report is not of exactly one kernel.
+      KeyError: ptxas did not report a kernel that is new.
     """
-    used = re.findall(r"Used (\d+) registers", report)
-    spilled = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    if len(used) != 1 or len(spilled) != 1:
-        raise ValueError(f"ptxas reported {len(used)} kernels, not one: {report[-500:]!r}")
-    stores, loads = map(int, spilled[0])
-    return {"registers": int(used[0]), "spilled_bytes": stores + loads}
+    reported, found = figures(report), {}
+    for line in text.splitlines():
+        key = re.search(r"kernel_hash = \"(.*?)\", module", line)
+        if key:
+            name = _name(line)
+            before[key[1]] = found[name] = before.get(key[1]) or reported[name]
+    return found
+
+
+def _name(line: str) -> str:
+    """The name of a Mosaic kernel, from the line of an HLO text that calls it."""
+    found = re.search(r'op_name="(?:[^"]*/)?(\w+)/mpmd_map"', line)
+    return found[1] if found else "unnamed"
 
 
 def blocks_of(registers: int, shared: int) -> int:
@@ -142,75 +170,94 @@ def kernels(text: str) -> list[str]:
         made = re.match(r"\s+(?:ROOT )?(%[\w.\-]+) = .*? ([\w\-]+)\(", line)
         if made and (inside not in fused or inside in graphs) and not re.fullmatch(free, made[2]):
             target = re.search(r'custom_call_target="([^"]+)"', line)
-            found.append(f"{made[1]} {target[1] if target else made[2]}")
+            what = target[1] if target else made[2]
+            found.append(f"{made[1]} {_name(line) if what.startswith('mosaic') else what}")
     return found
 
 
-def decode_rows(only: str) -> Iterator[dict[str, Any]]:
-    """The kernel at every real shape, and one of them in float32; layers change nothing in it."""
-    reported: dict[str, dict[str, int]] = {}
+def decode_rows(only: str, before: dict[str, dict[str, int]]) -> Iterator[dict[str, Any]]:
+    """The op at every real shape, and one of them in float32; layers change nothing in it."""
     for shape in shapes.real():
         also = shape.tokens == 9_216 and shape.batch == 1
         for dtype in ("bfloat16", "float32") if also else ("bfloat16",):
             kind = shape.visual_dtype or dtype
             name = f"gaze_decode {shape.heads} {shape.tokens} B{shape.batch} {shape.select_per} {kind}"
             if only in name:
-                yield {"program": name, "dtype": kind} | _kernel(shape, dtype, reported)
+                yield {"program": name, "dtype": kind} | _kernel(shape, dtype, before)
 
 
-def _kernel(shape: shapes.Shape, dtype: str, reported: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Figures of one shape; ``reported`` has those of kernels that this process has compiled before."""
+def _kernel(shape: shapes.Shape, dtype: str, before: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Figures of one shape."""
+    options = {"spec": shape.spec, "implementation": "gpu"}
 
-    def run(*arguments: Any) -> jax.Array:
-        return api.gaze_decode(*arguments, spec=shape.spec, implementation="gpu")
+    def run(step: Any, *arguments: Any) -> jax.Array:
+        return api.gaze_decode(*arguments, step=step, **options)
 
     def cast(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, dtype if a.dtype == jnp.bfloat16 else a.dtype)
 
     with target() as where:
         arguments = jax.tree.map(cast, shape.arguments("gpu"))
-        text, report = compile_one(run, arguments, where)
         visual = arguments[1]
+        step = jax.eval_shape(functools.partial(api.masks, **options), visual, *arguments[-2:])
+        text, report = compile_one(run, (step, *arguments), where)
         dtypes = (arguments[0].dtype, visual.k.dtype, arguments[2].dtype)
         tiles, rows, shared = gpu.fitted(shape.spec, visual.slots, visual.k.shape[-1], dtypes)
-    name = re.findall(r"kernel_hash = \"(.*?)\", module", text)
-    assert len(name) == 1, "a program has one Mosaic kernel"
-    if name[0] not in reported:  # an equal kernel is not compiled again
-        reported[name[0]] = figures(report)
-    found = reported[name[0]]
-    return found | {
+    found = mosaic(text, report, before)
+    attention = found.pop("gaze_attention")
+    return attention | {
         "shared_bytes": shared,
-        "blocks": blocks_of(found["registers"], shared),
+        "blocks": blocks_of(attention["registers"], shared),
         "tile": {"pieces": tiles.pieces, "rows": rows, "stages": tiles.stages},
+        "beside": found,
         "kernels": kernels(text),
     }
 
 
-def layer_rows(only: str) -> Iterator[dict[str, Any]]:
-    """A routed layer of Qwen3-4B: scores, selection and attention over 9,216 visual tokens."""
-    for select_per in ("kv_head", "head"):
-        shape = shapes.Shape("qwen3-4b", 9_216, 1, select_per, layers=2)
-        name = f"routed layer {shape.name}"
-        if only in name:
-            with target() as where:
-                text, _ = compile_one(*_layer(shape), where)
-            yield {"program": name, "kernels": kernels(text)}
+ROUTED = [
+    ("qwen3-4b", 9_216, 1),
+    ("qwen3-4b", 9_216, 8),
+    ("qwen2.5-0.5b", 9_216, 1),
+    ("qwen3-4b", 1_048_576, 1),
+]
+"""Heads, visual tokens and B of the routed layers that are compiled."""
 
 
-def _layer(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
-    """decode_attention over a shape, and its abstract arguments."""
-    _, kv_heads, group, dim = shapes.HEADS[shape.heads]
-    regions, top_k = shapes.SCENES[shape.tokens]
-    gaze = GazeConfig(select_per=shape.select_per, decode_implementation="gpu")
+def layer_rows(only: str, before: dict[str, dict[str, int]]) -> Iterator[dict[str, Any]]:
+    """Routed layers with each selection and kind of cache, and the masks of a step."""
+    for (heads, tokens, batch), visual_dtype in itertools.product(ROUTED, (None, "int8")):
+        for select_per in ("kv_head", "head"):
+            shape = shapes.Shape(heads, tokens, batch, select_per, visual_dtype, layers=2)
+            name = f"routed layer {shape.name}"
+            if only in name:
+                with target() as where:
+                    text, report = compile_one(*_layer(shape), where)
+                found = {"kernels": kernels(text), "beside": mosaic(text, report, before)}
+                yield {"program": name, "dtype": visual_dtype or "bfloat16"} | found
+    shape = shapes.Shape("qwen3-4b", 9_216, 1, "head", layers=2)
+    name = f"masks of a step {shape.name}"
+    if only in name:
+        with target() as where:
+            text, _ = compile_one(*_masks(shape), where)
+        yield {"program": name, "kernels": kernels(text)}
+
+
+def _array(shape: shapes.Shape, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((shape.batch, *sizes), dtype)
+
+
+def _step(shape: shapes.Shape) -> tuple[GazeConfig, Cache, DecodeMasks]:
+    """A model's gaze settings, and the abstract cache and masks of a decoding step."""
+    _, kv_heads, _, dim = shapes.HEADS[shape.heads]
+    regions, _ = shapes.SCENES[shape.tokens]
+    gaze = GazeConfig(
+        select_per=shape.select_per, decode_implementation="gpu", visual_dtype=shape.visual_dtype
+    )
     _, packed, text, *_ = shape.arguments("gpu")
-
-    def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((shape.batch, *sizes), dtype)
-
-    lead = (shape.layers, shape.batch, kv_heads)
+    array = functools.partial(_array, shape)
     cache = Cache(
         visual=packed,
-        descriptors=jax.ShapeDtypeStruct((*lead, regions, dim), jnp.bfloat16),
+        descriptors=jax.ShapeDtypeStruct((shape.layers, shape.batch, kv_heads, regions, dim), jnp.bfloat16),
         text_k=text,
         text_v=text,
         visual_order=array(jnp.int32, regions, shapes.SLOTS),
@@ -229,24 +276,47 @@ def _layer(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
             permutation=array(jnp.int32, regions),
         ),
     )
+    return gaze, cache, masks
+
+
+def _masks(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
+    """What a step makes of its masks, once for all layers, and its abstract arguments."""
+    gaze, cache, masks = _step(shape)
+
+    def run(masks: DecodeMasks, cache: Cache) -> Any:
+        return with_step(masks, cache, gaze).step
+
+    return run, (masks, cache)
+
+
+def _layer(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
+    """decode_attention over a shape, and its abstract arguments."""
+    _, kv_heads, group, dim = shapes.HEADS[shape.heads]
+    gaze, cache, masks = _step(shape)
+    masks = jax.eval_shape(functools.partial(with_step, gaze=gaze), masks, cache)
 
     def run(q: Any, cache: Cache, masks: DecodeMasks, budget: Any, layer: Any) -> Any:
-        spec = SelectionSpec(capacity=top_k)
+        spec = SelectionSpec(capacity=shapes.SCENES[shape.tokens][1])
         return decode_attention(q, cache, masks, Selection(budget), spec, gaze=gaze, layer=layer)[0]
 
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    return run, (array(jnp.bfloat16, 1, kv_heads * group, dim), cache, masks, scalar, scalar)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    budget = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return run, (_array(shape, jnp.bfloat16, 1, kv_heads * group, dim), cache, masks, budget, number)
 
 
 def problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with a row, as text. float32, which takes six products for one, may have one block."""
-    if "registers" not in row or row["dtype"] == "float32":
-        return []
     found = []
-    if row["spilled_bytes"]:
-        found.append(f"{row['spilled_bytes']} bytes are spilled")
-    if row["blocks"] < BLOCKS:
-        found.append(f"a multiprocessor holds {row['blocks']} blocks, not {BLOCKS}")
+    for name, kernel in row.get("beside", {}).items():
+        if kernel["spilled_bytes"] and row["dtype"] != "float32":
+            found.append(f"{kernel['spilled_bytes']} bytes of {name} are spilled")
+    if "registers" in row and row["dtype"] != "float32":
+        if row["spilled_bytes"]:
+            found.append(f"{row['spilled_bytes']} bytes are spilled")
+        if row["blocks"] < BLOCKS:
+            found.append(f"a multiprocessor holds {row['blocks']} blocks, not {BLOCKS}")
+    if row["program"].startswith("routed layer") and len(row["kernels"]) > KERNELS:
+        found.append(f"a routed layer launches {len(row['kernels'])} kernels, not at most {KERNELS}")
     return found
 
 
@@ -267,7 +337,8 @@ def main(argv: list[str]) -> int:
         },
         "command": " ".join(["scripts/gpu_aot.sh", *argv]),
     }
-    for row in itertools.chain(decode_rows(flags.only), layer_rows(flags.only)):
+    before: dict[str, dict[str, int]] = {}
+    for row in itertools.chain(decode_rows(flags.only, before), layer_rows(flags.only, before)):
         rows.append(row)
         complaints = problems(row)
         wrong += [f"{row['program']}: {complaint}" for complaint in complaints]

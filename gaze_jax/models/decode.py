@@ -15,7 +15,7 @@ from gaze_jax.core.accounting import mask_from_indices
 from gaze_jax.core.budget import count
 from gaze_jax.core.candidates import candidates
 from gaze_jax.core.selection import Selection, SelectionSpec
-from gaze_jax.core.types import Array, NamedArrays
+from gaze_jax.core.types import Array, ArrayTree, NamedArrays
 from gaze_jax.models import context
 from gaze_jax.models.attention import RoutedQueries, first_head, region_scores
 from gaze_jax.models.cache import Cache, cache_axes, decode_spec, layer_keys
@@ -51,11 +51,14 @@ class DecodeMasks:
       visual: bool [B, R, P] visual keys; a routed query attends to those of its selected regions.
       text: bool [B, S] text-stream keys.
       routed: the queries, T = 1. A region may be selected if all its tokens are earlier.
+      step: what the op makes of them once for all layers, see :func:`pallas_kernels.gaze_decode.api.masks`;
+        None: it makes the same in every layer.
     """
 
     visual: Bool[Array, "B R P"]
     text: Bool[Array, "B S"]
     routed: RoutedQueries
+    step: ArrayTree | None = None
 
 
 def decode_masks(cache: Cache, position: DecodePosition) -> DecodeMasks:
@@ -77,6 +80,20 @@ def decode_masks(cache: Cache, position: DecodePosition) -> DecodeMasks:
             permutation=routing.tie_permutation(by_rank).reshape(first.shape),
         ),
     )
+
+
+def with_step(masks: DecodeMasks, cache: Cache, gaze: GazeConfig) -> DecodeMasks:
+    """The masks with what the decode op makes of them, to be called once before the layers."""
+    if context.ranks() > 1:
+        return masks  # a rank's part is made where its masks are
+    routed = masks.routed
+    step = api.masks(
+        cache.visual,
+        *(masks.visual, masks.text, routed.visible[:, 0], routed.permutation),
+        spec=decode_spec(gaze, cache.text_k.shape[-1]),
+        implementation=gaze.decode_implementation,
+    )
+    return dataclasses.replace(masks, step=step)
 
 
 def append_token(
@@ -212,7 +229,7 @@ def _decode(
         stored = (cache.visual, cache.text_k, cache.text_v, layer)
         name = gaze.decode_implementation
         if context.ranks() == 1:
-            seen = (masks.visual, masks.text)
+            seen = (masks.visual, masks.text, masks.step)
             return gaze_decode(q[:, 0], *stored, indices, *seen, spec=op, implementation=name)
 
         def here(listed: Int32[Array, "B Hs A"] | None, with_text: bool) -> WithLse:
@@ -268,7 +285,7 @@ def _route_and_attend(
         q[:, 0],
         *(cache.visual, cache.text_k, cache.text_v, layer, masks.visual, masks.text),
         *(routing.query_features(q[:, 0], gaze.descriptor), cache.descriptors, budget),
-        *(routed.visible[:, 0], routed.permutation),
+        *(routed.visible[:, 0], routed.permutation, masks.step),
         capacity=num_regions if spec.capacity is None else spec.capacity,
         spec=decode_spec(gaze, q.shape[3]),
         implementation=gaze.decode_implementation,

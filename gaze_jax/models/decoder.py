@@ -20,7 +20,7 @@ from gaze_jax.models.attention import AttentionMetadata
 from gaze_jax.models.block import Block
 from gaze_jax.models.cache import Cache, packed_layer, past_of
 from gaze_jax.models.config import DTYPES, REMAT_POLICIES, MLLMConfig
-from gaze_jax.models.decode import DecodePosition, decode_masks
+from gaze_jax.models.decode import DecodePosition, decode_masks, with_step
 from gaze_jax.models.layers import PER_LAYER_SCAN, RMSNorm, dense, logical, rope_angles
 
 Carry = TypeVar("Carry")
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         cache = dataclasses.replace(cache, text_order=text_order)
         layers = jnp.arange(c.depth, dtype=jnp.int32)
         # Carry only what changes. The visual cache is closed over, so it is never copied.
-        fixed, masks = cache, decode_masks(cache, position)
+        fixed, masks = cache, with_step(decode_masks(cache, position), cache, self.config.gaze)
 
         def body(
             block: Block, carry: tuple[Array, Array, Array], inputs: Layer

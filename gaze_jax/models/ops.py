@@ -21,7 +21,7 @@ from gaze_jax.core.types import AnyArray, Array, ArrayTree
 from gaze_jax.parallel import rules
 from pallas_kernels import GazeSpec, KeyPlaces, Windows, dispatch
 from pallas_kernels.gaze_decode import api as decode_api
-from pallas_kernels.gaze_decode import native
+from pallas_kernels.gaze_decode.routed import Routed
 from pallas_kernels.gaze_prefill import api as prefill_api
 
 Names = tuple[str | None, ...]
@@ -121,6 +121,7 @@ def gaze_decode(
     indices: Int[Array, "B Hs J"] | None,
     visual_seen: Bool[Array, "B R P"],
     text_seen: Bool[Array, "B S"],
+    step: ArrayTree | None = None,
     *,
     spec: GazeSpec,
     implementation: str,
@@ -128,14 +129,15 @@ def gaze_decode(
     """:func:`pallas_kernels.gaze_decode`, sharded by the logical axes "batch" and "kv_heads"."""
 
     def call(*arguments: ArrayTree) -> Array:
-        return decode_api.gaze_decode(*arguments, spec=spec, implementation=implementation)
+        *given, step = arguments
+        return decode_api.gaze_decode(*given, spec=spec, implementation=implementation, step=step)
 
-    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
+    arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen, step)
     if decode_api.compiler_splits(implementation):
         return call(*arguments)
     text = ("layers", "batch", "kv_heads")
     heads = ("batch", "heads")
-    names = (heads, decode_api.cache_axes(visual), text, text, (), heads, ("batch",), ("batch",))
+    names = (heads, decode_api.cache_axes(visual), text, text, (), heads, *[("batch",)] * 3)
     return _split(call, arguments, names, heads)
 
 
@@ -152,22 +154,25 @@ def route_and_decode(
     budget: Int[Array, " B"],
     visible: Bool[Array, "B R"],
     order: Int[Array, "B R"],
+    step: ArrayTree | None = None,
     *,
     capacity: int,
     spec: GazeSpec,
     implementation: str,
-) -> native.Routed:
+) -> Routed:
     """:func:`pallas_kernels.gaze_decode.api.route_and_decode`, sharded as :func:`gaze_decode`."""
 
-    def call(*arguments: ArrayTree) -> native.Routed:
+    def call(*arguments: ArrayTree) -> Routed:
+        *given, step = arguments
         return decode_api.route_and_decode(
-            *arguments, capacity=capacity, spec=spec, implementation=implementation
+            *given, capacity=capacity, spec=spec, implementation=implementation, step=step
         )
 
     stored = (visual, text_k, text_v, layer)
-    arguments = (q, *stored, visual_seen, text_seen, features, descriptors, budget, visible, order)
+    arguments = (q, *stored, visual_seen, text_seen, features, descriptors, budget, visible, order, step)
     text, heads, rows = ("layers", "batch", "kv_heads"), ("batch", "heads"), ("batch",)
-    names = (heads, decode_api.cache_axes(visual), text, text, (), rows, rows, heads, text, rows, rows, rows)
+    cached = decode_api.cache_axes(visual)
+    names = (heads, cached, text, text, (), rows, rows, heads, text, *[rows] * 4)
     return _split(call, arguments, names, heads)
 
 

@@ -12,12 +12,14 @@ be empty.
 """
 
 from types import MappingProxyType, ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target, without_gradient
 from pallas_kernels.gaze_decode import cpu, gpu, grow, native, offload, reference, tpu, xla
+from pallas_kernels.gaze_decode.routed import Routed
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
@@ -170,6 +172,37 @@ def append(
     return module.write(packed, piece, jnp.asarray(start, jnp.int32))
 
 
+def masks(
+    visual: Packed,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    visible: jax.Array | None = None,
+    order: jax.Array | None = None,
+    *,
+    spec: GazeSpec,
+    implementation: str,
+) -> Any:
+    """What an implementation makes of a step's masks, once for all layers.
+
+    A decoding step that calls the op in a loop over layers calls this before it: XLA may not move work out
+    of the loop. Without it, an implementation makes the same in every layer.
+
+    Args:
+      visual: packed cache, of which only the sizes matter.
+      visual_seen, text_seen: as for :func:`gaze_decode_with_lse`.
+      visible, order: as for :func:`route_and_decode`, if it is to be called.
+      spec, implementation: those of the calls.
+
+    Returns:
+      The ``step`` of calls with the same masks: a pytree of arrays with leading axis B, or None if there is
+      nothing to make.
+    """
+    module = pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec)
+    if not hasattr(module, "masks"):
+        return None
+    return module.masks(visual, visual_seen, text_seen, visible, order)
+
+
 def gaze_decode(
     q: jax.Array,
     visual: Packed,
@@ -182,10 +215,11 @@ def gaze_decode(
     *,
     spec: GazeSpec,
     implementation: str,
+    step: Any = None,
 ) -> jax.Array:
     """The output of :func:`gaze_decode_with_lse`, [B, H, D]."""
     arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
-    return gaze_decode_with_lse(*arguments, spec=spec, implementation=implementation)[0]
+    return gaze_decode_with_lse(*arguments, spec=spec, implementation=implementation, step=step)[0]
 
 
 def gaze_decode_with_lse(
@@ -200,6 +234,7 @@ def gaze_decode_with_lse(
     *,
     spec: GazeSpec,
     implementation: str,
+    step: Any = None,
 ) -> WithLse:
     """Attend to the listed regions and to the text stream.
 
@@ -213,6 +248,7 @@ def gaze_decode_with_lse(
       text_seen: bool [B, S], the text-stream keys that count.
       spec: static choices.
       implementation: the key of ``IMPLEMENTATIONS`` that packed ``visual``.
+      step: from :func:`masks` of the same masks; None: made here.
 
     Returns:
       [B, H, D] in ``q.dtype``; 0 for a query that sees nothing. And the log-sum-exp of each head's logits,
@@ -244,9 +280,9 @@ def gaze_decode_with_lse(
         reason = f"{op} implementation 'offload' has no gradient for a visual cache on the host; {instead}"
         visual = without_gradient(visual, reason)
     arguments = (q, visual, text_k, text_v, layer, indices, visual_seen, text_seen)
-    out, lse = module.gaze_decode(*arguments, spec=spec)
-    if indices is None or spec.select_per == "kv_head":
-        return out, lse  # all heads of a group read the same
+    out, lse = module.gaze_decode(*arguments, spec=spec, **_step(step))
+    if indices is None or spec.select_per == "kv_head" or module is gpu:
+        return out, lse  # all heads of a group read the same, or the kernel has seen to it
     return _not_finite_together(out, kv_heads), lse
 
 
@@ -267,7 +303,8 @@ def route_and_decode(
     capacity: int,
     spec: GazeSpec,
     implementation: str,
-) -> native.Routed:
+    step: Any = None,
+) -> Routed:
     """Score every region, select the best, and attend to them and to the text stream, in one call.
 
     Args:
@@ -280,9 +317,10 @@ def route_and_decode(
       capacity: J.
       spec: static choices; with select_per "kv_head" a kv head's score is the sum of its query heads'.
       implementation: one of those that :func:`routes` names.
+      step: from :func:`masks` of the same masks, ``visible`` and ``order``; None: made here.
 
     Returns:
-      A :class:`pallas_kernels.gaze_decode.native.Routed`. Scores are float32 products; a NaN is below every
+      A :class:`pallas_kernels.gaze_decode.routed.Routed`. Scores are float32 products; a NaN is below every
       number, -0.0 equals 0.0.
 
     Raises:
@@ -309,10 +347,15 @@ def route_and_decode(
     q, visual, text_k, text_v = without_gradient((q, visual, text_k, text_v), reason)
     selecting = (features, descriptors, budget, visible, order)
     arguments = (q, visual, text_k, text_v, layer, visual_seen, text_seen, *selecting)
-    found = module.route_and_decode(*arguments, capacity=capacity, spec=spec)
-    if spec.select_per == "kv_head":
+    found = module.route_and_decode(*arguments, capacity=capacity, spec=spec, **_step(step))
+    if spec.select_per == "kv_head" or module is gpu:
         return found
     return found._replace(out=_not_finite_together(found.out, kv_heads))
+
+
+def _step(step: Any) -> dict[str, Any]:
+    """The argument of an implementation that has ``masks``; the others take none."""
+    return {} if step is None else {"step": step}
 
 
 def _check(

@@ -1,27 +1,25 @@
-"""gaze_decode for NVIDIA Hopper (sm_90): a Pallas Mosaic GPU kernel that splits the regions over the chip.
+"""gaze_decode for NVIDIA Hopper (sm_90): Pallas Mosaic GPU kernels that split the regions over the chip.
 
-Layout. K and V are two arrays [L, B, K, R, P, D]: a region of a kv head is one contiguous block, which the
-copy engine fetches by its number. Only these sizes change: D is padded to a multiple of 64 (nothing for 64
-and 128; otherwise the zeros are read too), P above 64 is cut into equal pieces of at most 64 slots, and for
-int8 with D = 64 odd pieces are padded by one slot. P = 36 is stored unchanged.
+Kernels of a routed layer: scores; the cut of each query head's selection; the list of a kv head (with one
+selection per kv head this kernel makes the cut too); attention; the join of the splits. With indices: the
+list, attention and the join. What depends on the step alone is made before the layers (``gpu_step.py``).
 
 Split. A thread block (one warpgroup) handles a row, a kv head and a *split*: split s takes chunks s,
 s + splits, ... of the region list, then of the text stream, counted from the end. It keeps an online softmax
-in float32 and writes (maximum, sum, weighted values), which a small XLA reduction joins in a fixed order. So
-a single sequence fills the chip.
+in float32 and writes (maximum, sum, weighted values), which another kernel joins in a fixed order. So a
+single sequence fills the chip.
 
-If each query head has its own selection, their union is fetched once; every key carries a bit mask of the
-heads that see it, which XLA gathers along with the list.
+If each query head has its own selection, their union is fetched once; every region of the list carries a bit
+mask of the heads that see it.
 
-``gpu_kernel.py`` describes what happens to a chunk.
+``gpu_layout.py`` describes the cache, ``gpu_kernel.py`` what happens to a chunk, ``gpu_select.py`` the
+selection.
 """
 
-import dataclasses
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,92 +27,42 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import needs
-from pallas_kernels.gaze_decode import grow
-from pallas_kernels.gaze_decode.gpu_kernel import DIMS, ROWS, Operands, Shape, Tiles, launch
-from pallas_kernels.gaze_decode.plan import Union, everything, union
-from pallas_kernels.quantize import dequantize, quantize
-from pallas_kernels.softmax import WithLse, finished
+from pallas_kernels.gaze_decode import gpu_scores, gpu_select, gpu_step, grow
+from pallas_kernels.gaze_decode.gpu_kernel import Shape, Tiles, attend_in_splits
+from pallas_kernels.gaze_decode.gpu_layout import (
+    SCALES,
+    Packed,
+    pack,
+    padded,
+    pieces_of,
+    reserve,
+    unpack,
+    write,
+)
+from pallas_kernels.gaze_decode.gpu_math import DIMS, ROWS, Operands
+from pallas_kernels.gaze_decode.gpu_merge import merge
+from pallas_kernels.gaze_decode.gpu_select import Listed
+from pallas_kernels.gaze_decode.gpu_step import StepMasks
+from pallas_kernels.gaze_decode.routed import Routed
+from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
+
+__all__ = ["gaze_decode", "masks", "pack", "reserve", "route_and_decode", "supports", "unpack", "write"]
 
 # A text stream shorter than a chunk's tile is padded at every call; a longer one is not.
 TEXT_MULTIPLE = 128
-_PIECE = 64  # maximum number of token slots per copy
 _MOST_COPIES = 16  # maximum number of copies per chunk and side, which are unrolled
 _MOST_ROWS = 256  # maximum number of keys per tensor core instruction
 _SHARED_MEMORY = 227 * 1024 - 1024  # limit per block on sm_90, less space for barriers
 _PAIRS = 512  # longest list whose entries are compared pairwise
+_MOST_HEADS = 15  # query heads per kv head
 _LOG2E = math.log2(math.e)
 _TILES = pathlib.Path(__file__).with_name("gpu_tiles.json")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """The visual cache; see "Layout" above.
-
-    Attributes:
-      k, v: [L, B, K, R, P', D'] floats or int8.
-      k_scale, v_scale: float32 [L, B, K, R, P'] beside int8, else None.
-      slots, dim: P and D.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None
-    v_scale: jax.Array | None
-    slots: int = dataclasses.field(metadata={"static": True})
-    dim: int = dataclasses.field(metadata={"static": True})
 
 
 def supports(spec: GazeSpec) -> str | None:
     """Every spec on an NVIDIA GPU, and every spec interpreted."""
     return needs("gpu", spec)
-
-
-def _pieces(slots: int, dim: int, itemsize: int) -> tuple[int, int]:
-    """Number of pieces of a region of P slots, and the slots of each."""
-    count = -(-slots // _PIECE)
-    each = -(-slots // count)
-    if dim * itemsize % 128 and each % 2:
-        each += 1  # copies start at multiples of 128 bytes in shared memory
-    return count, each
-
-
-def _wide(dim: int) -> int:
-    return -(-dim // DIMS) * DIMS
-
-
-def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
-    """Pad D and P as the copy engine and the tensor cores need; round as ``spec`` says."""
-    slots, dim = k.shape[-2:]
-    k_scale = v_scale = None
-    if spec.visual_dtype == "int8":
-        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    count, each = _pieces(slots, _wide(dim), k.dtype.itemsize)
-    k, v = (grow.fill(a, {4: count * each, 5: _wide(dim)}) for a in (k, v))
-    if k_scale is not None and v_scale is not None:
-        k_scale, v_scale = (grow.fill(a, {4: count * each}) for a in (k_scale, v_scale))
-    return Packed(k, v, k_scale, v_scale, slots, dim)
-
-
-def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
-    """Return k and v, [L, B, K, R, P, D] each; float32 if they were int8."""
-    k, v = packed.k, packed.v
-    if packed.k_scale is not None and packed.v_scale is not None:
-        k, v = dequantize(k, packed.k_scale), dequantize(v, packed.v_scale)
-    return k[..., : packed.slots, : packed.dim], v[..., : packed.slots, : packed.dim]
-
-
-def reserve(packed: Packed, regions: int, slots: int) -> Packed:
-    """Pad R and P with zeros to the new sizes; the slots of a region are consecutive however it is cut."""
-    count, each = _pieces(slots, packed.k.shape[-1], packed.k.dtype.itemsize)
-    larger = jax.tree.map(lambda a: grow.fill(a, {3: regions, 4: count * each}), packed)
-    return dataclasses.replace(larger, slots=slots)
-
-
-def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
-    """Overwrite the regions from ``start`` on with those of ``piece``."""
-    return grow.write(packed, piece, start, 3)
 
 
 def _parts(dtype: DTypeLike) -> int:
@@ -126,123 +74,6 @@ def _parts(dtype: DTypeLike) -> int:
     raise NotImplementedError(
         f"gaze_decode 'gpu' keeps bfloat16, float32 and int8, not {jnp.dtype(dtype).name}."
     )
-
-
-def _plan(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regions: int) -> Union:
-    """The regions to fetch; -1 may be anywhere in the list, and ``count`` includes those slots.
-
-    If a group shares a short list, there is nothing to join: comparing all pairs, one small fused program,
-    replaces two sorts.
-    """
-    if indices is None:
-        return everything(batch, kv_heads, group, regions)
-    capacity = indices.shape[-1]
-    if indices.shape[1] != kv_heads or capacity > min(regions, _PAIRS):
-        return union(indices, kv_heads, group, regions)
-    earlier = jnp.tri(capacity, k=-1, dtype=bool)
-    again = jnp.any((indices[..., :, None] == indices[..., None, :]) & earlier, axis=-1)
-    fresh = (indices >= 0) & ~again
-    return Union(
-        jnp.where(fresh, indices, -1),
-        jnp.where(fresh, jnp.int32((1 << group) - 1), 0),
-        jnp.full((batch, kv_heads), capacity, jnp.int32),
-    )
-
-
-def _seen_rows(seen: jax.Array, chunks: int, rows: int) -> jax.Array:
-    """Reshape int32 [..., N] to [..., chunks, rows], padded with zeros."""
-    each = seen.shape[-1] // chunks
-    return grow.fill(seen.reshape(*seen.shape[:-1], chunks, each), {seen.ndim: rows})
-
-
-def _visual_operands(
-    visual: Packed, plan: Union, layer: jax.Array, visual_seen: jax.Array, tiles: Tiles, rows: int
-) -> dict[str, jax.Array]:
-    """Which blocks to fetch, in chunks, and which heads see each key."""
-    _, batch, kv_heads, regions, slots, dim = visual.k.shape
-    count, piece = _pieces(visual.slots, dim, visual.k.dtype.itemsize)
-    n = tiles.pieces
-    listed = plan.regions.shape[-1]
-    chunks = -(-listed * count // n)
-    length = chunks * n
-
-    b, h = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-    at = jnp.maximum(plan.regions, 0)
-    first = ((layer * batch + b) * kv_heads + h) * regions + at
-    blocks = first[..., None] * count + jnp.arange(count, dtype=jnp.int32)
-    blocks = jnp.where(plan.regions[..., None] >= 0, blocks, -1).reshape(batch, kv_heads, -1)
-    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, length - listed * count)), constant_values=-1)
-
-    seen = grow.fill(visual_seen, {2: slots})[b, at]
-    seen = jnp.where(seen, plan.heads[..., None], 0)
-
-    def keys(a: jax.Array) -> jax.Array:
-        a = grow.fill(a.reshape(batch, kv_heads, -1), {2: length * piece})
-        return _seen_rows(a, chunks, rows)
-
-    operands = {
-        "blocks": blocks,
-        "chunks": -(-plan.count * count // n),
-        "seen": keys(seen),
-        "k": visual.k.reshape(-1, piece, dim),
-        "v": visual.v.reshape(-1, piece, dim),
-    }
-    for name in ("k_scale", "v_scale"):
-        scale = getattr(visual, name)
-        if scale is not None:
-            operands[name] = keys(jnp.where(seen != 0, scale[layer, b, h, at], 0.0))
-    return operands
-
-
-def _text_operands(
-    text_k: jax.Array, text_v: jax.Array, layer: jax.Array, text_seen: jax.Array, dim: int, rows: int
-) -> dict[str, jax.Array]:
-    """The text stream of all layers (of one layer if it has to be padded), and which keys are seen."""
-    keys = text_k.shape[3]
-    if keys < rows or text_k.shape[-1] != dim:
-        text_k, text_v = (
-            grow.fill(lax.dynamic_slice_in_dim(a, layer, 1), {3: max(keys, rows), 4: dim})
-            for a in (text_k, text_v)
-        )
-        layer = jnp.zeros_like(layer)
-    length = text_k.shape[3]
-    chunks = -(-length // rows)
-    place = jnp.arange(chunks)[:, None] * rows
-    start = jnp.minimum(place, length - rows)
-    key = start + jnp.arange(rows)
-    fresh = key >= place
-    seen = grow.fill(text_seen, {1: length})[:, key] & fresh
-    last = jnp.where(jnp.any(seen, axis=-1), jnp.arange(1, chunks + 1, dtype=jnp.int32), 0)
-    return {
-        "layer": layer.astype(jnp.int32).reshape(1),
-        "chunks": jnp.max(last, axis=-1),
-        "seen": jnp.where(seen, -1, 0).astype(jnp.int32),
-        "k": text_k.reshape(-1, length, dim),
-        "v": text_v.reshape(-1, length, dim),
-    }
-
-
-def _queries(q: jax.Array, kv_heads: int, dim: int, parts: int) -> jax.Array:
-    """bfloat16 [B * K * parts * 64, D]: the padded query rows of each kv head, as a sum of parts."""
-    batch, heads, _ = q.shape
-    q = q.reshape(batch, kv_heads, heads // kv_heads, q.shape[-1])
-    q = grow.fill(q, {2: ROWS, 3: dim})
-    found = []
-    for _ in range(parts):
-        found.append(lax.reduce_precision(q, 8, 7).astype(jnp.bfloat16))
-        q = q - found[-1].astype(q.dtype)
-    return jnp.stack(found, axis=2).reshape(-1, dim)
-
-
-def _merge(partials: Sequence[jax.Array], group: int, dim: int) -> WithLse:
-    """Join the partial softmaxes in the order of the splits: float32 [B, K, G, D] and [B, K, G]."""
-    values, top, total = (a[:, :, :, :group] for a in partials)
-    best = jnp.max(top, axis=2, keepdims=True)
-    weights = jnp.exp2(top - jnp.where(jnp.isfinite(best), best, 0.0))
-    total = jnp.sum(weights * total, axis=2)
-    out = jnp.sum(weights[..., None] * values[..., :dim], axis=2)
-    # The kernel's logits are in powers of two.
-    return finished(out, best[:, :, 0] / _LOG2E, total)
 
 
 def _splits(tiles: Tiles, rows: int, chunks: int) -> int:
@@ -259,11 +90,12 @@ def tuned() -> dict[str, dict[str, dict[str, int]]]:
 def _tiles(spec: GazeSpec, piece: int, dtype: DTypeLike) -> Tiles:
     """Tiles tuned for this device; small when interpreted, so that tests have several chunks and splits."""
     if spec.interpret:
-        return Tiles(pieces=2, stages=2, blocks=12)
+        return Tiles(pieces=1 if dtype == jnp.int8 else 2, stages=2, blocks=12)
     table = tuned()
     kind = jax.devices()[0].device_kind
     entry = table.get(kind, table["default"])[jnp.dtype(dtype).name]
-    pieces = min(max(entry["keys"] // piece, 1), _MOST_COPIES)
+    # Scales of int8 are copied to where a tile's rows begin.
+    pieces = 1 if dtype == jnp.int8 else min(max(entry["keys"] // piece, 1), _MOST_COPIES)
     return Tiles(pieces, entry["stages"], entry["blocks"])
 
 
@@ -284,13 +116,13 @@ def fitted(
     Raises:
       NotImplementedError: nothing fits.
     """
-    _, piece = _pieces(slots, dim, jnp.dtype(dtypes[1]).itemsize)
+    _, piece = pieces_of(slots, dim, jnp.dtype(dtypes[1]).itemsize)
     tiles = _tiles(spec, piece, dtypes[1])
     while True:
         rows = -(-tiles.pieces * piece // 64) * 64
         query = _parts(dtypes[0]) * ROWS * dim * 2
         streams = [
-            tiles.stages * rows * (2 * dim * jnp.dtype(dtype).itemsize + 12) + _parts(dtype) * rows * dim * 2
+            tiles.stages * rows * (2 * dim * jnp.dtype(dtype).itemsize + 8) + _parts(dtype) * rows * dim * 2
             for dtype in dtypes[1:]
         ]
         taken = query + max(streams)
@@ -304,6 +136,140 @@ def fitted(
             raise NotImplementedError(f"gaze_decode 'gpu' has no room for D = {dim} of {dtypes}.")
 
 
+def _listed(indices: jax.Array | None, batch: int, kv_heads: int, regions: int, *, interpret: bool) -> Listed:
+    """The regions that a call with indices reads; -1 may be anywhere in a list."""
+    if indices is None:
+        shape = (batch, kv_heads)
+        numbers = jnp.broadcast_to(jnp.arange(regions, dtype=jnp.int32), (*shape, regions))
+        return Listed(numbers, None, None)
+    shared, capacity = indices.shape[1:]
+    lists = shared // kv_heads
+    if not min(regions, capacity):
+        return Listed(jnp.zeros((batch, kv_heads, 0), jnp.int32), None, None)
+    if lists == 1 and capacity <= min(regions, _PAIRS):
+        # Nothing to join: comparing all pairs of a short list is one small program.
+        earlier = jnp.tri(capacity, k=-1, dtype=bool)
+        again = jnp.any((indices[..., :, None] == indices[..., None, :]) & earlier, axis=-1)
+        return Listed(jnp.where(again, -1, indices), None, None)
+    # A mark for every region that a list mentions, then the list of the marks.
+    places = gpu_scores.places(regions)
+    at = jnp.where((indices >= 0) & (indices < regions), indices, places)
+    b, k, g = (
+        jnp.arange(n).reshape(-1, *[1] * after) for n, after in ((batch, 3), (kv_heads, 2), (lists, 1))
+    )
+    marks = jnp.zeros((batch, kv_heads, lists, places), jnp.float32)
+    marks = marks.at[b, k, g, at.reshape(batch, kv_heads, lists, capacity)].set(1.0, mode="drop")
+    return gpu_select.listed_marks(marks, regions, min(lists * capacity, regions), interpret=interpret)
+
+
+def _visual_operands(
+    visual: Packed, listed: Listed, layer: jax.Array, step: StepMasks, piece: int
+) -> dict[str, jax.Array]:
+    """The list of regions, and the cache as one array of pieces."""
+    dim = visual.k.shape[-1]
+    operands = {
+        "layer": layer,
+        "list": listed.regions,
+        "words": step.words,
+        "k": visual.k.reshape(-1, piece, dim),
+        "v": visual.v.reshape(-1, piece, dim),
+    }
+    if listed.length is not None:
+        operands["length"] = listed.length
+    if listed.heads is not None:
+        operands["heads"] = listed.heads
+    if visual.k_scale is not None and visual.v_scale is not None:
+        gaps = -(-piece // SCALES) * SCALES
+        operands |= {"k_scale": visual.k_scale.reshape(-1, gaps), "v_scale": visual.v_scale.reshape(-1, gaps)}
+    return operands
+
+
+def _text_operands(
+    text_k: jax.Array, text_v: jax.Array, layer: jax.Array, step: StepMasks, dim: int, rows: int
+) -> dict[str, jax.Array]:
+    """The text stream of all layers (of one layer if it has to be padded), and which keys are seen."""
+    keys = text_k.shape[3]
+    if keys < rows or text_k.shape[-1] != dim:
+        text_k, text_v = (
+            grow.fill(lax.dynamic_slice_in_dim(a, layer[0], 1), {3: max(keys, rows), 4: dim})
+            for a in (text_k, text_v)
+        )
+        layer = jnp.zeros_like(layer)
+    length = text_k.shape[3]
+    return {
+        "layer": layer,
+        "words": step.text_words,
+        "length": step.text_length,
+        "k": text_k.reshape(-1, length, dim),
+        "v": text_v.reshape(-1, length, dim),
+    }
+
+
+def _attend(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    listed: Listed,
+    step: StepMasks,
+    *,
+    spec: GazeSpec,
+) -> WithLse:
+    """Attention to the listed regions and the text stream: [B, H, D] and float32 [B, H]."""
+    batch, heads, dim = q.shape
+    kv_heads, keys = text_k.shape[2:4]
+    group, wide = heads // kv_heads, visual.k.shape[-1]
+    dtypes = (q.dtype, visual.k.dtype, text_k.dtype)
+    query_parts, visual_parts, text_parts = map(_parts, dtypes)
+    tiles, rows, _ = fitted(spec, visual.slots, wide, dtypes)
+    cut, piece = visual.pieces
+    grouped = q.reshape(batch, kv_heads, group, dim)
+    operands: Operands = {"q": grow.fill(grouped, {3: wide})}
+    chunks = 0
+    if listed.regions.shape[-1]:
+        operands["visual"] = _visual_operands(visual, listed, layer, step, piece)
+        chunks += -(-listed.regions.shape[-1] * cut // tiles.pieces)
+    if keys:
+        operands["text"] = _text_operands(text_k, text_v, layer, step, wide, rows)
+        chunks += -(-operands["text"]["k"].shape[1] // rows)
+    shape = Shape(
+        rows=rows,
+        dim=wide,
+        piece=piece,
+        cut=cut,
+        tiles=tiles,
+        splits=_splits(tiles, batch * kv_heads, chunks),
+        group=group,
+        query_parts=query_parts,
+        visual_parts=visual_parts,
+        text_parts=text_parts,
+        scale=spec.scale * _LOG2E,
+    )
+    partials = attend_in_splits(shape, batch, kv_heads, operands, interpret=spec.interpret)
+    together = listed.heads is not None
+    out, lse = merge(shape, partials, q.dtype, together=together, interpret=spec.interpret)
+    return out[..., :dim].reshape(q.shape), lse.reshape(batch, heads)
+
+
+def masks(
+    visual: Packed,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    visible: jax.Array | None = None,
+    order: jax.Array | None = None,
+) -> StepMasks:
+    """See :func:`pallas_kernels.gaze_decode.api.masks`."""
+    return gpu_step.masks(visual_seen, text_seen, visible, order, visual.pieces)
+
+
+def _checked(group: int) -> None:
+    if group > _MOST_HEADS:
+        raise NotImplementedError(
+            f"gaze_decode 'gpu' takes at most {_MOST_HEADS} query heads per kv head, not {group}."
+        )
+
+
 def gaze_decode(
     q: jax.Array,
     visual: Packed,
@@ -315,45 +281,86 @@ def gaze_decode(
     text_seen: jax.Array,
     *,
     spec: GazeSpec,
+    step: StepMasks | None = None,
 ) -> WithLse:
-    """See :func:`pallas_kernels.gaze_decode.api.gaze_decode`.
+    """See :func:`pallas_kernels.gaze_decode.api.gaze_decode_with_lse`.
 
     Raises:
       NotImplementedError: a dtype other than bfloat16, float32 and int8, more than 15 query heads per kv
         head, or a D too large for shared memory (above 256).
     """
-    batch, heads, dim = q.shape
+    batch, heads, _ = q.shape
     kv_heads, keys = text_k.shape[2:4]
-    group = heads // kv_heads
-    regions = visual_seen.shape[1]
-    wide = visual.k.shape[-1]
-    plan = _plan(indices, batch, kv_heads, group, regions)
-    listed = plan.regions.shape[-1]
-    if not listed and not keys:
+    _checked(heads // kv_heads)
+    read = visual_seen.shape[1] if indices is None else indices.shape[-1]
+    if not min(read, visual_seen.shape[1]) and not keys:
         return jnp.zeros_like(q), jnp.full((batch, heads), -jnp.inf, jnp.float32)
+    step = masks(visual, visual_seen, text_seen) if step is None else step
+    listed = _listed(indices, batch, kv_heads, visual_seen.shape[1], interpret=spec.interpret)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    return _attend(q, visual, text_k, text_v, layer, listed, step, spec=spec)
 
-    _, piece = _pieces(visual.slots, wide, visual.k.dtype.itemsize)
-    dtypes = (q.dtype, visual.k.dtype, text_k.dtype)
-    query_parts, visual_parts, text_parts = map(_parts, dtypes)
-    tiles, rows, _ = fitted(spec, visual.slots, wide, dtypes)
-    operands: Operands = {"q": _queries(q, kv_heads, wide, query_parts)}
-    if listed:
-        operands["visual"] = _visual_operands(visual, plan, layer, visual_seen, tiles, rows)
-    if keys:
-        operands["text"] = _text_operands(text_k, text_v, layer, text_seen, wide, rows)
-    chunks = sum(operands[kind]["seen"].shape[-2] for kind in ("visual", "text") if kind in operands)
-    shape = Shape(
-        rows=rows,
-        dim=wide,
-        piece=piece,
-        tiles=tiles,
-        splits=_splits(tiles, batch * kv_heads, chunks),
-        heads=-(-group // 8) * 8,
-        query_parts=query_parts,
-        visual_parts=visual_parts,
-        text_parts=text_parts,
-        scale=spec.scale * _LOG2E,
+
+def _scores(features: jax.Array, descriptors: jax.Array, layer: jax.Array, *, spec: GazeSpec) -> jax.Array:
+    """float32 [B, K, lists, places]; see :func:`pallas_kernels.gaze_decode.gpu_scores.scores`."""
+    batch, heads, width = features.shape
+    kv_heads, regions = descriptors.shape[2:4]
+    if regions < gpu_scores.TILE or width % DIMS:
+        descriptors = grow.fill(
+            lax.dynamic_slice_in_dim(descriptors, layer[0], 1),
+            {3: max(regions, gpu_scores.TILE), 4: padded(width)},
+        )
+        layer = jnp.zeros_like(layer)
+    features = features.reshape(batch, kv_heads, heads // kv_heads, width)
+    return gpu_scores.scores(
+        grow.fill(features, {3: padded(width)}),
+        descriptors.reshape(-1, *descriptors.shape[3:]),
+        layer,
+        (_parts(features.dtype), _parts(descriptors.dtype)),
+        shared=spec.select_per == "kv_head",
+        interpret=spec.interpret,
     )
-    partials = launch(shape, batch, kv_heads, operands, interpret=spec.interpret)
-    out, lse = _merge(partials, group, dim)
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)
+
+
+def route_and_decode(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    features: jax.Array,
+    descriptors: jax.Array,
+    budget: jax.Array,
+    visible: jax.Array,
+    order: jax.Array,
+    *,
+    capacity: int,
+    spec: GazeSpec,
+    step: StepMasks | None = None,
+) -> Routed:
+    """See :func:`pallas_kernels.gaze_decode.api.route_and_decode`; raises what :func:`gaze_decode` does."""
+    batch, heads, _ = q.shape
+    kv_heads, regions = descriptors.shape[2:4]
+    group = heads // kv_heads
+    _checked(group)
+    shared = kv_heads if spec.select_per == "kv_head" else heads
+    if not regions:
+        none = jnp.full((batch, shared, capacity), -1, jnp.int32)
+        arguments = (q, visual, text_k, text_v, layer, none, visual_seen, text_seen)
+        return Routed(*gaze_decode(*arguments, spec=spec), none, jnp.zeros((batch, shared, 0), jnp.float32))
+    if step is None or step.ranks is None:
+        step = masks(visual, visual_seen, text_seen, visible, order)
+    assert step.ranks is not None, "they were just made"
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    found = _scores(features, descriptors, layer, spec=spec)
+    lists = shared // kv_heads
+    cuts, interpret = None, spec.interpret
+    if lists > 1:
+        cuts = gpu_select.cuts_of(found, step.ranks, budget, regions, group, capacity, interpret=interpret)
+    listed = gpu_select.listed(found, step.ranks, cuts, budget, regions, capacity, interpret=interpret)
+    out, lse = _attend(q, visual, text_k, text_v, layer, listed, step, spec=spec)
+    # XLA leaves out what follows where nobody looks at it.
+    scores = gpu_scores.by_region(found[:, :, :lists], regions).reshape(batch, shared, regions)
+    return Routed(out, lse, gpu_select.best_first(scores, visible, budget, order, capacity), scores)

@@ -7,14 +7,12 @@ bfloat16 (24 bits, six products), and unseen values become 0. A ring slot is ref
 been copied out, before the products. The G query heads of the kv head are rows of one 64-row tile: most
 of its products are wasted, which costs nothing because decoding is memory-bound.
 
-When the kernel is interpreted, three things are replaced, each in one place: ``_Math.dot`` uses ordinary
-matrix products instead of the tensor cores, layout casts do nothing, and rounding to bfloat16 is forced.
-All copies, indices, barriers, masks and the softmax are the ones that run on the chip.
+Which keys of a chunk each head sees is made in registers, from a bit per slot of a region (of the step) and
+a bit per query head (of the layer's selection).
 """
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,17 +23,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-Ref = Any  # Pallas refs have no public type
-Refs = dict[str, Ref]
-Layout = Any  # the types of parameterised and reduced layouts are not public
-Operands = dict[str, jax.Array | dict[str, jax.Array]]
+from pallas_kernels.gaze_decode.gpu_math import (
+    DIMS,
+    ROWS,
+    Layout,
+    Math,
+    Operands,
+    Ref,
+    Refs,
+    launch,
+    pairs,
+    stage_queries,
+    swizzled,
+)
 
-ROWS = 64  # rows of a tensor core tile: the query heads of a kv head, padded
-DIMS = 64  # D is a multiple of one 128-byte row of bfloat16
-
-# jax 0.11 deprecates the index that jax 0.10 requires.
-_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
-_LOAD_ALL: tuple[tuple[()], ...] = ((),) if _INDEX and _INDEX.default is inspect.Parameter.empty else ()
+Seen = Callable[[Layout], jax.Array]
+"""Of a chunk: layout -> int32 [rows], the bits of the query heads that see each key."""
 
 
 class Tiles(NamedTuple):
@@ -52,71 +55,6 @@ class Tiles(NamedTuple):
     blocks: int
 
 
-class _Math:
-    """Operations that differ between the chip and the interpreter."""
-
-    def __init__(self, interpret: bool, rows: int, dim: int) -> None:
-        self.interpret = interpret
-        self.logits = plgpu.Layout.WGMMA
-        self.copies = plgpu.Layout.SMEM_GMEM_COPY((rows, dim), jnp.bfloat16, 128)
-
-    def cast(self, x: jax.Array, layout: Layout) -> jax.Array:
-        """Cast ``x`` to a layout; the interpreter has no layouts."""
-        return x if self.interpret else plgpu.layout_cast(x, layout)
-
-    def spread(self, x: jax.Array, shape: tuple[int, ...], axis: int, layout: Layout) -> jax.Array:
-        """Broadcast a vector along ``axis`` of a matrix."""
-        return self.cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
-
-    def load(self, ref: Ref, layout: Layout) -> jax.Array:
-        if self.interpret:
-            return ref[...]
-        return plgpu.load(ref, *_LOAD_ALL, layout=layout, optimized=False)
-
-    def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
-        """Split ``x`` into ``count`` bfloat16 arrays whose sum equals it to 8 * count bits."""
-        if x.dtype == jnp.bfloat16:
-            return [x]
-        if x.dtype == jnp.int8:
-            return [x.astype(jnp.bfloat16)]
-        parts = []
-        for left in range(count, 0, -1):
-            # XLA, which runs the interpreter, may remove a rounding that is converted back at once.
-            rounded = lax.reduce_precision(x, 8, 7) if self.interpret else x
-            parts.append(rounded.astype(jnp.bfloat16))
-            if left > 1:
-                x = x - parts[-1].astype(jnp.float32)
-        return parts
-
-    def dot(
-        self,
-        pairs: Sequence[tuple[Ref, Ref]],
-        start: jax.Array | None,
-        shape: tuple[int, int],
-        *,
-        transposed: bool,
-    ) -> jax.Array:
-        """``start`` plus a @ b (or a @ b.T) of each pair; b is a reference, a may be an array."""
-        if self.interpret:
-            total = jnp.zeros(shape, jnp.float32) if start is None else start
-            dims = (((1,), (1 if transposed else 0,)), ((), ()))
-            for a, b in pairs:
-                total += lax.dot_general(a[...], b[...], dims, preferred_element_type=jnp.float32)
-            return total
-
-        def products(acc: Ref) -> None:
-            for a, b in pairs:
-                plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
-
-        def fresh(acc: Ref) -> jax.Array:
-            products(acc)
-            return acc[...]
-
-        if start is None:
-            return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
-        return pl.run_state(products)(plgpu.ACC.init(start))
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Static sizes of one kernel.
@@ -125,9 +63,10 @@ class Shape:
       rows: keys in a chunk's tile, a multiple of 64.
       dim: D, padded.
       piece: slots per piece.
+      cut: pieces per region.
       tiles: how the work is divided.
       splits: thread blocks per row and kv head.
-      heads: query heads per kv head, padded to a multiple of 8.
+      group: query heads per kv head.
       query_parts, visual_parts, text_parts: number of bfloat16 arrays whose sum is the operand.
       scale: factor of the logits, in units of log2(e).
     """
@@ -135,13 +74,19 @@ class Shape:
     rows: int
     dim: int
     piece: int
+    cut: int
     tiles: Tiles
     splits: int
-    heads: int
+    group: int
     query_parts: int
     visual_parts: int
     text_parts: int
     scale: float
+
+    @property
+    def heads(self) -> int:
+        """``group``, padded to a multiple of 8."""
+        return -(-self.group // 8) * 8
 
 
 class _Stream(NamedTuple):
@@ -151,45 +96,38 @@ class _Stream(NamedTuple):
       steps: int32, number of chunks for this block.
       plan: plan(i) reads the scalars needed to fetch chunk i, ahead of time.
       fetch: fetch(i, plan(i), slot, side) starts the copies of a chunk into a ring slot.
+      seen: seen(i) reads the scalars that say which keys of chunk i count.
       k, v: rings [stages, rows, D].
-      seen: ring int32 [stages, rows] of head bits.
       scales: rings float32 [stages, rows] for K and V of int8, or None.
-      barriers: one per ring slot for K and the arrays copied with it, and one for V.
+      barriers: one per ring slot for K and the scales, and one for V.
       tile: [parts, rows, D], swizzled; the tensor cores read it.
     """
 
     steps: jax.Array
     plan: Callable[[jax.Array], Any]
     fetch: Callable[[jax.Array, Any, jax.Array, str], None]
+    seen: Callable[[jax.Array], Seen]
     k: Ref
     v: Ref
-    seen: Ref
     scales: tuple[Ref, Ref] | None
     barriers: tuple[Ref, Ref]
     tile: Ref
 
 
-def _pairs(a: Sequence[Ref], b: Ref, count: int) -> list[tuple[Ref, Ref]]:
-    """Pairs of parts whose products matter in float32, smallest first."""
-    most = max(len(a), count)
-    orders = sorted((i + j, i, j) for i in range(len(a)) for j in range(count) if i + j < most)
-    return [(a[i], b.at[j]) for _, i, j in reversed(orders)]
-
-
 def _attend(
-    stream: _Stream, q: Ref, carry: tuple[jax.Array, ...], shape: Shape, parts: int, math: _Math
+    stream: _Stream, q: Ref, carry: tuple[jax.Array, ...], shape: Shape, parts: int, math: Math
 ) -> tuple[jax.Array, ...]:
     """Continue an online softmax (values [64, D], maximum [64], sum [64]) over a block's chunks."""
     stages = shape.tiles.stages
-    per_key = math.logits.reduce(0)
+    per_key, copies = math.by_column, math.copies(shape.rows, shape.dim)
     logits_shape = (ROWS, shape.rows)
     values_shape = (ROWS, shape.dim)
     queries = [q.at[i] for i in range(shape.query_parts)]
 
     def stage(ring: Ref, slot: jax.Array, seen: jax.Array) -> None:
         """Copy a ring slot into the tile as bfloat16, with zeros for unseen keys."""
-        x = math.load(ring.at[slot], math.copies)
-        visible = math.spread(seen, x.shape, 0, math.copies) != 0
+        x = math.load(ring.at[slot], copies)
+        visible = math.spread(seen, x.shape, 0, copies) != 0
         if x.dtype == jnp.int8:
             x = x.astype(jnp.bfloat16)
         x = jnp.where(visible, x, jnp.zeros((), x.dtype))
@@ -201,36 +139,38 @@ def _attend(
         values, top, total = carry
         slot = lax.rem(i, jnp.int32(stages))
         later = i + stages
-        plan = stream.plan(later)  # read now, used below: scalar loads have a long latency
+        plan, seen = stream.plan(later), stream.seen(i)  # read now, used below: scalars take long to arrive
 
         plgpu.barrier_wait(stream.barriers[0].at[slot])
-        by_row = math.load(stream.seen.at[slot], math.copies.reduce(1))
-        by_key = math.load(stream.seen.at[slot], per_key)
+        by_row, by_key = seen(copies.reduce(1)), seen(per_key)
         if stream.scales is not None:
-            k_scale, v_scale = (math.load(ring.at[slot], per_key) for ring in stream.scales)
+            # What is not seen may be NaN: a scale too.
+            k_scale, v_scale = (
+                jnp.where(by_key != 0, math.load(ring.at[slot], per_key), 0.0) for ring in stream.scales
+            )
         stage(stream.k, slot, by_row)
 
         @pl.when(later < stream.steps)
         def _() -> None:
             stream.fetch(later, plan, slot, "k")
 
-        logits = math.dot(_pairs(queries, stream.tile, parts), None, logits_shape, transposed=True)
+        logits = math.dot(pairs(queries, stream.tile, parts), None, logits_shape, transposed=True)
         logits = logits * shape.scale
         if stream.scales is not None:
-            logits = logits * math.spread(k_scale, logits_shape, 1, math.logits)
-        head = math.cast(lax.broadcasted_iota(jnp.int32, logits_shape, 0), math.logits)
+            logits = logits * math.spread(k_scale, logits_shape, 1, math.matrix)
+        head = math.iota(logits_shape, 0, math.matrix)
         bit = jnp.int32(1) << jnp.minimum(head, 31)
-        mine = (math.spread(by_key, logits_shape, 1, math.logits) & bit) != 0
+        mine = (math.spread(by_key, logits_shape, 1, math.matrix) & bit) != 0
         logits = jnp.where(mine, logits, -jnp.inf)
 
         new = jnp.maximum(top, jnp.max(logits, axis=1))
         base = jnp.where(new == -jnp.inf, 0.0, new)
         decay = jnp.exp2(top - base)
-        weights = jnp.exp2(logits - math.spread(base, logits_shape, 0, math.logits))
+        weights = jnp.exp2(logits - math.spread(base, logits_shape, 0, math.matrix))
         total = total * decay + jnp.sum(weights, axis=1)
-        values = values * math.spread(decay, values_shape, 0, math.logits)
+        values = values * math.spread(decay, values_shape, 0, math.matrix)
         if stream.scales is not None:
-            weights = weights * math.spread(v_scale, logits_shape, 1, math.logits)
+            weights = weights * math.spread(v_scale, logits_shape, 1, math.matrix)
         split = math.parts(weights, shape.query_parts)
 
         plgpu.barrier_wait(stream.barriers[1].at[slot])
@@ -240,7 +180,7 @@ def _attend(
         def _() -> None:
             stream.fetch(later, plan, slot, "v")
 
-        values = math.dot(_pairs(split, stream.tile, parts), values, values_shape, transposed=False)
+        values = math.dot(pairs(split, stream.tile, parts), values, values_shape, transposed=False)
         return values, new, total
 
     for ahead in range(stages):
@@ -255,102 +195,134 @@ def _attend(
     return lax.fori_loop(0, stream.steps, step, carry)
 
 
-def _swizzled(columns: int) -> tuple[Any, Any]:
-    """Shared memory in tiles of 8 rows by 128 bytes, which are ``columns``."""
-    # With jax 0.12 mypy takes both classes for abstract, because their protocol has a method without a body.
-    tiles = plgpu.TilingTransform((8, columns))  # type: ignore[abstract, unused-ignore]
-    return tiles, plgpu.SwizzleTransform(128)  # type: ignore[abstract, unused-ignore]
-
-
 def _ring(shape: Shape, dtype: DTypeLike, parts: int, scaled: bool) -> dict[str, pl.MemoryRef]:
     """Shared memory for one stream."""
     stages, rows, dim = shape.tiles.stages, shape.rows, shape.dim
-    swizzled = _swizzled(DIMS)
     ring = {
         "k": plgpu.SMEM((stages, rows, dim), dtype),
         "v": plgpu.SMEM((stages, rows, dim), dtype),
-        "seen": plgpu.SMEM((stages, rows), jnp.int32),
-        "tile": plgpu.SMEM((parts, rows, dim), jnp.bfloat16, transforms=swizzled),
+        "tile": plgpu.SMEM((parts, rows, dim), jnp.bfloat16, transforms=swizzled(DIMS)),
     }
     if scaled:
         ring |= {name: plgpu.SMEM((stages, rows), jnp.float32) for name in ("k_scale", "v_scale")}
     return ring
 
 
-def _visual(refs: Refs, ring: Refs, barriers: tuple[Ref, Ref], shape: Shape) -> _Stream:
+def _visual(refs: Refs, ring: Refs, barriers: tuple[Ref, Ref], shape: Shape, math: Math) -> _Stream:
     """This block's chunks of the region list."""
     b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
-    splits, pieces = shape.splits, shape.tiles.pieces
-    last = refs["seen"].shape[-2] - 1
-    together = [name for name in ("seen", "k_scale", "v_scale") if name in ring]
+    splits, pieces, cut = shape.splits, shape.tiles.pieces, shape.cut
+    listed, per_row = refs["list"].shape[-1], refs["words"].shape[1]
+    count = (refs["length"][b, h] if "length" in refs else jnp.int32(listed)) * cut
+    first = ((refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h) * per_row
+    scales = [name for name in ("k_scale", "v_scale") if name in ring]
 
-    def plan(i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        chunk = jnp.minimum(split + i * splits, last)
-        return chunk, [refs["blocks"][b, h, chunk * pieces + n] for n in range(pieces)]
+    def piece(i: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+        """The place in the list of piece n of chunk i, and the piece's number in its row; -1 is none."""
+        place = (split + i * splits) * pieces + n
+        entry = jnp.minimum(lax.div(place, jnp.int32(cut)), listed - 1)
+        region = refs["list"][b, h, entry]
+        # The list may hold anything behind its end.
+        used = (place < count) & (region >= 0)
+        return entry, jnp.where(used, region * cut + lax.rem(place, jnp.int32(cut)), -1)
 
-    def fetch(i: jax.Array, plan: tuple[jax.Array, list[jax.Array]], slot: jax.Array, side: str) -> None:
-        chunk, blocks = plan
+    def plan(i: jax.Array) -> list[jax.Array]:
+        return [piece(i, n)[1] for n in range(pieces)]
+
+    def fetch(i: jax.Array, plan: list[jax.Array], slot: jax.Array, side: str) -> None:
         barrier = barriers["kv".index(side)].at[slot]
-        for n, block in enumerate(blocks):
+        together = [side, *scales] if side == "k" else [side]
+        for n, number in enumerate(plan):
 
-            @pl.when(block >= 0)
-            def _(n: int = n, block: jax.Array = block) -> None:
-                rows = pl.ds(n * shape.piece, shape.piece)
-                plgpu.copy_gmem_to_smem(refs[side].at[block], ring[side].at[slot, rows], barrier)
+            @pl.when(number >= 0)
+            def _(n: int = n, number: jax.Array = number) -> None:
+                for name in together:
+                    rows = pl.ds(n * shape.piece, refs[name].shape[1])
+                    plgpu.copy_gmem_to_smem(refs[name].at[first + number], ring[name].at[slot, rows], barrier)
 
-            @pl.when(block < 0)
+            @pl.when(number < 0)
             def _() -> None:
-                plgpu.barrier_arrive(barrier)
+                for _ in together:
+                    plgpu.barrier_arrive(barrier)
 
-        if side == "k":
-            for name in together:
-                plgpu.copy_gmem_to_smem(refs[name].at[b, h, chunk], ring[name].at[slot], barrier)
+    def seen(i: jax.Array) -> Seen:
+        facts = []
+        for n in range(pieces):
+            entry, number = piece(i, n)
+            heads = refs["heads"][b, h, entry] if "heads" in refs else jnp.int32(-1)
+            words = [refs["words"][b, jnp.maximum(number, 0), word] for word in (0, 1)]
+            facts.append((jnp.where(number >= 0, heads, 0), *words))
 
-    steps = lax.div(refs["chunks"][b, h] - split + (splits - 1), jnp.int32(splits))
-    scales = (ring["k_scale"], ring["v_scale"]) if "k_scale" in ring else None
-    return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], scales, barriers, ring["tile"])
+        def bits(layout: Layout) -> jax.Array:
+            row = math.iota((shape.rows,), 0, layout)
+            found = jnp.zeros_like(row)
+            for n, (heads, low, high) in enumerate(facts):
+                slot = row - n * shape.piece
+                word = jnp.where(slot < 32, low, high)
+                bit = lax.shift_right_logical(word, slot & 31) & 1
+                mine = (slot >= 0) & (slot < shape.piece) & (bit != 0)
+                found = jnp.where(mine, heads, found)
+            return found
+
+        return bits
+
+    steps = lax.div(lax.div(count + pieces - 1, jnp.int32(pieces)) - split + (splits - 1), jnp.int32(splits))
+    rings = (ring["k_scale"], ring["v_scale"]) if scales else None
+    return _Stream(steps, plan, fetch, seen, ring["k"], ring["v"], rings, barriers, ring["tile"])
 
 
-def _text(refs: Refs, ring: Refs, barriers: tuple[Ref, Ref], shape: Shape) -> _Stream:
+def _text(refs: Refs, ring: Refs, barriers: tuple[Ref, Ref], shape: Shape, math: Math) -> _Stream:
     """This block's chunks of the text stream."""
     b, h = lax.axis_index("batch"), lax.axis_index("kv")
-    splits = shape.splits
+    splits, rows = shape.splits, shape.rows
     # Counted from the end: the last splits have one region chunk less.
     split = splits - 1 - lax.axis_index("split")
-    keys = refs["k"].shape[-2]
+    keys, last = refs["k"].shape[-2], refs["words"].shape[1] - 1
     at = (refs["layer"][0] * lax.axis_size("batch") + b) * lax.axis_size("kv") + h
 
-    def plan(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chunk = split + i * splits
+    def plan(i: jax.Array) -> jax.Array:
         # The last chunk is moved back to end at the stream's end; the mask excludes the keys it repeats.
-        return chunk, jnp.minimum(chunk * shape.rows, keys - shape.rows)
+        return jnp.minimum((split + i * splits) * rows, keys - rows)
 
-    def fetch(i: jax.Array, plan: tuple[jax.Array, jax.Array], slot: jax.Array, side: str) -> None:
-        chunk, start = plan
+    def fetch(i: jax.Array, plan: jax.Array, slot: jax.Array, side: str) -> None:
         barrier = barriers["kv".index(side)].at[slot]
-        plgpu.copy_gmem_to_smem(refs[side].at[at, pl.ds(start, shape.rows)], ring[side].at[slot], barrier)
-        if side == "k":
-            plgpu.copy_gmem_to_smem(refs["seen"].at[b, chunk], ring["seen"].at[slot], barrier)
+        plgpu.copy_gmem_to_smem(refs[side].at[at, pl.ds(plan, rows)], ring[side].at[slot], barrier)
 
-    steps = lax.div(refs["chunks"][b] - split + (splits - 1), jnp.int32(splits))
-    return _Stream(steps, plan, fetch, ring["k"], ring["v"], ring["seen"], None, barriers, ring["tile"])
+    def seen(i: jax.Array) -> Seen:
+        start, fresh = plan(i), (split + i * splits) * rows
+        word, shift = lax.div(start, jnp.int32(32)), lax.rem(start, jnp.int32(32))
+        words = [refs["words"][b, jnp.minimum(word + n, last)] for n in range(rows // 32 + 1)]
+
+        def bits(layout: Layout) -> jax.Array:
+            row = math.iota((rows,), 0, layout)
+            key = row + shift
+            mine = jnp.zeros_like(row)
+            for n, word in enumerate(words):
+                mine = jnp.where((key >= 32 * n) & (key < 32 * n + 32), word, mine)
+            bit = lax.shift_right_logical(mine, key & 31) & 1
+            return jnp.where((bit != 0) & (row + start >= fresh), jnp.int32(-1), jnp.int32(0))
+
+        return bits
+
+    chunks = lax.div(refs["length"][b] + rows - 1, jnp.int32(rows))
+    steps = lax.div(chunks - split + (splits - 1), jnp.int32(splits))
+    return _Stream(steps, plan, fetch, seen, ring["k"], ring["v"], None, barriers, ring["tile"])
 
 
-def _block(shape: Shape, interpret: bool, refs: dict[str, Ref], outs: Sequence[Ref], scratch: Refs) -> None:
+def _block(shape: Shape, math: Math, refs: dict[str, Ref], outs: Sequence[Ref], scratch: Refs) -> None:
     """One thread block: the partial softmax of its split of the regions and of the text stream."""
     b, h, split = (lax.axis_index(name) for name in ("batch", "kv", "split"))
-    math = _Math(interpret, shape.rows, shape.dim)
     q = scratch["q"]
-    for part in range(shape.query_parts):
-        row = (b * lax.axis_size("kv") + h) * shape.query_parts + part
-        plgpu.copy_gmem_to_smem(refs["q"].at[pl.ds(row * ROWS, ROWS)], q.at[part], scratch["arrived"])
-    plgpu.barrier_wait(scratch["arrived"])
+    # The plain copy of the queries and the two streams use the same shared memory, one after the other.
+    stage = functools.partial(
+        stage_queries, math, refs["q"].at[b, h], q, shape.query_parts, shape.group, scratch["arrived"]
+    )
+    pl.run_scoped(stage, plgpu.SMEM((ROWS, shape.dim), refs["q"].dtype))
 
-    per_row = math.logits.reduce(1)
     carry: tuple[jax.Array, ...] = (
-        math.cast(jnp.zeros((ROWS, shape.dim), jnp.float32), math.logits),
-        math.cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), per_row),
-        math.cast(jnp.zeros((ROWS,), jnp.float32), per_row),
+        math.cast(jnp.zeros((ROWS, shape.dim), jnp.float32), math.matrix),
+        math.cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), math.by_row),
+        math.cast(jnp.zeros((ROWS,), jnp.float32), math.by_row),
     )
     for kind, make, parts in (
         ("visual", _visual, shape.visual_parts),
@@ -364,10 +336,9 @@ def _block(shape: Shape, interpret: bool, refs: dict[str, Ref], outs: Sequence[R
         def attend(
             ring: Refs, make: Callable[..., _Stream] = make, source: Refs = source, **given: Any
         ) -> tuple[jax.Array, ...]:
-            stream = make(source, ring, given["barriers"], shape)
+            stream = make(source, ring, given["barriers"], shape, math)
             return _attend(stream, q, given["carry"], shape, given["parts"], math)
 
-        # The two streams use the same shared memory, one after the other.
         carry = pl.run_scoped(
             functools.partial(attend, barriers=barriers, carry=carry, parts=parts),
             _ring(shape, source["k"].dtype, parts, "k_scale" in source),
@@ -377,70 +348,56 @@ def _block(shape: Shape, interpret: bool, refs: dict[str, Ref], outs: Sequence[R
         for ref, value in zip(smem, carry, strict=True):
             ref[...] = value
         plgpu.commit_smem()
-        for ref, out in zip((smem[0].at[pl.ds(0, shape.heads)], *smem[1:]), outs, strict=True):
-            plgpu.copy_smem_to_gmem(ref, out.at[b, h, split])
+        places = (outs[0].at[b, h, :, split], outs[1].at[b, h, split], outs[2].at[b, h, split])
+        for ref, out in zip(smem, places, strict=True):
+            plgpu.copy_smem_to_gmem(ref.at[pl.ds(0, shape.heads)], out)
         plgpu.wait_smem_to_gmem(0)
 
-    swizzled = _swizzled(32)
     pl.run_scoped(
         write,
-        plgpu.SMEM((ROWS, shape.dim), jnp.float32, transforms=swizzled),
+        plgpu.SMEM((ROWS, shape.dim), jnp.float32, transforms=swizzled(32, jnp.float32)),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.SMEM((ROWS,), jnp.float32),
     )
 
 
-def _interpreter() -> Any:
-    """Parameters for interpreting the kernel, with every check on, so that no test passes by luck."""
-    # JAX has no public name for it yet, and only tests use it.
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    # With a single engine, waiting for one copy would seem to order all those before it.
-    return InterpretGPUParams(
-        detect_races=True,
-        out_of_bounds_reads="raise",
-        uninitialized_memory="nan",
-        num_tma_threads_per_device=32,
-    )
-
-
-def launch(
+def attend_in_splits(
     shape: Shape, batch: int, kv_heads: int, operands: Operands, *, interpret: bool
 ) -> Sequence[jax.Array]:
-    """Run the kernel: values [B, K, splits, heads, D], maxima and sums [B, K, splits, 64], all float32."""
-    leaves, tree = jax.tree.flatten(operands)
+    """Run the kernel: partial softmaxes, which ``gpu_merge.py`` joins.
+
+    Args:
+      shape: static sizes.
+      batch, kv_heads: B and K.
+      operands: "q" [B, K, G, D]; "visual" and "text", either or both, as ``gpu.py`` makes them.
+      interpret: see :class:`pallas_kernels.spec.GazeSpec`.
+
+    Returns:
+      float32: values [B, K, heads, splits', D], of which the splits beyond ``splits``, which make them a
+      multiple of 8, hold anything; maxima and sums [B, K, splits', heads].
+    """
     splits, stages = shape.splits, shape.tiles.stages
     scaled = "k_scale" in operands.get("visual", {})
-
-    def body(*refs: Ref, **scratch: Ref) -> None:
-        _block(shape, interpret, jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :], scratch)
 
     def barriers(arrivals: int) -> plgpu.Barrier:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
 
-    partial = (batch, kv_heads, splits)
-    return plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((*partial, shape.heads, shape.dim), jnp.float32),
-            jax.ShapeDtypeStruct((*partial, ROWS), jnp.float32),
-            jax.ShapeDtypeStruct((*partial, ROWS), jnp.float32),
-        ],
-        grid=partial,
-        grid_names=("batch", "kv", "split"),
-        scratch_types={
-            "q": plgpu.SMEM((shape.query_parts, ROWS, shape.dim), jnp.bfloat16, transforms=_swizzled(DIMS)),
-            "arrived": plgpu.Barrier(num_arrivals=shape.query_parts),
-            "visual_k": barriers(shape.tiles.pieces + 1 + 2 * scaled),
+    stored = -(-splits // 8) * 8
+    by_split = jax.ShapeDtypeStruct((batch, kv_heads, stored, shape.heads), jnp.float32)
+    values = (batch, kv_heads, shape.heads, stored, shape.dim)
+    return launch(
+        "gaze_attention",
+        functools.partial(_block, shape, Math(interpret)),
+        operands,
+        [jax.ShapeDtypeStruct(values, jnp.float32), by_split, by_split],
+        {"batch": batch, "kv": kv_heads, "split": splits},
+        {
+            "q": plgpu.SMEM((shape.query_parts, ROWS, shape.dim), jnp.bfloat16, transforms=swizzled(DIMS)),
+            "arrived": plgpu.Barrier(),
+            "visual_k": barriers(shape.tiles.pieces * (3 if scaled else 1)),
             "visual_v": barriers(shape.tiles.pieces),
-            "text_k": barriers(2),
+            "text_k": barriers(1),
             "text_v": barriers(1),
         },
-        # Reductions stay within a warp, so they need no scratch. The layouts are written for lane semantics.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        interpret=_interpreter() if interpret else None,
-    )(*leaves)
+        interpret=interpret,
+    )

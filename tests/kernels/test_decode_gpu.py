@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import GazeSpec, gaze_decode
 from pallas_kernels.dispatch import compile_for
-from pallas_kernels.gaze_decode import api, gpu
+from pallas_kernels.gaze_decode import api, gpu, gpu_layout
 from tests.helpers import cases
 from tests.kernels.decode_suite import InterpretedDecodeSuite
 from tests.kernels.decode_values import _close, _program, call, long
@@ -271,4 +271,4 @@ def test_splits_fill_the_chip_and_leave_none_empty():
 )
 def test_pieces(slots, dim, itemsize, expected):
     """A piece is a multiple of 128 bytes and at most 64 slots, and P = 36 is stored as it is."""
-    assert gpu._pieces(slots, dim, itemsize) == expected
+    assert gpu_layout.pieces_of(slots, dim, itemsize) == expected

@@ -1,5 +1,8 @@
 """Ahead-of-time compilation of the GPU kernel: the reading of ptxas' report and of XLA's programs."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,19 +12,40 @@ pytest.importorskip("flax")
 
 from benchmarks import gpu_aot
 
+ROOT = Path(__file__).parents[2]
 REPORT = """\
 ptxas warning : Registers are spilled to local memory in f, 16 bytes spill stores, 20 bytes spill loads
-ptxas info    : Compiling entry function 'f' for 'sm_90a'
+ptxas info    : Compiling entry function 'first_mosaic_gpu_kernel' for 'sm_90a'
     16 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads
 ptxas info    : Used 255 registers, used 2 barriers, 16 bytes cumulative stack size, 1 bytes smem
+ptxas info    : Compiling entry function 'second_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 64 registers, used 2 barriers, 1 bytes smem
 """
+FIRST, SECOND = {"registers": 255, "spilled_bytes": 36}, {"registers": 64, "spilled_bytes": 0}
 
 
-def test_a_report_is_of_one_kernel():
-    assert gpu_aot.figures(REPORT) == {"registers": 255, "spilled_bytes": 36}
-    for wrong, count in (("", 0), (REPORT * 2, 2)):
-        with pytest.raises(ValueError, match=f"reported {count} kernels, not one"):
-            gpu_aot.figures(wrong)
+def test_a_report_names_its_kernels():
+    assert gpu_aot.figures(REPORT) == {"first": FIRST, "second": SECOND}
+    assert gpu_aot.figures("") == {}
+
+
+def test_kernels_that_were_compiled_before_are_not_reported_again():
+    """Each Mosaic kernel of a program by its name; one without figures is an error."""
+    line = (
+        '  %mpmd_map.{} = f32[4] custom-call(%a), custom_call_target="mosaic_gpu_v2", '
+        'metadata={{op_name="jit(run)/{}/mpmd_map"}}, backend_config={{kernel_hash = "{}", module = ""}}'
+    )
+    program = "\n".join(
+        ["ENTRY %main (a: f32[4]) -> f32[4] {", line.format(3, "first", "A"), line.format(7, "second", "B")]
+    )
+    before = {}
+    assert gpu_aot.mosaic(program, REPORT, before) == {"first": FIRST, "second": SECOND}
+    assert before == {"A": FIRST, "B": SECOND}
+    assert gpu_aot.mosaic(program, "", before) == {"first": FIRST, "second": SECOND}
+    assert gpu_aot.kernels(program) == ["%mpmd_map.3 first", "%mpmd_map.7 second"]
+    with pytest.raises(KeyError, match="first"):
+        gpu_aot.mosaic(program, "", {})
 
 
 @pytest.mark.parametrize(
@@ -59,8 +83,28 @@ def test_kernels_of_a_loop_count_once():
 
 
 def test_rows_with_a_problem_are_named():
-    good = {"dtype": "int8", "registers": 188, "spilled_bytes": 0, "blocks": 2}
-    assert gpu_aot.problems(good) == [] == gpu_aot.problems({"kernels": []})
+    good = {"program": "gaze_decode", "dtype": "int8", "registers": 188, "spilled_bytes": 0, "blocks": 2}
+    good |= {"beside": {"gaze_join": SECOND}, "kernels": list("abcdefg")}
+    assert gpu_aot.problems(good) == [] == gpu_aot.problems({"program": "masks", "kernels": []})
     assert gpu_aot.problems(good | {"spilled_bytes": 8}) == ["8 bytes are spilled"]
     assert gpu_aot.problems(good | {"blocks": 1}) == ["a multiprocessor holds 1 blocks, not 2"]
     assert gpu_aot.problems(good | {"dtype": "float32", "spilled_bytes": 8, "blocks": 1}) == []
+    assert gpu_aot.problems(good | {"beside": {"gaze_cut": FIRST}}) == ["36 bytes of gaze_cut are spilled"]
+    layer = {"program": "routed layer", "dtype": "int8", "kernels": list("abcdef")}
+    assert gpu_aot.problems(layer) == []
+    too_many = layer | {"kernels": list("abcdefg")}
+    assert gpu_aot.problems(too_many) == ["a routed layer launches 7 kernels, not at most 6"]
+
+
+def test_the_recorded_routed_layers_launch_what_the_documentation_says():
+    """docs/kernels.md: four kernels with a selection per kv head, five per head; one more in batches."""
+    rows = json.loads((ROOT / "benchmarks/results/gpu_aot.json").read_text())["rows"]
+    layers = [row for row in rows if row["program"].startswith("routed layer")]
+    assert len(layers) == 16
+    for row in layers:
+        per_head = " head " in row["program"]
+        names = ["gaze_scores", *["gaze_cut"] * per_head, "gaze_list", "gaze_attention", "gaze_join"]
+        assert [name.split()[1] for name in row["kernels"] if "gaze_" in name] == names
+        assert len(row["kernels"]) - len(names) == (" B8 " in row["program"])
+    for row in rows:
+        assert gpu_aot.problems(row) == []

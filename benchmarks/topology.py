@@ -105,6 +105,12 @@ CASES = (
     Case(f"{VIDEO}:4b", "v5e:2x4", (1, 1, 1, 8), 1, FRAMES_128),
     Case(f"{VIDEO}:4b", "v5p:2x2x1", (1, 4, 1, 1), 4, FRAMES_128),
     Case(f"{VIDEO}:4b", "v6e:2x4", (1, 2, 1, 4), 2, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v5e:16x16", (4, 16, 1, 4), 64, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v5p:4x4x8", (2, 64, 1, 1), 128, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v6e:16x16", (4, 32, 1, 2), 128, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v5e:4x4", (1, 1, 1, 16), 1, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v5p:2x2x1", (1, 4, 1, 1), 4, FRAMES_128),
+    Case(f"{VIDEO}:7b", "v6e:2x4", (1, 2, 1, 4), 2, FRAMES_128),
 )
 
 

@@ -44,7 +44,8 @@ def passes(attend: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
     """``attend(q, k..., v...)`` and its gradients, with the query as cotangent."""
 
     def both(*arrays: Array) -> Any:
-        out, pull = jax.vjp(attend, *arrays)
+        floats = [a for a in arrays if a.dtype != bool]
+        out, pull = jax.vjp(lambda *floats: attend(*floats, *arrays[len(floats) :]), *floats)
         return out, pull(arrays[0])
 
     return {"forward": attend, "forward+backward": both}
@@ -61,10 +62,11 @@ def arrays_of(
     return tuple(jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True))
 
 
-def gaze(
-    name: str, spec: GazeSpec, shape: timing.Shape, queries: int, selected: Array | None
-) -> Callable[..., Array]:
-    """Make ``gaze_prefill`` a function of its five arrays."""
+def gaze(name: str, spec: GazeSpec, shape: timing.Shape, queries: int) -> Callable[..., Array]:
+    """Make ``gaze_prefill`` a function of its five arrays and ``selected``.
+
+    The selection is an argument: XLA would spend minutes folding what is made of a constant one.
+    """
     seen = shape.seen(1)
     order = np.where(seen, np.arange(seen.size).reshape(seen.shape), -1)
     places = KeyPlaces(
@@ -85,7 +87,8 @@ def gaze(
     )
 
     def attend(*arrays: Array) -> Array:
-        return gaze_prefill(*arrays, windows, places, selected, spec=spec, implementation=name)
+        selected = arrays[5] if len(arrays) > 5 else None
+        return gaze_prefill(*arrays[:5], windows, places, selected, spec=spec, implementation=name)
 
     return attend
 
@@ -138,12 +141,12 @@ def rivals(
             attended = float((mask * sizes).sum(-1).mean()) + TEXT
             shared = GazeSpec(scale, select_per, query_block=args.query_block)
             found[name, select_per] = (
-                gaze(name, shared, shape, args.queries, jnp.asarray(mask)),
-                arrays,
+                gaze(name, shared, shape, args.queries),
+                (*arrays, jnp.asarray(mask)),
                 attended,
             )
     plain = GazeSpec(scale, query_block=args.query_block)
-    found["dense xla", ""] = gaze("xla", plain, shape, args.queries, None), arrays, everything
+    found["dense xla", ""] = gaze("xla", plain, shape, args.queries), arrays, everything
     one_stream = joined(arrays, shape.tokens)
     found["dense dot_product_attention", ""] = library("xla", scale), one_stream, everything
     if jax.default_backend() == "gpu" and dtype != jnp.float32:

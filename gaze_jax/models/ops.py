@@ -190,8 +190,10 @@ def gaze_prefill(
         return prefill_api.gaze_prefill(*arguments, spec=spec, implementation=implementation)
 
     arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
-    _, parts = rules.split_sizes(jax.sharding.get_abstract_mesh(), "kv_heads")
-    if implementation not in dispatch.KERNELS and parts == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    (_, parts), (_, devices) = (rules.split_sizes(mesh, name) for name in ("kv_heads", "batch"))
+    # XLA takes rows that the devices do not divide to all of them; a kernel refuses them.
+    if implementation not in dispatch.KERNELS and parts == 1 and (devices == 1 or q.shape[0] % devices):
         return call(*arguments)
     keys = ("batch", "kv_heads")
     rows = ("batch", None, "heads")

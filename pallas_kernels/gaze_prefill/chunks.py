@@ -243,26 +243,45 @@ def _at(a: Array, row: Array, chunk: Array) -> Array:
     return jax.lax.dynamic_slice(a, (row, chunk, *[0] * (a.ndim - 2)), (1, 1, *a.shape[2:]))[0, 0]
 
 
-def _mask(where: _Places, block: _Block, chunk: Array, groups: tuple[int, int]) -> Array:
-    """bool [K or 1, G or 1, T, C]: which keys of a chunk the queries of a block see; ``groups`` is K, G."""
+def _logits(scale: float, rows: Array, keys: Array, poison: Array, seen: "_Seen") -> Array:
+    """float32 [K, G, T, regions, slots] of queries [K, G * T, D] and keys [K, C, D], -inf where unseen.
+
+    XLA's CPU backend makes fast loops over the slots of a region where there are two masks, each in its own
+    shape, and no array of all keys of a chunk on the way.
+    """
+    near, opened = seen
+    length, regions, slots = near.shape
+    logits = _product("KMD,KND->KMN", rows, keys).reshape(rows.shape[0], -1, length, regions, slots)
+    logits = logits * scale + poison.reshape(-1, 1, 1, regions, slots)
+    if opened is not None:
+        logits = jnp.where(opened.reshape(rows.shape[0], -1, length, regions, 1), logits, -jnp.inf)
+    return jnp.where(near, logits, -jnp.inf)
+
+
+_Seen = tuple[Array, Array | None]
+"""bool [T, regions, slots], whether a key is in a query's window; and [Hs, T, regions], whether a region is
+open to it. Without the latter a chunk is one region."""
+
+
+def _seen(where: _Places, block: _Block, chunk: Array) -> _Seen:
+    """What the queries of a block see of a chunk."""
     order, segment = (_at(a, block.row, chunk)[None] for a in (where.order, where.segment))
     mine, lo, hi = (a[:, None] for a in (block.segment, block.lo, block.hi))
     near = (segment == mine) & (mine >= 0) & (order >= jnp.maximum(lo, 0)) & (order <= hi)
     if block.open is None:
-        return near[None, None]
+        return near[:, None], None
     opened = jax.lax.dynamic_index_in_dim(block.open, chunk, keepdims=False)
-    shared, length, regions = opened.shape
-    opened = opened.reshape(groups[0], shared // groups[0], length, regions, 1)
-    near = near.reshape(1, 1, length, regions, -1)
-    return (opened & near).reshape(*opened.shape[:3], -1)
+    return near.reshape(near.shape[0], opened.shape[2], -1), opened
 
 
-def _logits(scale: float, rows: Array, k: Array, poison: Array, mask: Array) -> Array:
-    """float32 [K, G * T, C], -inf where the mask [K or 1, G or 1, T, C] is False."""
-    kv_heads, count, _ = rows.shape
-    logits = _product("KMD,KND->KMN", rows, k)
-    logits = logits.reshape(kv_heads, -1, *mask.shape[2:]) * scale + poison[:, None, None]
-    return jnp.where(mask, logits, -jnp.inf).reshape(kv_heads, count, -1)
+def _per_row(a: Array, like: Array) -> Array:
+    """[K, G * T, 1] to the shape of logits, [K, G, T, 1, 1]."""
+    return a.reshape(*like.shape[:3], 1, 1)
+
+
+def _by_row(a: Array) -> Array:
+    """[K, G, T, regions, slots] to [K, G * T, C]."""
+    return a.reshape(a.shape[0], a.shape[1] * a.shape[2], -1)
 
 
 def _turns(block: _Block, body: Callable[[Array, _State], _State], state: _State) -> _State:
@@ -306,13 +325,12 @@ def _add(
     """Add a chunk of keys to the running maximum, sum [K, M, 1] and output [K, M, D] of queries [K, M, D]."""
     top, total, out = state
     k, v, poison = (_at(a, block.row, chunk) for a in (*pair, where.poison))
-    mask = _mask(where, block, chunk, (rows.shape[0], rows.shape[1] // block.segment.shape[0]))
-    logits = _logits(scale, rows, k, poison, mask)
-    higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
+    logits = _logits(scale, rows, k, poison, _seen(where, block, chunk))
+    higher = jnp.maximum(top, jnp.max(logits, axis=(3, 4)).reshape(top.shape))
     base = jnp.where(jnp.isfinite(higher), higher, 0.0)
-    weights, kept = jnp.exp(logits - base), jnp.exp(top - base)
-    more = _product("KMN,KND->KMD", weights.astype(rows.dtype), v)
-    total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+    weights, kept = jnp.exp(logits - _per_row(base, logits)), jnp.exp(top - base)
+    more = _product("KMN,KND->KMD", _by_row(weights).astype(rows.dtype), v)
+    total = total * kept + jnp.sum(weights, axis=(3, 4)).reshape(top.shape)
     return higher, total, out * kept + more
 
 
@@ -381,15 +399,15 @@ def _add_gradients(
     rows, d_out, lse, less = given
     d_rows, sums = state
     k, v, poison = (_at(a, block.row, chunk) for a in (*pair, where.poison))
-    mask = _mask(where, block, chunk, (rows.shape[0], rows.shape[1] // block.segment.shape[0]))
-    logits = _logits(scale, rows, k, poison, mask)
+    logits = _logits(scale, rows, k, poison, _seen(where, block, chunk))
     # A row of NaN has a log-sum-exp of NaN, and what it does not see no gradient nevertheless.
     seen = logits != -jnp.inf
-    weights = jnp.where(seen, jnp.exp(logits - lse), 0.0)
-    d_weights = _product("KMD,KND->KMN", d_out, v)
-    d_logits = (jnp.where(seen, weights * (d_weights - less), 0.0) * scale).astype(rows.dtype)
+    weights = jnp.where(seen, jnp.exp(logits - _per_row(lse, logits)), 0.0)
+    d_weights = _product("KMD,KND->KMN", d_out, v).reshape(logits.shape)
+    d_logits = jnp.where(seen, weights * (d_weights - _per_row(less, logits)), 0.0) * scale
+    d_logits, weights = (_by_row(a).astype(rows.dtype) for a in (d_logits, weights))
     d_k = _product("KMN,KMD->KND", d_logits, rows)
-    d_v = _product("KMN,KMD->KND", weights.astype(rows.dtype), d_out)
+    d_v = _product("KMN,KMD->KND", weights, d_out)
 
     def added(total: Array, more: Array) -> Array:
         at: tuple[Array | int, ...] = (block.row, chunk, *[0] * (total.ndim - 2))

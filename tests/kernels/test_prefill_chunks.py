@@ -81,13 +81,13 @@ class TestXlaInChunks(PrefillSuite):
     def test_only_chunks_that_are_seen_are_computed(self, monkeypatch, scope):
         """Frames of one chunk and one block each: the work of "view" is linear in them, in both passes."""
         monkeypatch.setattr(chunks, "CHUNK", 16)
-        computed, mask = [], chunks._mask
+        computed, seen = [], chunks._seen
 
-        def noted(where, block, chunk, groups):
+        def noted(where, block, chunk):
             jax.debug.callback(lambda chunk: computed.append(int(chunk)), chunk)
-            return mask(where, block, chunk, groups)
+            return seen(where, block, chunk)
 
-        monkeypatch.setattr(chunks, "_mask", noted)
+        monkeypatch.setattr(chunks, "_seen", noted)
         for frames in (3, 6):
             # 16 tokens and a context token each; the text fills the last block.
             row = sample([*[PlacedView(4, 4)] * frames, Text(16 - frames)], context=1)

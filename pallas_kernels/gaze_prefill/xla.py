@@ -29,6 +29,13 @@ def supports(spec: GazeSpec) -> str | None:
     return None
 
 
+def in_chunks(visual_k: jax.Array, text_k: jax.Array, spec: GazeSpec) -> bool:
+    """Whether keys [B, K, R, P, D] and [B, K, S, D] are attended to in chunks, the unseen left out."""
+    # Short sequences fit the CPU's cache without chunks.
+    long = visual_k.shape[2] * visual_k.shape[3] + text_k.shape[2] > chunks.CHUNK
+    return long and (spec.local or target() == "cpu")
+
+
 def _inside(
     queries: Windows, lo: jax.Array, hi: jax.Array, order: jax.Array, segment: jax.Array
 ) -> jax.Array:
@@ -136,9 +143,7 @@ def gaze_prefill(
     flat = (batch, kv_heads, regions * slots, dim)
     visual = keys_of(visual_k.reshape(flat), visual_v.reshape(flat))
     text = keys_of(text_k, text_v)
-    # Short sequences fit the CPU's cache without chunks.
-    long = regions * slots + text_k.shape[2] > chunks.CHUNK
-    if long and (spec.local or target() == "cpu"):
+    if in_chunks(visual_k, text_k, spec):
         by_region: Keys = jax.tree.map(
             lambda a: a.reshape(*a.shape[:2], regions, slots, *a.shape[3:]), visual
         )

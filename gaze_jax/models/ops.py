@@ -192,10 +192,10 @@ def gaze_prefill(
     arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
     mesh = jax.sharding.get_abstract_mesh()
     (_, parts), (_, devices) = (rules.split_sizes(mesh, name) for name in ("kv_heads", "batch"))
-    apart = not prefill_api.compiler_splits(implementation, visual_k, text_k, spec)
+    compiler_splits = prefill_api.compiler_splits(implementation, visual_k, text_k, spec)
     # XLA takes rows that the devices do not divide to all of them; a kernel refuses them.
     divided = devices > 1 and q.shape[0] % devices == 0
-    if parts == 1 and not (apart and (divided or implementation in dispatch.KERNELS)):
+    if parts == 1 and (compiler_splits or not (divided or implementation in dispatch.KERNELS)):
         return call(*arguments)
     keys = ("batch", "kv_heads")
     rows = ("batch", None, "heads")

@@ -33,6 +33,9 @@ TEXT = 256
 """S: text and context tokens, all seen."""
 PASSES = ("forward", "forward+backward")
 
+Rival = tuple[Callable[..., Any], tuple[Array, ...], float]
+"""A function, its arguments, and the keys that a query attends to."""
+
 
 def useful_flops(heads: tuple[int, int, int], queries: int, attended: float, backward: bool) -> float:
     """FLOPs of q . k and weight * v per pair of query and key; a backward pass has five products, not two."""
@@ -44,7 +47,8 @@ def passes(attend: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
     """``attend(q, k..., v...)`` and its gradients, with the query as cotangent."""
 
     def both(*arrays: Array) -> Any:
-        out, pull = jax.vjp(attend, *arrays)
+        floats = [a for a in arrays if a.dtype != bool]
+        out, pull = jax.vjp(lambda *floats: attend(*floats, *arrays[len(floats) :]), *floats)
         return out, pull(arrays[0])
 
     return {"forward": attend, "forward+backward": both}
@@ -61,10 +65,11 @@ def arrays_of(
     return tuple(jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True))
 
 
-def gaze(
-    name: str, spec: GazeSpec, shape: timing.Shape, queries: int, selected: Array | None
-) -> Callable[..., Array]:
-    """Make ``gaze_prefill`` a function of its five arrays."""
+def gaze(name: str, spec: GazeSpec, shape: timing.Shape, queries: int) -> Callable[..., Array]:
+    """Make ``gaze_prefill`` a function of its five arrays and ``selected``.
+
+    The selection is an argument: XLA would spend minutes folding what is made of a constant one.
+    """
     seen = shape.seen(1)
     order = np.where(seen, np.arange(seen.size).reshape(seen.shape), -1)
     places = KeyPlaces(
@@ -85,7 +90,8 @@ def gaze(
     )
 
     def attend(*arrays: Array) -> Array:
-        return gaze_prefill(*arrays, windows, places, selected, spec=spec, implementation=name)
+        selected = arrays[5] if len(arrays) > 5 else None
+        return gaze_prefill(*arrays[:5], windows, places, selected, spec=spec, implementation=name)
 
     return attend
 
@@ -112,18 +118,15 @@ def joined(arrays: tuple[Array, ...], tokens: int) -> tuple[Array, ...]:
 
 def rivals(
     shape: timing.Shape, heads: tuple[int, int, int], args: argparse.Namespace, rows: list[dict[str, Any]]
-) -> dict[tuple[str, str, str], tuple[Callable[..., Any], tuple[Array, ...], float]]:
-    """(implementation, select_per, pass) -> function, arguments, and keys that a query attends to.
-
-    Combinations that cannot run are added to ``rows``.
-    """
+) -> dict[tuple[str, str, str], Rival]:
+    """(implementation, select_per, pass) -> what is compared; ``rows`` gets what cannot run."""
     many, kv_heads, dim = heads
     dtype = jnp.dtype(args.dtype)
     assert shape.top_k is not None
     arrays = arrays_of(shape, heads, args.queries, dtype)
     scale = dim**-0.5
     everything = float(shape.tokens + TEXT)
-    found: dict[tuple[str, str], tuple[Callable[..., Array], tuple[Array, ...], float]] = {}
+    found: dict[tuple[str, str], Rival] = {}
     for name in args.impl:
         spec = GazeSpec(scale, query_block=args.query_block)
         if (reason := api.supports(name, spec)) is not None:
@@ -138,12 +141,12 @@ def rivals(
             attended = float((mask * sizes).sum(-1).mean()) + TEXT
             shared = GazeSpec(scale, select_per, query_block=args.query_block)
             found[name, select_per] = (
-                gaze(name, shared, shape, args.queries, jnp.asarray(mask)),
-                arrays,
+                gaze(name, shared, shape, args.queries),
+                (*arrays, jnp.asarray(mask)),
                 attended,
             )
     plain = GazeSpec(scale, query_block=args.query_block)
-    found["dense xla", ""] = gaze("xla", plain, shape, args.queries, None), arrays, everything
+    found["dense xla", ""] = gaze("xla", plain, shape, args.queries), arrays, everything
     one_stream = joined(arrays, shape.tokens)
     found["dense dot_product_attention", ""] = library("xla", scale), one_stream, everything
     if jax.default_backend() == "gpu" and dtype != jnp.float32:
@@ -170,12 +173,24 @@ def describe(shape: timing.Shape, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_problem(shape: timing.Shape, model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per implementation, select_per and pass, all measured in the same rounds."""
+    """A row per pass, implementation and select_per; those of a pass are measured in the same rounds."""
     heads = timing.HEADS[model]
+    rows: list[dict[str, Any]] = []
+    found = rivals(shape, heads, args, rows)
+    for kind in args.passes:
+        these = {label: rival for label, rival in found.items() if label[2] == kind}
+        rows += one_pass(shape, model, these, args)
+    return rows
+
+
+def one_pass(
+    shape: timing.Shape, model: str, found: Mapping[tuple[str, str, str], Rival], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row per implementation and select_per, all measured in the same rounds."""
     rows: list[dict[str, Any]] = []
     base = describe(shape, args) | {"heads": model}
     calls, facts = {}, {}
-    for label, (function, inputs, attended) in rivals(shape, heads, args, rows).items():
+    for label, (function, inputs, attended) in found.items():
         name, select_per, kind = label
         this = base | {"implementation": name, "select_per": select_per, "pass": kind}
         compiled = jax.jit(function).lower(*inputs).compile()
@@ -188,20 +203,19 @@ def one_problem(shape: timing.Shape, model: str, args: argparse.Namespace) -> li
         calls[key] = functools.partial(compiled, *inputs)
         facts[key] = this | {
             "temporary_bytes": memory,
-            "flops": useful_flops(heads, args.queries, attended, kind != "forward"),
+            "flops": useful_flops(timing.HEADS[model], args.queries, attended, kind != "forward"),
         }
     times = timing.paired(calls, rounds=args.rounds, seconds=args.seconds)
     for key, row in facts.items():
         median = statistics.median(times[key])
-        rivals_of = {k: f["implementation"] for k, f in facts.items() if f["pass"] == row["pass"]}
         row |= {
             "rounds": len(times[key]),
             "ms": {"median": 1e3 * median, "iqr": [1e3 * t for t in timing.quartiles(times[key])]},
             "tflops": row["flops"] / median / 1e12,
             "speedup": {
-                rival: timing.ratio(times, other, key)
-                for other, rival in rivals_of.items()
-                if rival.startswith("dense ")
+                fact["implementation"]: timing.ratio(times, other, key)
+                for other, fact in facts.items()
+                if fact["implementation"].startswith("dense ")
             },
         }
         print(line(row), flush=True)
@@ -234,7 +248,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=QUERIES)
     parser.add_argument("--query-block", type=int, default=GazeSpec(1.0).query_block)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=120.0, help="measuring time per shape")
+    parser.add_argument("--seconds", type=float, default=60.0, help="measuring time per shape and pass")
     parser.add_argument("--quick", action="store_true", help="a dry run at toy sizes")
     parser.add_argument("--json", help="write the results to this file")
     if parser.parse_known_args(argv)[0].quick:

@@ -20,6 +20,9 @@ class GazeSpec:
       scale: multiplies the logits (usually ``head_dim ** -0.5``); it never changes a selection.
       select_per: "head": a selection per query head (Hs = H); "kv_head": one per kv head (Hs = K).
       query_block: maximum number of queries whose logits ``gaze_prefill`` may hold at once.
+      local: most queries see few of the keys, such as those of one view: ``gaze_prefill`` of "xla" then
+        computes blocks of few queries and keys and skips those that nobody sees, on every device. It changes
+        no value.
       visual_dtype: how ``gaze_decode`` stores the visual cache: None keeps the dtype; "int8" adds a float32
         scale per token, kv head and side (K, V); see :mod:`pallas_kernels.quantize`.
       interpret: run Pallas kernels in JAX's interpreter. It needs no accelerator, fills scratch with
@@ -29,6 +32,7 @@ class GazeSpec:
     scale: float
     select_per: str = "head"
     query_block: int = 512
+    local: bool = False
     visual_dtype: str | None = None
     interpret: bool = False
 

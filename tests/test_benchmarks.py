@@ -172,7 +172,7 @@ def test_prefill_writes_a_row_per_implementation_select_per_and_pass(prefilled):
     rows = prefilled["rows"]
     labels = [(row["implementation"], row["select_per"], row["pass"]) for row in rows]
     kinds = [("xla", "head"), ("xla", "kv_head"), ("dense xla", ""), ("dense dot_product_attention", "")]
-    assert labels == [(*kind, p) for kind in kinds for p in prefill.PASSES]
+    assert labels == [(*kind, p) for p in prefill.PASSES for kind in kinds]
     for row in rows:
         seconds = row["ms"]["median"] / 1e3
         assert row["tflops"] == pytest.approx(row["flops"] / seconds / 1e12)

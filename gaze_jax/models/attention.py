@@ -329,6 +329,7 @@ def _attention(
         scale=q.shape[3] ** -0.5,
         select_per=gaze.select_per,
         query_block=gaze.query_block,
+        local=gaze.visual_scope == "view",
         interpret=gaze.interpret,
     )
 

@@ -195,8 +195,12 @@ def gaze_prefill(
         return prefill_api.gaze_prefill(*arguments, spec=spec, implementation=implementation)
 
     arguments = (q, visual_k, visual_v, text_k, text_v, queries, places, selected)
-    _, parts = rules.split_sizes(jax.sharding.get_abstract_mesh(), "kv_heads")
-    if implementation not in dispatch.KERNELS and parts == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    (_, parts), (_, devices) = (rules.split_sizes(mesh, name) for name in ("kv_heads", "batch"))
+    compiler_splits = prefill_api.compiler_splits(implementation, visual_k, text_k, spec)
+    # XLA takes rows that the devices do not divide to all of them; a kernel refuses them.
+    divided = devices > 1 and q.shape[0] % devices == 0
+    if parts == 1 and (compiler_splits or not (divided or implementation in dispatch.KERNELS)):
         return call(*arguments)
     keys = ("batch", "kv_heads")
     rows = ("batch", None, "heads")

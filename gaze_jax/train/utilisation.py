@@ -28,7 +28,8 @@ def model_flops(experiment: Experiment, mesh: Mesh, batch: Batch, teacher: Teach
     They are counted from the step's jaxpr (:func:`gaze_jax.parallel.costs.count_flops`), traced without
     rematerialisation, whose work is not the model's, and with the XLA form of attention, which unlike a
     kernel can be looked into. Attention counts with every region, as it is computed in training; logits that
-    are made chunk by chunk count once more, for the backward pass.
+    are made chunk by chunk count once more, for the backward pass. Where attention visits only what is
+    seen, with ``visual_scope="view"`` and on a CPU, one chunk of each loop counts: a lower bound.
 
     Args:
       experiment: the run.

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import check_shape, find, pick
+from pallas_kernels.dispatch import KERNELS, check_shape, find, pick
 from pallas_kernels.gaze_prefill import reference, tpu, xla
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
@@ -24,6 +24,16 @@ IMPLEMENTATIONS = MappingProxyType({"reference": reference, "xla": xla, "tpu": t
 def supports(implementation: str, spec: GazeSpec) -> str | None:
     """None if ``implementation`` can run ``spec`` here, else the reason why not."""
     return find("gaze_prefill", IMPLEMENTATIONS, implementation).supports(spec)
+
+
+def compiler_splits(implementation: str, visual_k: jax.Array, text_k: jax.Array, spec: GazeSpec) -> bool:
+    """Whether XLA may split a call over the rows of a mesh; where not, it needs ``jax.shard_map``.
+
+    A kernel is a program for one device, and attention in chunks takes one row after the other.
+    """
+    if implementation in KERNELS:
+        return False
+    return implementation != "xla" or not xla.in_chunks(visual_k, text_k, spec)
 
 
 def gaze_prefill(

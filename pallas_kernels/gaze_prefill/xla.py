@@ -1,8 +1,9 @@
 """gaze_prefill in plain XLA: dense matmuls under a mask, in blocks of queries.
 
 Memory is bounded by ``spec.query_block``: logits exist for one block at a time and the backward pass
-recomputes them. FLOPs are skipped only on a CPU (``cpu.py``). Skipping regions that no query of a block
-selected would gain little: even at 10 % kept regions, the block's queries together select almost all of them.
+recomputes them. Keys that no query of a block sees are skipped where that pays (``chunks.py``): on a CPU, and
+on every device with ``spec.local``. Skipping regions that no query of a block selected would gain little:
+even at 10 % kept regions, the block's queries together select almost all of them.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target
-from pallas_kernels.gaze_prefill import cpu
+from pallas_kernels.gaze_prefill import chunks
+from pallas_kernels.gaze_prefill.rows import Keys, by_query, keys_of, queries_of, rows_of
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec, KeyPlaces, Windows
 
@@ -25,6 +27,13 @@ def supports(spec: GazeSpec) -> str | None:
     """Every spec, everywhere."""
     del spec
     return None
+
+
+def in_chunks(visual_k: jax.Array, text_k: jax.Array, spec: GazeSpec) -> bool:
+    """Whether keys [B, K, R, P, D] and [B, K, S, D] are attended to in chunks, the unseen left out."""
+    # Short sequences fit the CPU's cache without chunks.
+    long = visual_k.shape[2] * visual_k.shape[3] + text_k.shape[2] > chunks.CHUNK
+    return long and (spec.local or target() == "cpu")
 
 
 def _inside(
@@ -58,8 +67,8 @@ def _seen(
 
 def _attend(
     q: jax.Array,
-    visual: cpu.Keys,
-    text: cpu.Keys,
+    visual: Keys,
+    text: Keys,
     visual_seen: jax.Array,
     text_seen: jax.Array,
     scale: float,
@@ -68,7 +77,7 @@ def _attend(
     batch, length, heads = q.shape[:3]
     kv_heads, tokens = visual.k.shape[1:3]
     group = heads // kv_heads
-    rows = cpu.rows_of(q, kv_heads)
+    rows = rows_of(q, kv_heads)
 
     def by_group(mask: jax.Array) -> jax.Array:
         """Reshape [B, T, 1 or K or H, N] to [B, K or 1, G or 1, T, N]."""
@@ -79,7 +88,7 @@ def _attend(
             mask = mask[:, :, :, None]
         return jnp.moveaxis(mask, 1, 3)
 
-    def logits(keys: cpu.Keys, mask: jax.Array) -> jax.Array:
+    def logits(keys: Keys, mask: jax.Array) -> jax.Array:
         product = jnp.einsum(
             "BKMD,BKND->BKMN", rows, keys.k, precision=_EXACT, preferred_element_type=jnp.float32
         ).reshape(batch, kv_heads, group, length, keys.k.shape[2])
@@ -101,7 +110,7 @@ def _attend(
         )
 
     out = weigh(weights[..., :tokens], visual.v) + weigh(weights[..., tokens:], text.v)
-    return cpu.queries_of(out, q), cpu.by_query(lse, q)
+    return queries_of(out, q.shape).astype(q.dtype), by_query(lse, q.shape)
 
 
 def _blocked(tree: _Tree, count: int, block: int) -> _Tree:
@@ -131,44 +140,31 @@ def gaze_prefill(
     """See :func:`pallas_kernels.gaze_prefill.api.gaze_prefill`."""
     batch, length, heads, dim = q.shape
     kv_heads, regions, slots = visual_k.shape[1:4]
-    # Short sequences fit the CPU's cache without chunks.
-    chunked = target() == "cpu" and regions * slots + text_k.shape[2] > cpu.CHUNK
-    at_once = cpu.queries_at_once(spec.query_block, batch, heads) if chunked else spec.query_block
-    block = min(at_once, length)
+    flat = (batch, kv_heads, regions * slots, dim)
+    visual = keys_of(visual_k.reshape(flat), visual_v.reshape(flat))
+    text = keys_of(text_k, text_v)
+    if in_chunks(visual_k, text_k, spec):
+        by_region: Keys = jax.tree.map(
+            lambda a: a.reshape(*a.shape[:2], regions, slots, *a.shape[3:]), visual
+        )
+        return chunks.attend(q, by_region, text, queries, places, selected, spec=spec)
+    block = min(spec.query_block, length)
     count = -(-length // block)
 
-    def masks(queries: Windows, selected: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        visual, text = _seen(queries, places, selected, heads)
-        return visual.reshape(*visual.shape[:3], regions * slots), text
+    def attend(xs: tuple[jax.Array, Windows, jax.Array | None]) -> WithLse:
+        visual_seen, text_seen = _seen(xs[1], places, xs[2], heads)
+        visual_seen = visual_seen.reshape(*visual_seen.shape[:3], regions * slots)
+        return _attend(xs[0], visual, text, visual_seen, text_seen, spec.scale)
 
     if count == 1:
-        blocks = None
-    else:
-        blocks = _blocked((q, queries, selected), count, block)
-        # Padding queries are zeros, so their segment is 0; set it to -1 so that they see nothing.
-        alive = (jnp.arange(count * block) < length).reshape(count, 1, block)
-        blocks = (
-            blocks[0],
-            dataclasses.replace(blocks[1], segment=jnp.where(alive, blocks[1].segment, -1)),
-            blocks[2],
-        )
-
-    flat = (batch, kv_heads, regions * slots, dim)
-    visual = cpu.keys_of(visual_k.reshape(flat), visual_v.reshape(flat))
-    text = cpu.keys_of(text_k, text_v)
-    streams = [cpu.chunked(visual), cpu.chunked(text)] if chunked else []
-
-    def attend(xs: tuple[jax.Array, Windows, jax.Array | None]) -> WithLse:
-        seen = masks(xs[1], xs[2])
-        if chunked:
-            return cpu.attend(xs[0], list(zip(streams, seen)), spec.scale)
-        return _attend(xs[0], visual, text, *seen, spec.scale)
-
-    if blocks is None:
         return attend((q, queries, selected))
+    blocks = _blocked((q, queries, selected), count, block)
+    # Padding queries are zeros, so their segment is 0; set it to -1 so that they see nothing.
+    alive = (jnp.arange(count * block) < length).reshape(count, 1, block)
+    windows = dataclasses.replace(blocks[1], segment=jnp.where(alive, blocks[1].segment, -1))
+    out, lse = jax.lax.map(jax.checkpoint(attend), (blocks[0], windows, blocks[2]))
 
     def joined(a: jax.Array) -> jax.Array:
         return jnp.moveaxis(a, 0, 1).reshape(batch, count * block, *a.shape[3:])[:, :length]
 
-    out, lse = jax.lax.map(jax.checkpoint(attend), blocks)
     return joined(out), joined(lse)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import gaze_prefill
 from pallas_kernels.dispatch import compile_for
-from pallas_kernels.gaze_prefill import cpu, tpu, tpu_common
+from pallas_kernels.gaze_prefill import tpu, tpu_common
 from tests.helpers import cases, oracle
 from tests.helpers.streams import PlacedView, Text, sample
 from tests.kernels.decode_values import long
@@ -44,67 +44,6 @@ class TestXla(PrefillSuite):
     implementation = "xla"
     # Blocks of 7 and 49 queries leave a remainder.
     left = ("test_edge_13_query_blocks_with_remainders[1]", "test_bf16[head]")
-
-
-class TestXlaInChunks:
-    """What a CPU does with long sequences, here with chunks of 7 keys and blocks of 16 queries."""
-
-    @pytest.fixture(autouse=True)
-    def _small_chunks(self, monkeypatch):
-        monkeypatch.setattr(cpu, "CHUNK", 7)
-        monkeypatch.setattr(cpu, "_LOGITS", 1)
-
-    @pytest.mark.parametrize(
-        ("routed", "select_per"),
-        [(True, "kv_head"), (False, "head"), long(True, "head"), long(False, "kv_head")],
-    )
-    def test_values_and_gradients(self, select_per, routed):
-        """Of several samples a row, with and without a selection; NaN where no query looks."""
-        case = cases.prefill(_rows(), select_per=select_per)
-        case = case if routed else dataclasses.replace(case, selected=None)
-        out, got = jax.jit(lambda case: _with_gradients(case, "xla"))(case)
-        expected, exact = jax.jit(lambda case: _with_gradients(case, "reference"))(case)
-        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
-        for mine, theirs in zip(got, exact, strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
-
-    @pytest.mark.parametrize("parts", [[Text(20)], [Text(1), PlacedView(6, 6)]], ids=["text", "image"])
-    def test_a_stream_alone(self, parts):
-        """No visual keys at all, or hardly any others; fewer than a chunk and many chunks."""
-        case = cases.prefill([sample(parts)])
-        out = jax.jit(lambda case: _with_gradients(case, "xla")[0])(case)
-        expected = jax.jit(lambda case: _with_gradients(case, "reference")[0])(case)
-        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
-
-    def test_bf16(self):
-        """Near the float32 values of the same numbers."""
-        case = cases.prefill(_rows(), dtype=jnp.bfloat16)
-        wide = case.with_arrays(tuple(a.astype(jnp.float32) for a in case.arrays()))
-        out = jax.jit(lambda case: _with_gradients(case, "xla")[0])(case)
-        expected = jax.jit(lambda case: _with_gradients(case, "reference")[0])(wide)
-        assert out.dtype == jnp.bfloat16
-        np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
-
-    def test_a_chunk_that_nobody_sees_is_not_read(self):
-        """NaN in it would reach the sums through 0 * NaN."""
-        rng = np.random.default_rng(0)
-        q, k, v = (
-            jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 3, 4, 8), *((1, 2, 21, 8),) * 2)
-        )
-        seen = jnp.ones((1, 3, 1, 21), bool).at[..., 7:14].set(False)
-        good = cpu.chunked(cpu.keys_of(k, v))
-        bad = dataclasses.replace(good, k=good.k.at[1].set(jnp.nan), v=good.v.at[1].set(jnp.nan))
-        for got, expected in zip(cpu.attend(q, [(bad, seen)], 0.5), cpu.attend(q, [(good, seen)], 0.5)):
-            np.testing.assert_array_equal(got, expected)
-        half = seen.at[:, 1, :, 10].set(True)
-        assert all(np.isnan(a).any() for a in cpu.attend(q, [(bad, half)], 0.5))
-
-    def test_logits_stay_in_cache(self, monkeypatch):
-        """Fewer queries at once for more rows and heads, but never a handful."""
-        monkeypatch.undo()
-        assert cpu.queries_at_once(512, 1, 14) == 146
-        assert cpu.queries_at_once(64, 1, 14) == 64
-        assert cpu.queries_at_once(512, 64, 32) == 16
 
 
 class TestTpu(PrefillSuite):
@@ -391,7 +330,8 @@ def test_xla_memory_is_bounded_by_the_query_block():
         temporary[query_block] = compiled.memory_analysis().temp_size_in_bytes
     logits = 4 * 4 * (64 * 16 + 32)
     assert temporary[64] < 8 * 64 * logits, temporary
-    assert temporary[1024] > 1024 * logits > 2 * temporary[64], temporary
+    # 1,024 queries and all keys are more than a CPU takes at once: half of both.
+    assert temporary[1024] > max(512 * 4 * 4 * 512, 2 * temporary[64]), temporary
 
 
 def test_reference_and_xla_differ_in_program():

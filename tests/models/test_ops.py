@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,17 +12,22 @@ import pytest
 from gaze_jax.models import ops
 from pallas_kernels import dispatch
 from pallas_kernels.gaze_decode import api
-from pallas_kernels.gaze_prefill import tpu
+from pallas_kernels.gaze_prefill import chunks, tpu
 from tests.helpers import cases, models
 from tests.helpers.streams import PlacedView, Text, sample
 
 RULES = [("batch", ("data",)), ("kv_heads", ("tensor",)), ("heads", ("tensor",)), ("layers", None)]
 
 
+def _mesh(data, tensor):
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[: data * tensor]
+    return jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=kinds, devices=devices)
+
+
 @pytest.fixture
 def mesh():
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((2, 2), ("data", "tensor"), axis_types=kinds, devices=jax.devices()[:4])
+    return _mesh(2, 2)
 
 
 def _decode(case, implementation="tpu"):
@@ -64,14 +70,19 @@ def test_edge_15_decode_on_a_mesh_equals_one_device(select_per, listed, implemen
     assert got.sharding.is_equivalent_to(expected, got.ndim)
 
 
-def _prefill(case):
+def _prefill(case, implementation):
     return ops.gaze_prefill(
-        *case.arrays(), case.queries, case.places, case.selected, spec=case.spec, implementation="tpu"
+        *case.arrays(),
+        case.queries,
+        case.places,
+        case.selected,
+        spec=case.spec,
+        implementation=implementation,
     )
 
 
-def _prefill_with_gradients(case):
-    out, pull = jax.vjp(lambda arrays: _prefill(case.with_arrays(arrays)), case.arrays())
+def _prefill_with_gradients(case, implementation="tpu"):
+    out, pull = jax.vjp(lambda arrays: _prefill(case.with_arrays(arrays), implementation), case.arrays())
     return out, pull(jnp.cos(case.q))[0]
 
 
@@ -91,6 +102,24 @@ def test_edge_15_prefill_on_a_mesh_equals_one_device(mesh, monkeypatch):
     jax.tree.map(lambda a, b: models.close(a, b, 2e-5), got, alone)
     expected = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
     assert got[0].sharding.is_equivalent_to(expected, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_edge_15_chunks_on_a_mesh_equal_one_device(shape, monkeypatch):
+    """Output and gradients in XLA with chunks; every device takes its own rows, and none asks another."""
+    monkeypatch.setattr(chunks, "CHUNK", 7)
+    rows = [sample([PlacedView(3, 3), Text(2)], context=1, seed=seed) for seed in (0, 1)]
+    case = cases.prefill(rows)
+    run = jax.jit(functools.partial(_prefill_with_gradients, implementation="xla"))
+    alone = run(case)
+    mesh = _mesh(*shape)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        got = run(case)
+        text = run.lower(case).compile().as_text()
+    jax.tree.map(lambda a, b: models.close(a, b, 2e-5), got, alone)
+    expected = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
+    assert got[0].sharding.is_equivalent_to(expected, 4)
+    assert not re.search(r" (all-gather|all-reduce|all-to-all|collective-permute)[-(]", text)
 
 
 def test_what_xla_splits_itself_is_left_to_it(mesh):

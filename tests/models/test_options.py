@@ -212,8 +212,8 @@ def _op(spec):
     return np.asarray(run(case, selected))
 
 
-def _op_program(spec):
-    case = cases.prefill([sample([Text(1), PlacedView(3, 3), Text(2)])])
+def _op_program(spec, side=3):
+    case = cases.prefill([sample([Text(1), PlacedView(side, side), Text(2)])])
     return str(
         jax.make_jaxpr(
             lambda c: gaze_prefill(
@@ -263,6 +263,8 @@ OTHERS = {
     "GazeSpec.scale": (_op, GazeSpec(0.3), GazeSpec(0.9)),
     "GazeSpec.select_per": (_op, GazeSpec(0.3), GazeSpec(0.3, select_per="kv_head")),
     "GazeSpec.query_block": (_op_program, GazeSpec(0.3), GazeSpec(0.3, query_block=3)),
+    # More keys than a chunk has.
+    "GazeSpec.local": (functools.partial(_op_program, side=23), GazeSpec(0.3), GazeSpec(0.3, local=True)),
     "GazeSpec.visual_dtype": (_packed, GazeSpec(0.3), GazeSpec(0.3, visual_dtype="int8")),
     "GazeSpec.interpret": (_needs, GazeSpec(0.3), GazeSpec(0.3, interpret=True)),
     "Routing.strategy": (_scores, Routing(), Routing("random")),

@@ -21,7 +21,7 @@ from gaze_jax.core.types import AnyArray, Array, ArrayTree
 from gaze_jax.parallel import rules
 from pallas_kernels import GazeSpec, KeyPlaces, Windows, dispatch
 from pallas_kernels.gaze_decode import api as decode_api
-from pallas_kernels.gaze_decode import native
+from pallas_kernels.gaze_decode.routed import Routed
 from pallas_kernels.gaze_prefill import api as prefill_api
 
 Names = tuple[str | None, ...]
@@ -156,10 +156,10 @@ def route_and_decode(
     capacity: int,
     spec: GazeSpec,
     implementation: str,
-) -> native.Routed:
+) -> Routed:
     """:func:`pallas_kernels.gaze_decode.api.route_and_decode`, sharded as :func:`gaze_decode`."""
 
-    def call(*arguments: ArrayTree) -> native.Routed:
+    def call(*arguments: ArrayTree) -> Routed:
         return decode_api.route_and_decode(
             *arguments, capacity=capacity, spec=spec, implementation=implementation
         )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import KERNELS, check_shape, find, pick, target, without_gradient
 from pallas_kernels.gaze_decode import cpu, gpu, grow, native, offload, reference, tpu, xla
+from pallas_kernels.gaze_decode.routed import Routed
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
@@ -267,7 +268,7 @@ def route_and_decode(
     capacity: int,
     spec: GazeSpec,
     implementation: str,
-) -> native.Routed:
+) -> Routed:
     """Score every region, select the best, and attend to them and to the text stream, in one call.
 
     Args:
@@ -282,7 +283,7 @@ def route_and_decode(
       implementation: one of those that :func:`routes` names.
 
     Returns:
-      A :class:`pallas_kernels.gaze_decode.native.Routed`. Scores are float32 products; a NaN is below every
+      A :class:`pallas_kernels.gaze_decode.routed.Routed`. Scores are float32 products; a NaN is below every
       number, -0.0 equals 0.0.
 
     Raises:

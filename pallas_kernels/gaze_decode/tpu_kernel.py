@@ -8,11 +8,14 @@ Regions are copied in chunks into two buffers: while one chunk is multiplied the
 the last chunk of a row overlaps with the first chunk of the core's next row. Tiles of the text stream come
 through the block pipeline; tiles in which no key counts are neither fetched nor computed.
 
-With every chunk comes a small float32 array, ``side``. It holds for each key the heads that read it (one
-bit each, 0 for a key that no head may see) and, for int8, its scales. So the kernel computes no masks.
+The list of a row has for each region the query heads that read it and the slots of it that count, as bits.
+A chunk spreads them over its keys: one key is a lane, its region's bits are a sublane, and a sum over
+sublanes picks the region that the key belongs to. The scales of an int8 region are spread alike; they are
+word rows of the region and come with its copy.
 
-Axis letters besides B, K, G, D, L, R and S: C regions per chunk, W word rows per region and n values per
-word (see ``tpu_layout.py``), N keys per chunk, E keys per tile of the text stream.
+Axis letters besides B, K, G, D, L, R and S: C regions per chunk, W word rows per region with those of scales,
+n values per word (see ``tpu_layout.py``), X keys of one step of the softmax, E keys per tile of the text
+stream, U regions of a list as it is stored, Y rows of ``Inputs.side``.
 """
 
 import dataclasses
@@ -42,32 +45,27 @@ class Scalars(NamedTuple):
     """Scalar prefetch: whole arrays in SMEM. Index maps can read them too."""
 
     layer: Ref  # int32 [1]
-    count: Ref  # int32 [B * K]: regions that the row lists
     tiles: Ref  # int32 [B]: tiles of the text stream up to the last key that counts
 
 
 class Inputs(NamedTuple):
-    """Inputs: blocks of the current row, except ``words`` and ``side``, which the kernel copies itself."""
+    """Inputs: blocks of the current row, except ``words``, which the kernel copies itself."""
 
-    ids: Ref  # SMEM int32 [1, 1, chunks * C]: the row's regions, then -1
-    next_ids: Ref  # SMEM int32 [1, 1, chunks * C]: the same for the core's next row
+    ids: Ref  # SMEM int32 [1, 1, 1, U]: the row's regions, then -1; their number in the last place
+    next_ids: Ref  # SMEM int32 [1, 1, 1, U]: the same for the core's next row
+    side: Ref  # VMEM int32 [1, 1, Y, U]: head bits of each region, then words with a bit per slot that counts
     visual_q: Ref  # VMEM [1, G, 128] in Static.compute: zero-padded to a word row's lanes
     text_q: Ref  # VMEM [1, G, D] in Static.compute
-    words: Ref  # HBM [L, B, K, R, W + word rows of scales, n, 128] in the cache's dtype
-    side: Ref  # HBM float32 [B * K, chunks, 1 or 3, N]: head bits and, for int8, scales of K and of V
+    words: Ref  # HBM [L, B, K, R, W, n, 128] in the cache's dtype
     text_k: Ref  # VMEM [1, 1, 1, E, D], or [1, 1, 1, D, E] if Static.lanes_are_tokens
     text_v: Ref  # VMEM, same shape as text_k
     text_seen: Ref  # VMEM float32 [1, 1, E]: 1 for a key that counts, else 0
 
 
 class Outputs(NamedTuple):
-    """Outputs: the two parts of the attention output, normalised together, and their normaliser.
+    """Outputs."""
 
-    The op returns the sum of the two.
-    """
-
-    visual: Ref  # VMEM float32 [1, G, 128]: in the lanes that hold V in a word row
-    text: Ref  # VMEM float32 [1, G, D]
+    out: Ref  # VMEM [1, G, D]
     lse: Ref  # VMEM float32 [1, G, 128]: log-sum-exp of the logits, the same in all lanes
 
 
@@ -75,10 +73,8 @@ class Buffers(NamedTuple):
     """Scratch: the double buffer for chunks of regions."""
 
     words: Ref  # VMEM [2, C * W, n, 128] in the cache's dtype
-    side: Ref  # VMEM float32 [2, 1 or 3, N]
     first: Ref  # SMEM int32 [1]: the buffer of the row's first chunk, 0 or 1
-    words_copied: Ref  # DMA semaphores [2]
-    side_copied: Ref  # DMA semaphores [2]
+    copied: Ref  # DMA semaphores [2]
 
 
 class Softmax(NamedTuple):
@@ -96,8 +92,10 @@ class Static:
 
     Attributes:
       kv_heads: K.
-      chunk: C.
+      chunk: C, a power of two.
       word_rows: W.
+      scale_rows: word rows of a region that hold scales, its last ones; 0 but for int8.
+      slots: P.
       joint: K and V of a token share the 128 lanes of a word row.
       compute: dtype of matmul operands. They accumulate in float32.
       scale: factor of the logits.
@@ -107,6 +105,8 @@ class Static:
     kv_heads: int
     chunk: int
     word_rows: int
+    scale_rows: int
+    slots: int
     joint: bool
     compute: DTypeLike
     scale: float
@@ -116,6 +116,11 @@ class Static:
     def lanes_are_tokens(self) -> bool:
         """Whether tiles of the text stream are [D, E]. XLA stores [S, 64] that way to avoid padding."""
         return self.joint
+
+    @property
+    def part(self) -> int:
+        """Regions of one step of the softmax: half of a large chunk, as the last one may not be full."""
+        return self.chunk // 2 if self.chunk > 8 else self.chunk
 
 
 class _Refs(NamedTuple):
@@ -135,12 +140,14 @@ class _Row(NamedTuple):
       number: int32, among all B * K.
       inner: int32, among the rows of its core.
       per_core: int32, rows of a core.
-      chunks: int32, chunks that its regions fill.
+      count: int32, regions that it lists.
+      chunks: int32, chunks that these fill.
     """
 
     number: jax.Array
     inner: jax.Array
     per_core: Scalar
+    count: jax.Array
     chunks: jax.Array
 
     def has_next(self) -> jax.Array:
@@ -161,7 +168,8 @@ def kernel(
     inner, tile = pl.program_id(1), pl.program_id(2)
     per_core = pl.num_programs(1)
     number = pl.program_id(0) * per_core + inner
-    row = _Row(number, inner, per_core, (scalars.count[number] + static.chunk - 1) // static.chunk)
+    count = _count(inputs.ids)
+    row = _Row(number, inner, per_core, count, (count + static.chunk - 1) // static.chunk)
 
     @pl.when(tile == 0)
     def _() -> None:
@@ -174,7 +182,7 @@ def kernel(
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _() -> None:
-        _finish(softmax, outputs)
+        _finish(static, softmax, outputs)
 
 
 # Copies.
@@ -196,40 +204,62 @@ class _Chunk(NamedTuple):
     buffer: Scalar
 
 
-def _for_each_copy(static: Static, refs: _Refs, chunk: _Chunk, act: Callable[[Any], None]) -> None:
-    """Call ``act`` with each copy of a chunk: one per region in it, and one for its side array.
+STARTS = 8
+"""Copies that are started between two tests of a loop."""
 
-    The last chunk of a row may have fewer than C regions. A chunk without regions has no copies at all.
-    """
-    scalars, inputs, buffers = refs.scalars, refs.inputs, refs.buffers
-    count = jnp.clip(scalars.count[chunk.row] - chunk.index * static.chunk, 0, static.chunk)
 
-    def region(place: jax.Array, carry: Scalar) -> Scalar:
-        number = chunk.ids[0, 0, chunk.index * static.chunk + place]
-        # The word rows after the tokens hold scales. Those come with the side array.
-        rows = pl.ds(0, static.word_rows)
-        at = (scalars.layer[0], chunk.row // static.kv_heads, chunk.row % static.kv_heads, number, rows)
-        source = inputs.words.at[at]
-        target = buffers.words.at[chunk.buffer, pl.ds(place * static.word_rows, static.word_rows)]
-        act(pltpu.make_async_copy(source, target, buffers.words_copied.at[chunk.buffer]))
-        return carry
+def _count(ids: Ref) -> jax.Array:
+    """The number of regions of a row."""
+    return ids[0, 0, 0, ids.shape[-1] - 1]
 
-    jax.lax.fori_loop(0, count, region, 0)
 
-    @pl.when(count > 0)
-    def _() -> None:
-        source, target = inputs.side.at[chunk.row, chunk.index], buffers.side.at[chunk.buffer]
-        act(pltpu.make_async_copy(source, target, buffers.side_copied.at[chunk.buffer]))
+def _in_chunk(static: Static, chunk: _Chunk) -> jax.Array:
+    """The number of regions of a chunk; the last one of a row may have fewer than C."""
+    return jnp.clip(_count(chunk.ids) - chunk.index * static.chunk, 0, static.chunk)
 
 
 def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
-    """Start the copies of a chunk."""
-    _for_each_copy(static, refs, chunk, lambda copy: copy.start())
+    """Start the copies of a chunk, one per region."""
+    words, buffers = refs.inputs.words, refs.buffers
+    number = _in_chunk(static, chunk)
+    layer = refs.scalars.layer[0]
+    b, head = chunk.row // static.kv_heads, chunk.row % static.kv_heads
+
+    def region(place: jax.Array) -> None:
+        source = words.at[layer, b, head, chunk.ids[0, 0, 0, chunk.index * static.chunk + place]]
+        target = buffers.words.at[chunk.buffer, pl.ds(place * static.word_rows, static.word_rows)]
+        pltpu.make_async_copy(source, target, buffers.copied.at[chunk.buffer]).start()
+
+    def several(block: jax.Array, carry: int) -> int:
+        for place in range(STARTS):
+            region(block * STARTS + place)
+        return carry
+
+    def one(place: jax.Array, carry: int) -> int:
+        region(place)
+        return carry
+
+    jax.lax.fori_loop(0, number // STARTS, several, 0)
+    jax.lax.fori_loop(number // STARTS * STARTS, number, one, 0)
 
 
 def _wait(static: Static, refs: _Refs, chunk: _Chunk) -> None:
-    """Wait for the copies of a chunk. They must have been started for the same row, index and buffer."""
-    _for_each_copy(static, refs, chunk, lambda copy: copy.wait())
+    """Wait for the copies of a chunk, which must have been started for the same row, index and buffer.
+
+    A semaphore counts bytes, so one wait of a full chunk's size is for all of its copies. Otherwise there is
+    one per bit of their number.
+    """
+    words, number = refs.buffers.words, _in_chunk(static, chunk)
+    size = static.chunk
+    while size:
+        # Only the size counts: the copies of this wait are any of the chunk's.
+        whole = words.at[chunk.buffer, pl.ds(0, size * static.word_rows)]
+
+        @pl.when((number & size) != 0)
+        def _(whole: Ref = whole) -> None:
+            pltpu.make_async_copy(whole, whole, refs.buffers.copied.at[chunk.buffer]).wait()
+
+        size //= 2
 
 
 # Keys and values.
@@ -291,25 +321,91 @@ def _column(row: jax.Array) -> jax.Array:
     return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
 
 
-def _region_keys(static: Static, refs: _Refs, buffer: Scalar) -> _Keys:
-    """Keys of the chunk in ``buffer``, in the order of ``tpu_layout.by_row``."""
-    words = refs.buffers.words
-    side = refs.buffers.side[buffer]
-    places = split_values(words[buffer]) if static.interpret else split_words(words.at[buffer])
-    heads = side[0:1].astype(jnp.int32)
+def _region_keys(static: Static, refs: _Refs, buffer: Scalar, first: Any, part: int) -> list[_Keys]:
+    """Keys of a part of the chunk in ``buffer``, one group for each token of a word row.
+
+    Args:
+      static: static arguments.
+      refs: references.
+      buffer: int32, 0 or 1.
+      first: int32, the place of the chunk in the row's list.
+      part: which part; X of a group is its number of word rows.
+    """
+    rows = static.part * static.word_rows
+    words = refs.buffers.words.at[buffer, pl.ds(part * rows, rows)]
+    values = words[...] if static.interpret else None
+    places = split_words(words) if values is None else split_values(values)
+    tokens = len(places) // (1 if static.joint else 2)
+    region, row = _divided(jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1), static.word_rows)
+    mine = jax.lax.broadcasted_iota(jnp.int32, (static.part, rows), 0) == region
+
+    def spread(values: jax.Array) -> jax.Array:
+        """[regions, 1 or X], of each region, to [1, X]: of each key's own region."""
+        return jnp.sum(jnp.where(mine, values, 0), axis=0, keepdims=True)
+
+    facts = _facts(static, refs.inputs.side, first + part * static.part)
+    heads, *seen = (spread(facts[:, i : i + 1]) for i in range(1 + -(-static.slots // 32)))
     head = jax.lax.broadcasted_iota(jnp.int32, (refs.inputs.visual_q.shape[1], 1), 0)
-    seen = ((heads >> head) & 1) == 1
-    half = len(places) // (1 if static.joint else 2)
-    k = jnp.concatenate(places[:half], axis=0) if half > 1 else places[0]
-    v = k
-    if not static.joint:
-        v = jnp.concatenate(places[half:], axis=0) if half > 1 else places[1]
-    # 0 * NaN is NaN. Invalid slots may hold NaN, and so may parts of the buffer that no region was
-    # copied to.
-    v = jnp.where(_column(heads.astype(jnp.float32)) > 0, v, 0.0)
-    k = v if static.joint else k
-    scales = (side[1:2], side[2:3]) if side.shape[0] > 1 else (1.0, 1.0)
-    return _Keys(k.astype(static.compute), v.astype(static.compute), seen, *scales)
+    scales = _scales(static, words, values) if static.scale_rows else None
+    groups = []
+    for token in range(tokens):
+        slot = row * tokens + token
+        bits = seen[0]
+        for word in range(1, len(seen)):
+            bits = jnp.where(slot >= 32 * word, seen[word], bits)
+        counts = (slot < static.slots) & (row < static.word_rows - static.scale_rows)
+        read = jnp.where(counts & (((bits >> (slot & 31)) & 1) == 1), heads, 0)
+        v = places[token] if static.joint else places[tokens + token]
+        # 0 * NaN is NaN. Invalid slots may hold NaN, and so may parts of the buffer that no region was
+        # copied to.
+        v = jnp.where(_column(read.astype(jnp.float32)) > 0, v, 0.0)
+        k = v if static.joint else places[token]
+        factors = (1.0, 1.0)
+        if scales is not None:
+            width = static.word_rows - static.scale_rows
+            offsets = ((side * tokens + token) * width for side in (0, 1))
+            factors = tuple(
+                jnp.where(read > 0, spread(_aligned(scales, at, static.word_rows, rows)), 0.0) for at in offsets
+            )
+        keys = (k.astype(static.compute), v.astype(static.compute), ((read >> head) & 1) == 1)
+        groups.append(_Keys(*keys, *factors))
+    return groups
+
+
+def _divided(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of small int32 numbers."""
+    quotient = jnp.floor((number.astype(jnp.float32) + 0.5) * (1.0 / by)).astype(jnp.int32)
+    return quotient, number - quotient * by
+
+
+def _facts(static: Static, side: Ref, first: jax.Array) -> jax.Array:
+    """int32 [regions of a part, Y]: what ``side`` holds from place ``first`` on."""
+    start = pl.multiple_of(first // LANES * LANES, LANES)
+    lanes = side[0, 0, :, pl.ds(start, LANES)]
+    # A part never crosses registers, as its size divides the lanes.
+    lanes = pltpu.roll(lanes, (LANES - first % LANES) % LANES, 1)
+    return jnp.transpose(lanes)[: static.part]
+
+
+def _scales(static: Static, words: Ref, values: jax.Array | None) -> jax.Array:
+    """float32 [regions of a part, 128 per word row of scales]."""
+    tokens = static.word_rows - static.scale_rows
+    if values is not None:
+        regions = values.reshape(static.part, static.word_rows, *values.shape[1:])
+        bytes_last = jnp.swapaxes(regions[:, tokens:], 2, 3)
+        return jax.lax.bitcast_convert_type(bytes_last, jnp.float32).reshape(static.part, -1)
+    flat = words.bitcast(jnp.int32).reshape(words.shape[0], LANES)
+    rows = [
+        flat[pl.ds(tokens + row, static.part, stride=static.word_rows), :] for row in range(static.scale_rows)
+    ]
+    return jax.lax.bitcast_convert_type(jnp.concatenate(rows, axis=1), jnp.float32)
+
+
+def _aligned(scales: jax.Array, offset: int, word_rows: int, keys: int) -> jax.Array:
+    """[regions, X]: the scales from lane ``offset`` on, of each region where its own keys are."""
+    width = scales.shape[1]
+    rolled = pltpu.roll(scales, (width - offset) % width, 1, stride=word_rows, stride_axis=0)
+    return jnp.concatenate([rolled] * -(-keys // width), axis=1)[:, :keys]
 
 
 def _text_keys(static: Static, inputs: Inputs) -> _Keys:
@@ -355,8 +451,14 @@ def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
             _start(static, refs, _Chunk(row.number + 1, next_ids, index=0, buffer=1 - buffer))
 
         _wait(static, refs, _Chunk(row.number, ids, index, buffer))
-        keys = _region_keys(static, refs, buffer)
-        _attend(static, refs.softmax, refs.inputs.visual_q, keys, refs.softmax.visual_sum)
+        place = index * static.chunk
+        for part in range(static.chunk // static.part):
+
+            @pl.when(place + part * static.part < row.count)
+            def _(part: int = part) -> None:
+                for keys in _region_keys(static, refs, buffer, place, part):
+                    _attend(static, refs.softmax, refs.inputs.visual_q, keys, refs.softmax.visual_sum)
+
         return carry
 
     jax.lax.fori_loop(0, row.chunks, step, 0)
@@ -398,9 +500,10 @@ def _attend(static: Static, softmax: Softmax, q: Ref, keys: _Keys, weighted: Ref
     weighted[...] += dot(weights, keys.v, (((1,), (token,)), ((), ())))
 
 
-def _finish(softmax: Softmax, outputs: Outputs) -> None:
-    """Divide by the softmax's total. A head that saw no key gets 0."""
-    select_per = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
-    outputs.visual[0] = softmax.visual_sum[...] * select_per
-    outputs.text[0] = softmax.text_sum[...] * select_per
+def _finish(static: Static, softmax: Softmax, outputs: Outputs) -> None:
+    """Add up both sums and divide by the softmax's total. A head that saw no key gets 0."""
+    first, dim = LANES // 2 if static.joint else 0, outputs.out.shape[-1]
+    share = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
+    visual = softmax.visual_sum[:, first : first + dim]  # the lanes that hold V in a word row
+    outputs.out[0] = ((visual + softmax.text_sum[...]) * share).astype(outputs.out.dtype)
     outputs.lse[0] = softmax.top[...] + jnp.log(softmax.total[...])

@@ -7,7 +7,6 @@ Query heads of a kv head read the union of their selections once. Arithmetic is 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +16,19 @@ from pallas_kernels import quantize
 from pallas_kernels.dispatch import target
 from pallas_kernels.gaze_decode.cpu import Side
 from pallas_kernels.gaze_decode.native import library
+from pallas_kernels.gaze_decode.routed import Routed
 from pallas_kernels.gaze_decode.xla import reserve, unpack, write
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
 # The stacked cache is that of xla on other devices, and so is what changes it.
-__all__ = ["Routed", "gaze_decode", "pack", "reserve", "route_and_decode", "supports", "unpack", "write"]
+__all__ = ["gaze_decode", "pack", "reserve", "route_and_decode", "supports", "unpack", "write"]
 
 Array = jax.Array
 Packed = tuple[Side, Side]
 
 TEXT_MULTIPLE = 1
 _FLOATS = (jnp.float32, jnp.bfloat16)
-
-
-class Routed(NamedTuple):
-    """What :func:`route_and_decode` returns.
-
-    Attributes:
-      out: [B, H, D].
-      lse: float32 [B, H].
-      indices: int32 [B, Hs, J] the regions that were read, best first; -1 in unused slots.
-      scores: float32 [B, Hs, R] of every region.
-    """
-
-    out: Array
-    lse: Array
-    indices: Array
-    scores: Array
 
 
 def supports(spec: GazeSpec) -> str | None:

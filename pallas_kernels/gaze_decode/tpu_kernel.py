@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.gaze_decode.tpu_layout import LANES
+from pallas_kernels.gaze_decode.tpu_layout import LANES, SUBLANES
 
 # Pallas refs have no public type; the caller fills the bundles with arrays, BlockSpecs and scratch shapes.
 Ref = Any
@@ -122,6 +122,11 @@ class Static:
         """Regions of one step of the softmax: half of a large chunk, as the last one may not be full."""
         return self.chunk // 2 if self.chunk > 8 else self.chunk
 
+    @property
+    def starts(self) -> int:
+        """Copies that are started between two tests of a loop; the interpreter compiles each for itself."""
+        return 2 if self.interpret else 8
+
 
 class _Refs(NamedTuple):
     """All references of the kernel."""
@@ -204,10 +209,6 @@ class _Chunk(NamedTuple):
     buffer: Scalar
 
 
-STARTS = 8
-"""Copies that are started between two tests of a loop."""
-
-
 def _count(ids: Ref) -> jax.Array:
     """The number of regions of a row."""
     return ids[0, 0, 0, ids.shape[-1] - 1]
@@ -231,16 +232,17 @@ def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
         pltpu.make_async_copy(source, target, buffers.copied.at[chunk.buffer]).start()
 
     def several(block: jax.Array, carry: int) -> int:
-        for place in range(STARTS):
-            region(block * STARTS + place)
+        for place in range(static.starts):
+            region(block * static.starts + place)
         return carry
 
     def one(place: jax.Array, carry: int) -> int:
         region(place)
         return carry
 
-    jax.lax.fori_loop(0, number // STARTS, several, 0)
-    jax.lax.fori_loop(number // STARTS * STARTS, number, one, 0)
+    blocks = number // static.starts
+    jax.lax.fori_loop(0, blocks, several, 0)
+    jax.lax.fori_loop(blocks * static.starts, number, one, 0)
 
 
 def _wait(static: Static, refs: _Refs, chunk: _Chunk) -> None:
@@ -404,7 +406,15 @@ def _scales(static: Static, words: Ref, values: jax.Array | None) -> jax.Array:
 def _aligned(scales: jax.Array, offset: int, word_rows: int, keys: int) -> jax.Array:
     """[regions, X]: the scales from lane ``offset`` on, of each region where its own keys are."""
     width = scales.shape[1]
-    rolled = pltpu.roll(scales, (width - offset) % width, 1, stride=word_rows, stride_axis=0)
+    most = (LANES - 1) // (SUBLANES - 1)  # the last sublane of a register is rolled once around it at most
+    registers = []
+    for first in range(0, scales.shape[0], SUBLANES):
+        register = pltpu.roll(scales[first : first + SUBLANES], (first * word_rows - offset) % width, 1)
+        for start in range(0, word_rows, most):
+            stride = min(most, word_rows - start)
+            register = pltpu.roll(register, 0, 1, stride=stride, stride_axis=0)
+        registers.append(register)
+    rolled = jnp.concatenate(registers, axis=0)
     return jnp.concatenate([rolled] * -(-keys // width), axis=1)[:, :keys]
 
 

@@ -27,7 +27,7 @@ from pallas_kernels.gaze_decode import grow
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 
 
 @jax.tree_util.register_dataclass

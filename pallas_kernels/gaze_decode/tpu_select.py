@@ -24,14 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.gaze_decode.tpu_layout import LANES
+from pallas_kernels.gaze_decode.tpu_layout import LANES, SUBLANES
 
 Ref = Any
 
 UNSEEN = -(2**31)
 """Key of a region that may not be selected."""
-
-ROWS = 8  # sublanes of a register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Static:
     @property
     def kv_rows(self) -> int:
         """K8."""
-        return -(-self.kv_heads // ROWS) * ROWS
+        return -(-self.kv_heads // SUBLANES) * SUBLANES
 
     @property
     def listed_tiles(self) -> int:
@@ -343,7 +341,7 @@ def _write(static: Static, step: jax.Array, scratch: Scratch, listed: Listed) ->
 def _out(static: Static, batch: int, words: int, first: int) -> tuple[Listed, Listed]:
     """Block specs and shapes of the lists, whose first tile is written at step ``first``."""
     width = static.tile * static.listed_tiles
-    sides = -(-(1 + words) // ROWS) * ROWS
+    sides = -(-(1 + words) // SUBLANES) * SUBLANES
     heads = static.kv_heads
 
     def at(b: jax.Array, step: jax.Array, *_: Any) -> tuple[Any, ...]:

@@ -80,11 +80,10 @@ def _by_tile(a: jax.Array, tile: int, fill: int) -> jax.Array:
 
 def _slot_bits(seen: jax.Array) -> jax.Array:
     """bool [B, R, P] to int32 [B, words, R] with bit i of word w for slot 32 * w + i."""
-    batch, regions, slots = seen.shape
-    words = max(1, -(-slots // 32))
-    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, words * 32 - slots))).reshape(batch, regions, words, 32)
-    bits = jnp.where(seen, jnp.int32(1) << jnp.arange(32, dtype=jnp.int32), 0)
-    return jnp.swapaxes(jnp.sum(bits, axis=-1, dtype=jnp.int32), 1, 2)
+    pieces = [seen[..., first : first + 32] for first in range(0, max(1, seen.shape[-1]), 32)]
+    bits = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32)).view(np.int32)
+    words = [jnp.sum(jnp.where(a, bits[: a.shape[-1]], 0), axis=-1, dtype=jnp.int32) for a in pieces]
+    return jnp.stack(words, axis=1)
 
 
 def _everything(seen: jax.Array, kv_heads: int, group: int) -> Listed:

@@ -71,23 +71,27 @@ def routed_layers(shape: shapes.Shape, implementation: str) -> tuple[Callable[..
     return run, (q, cache, masks, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def operations(text: str) -> list[str]:
-    """What one pass through the loop of an optimised HLO text executes: name and kind of each instruction.
+def operations(text: str) -> tuple[list[str], list[str]]:
+    """The instructions that an optimised HLO text executes: per pass of its loop, and once around it.
 
     Fusions, custom calls, copies, sorts, slices and everything else count; parameters, constants, tuples and
-    their elements, and bitcasts are no work. The end of an asynchronous copy belongs to its start. Without a
-    loop the instructions are those of the whole program.
+    their elements, and bitcasts are no work. The end of an asynchronous copy belongs to its start. Of a
+    program without a loop all instructions count as one pass.
+
+    Raises:
+      ValueError: the program has several loops.
     """
-    free = r"parameter|constant|bitcast|get-tuple-element|tuple|after-all|\S+-done"
+    free = r"parameter|constant|bitcast|get-tuple-element|tuple|while|after-all|\S+-done"
     bodies = set(re.findall(r"\bwhile\(.*body=(%[\w.\-]+)", text))
     if len(bodies) > 1:
-        raise ValueError(f"The program has {len(bodies)} loops, so which one runs over the layers is unknown.")
-    found, inside = [], ""
+        raise ValueError(f"The program has {len(bodies)} loops; which one runs over the layers is unknown.")
+    found: dict[str, list[str]] = {}
+    inside = ""
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?(%[\w.\-]+) \(", line)
-        if header:
-            inside = header[2] if bodies or not header[1] else "ENTRY"
+        inside = ("ENTRY" if header[1] else header[2]) if header else inside
         made = re.match(r"\s+(?:ROOT )?(%[\w.\-]+) = .*? ([\w\-]+)\(", line)
-        if made and inside in (bodies or {"ENTRY"}) and not re.fullmatch(free, made[2]):
-            found.append(f"{made[1]} {made[2]}")
-    return found
+        if made and not re.fullmatch(free, made[2]):
+            found.setdefault(inside, []).append(f"{made[1]} {made[2]}")
+    once = found.get("ENTRY", [])
+    return (found.get(bodies.pop(), []), once) if bodies else (once, [])

@@ -198,14 +198,14 @@ class _Chunk(NamedTuple):
 
     Attributes:
       row: int32, among all B * K.
-      ids: the row's regions, ``Inputs.ids`` or ``Inputs.next_ids``.
-      index: int32, among the row's chunks.
+      count: int32, its regions, at most C.
+      region: from a place among them to the region's number.
       buffer: int32, 0 or 1.
     """
 
     row: jax.Array
-    ids: Ref
-    index: Any
+    count: jax.Array
+    region: Callable[[jax.Array], jax.Array]
     buffer: Scalar
 
 
@@ -214,20 +214,35 @@ def _count(ids: Ref) -> jax.Array:
     return ids[0, 0, 0, ids.shape[-1] - 1]
 
 
-def _in_chunk(static: Static, chunk: _Chunk) -> jax.Array:
-    """The number of regions of a chunk; the last one of a row may have fewer than C."""
-    return jnp.clip(_count(chunk.ids) - chunk.index * static.chunk, 0, static.chunk)
+def _own(static: Static, refs: _Refs, row: _Row, index: Scalar, buffer: Scalar) -> _Chunk:
+    """Chunk ``index`` of the current row; the last one may have fewer regions than C."""
+    first = index * static.chunk
+    count = jnp.clip(row.count - first, 0, static.chunk)
+    return _Chunk(row.number, count, lambda place: refs.inputs.ids[0, 0, 0, first + place], buffer)
+
+
+def _following(static: Static, refs: _Refs, row: _Row, index: jax.Array, buffer: Scalar) -> _Chunk:
+    """The chunk after the current row's chunk ``index``: maybe the first one of the core's next row, or empty."""
+    ids, next_ids = refs.inputs.ids, refs.inputs.next_ids
+    last = index + 1 >= row.chunks
+    first = jnp.where(last, 0, (index + 1) * static.chunk)
+    left = jnp.where(last, jnp.where(row.has_next(), _count(next_ids), 0), row.count - first)
+    return _Chunk(
+        row=row.number + jnp.where(last, 1, 0),
+        count=jnp.minimum(left, static.chunk),
+        region=lambda place: jnp.where(last, next_ids[0, 0, 0, place], ids[0, 0, 0, first + place]),
+        buffer=buffer,
+    )
 
 
 def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
     """Start the copies of a chunk, one per region."""
     words, buffers = refs.inputs.words, refs.buffers
-    number = _in_chunk(static, chunk)
     layer = refs.scalars.layer[0]
     b, head = chunk.row // static.kv_heads, chunk.row % static.kv_heads
 
     def region(place: jax.Array) -> None:
-        source = words.at[layer, b, head, chunk.ids[0, 0, 0, chunk.index * static.chunk + place]]
+        source = words.at[layer, b, head, chunk.region(place)]
         target = buffers.words.at[chunk.buffer, pl.ds(place * static.word_rows, static.word_rows)]
         pltpu.make_async_copy(source, target, buffers.copied.at[chunk.buffer]).start()
 
@@ -240,24 +255,23 @@ def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
         region(place)
         return carry
 
-    blocks = number // static.starts
+    blocks = chunk.count // static.starts
     jax.lax.fori_loop(0, blocks, several, 0)
-    jax.lax.fori_loop(blocks * static.starts, number, one, 0)
+    jax.lax.fori_loop(blocks * static.starts, chunk.count, one, 0)
 
 
 def _wait(static: Static, refs: _Refs, chunk: _Chunk) -> None:
-    """Wait for the copies of a chunk, which must have been started for the same row, index and buffer.
+    """Wait for the copies of a chunk, all of which must have been started.
 
     A semaphore counts bytes, so one wait of a full chunk's size is for all of its copies. Otherwise there is
     one per bit of their number.
     """
-    words, number = refs.buffers.words, _in_chunk(static, chunk)
-    size = static.chunk
+    words, size = refs.buffers.words, static.chunk
     while size:
         # Only the size counts: the copies of this wait are any of the chunk's.
         whole = words.at[chunk.buffer, pl.ds(0, size * static.word_rows)]
 
-        @pl.when((number & size) != 0)
+        @pl.when((chunk.count & size) != 0)
         def _(whole: Ref = whole) -> None:
             pltpu.make_async_copy(whole, whole, refs.buffers.copied.at[chunk.buffer]).wait()
 
@@ -441,26 +455,18 @@ def _reset(softmax: Softmax) -> None:
 
 def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
     """Attend to the row's regions chunk by chunk, and start the first copies of the core's next row."""
-    first, ids, next_ids = refs.buffers.first, refs.inputs.ids, refs.inputs.next_ids
+    first = refs.buffers.first
 
     @pl.when(row.inner == 0)
     def _() -> None:
         # The core's first row has no row before it that could have started its copies.
         first[0] = 0
-        _start(static, refs, _Chunk(row.number, ids, index=0, buffer=0))
+        _start(static, refs, _own(static, refs, row, index=0, buffer=0))
 
     def step(index: jax.Array, carry: Scalar) -> Scalar:
         buffer = (first[0] + index) % 2
-
-        @pl.when(index + 1 < row.chunks)
-        def _() -> None:
-            _start(static, refs, _Chunk(row.number, ids, index=index + 1, buffer=1 - buffer))
-
-        @pl.when((index + 1 == row.chunks) & row.has_next())
-        def _() -> None:
-            _start(static, refs, _Chunk(row.number + 1, next_ids, index=0, buffer=1 - buffer))
-
-        _wait(static, refs, _Chunk(row.number, ids, index, buffer))
+        _start(static, refs, _following(static, refs, row, index, 1 - buffer))
+        _wait(static, refs, _own(static, refs, row, index, buffer))
         place = index * static.chunk
         for part in range(static.chunk // static.part):
 
@@ -471,13 +477,10 @@ def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
 
         return carry
 
-    jax.lax.fori_loop(0, row.chunks, step, 0)
-
-    @pl.when((row.chunks == 0) & row.has_next())
-    def _() -> None:
-        _start(static, refs, _Chunk(row.number + 1, next_ids, index=0, buffer=first[0]))
-
-    first[0] = (first[0] + row.chunks) % 2
+    # A row without regions takes one step too, which starts the copies of the next one.
+    steps = jnp.maximum(row.chunks, 1)
+    jax.lax.fori_loop(0, steps, step, 0)
+    first[0] = (first[0] + steps) % 2
 
 
 def _attend(static: Static, softmax: Softmax, q: Ref, keys: _Keys, weighted: Ref) -> None:

@@ -72,10 +72,19 @@ class Static:
         return -(-self.kv_heads // SUBLANES) * SUBLANES
 
     @property
+    def union(self) -> int:
+        """U, the most regions that a kv head lists."""
+        return min(self.capacity * (self.group if self.per_head else 1), self.regions)
+
+    @property
     def listed_tiles(self) -> int:
-        """Tiles of a list of U regions and, in the last lane, their number."""
-        union = min(self.capacity * (self.group if self.per_head else 1), self.regions)
-        return union // self.tile + 1
+        """Tiles of a list and, in its last lane, the number of its regions."""
+        return self.union // self.tile + 1
+
+    @property
+    def listed_tile(self) -> int:
+        """Lanes of such a tile: T, or as many as the only one needs."""
+        return self.tile if self.listed_tiles > 1 else (self.union // LANES + 1) * LANES
 
 
 class Scalars(NamedTuple):
@@ -319,14 +328,15 @@ def _move(static: Static, moved: Ref, power: int) -> None:
 
 def _write(static: Static, step: jax.Array, scratch: Scratch, listed: Listed) -> None:
     """Write tile ``step`` of the lists."""
-    lane = _lane((static.kv_rows, static.tile))
+    width = static.listed_tile
+    lane = _lane((static.kv_rows, width))
     tile = jnp.minimum(step, static.tiles - 1)
-    exists = step < static.tiles
-    kept = [jnp.where(exists, scratch.moved[array, tile], 0) for array in range(scratch.moved.shape[0])]
+    arrays = range(scratch.moved.shape[0])
+    kept = [jnp.where(step < static.tiles, scratch.moved[array, tile][:, :width], 0) for array in arrays]
     ids = jnp.where(kept[1] != 0, step * static.tile + lane + kept[0], -1)
-    holds_count = (lane == static.tile - 1) & (step == static.listed_tiles - 1)
+    holds_count = (lane == width - 1) & (step == static.listed_tiles - 1)
     ids = jnp.where(holds_count, jnp.broadcast_to(scratch.count[:, :1], ids.shape), ids)
-    empty = jnp.zeros((listed.side.shape[2] - len(kept) + 1, static.tile), jnp.int32)
+    empty = jnp.zeros((listed.side.shape[2] - len(kept) + 1, width), jnp.int32)
     for head in range(static.kv_heads):
         listed.ids[0, head] = ids[head : head + 1]
         for row, values in enumerate(kept[1:]):
@@ -340,14 +350,14 @@ def _write(static: Static, step: jax.Array, scratch: Scratch, listed: Listed) ->
 
 def _out(static: Static, batch: int, words: int, first: int) -> tuple[Listed, Listed]:
     """Block specs and shapes of the lists, whose first tile is written at step ``first``."""
-    width = static.tile * static.listed_tiles
+    width = static.listed_tile * static.listed_tiles
     sides = -(-(1 + words) // SUBLANES) * SUBLANES
     heads = static.kv_heads
 
     def at(b: jax.Array, step: jax.Array, *_: Any) -> tuple[Any, ...]:
         return b, 0, 0, jnp.maximum(step - first, 0)
 
-    specs = Listed(*(pl.BlockSpec((1, heads, rows, static.tile), at) for rows in (1, sides)))
+    specs = Listed(*(pl.BlockSpec((1, heads, rows, static.listed_tile), at) for rows in (1, sides)))
     shapes = (jax.ShapeDtypeStruct((batch, heads, rows, width), jnp.int32) for rows in (1, sides))
     return specs, Listed(*shapes)
 

@@ -1,7 +1,7 @@
 """Routed layers of a decoding step as abstract programs, and how many operations a compiled one executes.
 
-What is scored, selected and attended to in one layer by ``gaze_jax.models.decode.decode_attention``, as a scan
-over the layers: what depends on the step alone is computed before the loop, as in a whole model.
+What ``gaze_jax.models.decode.decode_attention`` does in a layer (scores, selection, attention), scanned over
+the layers: what depends on the step alone can be computed before the loop.
 """
 
 import re

@@ -18,7 +18,6 @@ n values per word (see ``tpu_layout.py``), X keys of one step of the softmax, E 
 stream, U regions of a list as it is stored, Y rows of ``Inputs.side``.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,9 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
-from pallas_kernels.gaze_decode.tpu_layout import LANES, SUBLANES
+from pallas_kernels.gaze_decode.tpu_keys import Keys, Static, region_keys, text_keys
+from pallas_kernels.gaze_decode.tpu_layout import LANES
 
 # Pallas refs have no public type; the caller fills the bundles with arrays, BlockSpecs and scratch shapes.
 Ref = Any
@@ -86,48 +85,6 @@ class Softmax(NamedTuple):
     text_sum: Ref  # VMEM float32 [G, D]: the same over the text stream
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """Static arguments.
-
-    Attributes:
-      kv_heads: K.
-      chunk: C, a power of two.
-      word_rows: W.
-      scale_rows: word rows of a region that hold scales, its last ones; 0 but for int8.
-      slots: P.
-      joint: K and V of a token share the 128 lanes of a word row.
-      compute: dtype of matmul operands. They accumulate in float32.
-      scale: factor of the logits.
-      interpret: run in the interpreter.
-    """
-
-    kv_heads: int
-    chunk: int
-    word_rows: int
-    scale_rows: int
-    slots: int
-    joint: bool
-    compute: DTypeLike
-    scale: float
-    interpret: bool
-
-    @property
-    def lanes_are_tokens(self) -> bool:
-        """Whether tiles of the text stream are [D, E]. XLA stores [S, 64] that way to avoid padding."""
-        return self.joint
-
-    @property
-    def part(self) -> int:
-        """Regions of one step of the softmax: half of a large chunk, as the last one may not be full."""
-        return self.chunk // 2 if self.chunk > 8 else self.chunk
-
-    @property
-    def starts(self) -> int:
-        """Copies that are started between two tests of a loop; the interpreter compiles each for itself."""
-        return 2 if self.interpret else 8
-
-
 class _Refs(NamedTuple):
     """All references of the kernel."""
 
@@ -145,14 +102,14 @@ class _Row(NamedTuple):
       number: int32, among all B * K.
       inner: int32, among the rows of its core.
       per_core: int32, rows of a core.
-      count: int32, regions that it lists.
+      regions: int32, regions that it lists.
       chunks: int32, chunks that these fill.
     """
 
     number: jax.Array
     inner: jax.Array
     per_core: Scalar
-    count: jax.Array
+    regions: jax.Array
     chunks: jax.Array
 
     def has_next(self) -> jax.Array:
@@ -183,7 +140,9 @@ def kernel(
 
     @pl.when(tile < scalars.tiles[number // static.kv_heads])
     def _() -> None:
-        _attend(static, softmax, inputs.text_q, _text_keys(static, inputs), softmax.text_sum)
+        tile_of = (inputs.text_k, inputs.text_v, inputs.text_seen)
+        keys = text_keys(static, *tile_of, inputs.text_q.shape[1])
+        _attend(static, softmax, inputs.text_q, keys, softmax.text_sum)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _() -> None:
@@ -198,14 +157,14 @@ class _Chunk(NamedTuple):
 
     Attributes:
       row: int32, among all B * K.
-      count: int32, its regions, at most C.
-      region: from a place among them to the region's number.
+      regions: int32, how many, at most C.
+      number: from a place among them to the region's number.
       buffer: int32, 0 or 1.
     """
 
     row: jax.Array
-    count: jax.Array
-    region: Callable[[jax.Array], jax.Array]
+    regions: jax.Array
+    number: Callable[[jax.Array], jax.Array]
     buffer: Scalar
 
 
@@ -217,20 +176,20 @@ def _count(ids: Ref) -> jax.Array:
 def _own(static: Static, refs: _Refs, row: _Row, index: Scalar, buffer: Scalar) -> _Chunk:
     """Chunk ``index`` of the current row; the last one may have fewer regions than C."""
     first = index * static.chunk
-    count = jnp.clip(row.count - first, 0, static.chunk)
+    count = jnp.clip(row.regions - first, 0, static.chunk)
     return _Chunk(row.number, count, lambda place: refs.inputs.ids[0, 0, 0, first + place], buffer)
 
 
 def _following(static: Static, refs: _Refs, row: _Row, index: jax.Array, buffer: Scalar) -> _Chunk:
-    """The chunk after the current row's chunk ``index``: maybe the first one of the core's next row, or empty."""
+    """The chunk after chunk ``index`` of the current row: maybe the next row's first one, or an empty one."""
     ids, next_ids = refs.inputs.ids, refs.inputs.next_ids
     last = index + 1 >= row.chunks
     first = jnp.where(last, 0, (index + 1) * static.chunk)
-    left = jnp.where(last, jnp.where(row.has_next(), _count(next_ids), 0), row.count - first)
+    left = jnp.where(last, jnp.where(row.has_next(), _count(next_ids), 0), row.regions - first)
     return _Chunk(
         row=row.number + jnp.where(last, 1, 0),
-        count=jnp.minimum(left, static.chunk),
-        region=lambda place: jnp.where(last, next_ids[0, 0, 0, place], ids[0, 0, 0, first + place]),
+        regions=jnp.minimum(left, static.chunk),
+        number=lambda place: jnp.where(last, next_ids[0, 0, 0, place], ids[0, 0, 0, first + place]),
         buffer=buffer,
     )
 
@@ -242,7 +201,7 @@ def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
     b, head = chunk.row // static.kv_heads, chunk.row % static.kv_heads
 
     def region(place: jax.Array) -> None:
-        source = words.at[layer, b, head, chunk.region(place)]
+        source = words.at[layer, b, head, chunk.number(place)]
         target = buffers.words.at[chunk.buffer, pl.ds(place * static.word_rows, static.word_rows)]
         pltpu.make_async_copy(source, target, buffers.copied.at[chunk.buffer]).start()
 
@@ -255,9 +214,9 @@ def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
         region(place)
         return carry
 
-    blocks = chunk.count // static.starts
+    blocks = chunk.regions // static.starts
     jax.lax.fori_loop(0, blocks, several, 0)
-    jax.lax.fori_loop(blocks * static.starts, chunk.count, one, 0)
+    jax.lax.fori_loop(blocks * static.starts, chunk.regions, one, 0)
 
 
 def _wait(static: Static, refs: _Refs, chunk: _Chunk) -> None:
@@ -271,176 +230,11 @@ def _wait(static: Static, refs: _Refs, chunk: _Chunk) -> None:
         # Only the size counts: the copies of this wait are any of the chunk's.
         whole = words.at[chunk.buffer, pl.ds(0, size * static.word_rows)]
 
-        @pl.when((chunk.count & size) != 0)
+        @pl.when((chunk.regions & size) != 0)
         def _(whole: Ref = whole) -> None:
             pltpu.make_async_copy(whole, whole, refs.buffers.copied.at[chunk.buffer]).wait()
 
         size //= 2
-
-
-# Keys and values.
-
-
-class _Keys(NamedTuple):
-    """Keys and values of one step of the softmax, X of them.
-
-    Attributes:
-      k, v: [X, D] in ``Static.compute``, or [D, X] if ``lanes_are_tokens``. ``v`` is 0 for a key that no
-        head reads.
-      seen: bool [G, X], whether a head reads a key.
-      k_scale, v_scale: float32 [1, X], the scales of int8 values, or 1.
-      lanes_are_tokens: k and v are [D, X].
-    """
-
-    k: jax.Array
-    v: jax.Array
-    seen: jax.Array
-    k_scale: jax.Array | float = 1.0
-    v_scale: jax.Array | float = 1.0
-    lanes_are_tokens: bool = False
-
-
-def split_words(words: Ref) -> list[jax.Array]:
-    """Split each word into its n values, exactly.
-
-    Args:
-      words: reference, [rows, n, 128] in float32, bfloat16 or int8.
-
-    Returns:
-      n arrays, float32 [rows, 128].
-    """
-    rows = words.shape[0]
-    if words.dtype == jnp.float32:
-        flat = words.reshape(rows * 2, LANES)
-        return [flat[pl.ds(place, rows, stride=2), :] for place in (0, 1)]
-    return _split_bits(words.bitcast(jnp.int32).reshape(rows, LANES)[...], words.dtype)
-
-
-def split_values(words: jax.Array) -> list[jax.Array]:
-    """:func:`split_words` for an array. The interpreter cannot read a reference that was reshaped."""
-    if words.dtype == jnp.float32:
-        return [words[:, place] for place in (0, 1)]
-    return _split_bits(jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.int32), words.dtype)
-
-
-def _split_bits(words: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """Split int32 [rows, 128] into values of ``dtype``, lowest bits first."""
-    if dtype == jnp.bfloat16:
-        # A bfloat16 is the upper half of its float32.
-        halves = (words << 16, words & jnp.int32(-65536))
-        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
-    return [((words << (24 - 8 * place)) >> 24).astype(jnp.float32) for place in range(4)]
-
-
-def _column(row: jax.Array) -> jax.Array:
-    """[1, X] to [X, 1]."""
-    return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
-
-
-def _region_keys(static: Static, refs: _Refs, buffer: Scalar, first: Any, part: int) -> list[_Keys]:
-    """Keys of a part of the chunk in ``buffer``, one group for each token of a word row.
-
-    Args:
-      static: static arguments.
-      refs: references.
-      buffer: int32, 0 or 1.
-      first: int32, the place of the chunk in the row's list.
-      part: which part; X of a group is its number of word rows.
-    """
-    rows = static.part * static.word_rows
-    words = refs.buffers.words.at[buffer, pl.ds(part * rows, rows)]
-    values = words[...] if static.interpret else None
-    places = split_words(words) if values is None else split_values(values)
-    tokens = len(places) // (1 if static.joint else 2)
-    region, row = _divided(jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1), static.word_rows)
-    mine = jax.lax.broadcasted_iota(jnp.int32, (static.part, rows), 0) == region
-
-    def spread(values: jax.Array) -> jax.Array:
-        """[regions, 1 or X], of each region, to [1, X]: of each key's own region."""
-        return jnp.sum(jnp.where(mine, values, 0), axis=0, keepdims=True)
-
-    facts = _facts(static, refs.inputs.side, first + part * static.part)
-    heads, *seen = (spread(facts[:, i : i + 1]) for i in range(1 + -(-static.slots // 32)))
-    head = jax.lax.broadcasted_iota(jnp.int32, (refs.inputs.visual_q.shape[1], 1), 0)
-    scales = _scales(static, words, values) if static.scale_rows else None
-    groups = []
-    for token in range(tokens):
-        slot = row * tokens + token
-        bits = seen[0]
-        for word in range(1, len(seen)):
-            bits = jnp.where(slot >= 32 * word, seen[word], bits)
-        counts = (slot < static.slots) & (row < static.word_rows - static.scale_rows)
-        read = jnp.where(counts & (((bits >> (slot & 31)) & 1) == 1), heads, 0)
-        v = places[token] if static.joint else places[tokens + token]
-        # 0 * NaN is NaN. Invalid slots may hold NaN, and so may parts of the buffer that no region was
-        # copied to.
-        v = jnp.where(_column(read.astype(jnp.float32)) > 0, v, 0.0)
-        k = v if static.joint else places[token]
-        factors = (1.0, 1.0)
-        if scales is not None:
-            width = static.word_rows - static.scale_rows
-            offsets = ((side * tokens + token) * width for side in (0, 1))
-            factors = tuple(
-                jnp.where(read > 0, spread(_aligned(scales, at, static.word_rows, rows)), 0.0) for at in offsets
-            )
-        keys = (k.astype(static.compute), v.astype(static.compute), ((read >> head) & 1) == 1)
-        groups.append(_Keys(*keys, *factors))
-    return groups
-
-
-def _divided(number: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """Quotient and remainder of small int32 numbers."""
-    quotient = jnp.floor((number.astype(jnp.float32) + 0.5) * (1.0 / by)).astype(jnp.int32)
-    return quotient, number - quotient * by
-
-
-def _facts(static: Static, side: Ref, first: jax.Array) -> jax.Array:
-    """int32 [regions of a part, Y]: what ``side`` holds from place ``first`` on."""
-    start = pl.multiple_of(first // LANES * LANES, LANES)
-    lanes = side[0, 0, :, pl.ds(start, LANES)]
-    # A part never crosses registers, as its size divides the lanes.
-    lanes = pltpu.roll(lanes, (LANES - first % LANES) % LANES, 1)
-    return jnp.transpose(lanes)[: static.part]
-
-
-def _scales(static: Static, words: Ref, values: jax.Array | None) -> jax.Array:
-    """float32 [regions of a part, 128 per word row of scales]."""
-    tokens = static.word_rows - static.scale_rows
-    if values is not None:
-        regions = values.reshape(static.part, static.word_rows, *values.shape[1:])
-        bytes_last = jnp.swapaxes(regions[:, tokens:], 2, 3)
-        return jax.lax.bitcast_convert_type(bytes_last, jnp.float32).reshape(static.part, -1)
-    flat = words.bitcast(jnp.int32).reshape(words.shape[0], LANES)
-    rows = [
-        flat[pl.ds(tokens + row, static.part, stride=static.word_rows), :] for row in range(static.scale_rows)
-    ]
-    return jax.lax.bitcast_convert_type(jnp.concatenate(rows, axis=1), jnp.float32)
-
-
-def _aligned(scales: jax.Array, offset: int, word_rows: int, keys: int) -> jax.Array:
-    """[regions, X]: the scales from lane ``offset`` on, of each region where its own keys are."""
-    width = scales.shape[1]
-    most = (LANES - 1) // (SUBLANES - 1)  # the last sublane of a register is rolled once around it at most
-    registers = []
-    for first in range(0, scales.shape[0], SUBLANES):
-        register = pltpu.roll(scales[first : first + SUBLANES], (first * word_rows - offset) % width, 1)
-        for start in range(0, word_rows, most):
-            stride = min(most, word_rows - start)
-            register = pltpu.roll(register, 0, 1, stride=stride, stride_axis=0)
-        registers.append(register)
-    rolled = jnp.concatenate(registers, axis=0)
-    return jnp.concatenate([rolled] * -(-keys // width), axis=1)[:, :keys]
-
-
-def _text_keys(static: Static, inputs: Inputs) -> _Keys:
-    """Keys of the current tile of the text stream."""
-    counts = inputs.text_seen[0]
-    nonzero = (counts if static.lanes_are_tokens else _column(counts)) > 0
-    # 0 * NaN is NaN, and keys that do not count may hold NaN.
-    v = jnp.where(nonzero, inputs.text_v[0, 0, 0].astype(jnp.float32), 0.0).astype(static.compute)
-    seen = jnp.broadcast_to(counts > 0, (inputs.text_q.shape[1], counts.shape[1]))
-    k = inputs.text_k[0, 0, 0].astype(static.compute)
-    return _Keys(k, v, seen, lanes_are_tokens=static.lanes_are_tokens)
 
 
 # The phases of a row.
@@ -470,10 +264,13 @@ def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
         place = index * static.chunk
         for part in range(static.chunk // static.part):
 
-            @pl.when(place + part * static.part < row.count)
+            @pl.when(place + part * static.part < row.regions)
             def _(part: int = part) -> None:
-                for keys in _region_keys(static, refs, buffer, place, part):
-                    _attend(static, refs.softmax, refs.inputs.visual_q, keys, refs.softmax.visual_sum)
+                rows, q = static.part * static.word_rows, refs.inputs.visual_q
+                words = refs.buffers.words.at[buffer, pl.ds(part * rows, rows)]
+                here = place + part * static.part
+                for keys in region_keys(static, words, refs.inputs.side, q.shape[1], here):
+                    _attend(static, refs.softmax, q, keys, refs.softmax.visual_sum)
 
         return carry
 
@@ -483,7 +280,7 @@ def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
     first[0] = (first[0] + steps) % 2
 
 
-def _attend(static: Static, softmax: Softmax, q: Ref, keys: _Keys, weighted: Ref) -> None:
+def _attend(static: Static, softmax: Softmax, q: Ref, keys: Keys, weighted: Ref) -> None:
     """One step of the online softmax.
 
     Args:

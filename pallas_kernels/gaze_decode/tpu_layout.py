@@ -13,9 +13,9 @@ The n entries of a word row hold:
                       int8      KV KV KV KV  four tokens
 
 Smaller D is padded with zeros to 64 or 128 lanes. The scales of an int8 region are float32 values in the
-bytes of one more word row (several, for more than 64 tokens): of the keys of the first token of all word rows,
-of the second, ..., then of the values. So those of one step of the kernel are neighbours. A separate table of
-scales would be laid out, copied or cached as a whole by the compiler.
+bytes of one more word row (several, for more than 64 tokens): of the keys of the first token of all word
+rows, of the second, ..., then of the values. So those of one step of the kernel are neighbours. A separate
+table of scales would be laid out, copied or cached as a whole by the compiler.
 """
 
 import dataclasses

@@ -113,13 +113,13 @@ class Given(NamedTuple):
 class Listed(NamedTuple):
     """The lists of all kv heads, a tile of them; in this form the attention kernel takes them.
 
-    ``ids`` are region numbers, ascending, then -1; the last lane of all holds how many they are. ``side`` holds
-    of each listed region the bits of the query heads that read it, then the words of :class:`Inputs.slots`,
+    ``ids`` are region numbers, ascending, then -1; the last lane of all holds how many they are. ``side``
+    holds of each listed region the bits of the query heads that read it, then the words of ``Inputs.slots``,
     then zeros.
     """
 
-    ids: Ref  # int32 [1, K, 1, T]
-    side: Ref  # int32 [1, K, Y rounded up to 8, T]
+    ids: Ref  # int32 [1, K, 1, Static.listed_tile]
+    side: Ref  # int32 [1, K, Y rounded up to 8, Static.listed_tile]
 
 
 class Scratch(NamedTuple):
@@ -376,9 +376,7 @@ def _whole(array: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((1, *array.shape[1:]), lambda b, step, *_: (b, *[0] * (array.ndim - 1)))
 
 
-def route(
-    static: Static, scalars: Scalars, inputs: Inputs, interpret: Any
-) -> tuple[jax.Array, Listed]:
+def route(static: Static, scalars: Scalars, inputs: Inputs, interpret: Any) -> tuple[jax.Array, Listed]:
     """Scores and lists; ``inputs`` are whole arrays, descriptors [L, B, K, R, E] or [L, B, K, E, R].
 
     Returns:
@@ -406,7 +404,10 @@ def route(
             num_scalar_prefetch=1,
             grid=(batch, last + static.listed_tiles),
             in_specs=[in_specs],
-            out_specs=[pl.BlockSpec(scores, lambda b, step, *_: (b, jnp.minimum(step, last), 0, 0)), listed_specs],
+            out_specs=[
+                pl.BlockSpec(scores, lambda b, step, *_: (b, jnp.minimum(step, last), 0, 0)),
+                listed_specs,
+            ],
             scratch_shapes=[_scratch(static, words, True)],
         ),
         out_shape=[jax.ShapeDtypeStruct((batch, static.tiles, *scores[2:]), jnp.float32), listed_shapes],

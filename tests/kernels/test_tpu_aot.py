@@ -170,7 +170,7 @@ def test_a_routed_layer_has_little_around_its_kernels(chip, tokens):
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("select_per", ["kv_head", "head"])
 def test_nothing_is_sorted_in_the_layers_of_an_answer(select_per):
-    """The list of selected regions, best first, is dropped where nobody reads it: only ties are sorted, once."""
+    """The list of selected regions is dropped where nobody reads it: only first tokens are sorted, once."""
     shape = shapes.Shape("qwen3-4b", 9_216, 1, select_per, layers=36)
     _, text, _ = tpu_aot.compile_step("v5e", "tpu", shape)
     assert sum(" sort(" in line for line in text.splitlines()) == 1

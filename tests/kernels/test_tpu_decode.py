@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode, quantize
-from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_layout
+from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_keys, tpu_layout
 from tests.helpers import cases
 from tests.helpers.poison import fresh_memory
 from tests.kernels import decode_values
@@ -34,40 +34,40 @@ def test_words_split_alike_in_the_kernel_and_interpreted(dtype):
     values = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (24, places, 128)), dtype)
 
     def kernel(ref, out):
-        for place, split in enumerate(tpu_kernel.split_words(ref)):
+        for place, split in enumerate(tpu_keys.split_words(ref)):
             out[place] = split
 
     got = pl.pallas_call(
         kernel, out_shape=jax.ShapeDtypeStruct((places, 24, 128), jnp.float32), interpret=True
     )(values)
     np.testing.assert_array_equal(got, jnp.swapaxes(values, 0, 1).astype(jnp.float32))
-    np.testing.assert_array_equal(jnp.stack(tpu_kernel.split_values(values)), got)
+    np.testing.assert_array_equal(jnp.stack(tpu_keys.split_values(values)), got)
 
 
 @pytest.mark.parametrize(
     ("dim", "slots"), [(128, 36), (64, 5), long(64, 36), long(100, 7), long(20, 3), long(128, 100)]
 )
 def test_scales_reach_their_own_keys(dim, slots):
-    """Of 8 regions in int8: the kernel's strided reads and rolls put each scale where its key is multiplied."""
+    """Of 8 regions in int8: strided reads and rolls put each scale where its key is multiplied."""
     rng = np.random.default_rng(0)
     k, v = (jnp.asarray(rng.normal(size=(1, 1, 1, 8, slots, dim)), jnp.float32) for _ in "kv")
     packed = jax.jit(functools.partial(tpu_layout.pack, spec=GazeSpec(1.0, visual_dtype="int8")))(k, v)
     word_rows, tokens = packed.words.shape[-3], packed.per_row
     sizes = {"chunk": 8, "word_rows": word_rows, "scale_rows": word_rows - packed.rows, "slots": slots}
-    static = tpu_kernel.Static(1, joint=packed.joint, compute=jnp.float32, scale=1.0, interpret=False, **sizes)
+    static = tpu_keys.Static(1, joint=packed.joint, compute=jnp.float32, scale=1.0, interpret=False, **sizes)
     words = packed.words[0, 0, 0].reshape(-1, 4, 128)
     wide = 128 * static.scale_rows
 
     def kernel(words, raw, out):
-        raw[...] = scales = tpu_kernel._scales(static, words, None)
+        raw[...] = scales = tpu_keys._scales(static, words, None)
         for i in range(2 * tokens):
-            out[i] = tpu_kernel._aligned(scales, i * packed.rows, word_rows, words.shape[0])
+            out[i] = tpu_keys._aligned(scales, i * packed.rows, word_rows, words.shape[0])
 
     shapes = [(8, wide), (2 * tokens, 8, words.shape[0])]
     raw, found = pl.pallas_call(
         kernel, out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], interpret=True
     )(words)
-    np.testing.assert_array_equal(raw, tpu_kernel._scales(static, words, words))
+    np.testing.assert_array_equal(raw, tpu_keys._scales(static, words, words))
     expected = [quantize.quantize(a)[1][0, 0, 0] for a in (k, v)]
     for side, token, region, row in np.ndindex(2, tokens, 8, packed.rows):
         slot = row * tokens + token
@@ -160,10 +160,11 @@ def test_bytes_moved_are_near_the_floor(select_per, capacity, visual_dtype, copi
 
 
 @pytest.mark.parametrize(
-    ("select_per", "visual_dtype"), [long(*rest) for rest in itertools.product(("head", "kv_head"), (None, "int8"))]
+    ("select_per", "visual_dtype"),
+    [long(*rest) for rest in itertools.product(("head", "kv_head"), (None, "int8"))],
 )
 def test_bytes_of_a_routed_layer_are_near_the_floor(select_per, visual_dtype, copies):
-    """With descriptors in the floor; and what the first kernel reads, writes and hands to the second on top."""
+    """With descriptors in the floor, and all that the first kernel reads, writes and hands on on top."""
     sizes = {"layers": 2, "slots": 36, "text": 64, "dim": 128, "group": 4, "dtype": jnp.bfloat16}
     case, (descriptors, _, _, order) = problem(regions=64, capacity=13, select_per=select_per, **sizes)
     case = dataclasses.replace(

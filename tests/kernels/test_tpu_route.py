@@ -1,4 +1,4 @@
-"""Routing in the TPU kernels' own call, interpreted: against scores and selection by gaze_jax.core.routing."""
+"""Routing in the call of the TPU kernels, interpreted: against scores and selection by core.routing."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gaze_jax.core import routing
-from pallas_kernels.gaze_decode import api, tpu, tpu_select
+from pallas_kernels.gaze_decode import api, tpu_lists, tpu_select
 from tests.helpers import cases
 from tests.kernels.decode_values import long
 
@@ -89,7 +89,7 @@ def test_scores_that_are_no_numbers_and_budgets_of_any_size(select_per, monkeypa
 
     Regions are in three tiles, and so are the lists.
     """
-    monkeypatch.setattr(tpu, "_tile", lambda selectors, regions: 128)
+    monkeypatch.setattr(tpu_lists, "tile_of", lambda selectors, regions: 128)
     case, selecting = problem(seed=4, size=5, regions=300, slots=2, capacity=160, select_per=select_per)
     descriptors, _, visible, order = selecting
     at = np.random.default_rng(0).random(descriptors.shape[1:4])
@@ -101,7 +101,9 @@ def test_scores_that_are_no_numbers_and_budgets_of_any_size(select_per, monkeypa
     selecting = (descriptors.astype(jnp.float32), budget, visible, order)
     indices = _indices_alone(case, selecting, 160)
     used = (indices >= 0).sum(-1)
-    assert (used[:2] == 0).all() and (used[2] == 160).all() and (used[3] == 0).all() and (used[4] == 150).all()
+    assert (
+        (used[:2] == 0).all() and (used[2] == 160).all() and (used[3] == 0).all() and (used[4] == 150).all()
+    )
 
 
 def _indices_alone(case, selecting, capacity):
@@ -122,10 +124,10 @@ def test_the_lists_are_what_the_indices_say(select_per):
     """Each kv head's union in storage order, with a bit per query head and per slot that counts."""
     case, selecting = problem(seed=5, regions=45, slots=36, capacity=6, select_per=select_per, group=3)
     kv_heads, group, regions = 2, 3, 45
-    static = tpu._selecting(kv_heads, group, regions, 6, selecting[0], case.spec)
+    static = tpu_lists.selecting(kv_heads, group, regions, 6, selecting[0], case.spec)
     _, _, indices, _ = jax.jit(lambda case, *a: routed(case, a, 6, "reference"))(case, *selecting)
     listed = jax.jit(
-        lambda indices, seen: tpu._listed(
+        lambda indices, seen: tpu_lists.named_by(
             indices, seen, kv_heads, group, spec=cases.runnable(case.spec)
         )
     )(indices, case.visual_seen)
@@ -191,7 +193,7 @@ def test_what_does_not_fit_is_refused():
 def test_a_tile_is_a_power_of_two_registers(static):
     kv_heads, group, regions = static
     for selectors in (kv_heads, kv_heads * group):
-        tile = tpu._tile(selectors, regions)
+        tile = tpu_lists.tile_of(selectors, regions)
         assert tile % 128 == 0 and tile & (tile - 1) == 0
         assert tile == 128 or (tile < 2 * regions and tile * max(8, selectors) <= 8 * 8 * 128)
 

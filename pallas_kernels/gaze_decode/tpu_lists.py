@@ -164,7 +164,7 @@ def selected(
     """Score all regions and select; arguments as of ``api.route_and_decode``, ``seen`` its ``visual_seen``.
 
     Returns:
-    """Score all regions and select; arguments as of ``api.route_and_decode``, ``seen`` is ``visual_seen``.
+      The lists, indices int32 [B, Hs, J], best first, and scores float32 [B, Hs, R]. The indices come from
       the scores by operations of their own, which XLA drops where nobody reads them.
 
     Raises:

@@ -313,7 +313,7 @@ def _attend(static: Static, softmax: Softmax, q: Ref, keys: Keys, weighted: Ref)
 def _finish(static: Static, softmax: Softmax, outputs: Outputs) -> None:
     """Add up both sums and divide by the softmax's total. A head that saw no key gets 0."""
     first, dim = LANES // 2 if static.joint else 0, outputs.out.shape[-1]
-    share = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
+    factor = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
     visual = softmax.visual_sum[:, first : first + dim]  # the lanes that hold V in a word row
-    outputs.out[0] = ((visual + softmax.text_sum[...]) * share).astype(outputs.out.dtype)
+    outputs.out[0] = ((visual + softmax.text_sum[...]) * factor).astype(outputs.out.dtype)
     outputs.lse[0] = softmax.top[...] + jnp.log(softmax.total[...])

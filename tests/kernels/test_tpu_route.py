@@ -78,7 +78,8 @@ def test_routing_in_the_call_equals_routing_before_it(select_per, kind, dim, gro
     """Ties, hidden regions, an odd number of regions in several chunks, four rows of a core."""
     dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
     sizes = {"regions": 37, "slots": 9, "dim": dim, "group": group, "layers": 2, "kv_heads": 4}
-    case, selecting = problem(seed=3, capacity=21, select_per=select_per, dtype=dtype, **sizes)
+    case, (descriptors, _, *rest) = problem(seed=3, capacity=21, select_per=select_per, dtype=dtype, **sizes)
+    selecting = (descriptors, jnp.asarray([18, 30], jnp.int32), *rest)
     spec = dataclasses.replace(case.spec, visual_dtype="int8" if kind == "int8" else None)
     indices = same(dataclasses.replace(case, spec=spec), selecting, 21)
     assert (indices >= 0).sum(-1).max() > 16, "more than a chunk"
@@ -86,20 +87,19 @@ def test_routing_in_the_call_equals_routing_before_it(select_per, kind, dim, gro
 
 @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
 def test_scores_that_are_no_numbers_and_budgets_of_any_size(select_per, monkeypatch):
-    """NaN below every number, infinities, -0.0; budgets 0, negative and more than visible; nothing visible.
+    """NaN below every number, -0.0 and 0.0; budgets 0, negative and more than visible; nothing visible.
 
     Regions are in three tiles, and so are the lists.
     """
     monkeypatch.setattr(tpu_lists, "tile_of", lambda selectors, regions: 128)
     case, selecting = problem(seed=4, size=5, regions=300, slots=2, capacity=160, select_per=select_per)
     descriptors, _, visible, order = selecting
-    at = np.random.default_rng(0).random(descriptors.shape[1:4])
-    odd = jnp.asarray(np.select([at < 0.3, at < 0.4, at < 0.5], [np.nan, np.inf, -np.inf], 0.0)[..., None])
-    descriptors = jnp.where(odd == 0, descriptors, odd).at[..., 1:].set(0.0)
+    unknown = np.random.default_rng(0).random(descriptors.shape[1:4]) < 0.4
+    descriptors = jnp.where(unknown[..., None], jnp.nan, 0.0 * descriptors)
     budget = jnp.asarray([0, -3, 1000, 40, 150], jnp.int32)
     visible = visible.at[3].set(False)
     case = dataclasses.replace(case, q=jnp.where(case.q == 0, -0.0, case.q))
-    selecting = (descriptors.astype(jnp.float32), budget, visible, order)
+    selecting = (descriptors, budget, visible, order)
     indices = _indices_alone(case, selecting, 160)
     used = (indices >= 0).sum(-1)
     assert (

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks import routed_layers
 from gaze_jax.core.selection import Selection, SelectionSpec
 from gaze_jax.families import DECODERS
 from gaze_jax.models import MLLM, DecodePosition, GazeConfig, MLLMConfig
@@ -134,6 +135,33 @@ def decode_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
         )
 
 
+def layer_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
+    """Compile routed layers, scores and selection included, at every shape; two of Qwen3-4B in int8 too."""
+    int8 = [decode_shapes.Shape("qwen3-4b", 9_216, 1, per, "int8") for per in routed_layers.LIMITS]
+    for wanted in (*decode_shapes.real(), *int8):
+        shape = wanted.fitting(int(0.8 * CHIPS[chip][1]))
+        name = f"routed layer {(shape or wanted).name}"
+        if only not in name or shape is None:
+            continue
+        with target(chip) as where:
+            figures, text = compile_one(*routed_layers.routed_layers(shape, "tpu"), where)
+        size, line = largest_operation(text)
+        each, once = routed_layers.operations(text)
+        yield (
+            {"chip": chip, "kernel": name}
+            | figures
+            | {
+                "layer_bytes": shape.layer_bytes,
+                "largest_operation_bytes": size,
+                "largest_operation": line,
+                "select_per": shape.select_per,
+                "operations": len(each),
+                "operations_once": len(once),
+                "operation_names": each,
+            }
+        )
+
+
 STEPS = ("qwen3-4b", "qwen2.5-0.5b")
 """Decoders whose whole decoding step is compiled."""
 
@@ -166,7 +194,7 @@ def _decode_step(
     step: DecodePosition,
     top_k: Any,
 ) -> Any:
-    return MLLM(config).apply(
+    logits, cache, _ = MLLM(config).apply(
         variables,
         tokens,
         positions,
@@ -176,6 +204,7 @@ def _decode_step(
         SelectionSpec(capacity=40),
         method="decode",
     )
+    return logits, cache  # an answer without a trace; nobody reads which regions were selected
 
 
 def on_host(tree: Any, where: jax.sharding.NamedSharding) -> Any:
@@ -331,7 +360,7 @@ def prefill_rows(chip: str, only: str) -> Iterator[dict[str, Any]]:
             yield {"chip": chip, "kernel": label} | figures
 
 
-PARTS = (decode_rows, step_rows, offload_rows, append_rows, prefill_rows)
+PARTS = (decode_rows, layer_rows, step_rows, offload_rows, append_rows, prefill_rows)
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -354,6 +383,12 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append("no kernel is in the program")
     if "layer_bytes" in row and row["largest_operation_bytes"] >= row["layer_bytes"]:
         found.append(f"an operation makes a layer's cache anew: {row['largest_operation']}")
+    if "operations" in row:
+        limit = routed_layers.LIMITS[row["select_per"]]
+        if row["operations"] > limit:
+            found.append(f"a layer executes {row['operations']} operations, more than {limit}")
+        if row["select_per"] == "kv_head" and any(name.endswith(" sort") for name in row["operation_names"]):
+            found.append("a layer sorts")
     return found
 
 

@@ -331,7 +331,8 @@ def route_and_decode(
     module = pick("gaze_decode", IMPLEMENTATIONS, named(implementation), spec)
     if not routes(implementation):
         raise NotImplementedError(
-            f"gaze_decode implementation {implementation!r} does not route; use 'native'."
+            f"gaze_decode implementation {implementation!r} does not route; "
+            f"{', '.join(filter(routes, IMPLEMENTATIONS))} do."
         )
     _check(module, q, visual, text_k, text_v, visual_seen, text_seen)
     (layers, batch, kv_heads), regions = text_k.shape[:3], visual_seen.shape[1]

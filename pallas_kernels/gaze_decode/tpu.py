@@ -1,7 +1,8 @@
 """gaze_decode for TPUs: a Pallas Mosaic kernel that copies selected regions and nothing else.
 
-This file lists the regions that each kv head reads, builds the other arguments of the kernel, and calls it.
-``tpu_kernel.py`` is the kernel; ``tpu_layout.py`` says how the visual cache is stored.
+This file prepares the arguments of the kernel and calls it. ``tpu_lists.py``, with the kernels in
+``tpu_select.py``, lists the regions that each kv head reads; ``tpu_kernel.py`` and ``tpu_keys.py`` attend to
+them; ``tpu_layout.py`` says how the visual cache is stored.
 """
 
 import dataclasses
@@ -10,13 +11,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.gaze_decode import plan, tpu_kernel, tpu_layout
-from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalar, Scalars, Static
+from pallas_kernels.gaze_decode import tpu_kernel, tpu_layout, tpu_lists
+from pallas_kernels.gaze_decode.routed import Routed
+from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalar, Scalars
+from pallas_kernels.gaze_decode.tpu_keys import Static
 from pallas_kernels.gaze_decode.tpu_layout import LANES, Packed
+from pallas_kernels.gaze_decode.tpu_select import Listed
 from pallas_kernels.softmax import WithLse
 from pallas_kernels.spec import GazeSpec
 
@@ -24,8 +29,6 @@ from pallas_kernels.spec import GazeSpec
 TEXT_MULTIPLE = 128
 TEXT_TILE = 512  # keys of the text stream per grid step
 CHUNK_BYTES = 512 * 1024  # of regions in flight: two such buffers cover a copy's latency
-
-MAX_UNION = 32_000  # region numbers of a row and of the next one, double-buffered, in 1 MB of scalar memory
 
 pack = tpu_layout.pack
 unpack = tpu_layout.unpack
@@ -39,75 +42,24 @@ def supports(spec: GazeSpec) -> str | None:
 
 
 def regions_per_chunk(region_bytes: int, union: int) -> int:
-    """C: a multiple of 8, so that the word rows of a chunk fill whole registers, and no larger than useful.
+    """C: a power of two from 8 to 64, about :data:`CHUNK_BYTES`, and no larger than useful.
 
     Args:
       region_bytes: bytes of one region's keys and values.
       union: U, the most regions that a kv head lists.
     """
-    wanted = min(max(CHUNK_BYTES // region_bytes, 8), 64, union + 7)
-    return max(8, wanted // 8 * 8)
-
-
-def _side(visual: Packed, listed: plan.Union, seen: jax.Array, layer: jax.Array, chunk: int) -> jax.Array:
-    """Head bits and scales of the keys of every chunk; the ``side`` input of the kernel.
-
-    Args:
-      visual: packed cache of all layers.
-      listed: the regions of every kv head.
-      seen: bool [B, R, P] slots that count.
-      layer: int32 scalar.
-      chunk: C.
-
-    Returns:
-      float32 [B * K, chunks, 1 or 3, N]: per key the bits of the heads that read it and, for an int8 cache,
-      the scales of K and V.
-    """
-    batch, kv_heads, _ = listed.regions.shape
-    # An empty array cannot be indexed, so a cache without regions gets one that no query sees.
-    seen = jnp.pad(seen, ((0, 0), (0, max(0, 1 - seen.shape[1])), (0, 0)))
-    b = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    at = jnp.maximum(listed.regions, 0)
-    counts = seen[b, at] & (listed.regions >= 0)[..., None]
-    rows = [jnp.where(counts, listed.heads[..., None], 0).astype(jnp.float32)]
-    if visual.scaled:
-        h = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-        scales = tpu_layout.scales_of(visual.words[layer, b, h, at, visual.rows :], visual.slots)
-        rows += [jnp.where(counts, scale, 0.0) for scale in scales]
-    side = jnp.stack(rows, axis=2)  # [B, K, 1 or 3, U, P]
-    chunks = -(-listed.regions.shape[-1] // chunk)
-    pad = [(0, 0)] * 3 + [(0, chunks * chunk - listed.regions.shape[-1]), (0, 0)]
-    side = jnp.pad(side, pad).reshape(batch * kv_heads, len(rows), chunks, chunk, -1)
-    return jnp.swapaxes(tpu_layout.by_row(visual, side), 1, 2)
-
-
-def _listed(indices: jax.Array | None, batch: int, kv_heads: int, group: int, regions: int) -> plan.Union:
-    """The regions of every kv head, at least one entry wide.
-
-    Raises:
-      NotImplementedError: there are more than :data:`MAX_UNION`.
-    """
-    if indices is None or regions == 0:
-        listed = plan.everything(batch, kv_heads, group, regions)
-    else:
-        listed = plan.union(indices, kv_heads, group, regions)
-    if listed.regions.shape[-1] == 0:
-        # An empty array cannot be copied from. Nothing is copied from this one: its count is 0.
-        none = jnp.full((batch, kv_heads, 1), -1, jnp.int32)
-        listed = plan.Union(none, jnp.zeros_like(none), listed.count)
-    if listed.regions.shape[-1] > MAX_UNION:
-        raise NotImplementedError(
-            f"gaze_decode implementation 'tpu' lists at most {MAX_UNION} regions per kv head in scalar "
-            f"memory, not {listed.regions.shape[-1]}; choose a smaller capacity or larger regions."
-        )
-    return listed
+    wanted = min(CHUNK_BYTES * 5 // 4 // region_bytes, 64)
+    chunk = 8
+    while chunk * 2 <= wanted and chunk < union:
+        chunk *= 2
+    return chunk
 
 
 def _used_tiles(text_seen: jax.Array, tile: int) -> jax.Array:
     """int32 [B]: tiles of the text stream up to the last key that counts."""
-    place = jnp.arange(1, text_seen.shape[-1] + 1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(text_seen, place, 0), axis=-1)
-    return (last + tile - 1) // tile
+    # A table of tile numbers, as XLA takes ten operations for a division that rounds down.
+    number = np.arange(text_seen.shape[-1], dtype=np.int32) // tile + 1
+    return jnp.max(jnp.where(text_seen, number, 0), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +80,18 @@ class _Grid:
         """Block of the current row, for [B * K, ...]."""
         return core * self.per_core + inner, 0, 0
 
-    def next_row(
+    def listed(
         self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
     ) -> tuple[Scalar, ...]:
-        """Block of the core's next row, for [B * K, ...]. For the last row it is the last row itself."""
-        return core * self.per_core + jnp.minimum(inner + 1, self.per_core - 1), 0, 0
+        """Block of the current row, for [B, K, ...]."""
+        row = core * self.per_core + inner
+        return row // self.kv_heads, row % self.kv_heads, 0, 0
+
+    def next_listed(
+        self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
+    ) -> tuple[Scalar, ...]:
+        """Block of the core's next row, for [B, K, ...]. For the last row it is the last row itself."""
+        return self.listed(core, jnp.minimum(inner + 1, self.per_core - 1), tile, scalars)
 
     def text_seen(
         self, core: jax.Array, inner: jax.Array, tile: jax.Array, scalars: Scalars
@@ -151,45 +110,46 @@ class _Grid:
         return scalars.layer[0], b, (core * self.per_core + inner) % self.kv_heads, *place
 
 
-def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Outputs:
+def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int, dtype: jnp.dtype) -> Outputs:
     """Run the kernel.
 
     Args:
       static: static arguments of the kernel.
       scalars: as in the kernel.
-      inputs: whole arrays, where the kernel sees blocks of them: ``ids`` and ``next_ids``
-        [B * K, 1, chunks * C], ``visual_q`` [B * K, G, 128], ``text_q`` [B * K, G, D], ``text_k`` and
+      inputs: whole arrays, where the kernel sees blocks of them: ``ids`` and ``next_ids`` [B, K, 1, U],
+        ``side`` [B, K, Y, U], ``visual_q`` [B * K, G, 128], ``text_q`` [B * K, G, D], ``text_k`` and
         ``text_v`` [L, B, K, S, D], or [L, B, K, D, S] if lanes are tokens, and ``text_seen`` [B, 1, S].
       tile: E, keys of the text stream per grid step; at most S.
+      dtype: of the output.
 
     Returns:
-      ``visual`` and ``lse`` float32 [B * K, G, 128] and ``text`` float32 [B * K, G, D].
+      ``out`` [B * K, G, D] and ``lse`` float32 [B * K, G, 128].
     """
     rows, group, dim = inputs.text_q.shape
     places = inputs.words.shape[-2]
     cores = 2 if rows % 2 == 0 else 1  # chips with two TensorCores per device split the first axis
     grid = _Grid(static.kv_heads, rows // cores, static.lanes_are_tokens)
-    ids = functools.partial(pl.BlockSpec, (1, 1, inputs.ids.shape[-1]), memory_space=pltpu.SMEM)
+    ids = functools.partial(pl.BlockSpec, (1, 1, 1, inputs.ids.shape[-1]), memory_space=pltpu.SMEM)
     text = pl.BlockSpec((1, 1, 1, *((dim, tile) if static.lanes_are_tokens else (tile, dim))), grid.text_keys)
     in_specs = Inputs(
-        ids=ids(grid.row),
-        next_ids=ids(grid.next_row),
+        ids=ids(grid.listed),
+        next_ids=ids(grid.next_listed),
+        side=pl.BlockSpec((1, 1, *inputs.side.shape[2:]), grid.listed),
         visual_q=pl.BlockSpec((1, group, LANES), grid.row),
         text_q=pl.BlockSpec((1, group, dim), grid.row),
         words=pl.BlockSpec(memory_space=pl.ANY),
-        side=pl.BlockSpec(memory_space=pl.ANY),
         text_k=text,
         text_v=text,
         text_seen=pl.BlockSpec((1, 1, tile), grid.text_seen),
     )
-    widths = (LANES, dim, LANES)
-    out_specs = Outputs(*(pl.BlockSpec((1, group, width), grid.row) for width in widths))
+    shapes = Outputs(
+        jax.ShapeDtypeStruct((rows, group, dim), dtype),
+        jax.ShapeDtypeStruct((rows, group, LANES), jnp.float32),
+    )
     buffers = tpu_kernel.Buffers(
         words=pltpu.VMEM((2, static.chunk * static.word_rows, places, LANES), inputs.words.dtype),
-        side=pltpu.VMEM((2, *inputs.side.shape[2:]), jnp.float32),
         first=pltpu.SMEM((1,), jnp.int32),
-        words_copied=pltpu.SemaphoreType.DMA((2,)),
-        side_copied=pltpu.SemaphoreType.DMA((2,)),
+        copied=pltpu.SemaphoreType.DMA((2,)),
     )
     softmax = tpu_kernel.Softmax(
         *(pltpu.VMEM((group, width), jnp.float32) for width in (LANES, LANES, LANES, dim))
@@ -201,18 +161,15 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
             num_scalar_prefetch=1,
             grid=(cores, rows // cores, -(-inputs.text_seen.shape[-1] // tile)),
             in_specs=[in_specs],
-            out_specs=[out_specs],
+            out_specs=[Outputs(*(pl.BlockSpec((1, *a.shape[1:]), grid.row) for a in shapes))],
             scratch_shapes=[buffers, softmax],
         ),
-        out_shape=[Outputs(*(jax.ShapeDtypeStruct((rows, group, width), jnp.float32) for width in widths))],
+        out_shape=[shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=dispatch.interpreter() if static.interpret else False,
         name="gaze_decode",
     )
 
-    # Pallas has no batching rule for arrays that the kernel copies itself. In this loop over the mapped axis,
-    # a mapped cache is copied once per call.
-    @jax.custom_batching.sequential_vmap
     def run(scalars: Scalars, inputs: Inputs) -> Outputs:
         if not static.interpret:
             # Never let the compiler fetch whole stacks into fast memory because they happen to fit.
@@ -222,7 +179,7 @@ def _call(static: Static, scalars: Scalars, inputs: Inputs, tile: int) -> Output
         (out,) = kernel(scalars, inputs)
         return out
 
-    return run(scalars, inputs)
+    return tpu_lists.looped(run)(scalars, inputs)
 
 
 def gaze_decode(
@@ -242,27 +199,46 @@ def gaze_decode(
     Raises:
       NotImplementedError: more regions are listed than scalar memory holds.
     """
+    kv_heads, group = text_k.shape[2], q.shape[1] // text_k.shape[2]
+    if visual_seen.shape[1] == 0 or indices is None:
+        listed = tpu_lists.everything(visual_seen, kv_heads, group)
+    elif indices.shape[-1] == 0:
+        listed = tpu_lists.everything(visual_seen[:, :0], kv_heads, group)
+    else:
+        listed = tpu_lists.named_by(indices, visual_seen, kv_heads, group, spec=spec)
+    return _attend(q, visual, text_k, text_v, layer, listed, text_seen, spec=spec)
+
+
+def _attend(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    listed: Listed,
+    text_seen: jax.Array,
+    *,
+    spec: GazeSpec,
+) -> WithLse:
+    """Attend to the regions of lists: ``ids`` int32 [B, K, 1, U] and ``side`` int32 [B, K, Y, U]."""
     if text_k.shape[3] == 0:  # an empty array has no tiles
         text_k, text_v = (jnp.pad(a, ((0, 0),) * 3 + ((0, 1), (0, 0))) for a in (text_k, text_v))
         text_seen = jnp.zeros((q.shape[0], 1), bool)
     batch, heads, dim = q.shape
     kv_heads, text = text_k.shape[2:4]
     rows, group = batch * kv_heads, heads // kv_heads
-    listed = _listed(indices, batch, kv_heads, group, visual_seen.shape[1])
-    region_bytes = visual.rows * math.prod(visual.words.shape[-2:]) * visual.words.dtype.itemsize
+    word_rows = visual.words.shape[-3]
+    region_bytes = word_rows * math.prod(visual.words.shape[-2:]) * visual.words.dtype.itemsize
     static = Static(
         kv_heads=kv_heads,
-        chunk=regions_per_chunk(region_bytes, listed.regions.shape[-1]),
-        word_rows=visual.rows,
+        chunk=regions_per_chunk(region_bytes, listed.ids.shape[-1] - 1),
+        word_rows=word_rows,
+        scale_rows=word_rows - visual.rows,
+        slots=visual.slots,
         joint=visual.joint,
         compute=jnp.float32 if jnp.float32 in (q.dtype, text_k.dtype) else jnp.bfloat16,
         scale=spec.scale,
         interpret=spec.interpret,
-    )
-    side = _side(visual, listed, visual_seen, layer, static.chunk)
-    ids = listed.regions.reshape(rows, 1, -1)
-    ids = jnp.pad(
-        ids, ((0, 0), (0, 0), (0, side.shape[1] * static.chunk - ids.shape[-1])), constant_values=-1
     )
     text_q = q.reshape(rows, group, dim).astype(static.compute)
     if static.lanes_are_tokens:
@@ -270,20 +246,52 @@ def gaze_decode(
     tile = min(TEXT_TILE, text)
     # The last tile may reach behind the end of the stream, where memory holds anything.
     text_seen = jnp.pad(text_seen, ((0, 0), (0, -text % tile)))
-    tiles = _used_tiles(text_seen, tile)
-    scalars = Scalars(jnp.asarray(layer, jnp.int32).reshape(1), listed.count.reshape(rows), tiles)
+    scalars = Scalars(jnp.asarray(layer, jnp.int32).reshape(1), _used_tiles(text_seen, tile))
     inputs = Inputs(
-        ids=ids,
-        next_ids=ids,
+        ids=listed.ids,
+        next_ids=listed.ids,
+        side=listed.side,
         visual_q=jnp.pad(text_q, ((0, 0), (0, 0), (0, LANES - dim))),
         text_q=text_q,
         words=visual.words,
-        side=side,
         text_k=text_k,
         text_v=text_v,
         text_seen=text_seen.astype(jnp.float32)[:, None],
     )
-    out = _call(static, scalars, inputs, tile)
-    first = LANES // 2 if visual.joint else 0
-    heads_out = (out.visual[..., first : first + dim] + out.text).reshape(q.shape).astype(q.dtype)
-    return heads_out, out.lse[..., 0].reshape(batch, heads)
+    out = _call(static, scalars, inputs, tile, q.dtype)
+    return out.out.reshape(q.shape), out.lse[..., 0].reshape(batch, heads)
+
+
+def route_and_decode(
+    q: jax.Array,
+    visual: Packed,
+    text_k: jax.Array,
+    text_v: jax.Array,
+    layer: jax.Array,
+    visual_seen: jax.Array,
+    text_seen: jax.Array,
+    features: jax.Array,
+    descriptors: jax.Array,
+    budget: jax.Array,
+    visible: jax.Array,
+    order: jax.Array,
+    *,
+    capacity: int,
+    spec: GazeSpec,
+) -> Routed:
+    """See :func:`pallas_kernels.gaze_decode.api.route_and_decode`.
+
+    Raises:
+      NotImplementedError: more regions may be listed than scalar memory holds.
+    """
+    kv_heads = text_k.shape[2]
+    if visual_seen.shape[1] == 0:
+        listed = tpu_lists.everything(visual_seen, kv_heads, q.shape[1] // kv_heads)
+        lead = (q.shape[0], q.shape[1] if spec.select_per == "head" else kv_heads)
+        indices = jnp.full((*lead, capacity), -1, jnp.int32)
+        scores = jnp.zeros((*lead, 0), jnp.float32)
+    else:
+        selecting = (features, descriptors, layer, budget, visible, order, visual_seen)
+        listed, indices, scores = tpu_lists.selected(*selecting, capacity=capacity, spec=spec)
+    out, lse = _attend(q, visual, text_k, text_v, layer, listed, text_seen, spec=spec)
+    return Routed(out, lse, indices, scores)

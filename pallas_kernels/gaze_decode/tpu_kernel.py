@@ -8,14 +8,16 @@ Regions are copied in chunks into two buffers: while one chunk is multiplied the
 the last chunk of a row overlaps with the first chunk of the core's next row. Tiles of the text stream come
 through the block pipeline; tiles in which no key counts are neither fetched nor computed.
 
-With every chunk comes a small float32 array, ``side``. It holds for each key the heads that read it (one
-bit each, 0 for a key that no head may see) and, for int8, its scales. So the kernel computes no masks.
+The list of a row has for each region the query heads that read it and the slots of it that count, as bits.
+A chunk spreads them over its keys: one key is a lane, its region's bits are a sublane, and a sum over
+sublanes picks the region that the key belongs to. The scales of an int8 region are spread alike; they are
+word rows of the region and come with its copy.
 
-Axis letters besides B, K, G, D, L, R and S: C regions per chunk, W word rows per region and n values per
-word (see ``tpu_layout.py``), N keys per chunk, E keys per tile of the text stream.
+Axis letters besides B, K, G, D, L, R and S: C regions per chunk, W word rows per region with those of scales,
+n values per word (see ``tpu_layout.py``), X keys of one step of the softmax, E keys per tile of the text
+stream, U regions of a list as it is stored, Y rows of ``Inputs.side``.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
+from pallas_kernels.gaze_decode.tpu_keys import Keys, Static, region_keys, text_keys
 from pallas_kernels.gaze_decode.tpu_layout import LANES
 
 # Pallas refs have no public type; the caller fills the bundles with arrays, BlockSpecs and scratch shapes.
@@ -42,32 +44,27 @@ class Scalars(NamedTuple):
     """Scalar prefetch: whole arrays in SMEM. Index maps can read them too."""
 
     layer: Ref  # int32 [1]
-    count: Ref  # int32 [B * K]: regions that the row lists
     tiles: Ref  # int32 [B]: tiles of the text stream up to the last key that counts
 
 
 class Inputs(NamedTuple):
-    """Inputs: blocks of the current row, except ``words`` and ``side``, which the kernel copies itself."""
+    """Inputs: blocks of the current row, except ``words``, which the kernel copies itself."""
 
-    ids: Ref  # SMEM int32 [1, 1, chunks * C]: the row's regions, then -1
-    next_ids: Ref  # SMEM int32 [1, 1, chunks * C]: the same for the core's next row
+    ids: Ref  # SMEM int32 [1, 1, 1, U]: the row's regions, then -1; their number in the last place
+    next_ids: Ref  # SMEM int32 [1, 1, 1, U]: the same for the core's next row
+    side: Ref  # VMEM int32 [1, 1, Y, U]: head bits of each region, then words with a bit per slot that counts
     visual_q: Ref  # VMEM [1, G, 128] in Static.compute: zero-padded to a word row's lanes
     text_q: Ref  # VMEM [1, G, D] in Static.compute
-    words: Ref  # HBM [L, B, K, R, W + word rows of scales, n, 128] in the cache's dtype
-    side: Ref  # HBM float32 [B * K, chunks, 1 or 3, N]: head bits and, for int8, scales of K and of V
+    words: Ref  # HBM [L, B, K, R, W, n, 128] in the cache's dtype
     text_k: Ref  # VMEM [1, 1, 1, E, D], or [1, 1, 1, D, E] if Static.lanes_are_tokens
     text_v: Ref  # VMEM, same shape as text_k
     text_seen: Ref  # VMEM float32 [1, 1, E]: 1 for a key that counts, else 0
 
 
 class Outputs(NamedTuple):
-    """Outputs: the two parts of the attention output, normalised together, and their normaliser.
+    """Outputs."""
 
-    The op returns the sum of the two.
-    """
-
-    visual: Ref  # VMEM float32 [1, G, 128]: in the lanes that hold V in a word row
-    text: Ref  # VMEM float32 [1, G, D]
+    out: Ref  # VMEM [1, G, D]
     lse: Ref  # VMEM float32 [1, G, 128]: log-sum-exp of the logits, the same in all lanes
 
 
@@ -75,10 +72,8 @@ class Buffers(NamedTuple):
     """Scratch: the double buffer for chunks of regions."""
 
     words: Ref  # VMEM [2, C * W, n, 128] in the cache's dtype
-    side: Ref  # VMEM float32 [2, 1 or 3, N]
     first: Ref  # SMEM int32 [1]: the buffer of the row's first chunk, 0 or 1
-    words_copied: Ref  # DMA semaphores [2]
-    side_copied: Ref  # DMA semaphores [2]
+    copied: Ref  # DMA semaphores [2]
 
 
 class Softmax(NamedTuple):
@@ -88,34 +83,6 @@ class Softmax(NamedTuple):
     total: Ref  # VMEM float32 [G, 128]: sum of exp(logit - top)
     visual_sum: Ref  # VMEM float32 [G, 128]: sum of exp(logit - top) * V over regions
     text_sum: Ref  # VMEM float32 [G, D]: the same over the text stream
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """Static arguments.
-
-    Attributes:
-      kv_heads: K.
-      chunk: C.
-      word_rows: W.
-      joint: K and V of a token share the 128 lanes of a word row.
-      compute: dtype of matmul operands. They accumulate in float32.
-      scale: factor of the logits.
-      interpret: run in the interpreter.
-    """
-
-    kv_heads: int
-    chunk: int
-    word_rows: int
-    joint: bool
-    compute: DTypeLike
-    scale: float
-    interpret: bool
-
-    @property
-    def lanes_are_tokens(self) -> bool:
-        """Whether tiles of the text stream are [D, E]. XLA stores [S, 64] that way to avoid padding."""
-        return self.joint
 
 
 class _Refs(NamedTuple):
@@ -135,12 +102,14 @@ class _Row(NamedTuple):
       number: int32, among all B * K.
       inner: int32, among the rows of its core.
       per_core: int32, rows of a core.
-      chunks: int32, chunks that its regions fill.
+      regions: int32, regions that it lists.
+      chunks: int32, chunks that these fill.
     """
 
     number: jax.Array
     inner: jax.Array
     per_core: Scalar
+    regions: jax.Array
     chunks: jax.Array
 
     def has_next(self) -> jax.Array:
@@ -161,7 +130,8 @@ def kernel(
     inner, tile = pl.program_id(1), pl.program_id(2)
     per_core = pl.num_programs(1)
     number = pl.program_id(0) * per_core + inner
-    row = _Row(number, inner, per_core, (scalars.count[number] + static.chunk - 1) // static.chunk)
+    count = _count(inputs.ids)
+    row = _Row(number, inner, per_core, count, (count + static.chunk - 1) // static.chunk)
 
     @pl.when(tile == 0)
     def _() -> None:
@@ -170,11 +140,13 @@ def kernel(
 
     @pl.when(tile < scalars.tiles[number // static.kv_heads])
     def _() -> None:
-        _attend(static, softmax, inputs.text_q, _text_keys(static, inputs), softmax.text_sum)
+        tile_of = (inputs.text_k, inputs.text_v, inputs.text_seen)
+        keys = text_keys(static, *tile_of, inputs.text_q.shape[1])
+        _attend(static, softmax, inputs.text_q, keys, softmax.text_sum)
 
     @pl.when(tile == pl.num_programs(2) - 1)
     def _() -> None:
-        _finish(softmax, outputs)
+        _finish(static, softmax, outputs)
 
 
 # Copies.
@@ -185,142 +157,84 @@ class _Chunk(NamedTuple):
 
     Attributes:
       row: int32, among all B * K.
-      ids: the row's regions, ``Inputs.ids`` or ``Inputs.next_ids``.
-      index: int32, among the row's chunks.
+      regions: int32, how many, at most C.
+      number: from a place among them to the region's number.
       buffer: int32, 0 or 1.
     """
 
     row: jax.Array
-    ids: Ref
-    index: Any
+    regions: jax.Array
+    number: Callable[[jax.Array], jax.Array]
     buffer: Scalar
 
 
-def _for_each_copy(static: Static, refs: _Refs, chunk: _Chunk, act: Callable[[Any], None]) -> None:
-    """Call ``act`` with each copy of a chunk: one per region in it, and one for its side array.
+def _count(ids: Ref) -> jax.Array:
+    """The number of regions of a row."""
+    return ids[0, 0, 0, ids.shape[-1] - 1]
 
-    The last chunk of a row may have fewer than C regions. A chunk without regions has no copies at all.
-    """
-    scalars, inputs, buffers = refs.scalars, refs.inputs, refs.buffers
-    count = jnp.clip(scalars.count[chunk.row] - chunk.index * static.chunk, 0, static.chunk)
 
-    def region(place: jax.Array, carry: Scalar) -> Scalar:
-        number = chunk.ids[0, 0, chunk.index * static.chunk + place]
-        # The word rows after the tokens hold scales. Those come with the side array.
-        rows = pl.ds(0, static.word_rows)
-        at = (scalars.layer[0], chunk.row // static.kv_heads, chunk.row % static.kv_heads, number, rows)
-        source = inputs.words.at[at]
-        target = buffers.words.at[chunk.buffer, pl.ds(place * static.word_rows, static.word_rows)]
-        act(pltpu.make_async_copy(source, target, buffers.words_copied.at[chunk.buffer]))
-        return carry
+def _own(static: Static, refs: _Refs, row: _Row, index: Scalar, buffer: Scalar) -> _Chunk:
+    """Chunk ``index`` of the current row; the last one may have fewer regions than C."""
+    first = index * static.chunk
+    count = jnp.clip(row.regions - first, 0, static.chunk)
+    return _Chunk(row.number, count, lambda place: refs.inputs.ids[0, 0, 0, first + place], buffer)
 
-    jax.lax.fori_loop(0, count, region, 0)
 
-    @pl.when(count > 0)
-    def _() -> None:
-        source, target = inputs.side.at[chunk.row, chunk.index], buffers.side.at[chunk.buffer]
-        act(pltpu.make_async_copy(source, target, buffers.side_copied.at[chunk.buffer]))
+def _following(static: Static, refs: _Refs, row: _Row, index: jax.Array, buffer: Scalar) -> _Chunk:
+    """The chunk after chunk ``index`` of the current row: maybe the next row's first one, or an empty one."""
+    ids, next_ids = refs.inputs.ids, refs.inputs.next_ids
+    last = index + 1 >= row.chunks
+    first = jnp.where(last, 0, (index + 1) * static.chunk)
+    left = jnp.where(last, jnp.where(row.has_next(), _count(next_ids), 0), row.regions - first)
+    return _Chunk(
+        row=row.number + jnp.where(last, 1, 0),
+        regions=jnp.minimum(left, static.chunk),
+        number=lambda place: jnp.where(last, next_ids[0, 0, 0, place], ids[0, 0, 0, first + place]),
+        buffer=buffer,
+    )
 
 
 def _start(static: Static, refs: _Refs, chunk: _Chunk) -> None:
-    """Start the copies of a chunk."""
-    _for_each_copy(static, refs, chunk, lambda copy: copy.start())
+    """Start the copies of a chunk, one per region."""
+    words, buffers = refs.inputs.words, refs.buffers
+    layer = refs.scalars.layer[0]
+    b, head = chunk.row // static.kv_heads, chunk.row % static.kv_heads
+
+    def region(place: jax.Array) -> None:
+        source = words.at[layer, b, head, chunk.number(place)]
+        target = buffers.words.at[chunk.buffer, pl.ds(place * static.word_rows, static.word_rows)]
+        pltpu.make_async_copy(source, target, buffers.copied.at[chunk.buffer]).start()
+
+    def several(block: jax.Array, carry: int) -> int:
+        for place in range(static.starts):
+            region(block * static.starts + place)
+        return carry
+
+    def one(place: jax.Array, carry: int) -> int:
+        region(place)
+        return carry
+
+    blocks = chunk.regions // static.starts
+    jax.lax.fori_loop(0, blocks, several, 0)
+    jax.lax.fori_loop(blocks * static.starts, chunk.regions, one, 0)
 
 
 def _wait(static: Static, refs: _Refs, chunk: _Chunk) -> None:
-    """Wait for the copies of a chunk. They must have been started for the same row, index and buffer."""
-    _for_each_copy(static, refs, chunk, lambda copy: copy.wait())
+    """Wait for the copies of a chunk, all of which must have been started.
 
-
-# Keys and values.
-
-
-class _Keys(NamedTuple):
-    """Keys and values of one step of the softmax, X of them.
-
-    Attributes:
-      k, v: [X, D] in ``Static.compute``, or [D, X] if ``lanes_are_tokens``. ``v`` is 0 for a key that no
-        head reads.
-      seen: bool [G, X], whether a head reads a key.
-      k_scale, v_scale: float32 [1, X], the scales of int8 values, or 1.
-      lanes_are_tokens: k and v are [D, X].
+    A semaphore counts bytes, so one wait of a full chunk's size is for all of its copies. Otherwise there is
+    one per bit of their number.
     """
+    words, size = refs.buffers.words, static.chunk
+    while size:
+        # Only the size counts: the copies of this wait are any of the chunk's.
+        whole = words.at[chunk.buffer, pl.ds(0, size * static.word_rows)]
 
-    k: jax.Array
-    v: jax.Array
-    seen: jax.Array
-    k_scale: jax.Array | float = 1.0
-    v_scale: jax.Array | float = 1.0
-    lanes_are_tokens: bool = False
+        @pl.when((chunk.regions & size) != 0)
+        def _(whole: Ref = whole) -> None:
+            pltpu.make_async_copy(whole, whole, refs.buffers.copied.at[chunk.buffer]).wait()
 
-
-def split_words(words: Ref) -> list[jax.Array]:
-    """Split each word into its n values, exactly.
-
-    Args:
-      words: reference, [rows, n, 128] in float32, bfloat16 or int8.
-
-    Returns:
-      n arrays, float32 [rows, 128].
-    """
-    rows = words.shape[0]
-    if words.dtype == jnp.float32:
-        flat = words.reshape(rows * 2, LANES)
-        return [flat[pl.ds(place, rows, stride=2), :] for place in (0, 1)]
-    return _split_bits(words.bitcast(jnp.int32).reshape(rows, LANES)[...], words.dtype)
-
-
-def split_values(words: jax.Array) -> list[jax.Array]:
-    """:func:`split_words` for an array. The interpreter cannot read a reference that was reshaped."""
-    if words.dtype == jnp.float32:
-        return [words[:, place] for place in (0, 1)]
-    return _split_bits(jax.lax.bitcast_convert_type(jnp.swapaxes(words, 1, 2), jnp.int32), words.dtype)
-
-
-def _split_bits(words: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """Split int32 [rows, 128] into values of ``dtype``, lowest bits first."""
-    if dtype == jnp.bfloat16:
-        # A bfloat16 is the upper half of its float32.
-        halves = (words << 16, words & jnp.int32(-65536))
-        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves]
-    return [((words << (24 - 8 * place)) >> 24).astype(jnp.float32) for place in range(4)]
-
-
-def _column(row: jax.Array) -> jax.Array:
-    """[1, X] to [X, 1]."""
-    return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
-
-
-def _region_keys(static: Static, refs: _Refs, buffer: Scalar) -> _Keys:
-    """Keys of the chunk in ``buffer``, in the order of ``tpu_layout.by_row``."""
-    words = refs.buffers.words
-    side = refs.buffers.side[buffer]
-    places = split_values(words[buffer]) if static.interpret else split_words(words.at[buffer])
-    heads = side[0:1].astype(jnp.int32)
-    head = jax.lax.broadcasted_iota(jnp.int32, (refs.inputs.visual_q.shape[1], 1), 0)
-    seen = ((heads >> head) & 1) == 1
-    half = len(places) // (1 if static.joint else 2)
-    k = jnp.concatenate(places[:half], axis=0) if half > 1 else places[0]
-    v = k
-    if not static.joint:
-        v = jnp.concatenate(places[half:], axis=0) if half > 1 else places[1]
-    # 0 * NaN is NaN. Invalid slots may hold NaN, and so may parts of the buffer that no region was
-    # copied to.
-    v = jnp.where(_column(heads.astype(jnp.float32)) > 0, v, 0.0)
-    k = v if static.joint else k
-    scales = (side[1:2], side[2:3]) if side.shape[0] > 1 else (1.0, 1.0)
-    return _Keys(k.astype(static.compute), v.astype(static.compute), seen, *scales)
-
-
-def _text_keys(static: Static, inputs: Inputs) -> _Keys:
-    """Keys of the current tile of the text stream."""
-    counts = inputs.text_seen[0]
-    nonzero = (counts if static.lanes_are_tokens else _column(counts)) > 0
-    # 0 * NaN is NaN, and keys that do not count may hold NaN.
-    v = jnp.where(nonzero, inputs.text_v[0, 0, 0].astype(jnp.float32), 0.0).astype(static.compute)
-    seen = jnp.broadcast_to(counts > 0, (inputs.text_q.shape[1], counts.shape[1]))
-    k = inputs.text_k[0, 0, 0].astype(static.compute)
-    return _Keys(k, v, seen, lanes_are_tokens=static.lanes_are_tokens)
+        size //= 2
 
 
 # The phases of a row.
@@ -335,40 +249,38 @@ def _reset(softmax: Softmax) -> None:
 
 def _attend_regions(static: Static, refs: _Refs, row: _Row) -> None:
     """Attend to the row's regions chunk by chunk, and start the first copies of the core's next row."""
-    first, ids, next_ids = refs.buffers.first, refs.inputs.ids, refs.inputs.next_ids
+    first = refs.buffers.first
 
     @pl.when(row.inner == 0)
     def _() -> None:
         # The core's first row has no row before it that could have started its copies.
         first[0] = 0
-        _start(static, refs, _Chunk(row.number, ids, index=0, buffer=0))
+        _start(static, refs, _own(static, refs, row, index=0, buffer=0))
 
     def step(index: jax.Array, carry: Scalar) -> Scalar:
         buffer = (first[0] + index) % 2
+        _start(static, refs, _following(static, refs, row, index, 1 - buffer))
+        _wait(static, refs, _own(static, refs, row, index, buffer))
+        place = index * static.chunk
+        for part in range(static.chunk // static.part):
 
-        @pl.when(index + 1 < row.chunks)
-        def _() -> None:
-            _start(static, refs, _Chunk(row.number, ids, index=index + 1, buffer=1 - buffer))
+            @pl.when(place + part * static.part < row.regions)
+            def _(part: int = part) -> None:
+                rows, q = static.part * static.word_rows, refs.inputs.visual_q
+                words = refs.buffers.words.at[buffer, pl.ds(part * rows, rows)]
+                here = place + part * static.part
+                for keys in region_keys(static, words, refs.inputs.side, q.shape[1], here):
+                    _attend(static, refs.softmax, q, keys, refs.softmax.visual_sum)
 
-        @pl.when((index + 1 == row.chunks) & row.has_next())
-        def _() -> None:
-            _start(static, refs, _Chunk(row.number + 1, next_ids, index=0, buffer=1 - buffer))
-
-        _wait(static, refs, _Chunk(row.number, ids, index, buffer))
-        keys = _region_keys(static, refs, buffer)
-        _attend(static, refs.softmax, refs.inputs.visual_q, keys, refs.softmax.visual_sum)
         return carry
 
-    jax.lax.fori_loop(0, row.chunks, step, 0)
-
-    @pl.when((row.chunks == 0) & row.has_next())
-    def _() -> None:
-        _start(static, refs, _Chunk(row.number + 1, next_ids, index=0, buffer=first[0]))
-
-    first[0] = (first[0] + row.chunks) % 2
+    # A row without regions takes one step too, which starts the copies of the next one.
+    steps = jnp.maximum(row.chunks, 1)
+    jax.lax.fori_loop(0, steps, step, 0)
+    first[0] = (first[0] + steps) % 2
 
 
-def _attend(static: Static, softmax: Softmax, q: Ref, keys: _Keys, weighted: Ref) -> None:
+def _attend(static: Static, softmax: Softmax, q: Ref, keys: Keys, weighted: Ref) -> None:
     """One step of the online softmax.
 
     Args:
@@ -398,9 +310,10 @@ def _attend(static: Static, softmax: Softmax, q: Ref, keys: _Keys, weighted: Ref
     weighted[...] += dot(weights, keys.v, (((1,), (token,)), ((), ())))
 
 
-def _finish(softmax: Softmax, outputs: Outputs) -> None:
-    """Divide by the softmax's total. A head that saw no key gets 0."""
-    select_per = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
-    outputs.visual[0] = softmax.visual_sum[...] * select_per
-    outputs.text[0] = softmax.text_sum[...] * select_per
+def _finish(static: Static, softmax: Softmax, outputs: Outputs) -> None:
+    """Add up both sums and divide by the softmax's total. A head that saw no key gets 0."""
+    first, dim = LANES // 2 if static.joint else 0, outputs.out.shape[-1]
+    factor = 1.0 / jnp.where(softmax.total[:, :1] > 0, softmax.total[:, :1], 1.0)
+    visual = softmax.visual_sum[:, first : first + dim]  # the lanes that hold V in a word row
+    outputs.out[0] = ((visual + softmax.text_sum[...]) * factor).astype(outputs.out.dtype)
     outputs.lse[0] = softmax.top[...] + jnp.log(softmax.total[...])

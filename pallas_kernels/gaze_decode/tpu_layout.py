@@ -13,8 +13,9 @@ The n entries of a word row hold:
                       int8      KV KV KV KV  four tokens
 
 Smaller D is padded with zeros to 64 or 128 lanes. The scales of an int8 region are float32 values in the
-bytes of one more word row (several, for more than 64 tokens): lane i for the key of token i, then the scales
-of the values. A separate table of scales would be laid out, copied or cached as a whole by the compiler.
+bytes of one more word row (several, for more than 64 tokens): of the keys of the first token of all word
+rows, of the second, ..., then of the values. So those of one step of the kernel are neighbours. A separate
+table of scales would be laid out, copied or cached as a whole by the compiler.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from pallas_kernels.gaze_decode import grow
 from pallas_kernels.quantize import dequantize, quantize
 from pallas_kernels.spec import GazeSpec
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 
 
 @jax.tree_util.register_dataclass
@@ -105,23 +106,36 @@ def pack(k: jax.Array, v: jax.Array, *, spec: GazeSpec) -> Packed:
 
     words = jnp.concatenate([cut(k), cut(v)], axis=-1 if joint else -2)
     if scales is not None:
-        words = jnp.concatenate([words, _scale_rows(*scales, max(1, regions))], axis=-3)
+        words = jnp.concatenate([words, _scale_rows(*scales, max(1, regions), per_row)], axis=-3)
     return Packed(words, regions == 0, slots, dim)
 
 
-def _scale_rows(k_scale: jax.Array, v_scale: jax.Array, regions: int) -> jax.Array:
+def _scale_rows(k_scale: jax.Array, v_scale: jax.Array, regions: int, per_row: int) -> jax.Array:
     """Scales float32 [..., R, P] as word rows int8 [..., regions, E, 4, 128], for :func:`scales_of`."""
-    both = jnp.concatenate([k_scale, v_scale], axis=-1)
+
+    def by_token(a: jax.Array) -> jax.Array:
+        rows = _rows(a.shape[-1], per_row)
+        a = grow.fill(a, {-1: rows * per_row})
+        return jnp.swapaxes(a.reshape(*a.shape[:-1], rows, per_row), -1, -2).reshape(a.shape)
+
+    both = jnp.concatenate([by_token(k_scale), by_token(v_scale)], axis=-1)
     both = grow.fill(both, {-1: -(-both.shape[-1] // LANES) * LANES, -2: regions})
     as_bytes = jax.lax.bitcast_convert_type(both.reshape(*both.shape[:-1], -1, LANES), jnp.int8)
     return jnp.swapaxes(as_bytes, -1, -2)
 
 
-def scales_of(rows: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+def scales_of(rows: jax.Array, slots: int, per_row: int) -> tuple[jax.Array, jax.Array]:
     """Read the scales of keys and values, float32 [..., P] each, in their word rows int8 [..., E, 4, 128]."""
     both = jax.lax.bitcast_convert_type(jnp.swapaxes(rows, -1, -2), jnp.float32)
     both = both.reshape(*both.shape[:-2], both.shape[-2] * LANES)
-    return both[..., :slots], both[..., slots : 2 * slots]
+    word_rows = _rows(slots, per_row)
+
+    def by_slot(first: int) -> jax.Array:
+        a = both[..., first : first + word_rows * per_row]
+        a = jnp.swapaxes(a.reshape(*a.shape[:-1], per_row, word_rows), -1, -2)
+        return a.reshape(*a.shape[:-2], word_rows * per_row)[..., :slots]
+
+    return by_slot(0), by_slot(word_rows * per_row)
 
 
 def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
@@ -135,7 +149,7 @@ def unpack(packed: Packed) -> tuple[jax.Array, jax.Array]:
 
     k, v = map(whole, jnp.split(tokens, 2, axis=-1 if packed.joint else -2))
     if packed.scaled:
-        k_scale, v_scale = scales_of(words[..., packed.rows :, :, :], packed.slots)
+        k_scale, v_scale = scales_of(words[..., packed.rows :, :, :], packed.slots, packed.per_row)
         return dequantize(k, k_scale), dequantize(v, v_scale)
     return k, v
 
@@ -147,23 +161,12 @@ def reserve(packed: Packed, regions: int, slots: int) -> Packed:
     if not packed.scaled:
         return Packed(tokens, regions == 0, slots, packed.dim)
     # The scales of the values directly follow those of the keys, so a larger P moves them.
-    scales = scales_of(packed.words[..., packed.rows :, :, :], packed.slots)
+    scales = scales_of(packed.words[..., packed.rows :, :, :], packed.slots, packed.per_row)
     k_scale, v_scale = (grow.fill(a, {-1: slots}) for a in scales)
-    words = jnp.concatenate([tokens, _scale_rows(k_scale, v_scale, max(1, regions))], axis=-3)
+    words = jnp.concatenate([tokens, _scale_rows(k_scale, v_scale, max(1, regions), packed.per_row)], axis=-3)
     return Packed(words, regions == 0, slots, packed.dim)
 
 
 def write(packed: Packed, piece: Packed, start: jax.Array) -> Packed:
     """Overwrite the regions from ``start`` on with those of ``piece``."""
     return grow.write(packed, piece, start, 3)
-
-
-def by_row(packed: Packed, slots: jax.Array) -> jax.Array:
-    """Put token slots [..., C, P] in the order in which the kernel reads C regions: [..., N].
-
-    The kernel splits word rows into n entries, so it reads the first token of all rows, then the second.
-    """
-    slots = grow.fill(slots, {-1: packed.rows * packed.per_row})
-    lead, chunk = slots.shape[:-2], slots.shape[-2]
-    slots = slots.reshape(*lead, chunk * packed.rows, packed.per_row)
-    return jnp.swapaxes(slots, -1, -2).reshape(*lead, -1)

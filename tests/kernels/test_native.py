@@ -259,7 +259,7 @@ def test_refusals():
         case.text_seen,
         case.q,
     )
-    with pytest.raises(NotImplementedError, match=r"'xla' does not route; use 'native'\.$"):
+    with pytest.raises(NotImplementedError, match=r"'xla' does not route; native, tpu, gpu do\.$"):
         api.route_and_decode(*arguments, *selecting, capacity=3, spec=case.spec, implementation="xla")
     descriptors, *rest = selecting
     with pytest.raises(ValueError, match=r"descriptors has shape .* expected"):

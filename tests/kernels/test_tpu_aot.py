@@ -7,7 +7,7 @@ import pytest
 # Kernels alone can be tested without flax; whole decoding steps cannot.
 pytest.importorskip("flax")
 
-from benchmarks import tpu_aot
+from benchmarks import routed_layers, tpu_aot
 from pallas_kernels.gaze_decode import api, shapes
 
 HLO = """HloModule jit_run
@@ -53,6 +53,55 @@ def test_rows_with_a_problem_are_named():
     assert "no kernel" in tpu_aot.problems(good | {"kernels": 0})[0]
     assert "anew: op" in tpu_aot.problems(good | {"largest_operation_bytes": 10})[0]
     assert tpu_aot.problems({"skipped": "too large"}) == []
+
+
+LAYERS = """HloModule jit_run
+
+%body (state: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %state = (s32[], f32[64]{0}) parameter(0)
+  %q = f32[64]{0} get-tuple-element(%state), index=1
+  %copy-start = (f32[64]{0:S(1)}, f32[64]{0}, u32[]) copy-start(%q)
+  %copy-done = f32[64]{0:S(1)} copy-done(%copy-start)
+  %sort.1 = (f32[64]{0}, s32[64]{0}) sort(%copy-done, %n), dimensions={0}, to_apply=%less
+  %view = f32[64]{0} bitcast(%q)
+  %call.2 = f32[64]{0} custom-call(%view), custom_call_target="tpu_custom_call"
+  ROOT %out = (s32[], f32[64]{0}) tuple(%i, %call.2)
+}
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  %fusion = f32[64]{0} fusion(%a), kind=kLoop, calls=%fused_computation.1
+  %while.3 = (s32[], f32[64]{0}) while(%tuple), condition=%cond, body=%body
+  ROOT %got = f32[64]{0} get-tuple-element(%while.3), index=1
+}
+"""
+
+
+def test_operations_of_a_layer_are_those_of_the_loop():
+    """A copy with its end, a sort and a call; what runs once is told apart; without a loop all counts."""
+    each, once = routed_layers.operations(LAYERS)
+    assert each == ["%copy-start copy-start", "%sort.1 sort", "%call.2 custom-call"]
+    assert once == ["%fusion fusion"]
+    assert routed_layers.operations(HLO) == (["%copy-start copy-start", "%fusion fusion"], [])
+    with pytest.raises(ValueError, match="has 2 loops"):
+        routed_layers.operations(LAYERS + LAYERS.replace("%body", "%other"))
+
+
+def test_operations_of_a_compiled_loop():
+    def run(a):
+        return jax.lax.fori_loop(0, 9, lambda _, a: jnp.sort(jnp.sin(a)), a)
+
+    text = jax.jit(run).lower(jax.ShapeDtypeStruct((64,), jnp.float32)).compile().as_text()
+    assert sum(name.endswith(" sort") for name in routed_layers.operations(text)[0]) == 1
+
+
+def test_layers_of_too_many_operations_are_named():
+    row = {"kernels": 2, "select_per": "kv_head", "operations": 30, "operation_names": ["%a fusion"]}
+    assert tpu_aot.problems(row) == []
+    assert "executes 31 operations, more than 30" in tpu_aot.problems(row | {"operations": 31})[0]
+    assert "a layer sorts" in tpu_aot.problems(row | {"operation_names": ["%b sort"]})[0]
+    assert tpu_aot.problems(row | {"select_per": "head", "operations": 45}) == []
+    assert "more than 45" in tpu_aot.problems(row | {"select_per": "head", "operations": 46})[0]
 
 
 HOST = """ENTRY %main (cache: f32[9,512]) -> f32[64] {
@@ -103,6 +152,29 @@ def test_layers_are_cut_to_the_memory():
 def test_every_kernel_compiles_for_real_chips(chip):
     """All shapes, no operation of a layer's cache size; scripts/tpu_aot.sh prints the same as a table."""
     assert tpu_aot.main(["--chips", chip]) == 0
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", list(tpu_aot.CHIPS))
+@pytest.mark.parametrize("tokens", [9_216, 36_864])
+def test_a_routed_layer_has_little_around_its_kernels(chip, tokens):
+    """Qwen3-4B, bfloat16 and int8: at most 30 operations a layer, per head 45, and no sort per kv head."""
+    rows = list(tpu_aot.layer_rows(chip, f"routed layer qwen3-4b {tokens} B1 "))
+    kinds = {(row["select_per"], "int8" in row["kernel"]) for row in rows}
+    assert len(rows) == 4 and len(kinds) == 4
+    for row in rows:
+        assert row["operations"] + row["operations_once"] <= {"kv_head": 30, "head": 45}[row["select_per"]]
+        assert row["kernels"] == 2 and tpu_aot.problems(row) == []
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("select_per", ["kv_head", "head"])
+def test_nothing_is_sorted_in_the_layers_of_an_answer(select_per):
+    """The list of selected regions is dropped where nobody reads it: only first tokens are sorted, once."""
+    shape = shapes.Shape("qwen3-4b", 9_216, 1, select_per, layers=36)
+    _, text, _ = tpu_aot.compile_step("v5e", "tpu", shape)
+    assert sum(" sort(" in line for line in text.splitlines()) == 1
+    assert not any(name.endswith(" sort") for name in routed_layers.operations(text)[0])
 
 
 @pytest.mark.tpu_aot

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels import GazeSpec, dispatch, gaze_decode
-from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_layout
+from pallas_kernels import GazeSpec, dispatch, gaze_decode, quantize
+from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_keys, tpu_layout
 from tests.helpers import cases
 from tests.helpers.poison import fresh_memory
 from tests.kernels import decode_values
 from tests.kernels.decode_values import call, long
+from tests.kernels.test_tpu_route import problem, routed
 
 # Private to jax: where it has moved, the suite in test_decode.py still runs.
 interpret_pallas_call = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
@@ -33,45 +34,46 @@ def test_words_split_alike_in_the_kernel_and_interpreted(dtype):
     values = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (24, places, 128)), dtype)
 
     def kernel(ref, out):
-        for place, split in enumerate(tpu_kernel.split_words(ref)):
+        for place, split in enumerate(tpu_keys.split_words(ref)):
             out[place] = split
 
     got = pl.pallas_call(
         kernel, out_shape=jax.ShapeDtypeStruct((places, 24, 128), jnp.float32), interpret=True
     )(values)
     np.testing.assert_array_equal(got, jnp.swapaxes(values, 0, 1).astype(jnp.float32))
-    np.testing.assert_array_equal(jnp.stack(tpu_kernel.split_values(values)), got)
+    np.testing.assert_array_equal(jnp.stack(tpu_keys.split_values(values)), got)
 
 
 @pytest.mark.parametrize(
-    ("dim", "slots", "visual_dtype"),
-    [
-        *((128, 36, None), (64, 36, "int8"), (64, 5, None), (20, 3, "int8"), (100, 7, None)),
-        *(long(*case) for case in ((128, 36, "int8"), (64, 36, None), (64, 5, "int8"))),
-        *(long(*case) for case in ((20, 3, None), (100, 7, "int8"))),
-    ],
+    ("dim", "slots"), [(128, 36), (64, 5), long(64, 36), long(100, 7), long(20, 3), long(128, 100)]
 )
-def test_slots_are_ordered_as_the_kernel_meets_them(dim, slots, visual_dtype):
-    """by_row names, for every key that the kernel cuts from C regions, the token slot that it is."""
-    key = jnp.arange(4 * slots, dtype=jnp.float32).reshape(1, 1, 1, 4, slots, 1) + 1
-    k = jnp.broadcast_to(key, (1, 1, 1, 4, slots, dim))
-    spec = GazeSpec(scale=1.0, visual_dtype=visual_dtype)
+def test_scales_reach_their_own_keys(dim, slots):
+    """Of 8 regions in int8: strided reads and rolls put each scale where its key is multiplied."""
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(1, 1, 1, 8, slots, dim)), jnp.float32) for _ in "kv")
+    packed = jax.jit(functools.partial(tpu_layout.pack, spec=GazeSpec(1.0, visual_dtype="int8")))(k, v)
+    word_rows, tokens = packed.words.shape[-3], packed.per_row
+    sizes = {"chunk": 8, "word_rows": word_rows, "scale_rows": word_rows - packed.rows, "slots": slots}
+    static = tpu_keys.Static(1, joint=packed.joint, compute=jnp.float32, scale=1.0, interpret=False, **sizes)
+    words = packed.words[0, 0, 0].reshape(-1, 4, 128)
+    wide = 128 * static.scale_rows
 
-    @jax.jit
-    def keys_and_order(k):
-        packed = tpu_layout.pack(k, k, spec=spec)
-        words = packed.words[0, 0, 0, :, : packed.rows].reshape(-1, *packed.words.shape[-2:])
-        split = tpu_kernel.split_values(words)
-        keys = jnp.concatenate(split[: len(split) // (1 if packed.joint else 2)])
-        return keys, tpu_layout.by_row(packed, key[0, 0, 0, ..., 0])
+    def kernel(words, raw, out):
+        raw[...] = scales = tpu_keys._scales(static, words, None)
+        for i in range(2 * tokens):
+            out[i] = tpu_keys._aligned(scales, i * packed.rows, word_rows, words.shape[0])
 
-    keys, order = keys_and_order(k)
-    seen = np.asarray(order) > 0
-    assert seen.sum() == 4 * slots
-    if visual_dtype is None:
-        np.testing.assert_array_equal(keys[:, 0], order)
-    else:
-        assert (np.asarray(keys[:, 0])[seen] == 127).all() and (np.asarray(keys[:, 0])[~seen] == 0).all()
+    shapes = [(8, wide), (2 * tokens, 8, words.shape[0])]
+    raw, found = pl.pallas_call(
+        kernel, out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes], interpret=True
+    )(words)
+    np.testing.assert_array_equal(raw, tpu_keys._scales(static, words, words))
+    expected = [quantize.quantize(a)[1][0, 0, 0] for a in (k, v)]
+    for side, token, region, row in np.ndindex(2, tokens, 8, packed.rows):
+        slot = row * tokens + token
+        if slot < slots:
+            got = found[side * tokens + token, region, region * word_rows + row]
+            assert got == expected[side][region, slot]
 
 
 def test_bytes_of_the_cache_are_the_logical_ones():
@@ -149,9 +151,38 @@ def test_bytes_moved_are_near_the_floor(select_per, capacity, visual_dtype, copi
     fetched = int(union(case.indices, 2, 4, 64).count.sum())
     region = 36 * 2 * 128 * (2 if visual_dtype is None else 1)
     scales = 36 * 2 * 4 if visual_dtype else 0
-    assert copies.count(region) == fetched
-    moved = sum(copies) + _dense_bytes(case, 64)
+    copied = region + (128 * 4 if visual_dtype else 0)  # a whole word row of scales
+    assert copies.count(copied) == fetched
+    lists = 4 * (128 * 4) * (1 + 1 + 8)  # of each row: its numbers, those of the next one, the side table
+    moved = sum(copies) + lists + _dense_bytes(case, 64)
     floor = fetched * (region + scales) + 2 * 2 * 64 * 2 * 128 * 2
+    assert floor <= moved <= 1.15 * floor, moved / floor
+
+
+@pytest.mark.parametrize(
+    ("select_per", "visual_dtype"),
+    [long(*rest) for rest in itertools.product(("head", "kv_head"), (None, "int8"))],
+)
+def test_bytes_of_a_routed_layer_are_near_the_floor(select_per, visual_dtype, copies):
+    """With descriptors in the floor, and all that the first kernel reads, writes and hands on on top."""
+    sizes = {"layers": 2, "slots": 36, "text": 64, "dim": 128, "group": 4, "dtype": jnp.bfloat16}
+    case, (descriptors, _, _, order) = problem(regions=64, capacity=13, select_per=select_per, **sizes)
+    case = dataclasses.replace(
+        case,
+        spec=dataclasses.replace(case.spec, visual_dtype=visual_dtype),
+        text_seen=jnp.ones_like(case.text_seen),
+    )
+    everywhere = (descriptors, jnp.full((2,), 13, jnp.int32), jnp.ones((2, 64), bool), order)
+    found = jax.block_until_ready(jax.jit(lambda case, *a: routed(case, a, 13))(case, *everywhere))
+    fetched = sum(len(np.unique(lists)) for lists in np.asarray(found.indices).reshape(4, -1))
+    copied = 36 * 2 * 128 * (1 if visual_dtype else 2) + (128 * 4 if visual_dtype else 0)
+    assert copies.count(copied) == fetched and sum(copies) == fetched * copied
+    lists = 4 * (128 * 4) * ((1 + 8) + (1 + 1 + 8))  # of each row: written, and read
+    selecting = 2 * (128 * 4) * (1 + 2) + found.scores.shape[1] * 2 * 128 * 4  # of two sequences
+    keys = 4 * 64 * 128 * 2
+    moved = sum(copies) + lists + selecting + keys + _dense_bytes(case, 64)
+    scales = 36 * 2 * 4 if visual_dtype else 0
+    floor = fetched * (36 * 2 * 128 * (1 if visual_dtype else 2) + scales) + keys + 2 * keys
     assert floor <= moved <= 1.15 * floor, moved / floor
 
 
@@ -162,7 +193,7 @@ def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
     used = tpu._used_tiles(jnp.asarray(seen), 4)
     assert used.tolist() == [0, 1, 2, 4]
     grid = tpu._Grid(kv_heads=2, per_core=8, lanes_are_tokens=False)
-    scalars = tpu_kernel.Scalars(layer=0, count=0, tiles=used)
+    scalars = tpu_kernel.Scalars(layer=0, tiles=used)
     tiles = [[int(grid.text_seen(0, 2 * b + 1, tile, scalars)[2]) for tile in range(4)] for b in range(4)]
     assert tiles == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 3]]
 
@@ -266,7 +297,7 @@ def test_vmap_of_what_is_compiled_is_a_loop(mapped):
             for a, axis in zip(shape.arguments("tpu"), axes, strict=True)
         )
         program = str(jax.make_jaxpr(jax.vmap(decode, in_axes=axes))(*arguments))
-    assert program.count("pallas_call[") == 1 and "scan[" in program
+    assert program.count("pallas_call[") == 2 and "scan[" in program  # the lists, and what attends to them
 
 
 def test_a_head_dim_or_dtype_that_does_not_fit_is_refused():

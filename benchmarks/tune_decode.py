@@ -26,10 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import GazeSpec
-from pallas_kernels.gaze_decode import api, gpu
+from pallas_kernels.gaze_decode import api, tuning
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TILES = _ROOT / "pallas_kernels" / "gaze_decode" / "gpu_tiles.json"
 _RESULT = _ROOT / "benchmarks" / "results" / "tune_decode.json"
 
 # Multiples of regions of 36 slots; tiles have a multiple of 64 rows, so these fill 1, 2, 2, 3 times 64.
@@ -151,7 +150,7 @@ def candidates(scores: Mapping[tuple[int, int, int], float]) -> Iterator[tuple[i
         for stages in _STAGES:
             yield keys, stages, 2 * _BLOCKS[0]
     if scores:
-        keys, stages, _ = min(scores, key=lambda tiles: scores[tiles])
+        keys, stages, _ = min(scores, key=lambda each: scores[each])
         for blocks in _BLOCKS:
             yield keys, stages, blocks
 
@@ -175,7 +174,7 @@ def tune(dtype: str, problems: list[Problem], bandwidth: float, args: argparse.N
         entry = {"keys": keys, "stages": stages, "blocks": blocks}
         row: dict[str, Any] = {"device": kind, "dtype": dtype, **entry}
         try:
-            with mock.patch.object(gpu, "tuned", return_value={"default": {dtype: entry}}):
+            with mock.patch.object(tuning, "sizes", return_value=entry):
                 found = [bench.measure(bandwidth) for bench in benches]
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             row["failed"] = str(error).splitlines()[0][:200]
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="for each dtype")
     parser.add_argument("--quick", action="store_true", help="a dry run at a toy size, interpreted on a CPU")
     parser.add_argument("--json", type=Path, default=_RESULT, help="every candidate; rows are added")
-    parser.add_argument("--tiles", type=Path, default=_TILES, help="the file to update")
+    parser.add_argument("--tiles", type=Path, default=tuning.path("gpu"), help="the file to update")
     args = parser.parse_args(argv)
     bandwidth = read_bandwidth(2**20 if args.quick else 2**31)
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s", flush=True)

@@ -16,10 +16,7 @@ mask of the heads that see it.
 selection.
 """
 
-import functools
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +24,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import needs
-from pallas_kernels.gaze_decode import gpu_scores, gpu_select, gpu_step, grow
+from pallas_kernels.gaze_decode import gpu_scores, gpu_select, gpu_step, grow, tuning
 from pallas_kernels.gaze_decode.gpu_kernel import Shape, Tiles, attend_in_splits
 from pallas_kernels.gaze_decode.gpu_layout import (
     SCALES,
@@ -57,7 +54,6 @@ _SHARED_MEMORY = 227 * 1024 - 1024  # limit per block on sm_90, less space for b
 _PAIRS = 512  # longest list whose entries are compared pairwise
 _MOST_HEADS = 15  # query heads per kv head
 _LOG2E = math.log2(math.e)
-_TILES = pathlib.Path(__file__).with_name("gpu_tiles.json")
 
 
 def supports(spec: GazeSpec) -> str | None:
@@ -81,19 +77,11 @@ def _splits(tiles: Tiles, rows: int, chunks: int) -> int:
     return min(max(tiles.blocks // rows, 1), chunks)
 
 
-@functools.cache
-def tuned() -> dict[str, dict[str, dict[str, int]]]:
-    """Device kind or "default" -> dtype of the cache -> tiles; written by benchmarks/tune_decode.py."""
-    return json.loads(_TILES.read_text())
-
-
 def _tiles(spec: GazeSpec, piece: int, dtype: DTypeLike) -> Tiles:
     """Tiles tuned for this device; small when interpreted, so that tests have several chunks and splits."""
     if spec.interpret:
         return Tiles(pieces=1 if dtype == jnp.int8 else 2, stages=2, blocks=12)
-    table = tuned()
-    kind = jax.devices()[0].device_kind
-    entry = table.get(kind, table["default"])[jnp.dtype(dtype).name]
+    entry = tuning.sizes("gpu", dtype)
     # Scales of int8 are copied to where a tile's rows begin.
     pieces = 1 if dtype == jnp.int8 else min(max(entry["keys"] // piece, 1), _MOST_COPIES)
     return Tiles(pieces, entry["stages"], entry["blocks"])

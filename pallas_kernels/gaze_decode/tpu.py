@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.gaze_decode import tpu_kernel, tpu_layout, tpu_lists
+from pallas_kernels.gaze_decode import tpu_kernel, tpu_layout, tpu_lists, tuning
 from pallas_kernels.gaze_decode.routed import Routed
 from pallas_kernels.gaze_decode.tpu_kernel import Inputs, Outputs, Scalar, Scalars
 from pallas_kernels.gaze_decode.tpu_keys import Static
@@ -27,8 +27,6 @@ from pallas_kernels.spec import GazeSpec
 
 # XLA stores a text stream of another size in a layout of its own, and copies it for the kernel.
 TEXT_MULTIPLE = 128
-TEXT_TILE = 512  # keys of the text stream per grid step
-CHUNK_BYTES = 512 * 1024  # of regions in flight: two such buffers cover a copy's latency
 
 pack = tpu_layout.pack
 unpack = tpu_layout.unpack
@@ -41,14 +39,15 @@ def supports(spec: GazeSpec) -> str | None:
     return dispatch.needs("tpu", spec)
 
 
-def regions_per_chunk(region_bytes: int, union: int) -> int:
-    """C: a power of two from 8 to 64, about :data:`CHUNK_BYTES`, and no larger than useful.
+def regions_per_chunk(region_bytes: int, union: int, chunk_bytes: int) -> int:
+    """C: a power of two from 8 to 64, about ``chunk_bytes``, and no larger than useful.
 
     Args:
       region_bytes: bytes of one region's keys and values.
       union: U, the most regions that a kv head lists.
+      chunk_bytes: bytes of regions in flight; two such buffers shall cover a copy's latency.
     """
-    wanted = min(CHUNK_BYTES * 5 // 4 // region_bytes, 64)
+    wanted = min(chunk_bytes * 5 // 4 // region_bytes, 64)
     chunk = 8
     while chunk * 2 <= wanted and chunk < union:
         chunk *= 2
@@ -229,9 +228,11 @@ def _attend(
     rows, group = batch * kv_heads, heads // kv_heads
     word_rows = visual.words.shape[-3]
     region_bytes = word_rows * math.prod(visual.words.shape[-2:]) * visual.words.dtype.itemsize
+    # In bytes of regions, and in keys of the text stream per grid step.
+    sizes = tuning.sizes("tpu", visual.words.dtype)
     static = Static(
         kv_heads=kv_heads,
-        chunk=regions_per_chunk(region_bytes, listed.ids.shape[-1] - 1),
+        chunk=regions_per_chunk(region_bytes, listed.ids.shape[-1] - 1, sizes["chunk_bytes"]),
         word_rows=word_rows,
         scale_rows=word_rows - visual.rows,
         slots=visual.slots,
@@ -243,7 +244,7 @@ def _attend(
     text_q = q.reshape(rows, group, dim).astype(static.compute)
     if static.lanes_are_tokens:
         text_k, text_v = (jnp.swapaxes(a, 3, 4) for a in (text_k, text_v))
-    tile = min(TEXT_TILE, text)
+    tile = min(sizes["text_tile"], text)
     # The last tile may reach behind the end of the stream, where memory holds anything.
     text_seen = jnp.pad(text_seen, ((0, 0), (0, -text % tile)))
     scalars = Scalars(jnp.asarray(layer, jnp.int32).reshape(1), _used_tiles(text_seen, tile))

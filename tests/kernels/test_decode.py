@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode
-from pallas_kernels.gaze_decode import api, tpu
+from pallas_kernels.gaze_decode import api, tuning
 from tests.helpers import cases, native_library, oracle
 from tests.kernels.decode_suite import DecodeSuite, InterpretedDecodeSuite
 from tests.kernels.decode_values import call, long
@@ -55,8 +55,7 @@ class TestTpu(InterpretedDecodeSuite):
     @pytest.fixture(autouse=True)
     def _small_tiles(self, monkeypatch):
         """Chunks of 8 regions, tiles of 16 text-stream keys: toy sizes have several, the last one partial."""
-        monkeypatch.setattr(tpu, "CHUNK_BYTES", 1)
-        monkeypatch.setattr(tpu, "TEXT_TILE", 16)
+        monkeypatch.setattr(tuning, "sizes", lambda *_: {"chunk_bytes": 1, "text_tile": 16})
 
     # An empty text stream is one whether regions are listed or not; edge 12 has lists per kv head.
     left = ("test_edge_03_no_text_stream[None]", "test_values[0-kv_head]")

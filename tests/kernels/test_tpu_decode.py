@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import GazeSpec, dispatch, gaze_decode, quantize
-from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_keys, tpu_layout
+from pallas_kernels.gaze_decode import api, plan, shapes, tpu, tpu_kernel, tpu_keys, tpu_layout, tuning
 from tests.helpers import cases
 from tests.helpers.poison import fresh_memory
 from tests.kernels import decode_values
@@ -201,7 +201,7 @@ def test_dense_tiles_behind_the_last_key_that_counts_are_not_fetched():
 @pytest.mark.parametrize(("text", "value"), [(24, 1.0), (37, np.nan), long(24, np.nan), long(37, 1.0)])
 def test_a_partial_tile_is_not_read_past_its_end(text, value, monkeypatch):
     """Whatever memory holds behind the keys and their mask."""
-    monkeypatch.setattr(tpu, "TEXT_TILE", 16)
+    monkeypatch.setattr(tuning, "sizes", lambda *_: {"chunk_bytes": 1 << 19, "text_tile": 16})
     case = dataclasses.replace(cases.decode(text=text, size=1), text_seen=jnp.ones((1, text), bool))
     case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
     with fresh_memory(value):
@@ -212,7 +212,7 @@ def test_a_partial_tile_is_not_read_past_its_end(text, value, monkeypatch):
 @pytest.mark.parametrize("dim", [long(8), 128])
 def test_a_dense_stream_of_several_tiles(dim, monkeypatch):
     """Three tiles, of which rows use none, one, two and all: every key that counts, and NaN in the others."""
-    monkeypatch.setattr(tpu, "TEXT_TILE", 128)
+    monkeypatch.setattr(tuning, "sizes", lambda *_: {"chunk_bytes": 1 << 19, "text_tile": 128})
     case = cases.decode(size=4, text=384, dim=dim)
     case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, interpret=True))
     ends = jnp.array([0, 128, 129, 384])[:, None]

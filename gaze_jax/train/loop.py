@@ -153,21 +153,22 @@ def train(
         tensorboard.check()
     if start is not None:
         check_start(start, experiment.model)
+    # Mistakes are found before the workdir is made.
+    data = open_data(experiment, start, workdir, progress)
     with lock.only_run(workdir, print_once):
-        return _train(experiment, workdir, start, mesh, began, progress, on_evaluation)
+        return _train(data, workdir, start, mesh, began, on_evaluation)
 
 
 def _train(
-    experiment: Experiment,
+    data: RunData,
     workdir: Path,
     start: Start | None,
     mesh: Mesh,
     began: float,
-    progress: Progress,
     on_evaluation: OnEvaluation,
 ) -> bool:
     """:func:`train`, in a workdir that no other run has."""
-    data = open_data(experiment, start, workdir, progress)
+    experiment = data.experiment
     if jax.process_index() == 0:
         for name in checkpoint.remove_unfinished(workdir):
             print_once(f"removed {name}, which a run did not write to its end")

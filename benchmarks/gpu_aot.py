@@ -30,9 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks.routed_layers import queries_of, step_of
 from gaze_jax.core.selection import Selection, SelectionSpec
-from gaze_jax.models import GazeConfig
-from gaze_jax.models.attention import RoutedQueries
 from gaze_jax.models.cache import Cache
 from gaze_jax.models.decode import DecodeMasks, decode_attention, with_step
 from gaze_jax.writing import write_text
@@ -242,46 +241,9 @@ def layer_rows(only: str, before: dict[str, dict[str, int]]) -> Iterator[dict[st
         yield {"program": name, "kernels": kernels(text)}
 
 
-def _array(shape: shapes.Shape, dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((shape.batch, *sizes), dtype)
-
-
-def _step(shape: shapes.Shape) -> tuple[GazeConfig, Cache, DecodeMasks]:
-    """A model's gaze settings, and the abstract cache and masks of a decoding step."""
-    _, kv_heads, _, dim = shapes.HEADS[shape.heads]
-    regions, _ = shapes.SCENES[shape.tokens]
-    gaze = GazeConfig(
-        select_per=shape.select_per, decode_implementation="gpu", visual_dtype=shape.visual_dtype
-    )
-    _, packed, text, *_ = shape.arguments("gpu")
-    array = functools.partial(_array, shape)
-    cache = Cache(
-        visual=packed,
-        descriptors=jax.ShapeDtypeStruct((shape.layers, shape.batch, kv_heads, regions, dim), jnp.bfloat16),
-        text_k=text,
-        text_v=text,
-        visual_order=array(jnp.int32, regions, shapes.SLOTS),
-        text_order=array(jnp.int32, shapes.TEXT),
-    )
-    one = array(jnp.int32, 1)
-    masks = DecodeMasks(
-        visual=array(jnp.bool_, regions, shapes.SLOTS),
-        text=array(jnp.bool_, shapes.TEXT),
-        routed=RoutedQueries(
-            visible=array(jnp.bool_, 1, regions),
-            count=one,
-            order=one,
-            sample=one,
-            first=array(jnp.int32, regions),
-            permutation=array(jnp.int32, regions),
-        ),
-    )
-    return gaze, cache, masks
-
-
 def _masks(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
     """What a step makes of its masks, once for all layers, and its abstract arguments."""
-    gaze, cache, masks = _step(shape)
+    gaze, cache, masks = step_of(shape, "gpu")
 
     def run(masks: DecodeMasks, cache: Cache) -> Any:
         return with_step(masks, cache, gaze).step
@@ -291,8 +253,7 @@ def _masks(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
 
 def _layer(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
     """decode_attention over a shape, and its abstract arguments."""
-    _, kv_heads, group, dim = shapes.HEADS[shape.heads]
-    gaze, cache, masks = _step(shape)
+    gaze, cache, masks = step_of(shape, "gpu")
     masks = jax.eval_shape(functools.partial(with_step, gaze=gaze), masks, cache)
 
     def run(q: Any, cache: Cache, masks: DecodeMasks, budget: Any, layer: Any) -> Any:
@@ -301,7 +262,7 @@ def _layer(shape: shapes.Shape) -> tuple[Callable[..., Any], Any]:
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
     budget = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return run, (_array(shape, jnp.bfloat16, 1, kv_heads * group, dim), cache, masks, budget, number)
+    return run, (queries_of(shape), cache, masks, budget, number)
 
 
 def problems(row: dict[str, Any]) -> list[str]:

@@ -22,10 +22,10 @@ LIMITS = {"kv_head": 30, "head": 45}
 """The most operations of a routed layer on a TPU, by ``select_per``."""
 
 
-def routed_layers(shape: shapes.Shape, implementation: str) -> tuple[Callable[..., Any], Any]:
-    """A function that runs the routed attention of all layers of a shape, and its abstract arguments."""
-    _, kv_heads, group, dim = shapes.HEADS[shape.heads]
-    regions, top_k = shapes.SCENES[shape.tokens]
+def step_of(shape: shapes.Shape, implementation: str) -> tuple[GazeConfig, Cache, DecodeMasks]:
+    """A model's gaze settings, and the abstract cache and masks of a decoding step."""
+    _, kv_heads, _, dim = shapes.HEADS[shape.heads]
+    regions, _ = shapes.SCENES[shape.tokens]
     gaze = GazeConfig(
         select_per=shape.select_per,
         decode_implementation=implementation,
@@ -57,9 +57,21 @@ def routed_layers(shape: shapes.Shape, implementation: str) -> tuple[Callable[..
             permutation=array(jnp.int32, regions),
         ),
     )
+    return gaze, cache, masks
+
+
+def queries_of(shape: shapes.Shape) -> jax.ShapeDtypeStruct:
+    """Abstract queries [B, 1, H, D] of a decoding step."""
+    _, kv_heads, group, dim = shapes.HEADS[shape.heads]
+    return jax.ShapeDtypeStruct((shape.batch, 1, kv_heads * group, dim), jnp.bfloat16)
+
+
+def routed_layers(shape: shapes.Shape, implementation: str) -> tuple[Callable[..., Any], Any]:
+    """A function that runs the routed attention of all layers of a shape, and its abstract arguments."""
+    gaze, cache, masks = step_of(shape, implementation)
 
     def run(q: Any, cache: Cache, masks: DecodeMasks, budget: Any) -> Any:
-        spec = SelectionSpec(capacity=top_k)
+        spec = SelectionSpec(capacity=shapes.SCENES[shape.tokens][1])
 
         def layer(q: Any, number: Any) -> tuple[Any, None]:
             attended = decode_attention(q, cache, masks, Selection(budget), spec, gaze=gaze, layer=number)
@@ -67,8 +79,7 @@ def routed_layers(shape: shapes.Shape, implementation: str) -> tuple[Callable[..
 
         return jax.lax.scan(layer, q, jnp.arange(shape.layers, dtype=jnp.int32))[0]
 
-    q = array(jnp.bfloat16, 1, kv_heads * group, dim)
-    return run, (q, cache, masks, jax.ShapeDtypeStruct((), jnp.int32))
+    return run, (queries_of(shape), cache, masks, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def operations(text: str) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """The C++ library beyond the shared suite: routing in the same call, threads, what it reads, and refusals."""
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 
 from benchmarks import decode, timing
-from gaze_jax.core import routing
 from pallas_kernels import GazeSpec, dispatch
 from pallas_kernels.gaze_decode import api
 from pallas_kernels.gaze_decode.native import build, library
 from tests.helpers import cases, native_calls, native_library
+from tests.helpers.routed import close, expected
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,19 +29,14 @@ def _built():
     native_library.needed()
 
 
-def routed(case, descriptors, budget, visible, order, *, capacity, implementation="native"):
-    """Select and attend; another implementation than native gets its indices from ``core.routing``."""
-    packed = api.pack(case.k, case.v, spec=case.spec, implementation=implementation)
-    kept = (case.q, packed, case.text_k, case.text_v, case.layer)
-    seen, options = (case.visual_seen, case.text_seen), {"spec": case.spec, "implementation": implementation}
-    if implementation == "native":
-        selecting = (case.q, descriptors, budget, visible, order)
-        return api.route_and_decode(*kept, *seen, *selecting, capacity=capacity, **options)
-    scores = routing.descriptor_scores(
-        case.q[:, None], descriptors[case.layer], select_per=case.spec.select_per
+def routed(case, descriptors, budget, visible, order, *, capacity):
+    """Select and attend in one call."""
+    options = {"spec": case.spec, "implementation": "native"}
+    kept = (case.q, api.pack(case.k, case.v, **options), case.text_k, case.text_v, case.layer)
+    selecting = (case.q, descriptors, budget, visible, order)
+    return api.route_and_decode(
+        *kept, case.visual_seen, case.text_seen, *selecting, capacity=capacity, **options
     )
-    indices = routing.select_indices(scores, visible[:, None, None], budget[:, None], capacity, order)[:, 0]
-    return *api.gaze_decode_with_lse(*kept, indices, *seen, **options), indices, scores[:, 0]
 
 
 def problem(seed, *, capacity, **sizes):
@@ -58,18 +54,10 @@ def problem(seed, *, capacity, **sizes):
 
 
 def same(case, selecting, capacity):
-    both = [
-        jax.jit(lambda case, *a, n=name: routed(case, *a, capacity=capacity, implementation=n))(
-            case, *selecting
-        )
-        for name in ("native", "reference")
-    ]
-    got, expected = ([np.asarray(a, np.float32) for a in found] for found in both)
-    np.testing.assert_array_equal(got[2], expected[2])
-    np.testing.assert_allclose(got[3], expected[3], rtol=1e-6, atol=1e-6)
-    tolerance = 1e-2 if case.q.dtype == jnp.bfloat16 else 2e-5
-    np.testing.assert_allclose(got[0], expected[0], rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(got[1], expected[1], rtol=2e-5, atol=2e-5)
+    got, wanted = (
+        jax.jit(functools.partial(run, capacity=capacity))(case, *selecting) for run in (routed, expected)
+    )
+    close(got, wanted, case.q.dtype)
 
 
 @pytest.mark.usefixtures("_built")

@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import compile_for
 from pallas_kernels.gaze_decode import api, gpu_merge, gpu_scores, gpu_select, gpu_step
 from pallas_kernels.gaze_decode.gpu_kernel import Shape, Tiles
 from tests.helpers import cases
+from tests.helpers.routed import close, expected
 from tests.kernels.decode_values import long
 
 pytestmark = pytest.mark.usefixtures("_no_races")
@@ -59,27 +60,11 @@ def routed(case, descriptors, budget, visible, order, *, capacity, step=False):
     return api.route_and_decode(*arguments, *selecting, capacity=capacity, step=masks, **options)
 
 
-def expected(case, descriptors, budget, visible, order, *, capacity):
-    """The definition: scores and indices by ``core.routing``, attention by the reference."""
-    options = {"spec": case.spec, "implementation": "reference"}
-    select_per = case.spec.select_per
-    scores = routing.descriptor_scores(case.q[:, None], descriptors[case.layer], select_per=select_per)
-    indices = routing.select_indices(scores, visible[:, None, None], budget[:, None], capacity, order)[:, 0]
-    stored = (api.pack(case.k, case.v, **options), case.text_k, case.text_v, case.layer)
-    found = api.gaze_decode_with_lse(case.q, *stored, indices, case.visual_seen, case.text_seen, **options)
-    return *found, indices, scores[:, 0]
-
-
 def same(case, selecting, capacity, step=False):
     """All four results of both."""
     both = (functools.partial(routed, step=step), expected)
     got, wanted = (jax.jit(functools.partial(run, capacity=capacity))(case, *selecting) for run in both)
-    got, wanted = ([np.asarray(a, np.float32) for a in found] for found in (got, wanted))
-    np.testing.assert_array_equal(got[2], wanted[2])
-    np.testing.assert_allclose(got[3], wanted[3], rtol=1e-6, atol=1e-6)
-    tolerance = 1e-2 if case.q.dtype == jnp.bfloat16 else 2e-5
-    np.testing.assert_allclose(got[0], wanted[0], rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(got[1], wanted[1], rtol=2e-5, atol=2e-5)
+    close(got, wanted, case.q.dtype)
 
 
 def int8(case):

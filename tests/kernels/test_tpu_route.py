@@ -1,6 +1,7 @@
 """Routing in the call of the TPU kernels, interpreted: against scores and selection by core.routing."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -11,23 +12,16 @@ import pytest
 from gaze_jax.core import routing
 from pallas_kernels.gaze_decode import api, tpu_lists, tpu_select
 from tests.helpers import cases
+from tests.helpers.routed import close, expected
 from tests.kernels.decode_values import long
 
 
-def routed(case, selecting, capacity, implementation="tpu"):
-    """A :class:`Routed`; of another implementation than tpu with indices from ``core.routing``."""
-    spec = cases.runnable(case.spec)
-    packed = api.pack(case.k, case.v, spec=spec, implementation=implementation)
-    kept = (case.q, packed, case.text_k, case.text_v, case.layer)
-    seen, options = (case.visual_seen, case.text_seen), {"spec": spec, "implementation": implementation}
-    if implementation == "tpu":
-        return api.route_and_decode(*kept, *seen, case.q, *selecting, capacity=capacity, **options)
-    descriptors, budget, visible, order = selecting
-    scores = routing.descriptor_scores(
-        case.q[:, None], descriptors[case.layer], select_per=case.spec.select_per
-    )
-    indices = routing.select_indices(scores, visible[:, None, None], budget[:, None], capacity, order)[:, 0]
-    return *api.gaze_decode_with_lse(*kept, indices, *seen, **options), indices, scores[:, 0]
+def routed(case, *selecting, capacity):
+    """A :class:`Routed`, by the TPU kernels."""
+    options = {"spec": cases.runnable(case.spec), "implementation": "tpu"}
+    kept = (case.q, api.pack(case.k, case.v, **options), case.text_k, case.text_v, case.layer)
+    seen = (case.visual_seen, case.text_seen)
+    return api.route_and_decode(*kept, *seen, case.q, *selecting, capacity=capacity, **options)
 
 
 def problem(*, seed=0, capacity=4, **sizes):
@@ -48,18 +42,11 @@ def problem(*, seed=0, capacity=4, **sizes):
 
 def same(case, selecting, capacity):
     """Equal indices; scores, output and log-sum-exp within rounding. Returns the indices."""
-    both = [
-        jax.jit(lambda case, *a, n=name: routed(case, a, capacity, n))(case, *selecting)
-        for name in ("tpu", "reference")
-    ]
-    cases.no_races(both[0])
-    got, expected = ([np.asarray(a, np.float32) for a in found] for found in both)
-    np.testing.assert_array_equal(got[2], expected[2])
-    np.testing.assert_allclose(got[3], expected[3], rtol=1e-6, atol=1e-6)
-    tolerance = 1e-2 if case.q.dtype == jnp.bfloat16 else 2e-5
-    np.testing.assert_allclose(got[0], expected[0], rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(got[1], expected[1], rtol=2e-5, atol=2e-5)
-    return got[2].astype(int)
+    got, wanted = (
+        jax.jit(functools.partial(run, capacity=capacity))(case, *selecting) for run in (routed, expected)
+    )
+    cases.no_races(got)
+    return close(got, wanted, case.q.dtype)
 
 
 @pytest.mark.parametrize(
@@ -100,24 +87,23 @@ def test_scores_that_are_no_numbers_and_budgets_of_any_size(select_per, monkeypa
     visible = visible.at[3].set(False)
     case = dataclasses.replace(case, q=jnp.where(case.q == 0, -0.0, case.q))
     selecting = (descriptors, budget, visible, order)
-    indices = _indices_alone(case, selecting, 160)
+    indices = same_with_nan(case, selecting, 160)
     used = (indices >= 0).sum(-1)
     assert (
         (used[:2] == 0).all() and (used[2] == 160).all() and (used[3] == 0).all() and (used[4] == 150).all()
     )
 
 
-def _indices_alone(case, selecting, capacity):
+def same_with_nan(case, selecting, capacity):
     """:func:`same` where scores are NaN."""
-    both = [
-        jax.jit(lambda case, *a, n=name: routed(case, a, capacity, n))(case, *selecting)
-        for name in ("tpu", "reference")
-    ]
-    cases.no_races(both[0])
-    for got, expected in zip(*both, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5, equal_nan=True)
-    np.testing.assert_array_equal(both[0][2], both[1][2])
-    return np.asarray(both[0][2])
+    got, wanted = (
+        jax.jit(functools.partial(run, capacity=capacity))(case, *selecting) for run in (routed, expected)
+    )
+    cases.no_races(got)
+    for mine, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5, equal_nan=True)
+    np.testing.assert_array_equal(got[2], wanted[2])
+    return np.asarray(got[2])
 
 
 @pytest.mark.parametrize("select_per", ["head", long("kv_head")])
@@ -127,7 +113,7 @@ def test_the_lists_are_what_the_indices_say(select_per, monkeypatch):
     case, selecting = problem(seed=5, regions=300, slots=36, capacity=50, select_per=select_per, group=3)
     kv_heads, group, regions = 2, 3, 300
     static = tpu_lists.selecting(kv_heads, group, regions, 50, selecting[0], case.spec)
-    _, _, indices, _ = jax.jit(lambda case, *a: routed(case, a, 50, "reference"))(case, *selecting)
+    _, _, indices, _ = jax.jit(lambda case, *a: expected(case, *a, capacity=50))(case, *selecting)
     listed = jax.jit(
         lambda indices, seen: tpu_lists.named_by(
             indices, seen, kv_heads, group, spec=cases.runnable(case.spec)
@@ -136,10 +122,10 @@ def test_the_lists_are_what_the_indices_say(select_per, monkeypatch):
     indices = np.asarray(indices).reshape(2, kv_heads, -1, 50)
     for b, head in np.ndindex(2, kv_heads):
         ids, side = np.asarray(listed.ids[b, head, 0]), np.asarray(listed.side[b, head])
-        expected = sorted(set(indices[b, head].ravel()) - {-1})
+        wanted = sorted(set(indices[b, head].ravel()) - {-1})
         count = ids[-1]
-        assert ids[:count].tolist() == expected and (ids[count:-1] == -1).all()
-        for place, region in enumerate(expected):
+        assert ids[:count].tolist() == wanted and (ids[count:-1] == -1).all()
+        for place, region in enumerate(wanted):
             lists = np.flatnonzero((indices[b, head] == region).any(-1))
             assert side[0, place] == (sum(1 << g for g in lists) if select_per == "head" else 7)
             words = side[1:3, place].view(np.uint32)
@@ -152,9 +138,9 @@ def test_the_lists_are_what_the_indices_say(select_per, monkeypatch):
 @pytest.mark.parametrize("select_per", [long("head"), long("kv_head")])
 def test_without_regions_the_text_stream_is_read(select_per):
     case, selecting = problem(regions=0, select_per=select_per)
-    got = jax.jit(lambda case, *a: routed(case, a, 4))(case, *selecting)
-    expected = jax.jit(lambda case: routed_text(case))(case)
-    np.testing.assert_allclose(got.out, expected, rtol=2e-5, atol=2e-5)
+    got = jax.jit(lambda case, *a: routed(case, *a, capacity=4))(case, *selecting)
+    wanted = jax.jit(lambda case: routed_text(case))(case)
+    np.testing.assert_allclose(got.out, wanted, rtol=2e-5, atol=2e-5)
     selectors = 4 if select_per == "head" else 2
     assert got.scores.shape == (2, selectors, 0) and (np.asarray(got.indices) == -1).all()
     assert got.indices.shape == (2, selectors, 4)
@@ -174,21 +160,21 @@ def test_routing_under_vmap():
     queries = jnp.stack([case.q, -case.q])
 
     def run(q):
-        return routed(dataclasses.replace(case, q=q), selecting, 3)
+        return routed(dataclasses.replace(case, q=q), *selecting, capacity=3)
 
     mapped, plain = jax.jit(jax.vmap(run))(queries), [jax.jit(run)(q) for q in queries]
-    for got, *expected in zip(mapped, *plain, strict=True):
-        np.testing.assert_allclose(got, np.stack(expected), rtol=1e-6, atol=1e-6)
+    for got, *wanted in zip(mapped, *plain, strict=True):
+        np.testing.assert_allclose(got, np.stack(wanted), rtol=1e-6, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused():
     """16 query heads per kv head, and lists that are longer than scalar memory."""
     case, selecting = problem(group=16)
     with pytest.raises(NotImplementedError, match="at most 15 query heads per kv head, not 16"):
-        jax.eval_shape(lambda: routed(case, selecting, 4))
+        jax.eval_shape(lambda: routed(case, *selecting, capacity=4))
     case, selecting = problem(regions=32_001, slots=1, layers=1, dim=2, size=1, capacity=32_001)
     with pytest.raises(NotImplementedError, match="at most 32000 regions per kv head in scalar memory, not"):
-        jax.eval_shape(lambda: routed(case, selecting, 32_001))
+        jax.eval_shape(lambda: routed(case, *selecting, capacity=32_001))
 
 
 @pytest.mark.parametrize("static", [(8, 4, 29_128), (8, 4, 128), (1, 1, 1), (2, 7, 555)])

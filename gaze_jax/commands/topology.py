@@ -36,6 +36,10 @@ if typing.TYPE_CHECKING:
 TOO_LARGE = 1
 """Exit status if a program does not fit."""
 
+OFF = "off"
+REMAT = ("nothing", "dots", OFF)
+"""What --sweep_remat takes: the policies of gaze_jax.models.config, and no remat."""
+
 
 def define_flags(flags: Flags) -> None:
     """The flags; every field of the config is a flag too."""
@@ -46,6 +50,10 @@ def define_flags(flags: Flags) -> None:
     flags.choice("program", "train", programs, "A training step, the prefill of prompts, or a decoding step.")
     flags.boolean("dense_row", True, "Compile dense attention too, with the same context tokens.")
     flags.boolean("sweep", False, "Compare every mesh of the axes data and fsdp, with and without remat.")
+    flags.choices("sweep_remat", REMAT, "With --sweep, these instead: policies of remat, or off.")
+    flags.integers(
+        "sweep_batch_sizes", None, "With --sweep, these instead of the config's batch_size.", "128,256"
+    )
     flags.number("effort", -1.0, "What the compiler spends, -1 to 1; -1 takes a fifth of the time of 0.")
     flags.group("What is written")
     flags.string("json", None, "Write the rows here, after each of them.", "FILE")
@@ -63,7 +71,7 @@ def main(values: Values) -> None:
     experiment = read_experiment(config_of(values))
     experiments = [experiment]
     if values.sweep:
-        experiments = list(swept(experiment, len(devices)))
+        experiments = list(swept(experiment, len(devices), values.sweep_remat, values.sweep_batch_sizes))
     elif values.dense_row and (dense := dense_of(experiment)) is not None:
         experiments.append(dense)
     name = config_name(config_flags.get_config_filename(values["config"]))
@@ -98,6 +106,10 @@ def _check(values: Values) -> None:
         raise UserError(f"--sweep compares training steps; drop it, or --program={values.program}.")
     if values.sweep:
         cli.refuse_flags(values, ["dense_row"], "has no effect with --sweep, which compares meshes")
+    else:
+        cli.refuse_flags(values, ["sweep_remat", "sweep_batch_sizes"], "has no effect without --sweep")
+    if any(size < 1 for size in values.sweep_batch_sizes or ()):
+        raise UserError("--sweep_batch_sizes must be at least 1.")
     if values.json is not None:
         cli.check_writable("json", values.json)
 
@@ -111,12 +123,19 @@ def config_name(file: str) -> str:
     return "_".join(part for part in (family, argument, rest) if part)
 
 
-def swept(experiment: "Experiment", devices: int) -> "Iterator[Experiment]":
-    """The experiment on every mesh of data times fsdp, with remat and without; other axes stay as they are.
+def swept(
+    experiment: "Experiment",
+    devices: int,
+    remat: Sequence[str] = REMAT,
+    batch_sizes: "Sequence[int] | None" = None,
+) -> "Iterator[Experiment]":
+    """The experiment on every mesh of data times fsdp; other axes stay as they are.
 
     Args:
-      experiment: the run; what it says of data, fsdp and remat is ignored.
+      experiment: the run; what it says of data and fsdp is ignored.
       devices: how many there are.
+      remat: policies, or "off".
+      batch_sizes: rows of a step; the run's by default.
     """
     others = dataclasses.asdict(experiment.mesh)
     for name, size in others.items():
@@ -124,10 +143,12 @@ def swept(experiment: "Experiment", devices: int) -> "Iterator[Experiment]":
             devices //= max(size, 1)
     for fsdp in (size for size in range(devices, 0, -1) if devices % size == 0):
         mesh = dataclasses.replace(experiment.mesh, data=devices // fsdp, fsdp=fsdp)
-        for remat in (True, False):
-            policy = experiment.model.remat_policy if remat else "nothing"
-            model = dataclasses.replace(experiment.model, remat=remat, remat_policy=policy)
-            yield dataclasses.replace(experiment, mesh=mesh, model=model)
+        for batch_size in batch_sizes or (experiment.batch_size,):
+            for policy in remat:
+                # A policy without remat is no config.
+                kept = "nothing" if policy == OFF else policy
+                model = dataclasses.replace(experiment.model, remat=policy != OFF, remat_policy=kept)
+                yield dataclasses.replace(experiment, mesh=mesh, batch_size=batch_size, model=model)
 
 
 def _row(experiment: "Experiment", devices: "Sequence[jax.Device]", values: Values) -> "Row":
@@ -152,8 +173,14 @@ def _row(experiment: "Experiment", devices: "Sequence[jax.Device]", values: Valu
 def _progress(experiment: "Experiment", number: int, total: int) -> None:
     sizes = " ".join(_sizes(dataclasses.asdict(experiment.mesh)))
     kind = "dense" if experiment.model.gaze.top_k is None else "gaze"
-    remat = "on" if experiment.model.remat else "off"
-    print(f"compiling {number} of {total}: {kind} {sizes} remat {remat}", file=sys.stderr, flush=True)
+    remat = _remat(experiment.model.remat, experiment.model.remat_policy)
+    text = f"compiling {number} of {total}: {kind} {sizes} batch {experiment.batch_size} remat {remat}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def _remat(remat: bool, policy: str) -> str:
+    """How a row names it: the policy that keeps nothing is what "on" means."""
+    return OFF if not remat else "on" if policy == "nothing" else policy
 
 
 def _versions() -> dict[str, str]:
@@ -172,6 +199,7 @@ def _report(rows: "list[Row]") -> dict[str, object]:
 _COLUMNS = (
     ("attention", 9),
     ("mesh", 18),
+    ("batch", 5),
     ("remat", 5),
     ("peak GB", 8),
     ("args. GB", 8),
@@ -189,7 +217,7 @@ _COLUMNS = (
 
 def _line(words: Sequence[str]) -> str:
     padded = [
-        word.ljust(width) if number < 2 or number > 9 else word.rjust(width)
+        word.ljust(width) if number < 2 or number > 10 else word.rjust(width)
         for number, (word, (_, width)) in enumerate(zip(words, _COLUMNS, strict=True))
     ]
     return "  ".join(padded).rstrip()
@@ -211,7 +239,8 @@ def cells(row: "Row") -> list[str]:
     return [
         "dense" if row["dense"] else "gaze",
         " ".join(_sizes(row["mesh"])),
-        "on" if row["remat"] else "off",
+        str(row["batch_size"]),
+        _remat(row["remat"], row["remat_policy"]),
         _number(row["peak_bytes"], 1e9),
         _number(row["argument_bytes"], 1e9),
         _number(row["temporary_bytes"], 1e9),
@@ -252,14 +281,24 @@ def _shortened(text: str, length: int = 90) -> str:
 
 
 def _suggestion(rows: "list[Row]") -> str:
-    """The row that fits with the lowest bound; of equal ones, that whose other bounds are low, too."""
+    """The row that fits with the lowest bound of a sample; of equal ones, that whose other bounds are low."""
     fitting = [row for row in rows if row["fits"]]
     if not fitting:
         return "No mesh fits; use more chips, a smaller batch_size, or smaller rows (data.row)."
-    best = min(fitting, key=lambda row: (row["bound_seconds"], sum(row["bound_parts"].values())))
-    sizes = " ".join(f"--config.mesh.{size}" for size in _sizes(best["mesh"]))
+
+    def cost(row: "Row") -> tuple[float, float]:
+        each = row["batch_size"]
+        return row["bound_seconds"] / each, sum(row["bound_parts"].values()) / each
+
+    best = min(fitting, key=cost)
+    words = [f"--config.mesh.{size}" for size in _sizes(best["mesh"])]
+    if len({row["batch_size"] for row in rows}) > 1:
+        words.append(f"--config.batch_size={best['batch_size']}")
+    words.append(f"--config.model.remat={best['remat']}")
+    if best["remat_policy"] != "nothing":
+        words.append(f"--config.model.remat_policy={best['remat_policy']}")
     return (
-        f"The lowest bound that fits: {sizes} --config.model.remat={best['remat']} "
+        f"The lowest bound that fits: {' '.join(words)} "
         f"({best['bound_seconds']:.3g} s, {_number(best['peak_bytes'], 1e9)} GB)."
     )
 

@@ -114,6 +114,7 @@ def _described(experiment: Experiment, chip: Chip, mesh: dict[str, int]) -> Row:
         "mesh": mesh,
         "dense": experiment.model.gaze.top_k is None,
         "remat": experiment.model.remat,
+        "remat_policy": experiment.model.remat_policy,
         "batch_size": experiment.batch_size,
         "hbm_bytes": chip.hbm_bytes,
     }

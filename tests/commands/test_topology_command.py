@@ -12,6 +12,7 @@ from gaze_jax.commands import topology as command
 from gaze_jax.commands import topology_programs as programs
 from gaze_jax.commands import topology_rows as table
 from gaze_jax.errors import UserError
+from gaze_jax.models.config import REMAT_POLICIES
 from gaze_jax.models.parameters import abstract_params
 from gaze_jax.parallel import topology
 from gaze_jax.parallel.costs import count_flops
@@ -51,6 +52,8 @@ def on_cpus(monkeypatch):
         ([TINY, "--topology=v5e:2x2", "--effort=2"], "--effort=2 must be between -1 and 1"),
         ([TINY, "--topology=v5e:2x2", "--sweep", "--program=decode"], "drop it, or --program=decode"),
         ([TINY, "--topology=v5e:2x2", "--sweep", "--nodense_row"], "--dense_row has no effect with --sweep"),
+        ([TINY, "--topology=v5e:2x2", "--sweep_remat=off"], "--sweep_remat has no effect without --sweep"),
+        ([TINY, "--topology=v5e:2x2", "--sweep", "--sweep_batch_sizes=0"], "must be at least 1"),
         ([TINY, "--topology=v5e:2x2", "--json=/nowhere/x.json"], "--json=/nowhere/x.json lies in a folder"),
     ],
 )
@@ -229,15 +232,14 @@ def test_the_largest_buffers_are_those_of_the_hbm():
     assert table.largest_buffers("") == table.largest_buffers(REPORT.replace("default", "other")) == []
 
 
-def test_a_sweep_has_every_mesh_with_and_without_remat():
-    found = list(command.swept(tiny_experiment(), 8))
-    sizes = [(each.mesh.data, each.mesh.fsdp, each.model.remat) for each in found]
-    assert sizes == [
-        (data, fsdp, remat) for data, fsdp in ((1, 8), (2, 4), (4, 2), (8, 1)) for remat in (True, False)
-    ]
-    kept = tiny_experiment(**{"model.remat": True, "model.remat_policy": "dots"})
-    policies = [each.model.remat_policy for each in command.swept(kept, 1)]
-    assert policies == ["dots", "nothing"]  # a policy without remat is no config
+def test_a_sweep_has_every_mesh_with_every_policy():
+    found = [(each.mesh.data, each.mesh.fsdp) for each in command.swept(tiny_experiment(), 8)]
+    assert found == [mesh for mesh in ((1, 8), (2, 4), (4, 2), (8, 1)) for _ in command.REMAT]
+    several = command.swept(tiny_experiment(), 1, batch_sizes=(4, 8))
+    found = [(each.batch_size, each.model.remat, each.model.remat_policy) for each in several]
+    kinds = [(True, "nothing"), (True, "dots"), (False, "nothing")]  # a policy without remat is no config
+    assert found == [(size, *kind) for size in (4, 8) for kind in kinds]
+    assert set(command.REMAT) == {*REMAT_POLICIES, command.OFF}
 
 
 def test_a_sweep_suggests_the_lowest_bound_that_fits(on_cpus, monkeypatch, capsys, tmp_path):
@@ -259,7 +261,8 @@ def test_a_sweep_suggests_the_lowest_bound_that_fits(on_cpus, monkeypatch, capsy
     monkeypatch.setattr(table, "measure", measured)
     monkeypatch.setattr(table, "state_bytes", state_bytes)
     out = tmp_path / "rows.json"
-    command.main(values_of(TINY, "--topology=v5e:2x4", "--sweep", f"--json={out}"))
+    flags = ["--sweep", "--sweep_remat=nothing,off", f"--json={out}"]
+    command.main(values_of(TINY, "--topology=v5e:2x4", *flags))
     printed, progress = capsys.readouterr()
     lines = printed.splitlines()
     assert lines[-1].startswith(
@@ -269,9 +272,27 @@ def test_a_sweep_suggests_the_lowest_bound_that_fits(on_cpus, monkeypatch, capsy
     assert "data=2 fsdp=4" in not_fitting and " off " in not_fitting
     assert sum("Axis 1 of kernel has size 3." in line for line in lines) == 2
     assert sum("the state alone is too large" in line for line in lines) == 2
-    assert "compiling 8 of 8: gaze data=8 fsdp=1 remat off" in progress
+    assert "compiling 8 of 8: gaze data=8 fsdp=1 batch 8 remat off" in progress
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 8 and [row["fits"] for row in rows] == [True, True, True, False] + 4 * [False]
+
+
+def test_a_sweep_of_batches_and_policies_suggests_the_least_of_a_sample(on_cpus, monkeypatch, capsys):
+    """Eight rows in three seconds are less than four in two."""
+    seconds = {(8, "dots"): 3.0, (4, "nothing"): 2.0}
+
+    def measured(experiment, mesh, chip, program, **options):
+        bound = seconds.get((experiment.batch_size, experiment.model.remat_policy), 9.0)
+        row = table.refused(experiment, chip, "") | {"bound_seconds": bound, "bound_by": "compute"}
+        row |= {"flops": 1, "collective_bytes": 0, "peak_bytes": 10**9, "bound_parts": {"compute": bound}}
+        return row | {"fits": True, "refused": None}
+
+    monkeypatch.setattr(table, "measure", measured)
+    flags = ["--sweep", "--sweep_remat=nothing,dots", "--sweep_batch_sizes=4,8"]
+    command.main(values_of(TINY, "--topology=v5e:2x4", *flags))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "--config.batch_size=8 --config.model.remat=True --config.model.remat_policy=dots (3 s" in last
+    assert sum(" 8   dots " in line for line in lines) == 4
 
 
 def test_a_sweep_without_a_mesh_that_fits_has_status_1(on_cpus, monkeypatch, capsys):

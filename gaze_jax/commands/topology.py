@@ -49,11 +49,10 @@ def define_flags(flags: Flags) -> None:
     programs = ("train", "prefill", "decode")
     flags.choice("program", "train", programs, "A training step, the prefill of prompts, or a decoding step.")
     flags.boolean("dense_row", True, "Compile dense attention too, with the same context tokens.")
-    flags.boolean("sweep", False, "Compare every mesh of the axes data and fsdp, with and without remat.")
-    flags.choices("sweep_remat", REMAT, "With --sweep, these instead: policies of remat, or off.")
-    flags.integers(
-        "sweep_batch_sizes", None, "With --sweep, these instead of the config's batch_size.", "128,256"
-    )
+    flags.boolean("sweep", False, "Compare every mesh of the axes data and fsdp, with each policy of remat.")
+    flags.choices("sweep_remat", REMAT, "Policies of remat that --sweep compares; off is no remat.")
+    text = "Batch sizes that --sweep compares; the config's batch_size by default."
+    flags.integers("sweep_batch_sizes", None, text, "128,256")
     flags.number("effort", -1.0, "What the compiler spends, -1 to 1; -1 takes a fifth of the time of 0.")
     flags.group("What is written")
     flags.string("json", None, "Write the rows here, after each of them.", "FILE")
@@ -132,7 +131,7 @@ def swept(
     """The experiment on every mesh of data times fsdp; other axes stay as they are.
 
     Args:
-      experiment: the run; what it says of data and fsdp is ignored.
+      experiment: the run; what it says of data, fsdp and remat is ignored.
       devices: how many there are.
       remat: policies, or "off".
       batch_sizes: rows of a step; the run's by default.
